@@ -1,0 +1,66 @@
+"""Facts about two hosts, gathered for one VM, that preflight judges. Plain values: gathering is elsewhere."""
+
+from __future__ import annotations
+
+from limosa.model.base import Model, Name
+from limosa.model.vm import Accelerator
+
+
+class FileIdentity(Model, forbid_unknown_fields=False, frozen=True):
+    """What tells whether two hosts mean the same file by a path.
+
+    ``machine`` and ``device``/``inode`` decide on one machine (hosts that are namespaces), ``share`` and ``inode``
+    on a network file system, ``location`` and ``location_path`` where an administrator named the storage alike on
+    both; ``digest`` (SHA-256, hex) serves for small read-only files that may be copies.
+    """
+
+    path: str
+    machine: str
+    device: int
+    inode: int
+    size: int
+    share: str = ""
+    location: str = ""
+    location_path: str = ""
+    digest: str = ""
+    writable: bool = True
+
+
+class VmFacts(Model, forbid_unknown_fields=False, frozen=True):
+    """What the source knows about the VM that is to move."""
+
+    running: bool
+    accelerator: Accelerator
+    qemu: tuple[int, int, int]
+    files: tuple[FileIdentity, ...]
+    live_migration: bool
+    encrypt: bool
+    post_copy: bool
+
+
+class DestinationFacts(Model, forbid_unknown_fields=False, frozen=True):
+    """What the destination knows, gathered for the VM that is to come."""
+
+    host: Name
+    qemu: tuple[int, int, int]
+    live_migration: bool
+    accelerators: tuple[Accelerator, ...]
+    machine_known: bool
+    cpu_known: bool
+    #: features of the VM's CPU model this host cannot offer
+    cpu_missing: tuple[str, ...]
+    #: names of switches the VM wants and the host has not
+    switches_missing: tuple[str, ...]
+    memory_available_mib: int
+    name_taken: bool
+    uuid_taken: bool
+    #: one for each of the VM's host files that is visible here
+    files: tuple[FileIdentity, ...]
+    firmware_available: bool
+    post_copy_possible: bool
+    #: addresses on which it would receive guest memory, best first
+    addresses: tuple[str, ...]
+    #: a port on the first address on which it listens for a trial connection, 0 if every port of the range is taken
+    trial_port: int
+    #: its clock, seconds since the epoch
+    time: float

@@ -1,0 +1,23 @@
+"""What preflight found, one at a time."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+from limosa.model.base import Model
+
+
+class Severity(StrEnum):
+    """``ERROR`` refuses the move, ``WARNING`` lets it go on."""
+
+    ERROR = "error"
+    WARNING = "warning"
+
+
+class Finding(Model, forbid_unknown_fields=False, frozen=True):
+    """One fact that stands against a move: a stable code, what was found, and what to do about it."""
+
+    code: str
+    severity: Severity
+    what: str
+    todo: str

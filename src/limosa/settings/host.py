@@ -1,0 +1,99 @@
+"""The settings page of a host: all of live migration in one place, validated, changed while the daemon works.
+
+Each field carries its own help in ``Meta(description=...)``; ``limosa host settings`` prints it.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from typing import Annotated, Literal
+
+from msgspec import Meta
+
+from limosa.model.base import AbsolutePath, Model, Name
+
+Cidr = Annotated[str, Meta(max_length=64, description="a network such as 10.0.0.0/24")]
+PeerAddress = Annotated[
+    str,
+    Meta(pattern=r"\A[A-Za-z0-9._:\[\]-]{1,255}\Z", description="HOST or HOST:PORT of another host's API"),
+]
+
+
+class ConvergencePolicy(Model, frozen=True):
+    """What a move does when the guest writes faster than its memory can be sent. Steps are taken in this order."""
+
+    first_downtime_ms: Annotated[
+        float,
+        Meta(
+            ge=1, le=2000, description="downtime limit a move starts with; raised step by step up to blackout_budget_ms"
+        ),
+    ] = 4
+    blackout_budget_ms: Annotated[
+        float, Meta(ge=1, le=2000, description="the longest blackout a move may plan for, in milliseconds")
+    ] = 60
+    auto_converge: Annotated[
+        bool, Meta(description="slow the guest's processors when the budget alone does not suffice")
+    ] = True
+    max_throttle_percent: Annotated[int, Meta(ge=1, le=99, description="how far auto_converge may slow the guest")] = 80
+    post_copy: Annotated[
+        bool,
+        Meta(description="as a last step run the guest at the destination and fetch memory behind it; no way back"),
+    ] = False
+    patience_s: Annotated[
+        float, Meta(ge=1, le=86400, description="give up when this long no step has brought the move nearer to its end")
+    ] = 120
+
+    def __post_init__(self) -> None:
+        if self.first_downtime_ms > self.blackout_budget_ms:
+            raise ValueError("first_downtime_ms is more than blackout_budget_ms")
+
+
+class HostSettings(Model, frozen=True):
+    """All live settings of a host."""
+
+    live_migration: Annotated[bool, Meta(description="whether VMs may move from or to this host")] = True
+    max_outgoing: Annotated[
+        int, Meta(ge=1, le=64, description="moves from this host at once; more wait in line. Relates to max_incoming")
+    ] = 2
+    max_incoming: Annotated[
+        int, Meta(ge=1, le=64, description="moves to this host at once; more wait in line. Relates to max_outgoing")
+    ] = 2
+    migration_networks: Annotated[
+        tuple[Cidr, ...],
+        Meta(description="networks allowed to carry guest memory, in order of preference; empty: any the hosts share"),
+    ] = ()
+    migration_ports: Annotated[
+        tuple[int, int], Meta(description="first and last TCP port on which this host receives guest memory")
+    ] = (49152, 49407)
+    transport: Annotated[
+        Literal["auto", "tcp"], Meta(description="how guest memory travels; auto chooses what is fastest here")
+    ] = "auto"
+    encrypt: Annotated[
+        bool, Meta(description="TLS on the migration stream; switch it off only on networks nobody else can reach")
+    ] = True
+    bandwidth_mbit_per_s: Annotated[
+        int,
+        Meta(ge=0, le=1_000_000, description="cap for guest memory sent by this host, shared by its moves; 0: none"),
+    ] = 0
+    convergence: ConvergencePolicy = ConvergencePolicy()
+    reserved_memory_mib: Annotated[
+        int, Meta(ge=0, le=16 * 1024 * 1024, description="memory kept for the host itself, never given to VMs")
+    ] = 512
+    peers: Annotated[
+        dict[Name, PeerAddress],
+        Meta(description="addresses of other hosts by name; hosts not listed are looked up in DNS"),
+    ] = {}
+    locations: Annotated[
+        dict[Name, AbsolutePath],
+        Meta(description="shared storage by name; two hosts with a location of one name see the same files below it"),
+    ] = {}
+
+    def __post_init__(self) -> None:
+        for network in self.migration_networks:
+            try:
+                ipaddress.ip_network(network)
+            except ValueError as error:
+                raise ValueError(f"migration_networks: {error}") from None
+        first, last = self.migration_ports
+        if not 1024 <= first <= last <= 65535:
+            raise ValueError("migration_ports: two ports from 1024 to 65535, the lower first")

@@ -1,0 +1,97 @@
+"""TOML files to and from validated structs; the only place that does it, so every file fails in the same words."""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+
+from limosa.errors import InvalidInput, LimosaError, StateError
+from limosa.model.base import Model
+
+T = TypeVar("T", bound=Model)
+
+MAX_FILE_BYTES = 4 * 1024 * 1024
+
+
+def decode(text: str, cls: type[T], *, where: str, error: type[LimosaError] = InvalidInput) -> T:
+    """The struct that ``text`` describes. Raises ``error`` naming ``where`` and the place of the fault."""
+    try:
+        return convert(tomllib.loads(text), cls, where=where, error=error)
+    except (tomllib.TOMLDecodeError, RecursionError) as fault:
+        raise error(f"{where} is not valid TOML", why=str(fault), todo="mend the file") from fault
+
+
+def convert(raw: Any, cls: type[T], *, where: str, error: type[LimosaError] = InvalidInput) -> T:
+    """The struct that plain data describes. Raises ``error`` naming ``where`` and the field."""
+    try:
+        return msgspec.convert(raw, cls)
+    except msgspec.ValidationError as fault:
+        raise error(f"{where} is not valid", why=str(fault), todo="mend the field that is named") from fault
+
+
+def read(path: Path, cls: type[T], *, error: type[LimosaError] = InvalidInput) -> T:
+    """The struct in a TOML file. Raises ``error`` (unreadable, not UTF-8, too large, not valid)."""
+    try:
+        with path.open("rb") as stream:
+            data = stream.read(MAX_FILE_BYTES + 1)
+        text = data.decode("utf-8")
+    except (OSError, UnicodeDecodeError) as fault:
+        raise error(f"cannot read {path}", why=str(fault)) from fault
+    if len(data) > MAX_FILE_BYTES:
+        raise error(f"{path} is too large", why=f"more than {MAX_FILE_BYTES} bytes")
+    return decode(text, cls, where=str(path), error=error)
+
+
+def encode(value: Model) -> str:
+    """TOML text of a struct, without the fields that are null."""
+    # Writing TOML is not on the way of any command that only talks to a daemon; loading the writer would be.
+    import tomli_w  # noqa: PLC0415
+
+    return tomli_w.dumps(_without_none(msgspec.to_builtins(value)))
+
+
+def write(path: Path, value: Model) -> None:
+    """Write a struct so that after a crash the file is either the old or the new one, whole, and on the disk.
+
+    Raises :class:`StateError`; the old file is then untouched.
+    """
+    write_atomically(path, encode(value).encode())
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Replace ``path`` by ``data`` (mode 0600), durably. Raises :class:`StateError`, the old file untouched."""
+    temporary = path.with_name(f".{path.name}.new")
+    try:
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        with os.fdopen(descriptor, "wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(path)
+        sync_folder(path.parent)
+    except OSError as fault:
+        temporary.unlink(missing_ok=True)
+        raise StateError(
+            f"cannot write {path}", why=fault.strerror or str(fault), todo="free space or mend the file system"
+        ) from fault
+
+
+def sync_folder(folder: Path) -> None:
+    """Make names created in or removed from ``folder`` durable."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _without_none(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_none(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [_without_none(item) for item in value]
+    return value

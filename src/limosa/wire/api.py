@@ -1,0 +1,147 @@
+"""Bodies of the HTTP API that are not nouns of ``model`` already."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from msgspec import Meta
+
+from limosa.model.base import AbsolutePath, Mac, Model, Name, SwitchName, Uuid
+from limosa.model.finding import Finding
+from limosa.model.migration import Migration, Side
+from limosa.model.vm import (
+    CloudInit,
+    CpuModel,
+    Cpus,
+    DirectBoot,
+    DiskFormat,
+    DiskName,
+    Firmware,
+    HostDevice,
+    MachineType,
+    MemoryMib,
+    Vm,
+)
+from limosa.settings.host import HostSettings
+
+
+class Empty(Model, frozen=True):
+    """No body."""
+
+
+class NewDisk(Model, frozen=True):
+    """A disk to give to a new VM. The image must exist, unless ``size_mib`` asks for a new one."""
+
+    path: AbsolutePath
+    name: DiskName | None = None
+    format: DiskFormat | None = None
+    read_only: bool = False
+    size_mib: Annotated[int, Meta(ge=1, le=64 * 1024 * 1024)] | None = None
+
+
+class NewNic(Model, frozen=True):
+    """A network card to give to a new VM; without ``mac`` one is made."""
+
+    switch: SwitchName
+    mac: Mac | None = None
+
+
+class NewVm(Model, frozen=True):
+    """A VM to create. What is not said is chosen once, at creation, and then fixed in its ``vm.toml``."""
+
+    name: Name
+    memory_mib: MemoryMib
+    uuid: Uuid | None = None
+    cpus: Cpus = 1
+    machine: MachineType | None = None
+    cpu: CpuModel = "x86-64-v2"
+    accelerator: Literal["auto", "kvm", "tcg"] = "auto"
+    firmware: Firmware = "bios"
+    boot: DirectBoot | None = None
+    disks: Annotated[tuple[NewDisk, ...], Meta(max_length=26)] = ()
+    nics: Annotated[tuple[NewNic, ...], Meta(max_length=8)] = ()
+    cloud_init: CloudInit | None = None
+    host_devices: Annotated[tuple[HostDevice, ...], Meta(max_length=8)] = ()
+    on_crash: Literal["stop", "restart"] = "stop"
+
+
+class VmList(Model, forbid_unknown_fields=False, frozen=True):
+    """All VMs of a host, by name."""
+
+    vms: tuple[Vm, ...]
+
+
+class HostStatus(Model, forbid_unknown_fields=False, frozen=True):
+    """A host as it sees itself."""
+
+    name: Name
+    limosa: str
+    #: oldest and newest version of the peer protocol it speaks
+    protocol: tuple[int, int]
+    qemu: str
+    accelerator: str
+    cpus: int
+    memory_total_mib: int
+    memory_available_mib: int
+    switches: tuple[str, ...]
+    addresses: tuple[str, ...]
+    vms: int
+    outgoing: int
+    incoming: int
+    time: float
+
+
+class MoveOptions(Model, frozen=True):
+    """What one move may do otherwise than the host's settings say."""
+
+    transport: Literal["auto", "tcp"] | None = None
+    bandwidth_mbit_per_s: Annotated[int, Meta(ge=0, le=1_000_000)] | None = None
+    blackout_budget_ms: Annotated[float, Meta(ge=1, le=2000)] | None = None
+    post_copy: bool | None = None
+
+
+class CheckRequest(Model, frozen=True):
+    """Ask the source whether a VM could move."""
+
+    vm: Name
+    destination: Annotated[str, Meta(pattern=r"\A[A-Za-z0-9._:\[\]-]{1,255}\Z", description="host name or address")]
+
+
+class MoveRequest(CheckRequest, frozen=True):
+    """Ask the source to move a VM."""
+
+    options: MoveOptions = MoveOptions()
+
+
+class CheckReport(Model, forbid_unknown_fields=False, frozen=True):
+    """Everything that stands against a move, all at once; ``possible`` if nothing of it is an error."""
+
+    vm: Name
+    source: Name
+    destination: str
+    possible: bool
+    findings: tuple[Finding, ...]
+
+
+class MigrationList(Model, forbid_unknown_fields=False, frozen=True):
+    """Moves of a host, newest first."""
+
+    migrations: tuple[Migration, ...]
+
+
+class ResolveRequest(Model, frozen=True):
+    """A person's word on who owns a VM whose owner nobody can know."""
+
+    owner: Side
+
+
+class SettingsPage(Model, forbid_unknown_fields=False, frozen=True):
+    """The settings of a host."""
+
+    settings: HostSettings
+
+
+class SettingsChange(Model, frozen=True):
+    """New values by field name (``convergence.post_copy`` for nested ones); null puts the default back."""
+
+    values: dict[Annotated[str, Meta(max_length=128)], Any]

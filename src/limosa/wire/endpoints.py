@@ -1,0 +1,95 @@
+"""Every request of the HTTP API, once.
+
+The server binds a handler to each, the client calls them, the OpenAPI document lists them: none can drift.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Generic, TypeVar
+
+from limosa.model.base import Model
+from limosa.model.migration import Migration
+from limosa.model.vm import Vm
+from limosa.wire import api
+
+Request = TypeVar("Request", bound=Model)
+Reply = TypeVar("Reply", bound=Model)
+
+
+class Role(IntEnum):
+    """What a certificate allows; each includes those before it, except that only a host is a ``HOST``."""
+
+    VIEWER = 1
+    OPERATOR = 2
+    HOST = 3
+
+
+@dataclass(frozen=True)
+class Endpoint(Generic[Request, Reply]):
+    """One request. ``path`` has its parameters in braces; ``stream`` replies with one JSON object a line."""
+
+    method: str
+    path: str
+    request: type[Request]
+    reply: type[Reply]
+    role: Role
+    summary: str
+    stream: bool = False
+
+
+HOST = Endpoint("GET", "/v1/host", api.Empty, api.HostStatus, Role.VIEWER, "The host as it sees itself")
+SETTINGS = Endpoint("GET", "/v1/settings", api.Empty, api.SettingsPage, Role.VIEWER, "The settings page")
+CHANGE_SETTINGS = Endpoint(
+    "PATCH", "/v1/settings", api.SettingsChange, api.SettingsPage, Role.OPERATOR, "Change settings, all or none"
+)
+
+LIST_VMS = Endpoint("GET", "/v1/vms", api.Empty, api.VmList, Role.VIEWER, "All VMs of the host")
+CREATE_VM = Endpoint("POST", "/v1/vms", api.NewVm, Vm, Role.OPERATOR, "Create a VM; it is not started")
+SHOW_VM = Endpoint("GET", "/v1/vms/{vm}", api.Empty, Vm, Role.VIEWER, "One VM")
+DELETE_VM = Endpoint(
+    "DELETE", "/v1/vms/{vm}", api.Empty, api.Empty, Role.OPERATOR, "Forget a stopped VM; its disks are kept"
+)
+START_VM = Endpoint("POST", "/v1/vms/{vm}/start", api.Empty, Vm, Role.OPERATOR, "Start a VM")
+STOP_VM = Endpoint("POST", "/v1/vms/{vm}/stop", api.Empty, Vm, Role.OPERATOR, "Pull the VM's plug")
+SHUTDOWN_VM = Endpoint("POST", "/v1/vms/{vm}/shutdown", api.Empty, Vm, Role.OPERATOR, "Press the VM's power button")
+PAUSE_VM = Endpoint("POST", "/v1/vms/{vm}/pause", api.Empty, Vm, Role.OPERATOR, "Pause a VM")
+RESUME_VM = Endpoint("POST", "/v1/vms/{vm}/resume", api.Empty, Vm, Role.OPERATOR, "Resume a paused VM")
+
+CHECK = Endpoint("POST", "/v1/checks", api.CheckRequest, api.CheckReport, Role.VIEWER, "Preflight: could this VM move?")
+MOVE = Endpoint(
+    "POST", "/v1/migrations", api.MoveRequest, Migration, Role.OPERATOR, "Move a running VM to another host"
+)
+LIST_MIGRATIONS = Endpoint(
+    "GET", "/v1/migrations", api.Empty, api.MigrationList, Role.VIEWER, "Moves under way and ended, newest first"
+)
+SHOW_MIGRATION = Endpoint("GET", "/v1/migrations/{migration}", api.Empty, Migration, Role.VIEWER, "One move")
+WATCH_MIGRATION = Endpoint(
+    "GET",
+    "/v1/migrations/{migration}/watch",
+    api.Empty,
+    Migration,
+    Role.VIEWER,
+    "One move, a line at each change until it has ended",
+    stream=True,
+)
+CANCEL_MIGRATION = Endpoint(
+    "POST", "/v1/migrations/{migration}/cancel", api.Empty, Migration, Role.OPERATOR, "Cancel a move; the VM stays"
+)
+RESOLVE_MIGRATION = Endpoint(
+    "POST",
+    "/v1/migrations/{migration}/resolve",
+    api.ResolveRequest,
+    Migration,
+    Role.OPERATOR,
+    "Say who owns a VM whose owner nobody can know",
+)
+
+#: WebSockets, outside the table because they have no one request and reply.
+CONSOLE_PATH = "/v1/vms/{vm}/console"
+PEER_PATH = "/v1/peer"
+
+ENDPOINTS: tuple[Endpoint[Model, Model], ...] = tuple(
+    value for value in list(globals().values()) if isinstance(value, Endpoint)
+)

@@ -1,0 +1,178 @@
+"""What two host daemons say to each other while a VM moves: JSON messages on one WebSocket, source first.
+
+::
+
+    source                              destination
+    Hello            ->                 agree on a version
+                     <-  Welcome
+    Inspect          ->                 gather facts for preflight
+                     <-  Facts
+    Prepare          ->                 reserve, start QEMU with -S, taps, TLS, listen
+                     <-  InLine         (any number, while no slot is free)
+                     <-  Prepared
+                                        (guest memory flows from QEMU to QEMU)
+    TakeOver         ->                 continue the guest
+                     <-  Running        as soon as it runs
+                     <-  Adopted        when it is durable that the VM belongs here
+    Abort            ->                 destroy what was prepared
+                     <-  Gone
+    Attach           ->                 after a broken session: how do you stand?
+                     <-  Standing
+                     <-  Failed         at any time: what was asked, or the waiting QEMU, failed
+
+The session is the lease: if it breaks before the destination's QEMU has the whole state, the destination destroys
+what it prepared. After that it keeps the guest paused until the source, or a person, says whose it is.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated
+
+from msgspec import Meta
+
+from limosa.model.base import MigrationId, Model, Name
+from limosa.model.facts import DestinationFacts
+from limosa.model.migration import Fault
+from limosa.model.vm import Accelerator, VmConfig
+
+Pem = Annotated[str, Meta(max_length=8192)]
+Base64 = Annotated[str, Meta(max_length=8 * 1024 * 1024)]
+
+
+class Message(Model, frozen=True, tag_field="type"):
+    """Base of all messages."""
+
+
+class Hello(Message, tag="hello", frozen=True):
+    """Who calls, and the versions it speaks."""
+
+    host: Name
+    oldest: int
+    newest: int
+
+
+class Welcome(Message, tag="welcome", frozen=True):
+    """Who answers, and the version both will use."""
+
+    host: Name
+    version: int
+
+
+class Inspect(Message, tag="inspect", frozen=True):
+    """Gather the facts preflight needs for this VM."""
+
+    vm: VmConfig
+    accelerator: Accelerator
+
+
+class Facts(Message, tag="facts", frozen=True):
+    """The answer to :class:`Inspect`."""
+
+    facts: DestinationFacts
+
+
+class StreamCredentials(Model, frozen=True):
+    """TLS credentials made for one migration stream by the source and thrown away after it.
+
+    The authority that signed the certificate signs only this pair, so the destination's QEMU accepts exactly the
+    source's QEMU and the other way round, and no QEMU ever holds a key of its host.
+    """
+
+    authority: Pem
+    certificate: Pem
+    key: Pem
+
+
+class Prepare(Message, tag="prepare", frozen=True):
+    """Reserve and build everything the VM needs at the destination."""
+
+    migration: MigrationId
+    vm: VmConfig
+    accelerator: Accelerator
+    transport: str
+    #: null: the stream is not encrypted
+    credentials: StreamCredentials | None
+    post_copy: bool
+    #: small files of the VM's own that the destination must have bit by bit (the cloud-init seed), by name
+    files: dict[Name, Base64] = {}
+
+
+class InLine(Message, tag="in-line", frozen=True):
+    """No slot is free yet; ``place`` counts from 1."""
+
+    place: int
+
+
+class Prepared(Message, tag="prepared", frozen=True):
+    """The destination's QEMU listens."""
+
+    address: str
+    port: int
+
+
+class TakeOver(Message, tag="take-over", frozen=True):
+    """The source's QEMU has completed and will not run again: continue the guest."""
+
+
+class Running(Message, tag="running", frozen=True):
+    """The guest runs at the destination since ``resumed_at`` (seconds since the epoch, by QEMU's RESUME event)."""
+
+    resumed_at: float
+
+
+class Adopted(Message, tag="adopted", frozen=True):
+    """It is durable at the destination that the VM belongs to it."""
+
+
+class Abort(Message, tag="abort", frozen=True):
+    """Destroy what was prepared."""
+
+    reason: str
+
+
+class Gone(Message, tag="gone", frozen=True):
+    """Nothing of the migration is left at the destination, and the guest never ran there."""
+
+
+class Attach(Message, tag="attach", frozen=True):
+    """Take up an earlier migration in a new session, and ask how it stands."""
+
+    migration: MigrationId
+
+
+class DestinationState(StrEnum):
+    """How an earlier migration stands at the destination."""
+
+    #: no journal speaks of it
+    UNKNOWN = "unknown"
+    #: its QEMU waits for guest state
+    INCOMING = "incoming"
+    #: its QEMU has the whole state and is paused
+    LOADED = "loaded"
+    #: the guest belongs to the destination (and runs, or ran and crashed there)
+    OWNED = "owned"
+    #: destroyed; the guest never ran there
+    GONE = "gone"
+
+
+class Standing(Message, tag="standing", frozen=True):
+    """The answer to :class:`Attach`.
+
+    ``rebooted`` tells that the destination's machine restarted since :class:`Prepare`, in which case ``GONE`` is no
+    proof that the guest did not run there for a moment.
+    """
+
+    state: DestinationState
+    rebooted: bool = False
+    resumed_at: float | None = None
+
+
+class Failed(Message, tag="failed", frozen=True):
+    """What was asked failed, or the destination's QEMU died; nothing of the migration is kept."""
+
+    fault: Fault
+
+
+FromSource = Hello | Inspect | Prepare | TakeOver | Abort | Attach
+FromDestination = Welcome | Facts | InLine | Prepared | Running | Adopted | Gone | Standing | Failed
