@@ -1,0 +1,94 @@
+"""The only place that makes SSL contexts: TLS 1.3, both sides show a certificate, one authority is trusted.
+
+A caller gives the host's name, or the IP address it calls, as ``server_hostname``; OpenSSL then accepts only a
+certificate that was issued for it and may serve. Who the caller is, the server reads with ``identity``.
+"""
+
+from __future__ import annotations
+
+import datetime
+import ssl
+from pathlib import Path
+from typing import Literal
+
+from limosa.errors import LimosaError, StateError
+
+Kind = Literal["host", "client"]
+
+
+def server_context(pki: Path) -> ssl.SSLContext:
+    """For the daemon's listener, from ``ca.pem``, ``host.pem`` and ``host.key`` in ``pki``.
+
+    Raises :class:`StateError` if a file is missing, unreadable, damaged or expired.
+    """
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.verify_mode = ssl.CERT_REQUIRED
+    _load(context, pki, "host")
+    check_dates(pki / "host.pem")
+    return context
+
+
+def client_context(pki: Path, kind: Kind) -> ssl.SSLContext:
+    """For calling a daemon, as a host (``host.pem``) or as a person (``client.pem``).
+
+    Raises :class:`StateError` if a file is missing, unreadable or damaged. The dates are not looked at, since the
+    other side does that and parsing them would cost every command a tenth of a second; see :func:`check_dates`.
+    """
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    _load(context, pki, kind)
+    return context
+
+
+def check_dates(certificate: Path) -> None:
+    """Raise :class:`StateError` if a certificate of ours has expired or is not valid yet."""
+    # Loading cryptography takes longer than most commands do; it is needed by daemons and to explain a failure.
+    from cryptography import x509  # noqa: PLC0415
+
+    try:
+        loaded = x509.load_pem_x509_certificate(certificate.read_bytes())
+    except (OSError, ValueError) as fault:
+        raise StateError(f"cannot read the certificate {certificate}", why=str(fault)) from fault
+    now = datetime.datetime.now(datetime.UTC)
+    if now > loaded.not_valid_after_utc:
+        raise StateError(
+            f"the certificate {certificate} has expired",
+            why=f"it was valid until {loaded.not_valid_after_utc:%Y-%m-%d %H:%M} UTC",
+            todo="renew it with 'limosa ca issue'",
+        )
+    if now < loaded.not_valid_before_utc:
+        raise StateError(
+            f"the certificate {certificate} is not valid yet",
+            why=f"it begins at {loaded.not_valid_before_utc:%Y-%m-%d %H:%M} UTC",
+            todo="set this machine's clock",
+        )
+
+
+def _load(context: ssl.SSLContext, pki: Path, kind: Kind) -> None:
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    authority, certificate, key = pki / "ca.pem", pki / f"{kind}.pem", pki / f"{kind}.key"
+    for path in (authority, certificate, key):
+        _check_readable(path)
+    try:
+        context.load_verify_locations(cafile=authority)
+    except (ssl.SSLError, OSError) as fault:
+        raise _damaged(f"{authority} is no certificate", fault) from fault
+    try:
+        # The password callback keeps OpenSSL from asking for one on the terminal if the key is encrypted.
+        context.load_cert_chain(certificate, key, password=lambda: "")
+    except (ssl.SSLError, OSError) as fault:
+        raise _damaged(f"{certificate} and {key} are no certificate and its key", fault) from fault
+
+
+def _check_readable(path: Path) -> None:
+    try:
+        path.open("rb").close()
+    except OSError as fault:
+        raise StateError(
+            f"cannot read {path}",
+            why=fault.strerror or str(fault),
+            todo="put the files made by 'limosa ca issue' there",
+        ) from fault
+
+
+def _damaged(what: str, fault: OSError) -> LimosaError:
+    return StateError(what, why=str(fault), todo="issue it again with 'limosa ca issue'")
