@@ -1,1 +1,1 @@
-"""."""
+"""How a guest's bytes travel from QEMU to QEMU."""

@@ -18,7 +18,8 @@
                      <-  Gone
     Attach           ->                 after a broken session: how do you stand?
                      <-  Standing
-                     <-  Failed         at any time: what was asked, or the waiting QEMU, failed
+                     <-  Failed         instead of any answer: what was asked failed
+                     <-  Lost           at any time: the waiting QEMU died
 
 The session is the lease: if it breaks before the destination's QEMU has the whole state, the destination destroys
 what it prepared. After that it keeps the guest paused until the source, or a person, says whose it is.
@@ -94,6 +95,8 @@ class Prepare(Message, tag="prepare", frozen=True):
     #: null: the stream is not encrypted
     credentials: StreamCredentials | None
     post_copy: bool
+    #: whether the guest is to run here, or was paused and stays so
+    running: bool
     #: small files of the VM's own that the destination must have bit by bit (the cloud-init seed), by name
     files: dict[Name, Base64] = {}
 
@@ -112,13 +115,16 @@ class Prepared(Message, tag="prepared", frozen=True):
 
 
 class TakeOver(Message, tag="take-over", frozen=True):
-    """The source's QEMU has completed and will not run again: continue the guest."""
+    """The source's QEMU has completed and will not run again: continue the guest, unless it was paused before."""
 
 
 class Running(Message, tag="running", frozen=True):
-    """The guest runs at the destination since ``resumed_at`` (seconds since the epoch, by QEMU's RESUME event)."""
+    """The guest runs at the destination since ``resumed_at`` (seconds since the epoch, by QEMU's RESUME event).
 
-    resumed_at: float
+    A guest that was paused before the move stays so; ``resumed_at`` is then null.
+    """
+
+    resumed_at: float | None
 
 
 class Adopted(Message, tag="adopted", frozen=True):
@@ -175,4 +181,4 @@ class Failed(Message, tag="failed", frozen=True):
 
 
 FromSource = Hello | Inspect | Prepare | TakeOver | Abort | Attach
-FromDestination = Welcome | Facts | InLine | Prepared | Running | Adopted | Gone | Standing | Failed
+FromDestination = Welcome | Facts | InLine | Prepared | Running | Adopted | Gone | Standing | Failed | Lost

@@ -1,0 +1,213 @@
+"""The source's end of a session with another host: a :class:`limosa.migration.peer.Peer` over one WebSocket.
+
+The session is opened with mutual TLS before anything is asked. A host is called by the name in its certificate; TLS
+refuses another. Pings every second notice a dead network within five.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import msgspec
+from websockets.asyncio.client import ClientConnection, connect
+from websockets.exceptions import InvalidHandshake, WebSocketException
+
+from limosa.errors import HostNotTrusted, HostUnreachable, from_fault
+from limosa.model.base import MigrationId
+from limosa.model.facts import DestinationFacts
+from limosa.model.vm import Accelerator, VmConfig
+from limosa.security.identity import from_peer_certificate
+from limosa.settings.daemon import DEFAULT_PORT
+from limosa.wire import peer as say
+from limosa.wire import versions
+from limosa.wire.endpoints import PEER_PATH, Role
+
+CONNECT_WITHIN_S = 5.0
+PING_EVERY_S = 1.0
+PONG_WITHIN_S = 4.0
+MAX_MESSAGE_BYTES = 16 * 1024 * 1024
+
+Answer = TypeVar("Answer")
+_decoder = msgspec.json.Decoder(say.FromDestination)
+
+
+class RemotePeer:
+    """A session with a destination. Made by :func:`dial`."""
+
+    def __init__(self, connection: ClientConnection, host: str) -> None:
+        self.host = host
+        self._connection = connection
+        loop = asyncio.get_running_loop()
+        self.lost: asyncio.Future[None] = loop.create_future()
+        self._adopted: asyncio.Future[None] = loop.create_future()
+        self._answers: asyncio.Queue[Any] = asyncio.Queue()
+        self._reader = asyncio.ensure_future(self._read())
+
+    async def inspect(self, vm: VmConfig, accelerator: Accelerator) -> tuple[DestinationFacts, float]:
+        """See :class:`limosa.migration.peer.Peer`."""
+        asked = time.time()
+        answer = await self._ask(say.Inspect(vm=vm, accelerator=accelerator), say.Facts)
+        return answer.facts, answer.facts.time - (asked + time.time()) / 2
+
+    async def prepare(self, request: say.Prepare, in_line: Callable[[int], None]) -> say.Prepared:
+        """See :class:`limosa.migration.peer.Peer`."""
+        await self._send(request)
+        while True:
+            answer = await self._answer((say.InLine, say.Prepared))
+            if isinstance(answer, say.Prepared):
+                return answer
+            in_line(answer.place)
+
+    async def take_over(self) -> say.Running:
+        """See :class:`limosa.migration.peer.Peer`."""
+        return await self._ask(say.TakeOver(), say.Running)
+
+    async def adopted(self) -> None:
+        """See :class:`limosa.migration.peer.Peer`."""
+        await asyncio.wait({self._adopted, self.lost}, return_when=asyncio.FIRST_COMPLETED)
+        if not self._adopted.done():
+            self.lost.result()
+
+    async def abort(self, reason: str) -> None:
+        """See :class:`limosa.migration.peer.Peer`."""
+        await self._ask(say.Abort(reason=reason), say.Gone)
+
+    async def attach(self, migration: MigrationId) -> say.Standing:
+        """See :class:`limosa.migration.peer.Peer`."""
+        return await self._ask(say.Attach(migration=migration), say.Standing)
+
+    async def close(self) -> None:
+        """See :class:`limosa.migration.peer.Peer`."""
+        self._reader.cancel()
+        self._lose("the session was closed")
+        self._connection.transport.abort()
+
+    async def hello(self, own_name: str) -> None:
+        """Agree on a version and on who is who. Raises :class:`HostUnreachable` or :class:`HostNotTrusted`."""
+        hello = say.Hello(host=own_name, oldest=versions.OLDEST, newest=versions.NEWEST)
+        welcome = await self._ask(hello, say.Welcome)
+        identity = from_peer_certificate(self._connection.transport.get_extra_info("peercert") or {})
+        if identity.role is not Role.HOST or identity.name != welcome.host:
+            raise HostNotTrusted(
+                f"'{self.host}' answered as host '{welcome.host}' with a certificate of '{identity.name}'",
+                todo="issue it a host certificate of its own name with 'limosa ca issue'",
+                host=self.host,
+            )
+        self.host = welcome.host
+
+    async def _ask(self, message: say.Message, answer: type[Answer]) -> Answer:
+        await self._send(message)
+        return await self._answer((answer,))
+
+    async def _send(self, message: say.Message) -> None:
+        if self.lost.done():
+            self.lost.result()
+        try:
+            await self._connection.send(msgspec.json.encode(message))
+        except WebSocketException as error:
+            raise self._lose(str(error)) from error
+
+    async def _answer(self, expected: tuple[type[Any], ...]) -> Any:
+        getter = asyncio.ensure_future(self._answers.get())
+        try:
+            await asyncio.wait({getter, self.lost}, return_when=asyncio.FIRST_COMPLETED)
+            if not getter.done():
+                self.lost.result()
+            answer = await getter
+        finally:
+            getter.cancel()
+        if isinstance(answer, say.Failed):
+            raise from_fault(answer.fault)
+        if not isinstance(answer, expected):
+            raise self._lose(f"it answered {type(answer).__name__}, which was not asked for")
+        return answer
+
+    async def _read(self) -> None:
+        try:
+            async for data in self._connection:
+                self._take(_decoder.decode(data))
+            self._lose("it closed the session")
+        except (WebSocketException, msgspec.MsgspecError, OSError) as error:
+            self._lose(str(error))
+
+    def _take(self, message: say.FromDestination) -> None:
+        match message:
+            case say.Adopted():
+                if not self._adopted.done():
+                    self._adopted.set_result(None)
+            case say.Lost(fault=fault):
+                if not self.lost.done():
+                    self.lost.set_exception(from_fault(fault))
+                    self.lost.exception()  # it may have no listener
+            case _:
+                self._answers.put_nowait(message)
+
+    def _lose(self, why: str) -> HostUnreachable:
+        error = HostUnreachable(
+            f"the session with host '{self.host}' broke",
+            why=why,
+            todo=f"see whether 'limosa host serve' works on '{self.host}' and the network between",
+            host=self.host,
+        )
+        if not self.lost.done():
+            self.lost.set_exception(error)
+            self.lost.exception()  # it may have no listener
+        return error
+
+
+async def dial(destination: str, address: str, own_name: str, context: ssl.SSLContext) -> RemotePeer:
+    """Open a session. ``address`` is ``HOST`` or ``HOST:PORT``; the certificate must be that of ``destination``.
+
+    Raises :class:`HostUnreachable` (nobody there), :class:`HostNotTrusted` (TLS said no).
+    """
+    host, port = split_address(address)
+    try:
+        connection = await connect(
+            f"wss://{f'[{host}]' if ':' in host else host}:{port}{PEER_PATH}",
+            ssl=context,
+            server_hostname=split_address(destination)[0],
+            open_timeout=CONNECT_WITHIN_S,
+            ping_interval=PING_EVERY_S,
+            ping_timeout=PONG_WITHIN_S,
+            close_timeout=1,
+            compression=None,
+            max_size=MAX_MESSAGE_BYTES,
+            proxy=None,
+        )
+    except ssl.SSLError as error:
+        raise HostNotTrusted(
+            f"no TLS session with host '{destination}' at {address}",
+            why=error.verify_message if isinstance(error, ssl.SSLCertVerificationError) else error.reason or str(error),
+            todo="both certificates must come from the same authority and be valid now: see 'limosa ca'",
+            host=destination,
+        ) from error
+    except (OSError, TimeoutError, InvalidHandshake, WebSocketException) as error:
+        raise HostUnreachable(
+            f"host '{destination}' cannot be reached at {address}",
+            why=str(error) or "no answer in time",
+            todo="see whether 'limosa host serve' runs there, its address in the setting 'peers', and firewalls",
+            host=destination,
+        ) from error
+    remote = RemotePeer(connection, destination)
+    try:
+        await remote.hello(own_name)
+    except BaseException:
+        await remote.close()
+        raise
+    return remote
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """``10.0.0.1``, ``10.0.0.1:7411``, ``[fd00::1]:7411`` or ``fd00::1`` as host and port."""
+    if address.startswith("["):
+        host, _, rest = address[1:].partition("]")
+        port = rest.removeprefix(":")
+    elif address.count(":") == 1:
+        host, _, port = address.partition(":")
+    else:
+        host, port = address, ""
+    return host, int(port) if port.isdecimal() and 0 < int(port) < 65536 else DEFAULT_PORT

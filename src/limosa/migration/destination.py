@@ -1,0 +1,274 @@
+"""The destination's side of a move.
+
+::
+
+    prepare      wait for a slot; reserve name and memory; start QEMU with -S; listen
+    take_over    on the source's word only: continue the guest, then make it durable that it is ours
+    abort        destroy everything; the guest never ran here
+    abandoned    the session broke: destroy what is incomplete, hold what is whole
+
+Every method is safe to call again. ``Destination`` is a :class:`limosa.migration.peer.Peer` itself but for the session:
+in tests the source's script talks to it directly.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+from limosa.errors import Conflict, DestinationLost, LimosaError, QemuError, StateError
+from limosa.migration.journal import Journal
+from limosa.migration.ownership import (
+    DestinationAction,
+    DestinationQemu,
+    DestinationStep,
+    decide_destination,
+    destination_state,
+)
+from limosa.model.vm import VmConfig
+from limosa.qemu.machine import Event, MachineProtocol, MigrationState, RunState, StreamParameters
+from limosa.wire.peer import Prepare, Prepared, Running, Standing
+
+#: From the source's word to a whole state here: the tail of the stream that QEMU is still loading.
+LOAD_WITHIN_S = 30.0
+
+_LOADED = (MigrationState.COMPLETED, MigrationState.POSTCOPY_ACTIVE)
+
+
+class Landing(Protocol):
+    """What the script needs of the host on which the VM lands. Each call undoes itself if it fails."""
+
+    async def reserve(self, in_line: Callable[[int], None]) -> None:
+        """Wait for a slot; then reserve the VM's name, UUID and memory."""
+
+    async def launch(self, request: Prepare) -> MachineProtocol:
+        """Start QEMU with taps and files, waiting for a migration."""
+
+    def stream_address(self) -> tuple[str, tuple[int, int]]:
+        """The address to listen on and the ports allowed."""
+
+    async def adopt(self, machine: MachineProtocol, *, running: bool) -> None:
+        """Make the VM one of this host's, durably. ``machine`` may be dead: then it crashed here."""
+
+    async def release(self, machine: MachineProtocol | None) -> None:
+        """Kill QEMU and give back name, memory, slot, files. Never fails."""
+
+
+class Destination:
+    """One VM that is to land here."""
+
+    def __init__(
+        self,
+        journal: Journal,
+        landing: Landing,
+        boot: str,
+        machine: MachineProtocol | None = None,
+    ) -> None:
+        self.journal = journal
+        self.landing = landing
+        self.machine = machine
+        self._boot = boot
+        loop = asyncio.get_running_loop()
+        #: done, with an exception, when the waiting QEMU died
+        self.lost: asyncio.Future[None] = loop.create_future()
+        self._loaded = asyncio.Event()
+        self._durable = asyncio.Event()
+        self._resumed_at: float | None = None
+        #: one act at a time: a word, an abort and a lost session may come at once
+        self._lock = asyncio.Lock()
+        self._watch: asyncio.Task[None] | None = None
+        if machine is not None:
+            self._follow(machine)
+
+    @property
+    def vm(self) -> VmConfig:
+        """The VM that is to land."""
+        return self.journal.header.vm
+
+    @property
+    def step(self) -> DestinationStep | None:
+        """The last step of the journal."""
+        return DestinationStep(self.journal.step) if self.journal.step is not None else None
+
+    async def prepare(self, request: Prepare, in_line: Callable[[int], None]) -> Prepared:
+        """Reserve and build everything. On failure nothing is kept."""
+        try:
+            await self.landing.reserve(in_line)
+            self.journal.record(DestinationStep.RESERVED, time.time(), durable=False)
+            self.machine = await self.landing.launch(request)
+            self._follow(self.machine)
+            await self.machine.prepare_incoming(
+                StreamParameters(
+                    credentials=request.credentials,
+                    downtime_limit_ms=1,
+                    bandwidth_bytes_per_s=0,
+                    post_copy=request.post_copy,
+                )
+            )
+            address, ports = self.landing.stream_address()
+            port = await self.machine.listen(address, ports)
+        except BaseException:
+            await asyncio.shield(self.abort("it could not be prepared"))
+            raise
+        return Prepared(address=address, port=port)
+
+    async def take_over(self) -> Running:
+        """Continue the guest. The caller says by this that nobody else does, and never will.
+
+        Raises :class:`DestinationLost` if the guest's state never was whole here; everything is destroyed then and the
+        guest never ran. Called again, it answers as before.
+        """
+        async with self._lock:
+            if self.step in (DestinationStep.CONTINUING, DestinationStep.OWNED):
+                return Running(resumed_at=self._resumed_at)
+            machine = await self._whole()
+            self.journal.record(DestinationStep.CONTINUING, time.time(), durable=False)
+            if self.journal.header.was_running:
+                self._resumed_at = await machine.resume()
+            return Running(resumed_at=self._resumed_at)
+
+    async def adopted(self) -> None:
+        """Make it durable that the VM is ours. Returns at once if it is."""
+        async with self._lock:
+            if self.step is DestinationStep.CONTINUING:
+                await self._own()
+
+    async def abort(self, reason: str) -> None:
+        """Destroy everything. Raises :class:`Conflict` if the guest is ours already."""
+        async with self._lock:
+            if self.step in (DestinationStep.CONTINUING, DestinationStep.OWNED):
+                raise Conflict(
+                    f"VM '{self.vm.name}' cannot be given up: this host owns it",
+                    why="the source, or a person, handed it over",
+                    vm=self.vm.name,
+                    host=self.journal.header.destination,
+                )
+            if self.step is not DestinationStep.GONE:
+                await self._destroy()
+
+    async def abandoned(self) -> None:
+        """The session with the source broke, or this daemon restarted: do what is safe on one's own."""
+        async with self._lock:
+            if self.step is None:
+                await self._destroy()
+                return
+            if self.step in (DestinationStep.OWNED, DestinationStep.GONE):
+                return
+            match decide_destination(self.step, await self._own_qemu()):
+                case DestinationAction.DESTROY:
+                    await self._destroy()
+                case DestinationAction.OWN:
+                    await self._continue_again()
+                    await self._own()
+                case DestinationAction.HOLD:
+                    pass
+
+    async def standing(self) -> Standing:
+        """How it stands, for a source that has lost track."""
+        async with self._lock:
+            state = destination_state(self.step, await self._own_qemu())
+            rebooted = self.journal.header.boot != self._boot
+            return Standing(state=state, rebooted=rebooted, resumed_at=self._resumed_at)
+
+    async def resolve(self, *, here: bool) -> None:
+        """A person says whether the guest is this host's, and answers for it."""
+        if here:
+            await self.take_over()
+            await self.adopted()
+        else:
+            await self.abort("a person gave the VM to the source")
+
+    async def _whole(self) -> MachineProtocol:
+        """The QEMU with the whole state. Else everything is destroyed and :class:`DestinationLost` raised."""
+        try:
+            if self.machine is None or self.step is not DestinationStep.RESERVED:
+                raise StateError("nothing waits here")
+            if not self._loaded.is_set():
+                await self._load(self.machine)
+        except (LimosaError, TimeoutError) as error:
+            if self.step is not DestinationStep.GONE:
+                await self._destroy()
+            raise DestinationLost(
+                f"the state of VM '{self.vm.name}' did not arrive whole",
+                why=str(error) or "QEMU did not finish loading it",
+                vm=self.vm.name,
+                host=self.journal.header.destination,
+            ) from error
+        return self.machine
+
+    async def _load(self, machine: MachineProtocol) -> None:
+        if (await machine.migration()).state in _LOADED:
+            return
+        gone = asyncio.ensure_future(machine.gone.wait())
+        loaded = asyncio.ensure_future(self._loaded.wait())
+        try:
+            async with asyncio.timeout(LOAD_WITHIN_S):
+                await asyncio.wait({gone, loaded}, return_when=asyncio.FIRST_COMPLETED)
+            if not loaded.done():
+                raise QemuError("QEMU ended while it loaded the state", why=machine.epitaph())
+        finally:
+            gone.cancel()
+            loaded.cancel()
+
+    async def _own(self) -> None:
+        assert self.machine is not None
+        machine = self.machine
+        await self.landing.adopt(machine, running=self._resumed_at is not None)
+        self.journal.record(DestinationStep.OWNED, time.time(), resumed_at=self._resumed_at)
+        self._unfollow()
+
+    async def _continue_again(self) -> None:
+        """After a restart between writing CONTINUING and doing it. The word was given, so this is no guess."""
+        machine = self.machine
+        if machine is None or machine.gone.is_set():
+            return
+        if await machine.status() is not RunState.RUNNING and self.journal.header.was_running:
+            self._resumed_at = await machine.resume()
+
+    async def _destroy(self) -> None:
+        self._unfollow()
+        await self.landing.release(self.machine)
+        self.machine = None
+        self.journal.record(DestinationStep.GONE, time.time())
+
+    async def _own_qemu(self) -> DestinationQemu:
+        if self.machine is None or self.machine.gone.is_set():
+            return DestinationQemu.DEAD
+        try:
+            if await self.machine.status() is RunState.RUNNING:
+                return DestinationQemu.RUNNING
+            loaded = (await self.machine.migration()).state in _LOADED
+        except QemuError:
+            return DestinationQemu.DEAD
+        return DestinationQemu.LOADED if loaded else DestinationQemu.INCOMING
+
+    def _follow(self, machine: MachineProtocol) -> None:
+        self._unsubscribe = machine.on_event(self._on_event)
+        self._watch = asyncio.ensure_future(self._until_gone(machine))
+
+    def _unfollow(self) -> None:
+        if self._watch is not None:
+            self._unsubscribe()
+            self._watch.cancel()
+            self._watch = None
+
+    def _on_event(self, event: Event) -> None:
+        if event.name == "MIGRATION" and MigrationState(event.data["status"]) in _LOADED:
+            self._loaded.set()
+
+    async def _until_gone(self, machine: MachineProtocol) -> None:
+        await machine.gone.wait()
+        if not self.lost.done():
+            self.lost.set_exception(
+                DestinationLost(
+                    f"QEMU of VM '{self.vm.name}' on host '{self.journal.header.destination}' ended",
+                    why=machine.epitaph(),
+                    vm=self.vm.name,
+                    host=self.journal.header.destination,
+                )
+            )
+            self.lost.exception()  # it may have no listener
+
+

@@ -1,0 +1,150 @@
+"""What a move was about to do, written before it does it.
+
+One append-only file of JSON lines for each migration and side; the first line says what the move is, each further line
+a step. A daemon that was killed reads it to know where it stood. Two kinds of durability are told apart:
+
+- *written*: the line is in the kernel's page cache. It survives the death of the daemon but not of the machine. Enough
+  on the way between STOP and RESUME, because with the machine its QEMU dies too.
+- *durable*: the line is on the disk. Everything else.
+
+A crash can cut the last line; such a line never took effect, because acts follow their line. Damage anywhere else
+is a :class:`StateError`, and the file is left for a person.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from limosa.errors import StateError
+from limosa.migration.ownership import DestinationStep, SourceStep
+from limosa.model.base import MigrationId, Model, Name
+from limosa.model.migration import Fault, Side
+from limosa.model.vm import Accelerator, VmConfig
+from limosa.settings.toml import sync_folder
+
+
+class Header(Model, frozen=True, forbid_unknown_fields=False):
+    """What the move is."""
+
+    migration: MigrationId
+    side: Side
+    vm: VmConfig
+    accelerator: Accelerator
+    source: Name
+    destination: Name
+    #: how the source reaches the destination; empty in the destination's journal
+    address: str
+    accepted_at: float
+    #: /proc/sys/kernel/random/boot_id when the journal began
+    boot: str
+    #: the request, as asked; kept for moves that wait in line over a restart
+    options: dict[str, Any] = {}
+    #: whether the guest ran (was not paused) when the move was accepted
+    was_running: bool = True
+
+
+class Record(Model, frozen=True, forbid_unknown_fields=False):
+    """One step."""
+
+    step: str
+    at: float
+    fault: Fault | None = None
+    resumed_at: float | None = None
+    #: figures of the finished move, kept for ``limosa migration show``
+    summary: dict[str, Any] = {}
+
+
+class Journal:
+    """An open journal. Not safe for several writers; each move has its own."""
+
+    def __init__(self, path: Path, header: Header, records: list[Record]) -> None:
+        self.path = path
+        self.header = header
+        self.records = records
+        self._descriptor: int | None = None
+
+    @classmethod
+    def begin(cls, folder: Path, header: Header) -> Journal:
+        """Create the journal of a new migration, durably. Raises :class:`StateError`; nothing is left then."""
+        journal = cls(folder / f"{header.migration}.{header.side}.jsonl", header, [])
+        try:
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC
+            journal._descriptor = os.open(journal.path, flags, 0o600)
+            journal._write(msgspec.json.encode(header), durable=True)
+            sync_folder(folder)
+        except OSError as error:
+            journal.discard()
+            raise StateError(
+                f"cannot write the journal {journal.path}",
+                why=error.strerror or str(error),
+                todo="free space or mend the file system of the state folder",
+                vm=header.vm.name,
+            ) from error
+        return journal
+
+    @classmethod
+    def load(cls, path: Path) -> Journal:
+        """Read a journal. Raises :class:`StateError` if anything but its last line is damaged."""
+        try:
+            data = path.read_bytes()
+            lines = data.split(b"\n")
+            # Acts follow their line, so a last line without its newline stands for nothing that was done.
+            complete = lines[:-1]
+            header = msgspec.json.decode(complete[0], type=Header)
+            records = [msgspec.json.decode(line, type=Record) for line in complete[1:]]
+        except (OSError, IndexError, msgspec.MsgspecError, UnicodeDecodeError) as error:
+            raise StateError(
+                f"the journal {path} is damaged",
+                why=str(error),
+                todo="see docs/recovery.md; the VM is left as it is",
+            ) from error
+        if len(data) != sum(len(line) + 1 for line in complete):
+            os.truncate(path, sum(len(line) + 1 for line in complete))
+        return cls(path, header, records)
+
+    @property
+    def step(self) -> str | None:
+        """The last step, or None if only the header is there."""
+        return self.records[-1].step if self.records else None
+
+    def record(self, step: SourceStep | DestinationStep, at: float, *, durable: bool = True, **evidence: Any) -> None:
+        """Append a step. On return it is durable, or at least written (see the module's text).
+
+        Raises :class:`StateError` (disk full); the step then must not be taken.
+        """
+        record = Record(step=step, at=at, **evidence)
+        try:
+            if self._descriptor is None:
+                self._descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
+            self._write(msgspec.json.encode(record), durable=durable)
+        except OSError as error:
+            raise StateError(
+                f"cannot write the journal {self.path}", why=error.strerror or str(error), vm=self.header.vm.name
+            ) from error
+        self.records.append(record)
+
+    def _write(self, line: bytes, *, durable: bool) -> None:
+        assert self._descriptor is not None
+        before = os.fstat(self._descriptor).st_size
+        data = line + b"\n"
+        written = os.write(self._descriptor, data)
+        if written != len(data):
+            os.ftruncate(self._descriptor, before)
+            raise OSError(28, "No space left on device")
+        if durable:
+            os.fsync(self._descriptor)
+
+    def close(self) -> None:
+        """Let go of the file. The journal can still be read, and opens again by itself when written."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+    def discard(self) -> None:
+        """Remove the journal of a move that did nothing."""
+        self.close()
+        self.path.unlink(missing_ok=True)

@@ -1,0 +1,51 @@
+"""How the source's script knows its destination: a small protocol that a network session and the destination's own
+script in one process both are."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Protocol
+
+from limosa.model.base import MigrationId
+from limosa.model.facts import DestinationFacts
+from limosa.model.vm import Accelerator, VmConfig
+from limosa.wire.peer import Prepare, Prepared, Running, Standing
+
+
+class Peer(Protocol):
+    """One session with a destination. Any call may raise what the destination raised, or
+    :class:`limosa.errors.HostUnreachable` when the session broke: whether it took effect is then not known."""
+
+    #: the destination's name
+    host: str
+    #: done, with an exception, when the session broke or the waiting QEMU at the destination died
+    lost: asyncio.Future[None]
+
+    async def inspect(self, vm: VmConfig, accelerator: Accelerator) -> tuple[DestinationFacts, float]:
+        """Facts for preflight, and the destination's clock less ours in seconds."""
+
+    async def prepare(self, request: Prepare, in_line: Callable[[int], None]) -> Prepared:
+        """Wait for a slot (``in_line`` gets the place), reserve and build everything. On failure nothing is kept."""
+
+    async def take_over(self) -> Running:
+        """Give the word: the guest is the destination's, and goes on there."""
+
+    async def adopted(self) -> None:
+        """Return when it is durable at the destination that the VM belongs to it."""
+
+    async def abort(self, reason: str) -> None:
+        """Have everything destroyed. On return nothing is left there and the guest never ran there."""
+
+    async def attach(self, migration: MigrationId) -> Standing:
+        """Take up an earlier migration and ask how it stands."""
+
+    async def close(self) -> None:
+        """End the session. Never raises."""
+
+
+class Dialler(Protocol):
+    """Opens sessions with one destination."""
+
+    async def __call__(self) -> Peer:
+        """A new session. Raises :class:`limosa.errors.HostUnreachable`."""

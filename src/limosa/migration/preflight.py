@@ -1,0 +1,196 @@
+"""May this VM move to that host? Facts in, findings out; pure.
+
+All rules are asked, so that an administrator sees everything at once. ``docs/errors.md`` lists the codes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from limosa.model.facts import DestinationFacts, VmFacts
+from limosa.model.finding import Finding, Severity
+from limosa.model.vm import VmConfig
+from limosa.storage.identity import same_file
+
+#: Older ones lack a return path that can be relied on, or late-block-activate with inactive images.
+OLDEST_QEMU = (7, 2, 0)
+#: Before it, a QEMU that emulates loses guest writes during a live migration (pages that stay in the emulated TLB).
+OLDEST_EMULATING_QEMU = (9, 0, 0)
+CLOCK_SKEW_S = 5.0
+
+
+def check(
+    vm: VmConfig, source: str, here: VmFacts, there: DestinationFacts, *, clock_skew_s: float, reachable: bool
+) -> tuple[Finding, ...]:
+    """Everything that stands against moving ``vm``, errors first.
+
+    ``clock_skew_s``: the destination's clock less the source's; ``reachable``: whether a trial connection to the
+    destination's first address succeeded.
+    """
+    rules = (
+        _hosts(source, here, there),
+        _programs(vm, here, there),
+        _places(vm, there),
+        _files(vm, here, there),
+        _network(there, reachable),
+        _clock(there, clock_skew_s),
+        _devices(vm),
+    )
+    found = [finding for rule in rules for finding in rule]
+    return tuple(sorted(found, key=lambda finding: finding.severity is not Severity.ERROR))
+
+
+def _error(code: str, what: str, todo: str) -> Finding:
+    return Finding(code=code, severity=Severity.ERROR, what=what, todo=todo)
+
+
+def _warning(code: str, what: str, todo: str) -> Finding:
+    return Finding(code=code, severity=Severity.WARNING, what=what, todo=todo)
+
+
+def _hosts(source: str, here: VmFacts, there: DestinationFacts) -> Iterator[Finding]:
+    todo = "limosa --host {} host settings live_migration true"
+    if source == there.host:
+        yield _error("same-host", f"the VM is on host '{source}' already", "choose another host")
+    if not here.live_migration:
+        yield _error("migration-off", f"live migration is off on host '{source}'", todo.format(source))
+    if not there.live_migration:
+        yield _error("migration-off", f"live migration is off on host '{there.host}'", todo.format(there.host))
+    if not here.running:
+        yield _error("vm-not-running", "the VM does not run", "start it, or move its files while it is stopped")
+
+
+def _programs(vm: VmConfig, here: VmFacts, there: DestinationFacts) -> Iterator[Finding]:
+    for what, qemu in (("source", here.qemu), (f"host '{there.host}'", there.qemu)):
+        if qemu < OLDEST_QEMU:
+            yield _error("qemu-too-old", f"QEMU {_version(qemu)} on {what} is too old", "upgrade to QEMU 7.2 or newer")
+        elif here.accelerator == "tcg" and qemu < OLDEST_EMULATING_QEMU:
+            yield _error(
+                "emulation-unsafe",
+                f"QEMU {_version(qemu)} on {what} loses guest writes when a guest it emulates moves",
+                "upgrade to QEMU 9.0 or newer, or use hardware virtualisation",
+            )
+    if there.qemu[:2] < here.qemu[:2]:
+        yield _error(
+            "qemu-older",
+            f"QEMU {_version(there.qemu)} on host '{there.host}' is older than {_version(here.qemu)} here",
+            "moves go to the same or a newer QEMU; upgrade the destination",
+        )
+    if here.accelerator not in there.accelerators:
+        yield _error(
+            "accelerator-missing",
+            f"the VM runs with {here.accelerator}, which host '{there.host}' does not offer",
+            "choose a host with it; a running guest cannot change it",
+        )
+    if not there.machine_known:
+        yield _error(
+            "machine-unknown",
+            f"host '{there.host}' does not know the machine type {vm.machine}",
+            "upgrade QEMU there, or recreate the VM with an older machine type",
+        )
+    yield from _processor(vm, there)
+
+
+def _processor(vm: VmConfig, there: DestinationFacts) -> Iterator[Finding]:
+    if not there.cpu_known:
+        yield _error(
+            "cpu-unknown",
+            f"host '{there.host}' does not know the CPU model {vm.cpu}",
+            "use a portable model such as x86-64-v2",
+        )
+    elif there.cpu_missing:
+        yield _error(
+            "cpu-features-missing",
+            f"host '{there.host}' lacks {', '.join(there.cpu_missing)} of the CPU model {vm.cpu}",
+            "choose another host, or give the VM a more modest CPU model",
+        )
+
+
+def _places(vm: VmConfig, there: DestinationFacts) -> Iterator[Finding]:
+    for switch in there.switches_missing:
+        yield _error(
+            "switch-missing",
+            f"host '{there.host}' has no virtual switch '{switch}'",
+            f"create a bridge of that name there: ip link add {switch} type bridge",
+        )
+    if there.memory_available_mib < vm.memory_mib:
+        yield _error(
+            "memory-short",
+            f"the VM needs {vm.memory_mib} MiB, host '{there.host}' has {there.memory_available_mib} MiB to give",
+            "move another VM away from it first, or choose another host",
+        )
+    if there.name_taken:
+        yield _error("name-taken", f"host '{there.host}' has a VM named '{vm.name}'", "rename or delete one of them")
+    if there.uuid_taken:
+        yield _error("uuid-taken", f"host '{there.host}' has a VM with UUID {vm.uuid}", "delete the copy")
+    if vm.firmware == "uefi" and not there.firmware_available:
+        yield _error("firmware-missing", f"host '{there.host}' has no UEFI firmware", "install the package ovmf there")
+
+
+def _files(vm: VmConfig, here: VmFacts, there: DestinationFacts) -> Iterator[Finding]:
+    ours = {identity.path: identity for identity in here.files}
+    theirs = {identity.path: identity for identity in there.files}
+    writable = {disk.path for disk in vm.disks if not disk.read_only}
+    for path in vm.host_files():
+        if path not in theirs:
+            yield _error(
+                "file-not-visible",
+                f"host '{there.host}' does not see {path}",
+                "put it on storage both hosts share, under the same path",
+            )
+        elif path not in ours or not same_file(ours[path], theirs[path]):
+            yield _error(
+                "file-not-same",
+                f"{path} on host '{there.host}' is another file than here",
+                "mount the same storage on both, or name it alike in both hosts' setting 'locations'",
+            )
+        elif path in writable and not theirs[path].writable:
+            yield _error(
+                "file-not-writable",
+                f"host '{there.host}' may not write {path}",
+                "give QEMU's user there the right to write it",
+            )
+
+
+def _network(there: DestinationFacts, reachable: bool) -> Iterator[Finding]:
+    if not there.addresses:
+        yield _error(
+            "no-migration-network",
+            f"host '{there.host}' has no address on a network that may carry moves",
+            "see 'migration_networks' in 'limosa host settings' on both hosts",
+        )
+    elif there.trial_port == 0:
+        yield _error(
+            "ports-taken",
+            f"every port of 'migration_ports' is taken on host '{there.host}'",
+            "widen the range, or wait until other moves have ended",
+        )
+    elif not reachable:
+        yield _error(
+            "port-blocked",
+            f"no connection to {there.addresses[0]} port {there.trial_port} of host '{there.host}'",
+            "open 'migration_ports' of that host in the firewall between the two",
+        )
+
+
+def _clock(there: DestinationFacts, skew_s: float) -> Iterator[Finding]:
+    if abs(skew_s) > CLOCK_SKEW_S:
+        direction = "ahead of" if skew_s > 0 else "behind"
+        yield _warning(
+            "clock-skew",
+            f"the clock of host '{there.host}' is {abs(skew_s):.0f} s {direction} this one's",
+            "synchronise both with NTP: certificates and logs rely on it",
+        )
+
+
+def _devices(vm: VmConfig) -> Iterator[Finding]:
+    for device in vm.host_devices:
+        yield _error(
+            "local-device",
+            f"the VM holds the host's {device.kind.upper()} device {device.address}",
+            "detach it; a device of one host cannot move to another",
+        )
+
+
+def _version(qemu: tuple[int, int, int]) -> str:
+    return ".".join(str(part) for part in qemu)

@@ -1,0 +1,65 @@
+"""What others see of a move: one frozen :class:`Migration`, replaced at each change and published."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+
+from limosa.migration.progress import Bar
+from limosa.model.migration import Fault, Migration, Outcome, Phase, Progress
+
+
+class Report:
+    """Times the phases and publishes each new view of a move.
+
+    Durations are taken from the monotonic clock. Waiting in line is a phase but not part of the total.
+    """
+
+    def __init__(self, first: Migration, publish: Callable[[Migration], None]) -> None:
+        self.now = first
+        self.bar = Bar()
+        self._publish = publish
+        self._since = time.monotonic()
+        self._began: float | None = None
+
+    def enter(self, phase: Phase, **changes: Any) -> None:
+        """End the phase before, at this moment, and begin the next."""
+        at = time.monotonic()
+        if self._began is None and phase is not Phase.WAITING:
+            self._began = at
+        phases = dict(self.now.phases)
+        if phase is not self.now.phase:
+            phases[self.now.phase] = phases.get(self.now.phase, 0.0) + at - self._since
+            self._since = at
+        self.bar = self.bar.entered(phase)
+        progress = msgspec.structs.replace(self.now.progress, percent=self.bar.percent, note="")
+        self.change(phase=phase, phases=phases, progress=progress, **changes)
+
+    def progress(self, progress: Progress) -> None:
+        """Show progress within the phase."""
+        self.change(progress=progress)
+
+    def note(self, words: str) -> None:
+        """Say in words what the move waits for."""
+        if words != self.now.progress.note:
+            self.change(progress=msgspec.structs.replace(self.now.progress, note=words))
+
+    def end(self, outcome: Outcome, fault: Fault | None = None) -> None:
+        """Publish the outcome. A move that stays unresolved may end again, otherwise."""
+        at = time.monotonic()
+        phases = dict(self.now.phases)
+        if self.now.total_s is None:
+            phases[self.now.phase] = phases.get(self.now.phase, 0.0) + at - self._since
+        progress = self.now.progress
+        if outcome is Outcome.COMPLETED:
+            progress = msgspec.structs.replace(progress, percent=100.0, remaining_bytes=0, remaining_s=0.0, note="")
+        total = at - self._began if self._began is not None else 0.0
+        self.change(outcome=outcome, fault=fault, phases=phases, total_s=total, progress=progress, place=None)
+
+    def change(self, **changes: Any) -> None:
+        """Replace fields and publish."""
+        self.now = msgspec.structs.replace(self.now, **changes)
+        self._publish(self.now)

@@ -1,0 +1,283 @@
+"""Bringing a broken move to its end, on the source's side.
+
+Reached when the script raised (a cancel, a lost session, a dead QEMU) and when a restarted daemon finds a journal
+without an end. It asks the own QEMU and, where its answer matters, the destination; ``ownership.decide_source`` says
+what to do; every act is written before it is done. It repeats until the move has ended, with growing pauses while the
+destination cannot be reached: no time limit turns ignorance into a guess. A person may end it with ``resolve``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Iterator
+
+from limosa.errors import Cancelled, HostUnreachable, LimosaError, OwnerUnknown, QemuError
+from limosa.migration.ownership import SOURCE_ENDED, SourceAction, SourceQemu, SourceStep, decide_source
+from limosa.migration.source import SourceMove
+from limosa.model.migration import Outcome, Phase, Side
+from limosa.qemu.machine import Event, MachineProtocol, MigrationState, RunState
+from limosa.wire.peer import DestinationState, Standing
+
+#: How long QEMU may take to end a stream that was cancelled; it usually takes milliseconds.
+CANCEL_WITHIN_S = 20.0
+RESUME_WITHIN_S = 5.0
+ABORT_WITHIN_S = 5.0
+#: The move is shown as unresolved when the destination could not be asked for this long.
+UNRESOLVED_AFTER_S = 3.0
+
+_COMPLETED = (
+    MigrationState.COMPLETED,
+    MigrationState.POSTCOPY_ACTIVE,
+    MigrationState.POSTCOPY_PAUSED,
+    MigrationState.POSTCOPY_RECOVER,
+)
+_UNDER_WAY = (MigrationState.SETUP, MigrationState.ACTIVE, MigrationState.PRE_SWITCHOVER, MigrationState.DEVICE)
+
+
+class Settlement:
+    """Settles one move. ``run`` returns when the VM's owner is known and nothing is left to undo."""
+
+    def __init__(self, move: SourceMove, cause: LimosaError | None) -> None:
+        self.move = move
+        self.cause = cause
+        #: done with the side a person named
+        self.resolved: asyncio.Future[Side] = asyncio.get_running_loop().create_future()
+        #: set when the VM may be operated again, which can be long before an unreachable destination has cleaned up
+        self._home_again = False
+
+    @property
+    def step(self) -> SourceStep:
+        """The last step of the journal; a move that wrote none waited in line."""
+        step = self.move.journal.step
+        return SourceStep(step) if step is not None else SourceStep.ACCEPTED
+
+    async def run(self) -> None:
+        """Decide and act until the move has ended."""
+        began = time.monotonic()
+        for pause in _pauses():
+            qemu = await self._own_qemu()
+            standing = await self._ask(qemu)
+            if self.resolved.done():
+                await self._as_resolved(qemu, self.resolved.result())
+            else:
+                await self._act(qemu, standing)
+            if self.step in SOURCE_ENDED:
+                return
+            if standing is None:
+                self._show_waiting(time.monotonic() - began)
+                await asyncio.wait({self.resolved}, timeout=pause)
+
+    async def _act(self, qemu: SourceQemu, standing: Standing | None) -> None:
+        state = standing.state if standing is not None else None
+        rebooted = standing.rebooted if standing is not None else False
+        match decide_source(self.step, qemu, state, rebooted=rebooted):
+            case SourceAction.UNDO:
+                await self._undo(qemu)
+            case SourceAction.RESUME:
+                await self._resume_here()
+            case SourceAction.HAND_OVER:
+                await self._hand_over()
+            case SourceAction.TEAR_DOWN:
+                await self._tear_down(qemu)
+            case SourceAction.CRASHED:
+                await self._crashed()
+            case SourceAction.ASK:
+                pass
+
+    async def _own_qemu(self) -> SourceQemu:
+        machine = self.move.machine
+        if machine is None or machine.gone.is_set():
+            return SourceQemu.DEAD
+        try:
+            state = (await machine.migration()).state
+        except QemuError:
+            await asyncio.wait({asyncio.ensure_future(machine.gone.wait())}, timeout=1)
+            return SourceQemu.DEAD if machine.gone.is_set() else SourceQemu.HOLDS
+        return SourceQemu.COMPLETED if state in _COMPLETED and not self._home_again else SourceQemu.HOLDS
+
+    async def _ask(self, qemu: SourceQemu) -> Standing | None:
+        """How the destination stands, or None if it cannot be asked, or is not concerned."""
+        if self.step is SourceStep.ACCEPTED or (qemu is SourceQemu.HOLDS and self.step is not SourceStep.HANDING_OVER):
+            return None
+        try:
+            await self._connect()
+            assert self.move.peer is not None
+            return await self.move.peer.attach(self.move.header.migration)
+        except LimosaError as error:
+            self.cause = self.cause or error
+            return None
+
+    async def _connect(self) -> None:
+        if self.move.peer is not None:
+            await self.move.peer.close()
+            self.move.peer = None
+        self.move.peer = await self.move.dial()
+
+    async def _undo(self, qemu: SourceQemu) -> None:
+        """Stop the stream, let the guest go on here, and have the destination destroy what it has."""
+        nothing_there = self.step is SourceStep.ACCEPTED
+        self._record_undoing()
+        if qemu is SourceQemu.HOLDS and not self._home_again:
+            assert self.move.machine is not None
+            await _stop_stream(self.move.machine)
+            if await self._own_qemu() is SourceQemu.COMPLETED:
+                return  # everything was sent before the cancel arrived; the destination's answer decides
+            await self._home(self.move.machine)
+        if nothing_there or await self._destroyed_there():
+            self._undone(qemu)
+
+    async def _resume_here(self) -> None:
+        self._record_undoing()
+        assert self.move.machine is not None
+        await self._home(self.move.machine)
+        self._undone(SourceQemu.HOLDS)
+
+    async def _home(self, machine: MachineProtocol) -> None:
+        """The guest runs here as before; people may operate it again."""
+        await machine.forget_stream()
+        if self.move.header.was_running:
+            await _let_run(machine)
+        await self.move.home.vm_stays()
+        self._home_again = True
+        self._show_failure()
+
+    async def _hand_over(self) -> None:
+        assert self.move.peer is not None
+        self.move.journal.record(SourceStep.HANDING_OVER, time.time())
+        try:
+            await self.move.peer.take_over()
+        except LimosaError as error:
+            self.cause = error
+            return
+        await self._tear_down(SourceQemu.COMPLETED)
+
+    async def _tear_down(self, qemu: SourceQemu) -> None:
+        if self._home_again:
+            raise OwnerUnknown(
+                f"VM '{self.move.header.vm.name}' runs here and at host '{self.move.header.destination}'",
+                why="both were told to run it",
+                todo="stop it on one of them with 'limosa vm stop' at once, and check its disks",
+                vm=self.move.header.vm.name,
+            )
+        self.move.report.enter(Phase.TEAR_DOWN)
+        try:
+            await self.move.tear_down()
+        except HostUnreachable:
+            return
+        self.move.report.end(Outcome.COMPLETED)
+
+    async def _crashed(self) -> None:
+        self._record_undoing()
+        if not self._home_again:
+            await self.move.home.vm_crashed()
+            self._home_again = True
+            self._show_failure()
+        if await self._destroyed_there():
+            self._undone(SourceQemu.DEAD)
+
+    async def _destroyed_there(self) -> bool:
+        """Whether the destination said that nothing is left there."""
+        try:
+            async with asyncio.timeout(ABORT_WITHIN_S):
+                if self.move.peer is None or self.move.peer.lost.done():
+                    await self._connect()
+                    assert self.move.peer is not None
+                    standing = await self.move.peer.attach(self.move.header.migration)
+                    if standing.state in (DestinationState.GONE, DestinationState.UNKNOWN):
+                        return True
+                assert self.move.peer is not None
+                await self.move.peer.abort(str(self.cause or "the move was undone"))
+        except (LimosaError, TimeoutError):
+            return False
+        return True
+
+    async def _as_resolved(self, qemu: SourceQemu, owner: Side) -> None:
+        """A person said whose the VM is, and answers for it."""
+        if owner is Side.DESTINATION:
+            self.move.peer = None
+            await self._tear_down(qemu)
+        elif qemu is SourceQemu.DEAD:
+            await self._crashed()
+        elif self._home_again:
+            await self._undo(SourceQemu.HOLDS)
+        else:
+            self._record_undoing()
+            assert self.move.machine is not None
+            await self._home(self.move.machine)
+
+    def _record_undoing(self) -> None:
+        if self.step is not SourceStep.UNDOING:
+            fault = self.cause.fault() if self.cause is not None else None
+            self.move.journal.record(SourceStep.UNDOING, time.time(), fault=fault)
+
+    def _undone(self, qemu: SourceQemu) -> None:
+        self.move.journal.record(SourceStep.UNDONE, time.time())
+        if qemu is not SourceQemu.DEAD:
+            self._show_failure()
+
+    def _show_failure(self) -> None:
+        if self.move.report.now.outcome in (Outcome.FAILED, Outcome.CANCELLED):
+            return
+        outcome = Outcome.CANCELLED if isinstance(self.cause, Cancelled) else Outcome.FAILED
+        self.move.report.end(outcome, self.cause.fault() if self.cause is not None else None)
+
+    def _show_waiting(self, seconds: float) -> None:
+        if self._home_again or self.move.report.now.outcome is not Outcome.UNDER_WAY or seconds < UNRESOLVED_AFTER_S:
+            return
+        vm, there = self.move.header.vm.name, self.move.header.destination
+        error = OwnerUnknown(
+            f"nobody can know whether host '{there}' has taken over VM '{vm}'; it is paused here",
+            why=str(self.cause or f"host '{there}' cannot be reached"),
+            todo=f"it is settled as soon as '{there}' can be reached; if '{there}' is surely dead: "
+            f"limosa migration resolve {self.move.header.migration} --owner source",
+            vm=vm,
+            host=there,
+        )
+        self.move.report.end(Outcome.UNRESOLVED, error.fault())
+
+
+def _pauses() -> Iterator[float]:
+    """Seconds to wait between questions: quick at first, then every five."""
+    pause = 0.1
+    while True:
+        yield pause
+        pause = min(5.0, pause * 2)
+
+
+async def _let_run(machine: MachineProtocol) -> None:
+    """Have the guest run. QEMU resumes it by itself after a failure, a moment after it says so."""
+    resumed = asyncio.Event()
+    unsubscribe = machine.on_event(lambda event: resumed.set() if event.name == "RESUME" else None)
+    try:
+        if await machine.status() is RunState.FINISH_MIGRATE:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(RESUME_WITHIN_S):
+                    await resumed.wait()
+        if await machine.status() is not RunState.RUNNING:
+            await machine.resume()
+    finally:
+        unsubscribe()
+
+
+async def _stop_stream(machine: MachineProtocol) -> None:
+    """Cancel a migration that is under way, and wait until QEMU says how it ended."""
+    ended = asyncio.Event()
+
+    def on_event(event: Event) -> None:
+        if event.name == "MIGRATION" and MigrationState(event.data["status"]) not in (
+            *_UNDER_WAY,
+            MigrationState.CANCELLING,
+        ):
+            ended.set()
+
+    unsubscribe = machine.on_event(on_event)
+    try:
+        state = (await machine.migration()).state
+        if state in _UNDER_WAY or state is MigrationState.CANCELLING:
+            await machine.cancel_migration()
+            async with asyncio.timeout(CANCEL_WITHIN_S):
+                await ended.wait()
+    finally:
+        unsubscribe()

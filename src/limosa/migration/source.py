@@ -1,0 +1,323 @@
+"""The source's side of a move; ``SourceMove.run`` reads as the protocol.
+
+::
+
+    build-up      preflight; the destination builds everything while our QEMU is set up
+    copy          QEMU sends memory, QEMU to QEMU
+    synchronise   QEMU sends again what the guest wrote meanwhile; the convergence policy watches
+    switchover    QEMU stops the guest, sends the rest and reports ``completed``; the destination takes over
+    tear-down     the destination is durable; QEMU here ends and the VM is forgotten
+
+Until the switchover the move can be cancelled and every failure leaves the guest running here. Whatever breaks, and
+wherever, ``settle`` brings it to an end; it is also where a restarted daemon begins.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+from limosa.errors import Cancelled, LimosaError, MigrationFailed, NotConverging, PreflightRefused, QemuGone
+from limosa.migration import convergence, preflight, progress
+from limosa.migration.convergence import Convergence
+from limosa.migration.journal import Journal
+from limosa.migration.ownership import SourceStep
+from limosa.migration.peer import Dialler, Peer
+from limosa.migration.report import Report
+from limosa.model.facts import VmFacts
+from limosa.model.finding import Finding, Severity
+from limosa.model.migration import Phase
+from limosa.qemu.machine import Event, MachineProtocol, MigrationState, MigrationStatistics, StreamParameters
+from limosa.security.stream import make_credentials
+from limosa.settings.host import ConvergencePolicy
+from limosa.transport import tcp
+from limosa.wire.peer import Prepare, Prepared
+
+LOOK_EVERY_S = 0.2
+#: Longest wait for a destination that has to start a QEMU.
+PREPARE_WITHIN_S = 60.0
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Terms:
+    """Under which terms a VM moves: the host's settings with what was asked for this move."""
+
+    policy: ConvergencePolicy
+    transport: str
+    encrypt: bool
+
+
+class Home(Protocol):
+    """What the script needs of the host it runs on."""
+
+    def facts(self) -> VmFacts:
+        """What preflight needs to know about the VM here."""
+
+    def carry_on(self) -> dict[str, str]:
+        """Small files of the VM's own that go along, base64 by name."""
+
+    def bandwidth(self) -> int:
+        """Bytes per second this move may use now, 0: no cap."""
+
+    async def vm_left(self) -> None:
+        """The VM belongs to the destination: end its QEMU here and forget it, durably."""
+
+    async def vm_stays(self) -> None:
+        """The VM goes on here; it may be operated again."""
+
+    async def vm_crashed(self) -> None:
+        """The VM's QEMU died here before anything was handed over."""
+
+
+class SourceMove:
+    """One move. Made by the host daemon, which calls :meth:`run` once, or ``settle`` after a restart."""
+
+    def __init__(
+        self,
+        journal: Journal,
+        machine: MachineProtocol | None,
+        dial: Dialler,
+        home: Home,
+        terms: Terms,
+        report: Report,
+    ) -> None:
+        self.journal = journal
+        self.header = journal.header
+        self.machine = machine
+        self.dial = dial
+        self.home = home
+        self.terms = terms
+        self.report = report
+        self.peer: Peer | None = None
+        loop = asyncio.get_running_loop()
+        #: done when a person cancels
+        self.cancelled: asyncio.Future[None] = loop.create_future()
+        #: done with the state in which QEMU's migration ended, or passed the point of no return
+        self.sent: asyncio.Future[MigrationState] = loop.create_future()
+        self.stopped_at: float | None = None
+        self._latest: MigrationStatistics | None = None
+
+    async def run(self) -> None:
+        """Move the VM. Raises what went wrong; then nothing is settled yet."""
+        assert self.machine is not None
+        unsubscribe = self.machine.on_event(self._on_event)
+        try:
+            self.report.enter(Phase.BUILD_UP)
+            self.peer = await self.guard(self.dial())
+            prepared = await self.guard(self.build_up(self.machine, self.peer))
+            self.report.enter(Phase.COPY)
+            await self.guard(self.copy(self.machine, prepared))
+            await self.switch_over(self.machine)
+            await self.tear_down()
+        finally:
+            unsubscribe()
+
+    async def build_up(self, machine: MachineProtocol, peer: Peer) -> Prepared:
+        """Check, then have the destination build everything while QEMU here is set up."""
+        await self.check(peer)
+        self.journal.record(SourceStep.PREPARING, time.time())
+        server, client = make_credentials() if self.terms.encrypt else (None, None)
+        request = Prepare(
+            migration=self.header.migration,
+            vm=self.header.vm,
+            accelerator=self.header.accelerator,
+            transport=self.terms.transport,
+            credentials=server,
+            post_copy=self.terms.policy.post_copy,
+            running=self.header.was_running,
+            files=self.home.carry_on(),
+        )
+        parameters = StreamParameters(
+            credentials=client,
+            downtime_limit_ms=self.terms.policy.first_downtime_ms,
+            bandwidth_bytes_per_s=self.home.bandwidth(),
+            post_copy=self.terms.policy.post_copy,
+        )
+        prepared, _ = await _both(peer.prepare(request, self._in_line), machine.prepare_outgoing(parameters))
+        return prepared
+
+    async def check(self, peer: Peer) -> tuple[Finding, ...]:
+        """Preflight. Raises :class:`PreflightRefused` with all findings if one is an error."""
+        findings = await examine(peer, self.header.vm, self.header.source, self.home.facts())
+        if any(finding.severity is Severity.ERROR for finding in findings):
+            raise PreflightRefused(findings, vm=self.header.vm.name, host=peer.host)
+        self.report.change(findings=findings)
+        return findings
+
+    async def copy(self, machine: MachineProtocol, prepared: Prepared) -> None:
+        """Send memory until QEMU reports that everything was sent and loaded."""
+        self.journal.record(SourceStep.MIGRATING, time.time(), durable=False)
+        await machine.migrate(prepared.address, prepared.port)
+        judge = Convergence.begin(self.terms.policy)
+        while not self.sent.done():
+            look = await machine.migration()
+            judge = await self._look(machine, judge, look)
+            await asyncio.wait({self.sent}, timeout=LOOK_EVERY_S)
+        state = self.sent.result()
+        if state not in (MigrationState.COMPLETED, MigrationState.POSTCOPY_ACTIVE):
+            raise await self._failure(machine, state)
+
+    async def switch_over(self, machine: MachineProtocol) -> None:
+        """Give the destination the word. From here on only ``settle`` may let the guest run here again."""
+        assert self.peer is not None
+        self.journal.record(SourceStep.HANDING_OVER, time.time(), durable=False)
+        running = await self.peer.take_over()
+        self.report.enter(Phase.TEAR_DOWN)
+        if running.resumed_at is not None and self.stopped_at is not None:
+            self.report.change(blackout_ms=round(1000 * (running.resumed_at - self.stopped_at), 3))
+        await self._last_figures(machine)
+
+    async def tear_down(self) -> None:
+        """Wait until the destination is durable, then end QEMU here and forget the VM."""
+        if self.peer is not None:
+            await self.peer.adopted()
+        self.journal.record(SourceStep.CONFIRMED, time.time())
+        await self.home.vm_left()
+        self.journal.record(SourceStep.FINISHED, time.time(), durable=False)
+
+    def cancel(self) -> None:
+        """Have the move cancelled at the next moment at which that is possible."""
+        if not self.cancelled.done():
+            self.cancelled.set_result(None)
+
+    async def guard(self, work: Coroutine[Any, Any, T]) -> T:
+        """Do ``work`` unless a person cancels, QEMU dies or the session breaks, which raises."""
+        assert self.machine is not None
+        task = asyncio.ensure_future(work)
+        gone = asyncio.ensure_future(self.machine.gone.wait())
+        lost = {self.peer.lost} if self.peer is not None else set()
+        try:
+            await asyncio.wait({task, gone, self.cancelled, *lost}, return_when=asyncio.FIRST_COMPLETED)
+            if not task.done():
+                self._interrupted(gone)
+            return await task
+        finally:
+            gone.cancel()
+            if not task.done():
+                task.cancel()
+                await asyncio.wait({task})
+
+    def _interrupted(self, gone: asyncio.Future[Any]) -> None:
+        vm, host = self.header.vm.name, self.header.destination
+        if self.cancelled.done():
+            raise Cancelled(f"the move of VM '{vm}' to host '{host}' was cancelled", vm=vm, host=host)
+        if gone.done():
+            raise QemuGone(f"QEMU of VM '{vm}' ended during the move", vm=vm, host=self.header.source)
+        if self.peer is not None and self.peer.lost.done():
+            self.peer.lost.result()
+
+    def _in_line(self, place: int) -> None:
+        self.report.enter(Phase.WAITING, place=place)
+        self.report.note(f"waits for a slot on host '{self.header.destination}', place {place}")
+
+    def _on_event(self, event: Event) -> None:
+        match event.name:
+            case "STOP":
+                self.stopped_at = event.at
+                self.report.enter(Phase.SWITCHOVER)
+            case "MIGRATION_PASS" if event.data.get("pass", 0) > 1 and self.report.now.phase is Phase.COPY:
+                self.report.enter(Phase.SYNCHRONISE)
+            case "MIGRATION":
+                state = MigrationState(event.data["status"])
+                if state in ENDINGS and not self.sent.done():
+                    self.sent.set_result(state)
+
+    async def _look(self, machine: MachineProtocol, judge: Convergence, look: MigrationStatistics) -> Convergence:
+        self._latest = look
+        if look.state is not MigrationState.ACTIVE:
+            return judge
+        judge, action = judge.judge(
+            convergence.Look(
+                at=time.monotonic(),
+                iteration=look.iteration,
+                transferred_bytes=look.transferred_bytes,
+                remaining_bytes=look.remaining_bytes,
+                rate_bytes_per_s=look.rate_bytes_per_s,
+                dirty_rate_bytes_per_s=look.dirty_rate_bytes_per_s,
+            )
+        )
+        await self._act(machine, action)
+        figures = _figures(look)
+        self.report.bar = self.report.bar.moved(self.report.now.phase, figures)
+        note = "" if isinstance(action, convergence.GiveUp) else action.note
+        shown = progress.progress(self.report.bar, figures, limit_ms=judge.downtime_limit_ms, note=note)
+        self.report.progress(shown)
+        return judge
+
+    async def _act(self, machine: MachineProtocol, action: convergence.Action) -> None:
+        match action:
+            case convergence.RaiseDowntimeLimit(milliseconds):
+                await machine.set_downtime_limit(milliseconds)
+            case convergence.Throttle(percent):
+                await machine.set_throttle(percent, convergence.THROTTLE_STEP_PERCENT)
+            case convergence.StartPostCopy():
+                await machine.start_post_copy()
+            case convergence.GiveUp(why):
+                vm = self.header.vm.name
+                raise NotConverging(
+                    f"the move of VM '{vm}' does not converge",
+                    why=why,
+                    todo="allow a longer blackout (--blackout-budget), post-copy, or move it when it is quieter",
+                    vm=vm,
+                    host=self.header.destination,
+                )
+
+    async def _failure(self, machine: MachineProtocol, state: MigrationState) -> LimosaError:
+        error = (await machine.migration()).error or f"QEMU reports {state}"
+        vm, host = self.header.vm.name, self.header.destination
+        return MigrationFailed(
+            f"QEMU could not move VM '{vm}' to host '{host}'", why=error, todo="see the logs of both", vm=vm, host=host
+        )
+
+    async def _last_figures(self, machine: MachineProtocol) -> None:
+        if self.sent.result() is not MigrationState.COMPLETED:
+            return
+        look = await machine.migration()
+        shown = progress.progress(self.report.bar, _figures(look), limit_ms=0, note="")
+        self.report.change(
+            progress=shown, transfer_s=look.total_s, qemu_downtime_ms=look.downtime_ms
+        )
+
+
+ENDINGS = frozenset(
+    {
+        MigrationState.COMPLETED,
+        MigrationState.FAILED,
+        MigrationState.CANCELLED,
+        MigrationState.POSTCOPY_ACTIVE,
+    }
+)
+
+
+async def examine(peer: Peer, vm: Any, source: str, here: VmFacts) -> tuple[Finding, ...]:
+    """Ask the destination, try its port, and judge. The same for ``limosa check`` and for the move itself."""
+    there, skew = await peer.inspect(vm, here.accelerator)
+    reachable = bool(there.addresses and there.trial_port) and await tcp.reachable(there.addresses[0], there.trial_port)
+    return preflight.check(vm, source, here, there, clock_skew_s=skew, reachable=reachable)
+
+
+async def _both(first: Coroutine[Any, Any, T], second: Coroutine[Any, Any, Any]) -> tuple[T, Any]:
+    """Do both at once; if one fails, the other is cancelled and the failure raised."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            one, two = group.create_task(first), group.create_task(second)
+    except BaseExceptionGroup as errors:
+        raise errors.exceptions[0] from None
+    return one.result(), two.result()
+
+
+def _figures(look: MigrationStatistics) -> progress.Figures:
+    return progress.Figures(
+        transferred_bytes=look.transferred_bytes,
+        remaining_bytes=look.remaining_bytes,
+        total_bytes=look.total_bytes,
+        rate_bytes_per_s=look.rate_bytes_per_s,
+        dirty_rate_bytes_per_s=look.dirty_rate_bytes_per_s,
+        iteration=look.iteration,
+        throttle_percent=look.throttle_percent,
+    )
