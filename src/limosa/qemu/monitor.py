@@ -1,0 +1,115 @@
+"""A QMP session with one QEMU: commands, and events the moment they arrive.
+
+Thin on purpose: ``qemu.qmp`` does the protocol. What is added is the mapping of its errors to ours and event callbacks
+that run inside the task that reads the socket, so that between QEMU's event and the reaction to it lies no queue and
+no other task. A callback must therefore be short and must not raise.
+
+What is known when a command fails:
+
+- ``QemuError``: QEMU answered no; the command had no effect.
+- ``QemuGone``: the session had ended before; the command was not sent.
+- ``OutcomeUnknown``: the session ended between sending and answer; nobody can tell.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from qemu.qmp import ConnectError, EventListener, ExecInterruptedError, Message, QMPClient, QMPError
+from qemu.qmp import StateError as SessionStateError
+from qemu.qmp.error import ProtocolError
+from qemu.qmp.qmp_client import ExecuteError
+
+from limosa.errors import OutcomeUnknown, QemuError, QemuGone
+from limosa.qemu.protocol import Event
+
+_log = logging.getLogger(__name__)
+
+EventCallback = Callable[[Event], None]
+
+
+class Monitor:
+    """A QMP session. Made by :meth:`connect`."""
+
+    def __init__(self, client: QMPClient, name: str) -> None:
+        self._client = client
+        self._name = name
+        self._callbacks: list[EventCallback] = []
+        client.register_listener(_Forwarder(self._forward))
+
+    @classmethod
+    async def connect(cls, path: Path, name: str) -> Monitor:
+        """A session over the Unix socket ``path``. ``name`` is what errors and logs call it.
+
+        Waits as long as nobody accepts, so the socket may be connected to before QEMU has begun to listen on it.
+        Once this returns QEMU has built its machine: commands are answered from its main loop only.
+        Raises :class:`QemuGone`.
+        """
+        client = QMPClient(name)
+        # The default listener keeps every event for a reader that does not exist here.
+        client.events.event_filter = _nothing
+        monitor = cls(client, name)
+        try:
+            await client.connect(str(path))
+        except ConnectError as error:
+            raise QemuGone(f"no QMP session with {name}", why=str(error)) from error
+        return monitor
+
+    def on_event(self, callback: EventCallback) -> Callable[[], None]:
+        """Have ``callback`` called with each event as it arrives. Returns what ends that (may be called again)."""
+        self._callbacks.append(callback)
+
+        def unsubscribe() -> None:
+            with contextlib.suppress(ValueError):
+                self._callbacks.remove(callback)
+
+        return unsubscribe
+
+    async def execute(self, command: str, arguments: Mapping[str, object] | None = None) -> Any:
+        """QEMU's answer to ``command``. See the module's text for what the errors mean."""
+        try:
+            return await self._client.execute(command, arguments)
+        except ExecuteError as error:
+            raise QemuError(f"{self._name} refused {command}", why=str(error)) from error
+        except ExecInterruptedError as error:
+            raise OutcomeUnknown(f"{self._name} did not answer {command}", why="the QMP session ended") from error
+        except SessionStateError as error:
+            raise QemuGone(f"no QMP session with {self._name}", why="it has ended") from error
+        except QMPError as error:
+            raise OutcomeUnknown(f"{self._name} answered {command} with nonsense", why=str(error)) from error
+
+    async def close(self) -> None:
+        """End the session; QEMU goes on. Commands that wait for an answer raise ``OutcomeUnknown``."""
+        # The session may have ended before, for any reason: disconnect() then repeats that reason.
+        with contextlib.suppress(EOFError, OSError, ProtocolError):
+            await self._client.disconnect()
+
+    def _forward(self, message: Message) -> None:
+        stamp: Any = message["timestamp"]
+        at = stamp["seconds"] + stamp["microseconds"] / 1e6
+        data: Any = message.get("data", {})
+        event = Event(str(message["event"]), data, at)
+        for callback in tuple(self._callbacks):
+            try:
+                callback(event)
+            except Exception:  # noqa: BLE001 - a faulty subscriber must not end the session of a VM
+                _log.exception("a callback for %s of %s failed", event.name, self._name)
+
+
+class _Forwarder(EventListener):
+    """Hands each event on instead of queueing it."""
+
+    def __init__(self, forward: Callable[[Message], None]) -> None:
+        super().__init__()
+        self._hand_on = forward
+
+    async def put(self, event: Message) -> None:
+        self._hand_on(event)
+
+
+def _nothing(_event: Message) -> bool:
+    return False

@@ -1,0 +1,200 @@
+"""One QEMU process: started so that it outlives us, identified so that it cannot be confused, watched without polling.
+
+A process is known by its pid *and* its start time (field 22 of ``/proc/PID/stat``): after a crash the daemon finds its
+QEMUs again by that pair, and a pid that was given to another process meanwhile does not match. A pidfd is opened
+before the start time is compared, so from then on signals reach that process or nobody.
+
+QEMU runs in its own session, with a file mode mask of 077, with no descriptors but those it is given, and as an
+unprivileged user where one is named. It is not tied to our life on purpose: a VM survives its daemon.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import pwd
+import re
+import signal
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+from limosa.errors import QemuError, QemuGone
+
+_KILL_WITHIN_S = 15.0
+_LOG_TAIL_BYTES = 4096
+_LOG_TAIL_LINES = 4
+#: ``-msg timestamp=on`` puts a time before, and QEMU its own program name.
+_PREFIX = re.compile(r"\A(\S+Z )?(\S*qemu-system-\w+: )?")
+
+
+class QemuProcess:
+    """A QEMU process that runs, or ran. Made by :func:`spawn` or :meth:`attach`."""
+
+    def __init__(self, pid: int, start_time: int, pidfd: int, log: Path, child: subprocess.Popen[bytes] | None) -> None:
+        self.pid = pid
+        #: clock ticks after boot; means something only together with ``pid`` and one boot of the machine
+        self.start_time = start_time
+        #: set as soon as the process has ended
+        self.gone = asyncio.Event()
+        self._pidfd = pidfd
+        self._log = log
+        self._child = child
+        self._loop = asyncio.get_running_loop()
+        self._loop.add_reader(pidfd, self._on_exit)
+
+    @classmethod
+    def attach(cls, pid: int, start_time: int) -> QemuProcess:
+        """The process that was started as ``pid`` at ``start_time``. Raises :class:`QemuGone` if it is no more."""
+        try:
+            pidfd = os.pidfd_open(pid)
+        except OSError as error:
+            raise QemuGone(f"QEMU with pid {pid} has ended") from error
+        if _running_since(pid) != start_time:
+            os.close(pidfd)
+            raise QemuGone(f"QEMU with pid {pid} has ended")
+        return cls(pid, start_time, pidfd, _log_of(pid), child=None)
+
+    def exit_text(self) -> str:
+        """Why it ended, as far as it can be known: QEMU's last words, else how it was ended. Empty while it runs."""
+        if not self.gone.is_set():
+            return ""
+        return last_words(self._log) or self._exit_status()
+
+    async def kill(self) -> None:
+        """End it by force. Returns when it is gone; raises :class:`QemuError` if the kernel cannot end it in 15 s."""
+        if not self.gone.is_set():
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+        try:
+            async with asyncio.timeout(_KILL_WITHIN_S):
+                await self.gone.wait()
+        except TimeoutError:
+            raise QemuError(
+                f"QEMU with pid {self.pid} does not end",
+                why="the kernel holds it, most likely in access to storage that does not answer",
+                todo="see to its storage",
+            ) from None
+
+    def owner(self) -> tuple[int, int] | None:
+        """The uid and gid it runs as, or None if they are our own. Raises :class:`QemuGone`."""
+        try:
+            status = Path(f"/proc/{self.pid}/status").read_text()
+        except OSError as error:
+            raise QemuGone(f"QEMU with pid {self.pid} has ended", why=self.exit_text()) from error
+        uid, gid = (int(re.findall(rf"^{key}:\t(\d+)", status, re.MULTILINE)[0]) for key in ("Uid", "Gid"))
+        return None if uid == os.geteuid() else (uid, gid)
+
+    def release(self) -> None:
+        """Stop watching; the process goes on."""
+        if self._pidfd >= 0:
+            self._loop.remove_reader(self._pidfd)
+            os.close(self._pidfd)
+            self._pidfd = -1
+
+    def _on_exit(self) -> None:
+        self.release()
+        if self._child is not None:
+            self._child.wait()  # reaps it: the pidfd says it has ended, so this does not block
+        self.gone.set()
+
+    def _exit_status(self) -> str:
+        code = self._child.returncode if self._child is not None else None
+        if code is None:
+            return "it ended without a word"
+        return f"ended by {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
+
+
+def spawn(command: Sequence[str], *, pass_fds: Sequence[int], log: Path, user: str | None, kvm: bool) -> QemuProcess:
+    """Start QEMU. What it writes goes to ``log``; the log of the run before is kept as ``*.old``.
+
+    ``user`` is the unprivileged user to run as (root only), in its own group and, with ``kvm``, that of ``/dev/kvm``.
+    Blocks for the few milliseconds until the program is loaded. Raises :class:`QemuError`; nothing runs then.
+    """
+    uid, gid = owner_of(user) or (None, None)
+    groups = None if user is None else _groups(kvm=kvm)
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            log.replace(log.with_name(f"{log.name}.old"))
+        descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        try:
+            child = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=descriptor,
+                stderr=descriptor,
+                cwd="/",
+                env={"PATH": "/usr/bin:/bin", "LC_ALL": "C.UTF-8"},
+                pass_fds=pass_fds,
+                start_new_session=True,
+                umask=0o077,
+                user=uid,
+                group=gid,
+                extra_groups=groups,
+            )
+        finally:
+            os.close(descriptor)
+    except (OSError, subprocess.SubprocessError) as error:
+        raise QemuError(f"cannot start {command[0]}", why=str(error)) from error
+    # A child that ended already stays a zombie until we reap it, so neither its pid nor its start time can be lost.
+    start_time = start_time_of(child.pid)
+    assert start_time is not None
+    return QemuProcess(child.pid, start_time, os.pidfd_open(child.pid), log, child)
+
+
+def start_time_of(pid: int) -> int | None:
+    """When the process ``pid`` started, in clock ticks after boot, or None if there is none."""
+    fields = _stat(pid)
+    return int(fields[19]) if fields else None
+
+
+def last_words(log: Path) -> str:
+    """The last lines QEMU wrote, without time stamps, on one line; empty if it wrote nothing."""
+    try:
+        with log.open("rb") as stream:
+            stream.seek(max(0, os.fstat(stream.fileno()).st_size - _LOG_TAIL_BYTES))
+            lines = stream.read().decode("utf-8", "replace").splitlines()
+    except OSError:
+        return ""
+    words = [_PREFIX.sub("", line.strip()) for line in lines]
+    return "; ".join([line for line in words if line][-_LOG_TAIL_LINES:])
+
+
+def owner_of(user: str | None) -> tuple[int, int] | None:
+    """The uid and gid of ``user``, or None for None. Raises :class:`QemuError` if there is no such user."""
+    if user is None:
+        return None
+    try:
+        entry = pwd.getpwnam(user)
+    except KeyError:
+        raise QemuError(
+            f"there is no user '{user}' to run QEMU as", todo=f"useradd --system --shell /usr/sbin/nologin {user}"
+        ) from None
+    return entry.pw_uid, entry.pw_gid
+
+
+def _groups(*, kvm: bool) -> list[int]:
+    return [os.stat("/dev/kvm").st_gid] if kvm and Path("/dev/kvm").exists() else []
+
+
+def _log_of(pid: int) -> Path:
+    """Where the process writes its words: what its standard error is."""
+    try:
+        return Path(f"/proc/{pid}/fd/2").readlink()
+    except OSError:
+        return Path(os.devnull)
+
+
+def _running_since(pid: int) -> int | None:
+    """Like :func:`start_time_of`, but None for a process that has ended and was not reaped yet."""
+    fields = _stat(pid)
+    return int(fields[19]) if fields and fields[0] not in ("Z", "X") else None
+
+
+def _stat(pid: int) -> list[str]:
+    """The fields of ``/proc/PID/stat`` after the name, which may itself hold blanks and brackets."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text("utf-8", "replace").rpartition(")")[2].split()
+    except OSError:
+        return []

@@ -1,0 +1,170 @@
+"""What the rest of Limosa may ask of a running QEMU, in domain words.
+
+``MachineProtocol`` is the seam between moving a VM and QEMU: :class:`limosa.qemu.machine.Machine` implements it with a
+real QEMU, :class:`limosa.testing.machine.FakeMachine` without one, and one contract test holds both to it. QEMU's own
+names of states and statistics end here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, Protocol
+
+from limosa.wire.peer import StreamCredentials
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something QEMU reported by itself. ``at`` is QEMU's own time stamp, seconds since the epoch."""
+
+    name: str
+    data: Mapping[str, Any]
+    at: float
+
+
+class RunState(StrEnum):
+    """QEMU's run state (``RunState`` in qapi/run-state.json)."""
+
+    RUNNING = "running"
+    PAUSED = "paused"
+    #: started with ``-S`` and never continued
+    PRELAUNCH = "prelaunch"
+    #: waits for, or is receiving, the state of a VM
+    INMIGRATE = "inmigrate"
+    POSTMIGRATE = "postmigrate"
+    FINISH_MIGRATE = "finish-migrate"
+    SHUTDOWN = "shutdown"
+    GUEST_PANICKED = "guest-panicked"
+    INTERNAL_ERROR = "internal-error"
+    IO_ERROR = "io-error"
+    WATCHDOG = "watchdog"
+    SAVE_VM = "save-vm"
+    RESTORE_VM = "restore-vm"
+    SUSPENDED = "suspended"
+    DEBUG = "debug"
+    COLO = "colo"
+
+
+class MigrationState(StrEnum):
+    """Where QEMU's migration stands (``MigrationStatus`` in qapi/migration.json)."""
+
+    NONE = "none"
+    SETUP = "setup"
+    ACTIVE = "active"
+    PRE_SWITCHOVER = "pre-switchover"
+    DEVICE = "device"
+    POSTCOPY_ACTIVE = "postcopy-active"
+    POSTCOPY_PAUSED = "postcopy-paused"
+    POSTCOPY_RECOVER_SETUP = "postcopy-recover-setup"
+    POSTCOPY_RECOVER = "postcopy-recover"
+    COMPLETED = "completed"
+    FAILED = "failed"
+    CANCELLING = "cancelling"
+    CANCELLED = "cancelled"
+
+
+@dataclass(frozen=True)
+class MigrationStatistics:
+    """A look at QEMU's migration. Before the first one everything but ``state`` is zero."""
+
+    state: MigrationState = MigrationState.NONE
+    transferred_bytes: int = 0
+    remaining_bytes: int = 0
+    total_bytes: int = 0
+    rate_bytes_per_s: float = 0.0
+    dirty_rate_bytes_per_s: float = 0.0
+    #: passes over guest memory begun so far
+    iteration: int = 0
+    #: the guest's pause as QEMU measured it, known when completed
+    downtime_ms: float = 0.0
+    expected_downtime_ms: float = 0.0
+    total_s: float = 0.0
+    setup_s: float = 0.0
+    throttle_percent: int = 0
+    #: QEMU's words where it failed
+    error: str = ""
+
+
+@dataclass(frozen=True)
+class StreamParameters:
+    """How guest memory shall travel. Both ends are given the same, but for the credentials."""
+
+    #: null: not encrypted
+    credentials: StreamCredentials | None = None
+    downtime_limit_ms: float = 300.0
+    #: 0: no cap
+    bandwidth_bytes_per_s: int = 0
+    post_copy: bool = False
+
+
+class MachineProtocol(Protocol):
+    """A QEMU that runs one VM. Every method raises :class:`QemuGone` once its process has ended, :class:`QemuError`
+    if QEMU refuses, and :class:`OutcomeUnknown` if the connection broke before QEMU answered."""
+
+    @property
+    def gone(self) -> asyncio.Event:
+        """Set as soon as the process has ended."""
+
+    def on_event(self, callback: Callable[[Event], None]) -> Callable[[], None]:
+        """Have ``callback`` called with each event at once, in order. Returns what ends that."""
+
+    async def status(self) -> RunState:
+        """QEMU's run state."""
+
+    async def pause(self) -> None:
+        """Stop the guest; no effect if it is stopped."""
+
+    async def resume(self) -> float:
+        """Let the guest run. Returns since when (seconds since the epoch, by QEMU's RESUME event).
+
+        Refused with :class:`QemuError` while the state of the VM has not arrived completely.
+        """
+
+    async def resume_if_stopped(self) -> None:
+        """Let the guest run unless it does."""
+
+    async def quit(self) -> None:
+        """End QEMU, by force if it does not listen. Returns when its process is gone; never raises ``QemuGone``."""
+
+    async def announce(self) -> None:
+        """Tell the switches anew where the VM's NICs are."""
+
+    async def prepare_outgoing(self, parameters: StreamParameters) -> None:
+        """Source: set everything up for :meth:`migrate`. May be repeated."""
+
+    async def migrate(self, address: str, port: int) -> None:
+        """Source: start to send the VM. Returns as soon as QEMU has accepted; events tell the rest."""
+
+    async def cancel_migration(self) -> None:
+        """Source: ask QEMU to end the migration. No effect if none runs.
+
+        Its ``cancelled`` event says when that is done; it may also be too late and end ``completed``. A guest that had
+        been stopped for the switchover is let run again by QEMU itself.
+        """
+
+    async def set_downtime_limit(self, milliseconds: float) -> None:
+        """Source: the blackout QEMU may plan for; rounded up to whole milliseconds."""
+
+    async def set_bandwidth(self, bytes_per_s: int) -> None:
+        """Source: cap what is sent; 0: no cap."""
+
+    async def set_throttle(self, max_percent: int, step_percent: int) -> None:
+        """Source: let QEMU slow the guest's processors, in steps, up to ``max_percent``."""
+
+    async def start_post_copy(self) -> None:
+        """Source: switch over now and send the rest behind. There is no way back."""
+
+    async def prepare_incoming(self, parameters: StreamParameters) -> None:
+        """Destination: set everything up for :meth:`listen`."""
+
+    async def listen(self, address: str, ports: tuple[int, int]) -> int:
+        """Destination: wait for the source on the first free port of the range; returns the port."""
+
+    async def migration(self) -> MigrationStatistics:
+        """How the migration stands, as seen from this side."""
+
+    async def forget_stream(self) -> None:
+        """Drop credentials and settings of the last stream. May be repeated."""
