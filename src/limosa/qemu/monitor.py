@@ -13,8 +13,10 @@ What is known when a command fails:
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
+import socket
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -35,8 +37,9 @@ EventCallback = Callable[[Event], None]
 class Monitor:
     """A QMP session. Made by :meth:`connect`."""
 
-    def __init__(self, client: QMPClient, name: str) -> None:
+    def __init__(self, client: QMPClient, connection: socket.socket, name: str) -> None:
         self._client = client
+        self._connection = connection
         self._name = name
         self._callbacks: list[EventCallback] = []
         client.register_listener(_Forwarder(self._forward))
@@ -52,10 +55,16 @@ class Monitor:
         client = QMPClient(name)
         # The default listener keeps every event for a reader that does not exist here.
         client.events.event_filter = _nothing
-        monitor = cls(client, name)
+        connection = socket.socket(socket.AF_UNIX)
+        connection.setblocking(False)
+        # Ours besides the client's: only a plain socket can carry descriptors under every event loop.
+        monitor = cls(client, connection.dup(), name)
         try:
-            await client.connect(str(path))
-        except ConnectError as error:
+            await asyncio.get_running_loop().sock_connect(connection, str(path))
+            await client.connect(connection)
+        except (OSError, ConnectError) as error:
+            connection.close()
+            monitor._connection.close()
             raise QemuGone(f"no QMP session with {name}", why=str(error)) from error
         return monitor
 
@@ -82,8 +91,17 @@ class Monitor:
         except QMPError as error:
             raise OutcomeUnknown(f"{self._name} answered {command} with nonsense", why=str(error)) from error
 
+    async def give_descriptor(self, name: str, descriptor: int) -> None:
+        """Give QEMU a copy of ``descriptor`` under ``name``. Raises as :meth:`execute`."""
+        try:
+            socket.send_fds(self._connection, [b" "], [descriptor])
+        except OSError as error:
+            raise QemuGone(f"no QMP session with {self._name}", why=str(error)) from error
+        await self.execute("getfd", {"fdname": name})
+
     async def close(self) -> None:
         """End the session; QEMU goes on. Commands that wait for an answer raise ``OutcomeUnknown``."""
+        self._connection.close()
         # The session may have ended before, for any reason: disconnect() then repeats that reason.
         with contextlib.suppress(EOFError, OSError, ProtocolError):
             await self._client.disconnect()

@@ -129,6 +129,12 @@ class MachineProtocol(Protocol):
     async def quit(self) -> None:
         """End QEMU, by force if it does not listen. Returns when its process is gone; never raises ``QemuGone``."""
 
+    async def kill(self) -> None:
+        """End QEMU by force. Returns when its process is gone."""
+
+    def exit_text(self) -> str:
+        """Why it ended, as far as that can be known; empty while it runs."""
+
     async def announce(self) -> None:
         """Tell the switches anew where the VM's NICs are."""
 
@@ -136,7 +142,10 @@ class MachineProtocol(Protocol):
         """Source: set everything up for :meth:`migrate`. May be repeated."""
 
     async def migrate(self, address: str, port: int) -> None:
-        """Source: start to send the VM. Returns as soon as QEMU has accepted; events tell the rest."""
+        """Source: start to send the VM. Returns as soon as QEMU has accepted; events tell the rest.
+
+        Raises :class:`DestinationLost` if nobody listens there; the guest is not affected.
+        """
 
     async def cancel_migration(self) -> None:
         """Source: ask QEMU to end the migration. No effect if none runs.
