@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from limosa.model.units import format_bytes, format_rate
 from limosa.settings.host import ConvergencePolicy
 
-#: What remains counts as fallen when it is at most this share of the least seen so far.
+#: What remains counts as fallen when it is below this share of the least seen so far.
 PROGRESS = 0.9
 #: Seconds without progress before the limit is raised, and before each step that slows the guest.
 STALL_S = 0.5
@@ -113,14 +113,14 @@ class Convergence:
             return True
         if look.iteration <= 1 or self.in_post_copy:
             return look.transferred_bytes > self.most_transferred
-        return look.remaining_bytes <= self.least_remaining * PROGRESS
+        return look.remaining_bytes < self.least_remaining * PROGRESS
 
     def _seen(self, look: Look) -> Convergence:
         return replace(
             self,
             progress_at=look.at,
             most_transferred=max(self.most_transferred, look.transferred_bytes),
-            # Within the first pass what remains is mostly what was not sent once yet: no measure of the guest's writing.
+            # In the first pass what remains was mostly not sent once yet: no measure of the guest's writing.
             least_remaining=self.least_remaining if look.iteration <= 1 else look.remaining_bytes,
         )
 
@@ -128,7 +128,7 @@ class Convergence:
         policy = self.policy
         if self.downtime_limit_ms < policy.blackout_budget_ms:
             limit = min(policy.blackout_budget_ms, max(2 * self.downtime_limit_ms, self._needed_ms(look) * MARGIN))
-            note = f"{self._writes(look)}; blackout of up to {limit:.0f} ms planned (budget {policy.blackout_budget_ms:g} ms)"
+            note = f"{self._writes(look)}; a blackout of up to {limit:.0f} ms is planned"
             return replace(self, downtime_limit_ms=limit, progress_at=look.at), RaiseDowntimeLimit(limit, note)
         if policy.auto_converge and self.throttle_percent < policy.max_throttle_percent:
             percent = min(policy.max_throttle_percent, self.throttle_percent + THROTTLE_STEP_PERCENT)

@@ -28,7 +28,7 @@ from limosa.migration.ownership import (
     destination_state,
 )
 from limosa.model.vm import VmConfig
-from limosa.qemu.machine import Event, MachineProtocol, MigrationState, RunState, StreamParameters
+from limosa.qemu.protocol import Event, MachineProtocol, MigrationState, RunState, StreamParameters
 from limosa.wire.peer import Prepare, Prepared, Running, Standing
 
 #: From the source's word to a whole state here: the tail of the stream that QEMU is still loading.
@@ -46,7 +46,7 @@ class Landing(Protocol):
     async def launch(self, request: Prepare) -> MachineProtocol:
         """Start QEMU with taps and files, waiting for a migration."""
 
-    def stream_address(self) -> tuple[str, tuple[int, int]]:
+    async def stream_address(self) -> tuple[str, tuple[int, int]]:
         """The address to listen on and the ports allowed."""
 
     async def adopt(self, machine: MachineProtocol, *, running: bool) -> None:
@@ -107,7 +107,7 @@ class Destination:
                     post_copy=request.post_copy,
                 )
             )
-            address, ports = self.landing.stream_address()
+            address, ports = await self.landing.stream_address()
             port = await self.machine.listen(address, ports)
         except BaseException:
             await asyncio.shield(self.abort("it could not be prepared"))
@@ -207,7 +207,7 @@ class Destination:
             async with asyncio.timeout(LOAD_WITHIN_S):
                 await asyncio.wait({gone, loaded}, return_when=asyncio.FIRST_COMPLETED)
             if not loaded.done():
-                raise QemuError("QEMU ended while it loaded the state", why=machine.epitaph())
+                raise QemuError("QEMU ended while it loaded the state", why=machine.exit_text())
         finally:
             gone.cancel()
             loaded.cancel()
@@ -264,11 +264,9 @@ class Destination:
             self.lost.set_exception(
                 DestinationLost(
                     f"QEMU of VM '{self.vm.name}' on host '{self.journal.header.destination}' ended",
-                    why=machine.epitaph(),
+                    why=machine.exit_text(),
                     vm=self.vm.name,
                     host=self.journal.header.destination,
                 )
             )
             self.lost.exception()  # it may have no listener
-
-

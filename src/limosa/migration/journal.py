@@ -77,7 +77,9 @@ class Journal:
             journal._write(msgspec.json.encode(header), durable=True)
             sync_folder(folder)
         except OSError as error:
-            journal.discard()
+            if journal._descriptor is not None:
+                journal.close()
+                journal.path.unlink(missing_ok=True)
             raise StateError(
                 f"cannot write the journal {journal.path}",
                 why=error.strerror or str(error),
@@ -143,8 +145,3 @@ class Journal:
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
-
-    def discard(self) -> None:
-        """Remove the journal of a move that did nothing."""
-        self.close()
-        self.path.unlink(missing_ok=True)

@@ -17,7 +17,7 @@ from limosa.errors import Cancelled, HostUnreachable, LimosaError, OwnerUnknown,
 from limosa.migration.ownership import SOURCE_ENDED, SourceAction, SourceQemu, SourceStep, decide_source
 from limosa.migration.source import SourceMove
 from limosa.model.migration import Outcome, Phase, Side
-from limosa.qemu.machine import Event, MachineProtocol, MigrationState, RunState
+from limosa.qemu.protocol import Event, MachineProtocol, MigrationState, RunState
 from limosa.wire.peer import DestinationState, Standing
 
 #: How long QEMU may take to end a stream that was cancelled; it usually takes milliseconds.

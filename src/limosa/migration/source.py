@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Coroutine
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -30,7 +30,8 @@ from limosa.migration.report import Report
 from limosa.model.facts import VmFacts
 from limosa.model.finding import Finding, Severity
 from limosa.model.migration import Phase
-from limosa.qemu.machine import Event, MachineProtocol, MigrationState, MigrationStatistics, StreamParameters
+from limosa.model.vm import VmConfig
+from limosa.qemu.protocol import Event, MachineProtocol, MigrationState, MigrationStatistics, StreamParameters
 from limosa.security.stream import make_credentials
 from limosa.settings.host import ConvergencePolicy
 from limosa.transport import tcp
@@ -55,7 +56,7 @@ class Terms:
 class Home(Protocol):
     """What the script needs of the host it runs on."""
 
-    def facts(self) -> VmFacts:
+    async def facts(self) -> VmFacts:
         """What preflight needs to know about the VM here."""
 
     def carry_on(self) -> dict[str, str]:
@@ -143,7 +144,7 @@ class SourceMove:
 
     async def check(self, peer: Peer) -> tuple[Finding, ...]:
         """Preflight. Raises :class:`PreflightRefused` with all findings if one is an error."""
-        findings = await examine(peer, self.header.vm, self.header.source, self.home.facts())
+        findings = await examine(peer, self.header.vm, self.header.source, await self.home.facts())
         if any(finding.severity is Severity.ERROR for finding in findings):
             raise PreflightRefused(findings, vm=self.header.vm.name, host=peer.host)
         self.report.change(findings=findings)
@@ -279,9 +280,7 @@ class SourceMove:
             return
         look = await machine.migration()
         shown = progress.progress(self.report.bar, _figures(look), limit_ms=0, note="")
-        self.report.change(
-            progress=shown, transfer_s=look.total_s, qemu_downtime_ms=look.downtime_ms
-        )
+        self.report.change(progress=shown, transfer_s=look.total_s, qemu_downtime_ms=look.downtime_ms)
 
 
 ENDINGS = frozenset(
@@ -294,9 +293,9 @@ ENDINGS = frozenset(
 )
 
 
-async def examine(peer: Peer, vm: Any, source: str, here: VmFacts) -> tuple[Finding, ...]:
+async def examine(peer: Peer, vm: VmConfig, source: str, here: VmFacts) -> tuple[Finding, ...]:
     """Ask the destination, try its port, and judge. The same for ``limosa check`` and for the move itself."""
-    there, skew = await peer.inspect(vm, here.accelerator)
+    there, skew = await peer.inspect(vm)
     reachable = bool(there.addresses and there.trial_port) and await tcp.reachable(there.addresses[0], there.trial_port)
     return preflight.check(vm, source, here, there, clock_skew_s=skew, reachable=reachable)
 

@@ -64,7 +64,6 @@ class Inspect(Message, tag="inspect", frozen=True):
     """Gather the facts preflight needs for this VM."""
 
     vm: VmConfig
-    accelerator: Accelerator
 
 
 class Facts(Message, tag="facts", frozen=True):
@@ -174,8 +173,14 @@ class Standing(Message, tag="standing", frozen=True):
     resumed_at: float | None = None
 
 
-class Failed(Message, tag="failed", frozen=True):
-    """What was asked failed, or the destination's QEMU died; nothing of the migration is kept."""
+class Failed(Message, frozen=True, tag="failed"):
+    """What was asked failed; it left nothing behind."""
+
+    fault: Fault
+
+
+class Lost(Message, frozen=True, tag="lost"):
+    """The waiting QEMU died, unasked."""
 
     fault: Fault
 

@@ -1,0 +1,274 @@
+"""The HTTP API: one handler for each endpoint of ``wire.endpoints``, and two WebSockets.
+
+Who asks is known before a handler runs: by certificate over TLS, by user over the Unix socket. Errors leave as a
+:class:`limosa.model.migration.Fault`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import msgspec
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response, StreamingResponse
+from starlette.routing import BaseRoute, Route, WebSocketRoute
+from starlette.websockets import WebSocket
+
+from limosa import __version__
+from limosa.errors import InvalidInput, LimosaError, NotFound, NotPermitted
+from limosa.host import console
+from limosa.host.memory import meminfo_mib
+from limosa.host.openapi import document
+from limosa.host.services import Services
+from limosa.host.session import Session
+from limosa.model.base import Model
+from limosa.model.migration import Side
+from limosa.model.vm import Vm
+from limosa.security.identity import Identity
+from limosa.wire import api, endpoints, versions
+from limosa.wire.endpoints import ENDPOINTS, Endpoint, Role
+
+MAX_BODY_BYTES = 4 * 1024 * 1024
+_log = logging.getLogger(__name__)
+
+#: What a handler is given: the request's body, and the parameters in its path.
+Handler = Callable[[Any, dict[str, str]], Awaitable[Model]]
+
+
+def application(services: Services) -> Starlette:
+    """The API of a host."""
+    handlers = Handlers(services)
+    table = handlers.table()
+    routes: list[BaseRoute] = [_route(endpoint, table[endpoint]) for endpoint in ENDPOINTS if not endpoint.stream]
+    routes += [
+        Route(endpoints.WATCH_MIGRATION.path, handlers.watch, methods=["GET"]),
+        Route("/v1/openapi.json", handlers.openapi, methods=["GET"]),
+        WebSocketRoute(endpoints.PEER_PATH, handlers.peer),
+        WebSocketRoute(endpoints.CONSOLE_PATH, handlers.console),
+    ]
+    return Starlette(
+        routes=routes, exception_handlers={LimosaError: _on_error, HTTPException: _on_http, Exception: _on_bug}
+    )
+
+
+class Handlers:
+    """What each request does."""
+
+    def __init__(self, services: Services) -> None:
+        self._services = services
+
+    def table(self) -> dict[Endpoint[Any, Any], Handler]:
+        """A handler for every endpoint that is no stream."""
+        return {
+            endpoints.HOST: self.host,
+            endpoints.SETTINGS: self.settings,
+            endpoints.CHANGE_SETTINGS: self.change_settings,
+            endpoints.LIST_VMS: self.list_vms,
+            endpoints.CREATE_VM: self.create_vm,
+            endpoints.SHOW_VM: self.show_vm,
+            endpoints.DELETE_VM: self.delete_vm,
+            endpoints.START_VM: self._act(self._services.vms.start),
+            endpoints.STOP_VM: self._act(self._services.vms.stop),
+            endpoints.SHUTDOWN_VM: self._act(self._services.vms.shutdown),
+            endpoints.PAUSE_VM: self._act(self._services.vms.pause),
+            endpoints.RESUME_VM: self._act(self._services.vms.resume),
+            endpoints.CHECK: self.check,
+            endpoints.MOVE: self.move,
+            endpoints.LIST_MIGRATIONS: self.list_migrations,
+            endpoints.SHOW_MIGRATION: self.show_migration,
+            endpoints.CANCEL_MIGRATION: self.cancel_migration,
+            endpoints.RESOLVE_MIGRATION: self.resolve_migration,
+        }
+
+    async def host(self, _: api.Empty, __: dict[str, str]) -> api.HostStatus:
+        """The host as it sees itself."""
+        services = self._services
+        inspector = services.inspector
+        return api.HostStatus(
+            name=services.name,
+            limosa=__version__,
+            protocol=(versions.OLDEST, versions.NEWEST),
+            qemu=".".join(str(part) for part in inspector.capabilities.version),
+            accelerator=inspector.capabilities.accelerators[0],
+            cpus=services.cpus,
+            memory_total_mib=meminfo_mib("MemTotal"),
+            memory_available_mib=inspector.memory_available_mib(),
+            switches=await inspector.switches(),
+            addresses=await inspector.addresses(),
+            vms=len(services.vms.all()),
+            outgoing=services.outgoing.slots.taken,
+            incoming=services.incoming.slots.taken,
+            time=time.time(),
+        )
+
+    async def settings(self, _: api.Empty, __: dict[str, str]) -> api.SettingsPage:
+        """The settings page."""
+        return api.SettingsPage(settings=self._services.page.now)
+
+    async def change_settings(self, change: api.SettingsChange, _: dict[str, str]) -> api.SettingsPage:
+        """Change settings, all or none."""
+        return api.SettingsPage(settings=self._services.page.change(change.values))
+
+    async def list_vms(self, _: api.Empty, __: dict[str, str]) -> api.VmList:
+        """All VMs."""
+        vms = self._services.vms
+        return api.VmList(vms=tuple(vms.view(hosted) for hosted in vms.all()))
+
+    async def create_vm(self, new: api.NewVm, _: dict[str, str]) -> Vm:
+        """Create a VM."""
+        return self._services.vms.view(await self._services.vms.create(new))
+
+    async def show_vm(self, _: api.Empty, path: dict[str, str]) -> Vm:
+        """One VM."""
+        return self._services.vms.view(self._services.vms.get(path["vm"]))
+
+    async def delete_vm(self, _: api.Empty, path: dict[str, str]) -> api.Empty:
+        """Forget a VM."""
+        self._services.vms.delete(self._services.vms.get(path["vm"]))
+        return api.Empty()
+
+    def _act(self, act: Callable[[Any], Awaitable[None]]) -> Handler:
+        async def handler(_: api.Empty, path: dict[str, str]) -> Vm:
+            hosted = self._services.vms.get(path["vm"])
+            # Once begun it is carried through, whether or not the caller stays to hear of it.
+            await asyncio.shield(act(hosted))
+            return self._services.vms.view(hosted)
+
+        return handler
+
+    async def check(self, request: api.CheckRequest, _: dict[str, str]) -> api.CheckReport:
+        """Preflight."""
+        return await self._services.outgoing.check(request)
+
+    async def move(self, request: api.MoveRequest, _: dict[str, str]) -> Model:
+        """Begin a move."""
+        return await self._services.outgoing.move(request)
+
+    async def list_migrations(self, _: api.Empty, __: dict[str, str]) -> api.MigrationList:
+        """Moves from here, and landings that have not ended."""
+        leaving, landing = self._services.outgoing.list(), self._services.incoming.migrations()
+        return api.MigrationList(migrations=tuple(landing + leaving))
+
+    async def show_migration(self, _: api.Empty, path: dict[str, str]) -> Model:
+        """One move."""
+        for view in self._services.incoming.migrations():
+            if view.id == path["migration"]:
+                return view
+        return self._services.outgoing.show(path["migration"])
+
+    async def cancel_migration(self, _: api.Empty, path: dict[str, str]) -> Model:
+        """Cancel a move."""
+        return await self._services.outgoing.cancel(path["migration"])
+
+    async def resolve_migration(self, request: api.ResolveRequest, path: dict[str, str]) -> Model:
+        """A person's word."""
+        migration = path["migration"]
+        if any(view.id == migration for view in self._services.incoming.migrations()):
+            return await self._services.incoming.resolve(migration, Side(request.owner))
+        return await self._services.outgoing.resolve(migration, Side(request.owner))
+
+    async def watch(self, request: Request) -> Response:
+        """One move, a line at each change."""
+        _authorise(request.scope, Role.VIEWER)
+        migration = request.path_params["migration"]
+        self._services.outgoing.show(migration)
+
+        async def lines() -> AsyncIterator[bytes]:
+            async for view in self._services.outgoing.watch(migration):
+                yield msgspec.json.encode(view) + b"\n"
+
+        return StreamingResponse(lines(), media_type="application/x-ndjson")
+
+    async def openapi(self, request: Request) -> Response:
+        """The OpenAPI document."""
+        _authorise(request.scope, Role.VIEWER)
+        return Response(msgspec.json.encode(document()), media_type="application/json")
+
+    async def peer(self, socket: WebSocket) -> None:
+        """A session with a source host."""
+        identity = _identity(socket.scope)
+        if identity is None or identity.role is not Role.HOST:
+            await socket.close(code=4403, reason="only hosts may open peer sessions")
+            return
+        await socket.accept()
+        await Session(socket, identity, self._services.incoming).serve()
+
+    async def console(self, socket: WebSocket) -> None:
+        """A VM's serial console."""
+        identity = _identity(socket.scope)
+        hosted = self._services.vms.find(socket.path_params["vm"])
+        if identity is None or identity.role < Role.OPERATOR:
+            await socket.close(code=4403, reason="the console needs the role operator")
+        elif hosted is None or hosted.machine is None:
+            await socket.close(code=4404, reason="no such VM runs here")
+        else:
+            await socket.accept()
+            await console.relay(socket, self._services.files.sockets(hosted.config) / "console.sock")
+
+
+def _route(endpoint: Endpoint[Any, Any], handler: Handler) -> Route:
+    async def answer(request: Request) -> Response:
+        _authorise(request.scope, endpoint.role)
+        reply = await handler(await _body(request, endpoint.request), dict(request.path_params))
+        return Response(msgspec.json.encode(reply), media_type="application/json")
+
+    return Route(endpoint.path, answer, methods=[endpoint.method])
+
+
+def _identity(scope: Any) -> Identity | None:
+    identity: Identity | None = scope["state"].get("identity")
+    return identity
+
+
+def _authorise(scope: Any, role: Role) -> None:
+    identity = _identity(scope)
+    if identity is None:
+        raise NotPermitted("this connection says not who it is", todo="use a certificate made by 'limosa ca issue'")
+    if identity.role < role:
+        raise NotPermitted(
+            f"'{identity.name}' is {identity.role.name.lower()} and may not do this",
+            todo=f"use a certificate with the role {role.name.lower()}",
+        )
+
+
+async def _body(request: Request, cls: type[Model]) -> Model:
+    data = bytearray()
+    try:
+        async for chunk in request.stream():
+            data += chunk
+            if len(data) > MAX_BODY_BYTES:
+                raise InvalidInput("the request is too large", why=f"more than {MAX_BODY_BYTES} bytes")
+    except ClientDisconnect as error:
+        raise InvalidInput("the request broke off") from error
+    try:
+        return msgspec.json.decode(bytes(data) or b"{}", type=cls)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise InvalidInput("the request is not valid", why=str(error)) from error
+
+
+def _fault(error: LimosaError) -> Response:
+    body = msgspec.json.encode(error.fault())
+    return Response(body, status_code=error.http_status, media_type="application/json")
+
+
+async def _on_error(_: Request, error: Exception) -> Response:
+    assert isinstance(error, LimosaError)
+    return _fault(error)
+
+
+async def _on_http(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    response = _fault(NotFound(f"there is no {request.method} {request.url.path}", todo="see /v1/openapi.json"))
+    response.status_code = error.status_code
+    return response
+
+
+async def _on_bug(_: Request, error: Exception) -> Response:
+    _log.exception("internal error", exc_info=error)
+    return _fault(LimosaError("an internal error", why=repr(error), todo="see the daemon's log, and report it"))

@@ -1,0 +1,67 @@
+"""Where a host keeps its things.
+
+::
+
+    <state_dir>/settings.toml              the settings page
+                vms/NAME/vm.toml           a VM that belongs to this host
+                         process.json      its QEMU, while one runs
+                         console.log  seed.iso  nvram.fd  qemu.log
+                migrations/ID.SIDE.jsonl   journals
+    <run_dir>/api.sock                     the API for people on the host
+              vm/ID/                       sockets and stream credentials of a VM's QEMU
+
+A folder below ``vms`` without ``vm.toml`` belongs to a VM that is landing, or was given up.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from limosa.errors import StateError
+from limosa.model.vm import VmConfig
+
+
+@dataclass(frozen=True)
+class Files:
+    """The folders of one host."""
+
+    state: Path
+    run: Path
+
+    @property
+    def settings(self) -> Path:
+        """The settings page."""
+        return self.state / "settings.toml"
+
+    @property
+    def vms(self) -> Path:
+        """One folder a VM."""
+        return self.state / "vms"
+
+    @property
+    def migrations(self) -> Path:
+        """Journals."""
+        return self.state / "migrations"
+
+    @property
+    def socket(self) -> Path:
+        """The API's Unix socket."""
+        return self.run / "api.sock"
+
+    def vm(self, name: str) -> Path:
+        """The folder of a VM."""
+        return self.vms / name
+
+    def sockets(self, config: VmConfig) -> Path:
+        """The folder of a VM's sockets; short, because a Unix socket's path is."""
+        return self.run / "vm" / config.uuid.replace("-", "")[:16]
+
+    def make(self) -> None:
+        """Create the folders, for the daemon's eyes only (QEMU's user may pass through). Raises :class:`StateError`."""
+        try:
+            for folder in (self.state, self.run, self.run / "vm", self.vms):
+                folder.mkdir(mode=0o711, parents=True, exist_ok=True)
+            self.migrations.mkdir(mode=0o700, exist_ok=True)
+        except OSError as error:
+            raise StateError(f"cannot make {error.filename}", why=error.strerror or str(error)) from error

@@ -1,0 +1,196 @@
+"""VMs that come to this host: facts for preflight, places, landings, and what a restart finds of them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Callable
+
+from limosa.errors import Conflict, LimosaError, NetworkError, NotFound, PreflightRefused
+from limosa.host.files import Files
+from limosa.host.inspection import Inspector
+from limosa.host.page import Page
+from limosa.host.slots import Slots
+from limosa.host.vms import HostedVm, Vms
+from limosa.migration.destination import Destination
+from limosa.migration.journal import Header, Journal
+from limosa.migration.ownership import DESTINATION_ENDED, DestinationStep
+from limosa.model.facts import DestinationFacts
+from limosa.model.finding import Finding, Severity
+from limosa.model.migration import Migration, Outcome, Phase, Progress, Side
+from limosa.model.vm import VmConfig
+from limosa.qemu.protocol import MachineProtocol
+from limosa.transport import tcp
+from limosa.wire.peer import Prepare
+
+
+class Incoming:
+    """All landings of this host."""
+
+    def __init__(self, host: str, vms: Vms, page: Page, files: Files, inspector: Inspector, boot: str) -> None:
+        self.host = host
+        self.slots = Slots(lambda: page.now.max_incoming)
+        page.on_change(self.slots.admit)
+        self._vms = vms
+        self._page = page
+        self._files = files
+        self._inspector = inspector
+        self._boot = boot
+        self._landing: dict[str, Destination] = {}
+
+    async def inspect(self, vm: VmConfig, reached_at: str, trial: contextlib.AsyncExitStack) -> DestinationFacts:
+        """Facts for preflight. ``trial`` keeps the listener for a trial connection open.
+
+        ``reached_at`` is the address of ours that the source called.
+        """
+        addresses = await self._inspector.stream_addresses(reached_at)
+        port = await trial.enter_async_context(tcp.trial(addresses, self._page.now.migration_ports))
+        return await self._inspector.destination_facts(vm, addresses, port)
+
+    def begin(self, request: Prepare, source: str, reached_at: str) -> Destination:
+        """A landing for a VM, journalled but with nothing reserved yet."""
+        if not self._page.now.live_migration:
+            finding = Finding(
+                code="migration-off",
+                severity=Severity.ERROR,
+                what=f"live migration is off on host '{self.host}'",
+                todo="limosa host settings live_migration true",
+            )
+            raise PreflightRefused((finding,), vm=request.vm.name, host=self.host)
+        header = Header(
+            migration=request.migration,
+            side=Side.DESTINATION,
+            vm=request.vm,
+            accelerator=request.accelerator,
+            source=source,
+            destination=self.host,
+            address="",
+            accepted_at=time.time(),
+            boot=self._boot,
+            was_running=request.running,
+        )
+        if request.migration in self._landing:
+            raise Conflict(f"migration {request.migration} is under way already", vm=request.vm.name, host=self.host)
+        destination = self._make(Journal.begin(self._files.migrations, header), None, reached_at)
+        self._landing[request.migration] = destination
+        return destination
+
+    def find(self, migration: str, source: str) -> Destination | None:
+        """The landing of an earlier migration from ``source``, also one that has ended; None if there was none."""
+        destination = self._landing.get(migration) or self._from_journal(migration)
+        if destination is None or destination.journal.header.source != source:
+            return None
+        return destination
+
+    def settled(self, destination: Destination) -> None:
+        """Forget a landing that has ended; its journal goes on answering for it."""
+        if destination.step in DESTINATION_ENDED:
+            destination.journal.close()
+            self._landing.pop(destination.journal.header.migration, None)
+
+    async def resolve(self, migration: str, owner: Side) -> Migration:
+        """A person says who owns a VM that is held here."""
+        destination = self._landing.get(migration)
+        if destination is None:
+            raise NotFound(f"no migration {migration} waits for a decision on host '{self.host}'", host=self.host)
+        await destination.resolve(here=owner is Side.DESTINATION)
+        self.settled(destination)
+        return view(destination)
+
+    async def recover(self, journal: Journal) -> None:
+        """Take up a landing that a restart found."""
+        if journal.step is not None and DestinationStep(journal.step) in DESTINATION_ENDED:
+            return
+        hosted = await self._vms.take_up_landing(journal.header.vm, journal.header.migration)
+        destination = self._make(journal, hosted.machine)
+        self._landing[journal.header.migration] = destination
+        await destination.abandoned()
+        self.settled(destination)
+
+    def migrations(self) -> list[Migration]:
+        """Landings that have not ended."""
+        return [view(destination) for destination in self._landing.values()]
+
+    def _from_journal(self, migration: str) -> Destination | None:
+        path = self._files.migrations / f"{migration}.{Side.DESTINATION}.jsonl"
+        return self._make(Journal.load(path), None) if path.exists() else None
+
+    def _make(self, journal: Journal, machine: MachineProtocol | None, reached_at: str = "") -> Destination:
+        landing = LandingHere(journal.header, self._vms, self.slots, self._inspector, self._page, reached_at)
+        return Destination(journal, landing, self._boot, machine)
+
+
+class LandingHere:
+    """One VM's landing: a :class:`limosa.migration.destination.Landing`."""
+
+    def __init__(
+        self, header: Header, vms: Vms, slots: Slots, inspector: Inspector, page: Page, reached_at: str
+    ) -> None:
+        self._header = header
+        self._vms = vms
+        self._slots = slots
+        self._inspector = inspector
+        self._page = page
+        self._reached_at = reached_at
+        self._has_slot = False
+        self._hosted: HostedVm | None = None
+
+    async def reserve(self, in_line: Callable[[int], None]) -> None:
+        """See :class:`limosa.migration.destination.Landing`."""
+        await self._slots.acquire(in_line)
+        self._has_slot = True
+        try:
+            self._hosted = self._vms.reserve(self._header.vm, self._header.migration)
+        except LimosaError:
+            self._give_slot()
+            raise
+
+    async def launch(self, request: Prepare) -> MachineProtocol:
+        """See :class:`limosa.migration.destination.Landing`."""
+        assert self._hosted is not None
+        return await self._vms.launch_incoming(self._hosted, request.accelerator, request.files)
+
+    async def stream_address(self) -> tuple[str, tuple[int, int]]:
+        """See :class:`limosa.migration.destination.Landing`."""
+        addresses = await self._inspector.stream_addresses(self._reached_at)
+        if not addresses:
+            raise NetworkError(
+                "this host has no address on a network that may carry moves", host=self._header.destination
+            )
+        return addresses[0], self._page.now.migration_ports
+
+    async def adopt(self, machine: MachineProtocol, *, running: bool) -> None:
+        """See :class:`limosa.migration.destination.Landing`."""
+        self._vms.adopt(self._vms.get(self._header.vm.name), running=running)
+        self._give_slot()
+
+    async def release(self, machine: MachineProtocol | None) -> None:
+        """See :class:`limosa.migration.destination.Landing`."""
+        hosted = self._hosted or self._vms.find_landing(self._header.vm)
+        if hosted is not None:
+            await asyncio.shield(self._vms.discard(hosted))
+        self._give_slot()
+
+    def _give_slot(self) -> None:
+        if self._has_slot:
+            self._has_slot = False
+            self._slots.release()
+
+
+def view(destination: Destination) -> Migration:
+    """A landing as people see it. The source knows more."""
+    header = destination.journal.header
+    outcomes = {DestinationStep.OWNED: Outcome.COMPLETED, DestinationStep.GONE: Outcome.FAILED}
+    return Migration(
+        id=header.migration,
+        vm=header.vm.name,
+        source=header.source,
+        destination=header.destination,
+        side=Side.DESTINATION,
+        transport="tcp",
+        phase=Phase.BUILD_UP if destination.step is None else Phase.COPY,
+        outcome=outcomes.get(destination.step, Outcome.UNDER_WAY) if destination.step else Outcome.UNDER_WAY,
+        progress=Progress(note="see the source for its progress"),
+        accepted_at=header.accepted_at,
+    )

@@ -1,0 +1,95 @@
+"""Gathering the facts that preflight judges and that ``limosa host status`` shows."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from pathlib import Path
+
+from limosa.host.memory import available_mib
+from limosa.host.page import Page
+from limosa.host.vms import HostedVm, Vms
+from limosa.model.facts import DestinationFacts, FileIdentity, VmFacts
+from limosa.model.vm import VmConfig, VmState
+from limosa.network.addresses import migration_addresses, own_addresses
+from limosa.network.netlink import Netlink
+from limosa.network.switches import switches
+from limosa.qemu.capabilities import QemuCapabilities
+from limosa.settings.daemon import DaemonSettings
+from limosa.storage.identity import identify
+
+
+class Inspector:
+    """Looks at this host."""
+
+    def __init__(
+        self, daemon: DaemonSettings, page: Page, vms: Vms, capabilities: QemuCapabilities, netlink: Netlink
+    ) -> None:
+        self._daemon = daemon
+        self._page = page
+        self._vms = vms
+        self.capabilities = capabilities
+        self._netlink = netlink
+
+    async def stream_addresses(self, reached_at: str) -> tuple[str, ...]:
+        """Our addresses that may carry guest memory, best first."""
+        own = await own_addresses(self._netlink)
+        return migration_addresses(own, self._page.now.migration_networks, reached_at)
+
+    async def switches(self) -> tuple[str, ...]:
+        """Names of our virtual switches."""
+        return await switches(self._netlink)
+
+    async def addresses(self) -> tuple[str, ...]:
+        """Our addresses but for loopback."""
+        return tuple(own.address for own in await own_addresses(self._netlink) if own.interface != "lo")
+
+    def memory_available_mib(self) -> int:
+        """What a further VM may have."""
+        return available_mib(self._page.now.reserved_memory_mib, self._vms.committed_mib())
+
+    async def vm_facts(self, hosted: HostedVm) -> VmFacts:
+        """What the source says about a VM that is to move."""
+        settings = self._page.now
+        return VmFacts(
+            running=hosted.machine is not None and hosted.state in (VmState.RUNNING, VmState.PAUSED),
+            accelerator=hosted.accelerator or "tcg",
+            qemu=self.capabilities.version,
+            files=await self._files(hosted.config),
+            live_migration=settings.live_migration,
+            encrypt=settings.encrypt,
+            post_copy=settings.convergence.post_copy,
+        )
+
+    async def destination_facts(self, vm: VmConfig, addresses: tuple[str, ...], trial_port: int) -> DestinationFacts:
+        """What the destination says about a VM that is to come."""
+        ours, files = await asyncio.gather(self.switches(), self._files(vm))
+        cpu_known, cpu_missing = self.capabilities.supports(vm.cpu)
+        return DestinationFacts(
+            host=self._daemon.name,
+            qemu=self.capabilities.version,
+            live_migration=self._page.now.live_migration,
+            accelerators=self.capabilities.accelerators,
+            machine_known=self.capabilities.knows_machine(vm.machine),
+            cpu_known=cpu_known,
+            cpu_missing=cpu_missing,
+            switches_missing=tuple(sorted({nic.switch for nic in vm.nics} - set(ours))),
+            memory_available_mib=self.memory_available_mib(),
+            name_taken=self._vms.find(vm.name) is not None,
+            uuid_taken=any(hosted.config.uuid == vm.uuid for hosted in self._vms.all()),
+            files=files,
+            firmware_available=Path(self._daemon.firmware_code).exists(),
+            post_copy_possible=self.capabilities.post_copy,
+            addresses=addresses,
+            trial_port=trial_port,
+            time=time.time(),
+        )
+
+    async def _files(self, vm: VmConfig) -> tuple[FileIdentity, ...]:
+        boot = vm.boot.paths() if vm.boot else ()
+
+        def look() -> tuple[FileIdentity, ...]:
+            found = [identify(path, self._page.now.locations, digest=path in boot) for path in vm.host_files()]
+            return tuple(identity for identity in found if identity is not None)
+
+        return await asyncio.to_thread(look) if vm.host_files() else ()

@@ -1,0 +1,288 @@
+"""What it takes to start a VM's QEMU on this host and to find it again: taps, seed, firmware, rights, a record.
+
+Everything that one QEMU is given is made here and ends with it: taps live as long as a process holds them, sockets lie
+in the VM's run folder. A launch that fails leaves nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import os
+import pwd
+import secrets
+import shutil
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from limosa.errors import Conflict, InvalidInput, QemuError, QemuGone, StateError
+from limosa.host.files import Files
+from limosa.host.memory import available_mib
+from limosa.host.page import Page
+from limosa.model.base import Model
+from limosa.model.vm import Accelerator, Disk, Nic, VmConfig
+from limosa.network.netlink import Netlink
+from limosa.network.taps import open_tap
+from limosa.qemu.arguments import Launch
+from limosa.qemu.capabilities import QemuCapabilities
+from limosa.qemu.machine import Machine
+from limosa.settings import toml
+from limosa.settings.daemon import DaemonSettings
+from limosa.storage import images, seed
+from limosa.wire.api import NewDisk, NewNic, NewVm
+
+DISK_NAMES = [f"vd{letter}" for letter in "abcdefghijklmnopqrstuvwxyz"]
+
+
+class ProcessRecord(Model, frozen=True, forbid_unknown_fields=False):
+    """How to find a VM's QEMU again (``process.json``)."""
+
+    pid: int
+    start_time: int
+    boot: str
+    accelerator: Accelerator
+    started_at: float
+
+
+@dataclass(frozen=True)
+class Found:
+    """A VM's QEMU as an earlier daemon left it; ``machine`` is None if it has ended meanwhile."""
+
+    machine: Machine | None
+    accelerator: Accelerator
+    started_at: float
+
+
+class Launcher:
+    """Starts QEMUs on this host."""
+
+    def __init__(
+        self,
+        daemon: DaemonSettings,
+        page: Page,
+        files: Files,
+        capabilities: QemuCapabilities,
+        netlink: Netlink,
+        boot: str,
+    ) -> None:
+        self._daemon = daemon
+        self._page = page
+        self._files = files
+        self._capabilities = capabilities
+        self._netlink = netlink
+        self._boot = boot
+        self.user = qemu_user(daemon.qemu_user)
+
+    # Definitions
+
+    async def pin(self, new: NewVm, identity: str) -> VmConfig:
+        """The durable form of a new VM: what was left open is chosen now, once. Raises :class:`InvalidInput`."""
+        raw = msgspec.to_builtins(new)
+        raw["uuid"] = new.uuid or identity
+        raw["machine"] = new.machine or self._capabilities.default_machine
+        raw["disks"] = [msgspec.to_builtins(disk) for disk in await self._pin_disks(new)]
+        raw["nics"] = [msgspec.to_builtins(_pin_nic(nic)) for nic in new.nics]
+        config = toml.convert(raw, VmConfig, where=f"VM '{new.name}'")
+        if not self._capabilities.knows_machine(config.machine):
+            raise InvalidInput(
+                f"QEMU on this host does not know the machine type {config.machine}",
+                todo=f"leave it out for {self._capabilities.default_machine}",
+                vm=new.name,
+            )
+        self._check_cpu(config)
+        return config
+
+    async def make_disks(self, new: NewVm, config: VmConfig) -> None:
+        """Create the images that were asked for with a size. On failure those already made are removed."""
+        with ExitStack() as made:
+            for asked, disk in zip(new.disks, config.disks, strict=True):
+                if asked.size_mib is not None:
+                    await images.create(Path(disk.path), disk.format, asked.size_mib * 1024 * 1024)
+                    made.callback(Path(disk.path).unlink, missing_ok=True)
+            made.pop_all()
+
+    def accelerator(self, config: VmConfig) -> Accelerator:
+        """What the VM will run with. Raises :class:`QemuError` if this host does not offer it."""
+        offered = self._capabilities.accelerators
+        if config.accelerator == "auto":
+            return "kvm" if "kvm" in offered else "tcg"
+        if config.accelerator not in offered:
+            raise QemuError(
+                f"this host does not offer {config.accelerator}",
+                todo="load the kvm module, or create the VM with accelerator 'auto'",
+                vm=config.name,
+            )
+        return config.accelerator
+
+    def check_memory(self, config: VmConfig, committed_mib: int) -> None:
+        """Raise :class:`Conflict` if the host has no room for the VM."""
+        free = available_mib(self._page.now.reserved_memory_mib, committed_mib)
+        if free < config.memory_mib:
+            raise Conflict(
+                f"VM '{config.name}' needs {config.memory_mib} MiB of memory and host '{self._daemon.name}' has {free}",
+                todo="stop or move another VM, or give this one less memory",
+                vm=config.name,
+                host=self._daemon.name,
+            )
+
+    # Processes
+
+    async def launch(
+        self, config: VmConfig, accelerator: Accelerator, *, incoming: bool, carried: dict[str, str] | None = None
+    ) -> Machine:
+        """Start the VM's QEMU, paused. ``carried`` are files that came with it from the source, base64 by name."""
+        folder = self._files.vm(config.name)
+        await asyncio.to_thread(self._grant, config)
+        vars_file = self._firmware(config, folder)
+        seed_file = self._seed(config, folder, carried or {})
+        with ExitStack() as held:
+            taps = [await open_tap(self._netlink, nic.switch) for nic in config.nics]
+            for tap in taps:
+                held.callback(tap.close)
+            run_dir = self._files.sockets(config)
+
+            def make(qmp_fd: int, console_fd: int) -> Launch:
+                return Launch(
+                    config=config,
+                    accelerator=accelerator,
+                    incoming=incoming,
+                    tap_fds=tuple(tap.fd for tap in taps),
+                    qmp_fd=qmp_fd,
+                    console_fd=console_fd,
+                    console_log=folder / "console.log",
+                    vnc_socket=run_dir / "vnc.sock",
+                    firmware_code=Path(self._daemon.firmware_code) if vars_file else None,
+                    firmware_vars=vars_file,
+                    seed=seed_file,
+                )
+
+            program = Path(self._daemon.qemu)
+            machine = await Machine.launch(program, make, run_dir, folder / "qemu.log", self.user)
+        try:
+            self._remember(config, machine, accelerator)
+        except StateError:
+            await machine.kill()
+            raise
+        return machine
+
+    async def attach(self, config: VmConfig) -> Found | None:
+        """The QEMU an earlier daemon started for this VM; None if none was running when it ended."""
+        path = self._files.vm(config.name) / "process.json"
+        try:
+            record = msgspec.json.decode(path.read_bytes(), type=ProcessRecord)
+        except FileNotFoundError:
+            return None
+        except (OSError, msgspec.MsgspecError) as error:
+            raise StateError(f"{path} is damaged", why=str(error), vm=config.name) from error
+        machine = None
+        if record.boot == self._boot:
+            try:
+                machine = await Machine.attach(self._files.sockets(config), record.pid, record.start_time)
+            except QemuGone:
+                self.clean_up(config)
+        return Found(machine, record.accelerator, record.started_at)
+
+    def clean_up(self, config: VmConfig) -> None:
+        """Forget a QEMU that has ended."""
+        (self._files.vm(config.name) / "process.json").unlink(missing_ok=True)
+        shutil.rmtree(self._files.sockets(config), ignore_errors=True)
+
+    def _remember(self, config: VmConfig, machine: Machine, accelerator: Accelerator) -> None:
+        record = ProcessRecord(
+            pid=machine.pid,
+            start_time=machine.process.start_time,
+            boot=self._boot,
+            accelerator=accelerator,
+            started_at=time.time(),
+        )
+        path = self._files.vm(config.name) / "process.json"
+        # Not synced: it means something only as long as the machine does not restart.
+        try:
+            temporary = path.with_name(".process.json.new")
+            temporary.write_bytes(msgspec.json.encode(record))
+            temporary.replace(path)
+        except OSError as error:
+            raise StateError(f"cannot write {path}", why=error.strerror or str(error), vm=config.name) from error
+
+    def _grant(self, config: VmConfig) -> None:
+        for disk in config.disks:
+            images.grant(Path(disk.path), self.user, read_only=disk.read_only)
+        for path in config.boot.paths() if config.boot else ():
+            images.grant(Path(path), self.user, read_only=True)
+
+    def _firmware(self, config: VmConfig, folder: Path) -> Path | None:
+        if config.firmware != "uefi":
+            return None
+        own = folder / "nvram.fd"
+        if not own.exists():
+            try:
+                shutil.copyfile(self._daemon.firmware_vars, own)
+            except OSError as error:
+                raise QemuError(
+                    "the UEFI firmware is missing",
+                    why=str(error),
+                    todo="install the package ovmf",
+                    vm=config.name,
+                ) from error
+        self._give(own)
+        return own
+
+    def _seed(self, config: VmConfig, folder: Path, carried: dict[str, str]) -> Path | None:
+        if config.cloud_init is None:
+            return None
+        own = folder / "seed.iso"
+        if "seed.iso" in carried:
+            own.write_bytes(base64.b64decode(carried["seed.iso"]))
+        elif not own.exists():
+            own.write_bytes(seed.make(config.cloud_init, instance=config.uuid, host_name=config.name))
+        self._give(own)
+        return own
+
+    def _give(self, path: Path) -> None:
+        path.chmod(0o600)
+        if self.user is not None:
+            entry = pwd.getpwnam(self.user)
+            os.chown(path, entry.pw_uid, entry.pw_gid)
+
+    async def _pin_disks(self, new: NewVm) -> list[Disk]:
+        free = iter([name for name in DISK_NAMES if name not in {disk.name for disk in new.disks}])
+        return [await _pin_disk(disk, disk.name or next(free)) for disk in new.disks]
+
+    def _check_cpu(self, config: VmConfig) -> None:
+        known, missing = self._capabilities.supports(config.cpu)
+        if not known or missing:
+            raise InvalidInput(
+                f"this host does not offer the CPU model {config.cpu}",
+                why=f"it lacks {', '.join(missing)}" if missing else "QEMU does not know it",
+                todo="use x86-64-v2",
+                vm=config.name,
+            )
+
+
+def qemu_user(wanted: str) -> str | None:
+    """The user QEMU runs as: ``wanted`` if we may choose and it exists, else our own."""
+    if os.geteuid() != 0:
+        return None
+    try:
+        pwd.getpwnam(wanted)
+    except KeyError:
+        return None
+    return wanted
+
+
+async def _pin_disk(disk: NewDisk, name: str) -> Disk:
+    if disk.size_mib is not None:
+        disk_format = disk.format or "qcow2"
+    else:
+        disk_format = disk.format or await images.detect_format(Path(disk.path))
+    return Disk(name=name, path=disk.path, format=disk_format, read_only=disk.read_only)
+
+
+def _pin_nic(nic: NewNic) -> Nic:
+    # 52:54:00 is the prefix that QEMU and libvirt use for guests.
+    made = "52:54:00:" + ":".join(f"{byte:02x}" for byte in secrets.token_bytes(3))
+    return Nic(switch=nic.switch, mac=nic.mac or made)

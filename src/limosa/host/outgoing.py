@@ -1,0 +1,332 @@
+"""VMs that leave this host: the line of moves, each move's task, watchers, and what a restart finds of them."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import secrets
+import time
+from collections.abc import AsyncIterator, Coroutine
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from limosa.errors import Conflict, HostUnreachable, LimosaError, NotFound
+from limosa.host.files import Files
+from limosa.host.inspection import Inspector
+from limosa.host.page import Page
+from limosa.host.peers import RemotePeer, dial, split_address
+from limosa.host.slots import Slots
+from limosa.host.vms import HostedVm, Vms
+from limosa.migration.journal import Header, Journal
+from limosa.migration.ownership import SOURCE_ENDED, SourceStep
+from limosa.migration.peer import Dialler
+from limosa.migration.report import Report
+from limosa.migration.settle import Settlement
+from limosa.migration.source import SourceMove, Terms, examine
+from limosa.model.base import is_name
+from limosa.model.facts import VmFacts
+from limosa.model.finding import Finding, Severity
+from limosa.model.migration import Migration, Outcome, Phase, Progress, Side
+from limosa.model.vm import VmState
+from limosa.security import tls
+from limosa.wire.api import CheckReport, CheckRequest, MoveOptions, MoveRequest
+
+#: Ended moves that are remembered for ``limosa migration list``.
+HISTORY = 200
+_ALPHABET = "abcdefghijklmnopqrstuvwxyz0123456789"
+
+
+class Outgoing:
+    """All moves from this host."""
+
+    def __init__(
+        self, host: str, pki: Path, vms: Vms, page: Page, files: Files, inspector: Inspector, boot: str
+    ) -> None:
+        self.host = host
+        self.slots = Slots(lambda: page.now.max_outgoing)
+        self._pki = pki
+        self._vms = vms
+        self._page = page
+        self._files = files
+        self._inspector = inspector
+        self._boot = boot
+        self._views: dict[str, Migration] = {}
+        self._active: dict[str, SourceMove] = {}
+        self._settling: dict[str, Settlement] = {}
+        self._watchers: dict[str, set[asyncio.Queue[Migration]]] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        page.on_change(self._on_page)
+
+    # What clients ask
+
+    async def check(self, request: CheckRequest) -> CheckReport:
+        """Every finding against a move, also that the destination cannot be reached at all."""
+        hosted = self._vms.get(request.vm)
+        facts = await self._inspector.vm_facts(hosted)
+        try:
+            peer = await self._dialler(request.destination)()
+            try:
+                destination = peer.host
+                findings = await examine(peer, hosted.config, self.host, facts)
+            finally:
+                await peer.close()
+        except HostUnreachable as error:
+            destination = request.destination
+            todo = error.todo or "see the logs of both hosts"
+            findings = (Finding(code=error.code, severity=Severity.ERROR, what=str(error), todo=todo),)
+        possible = all(finding.severity is not Severity.ERROR for finding in findings)
+        return CheckReport(
+            vm=request.vm, source=self.host, destination=destination, possible=possible, findings=findings
+        )
+
+    async def move(self, request: MoveRequest) -> Migration:
+        """Accept a move, durably, and begin it or put it in line. Raises :class:`Conflict`; nothing is kept then."""
+        hosted = self._vms.get(request.vm)
+        if hosted.machine is None or hosted.state not in (VmState.RUNNING, VmState.PAUSED):
+            raise Conflict(f"VM '{request.vm}' is {hosted.state}", todo="start it first", vm=request.vm, host=self.host)
+        self._vms.check_idle(hosted)
+        name = split_address(request.destination)[0]
+        header = Header(
+            migration="".join(secrets.choice(_ALPHABET) for _ in range(12)),
+            side=Side.SOURCE,
+            vm=hosted.config,
+            accelerator=hosted.accelerator_in_use,
+            source=self.host,
+            destination=name if is_name(name) else "unnamed",
+            address=request.destination,
+            accepted_at=time.time(),
+            boot=self._boot,
+            options=msgspec.to_builtins(request.options),
+            was_running=hosted.state is VmState.RUNNING,
+        )
+        hosted.migration = header.migration
+        try:
+            journal = Journal.begin(self._files.migrations, header)
+        except LimosaError:
+            hosted.migration = None
+            raise
+        return self._begin(journal, hosted)
+
+    def list(self) -> list[Migration]:
+        """Moves under way and ended, newest first."""
+        return sorted(self._views.values(), key=lambda view: -view.accepted_at)
+
+    def show(self, migration: str) -> Migration:
+        """One move. Raises :class:`NotFound`."""
+        if migration not in self._views:
+            raise NotFound(f"no migration {migration} is known on host '{self.host}'", host=self.host)
+        return self._views[migration]
+
+    async def watch(self, migration: str) -> AsyncIterator[Migration]:
+        """One move as it is, and again at each change, until it has ended."""
+        view = self.show(migration)
+        queue: asyncio.Queue[Migration] = asyncio.Queue()
+        self._watchers.setdefault(migration, set()).add(queue)
+        try:
+            yield view
+            while view.outcome is Outcome.UNDER_WAY:
+                view = await queue.get()
+                yield view
+        finally:
+            self._watchers[migration].discard(queue)
+
+    async def cancel(self, migration: str) -> Migration:
+        """Cancel a move. Raises :class:`Conflict` if it has ended or is past the hand-over."""
+        view = self.show(migration)
+        move = self._active.get(migration)
+        if move is None or view.outcome is not Outcome.UNDER_WAY or view.phase is Phase.TEAR_DOWN:
+            raise Conflict(f"the move of VM '{view.vm}' cannot be cancelled any more", vm=view.vm, host=self.host)
+        move.cancel()
+        return [view async for view in self.watch(migration)][-1]
+
+    async def resolve(self, migration: str, owner: Side) -> Migration:
+        """A person says who owns the VM."""
+        view = self.show(migration)
+        settlement = self._settling.get(migration)
+        if settlement is None or view.outcome is not Outcome.UNRESOLVED:
+            raise Conflict(f"the move of VM '{view.vm}' needs no decision", vm=view.vm, host=self.host)
+        if not settlement.resolved.done():
+            settlement.resolved.set_result(owner)
+        return view
+
+    # How moves are conducted
+
+    async def recover(self, journal: Journal) -> None:
+        """Take up a move that a restart found: from the line if it waited there, else settle it."""
+        if journal.step is not None and SourceStep(journal.step) in SOURCE_ENDED:
+            self._remember(journal)
+            return
+        hosted = self._vms.find(journal.header.vm.name)
+        if hosted is not None:
+            hosted.migration = journal.header.migration
+        if journal.step is None and hosted is not None and hosted.machine is not None:
+            self._begin(journal, hosted)
+        else:
+            self._begin(journal, hosted, settle=True)
+
+    def _begin(self, journal: Journal, hosted: HostedVm | None, *, settle: bool = False) -> Migration:
+        header = journal.header
+        options = msgspec.convert(header.options, MoveOptions)
+        report = Report(self._first_view(header), self._publish)
+        leaving = Leaving(hosted, self._vms, self._inspector, self)
+        machine = hosted.machine if hosted is not None else None
+        move = SourceMove(journal, machine, self._dialler(header.address), leaving, self._terms(options), report)
+        self._active[header.migration] = move
+        self._publish(report.now)
+        self._spawn(self._settle(move, None) if settle else self._conduct(move))
+        return report.now
+
+    async def _conduct(self, move: SourceMove) -> None:
+        has_slot = False
+        try:
+            await move.guard(self.slots.acquire(lambda place: _in_line(move.report, place)))
+            has_slot = True
+            await self._share_bandwidth()
+            await move.run()
+            move.report.end(Outcome.COMPLETED)
+        except LimosaError as error:
+            await self._settle(move, error)
+        except Exception as error:  # noqa: BLE001 - a fault of ours must not leave a VM without an owner
+            await self._settle(move, LimosaError("an internal error", why=repr(error), vm=move.header.vm.name))
+        finally:
+            if has_slot:
+                self.slots.release()
+            self._ended(move)
+            await self._share_bandwidth()
+
+    async def _settle(self, move: SourceMove, cause: LimosaError | None) -> None:
+        settlement = Settlement(move, cause or LimosaError("the host daemon restarted during the move"))
+        self._settling[move.header.migration] = settlement
+        try:
+            await settlement.run()
+        except LimosaError as error:
+            move.report.end(Outcome.UNRESOLVED, error.fault())
+        finally:
+            self._settling.pop(move.header.migration, None)
+            self._ended(move)
+
+    def _ended(self, move: SourceMove) -> None:
+        if move.peer is not None:
+            peer, move.peer = move.peer, None
+            self._spawn(peer.close())
+        move.journal.close()
+        self._active.pop(move.header.migration, None)
+        if move.report.now.outcome is not Outcome.UNDER_WAY:
+            with contextlib.suppress(OSError):
+                self._view_file(move.header.migration).write_bytes(msgspec.json.encode(move.report.now))
+
+    def _dialler(self, destination: str) -> Dialler:
+        async def open_session() -> RemotePeer:
+            address = self._page.now.peers.get(destination, destination)
+            context = tls.client_context(self._pki, "host")
+            return await dial(destination, address, self.host, context)
+
+        return open_session
+
+    def _terms(self, options: MoveOptions) -> Terms:
+        settings = self._page.now
+        policy = settings.convergence
+        changes: dict[str, Any] = {}
+        if options.blackout_budget_ms is not None:
+            changes["blackout_budget_ms"] = options.blackout_budget_ms
+            changes["first_downtime_ms"] = min(policy.first_downtime_ms, options.blackout_budget_ms)
+        if options.post_copy is not None:
+            changes["post_copy"] = options.post_copy
+        return Terms(msgspec.structs.replace(policy, **changes), "tcp", settings.encrypt)
+
+    def bandwidth_share(self) -> int:
+        """Bytes per second each move may use now, 0: no cap."""
+        cap = self._page.now.bandwidth_mbit_per_s * 1_000_000 // 8
+        return max(1, cap // max(1, self.slots.taken)) if cap else 0
+
+    def _on_page(self) -> None:
+        self.slots.admit()
+        self._spawn(self._share_bandwidth())
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _share_bandwidth(self) -> None:
+        """Give each move its share of the cap. A machine that refuses is about to end anyway."""
+        for move in list(self._active.values()):
+            if move.machine is not None and move.report.now.phase in (Phase.COPY, Phase.SYNCHRONISE):
+                with contextlib.suppress(LimosaError):
+                    await move.machine.set_bandwidth(self.bandwidth_share())
+
+    def _publish(self, view: Migration) -> None:
+        self._views[view.id] = view
+        for queue in self._watchers.get(view.id, ()):
+            queue.put_nowait(view)
+
+    def _first_view(self, header: Header) -> Migration:
+        return Migration(
+            id=header.migration,
+            vm=header.vm.name,
+            source=header.source,
+            destination=header.destination,
+            side=Side.SOURCE,
+            transport="tcp",
+            phase=Phase.WAITING,
+            outcome=Outcome.UNDER_WAY,
+            progress=Progress(),
+            accepted_at=header.accepted_at,
+        )
+
+    def _view_file(self, migration: str) -> Path:
+        return self._files.migrations / f"{migration}.view.json"
+
+    def _remember(self, journal: Journal) -> None:
+        path = self._view_file(journal.header.migration)
+        with contextlib.suppress(OSError, msgspec.MsgspecError):
+            self._views[journal.header.migration] = msgspec.json.decode(path.read_bytes(), type=Migration)
+
+
+class Leaving:
+    """The VM that leaves: a :class:`limosa.migration.source.Home`."""
+
+    def __init__(self, hosted: HostedVm | None, vms: Vms, inspector: Inspector, outgoing: Outgoing) -> None:
+        self._hosted = hosted
+        self._vms = vms
+        self._inspector = inspector
+        self._outgoing = outgoing
+
+    async def facts(self) -> VmFacts:
+        """See :class:`limosa.migration.source.Home`."""
+        assert self._hosted is not None
+        return await self._inspector.vm_facts(self._hosted)
+
+    def carry_on(self) -> dict[str, str]:
+        """See :class:`limosa.migration.source.Home`."""
+        assert self._hosted is not None
+        seed = self._vms.seed_of(self._hosted.config)
+        return {"seed.iso": base64.b64encode(seed).decode()} if seed is not None else {}
+
+    def bandwidth(self) -> int:
+        """See :class:`limosa.migration.source.Home`."""
+        return self._outgoing.bandwidth_share()
+
+    async def vm_left(self) -> None:
+        """See :class:`limosa.migration.source.Home`."""
+        if self._hosted is not None:
+            await self._vms.forget(self._hosted)
+
+    async def vm_stays(self) -> None:
+        """See :class:`limosa.migration.source.Home`."""
+        if self._hosted is not None:
+            self._hosted.migration = None
+
+    async def vm_crashed(self) -> None:
+        """See :class:`limosa.migration.source.Home`."""
+        if self._hosted is not None:
+            self._hosted.migration = None
+            await self._vms.crashed(self._hosted)
+
+
+def _in_line(report: Report, place: int) -> None:
+    report.change(place=place)
+    report.note(f"waits for other moves of this host, place {place}")

@@ -1,0 +1,54 @@
+"""The settings page of this host: kept in a file, changed as a whole or not at all, read by everybody at each use."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from limosa.errors import InvalidInput, StateError
+from limosa.settings import toml
+from limosa.settings.host import HostSettings
+
+
+class Page:
+    """Holds the settings in force as ``now``."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._changed: list[Callable[[], None]] = []
+        self.now = toml.read(path, HostSettings, error=StateError) if path.exists() else HostSettings()
+
+    def on_change(self, callback: Callable[[], None]) -> None:
+        """Have ``callback`` called after each change."""
+        self._changed.append(callback)
+
+    def change(self, values: dict[str, Any]) -> HostSettings:
+        """Set fields (dots reach into tables), null for the default; durable on return.
+
+        Raises :class:`InvalidInput`; then nothing was changed.
+        """
+        raw = msgspec.to_builtins(self.now)
+        for path, value in values.items():
+            _set(raw, path.split("."), value, path)
+        settings = toml.convert(raw, HostSettings, where="the settings")
+        toml.write(self._path, settings)
+        self.now = settings
+        for callback in self._changed:
+            callback()
+        return settings
+
+
+def _set(raw: dict[str, Any], keys: list[str], value: Any, path: str) -> None:
+    *outer, last = keys
+    table: Any = raw
+    for key in outer:
+        table = table.get(key) if isinstance(table, dict) else None
+    if not isinstance(table, dict):
+        raise InvalidInput(f"there is no setting '{path}'", todo="'limosa host settings' lists them")
+    if value is None:
+        table.pop(last, None)
+    else:
+        table[last] = value

@@ -1,0 +1,155 @@
+"""``limosa host serve``: one event loop, one Unix socket, and one mutual-TLS listener for each configured address.
+
+Everything is taken up again before the first request is answered. SIGTERM ends the daemon and nothing else: VMs go on,
+and the next daemon takes them up. Readiness is told to systemd (``Type=notify``) or whoever gave NOTIFY_SOCKET.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+import ssl
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+import uvloop
+from starlette.applications import Starlette
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from limosa.errors import NetworkError, NotPermitted
+from limosa.host.api import application
+from limosa.host.peers import MAX_MESSAGE_BYTES, PING_EVERY_S, PONG_WITHIN_S, split_address
+from limosa.host.services import assemble, recover
+from limosa.security import tls
+from limosa.security.identity import Identity, from_peer_certificate, from_unix_peer
+from limosa.settings import toml
+from limosa.settings.daemon import DaemonSettings
+
+_log = logging.getLogger(__name__)
+
+
+def serve(settings_file: Path) -> None:
+    """Run the daemon until SIGTERM or SIGINT. Raises :class:`LimosaError` if it cannot start."""
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    daemon = toml.read(settings_file, DaemonSettings)
+    os.umask(0o077)
+    uvloop.run(_serve(daemon))
+
+
+async def _serve(daemon: DaemonSettings) -> None:
+    services = await assemble(daemon)
+    app = application(services)
+    servers = [_unix_server(app, services.files.socket)]
+    servers += [_tls_server(app, address, Path(daemon.certificates)) for address in daemon.listen]
+    await recover(services)
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    # The sockets listen already: who connects before a server has begun is served when it has.
+    tasks = [asyncio.ensure_future(server.serve(sockets=[sock])) for server, sock in servers]
+    _notify("READY=1")
+    _log.info("host %s serves %s", daemon.name, ", ".join([str(services.files.socket), *daemon.listen]))
+    await stop.wait()
+    _notify("STOPPING=1")
+    for server, _ in servers:
+        server.should_exit = True
+        server.force_exit = True
+    await asyncio.wait(tasks, timeout=2)
+
+
+class IdentifyingProtocol(HttpToolsProtocol):
+    """uvicorn's HTTP protocol, which also tells the application who is at the other end of the connection."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Add ``identity`` to the state of every request on this connection; None if it is nobody we know."""
+        super().connection_made(transport)
+        self.app_state = {**self.app_state, "identity": _identify(transport)}
+
+
+def _identify(transport: asyncio.Transport) -> Identity | None:
+    try:
+        if transport.get_extra_info("sslcontext") is not None:
+            return from_peer_certificate(transport.get_extra_info("peercert"))
+        return from_unix_peer(_peer_uid(transport.get_extra_info("socket")))
+    except NotPermitted as error:
+        _log.warning("refused: %s", error)
+        return None
+
+
+def _peer_uid(sock: Any) -> int:
+    # struct ucred: pid, uid, gid, each 32 bits
+    credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+    return int.from_bytes(credentials[4:8], "little")
+
+
+class _Server(uvicorn.Server):
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Leave signals to the daemon: there are several servers in it."""
+        yield
+
+
+def _unix_server(app: Starlette, path: Path) -> tuple[uvicorn.Server, socket.socket]:
+    sock = socket.socket(socket.AF_UNIX)
+    try:
+        # A socket that nobody listens on is what a daemon that was killed left.
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as trial:
+            trial.connect(str(path))
+            raise NetworkError(f"another daemon serves {path}", todo="one daemon for each run folder")
+        path.unlink(missing_ok=True)
+        os.fchmod(sock.fileno(), 0o600)
+        sock.bind(str(path))
+        sock.listen(128)
+    except OSError as error:
+        raise NetworkError(f"cannot listen on {path}", why=error.strerror or str(error)) from error
+    return _Server(_config(app)), sock
+
+
+def _tls_server(app: Starlette, address: str, pki: Path) -> tuple[uvicorn.Server, socket.socket]:
+    host, port = split_address(address)
+    context = tls.server_context(pki)
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        sock = socket.create_server((host, port), family=family, backlog=128)
+    except OSError as error:
+        raise NetworkError(
+            f"cannot listen on {address}",
+            why=error.strerror or str(error),
+            todo="see 'listen' in host.toml, and whether another daemon has the port",
+        ) from error
+    return _Server(_config(app, context)), sock
+
+
+def _config(app: Starlette, context: ssl.SSLContext | None = None) -> uvicorn.Config:
+    return uvicorn.Config(
+        app,
+        http=IdentifyingProtocol,
+        ws="websockets-sansio",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        date_header=False,
+        timeout_keep_alive=30,
+        ws_max_size=MAX_MESSAGE_BYTES,
+        ws_ping_interval=PING_EVERY_S,
+        ws_ping_timeout=PONG_WITHIN_S,
+        ws_per_message_deflate=False,
+        ssl_context_factory=(lambda *_: context) if context is not None else None,
+    )
+
+
+def _notify(state: str) -> None:
+    """Tell the service manager (sd_notify(3)); no effect without one."""
+    address = os.environ.get("NOTIFY_SOCKET")
+    if not address:
+        return
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+        sock.connect(address.replace("@", "\0", 1) if address.startswith("@") else address)
+        sock.send(state.encode())

@@ -1,0 +1,82 @@
+"""The parts of a running host daemon, put together."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from limosa.errors import LimosaError
+from limosa.host.files import Files
+from limosa.host.incoming import Incoming
+from limosa.host.inspection import Inspector
+from limosa.host.launching import Launcher
+from limosa.host.outgoing import Outgoing
+from limosa.host.page import Page
+from limosa.host.vms import Vms
+from limosa.migration.journal import Journal
+from limosa.model.migration import Side
+from limosa.network.netlink import Netlink
+from limosa.qemu.capabilities import probe
+from limosa.settings.daemon import DaemonSettings
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Services:
+    """Everything the API speaks for."""
+
+    name: str
+    cpus: int
+    files: Files
+    page: Page
+    vms: Vms
+    inspector: Inspector
+    outgoing: Outgoing
+    incoming: Incoming
+
+
+async def assemble(daemon: DaemonSettings) -> Services:
+    """Make the parts, and take up the VMs that run. Raises :class:`LimosaError` if the host cannot work."""
+    files = Files(Path(daemon.state_dir), Path(daemon.run_dir))
+    files.make()
+    page = Page(files.settings)
+    netlink = Netlink()
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    capabilities = await probe(Path(daemon.qemu), files.state / "qemu.json")
+    launcher = Launcher(daemon, page, files, capabilities, netlink, boot)
+    vms = Vms(daemon.name, files, launcher)
+    for fault in await vms.load():
+        _log.error("%s", fault)
+    inspector = Inspector(daemon, page, vms, capabilities, netlink)
+    incoming = Incoming(daemon.name, vms, page, files, inspector, boot)
+    outgoing = Outgoing(daemon.name, Path(daemon.certificates), vms, page, files, inspector, boot)
+    return Services(
+        name=daemon.name,
+        cpus=len(os.sched_getaffinity(0)),
+        files=files,
+        page=page,
+        vms=vms,
+        inspector=inspector,
+        outgoing=outgoing,
+        incoming=incoming,
+    )
+
+
+async def recover(services: Services) -> None:
+    """Bring every migration that an earlier daemon left to its end, or begin to."""
+    journals: list[Journal] = []
+    for path in sorted(services.files.migrations.glob("*.jsonl")):
+        try:
+            journals.append(await asyncio.to_thread(Journal.load, path))
+        except LimosaError as error:
+            _log.error("%s", error)
+    for journal in sorted(journals, key=lambda journal: journal.header.accepted_at):
+        recover_one = services.outgoing if journal.header.side is Side.SOURCE else services.incoming
+        try:
+            await recover_one.recover(journal)
+        except LimosaError as error:
+            _log.error("migration %s: %s", journal.header.migration, error)

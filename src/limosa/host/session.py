@@ -1,0 +1,159 @@
+"""The destination's end of a session: one WebSocket from a source host.
+
+A reader takes messages as they come, so that the end of the connection is noticed while something long is done; a
+worker does what they ask, one after another. When the connection ends, work in progress is cancelled (but never the
+hand-over itself) and the destination's script decides what is safe.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Coroutine
+from typing import Any
+
+import msgspec
+from starlette.websockets import WebSocket, WebSocketDisconnect
+
+from limosa.errors import InvalidInput, LimosaError, NotPermitted
+from limosa.host.incoming import Incoming
+from limosa.migration.destination import Destination
+from limosa.security.identity import Identity
+from limosa.wire import peer as say
+from limosa.wire import versions
+
+_decoder = msgspec.json.Decoder(say.FromSource)
+
+
+class Session:
+    """Serves one source for as long as its connection lasts."""
+
+    def __init__(self, socket: WebSocket, source: Identity, incoming: Incoming) -> None:
+        self._socket = socket
+        self._source = source
+        self._incoming = incoming
+        self._reached_at: str = socket.scope["server"][0]
+        self._destination: Destination | None = None
+        self._messages: asyncio.Queue[say.FromSource] = asyncio.Queue()
+        self._tasks: set[asyncio.Task[None]] = set()
+        #: the trial listener of the last Inspect, open until the next message
+        self._trial = contextlib.AsyncExitStack()
+
+    async def serve(self) -> None:
+        """Answer until the connection ends."""
+        worker = asyncio.ensure_future(self._work())
+        try:
+            while True:
+                self._messages.put_nowait(_decoder.decode(await self._socket.receive_bytes()))
+        except (WebSocketDisconnect, KeyError):
+            pass
+        except msgspec.MsgspecError as error:
+            with contextlib.suppress(RuntimeError, WebSocketDisconnect):
+                await self._send(say.Failed(fault=InvalidInput("not a message", why=str(error)).fault()))
+        finally:
+            worker.cancel()
+            await asyncio.wait({worker})
+            await self._end()
+
+    async def _end(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await self._trial.aclose()
+        if self._destination is not None:
+            await self._destination.abandoned()
+            self._incoming.settled(self._destination)
+
+    async def _work(self) -> None:
+        while True:
+            message = await self._messages.get()
+            await self._trial.aclose()
+            try:
+                await self._do(message)
+            except LimosaError as error:
+                await self._send(say.Failed(fault=error.fault()))
+
+    async def _do(self, message: say.FromSource) -> None:
+        match message:
+            case say.Hello(host=host, oldest=oldest, newest=newest):
+                await self._send(self._welcome(host, oldest, newest))
+            case say.Inspect(vm=vm):
+                facts = await self._incoming.inspect(vm, self._reached_at, self._trial)
+                await self._send(say.Facts(facts=facts))
+            case say.Prepare():
+                await self._prepare(message)
+            case say.TakeOver():
+                # Not to be torn apart by the end of the connection: the word was given.
+                await asyncio.shield(self._take_over())
+            case say.Abort(reason=reason):
+                await self._current().abort(reason)
+                self._incoming.settled(self._current())
+                await self._send(say.Gone())
+            case say.Attach(migration=migration):
+                await self._attach(migration)
+
+    def _welcome(self, host: str, oldest: int, newest: int) -> say.Welcome:
+        if host != self._source.name:
+            raise NotPermitted(
+                f"this is the certificate of host '{self._source.name}', not of '{host}'",
+                todo="set 'name' in the caller's host.toml to the name in its certificate",
+                host=host,
+            )
+        version = versions.agree((versions.OLDEST, versions.NEWEST), (oldest, newest), host=host)
+        return say.Welcome(host=self._incoming.host, version=version)
+
+    async def _prepare(self, request: say.Prepare) -> None:
+        places: asyncio.Queue[int] = asyncio.Queue()
+        teller = asyncio.ensure_future(self._tell_places(places))
+        try:
+            self._destination = self._incoming.begin(request, self._source.name, self._reached_at)
+            prepared = await self._destination.prepare(request, places.put_nowait)
+        finally:
+            teller.cancel()
+        self._spawn(self._tell_loss(self._destination))
+        await self._send(prepared)
+
+    async def _take_over(self) -> None:
+        destination = self._current()
+        running = await destination.take_over()
+        await self._send(running)
+        await self._adopt(destination)
+
+    async def _adopt(self, destination: Destination) -> None:
+        await destination.adopted()
+        self._incoming.settled(destination)
+        await self._send(say.Adopted())
+
+    async def _attach(self, migration: str) -> None:
+        self._destination = self._incoming.find(migration, self._source.name)
+        if self._destination is None:
+            await self._send(say.Standing(state=say.DestinationState.UNKNOWN))
+            return
+        standing = await self._destination.standing()
+        await self._send(standing)
+        if standing.state is say.DestinationState.OWNED:
+            await asyncio.shield(self._adopt(self._destination))
+
+    def _current(self) -> Destination:
+        if self._destination is None:
+            raise InvalidInput("no migration was prepared or attached in this session")
+        return self._destination
+
+    async def _tell_places(self, places: asyncio.Queue[int]) -> None:
+        while True:
+            await self._send(say.InLine(place=await places.get()))
+
+    async def _tell_loss(self, destination: Destination) -> None:
+        try:
+            await asyncio.shield(destination.lost)
+        except LimosaError as error:
+            await self._send(say.Lost(fault=error.fault()))
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _send(self, message: say.FromDestination) -> None:
+        # The source may be gone by now; what it was to hear it will ask again.
+        with contextlib.suppress(RuntimeError, WebSocketDisconnect):
+            await self._socket.send_bytes(msgspec.json.encode(message))

@@ -1,0 +1,90 @@
+"""The convergence policy: steps in order, finitely many, and none while there is progress."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from limosa.migration.convergence import (
+    Action,
+    Convergence,
+    GiveUp,
+    Look,
+    RaiseDowntimeLimit,
+    StartPostCopy,
+    Throttle,
+    Wait,
+)
+from limosa.settings.host import ConvergencePolicy
+
+MIB = 1024 * 1024
+POLICY = ConvergencePolicy(first_downtime_ms=4, blackout_budget_ms=60, patience_s=30)
+
+
+def look(at: float, remaining: int, *, iteration: int = 5, transferred: int = 0, rate: float = 100 * MIB) -> Look:
+    return Look(at, iteration, transferred, remaining, rate, 50 * MIB)
+
+
+def run(policy: ConvergencePolicy, looks: list[Look]) -> list[Action]:
+    state, actions = Convergence.begin(policy), []
+    for one in looks:
+        state, action = state.judge(one)
+        if not isinstance(action, Wait):
+            actions.append(action)
+    return actions
+
+
+def stalled(seconds: int, remaining: int = 50 * MIB) -> list[Look]:
+    return [look(tick / 5, remaining) for tick in range(seconds * 5)]
+
+
+def test_falling_remainder_is_left_alone() -> None:
+    looks = [look(tick / 5, int(500 * MIB * 0.85**tick)) for tick in range(40)]
+    assert run(POLICY, looks) == []
+
+
+def test_a_limit_that_is_needed_and_within_the_budget_is_set_at_once() -> None:
+    # 2 MiB at 100 MiB/s need 20 ms; with a margin of a quarter, 25 ms.
+    first = run(POLICY, stalled(1, remaining=2 * MIB))[0]
+    assert isinstance(first, RaiseDowntimeLimit)
+    assert first.milliseconds == 25
+
+
+def test_steps_come_in_order_and_end() -> None:
+    policy = ConvergencePolicy(first_downtime_ms=4, blackout_budget_ms=60, post_copy=True, patience_s=30)
+    kinds = [type(action) for action in run(policy, stalled(60))]
+    assert kinds[:6] == [RaiseDowntimeLimit, Throttle, Throttle, Throttle, Throttle, StartPostCopy]
+
+
+def test_the_budget_is_never_exceeded() -> None:
+    for action in run(POLICY, stalled(60)):
+        if isinstance(action, RaiseDowntimeLimit):
+            assert action.milliseconds <= POLICY.blackout_budget_ms
+
+
+def test_without_further_steps_it_gives_up_with_the_reason() -> None:
+    policy = ConvergencePolicy(auto_converge=False, patience_s=10)
+    last = run(policy, stalled(60))[-1]
+    assert isinstance(last, GiveUp)
+    assert "the guest writes 50.0 MiB/s" in last.why
+
+
+def test_a_first_pass_that_stands_still_gives_up_too() -> None:
+    looks = [look(tick, 500 * MIB, iteration=1, transferred=7) for tick in range(200)]
+    assert isinstance(run(POLICY, looks)[-1], GiveUp)
+
+
+def test_a_slow_first_pass_is_left_alone() -> None:
+    looks = [look(tick, 500 * MIB, iteration=1, transferred=tick) for tick in range(2000)]
+    assert run(POLICY, looks) == []
+
+
+@given(st.lists(st.integers(0, 10**9), min_size=1, max_size=300), st.booleans(), st.booleans())
+def test_no_guest_makes_it_loop_for_ever(remainders: list[int], auto_converge: bool, post_copy: bool) -> None:
+    policy = ConvergencePolicy(auto_converge=auto_converge, post_copy=post_copy, patience_s=20)
+    looks = [look(tick, remaining) for tick, remaining in enumerate(remainders)]
+    last = looks[-1]
+    looks += [look(last.at + tick, last.remaining_bytes, transferred=0) for tick in range(1, 60)]
+    actions = run(policy, looks)
+    assert isinstance(actions[-1], GiveUp)
+    assert sum(isinstance(action, StartPostCopy) for action in actions) <= 1
