@@ -1,0 +1,122 @@
+"""Preflight: every rule finds what it is for, alone and together with others."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import pytest
+
+from limosa.migration.preflight import check
+from limosa.model.facts import DestinationFacts, FileIdentity, VmFacts
+from limosa.model.finding import Finding, Severity
+from limosa.model.vm import Disk, HostDevice, Nic, VmConfig
+
+DISK = FileIdentity(path="/vm/web1.qcow2", machine="m", device=1, inode=2, size=3)
+VM = VmConfig(
+    name="web1",
+    uuid="7b0b7d3c-57b8-4f5c-9d5e-2d2f3f1e2a10",
+    memory_mib=1024,
+    cpus=1,
+    machine="pc-q35-10.0",
+    cpu="x86-64-v2",
+    disks=(Disk(name="vda", path=DISK.path, format="qcow2"),),
+    nics=(Nic(switch="lan", mac="52:54:00:00:00:01"),),
+)
+HERE = VmFacts(
+    running=True,
+    accelerator="tcg",
+    qemu=(10, 0, 2),
+    files=(DISK,),
+    live_migration=True,
+    encrypt=True,
+    post_copy=False,
+)
+THERE = DestinationFacts(
+    host="host2",
+    qemu=(10, 0, 2),
+    live_migration=True,
+    accelerators=("tcg",),
+    machine_known=True,
+    cpu_known=True,
+    cpu_missing=(),
+    switches_missing=(),
+    memory_available_mib=4096,
+    name_taken=False,
+    uuid_taken=False,
+    files=(DISK,),
+    firmware_available=True,
+    post_copy_possible=True,
+    addresses=("10.0.0.2",),
+    trial_port=49407,
+    time=0.0,
+)
+
+
+def findings(
+    *, vm: VmConfig = VM, here: VmFacts = HERE, there: DestinationFacts = THERE, skew: float = 0.0, reach: bool = True
+) -> tuple[Finding, ...]:
+    return check(vm, "host1", here, there, clock_skew_s=skew, reachable=reach)
+
+
+def codes(**facts: Any) -> set[str]:
+    return {finding.code for finding in findings(**facts)}
+
+
+def test_nothing_stands_against_a_good_move() -> None:
+    assert findings() == ()
+
+
+@pytest.mark.parametrize(
+    ("change", "code"),
+    [
+        ({"host": "host1"}, "same-host"),
+        ({"live_migration": False}, "migration-off"),
+        ({"qemu": (7, 0, 0)}, "qemu-too-old"),
+        ({"qemu": (8, 2, 0)}, "emulation-unsafe"),
+        ({"qemu": (9, 2, 0)}, "qemu-older"),
+        ({"accelerators": ("kvm",)}, "accelerator-missing"),
+        ({"machine_known": False}, "machine-unknown"),
+        ({"cpu_known": False}, "cpu-unknown"),
+        ({"cpu_missing": ("avx2",)}, "cpu-features-missing"),
+        ({"switches_missing": ("lan",)}, "switch-missing"),
+        ({"memory_available_mib": 1023}, "memory-short"),
+        ({"name_taken": True}, "name-taken"),
+        ({"uuid_taken": True}, "uuid-taken"),
+        ({"files": ()}, "file-not-visible"),
+        ({"files": (msgspec.structs.replace(DISK, inode=99),)}, "file-not-same"),
+        ({"files": (msgspec.structs.replace(DISK, writable=False),)}, "file-not-writable"),
+        ({"addresses": ()}, "no-migration-network"),
+        ({"trial_port": 0}, "ports-taken"),
+    ],
+)
+def test_each_fact_of_the_destination_has_its_finding(change: dict[str, Any], code: str) -> None:
+    assert code in codes(there=msgspec.structs.replace(THERE, **change))
+
+
+def test_facts_of_the_vm_and_the_way() -> None:
+    assert codes(here=msgspec.structs.replace(HERE, running=False)) == {"vm-not-running"}
+    assert codes(here=msgspec.structs.replace(HERE, live_migration=False)) == {"migration-off"}
+    assert codes(reach=False) == {"port-blocked"}
+    device = HostDevice(kind="pci", address="0000:01:00.0")
+    assert codes(vm=msgspec.structs.replace(VM, host_devices=(device,))) == {"local-device"}
+    uefi = msgspec.structs.replace(VM, firmware="uefi")
+    assert codes(vm=uefi, there=msgspec.structs.replace(THERE, firmware_available=False)) == {"firmware-missing"}
+
+
+def test_clock_skew_warns_and_does_not_refuse() -> None:
+    (finding,) = findings(skew=-90)
+    assert (finding.code, finding.severity) == ("clock-skew", Severity.WARNING)
+    assert "90 s behind" in finding.what
+
+
+def test_hardware_virtualisation_does_not_need_the_emulation_fix() -> None:
+    old = msgspec.structs.replace(THERE, qemu=(8, 2, 0), accelerators=("kvm",))
+    assert codes(here=msgspec.structs.replace(HERE, accelerator="kvm", qemu=(8, 2, 0)), there=old) == set()
+
+
+def test_everything_is_found_at_once_errors_first() -> None:
+    bad = msgspec.structs.replace(THERE, name_taken=True, memory_available_mib=0, switches_missing=("lan",))
+    found = findings(there=bad, skew=60)
+    assert [finding.severity for finding in found] == [Severity.ERROR] * 3 + [Severity.WARNING]
+    assert all(finding.todo for finding in found)
