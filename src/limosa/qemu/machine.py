@@ -84,6 +84,10 @@ class Machine:
         """Set as soon as the process has ended."""
         return self.process.gone
 
+    def exit_text(self) -> str:
+        """Why the process ended, in QEMU's own words where it had some. Empty while it runs."""
+        return self.process.exit_text()
+
     @classmethod
     async def launch(
         cls, program: Path, make: Callable[[int, int], Launch], run_dir: Path, log: Path, user: str | None
@@ -130,10 +134,6 @@ class Machine:
         """Let go of QEMU, which goes on; :meth:`attach` takes it up again."""
         await self._monitor.close()
         self.process.release()
-
-    def exit_text(self) -> str:
-        """Why it ended, as far as that can be known; empty while it runs."""
-        return self.process.exit_text()
 
     def on_event(self, callback: Callable[[Event], None]) -> Callable[[], None]:
         """Have ``callback`` called with each event at once, in order. Returns what ends that."""

@@ -16,6 +16,7 @@ import os
 import pwd
 import re
 import signal
+import stat
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -55,6 +56,11 @@ class QemuProcess:
             os.close(pidfd)
             raise QemuGone(f"QEMU with pid {pid} has ended")
         return cls(pid, start_time, pidfd, _log_of(pid), child=None)
+
+    @property
+    def exit_code(self) -> int | None:
+        """As ``subprocess`` has it; None while it runs, or if it was not our child."""
+        return self._child.returncode if self._child is not None else None
 
     def exit_text(self) -> str:
         """Why it ended, as far as it can be known: QEMU's last words, else how it was ended. Empty while it runs."""
@@ -100,7 +106,7 @@ class QemuProcess:
         self.gone.set()
 
     def _exit_status(self) -> str:
-        code = self._child.returncode if self._child is not None else None
+        code = self.exit_code
         if code is None:
             return "it ended without a word"
         return f"ended by {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
@@ -109,7 +115,8 @@ class QemuProcess:
 def spawn(command: Sequence[str], *, pass_fds: Sequence[int], log: Path, user: str | None, kvm: bool) -> QemuProcess:
     """Start QEMU. What it writes goes to ``log``; the log of the run before is kept as ``*.old``.
 
-    ``user`` is the unprivileged user to run as (root only), in its own group and, with ``kvm``, that of ``/dev/kvm``.
+    ``user`` is the unprivileged user to run as (root only), in its own group and, with ``kvm``, the one that may use
+    ``/dev/kvm``.
     Blocks for the few milliseconds until the program is loaded. Raises :class:`QemuError`; nothing runs then.
     """
     uid, gid = owner_of(user) or (None, None)
@@ -175,7 +182,11 @@ def owner_of(user: str | None) -> tuple[int, int] | None:
 
 
 def _groups(*, kvm: bool) -> list[int]:
-    return [os.stat("/dev/kvm").st_gid] if kvm and Path("/dev/kvm").exists() else []
+    """Groups that open ``/dev/kvm`` to QEMU; never root's, which would open more."""
+    if not kvm or not Path("/dev/kvm").exists():
+        return []
+    device = os.stat("/dev/kvm")
+    return [device.st_gid] if device.st_gid != 0 and device.st_mode & stat.S_IWGRP else []
 
 
 def _log_of(pid: int) -> Path:

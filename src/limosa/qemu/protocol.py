@@ -108,6 +108,9 @@ class MachineProtocol(Protocol):
     def gone(self) -> asyncio.Event:
         """Set as soon as the process has ended."""
 
+    def exit_text(self) -> str:
+        """Why the process ended, in QEMU's own words where it had some. Empty while it runs."""
+
     def on_event(self, callback: Callable[[Event], None]) -> Callable[[], None]:
         """Have ``callback`` called with each event at once, in order. Returns what ends that."""
 
@@ -131,9 +134,6 @@ class MachineProtocol(Protocol):
 
     async def kill(self) -> None:
         """End QEMU by force. Returns when its process is gone."""
-
-    def exit_text(self) -> str:
-        """Why it ended, as far as that can be known; empty while it runs."""
 
     async def announce(self) -> None:
         """Tell the switches anew where the VM's NICs are."""
