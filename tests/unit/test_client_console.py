@@ -86,6 +86,7 @@ def test_the_end_of_the_session_ends_it(terminal: Terminal) -> None:
 
 def test_a_signal_puts_the_terminal_back(terminal: Terminal) -> None:
     session = FakeSession()
+
     def interrupt(*_: object) -> bytes:
         os.kill(os.getpid(), signal.SIGTERM)
         return FakeSession.recv(session)

@@ -61,7 +61,13 @@ class Files:
         """Create the folders, for the daemon's eyes only (QEMU's user may pass through). Raises :class:`StateError`."""
         try:
             for folder in (self.state, self.run, self.run / "vm", self.vms):
-                folder.mkdir(mode=0o711, parents=True, exist_ok=True)
+                passable(folder)
             self.migrations.mkdir(mode=0o700, exist_ok=True)
         except OSError as error:
             raise StateError(f"cannot make {error.filename}", why=error.strerror or str(error)) from error
+
+
+def passable(folder: Path) -> None:
+    """Make a folder that QEMU's user may pass through but not list. Raises ``OSError``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    folder.chmod(0o711)  # the daemon's umask would take the bits away

@@ -19,10 +19,9 @@ from limosa.migration.ownership import DESTINATION_ENDED, DestinationStep
 from limosa.model.facts import DestinationFacts
 from limosa.model.finding import Finding, Severity
 from limosa.model.migration import Migration, Outcome, Phase, Progress, Side
-from limosa.model.vm import VmConfig
 from limosa.qemu.protocol import MachineProtocol
 from limosa.transport import tcp
-from limosa.wire.peer import Prepare
+from limosa.wire.peer import Inspect, Prepare
 
 
 class Incoming:
@@ -39,14 +38,14 @@ class Incoming:
         self._boot = boot
         self._landing: dict[str, Destination] = {}
 
-    async def inspect(self, vm: VmConfig, reached_at: str, trial: contextlib.AsyncExitStack) -> DestinationFacts:
+    async def inspect(self, asked: Inspect, reached_at: str, trial: contextlib.AsyncExitStack) -> DestinationFacts:
         """Facts for preflight. ``trial`` keeps the listener for a trial connection open.
 
         ``reached_at`` is the address of ours that the source called.
         """
         addresses = await self._inspector.stream_addresses(reached_at)
         port = await trial.enter_async_context(tcp.trial(addresses, self._page.now.migration_ports))
-        return await self._inspector.destination_facts(vm, addresses, port)
+        return await self._inspector.destination_facts(asked.vm, asked.accelerator, addresses, port)
 
     def begin(self, request: Prepare, source: str, reached_at: str) -> Destination:
         """A landing for a VM, journalled but with nothing reserved yet."""

@@ -10,7 +10,7 @@ from limosa.host.memory import available_mib
 from limosa.host.page import Page
 from limosa.host.vms import HostedVm, Vms
 from limosa.model.facts import DestinationFacts, FileIdentity, VmFacts
-from limosa.model.vm import VmConfig, VmState
+from limosa.model.vm import Accelerator, VmConfig, VmState
 from limosa.network.addresses import migration_addresses, own_addresses
 from limosa.network.netlink import Netlink
 from limosa.network.switches import switches
@@ -61,10 +61,12 @@ class Inspector:
             post_copy=settings.convergence.post_copy,
         )
 
-    async def destination_facts(self, vm: VmConfig, addresses: tuple[str, ...], trial_port: int) -> DestinationFacts:
+    async def destination_facts(
+        self, vm: VmConfig, accelerator: Accelerator, addresses: tuple[str, ...], trial_port: int
+    ) -> DestinationFacts:
         """What the destination says about a VM that is to come."""
         ours, files = await asyncio.gather(self.switches(), self._files(vm))
-        cpu_known, cpu_missing = self.capabilities.supports(vm.cpu)
+        cpu_known, cpu_missing = self.capabilities.supports(vm.cpu, accelerator)
         return DestinationFacts(
             host=self._daemon.name,
             qemu=self.capabilities.version,

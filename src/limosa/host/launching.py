@@ -253,7 +253,7 @@ class Launcher:
         return [await _pin_disk(disk, disk.name or next(free)) for disk in new.disks]
 
     def _check_cpu(self, config: VmConfig) -> None:
-        known, missing = self._capabilities.supports(config.cpu)
+        known, missing = self._capabilities.supports(config.cpu, self.accelerator(config))
         if not known or missing:
             raise InvalidInput(
                 f"this host does not offer the CPU model {config.cpu}",

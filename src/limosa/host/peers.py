@@ -19,7 +19,7 @@ from websockets.exceptions import InvalidHandshake, WebSocketException
 from limosa.errors import HostNotTrusted, HostUnreachable, from_fault
 from limosa.model.base import MigrationId
 from limosa.model.facts import DestinationFacts
-from limosa.model.vm import VmConfig
+from limosa.model.vm import Accelerator, VmConfig
 from limosa.security.identity import from_peer_certificate
 from limosa.settings.daemon import DEFAULT_PORT
 from limosa.wire import peer as say
@@ -47,10 +47,10 @@ class RemotePeer:
         self._answers: asyncio.Queue[Any] = asyncio.Queue()
         self._reader = asyncio.ensure_future(self._read())
 
-    async def inspect(self, vm: VmConfig) -> tuple[DestinationFacts, float]:
+    async def inspect(self, vm: VmConfig, accelerator: Accelerator) -> tuple[DestinationFacts, float]:
         """See :class:`limosa.migration.peer.Peer`."""
         asked = time.time()
-        answer = await self._ask(say.Inspect(vm=vm), say.Facts)
+        answer = await self._ask(say.Inspect(vm=vm, accelerator=accelerator), say.Facts)
         return answer.facts, answer.facts.time - (asked + time.time()) / 2
 
     async def prepare(self, request: say.Prepare, in_line: Callable[[int], None]) -> say.Prepared:

@@ -37,6 +37,8 @@ _log = logging.getLogger(__name__)
 def serve(settings_file: Path) -> None:
     """Run the daemon until SIGTERM or SIGINT. Raises :class:`LimosaError` if it cannot start."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    for chatty in ("uvicorn", "qemu.qmp"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
     daemon = toml.read(settings_file, DaemonSettings)
     os.umask(0o077)
     uvloop.run(_serve(daemon))

@@ -76,8 +76,8 @@ class Session:
         match message:
             case say.Hello(host=host, oldest=oldest, newest=newest):
                 await self._send(self._welcome(host, oldest, newest))
-            case say.Inspect(vm=vm):
-                facts = await self._incoming.inspect(vm, self._reached_at, self._trial)
+            case say.Inspect():
+                facts = await self._incoming.inspect(message, self._reached_at, self._trial)
                 await self._send(say.Facts(facts=facts))
             case say.Prepare():
                 await self._prepare(message)

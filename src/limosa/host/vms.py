@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from limosa.errors import Conflict, LimosaError, NotFound, StateError
-from limosa.host.files import Files
+from limosa.host.files import Files, passable
 from limosa.host.launching import Launcher
 from limosa.model.vm import Accelerator, Vm, VmConfig, VmState
 from limosa.qemu.machine import Machine
@@ -355,7 +355,7 @@ class Vms:
 
     def _make_folder(self, config: VmConfig) -> None:
         try:
-            self._files.vm(config.name).mkdir(mode=0o711, exist_ok=True)
+            passable(self._files.vm(config.name))
         except OSError as error:
             raise StateError(
                 f"cannot make {self._files.vm(config.name)}", why=error.strerror or str(error), vm=config.name

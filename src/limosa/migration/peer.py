@@ -9,7 +9,7 @@ from typing import Protocol
 
 from limosa.model.base import MigrationId
 from limosa.model.facts import DestinationFacts
-from limosa.model.vm import VmConfig
+from limosa.model.vm import Accelerator, VmConfig
 from limosa.wire.peer import Prepare, Prepared, Running, Standing
 
 
@@ -22,7 +22,7 @@ class Peer(Protocol):
     #: done, with an exception, when the session broke or the waiting QEMU at the destination died
     lost: asyncio.Future[None]
 
-    async def inspect(self, vm: VmConfig) -> tuple[DestinationFacts, float]:
+    async def inspect(self, vm: VmConfig, accelerator: Accelerator) -> tuple[DestinationFacts, float]:
         """Facts for preflight, and the destination's clock less ours in seconds."""
 
     async def prepare(self, request: Prepare, in_line: Callable[[int], None]) -> Prepared:

@@ -154,11 +154,14 @@ class SourceMove:
         """Send memory until QEMU reports that everything was sent and loaded."""
         self.journal.record(SourceStep.MIGRATING, time.time(), durable=False)
         await machine.migrate(prepared.address, prepared.port)
-        judge = Convergence.begin(self.terms.policy)
-        while not self.sent.done():
-            look = await machine.migration()
-            judge = await self._look(machine, judge, look)
-            await asyncio.wait({self.sent}, timeout=LOOK_EVERY_S)
+        watch = asyncio.ensure_future(self._watch(machine))
+        try:
+            # Looking must not delay the hand-over, so it goes on beside the waiting.
+            await asyncio.wait({self.sent, watch}, return_when=asyncio.FIRST_COMPLETED)
+            if not self.sent.done():
+                watch.result()
+        finally:
+            watch.cancel()
         state = self.sent.result()
         if state not in (MigrationState.COMPLETED, MigrationState.POSTCOPY_ACTIVE):
             raise await self._failure(machine, state)
@@ -228,6 +231,12 @@ class SourceMove:
                 if state in ENDINGS and not self.sent.done():
                     self.sent.set_result(state)
 
+    async def _watch(self, machine: MachineProtocol) -> None:
+        judge = Convergence.begin(self.terms.policy)
+        while True:
+            judge = await self._look(machine, judge, await machine.migration())
+            await asyncio.sleep(LOOK_EVERY_S)
+
     async def _look(self, machine: MachineProtocol, judge: Convergence, look: MigrationStatistics) -> Convergence:
         self._latest = look
         if look.state is not MigrationState.ACTIVE:
@@ -295,7 +304,7 @@ ENDINGS = frozenset(
 
 async def examine(peer: Peer, vm: VmConfig, source: str, here: VmFacts) -> tuple[Finding, ...]:
     """Ask the destination, try its port, and judge. The same for ``limosa check`` and for the move itself."""
-    there, skew = await peer.inspect(vm)
+    there, skew = await peer.inspect(vm, here.accelerator)
     reachable = bool(there.addresses and there.trial_port) and await tcp.reachable(there.addresses[0], there.trial_port)
     return preflight.check(vm, source, here, there, clock_skew_s=skew, reachable=reachable)
 

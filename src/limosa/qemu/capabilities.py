@@ -183,7 +183,7 @@ class _Probe:
                 await qemu.kill()
 
     async def _kvm_runs_a_guest(self) -> bool:
-        if not Path("/dev/kvm").exists():
+        if not Path("/dev/kvm").exists() or not _processor_virtualises():
             return False
         with self._room() as room:
             rom = room / "rom"
@@ -210,6 +210,13 @@ class _Probe:
         with tempfile.TemporaryDirectory(prefix="limosa-probe-") as name:
             Path(name).chmod(0o755)
             yield Path(name)
+
+
+def _processor_virtualises() -> bool:
+    """Whether the processor has VMX or SVM. There are machines whose ``/dev/kvm`` runs a ROM in real mode without
+    either, and then no operating system."""
+    flags = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags")), "")
+    return not {"vmx", "svm"}.isdisjoint(flags.split())
 
 
 async def _cpus(monitor: Monitor) -> CpuOffer:

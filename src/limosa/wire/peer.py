@@ -64,6 +64,7 @@ class Inspect(Message, tag="inspect", frozen=True):
     """Gather the facts preflight needs for this VM."""
 
     vm: VmConfig
+    accelerator: Accelerator
 
 
 class Facts(Message, tag="facts", frozen=True):
