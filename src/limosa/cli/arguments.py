@@ -1,0 +1,60 @@
+"""What all commands have in common on the command line: --host, --json, help with examples."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+
+#: What a command does: gets its arguments, returns the exit code (or raises a LimosaError).
+Run = Callable[[argparse.Namespace], int]
+Commands = argparse._SubParsersAction  # the type of add_subparsers() has no public name
+
+
+def add_global_options(parser: argparse.ArgumentParser, *, top: bool = False) -> None:
+    """``--host`` and ``--json``, which may stand before the noun or after the verb."""
+    # A verb's parser must not put its default over what stood before the noun.
+    parser.add_argument(
+        "--host",
+        metavar="HOST",
+        default=None if top else argparse.SUPPRESS,
+        help="the host to speak with; see 'limosa'",
+    )
+    parser.add_argument(
+        "--json", action="store_true", default=False if top else argparse.SUPPRESS, help="print JSON, one object a line"
+    )
+
+
+def add_noun(
+    commands: Commands[argparse.ArgumentParser], name: str, help_text: str
+) -> Commands[argparse.ArgumentParser]:
+    """A noun, to which verbs are added."""
+    parser = commands.add_parser(name, help=help_text, description=_sentence(help_text), allow_abbrev=False)
+    return parser.add_subparsers(metavar="VERB", required=True)
+
+
+def add_command(
+    commands: Commands[argparse.ArgumentParser],
+    name: str,
+    help_text: str,
+    run: Run,
+    *,
+    examples: Sequence[str],
+    notes: str = "",
+) -> argparse.ArgumentParser:
+    """A verb, or a noun that is a command itself. ``examples`` are command lines without ``limosa``."""
+    lines = ["examples:", *(f"  limosa {example}" for example in examples)]
+    parser = commands.add_parser(
+        name,
+        help=help_text,
+        description=_sentence(help_text) + ("\n\n" + notes if notes else ""),
+        epilog="\n".join(lines),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add_global_options(parser)
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _sentence(text: str) -> str:
+    return text[0].upper() + text[1:] + "."

@@ -1,0 +1,32 @@
+"""Which host a command speaks with."""
+
+from __future__ import annotations
+
+import argparse
+import os
+
+from limosa.client.host import HostClient
+from limosa.client.route import Route, UnixRoute, configuration_folders, find_route, local_route
+
+
+def client_of(arguments: argparse.Namespace) -> HostClient:
+    """A client of the host that ``--host`` or the environment names. Nothing is connected yet."""
+    return HostClient(route_of(arguments))
+
+
+def route_of(arguments: argparse.Namespace) -> Route:
+    """The way to the host; see :mod:`limosa.client.route` for the order in which it is looked for."""
+    environment = os.environ
+    if arguments.host is None and environment.get("LIMOSA_SOCKET"):
+        return local_route(environment)
+    name = arguments.host or environment.get("LIMOSA_HOST")
+    if not name:
+        return local_route(environment)
+    return _lab_route(name) or find_route(name, configuration_folders(environment))
+
+
+def _lab_route(name: str) -> UnixRoute | None:
+    from limosa.lab.hosts import socket_of  # noqa: PLC0415 - only for commands with --host
+
+    path = socket_of(name)
+    return None if path is None else UnixRoute(str(path))

@@ -1,0 +1,179 @@
+"""What is seen of moves while they run, and the table at their end.
+
+On a terminal a bar for each VM, drawn with rich, which is loaded only then; elsewhere a plain line at each change of
+phase and whenever the daemon has a new word on why a move does not converge. Percent never goes back, whatever order
+events arrive in.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Protocol
+
+from limosa.cli.follow import Event
+from limosa.cli.output import clean, say_table
+from limosa.model.migration import Migration, Outcome, Phase
+from limosa.model.units import format_bytes, format_rate, format_seconds
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+
+class Display(Protocol):
+    """Shows moves until the block ends."""
+
+    def __enter__(self) -> Display: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+    def show(self, migration: Migration) -> None:
+        """A move as it now stands."""
+
+    def show_event(self, name: str, event: Event) -> None:
+        """A move as it now stands, or the error that ended it."""
+
+
+def display_for(names: Sequence[str]) -> Display:
+    """The display that suits standard output."""
+    return LiveDisplay(names) if sys.stdout.isatty() else PlainDisplay()
+
+
+class PlainDisplay:
+    """Lines, written at once."""
+
+    def __init__(self) -> None:
+        self._seen: dict[str, tuple[str, str]] = {}
+
+    def __enter__(self) -> PlainDisplay:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def show(self, migration: Migration) -> None:
+        """A line if phase, outcome or note have changed."""
+        now = (_stage(migration), migration.progress.note)
+        before = self._seen.get(migration.vm)
+        self._seen[migration.vm] = now
+        if now != before:
+            print(clean(f"{migration.vm}: {in_words(migration)}"), flush=True)
+
+    def show_event(self, name: str, event: Event) -> None:
+        """As :meth:`show`; an error is reported when all has ended."""
+        if isinstance(event, Migration):
+            self.show(event)
+        else:
+            print(clean(f"{name}: {event.code}"), flush=True)
+
+
+class LiveDisplay:
+    """A bar for each VM, ten times a second."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        from rich.live import Live  # noqa: PLC0415 - takes longer to load than a short command takes
+
+        self._moves: dict[str, Event | None] = dict.fromkeys(names)
+        self._percent: dict[str, float] = dict.fromkeys(names, 0.0)
+        self._live = Live(get_renderable=self._draw, refresh_per_second=10, transient=True)
+
+    def __enter__(self) -> LiveDisplay:
+        self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._live.stop()
+
+    def show(self, migration: Migration) -> None:
+        """Take over the move's new state; it is drawn at the next tick."""
+        self.show_event(migration.vm, migration)
+
+    def show_event(self, name: str, event: Event) -> None:
+        """As :meth:`show`."""
+        self._moves[name] = event
+        if isinstance(event, Migration):
+            self._percent[name] = max(self._percent.get(name, 0.0), event.progress.percent)
+
+    def _draw(self) -> RenderableType:
+        from rich.progress_bar import ProgressBar  # noqa: PLC0415 - as above
+        from rich.table import Table  # noqa: PLC0415
+        from rich.text import Text  # noqa: PLC0415
+
+        grid = Table.grid(padding=(0, 2))
+        for name, event in list(self._moves.items()):
+            percent = self._percent[name]
+            bar = ProgressBar(total=100, completed=percent, width=24)
+            grid.add_row(clean(name), _stage(event), bar, f"{percent:3.0f} %", Text(_figures(event), style="dim"))
+            if isinstance(event, Migration) and event.progress.note:
+                grid.add_row("", "", "", "", Text(clean(event.progress.note), style="yellow"))
+        return grid
+
+
+def _stage(event: Event | None) -> str:
+    if event is None:
+        return "asked"
+    if not isinstance(event, Migration):
+        return event.code
+    if event.outcome is not Outcome.UNDER_WAY:
+        return event.outcome.value
+    return f"{event.phase.value}, place {event.place}" if event.place else event.phase.value
+
+
+def _figures(event: Event | None) -> str:
+    """Rate, dirty rate, pass and remaining time, as far as they are known."""
+    if not isinstance(event, Migration) or event.outcome is not Outcome.UNDER_WAY:
+        return ""
+    progress = event.progress
+    parts = []
+    if progress.rate_bytes_per_s:
+        parts.append(format_rate(progress.rate_bytes_per_s))
+    if progress.dirty_rate_bytes_per_s:
+        parts.append(f"dirty {format_rate(progress.dirty_rate_bytes_per_s)}")
+    if progress.iteration:
+        parts.append(f"pass {progress.iteration}")
+    if progress.throttle_percent:
+        parts.append(f"guest slowed {progress.throttle_percent} %")
+    if progress.remaining_s is not None:
+        parts.append(f"{format_seconds(progress.remaining_s)} left")
+    return ", ".join(parts)
+
+
+def in_words(migration: Migration) -> str:
+    """One line on a move."""
+    if migration.outcome is not Outcome.UNDER_WAY:
+        return migration.outcome.value
+    parts = [_stage(migration)]
+    if migration.progress.transferred_bytes:
+        parts.append(f"{migration.progress.percent:.0f} %")
+    parts += [part for part in (_figures(migration), migration.progress.note) if part]
+    return ", ".join(parts)
+
+
+_COLUMNS = (Phase.BUILD_UP, Phase.COPY, Phase.SYNCHRONISE, Phase.SWITCHOVER, Phase.TEAR_DOWN)
+
+
+def say_summary(migrations: Iterable[Migration]) -> None:
+    """A table of moves: total, phases, blackout, bytes. Nothing if there are none."""
+    rows = [
+        (
+            one.vm,
+            one.source,
+            one.destination,
+            one.outcome.value,
+            _duration(one.total_s),
+            *(_duration(one.phases.get(phase.value)) for phase in _COLUMNS),
+            _duration(None if one.blackout_ms is None else one.blackout_ms / 1000),
+            format_bytes(one.progress.transferred_bytes),
+        )
+        for one in migrations
+    ]
+    if rows:
+        head = [phase.value.upper() for phase in _COLUMNS]
+        say_table(("VM", "SOURCE", "DESTINATION", "OUTCOME", "TOTAL", *head, "BLACKOUT", "SENT"), rows)
+
+
+def _duration(seconds: float | None) -> str:
+    return "-" if seconds is None else format_seconds(seconds)

@@ -1,0 +1,115 @@
+"""``limosa host``: the daemon, how it stands, and its settings page."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from limosa.cli.arguments import Commands, add_command, add_noun
+from limosa.cli.connection import client_of
+from limosa.cli.output import say, say_json
+from limosa.errors import InvalidInput
+from limosa.settings.daemon import DEFAULT_FILE
+from limosa.wire import endpoints
+from limosa.wire.api import HostStatus, SettingsChange
+
+
+def register(commands: Commands[argparse.ArgumentParser]) -> None:
+    """Add ``host`` and its verbs."""
+    verbs = add_noun(commands, "host", "the host daemon: status, settings, serve")
+    add_command(
+        verbs, "status", "show how the host stands", _status, examples=["host status", "--host host2 host status"]
+    )
+    settings = add_command(
+        verbs,
+        "settings",
+        "show or change the host's settings",
+        _settings,
+        examples=[
+            "host settings",
+            "host settings max_outgoing 4",
+            "host settings convergence.post_copy=on migration_networks=10.0.1.0/24,10.0.2.0/24",
+            "host settings peers.host2=10.0.0.2:7411",
+            "host settings --reset convergence.blackout_budget_ms",
+        ],
+        notes="Changes hold at once, all or none of them, and stay over a restart.",
+    )
+    settings.add_argument("changes", metavar="KEY VALUE|KEY=VALUE", nargs="*", help="new values; lists with commas")
+    settings.add_argument("--reset", metavar="KEY", action="append", default=[], help="put the default back")
+    serve = add_command(
+        verbs,
+        "serve",
+        "run the host daemon",
+        _serve,
+        examples=["host serve", "host serve --settings host1.toml"],
+        notes="In the foreground, until SIGTERM. VMs go on without it, and the next daemon takes them up.",
+    )
+    serve.add_argument("--settings", metavar="FILE", type=Path, default=Path(DEFAULT_FILE), help=f"({DEFAULT_FILE})")
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    with client_of(arguments) as client:
+        status = client.call(endpoints.HOST)
+    if arguments.json:
+        say_json(status)
+    else:
+        for key, value in _facts(status):
+            say(f"{key + ':':<16} {value}")
+    return 0
+
+
+def _facts(status: HostStatus) -> list[tuple[str, object]]:
+    oldest, newest = status.protocol
+    return [
+        ("name", status.name),
+        ("limosa", f"{status.limosa}, peer protocol {oldest} to {newest}"),
+        ("QEMU", f"{status.qemu}, {status.accelerator}"),
+        ("processors", status.cpus),
+        ("memory", f"{status.memory_available_mib} MiB of {status.memory_total_mib} MiB available for VMs"),
+        ("switches", ", ".join(status.switches) or "none"),
+        ("addresses", ", ".join(status.addresses) or "none"),
+        ("VMs", status.vms),
+        ("moves", f"{status.outgoing} outgoing, {status.incoming} incoming"),
+    ]
+
+
+def _settings(arguments: argparse.Namespace) -> int:
+    from limosa.cli import settings_page  # noqa: PLC0415 - reads the help out of types, for this verb only
+
+    changes = settings_page.parse_changes(_pairs(arguments.changes))
+    changes |= dict.fromkeys(arguments.reset)
+    with client_of(arguments) as client:
+        if changes:
+            page = client.call(endpoints.CHANGE_SETTINGS, SettingsChange(values=changes))
+        else:
+            page = client.call(endpoints.SETTINGS)
+    if arguments.json:
+        say_json(page.settings)
+    elif changes:
+        for key in changes:
+            say(f"{key} = {settings_page.value_text(page.settings, key)}")
+    else:
+        settings_page.say_page(page.settings)
+    return 0
+
+
+def _pairs(words: list[str]) -> list[tuple[str, str]]:
+    """``KEY=VALUE`` words, or ``KEY VALUE`` pairs, in any mixture."""
+    pairs = []
+    rest = iter(words)
+    for word in rest:
+        key, equals, value = word.partition("=")
+        if not equals:
+            following = next(rest, None)
+            if following is None:
+                raise InvalidInput(f"there is no value for '{key}'", todo="write KEY VALUE or KEY=VALUE")
+            value = following
+        pairs.append((key, value))
+    return pairs
+
+
+def _serve(arguments: argparse.Namespace) -> int:
+    from limosa.host.serve import serve  # noqa: PLC0415 - the whole daemon
+
+    serve(arguments.settings)
+    return 0

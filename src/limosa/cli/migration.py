@@ -1,0 +1,141 @@
+"""``limosa migration``: look at moves, cancel them, settle one whose owner nobody can know."""
+
+from __future__ import annotations
+
+import argparse
+
+from limosa.cli.arguments import Commands, add_command, add_noun
+from limosa.cli.connection import client_of
+from limosa.cli.display import display_for, say_summary
+from limosa.cli.follow import exit_code, follow
+from limosa.cli.output import report, say, say_json, say_table
+from limosa.client.host import HostClient
+from limosa.errors import NotFound, from_fault
+from limosa.model.migration import Migration, Outcome, Side
+from limosa.wire import endpoints
+from limosa.wire.api import ResolveRequest
+
+
+def register(commands: Commands[argparse.ArgumentParser]) -> None:
+    """Add ``migration`` and its verbs."""
+    verbs = add_noun(commands, "migration", "moves under way and ended: list, watch, cancel, resolve")
+    add_command(
+        verbs,
+        "list",
+        "list moves from this host, and to it while they are under way, newest first",
+        _list,
+        examples=["migration list", "migration list --json"],
+    )
+    show = add_command(
+        verbs, "show", "show one move", _show, examples=["migration show 3f9c0a1b2c3d", "migration show web1"]
+    )
+    watch = add_command(
+        verbs,
+        "watch",
+        "watch a move until it has ended",
+        _watch,
+        examples=["migration watch web1", "migration watch web1 --json"],
+        notes="With --json one object for each change. The exit code is that of the move.",
+    )
+    cancel = add_command(
+        verbs,
+        "cancel",
+        "cancel moves; the VMs stay at the source as if nothing had been",
+        _cancel,
+        examples=["migration cancel web1", "migration cancel 3f9c0a1b2c3d 8e2d4c6b0a19"],
+        notes="Possible in every phase before the hand-over.",
+    )
+    resolve = add_command(
+        verbs,
+        "resolve",
+        "say who owns a VM that is paused on both sides",
+        _resolve,
+        examples=["migration resolve web1 --owner source", "--host host2 migration resolve web1 --owner destination"],
+        notes="Only needed when the network failed in the one moment in which nobody can know who owns the\n"
+        "VM. First make sure that the VM does not run on the other side; then say it to both hosts.",
+    )
+    for parser in (show, watch, resolve):
+        parser.add_argument("migration", metavar="ID|VM", help="the move, or the VM whose newest move is meant")
+    cancel.add_argument("migrations", metavar="ID|VM", nargs="+")
+    resolve.add_argument("--owner", required=True, choices=[side.value for side in Side])
+
+
+def _list(arguments: argparse.Namespace) -> int:
+    with client_of(arguments) as client:
+        migrations = client.call(endpoints.LIST_MIGRATIONS).migrations
+    if arguments.json:
+        for migration in migrations:
+            say_json(migration)
+        return 0
+    rows = [
+        (one.id, one.vm, one.source, one.destination, _state(one), f"{one.progress.percent:.0f} %", _why(one))
+        for one in migrations
+    ]
+    say_table(("ID", "VM", "SOURCE", "DESTINATION", "STATE", "DONE", "NOTE"), rows)
+    return 0
+
+
+def _state(migration: Migration) -> str:
+    return migration.phase.value if migration.outcome is Outcome.UNDER_WAY else migration.outcome.value
+
+
+def _why(migration: Migration) -> str:
+    return str(from_fault(migration.fault)) if migration.fault else migration.progress.note
+
+
+def _show(arguments: argparse.Namespace) -> int:
+    with client_of(arguments) as client:
+        migration = find(client, arguments.migration)
+    _tell(arguments, migration)
+    return 0
+
+
+def _watch(arguments: argparse.Namespace) -> int:
+    with client_of(arguments) as client:
+        latest = find(client, arguments.migration)
+        if arguments.json:
+            for latest in follow(client, latest):  # noqa: B020 - the iterator is made once, from the first
+                say_json(latest)
+            return exit_code(latest)
+        with display_for([latest.vm]) as display:
+            for latest in follow(client, latest):  # noqa: B020 - as above
+                display.show(latest)
+    say_summary([latest])
+    return report(from_fault(latest.fault)) if latest.fault else exit_code(latest)
+
+
+def _cancel(arguments: argparse.Namespace) -> int:
+    with client_of(arguments) as client:
+        for text in arguments.migrations:
+            _tell(arguments, client.call(endpoints.CANCEL_MIGRATION, migration=find(client, text).id))
+    return 0
+
+
+def _resolve(arguments: argparse.Namespace) -> int:
+    with client_of(arguments) as client:
+        migration = find(client, arguments.migration)
+        request = ResolveRequest(owner=Side(arguments.owner))
+        _tell(arguments, client.call(endpoints.RESOLVE_MIGRATION, request, migration=migration.id))
+    return 0
+
+
+def find(client: HostClient, text: str) -> Migration:
+    """The move with that id, or the newest one of the VM of that name. Raises :class:`NotFound`."""
+    migrations = client.call(endpoints.LIST_MIGRATIONS).migrations
+    for migration in migrations:
+        if migration.id == text:
+            return migration
+    of_vm = sorted((one for one in migrations if one.vm == text), key=lambda one: one.accepted_at)
+    if not of_vm:
+        raise NotFound(f"there is no migration '{text}' here", todo="'limosa migration list' shows those there are")
+    return of_vm[-1]
+
+
+def _tell(arguments: argparse.Namespace, migration: Migration) -> None:
+    if arguments.json:
+        say_json(migration)
+        return
+    say(f"{migration.vm}: {migration.source} to {migration.destination}, {_state(migration)} ({migration.id})")
+    say_summary([migration])
+    if why := _why(migration):
+        say(why)

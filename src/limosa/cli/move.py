@@ -1,0 +1,166 @@
+"""``limosa move`` and ``limosa check``.
+
+The request is sent before anything is loaded that only draws: the move is under way while rich is imported.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator
+
+from limosa.cli.arguments import Commands, add_command
+from limosa.cli.connection import client_of
+from limosa.cli.display import display_for, say_summary
+from limosa.cli.follow import Event, exit_code, follow, follow_all
+from limosa.cli.output import report, say, say_findings, say_json, warn
+from limosa.errors import InvalidInput, LimosaError, PreflightRefused, from_fault
+from limosa.model.migration import Migration
+from limosa.model.vm import VmState
+from limosa.settings import toml
+from limosa.wire import endpoints
+from limosa.wire.api import CheckRequest, MoveRequest
+
+
+def register(commands: Commands[argparse.ArgumentParser]) -> None:
+    """Add ``move`` and ``check``."""
+    move = add_command(
+        commands,
+        "move",
+        "move running VMs to another host",
+        _move,
+        examples=[
+            "move web1 --to host2",
+            "--host host1 move web1 db1 --to host2",
+            "move --all --to host2 --json",
+            "move web1 --to host2 --blackout-budget 20 --no-post-copy --detach",
+        ],
+        notes="Preflight, then the move, with a live display. Moves over a host's limits wait in line.\n"
+        "Ctrl-C ends the display, not the moves: 'limosa migration watch' shows them again and\n"
+        "'limosa migration cancel' stops them. With --json one object for each VM when its move has\n"
+        "ended (with --detach: begun), or {\"error\": ...}; 'limosa migration watch --json' has the\n"
+        "progress.",
+    )
+    move.add_argument("vms", metavar="VM", nargs="*")
+    move.add_argument("--to", metavar="HOST", required=True, help="the destination, a host name or address")
+    move.add_argument("--all", action="store_true", help="every VM that runs on the host")
+    move.add_argument("--detach", action="store_true", help="return as soon as the moves are accepted")
+    move.add_argument("--transport", choices=("auto", "tcp"), help="instead of the host's setting")
+    move.add_argument("--bandwidth", metavar="MBIT/S", type=int, help="cap for this move, 0: none")
+    move.add_argument("--blackout-budget", metavar="MS", type=float, help="the longest blackout it may plan for")
+    move.add_argument(
+        "--post-copy",
+        action=argparse.BooleanOptionalAction,
+        help="allow post-copy as the last step; no way back from it",
+    )
+    check = add_command(
+        commands,
+        "check",
+        "say everything that stands against a move, without moving",
+        _check,
+        examples=["check web1 --to host2", "check web1 --to host2 --json"],
+        notes="Exit code 6 if the move would be refused. The move runs the same checks.",
+    )
+    check.add_argument("vm", metavar="VM")
+    check.add_argument("--to", metavar="HOST", required=True, help="the destination, a host name or address")
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    request = toml.convert({"vm": arguments.vm, "destination": arguments.to}, CheckRequest, where="the request")
+    with client_of(arguments) as client:
+        found = client.call(endpoints.CHECK, request)
+    if arguments.json:
+        say_json(found)
+    else:
+        verdict = "can" if found.possible else "cannot"
+        say(f"VM '{found.vm}' {verdict} move from '{found.source}' to '{found.destination}'")
+        say_findings(found.findings)
+    return 0 if found.possible else PreflightRefused.exit_code
+
+
+def _move(arguments: argparse.Namespace) -> int:
+    names = _names(arguments)
+    if not names:
+        warn("no VM runs here; nothing to move")
+        return 0
+    events = follow_all(names, _mover(arguments))
+    try:
+        ended = _consume_quietly(events) if arguments.json or arguments.detach else _consume(events, names)
+    except KeyboardInterrupt:
+        warn("the moves go on; 'limosa migration list' shows them, 'limosa migration cancel' stops one")
+        return 130
+    return _conclude(arguments, ended)
+
+
+def _names(arguments: argparse.Namespace) -> list[str]:
+    if bool(arguments.vms) == arguments.all:
+        raise InvalidInput("name the VMs to move, or give --all", why="one of the two is needed")
+    if not arguments.all:
+        return list(dict.fromkeys(arguments.vms))
+    with client_of(arguments) as client:
+        vms = client.call(endpoints.LIST_VMS).vms
+    return [vm.config.name for vm in vms if vm.state is VmState.RUNNING]
+
+
+def _mover(arguments: argparse.Namespace) -> Callable[[str], Iterator[Migration]]:
+    """What a thread does for each VM: ask for the move and, unless detached, follow it."""
+    values = {
+        "transport": arguments.transport,
+        "bandwidth_mbit_per_s": arguments.bandwidth,
+        "blackout_budget_ms": arguments.blackout_budget,
+        "post_copy": arguments.post_copy,
+    }
+
+    def begin(name: str) -> Iterator[Migration]:
+        raw = {"vm": name, "destination": arguments.to, "options": values}
+        request = toml.convert(raw, MoveRequest, where="the request")
+        with client_of(arguments) as client:
+            migration = client.call(endpoints.MOVE, request)
+            if arguments.detach:
+                yield migration
+            else:
+                yield from follow(client, migration)
+
+    return begin
+
+
+def _consume_quietly(events: Iterator[tuple[str, Event]]) -> dict[str, Event]:
+    """The last event of each VM."""
+    return dict(events)
+
+
+def _consume(events: Iterator[tuple[str, Event]], names: list[str]) -> dict[str, Event]:
+    """The last event of each VM, all of them shown as they come."""
+    ended: dict[str, Event] = {}
+    name, first = next(events)  # every request is on its way before the display is loaded
+    with display_for(names) as display:
+        display.show_event(name, first)
+        ended[name] = first
+        for name, event in events:
+            display.show_event(name, event)
+            ended[name] = event
+    return ended
+
+
+def _conclude(arguments: argparse.Namespace, ended: dict[str, Event]) -> int:
+    """Print how each move ended; the exit code is that of the first that went wrong."""
+    if not arguments.json:
+        moves = [event for event in ended.values() if isinstance(event, Migration)]
+        if arguments.detach:
+            for move in moves:
+                say(f"{move.vm}: {move.source} to {move.destination}, {move.phase.value} ({move.id})")
+        else:
+            say_summary(moves)
+    for event in ended.values():
+        _tell(arguments, event)
+    return next((code for code in map(exit_code, ended.values()) if code), 0)
+
+
+def _tell(arguments: argparse.Namespace, event: Event) -> None:
+    if isinstance(event, LimosaError):
+        report(event, as_json=arguments.json)
+    elif arguments.json:
+        say_json(event)
+    else:
+        say_findings(event.findings, to_stderr=True)
+        if event.fault is not None:
+            report(from_fault(event.fault))

@@ -1,0 +1,65 @@
+"""How commands print: plain aligned tables, JSON lines, and text from elsewhere made safe for a terminal."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import msgspec
+
+from limosa.errors import LimosaError
+from limosa.model.finding import Finding
+
+
+def clean(text: object) -> str:
+    """Text on one line without control characters, which could move a terminal's cursor or change its state."""
+    return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in str(text))
+
+
+def say(text: str) -> None:
+    """One line on standard output."""
+    print(clean(text))
+
+
+def warn(text: str) -> None:
+    """One line on standard error."""
+    print(clean(text), file=sys.stderr)
+
+
+def say_json(value: Any) -> None:
+    """One JSON object on a line of standard output, written at once, since programs wait for it."""
+    sys.stdout.write(msgspec.json.encode(value).decode() + "\n")
+    sys.stdout.flush()
+
+
+def say_table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """An aligned table; only the head if there are no rows."""
+    lines = [list(head), *([clean(cell) for cell in row] for row in rows)]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
+    for line in lines:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+
+
+def say_findings(findings: Iterable[Finding], *, to_stderr: bool = False) -> None:
+    """What preflight found, two lines each: what, and what to do."""
+    tell = warn if to_stderr else say
+    for finding in findings:
+        tell(f"  {finding.severity.value}: {finding.what} [{finding.code}]")
+        tell(f"      to do: {finding.todo}")
+
+
+def report(error: LimosaError, *, as_json: bool = False) -> int:
+    """Print an error and return the exit code it stands for.
+
+    Three short lines on standard error: what and why, what to do, the code. As JSON also one object on standard
+    output: ``{"error": {...}}``.
+    """
+    if as_json:
+        say_json({"error": error.fault()})
+    warn(f"limosa: {error.what}" if error.findings else f"limosa: {error}")
+    say_findings(error.findings, to_stderr=True)
+    if error.todo:
+        warn(f"  to do: {error.todo}")
+    warn(f"  code: {error.code}")
+    return error.exit_code

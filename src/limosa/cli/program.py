@@ -1,0 +1,101 @@
+"""The whole command line: which module has which noun, errors, exit codes.
+
+Only the module of the noun that is asked for is imported; all of them for ``--help`` and completion.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Iterable, Sequence
+
+from limosa import __version__
+from limosa.cli.arguments import add_global_options
+from limosa.cli.output import report, warn
+from limosa.errors import InvalidInput, LimosaError
+
+#: Which module of this package registers which noun, in the order of the help.
+NOUNS = {
+    "vm": "vm",
+    "move": "move",
+    "check": "move",
+    "migration": "migration",
+    "host": "host",
+    "ca": "ca",
+    "lab": "lab",
+    "completion": "completion",
+}
+
+_EPILOG = """\
+which host:
+  --host NAME   a host of a lab on this machine, or any host over mutual TLS: its address
+                from hosts.toml in ~/.config/limosa or /etc/limosa, or from DNS; the
+                certificate (client.pem, client.key, ca.pem) lies in the same folders
+  otherwise     $LIMOSA_SOCKET, $LIMOSA_HOST, or this machine's own daemon
+
+exit codes: 0 done, 2 invalid input, 3 not permitted, 4 not found, 5 conflict, 6 refused by
+  preflight, 7 host unreachable, 8 migration failed, 9 cancelled, 10 owner unknown, 11 QEMU,
+  12 storage, 13 network, 14 damaged file; 130 interrupted. docs/errors.md has all codes.
+
+examples:
+  limosa vm create web1 --memory 2G --cpus 2 --disk web1.qcow2 --switch lan --start
+  limosa move web1 --to host2
+"""
+
+
+def build_parser(nouns: Iterable[str] = tuple(NOUNS)) -> argparse.ArgumentParser:
+    """The parser with the commands of some nouns."""
+    parser = argparse.ArgumentParser(
+        prog="limosa",
+        description="Live migration for QEMU/KVM virtual machines.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"limosa {__version__}")
+    add_global_options(parser, top=True)
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for module in dict.fromkeys(NOUNS[noun] for noun in nouns):
+        importlib.import_module(f"limosa.cli.{module}").register(commands)
+    return parser
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Parse and run one command; returns its exit code. Errors are printed here and nowhere else."""
+    noun = _noun_of(arguments)
+    try:
+        parsed = build_parser([noun] if noun in NOUNS else NOUNS).parse_args(arguments)
+    except SystemExit as ending:  # argparse has printed the help, the version or what is wrong
+        return int(ending.code or 0)
+    return _guarded(parsed)
+
+
+def _guarded(parsed: argparse.Namespace) -> int:
+    try:
+        code: int | None = parsed.run(parsed)
+        sys.stdout.flush()
+    except LimosaError as error:
+        return report(error, as_json=parsed.json)
+    except KeyboardInterrupt:
+        warn("")
+        return 130
+    except BrokenPipeError:
+        # The reader of a pipe has seen enough. What is still buffered must not complain when Python ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except UnicodeEncodeError as fault:
+        return report(InvalidInput("an argument is not valid text", why=str(fault)), as_json=parsed.json)
+    return code or 0
+
+
+def _noun_of(arguments: Sequence[str]) -> str:
+    """The first argument that is no option and no option's value."""
+    words = iter(arguments)
+    for word in words:
+        if word == "--host":
+            next(words, None)
+        elif not word.startswith("-"):
+            return word
+    return ""

@@ -1,0 +1,126 @@
+"""The settings of a host as a page for people, and what people type as values.
+
+Names, help and defaults are read from the types in ``settings.host``, so a new option appears here by itself. A value
+is read as the option's type wants it; whether it is allowed the daemon says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import msgspec
+from msgspec import inspect
+
+from limosa.cli.output import clean, say
+from limosa.errors import InvalidInput
+from limosa.settings.host import HostSettings
+
+_WORDS = {"on": True, "yes": True, "true": True, "off": False, "no": False, "false": False}
+
+
+def options() -> dict[str, tuple[inspect.Type, str]]:
+    """Every option by its dotted name: its type and its help."""
+    info = inspect.type_info(HostSettings)
+    assert isinstance(info, inspect.StructType)
+    return dict(_options(info, ""))
+
+
+def _options(info: inspect.StructType, prefix: str) -> Iterator[tuple[str, tuple[inspect.Type, str]]]:
+    for field in info.fields:
+        kind, text = field.type, ""
+        if isinstance(kind, inspect.Metadata):
+            text = (kind.extra_json_schema or {}).get("description", "")
+            kind = kind.type
+        if isinstance(kind, inspect.StructType):
+            yield from _options(kind, f"{prefix}{field.name}.")
+        else:
+            yield prefix + field.name, (kind, text)
+
+
+def parse_changes(pairs: list[tuple[str, str]]) -> dict[str, Any]:
+    """New values by name. Raises :class:`InvalidInput` if an option is not known or a value is not of its type."""
+    return {key: _parse(key, text) for key, text in pairs}
+
+
+def _parse(key: str, text: str) -> Any:
+    known = options()
+    if key in known:
+        return _parse_as(known[key][0], key, text)
+    table, _, entry = key.partition(".")
+    if entry and table in known and isinstance(known[table][0], inspect.DictType):
+        return text
+    raise InvalidInput(f"there is no setting '{key[:80]}'", todo="'limosa host settings' lists them")
+
+
+def _parse_as(kind: inspect.Type, key: str, text: str) -> Any:
+    if isinstance(kind, inspect.DictType):
+        raise InvalidInput(f"'{key}' is a table", todo=f"set an entry of it: {key}.NAME=VALUE")
+    if isinstance(kind, inspect.VarTupleType):
+        return [_parse_as(kind.item_type, key, part) for part in _parts(text)]
+    if isinstance(kind, inspect.TupleType):
+        parts = zip(kind.item_types, _parts(text), strict=False)
+        return [_parse_as(item, key, part) for item, part in parts]
+    if isinstance(kind, inspect.Metadata):
+        return _parse_as(kind.type, key, text)
+    if isinstance(kind, inspect.BoolType):
+        return _word(key, text)
+    if isinstance(kind, inspect.IntType | inspect.FloatType):
+        return _number(key, text, int if isinstance(kind, inspect.IntType) else float)
+    return text
+
+
+def _parts(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _word(key: str, text: str) -> bool:
+    if text.lower() not in _WORDS:
+        raise InvalidInput(f"'{text[:40]}' is no value for {key}", todo="write on or off")
+    return _WORDS[text.lower()]
+
+
+def _number(key: str, text: str, kind: type[int] | type[float]) -> float:
+    try:
+        return kind(text)
+    except ValueError as fault:
+        raise InvalidInput(f"'{text[:40]}' is no value for {key}", why=f"it is no {kind.__name__}") from fault
+
+
+def value_text(settings: HostSettings, key: str) -> str:
+    """The value of an option, written as it can be typed."""
+    value: Any = msgspec.to_builtins(settings)
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    return _text(value)
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if isinstance(value, list | tuple):
+        return ",".join(map(str, value))
+    if isinstance(value, float):
+        return f"{value:g}"
+    return "" if value is None or value == {} else str(value)
+
+
+def say_page(settings: HostSettings) -> None:
+    """Every option with its value, its help and, where it was changed, its default."""
+    for key, (kind, text) in options().items():
+        if isinstance(kind, inspect.DictType):
+            entries = msgspec.to_builtins(getattr(settings, key))
+            for name, value in entries.items():
+                say(f"{key}.{name} = {value}")
+            if not entries:
+                say(f"{key} =")
+            say_help(text)
+        else:
+            now, default = value_text(settings, key), value_text(HostSettings(), key)
+            say(f"{key} = {now}".rstrip())
+            say_help(text if now == default else f"{text} (default: {default or 'none'})")
+
+
+def say_help(text: str) -> None:
+    """The help of an option, below it."""
+    print(f"    {clean(text)}")
