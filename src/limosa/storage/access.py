@@ -1,0 +1,93 @@
+"""Whether QEMU's user may open a file, and giving it an image.
+
+The question is put to the kernel as that user, so that access lists, network shares and read-only mounts all count.
+
+Giving an image away is done only where it can hurt nobody: an operator may name any path of the host, and a daemon that
+is root must not be talked into handing out a system file. So only a regular file of root's with one name, on a local
+file system, outside of the system's own folders, is ever given; for everything else the error says what to do.
+"""
+
+from __future__ import annotations
+
+import os
+import pwd
+import stat
+import subprocess
+from pathlib import Path
+
+from limosa.errors import StorageError
+from limosa.storage import mounts
+
+_SYSTEM = ("/bin", "/boot", "/dev", "/etc", "/lib", "/lib64", "/proc", "/root", "/sbin", "/sys", "/usr")
+#: Sorts of access as test(1) calls them.
+_READ, _WRITE, _PASS = "-r", "-w", "-x"
+
+
+def may(path: Path, user: str | None, *, write: bool) -> bool:
+    """Whether ``user`` (None: whoever we are) may read ``path``, and with ``write`` also write it."""
+    return all(_test(sort, path, user) for sort in ([_READ, _WRITE] if write else [_READ]))
+
+
+def grant(path: Path, user: str | None, *, read_only: bool) -> None:
+    """Make sure that ``user`` may open the file, by giving it to that user if need be and if it is safe.
+
+    Only images that are written are ever given. Raises :class:`StorageError` saying what stands in the way; the file
+    is then as it was.
+    """
+    if not path.exists():
+        raise StorageError(f"there is no file {path}", todo="create it, or mount the storage it is on")
+    if may(path, user, write=not read_only):
+        return
+    verb = "read" if read_only else "write"
+    if user is None:
+        raise StorageError(f"the daemon may not {verb} {path}", todo="change its mode or the mount")
+    reason = "it is only read" if read_only else _give(path, user)
+    if reason or not may(path, user, write=True):
+        raise StorageError(
+            f"QEMU's user '{user}' may not {verb} {path}",
+            why=_closed_folder(path, user) or reason,
+            todo=f"let '{user}' {verb} it, for example with chown, or setfacl -m u:{user}:{verb[0]} on the file",
+        )
+
+
+def _give(path: Path, user: str) -> str:
+    """Give the file to the user if that is safe; else the reason why it is not."""
+    real = path.resolve()
+    if any(real.is_relative_to(folder) for folder in _SYSTEM):
+        return "it lies in a folder of the system's"
+    try:
+        descriptor = os.open(real, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        return error.strerror or str(error)
+    try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode) or status.st_uid != 0 or status.st_nlink != 1:
+            return "it is no regular file of root's with a single name"
+        if mounts.find(status.st_dev).share:
+            return "it lies on storage other hosts use too"
+        entry = pwd.getpwnam(user)
+        os.fchown(descriptor, entry.pw_uid, entry.pw_gid)
+    except (OSError, KeyError) as error:
+        return str(error)
+    finally:
+        os.close(descriptor)
+    return ""
+
+
+def _closed_folder(path: Path, user: str) -> str:
+    """The first folder on the way that the user may not pass through, in words."""
+    closed = (folder for folder in reversed(path.resolve().parents) if not _test(_PASS, folder, user))
+    return next((f"it may not pass through the folder {folder}" for folder in closed), "")
+
+
+def _test(sort: str, path: Path, user: str | None) -> bool:
+    """Ask test(1), run as the user: it takes the kernel's word for it."""
+    entry = pwd.getpwnam(user) if user is not None else None
+    asked = subprocess.run(
+        ["/usr/bin/test", sort, str(path)],
+        check=False,
+        user=entry.pw_uid if entry else None,
+        group=entry.pw_gid if entry else None,
+        extra_groups=[] if entry else None,
+    )
+    return asked.returncode == 0

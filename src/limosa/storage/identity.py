@@ -1,0 +1,104 @@
+"""Do two hosts mean the same file by a path?
+
+A move over shared storage copies no disk, so a wrong *yes* would run the guest on another disk, and a wrong *no* would
+refuse a move that works. :func:`identify` gathers what there is to know on one host, :func:`same_file` judges.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import stat
+from pathlib import Path, PurePosixPath
+
+from limosa.model.facts import FileIdentity
+from limosa.storage import access, mounts
+
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+#: Kernels and initrds; a digest of something larger would delay the move for longer than it is worth.
+_DIGEST_MAX_BYTES = 1024 * 1024 * 1024
+
+
+def same_file(one: FileIdentity, other: FileIdentity) -> bool:
+    """Whether both are the same file, or copies alike bit by bit where both carry a digest.
+
+    The strongest rule that applies decides:
+
+    1. *One kernel* (the boot id is random and new at each start; hosts are namespaces of it): same file system and
+       inode are the same file.
+    2. *A share*, mounted from the same server and path by both: where inode numbers are the server's, they decide.
+    3. *A location* that administrators of both hosts gave the same name, with the same path below it and the same size.
+       Their word, not a proof; therefore not against rule 1: on one kernel two inodes of local storage are two files.
+    4. *The same contents*: for files that are only read at start, such as kernels, a copy is as good.
+    """
+    if one.machine == other.machine and (one.device, one.inode) == (other.device, other.inode):
+        return True
+    if one.share and one.share == other.share and mounts.inodes_are_the_servers(one.share):
+        return one.inode == other.inode
+    if one.digest and other.digest:
+        return one.digest == other.digest
+    if one.machine == other.machine and not (one.share and other.share):
+        return False
+    named = (one.location, one.location_path, one.size)
+    return one.location != "" and named == (other.location, other.location_path, other.size)
+
+
+def identify(path: str, locations: dict[str, str], *, digest: bool, user: str | None = None) -> FileIdentity | None:
+    """What is to know about the file on this host, or None if it is not there or cannot be opened.
+
+    ``locations`` are the host's named ones; ``digest`` asks for one over the contents; ``writable`` is as ``user``
+    (None: we ourselves) finds it.
+    """
+    try:
+        # Opening first makes a network file system ask its server, so that the size is not an old one.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        status = os.fstat(descriptor)
+        size = os.lseek(descriptor, 0, os.SEEK_END) if stat.S_ISBLK(status.st_mode) else status.st_size
+        contents = _digest(path, *_version(status)) if digest and _is_small_file(status) else ""
+    except OSError:
+        return None
+    finally:
+        os.close(descriptor)
+    mount = mounts.find(status.st_dev)
+    location, location_path = _place(path, locations)
+    return FileIdentity(
+        path=path,
+        machine=_BOOT_ID.read_text().strip(),
+        device=status.st_dev,
+        inode=status.st_ino,
+        size=size,
+        share=mount.share,
+        location=location,
+        location_path=location_path,
+        digest=contents,
+        writable=access.may(Path(path), user, write=True),
+    )
+
+
+def _is_small_file(status: os.stat_result) -> bool:
+    return stat.S_ISREG(status.st_mode) and status.st_size <= _DIGEST_MAX_BYTES
+
+
+def _place(path: str, locations: dict[str, str]) -> tuple[str, str]:
+    """The innermost named location the path is in, and the path below it."""
+    pure = PurePosixPath(path)
+    inside = [(root, name) for name, root in locations.items() if pure.is_relative_to(root)]
+    if not inside:
+        return "", ""
+    root, name = max(inside, key=lambda pair: (len(pair[0]), pair[1]))
+    return name, str(pure.relative_to(root))
+
+
+@functools.lru_cache(maxsize=64)
+def _digest(path: str, *_version: int) -> str:
+    """SHA-256 of the file, worked out once for each version of it."""
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _version(status: os.stat_result) -> tuple[int, ...]:
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns

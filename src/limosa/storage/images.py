@@ -1,0 +1,124 @@
+"""Disk images: what they are, making new ones.
+
+``qemu-img`` is asked with the format said, never left to find it out: a guest that owns a raw disk can write the header
+of another format into it, and a program that then believed the contents would open whatever files that header names.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from pathlib import Path
+
+import msgspec
+
+from limosa.errors import InvalidInput, StorageError
+from limosa.model.base import Model
+from limosa.model.vm import DiskFormat
+from limosa.storage.access import grant
+
+__all__ = ["ImageInfo", "create", "detect_format", "grant", "info"]
+
+_QEMU_IMG = "/usr/bin/qemu-img"
+_QCOW2_MAGIC = b"QFI\xfb"
+_NAMES: dict[str, DiskFormat] = {".qcow2": "qcow2", ".raw": "raw", ".img": "raw"}
+
+
+class ImageInfo(Model, frozen=True, forbid_unknown_fields=False, rename="kebab"):
+    """What ``qemu-img info`` says."""
+
+    format: str
+    virtual_size: int
+    #: bytes it takes on its storage
+    actual_size: int = 0
+    backing_filename: str = ""
+    full_backing_filename: str = ""
+    backing_filename_format: str = ""
+
+
+async def info(path: Path, image_format: DiskFormat) -> ImageInfo:
+    """What the image is. Does not mind that a QEMU has it open; raises :class:`StorageError`.
+
+    Refused: an image that keeps its data in another file, and a backing file without a stated format, whose contents
+    QEMU would have to believe.
+    """
+    output = await _qemu_img("info", "--force-share", "--output=json", "-f", image_format, str(path))
+    try:
+        raw = msgspec.json.decode(output)
+        found = msgspec.convert(raw, ImageInfo)
+    except msgspec.MsgspecError as error:
+        raise StorageError(f"qemu-img tells something strange about {path}", why=str(error)) from error
+    if raw.get("format-specific", {}).get("data", {}).get("data-file"):
+        raise StorageError(f"{path} keeps its data in another file", todo="convert it with qemu-img convert")
+    if found.backing_filename and not found.backing_filename_format:
+        raise StorageError(
+            f"{path} does not say what format its backing file has",
+            todo=f"qemu-img rebase -u -b {found.backing_filename} -F FORMAT {path}",
+        )
+    return found
+
+
+async def detect_format(path: Path) -> DiskFormat:
+    """The format of an image whose owner did not say it: only where name and contents agree.
+
+    Raises :class:`InvalidInput` where they do not, :class:`StorageError` if it cannot be read.
+    """
+    try:
+        with path.open("rb") as stream:
+            by_contents: DiskFormat = "qcow2" if stream.read(4) == _QCOW2_MAGIC else "raw"
+    except OSError as error:
+        raise StorageError(f"cannot read {path}", why=error.strerror or str(error)) from error
+    by_name = _NAMES.get(path.suffix.lower(), "raw" if path.is_block_device() else None)
+    if by_name != by_contents:
+        raise InvalidInput(
+            f"it is not certain what format {path} has",
+            why=f"its contents look like {by_contents}, its name does not",
+            todo="say it: format = 'qcow2' or 'raw'",
+        )
+    if by_contents == "qcow2":
+        await info(path, "qcow2")
+    return by_contents
+
+
+async def create(path: Path, image_format: DiskFormat, size_bytes: int) -> None:
+    """Make a new, empty image, readable by its owner only. Nothing that exists is overwritten.
+
+    Raises :class:`StorageError` (exists, no such folder, no space); nothing is left then.
+    """
+    try:
+        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+    except FileExistsError:
+        raise StorageError(f"{path} exists already", todo="leave the size out to use it as it is") from None
+    except OSError as error:
+        raise StorageError(f"cannot create {path}", why=error.strerror or str(error)) from error
+    try:
+        await _qemu_img("create", "-q", "-f", image_format, str(path), str(size_bytes))
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
+
+
+async def _qemu_img(command: str, *arguments: str) -> bytes:
+    try:
+        child = await asyncio.create_subprocess_exec(
+            _QEMU_IMG,
+            command,
+            *arguments,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+            env={"LC_ALL": "C"},
+        )
+    except OSError as error:
+        raise StorageError(f"cannot run {_QEMU_IMG}", why=str(error), todo="install qemu-utils") from error
+    try:
+        output, words = await child.communicate()
+    except asyncio.CancelledError:
+        child.kill()
+        raise
+    if child.returncode != 0:
+        raise StorageError(
+            f"qemu-img {command} failed for {arguments[-2] if command == 'create' else arguments[-1]}",
+            why=words.decode("utf-8", "replace").strip().removeprefix("qemu-img: "),
+        )
+    return output

@@ -1,0 +1,53 @@
+"""Which mount a file is on, from ``/proc/self/mountinfo`` (proc(5))."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+#: File systems that several hosts use at once and whose inode numbers are the server's, so alike on all of them.
+_SHARED = frozenset({"nfs", "nfs4", "cifs", "smb3", "ceph", "fuse.ceph", "fuse.glusterfs", "lustre", "gfs2", "ocfs2"})
+_OCTAL = re.compile(r"\\([0-7]{3})")
+
+
+@dataclass(frozen=True)
+class Mount:
+    """A mount. ``source`` is what was mounted: a server's export, or a local device."""
+
+    kind: str
+    source: str
+
+    @property
+    def share(self) -> str:
+        """What was mounted, for file systems that other hosts may use at the same time; empty for local ones.
+
+        FUSE may be anything, so it counts.
+        """
+        shared = self.kind in _SHARED or self.kind == "9p" or self.kind.startswith("fuse")
+        return f"{self.kind} {self.source}" if shared else ""
+
+
+def inodes_are_the_servers(share: str) -> bool:
+    """Whether inode numbers on a share are the same on all hosts that mounted it."""
+    return share.partition(" ")[0] in _SHARED
+
+
+UNKNOWN = Mount("", "")
+
+
+def find(device: int) -> Mount:
+    """The mount of the file system ``device`` (``st_dev``); :data:`UNKNOWN` if the kernel lists none (btrfs)."""
+    wanted = f"{os.major(device)}:{os.minor(device)}"
+    return next((mount for number, mount in _table() if number == wanted), UNKNOWN)
+
+
+def _table() -> list[tuple[str, Mount]]:
+    """Device number and mount of each line: ``36 35 98:0 /root /point rw,noatime master:1 - ext3 /dev/sda1 rw``."""
+    found = []
+    for line in Path("/proc/self/mountinfo").read_text("utf-8", "surrogateescape").splitlines():
+        head, _, tail = line.partition(" - ")
+        fields, (kind, source, *_) = head.split(), [*tail.split(" "), "", ""]
+        found.append((fields[2], Mount(kind, _OCTAL.sub(lambda match: chr(int(match[1], 8)), source))))
+    return found
