@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
-from typing import Any
 
 from limosa.cli.arguments import Commands, Run, add_command, add_noun
 from limosa.cli.connection import client_of, route_of
 from limosa.cli.output import report, say, say_json, say_table
+from limosa.client.host import HostClient
 from limosa.errors import Conflict, LimosaError
 from limosa.model.units import format_seconds
 from limosa.model.vm import Vm, VmState
@@ -93,7 +93,7 @@ def _create(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _for_each(act: Callable[[Any, argparse.Namespace, str], None]) -> Run:
+def _for_each(act: Callable[[HostClient, argparse.Namespace, str], None]) -> Run:
     """A command that acts on each VM named, also after one failed; the first failure gives the exit code."""
 
     def run(arguments: argparse.Namespace) -> int:
@@ -109,14 +109,14 @@ def _for_each(act: Callable[[Any, argparse.Namespace, str], None]) -> Run:
     return run
 
 
-def _act_on(endpoint: Endpoint[Empty, Vm]) -> Callable[[Any, argparse.Namespace, str], None]:
-    def act(client: Any, arguments: argparse.Namespace, name: str) -> None:
+def _act_on(endpoint: Endpoint[Empty, Vm]) -> Callable[[HostClient, argparse.Namespace, str], None]:
+    def act(client: HostClient, arguments: argparse.Namespace, name: str) -> None:
         _tell(arguments, client.call(endpoint, vm=name))
 
     return act
 
 
-def _delete(client: Any, arguments: argparse.Namespace, name: str) -> None:
+def _delete(client: HostClient, arguments: argparse.Namespace, name: str) -> None:
     client.call(endpoints.DELETE_VM, vm=name)
     if arguments.json:
         say_json({"deleted": name})

@@ -20,7 +20,7 @@ from limosa.wire.api import NewVm
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Add the options. What is not given stays ``None`` and is left to the daemon."""
-    parser.add_argument("name", metavar="NAME", nargs="?")
+    parser.add_argument("name", metavar="NAME", nargs="?", help="the VM's name")
     parser.add_argument("--file", metavar="FILE", help="read everything from a TOML file instead")
     parser.add_argument("--start", action="store_true", help="start it as well")
     add = parser.add_argument_group("the machine").add_argument
@@ -49,7 +49,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     add("--network-config", metavar="FILE", help="network-config for cloud-init, with --cloud-init")
 
 
-#: Options that say nothing about the VM, and where they differ the names of the others in ``NewVm``.
+#: Arguments that say nothing about the VM.
 _NOT_OF_THE_VM = ("file", "start", "host", "json", "run")
 
 

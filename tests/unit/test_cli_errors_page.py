@@ -1,0 +1,21 @@
+"""docs/errors.md and the code say the same."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from limosa.errors import every_error
+
+PAGE = Path(__file__).parents[2] / "docs" / "errors.md"
+ROW = re.compile(r"^\| `([a-z-]+)` \| (\d+) \| (\d+) \| (.+) \| (.+) \|$", re.MULTILINE)
+
+
+def test_every_error_has_its_row_and_no_row_is_left_over() -> None:
+    rows = {(code, int(leaves), int(status)) for code, leaves, status, _, _ in ROW.findall(PAGE.read_text())}
+    assert rows == {(error.code, error.exit_code, error.http_status) for error in every_error()}
+
+
+def test_codes_are_unique() -> None:
+    codes = [error.code for error in every_error()]
+    assert len(codes) == len(set(codes))

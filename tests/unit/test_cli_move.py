@@ -1,0 +1,266 @@
+"""Moving from the command line: exit codes, JSON, several at once, broken connections, what is shown."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from rich.console import Console
+from standin import StandIn
+
+from limosa.cli import display, follow
+from limosa.cli.main import main
+from limosa.errors import Cancelled, Conflict, PreflightRefused
+from limosa.model.finding import Finding, Severity
+from limosa.model.migration import Fault, Migration, Outcome, Phase, Progress, Side
+from limosa.model.vm import Vm, VmConfig, VmState
+from limosa.wire.api import CheckReport, MigrationList, MoveRequest, VmList
+from limosa.wire.endpoints import (
+    CANCEL_MIGRATION,
+    CHECK,
+    LIST_MIGRATIONS,
+    LIST_VMS,
+    MOVE,
+    RESOLVE_MIGRATION,
+    WATCH_MIGRATION,
+)
+
+FINDING = Finding(code="switch-missing", severity=Severity.ERROR, what="no switch 'lan'", todo="add it")
+
+
+def migration(vm: str, **changes: Any) -> Migration:
+    values: dict[str, Any] = {
+        "id": vm.ljust(12, "0"),
+        "vm": vm,
+        "source": "host1",
+        "destination": "host2",
+        "side": Side.SOURCE,
+        "transport": "tcp",
+        "phase": Phase.COPY,
+        "outcome": Outcome.UNDER_WAY,
+        "progress": Progress(),
+        "accepted_at": 1.0,
+    }
+    return Migration(**(values | changes))
+
+
+def completed(vm: str) -> Migration:
+    phases = {"build-up": 0.1, "copy": 2.0, "synchronise": 0.2, "switchover": 0.02, "tear-down": 0.01}
+    return migration(vm, outcome=Outcome.COMPLETED, phases=phases, total_s=2.33, blackout_ms=6.2)
+
+
+class Host(StandIn):
+    """A stand-in that moves VMs; ``endings`` says how each move ends (default: completed)."""
+
+    def __init__(self, path: Path) -> None:
+        answers = {MOVE: self.move, WATCH_MIGRATION: self.watch, LIST_MIGRATIONS: self.list, CHECK: self.check}
+        super().__init__(path, answers)
+        self.endings: dict[str, Migration | Exception] = {}
+        self.moves: list[MoveRequest] = []
+        self.breaks = 0
+
+    def move(self, request: MoveRequest) -> Migration:
+        self.moves.append(request)
+        ending = self.endings.get(request.vm)
+        if isinstance(ending, Exception):
+            raise ending
+        return migration(request.vm, phase=Phase.BUILD_UP)
+
+    def watch(self, _: object, migration: str) -> Iterator[Migration]:
+        vm = migration.rstrip("0")
+        yield globals()["migration"](
+            vm, progress=Progress(percent=50, transferred_bytes=1, note="the guest writes a lot")
+        )
+        if self.breaks:
+            self.breaks -= 1
+            raise ConnectionAbortedError
+        ending = self.endings.get(vm) or completed(vm)
+        assert isinstance(ending, Migration)
+        yield ending
+
+    def list(self, _: object) -> MigrationList:
+        return MigrationList(migrations=(migration("web1"), completed("db1")))
+
+    def check(self, request: MoveRequest) -> CheckReport:
+        possible = request.vm == "web1"
+        return CheckReport(
+            vm=request.vm,
+            source="host1",
+            destination="host2",
+            possible=possible,
+            findings=() if possible else (FINDING,),
+        )
+
+
+@pytest.fixture
+def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Host]:
+    monkeypatch.setenv("LIMOSA_SOCKET", str(tmp_path / "s"))
+    monkeypatch.setattr(follow, "_RETRY_S", 0.01)
+    with Host(tmp_path / "s") as host:
+        yield host
+
+
+def objects(text: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def test_a_move_with_its_lines_and_table(host: Host, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["move", "web1", "--to", "host2"]) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert out[:3] == ["web1: build-up", "web1: copy, 50 %, the guest writes a lot", "web1: completed"]
+    assert "BLACKOUT" in out[3]
+    assert "6.2 ms" in out[4]
+
+
+def test_json_is_one_object_for_each_vm_at_its_end(host: Host, capsys: pytest.CaptureFixture[str]) -> None:
+    host.endings["db1"] = Conflict("it moves already", vm="db1")
+    assert main(["move", "web1", "db1", "app1", "--to", "host2", "--json"]) == Conflict.exit_code
+    found = objects(capsys.readouterr().out)
+    assert {one["vm"]: one["outcome"] for one in found if "vm" in one} == {"web1": "completed", "app1": "completed"}
+    assert [one["error"]["code"] for one in found if "error" in one] == ["conflict"]
+
+
+def test_options_reach_the_host(host: Host) -> None:
+    words = ["--transport", "tcp", "--bandwidth", "500", "--blackout-budget", "20", "--no-post-copy", "--detach"]
+    assert main(["move", "web1", "--to", "host2", *words]) == 0
+    assert msgspec.to_builtins(host.moves[0].options) == {
+        "transport": "tcp",
+        "bandwidth_mbit_per_s": 500,
+        "blackout_budget_ms": 20,
+        "post_copy": False,
+    }
+    assert [endpoint for endpoint, _, _ in host.seen] == [MOVE]
+
+
+def test_a_connection_that_breaks_does_not_end_the_watching(host: Host, capsys: pytest.CaptureFixture[str]) -> None:
+    host.breaks = 2
+    assert main(["move", "web1", "--to", "host2", "--json"]) == 0
+    assert objects(capsys.readouterr().out)[0]["outcome"] == "completed"
+    assert len(host.moves) == 1
+
+
+def test_a_host_that_stays_away_is_unreachable(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(follow, "PATIENCE_S", 0.05)
+    host.answers[WATCH_MIGRATION] = lambda *_, **__: b""
+    assert main(["move", "web1", "--to", "host2", "--json"]) == 7
+
+
+def test_a_refusal_shows_all_findings(host: Host, capsys: pytest.CaptureFixture[str]) -> None:
+    host.endings["web1"] = PreflightRefused((FINDING,), vm="web1", host="host2")
+    assert main(["move", "web1", "--to", "host2"]) == 6
+    err = capsys.readouterr().err
+    assert "error: no switch 'lan' [switch-missing]" in err
+    assert "to do: add it" in err
+
+
+@pytest.mark.parametrize(
+    ("outcome", "fault", "code"),
+    [
+        (Outcome.CANCELLED, Cancelled("cancelled").fault(), 9),
+        (Outcome.CANCELLED, None, 9),
+        (Outcome.FAILED, Fault(code="not-converging", what="it writes too fast"), 8),
+        (Outcome.UNRESOLVED, Fault(code="owner-unknown", what="nobody knows"), 10),
+    ],
+)
+def test_how_a_move_ended_is_the_exit_code(
+    host: Host, outcome: Outcome, fault: Fault | None, code: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    host.endings["web1"] = migration("web1", outcome=outcome, fault=fault)
+    assert main(["move", "web1", "--to", "host2"]) == code
+    assert (fault is None) or fault.what in capsys.readouterr().err
+    assert main(["move", "web1", "--to", "host2", "--json"]) == code
+
+
+def test_all_moves_what_runs(host: Host, capsys: pytest.CaptureFixture[str]) -> None:
+    def vm(name: str, state: VmState) -> Vm:
+        uuid = "00000000-0000-0000-0000-000000000000"
+        config = VmConfig(name=name, uuid=uuid, memory_mib=64, cpus=1, machine="pc-q35-10.0", cpu="x86-64-v2")
+        return Vm(config=config, state=state, host="host1")
+
+    vms = (vm("web1", VmState.RUNNING), vm("db1", VmState.STOPPED), vm("app1", VmState.RUNNING))
+    host.answers[LIST_VMS] = lambda _: VmList(vms=vms)
+    assert main(["move", "--all", "--to", "host2"]) == 0
+    assert {request.vm for request in host.moves} == {"web1", "app1"}
+    host.answers[LIST_VMS] = lambda _: VmList(vms=())
+    assert main(["move", "--all", "--to", "host2"]) == 0
+    assert "nothing to move" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--to", "host2"],
+        ["web1", "--all", "--to", "host2"],
+        ["../x", "--to", "host2"],
+        ["web1", "--to", "a b"],
+        ["web1", "--to", "host2", "--bandwidth", "-1"],
+        ["web1", "--to", "host2", "--blackout-budget", "nan"],
+    ],
+)
+def test_bad_input_never_reaches_the_host(host: Host, words: list[str]) -> None:
+    assert main(["move", *words]) == 2
+    assert host.seen == []
+
+
+def test_check_tells_everything(host: Host, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", "web1", "--to", "host2"]) == 0
+    assert main(["check", "db1", "--to", "host2"]) == 6
+    out = capsys.readouterr().out
+    assert "VM 'web1' can move" in out
+    assert "VM 'db1' cannot move" in out
+    assert "[switch-missing]" in out
+
+
+def test_watch_and_cancel_by_name_of_the_vm(host: Host, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["migration", "watch", "web1", "--json"]) == 0
+    assert [one["outcome"] for one in objects(capsys.readouterr().out)] == ["under-way", "under-way", "completed"]
+    host.answers[CANCEL_MIGRATION] = lambda _, migration: globals()["migration"]("web1", outcome=Outcome.CANCELLED)
+    assert main(["migration", "cancel", "web1"]) == 0
+    assert host.seen[-1][1] == {"migration": "web100000000"}
+    assert main(["migration", "cancel", "nope"]) == 4
+
+
+def test_resolve_says_the_owner(host: Host) -> None:
+    host.answers[RESOLVE_MIGRATION] = lambda _, migration: completed("web1")
+    assert main(["migration", "resolve", "web1", "--owner", "destination"]) == 0
+    assert json.loads(host.seen[-1][2]) == {"owner": "destination"}
+    assert main(["migration", "resolve", "web1", "--owner", "me"]) == 2
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> Callable[[display.LiveDisplay], str]:
+    """What a live display draws."""
+
+    def draw(live: display.LiveDisplay) -> str:
+        console = Console(file=io.StringIO(), width=160)
+        console.print(live._draw())
+        assert isinstance(console.file, io.StringIO)
+        return console.file.getvalue()
+
+    return draw
+
+
+def test_the_bar_never_goes_back_and_says_why(drawn: Callable[[display.LiveDisplay], str]) -> None:
+    live = display.LiveDisplay(["web1", "db1"])
+    assert "asked" in drawn(live)
+    live.show(migration("web1", progress=Progress(percent=70)))
+    note = "it writes more than the link carries\x1b[2J"
+    live.show(
+        migration("web1", progress=Progress(percent=60, rate_bytes_per_s=2**20, iteration=3, remaining_s=2, note=note))
+    )
+    live.show_event("db1", Conflict("no"))
+    text = drawn(live)
+    assert "70 %" in text
+    assert "1.0 MiB/s, pass 3, 2.0 s left" in text
+    assert "it writes more than the link carries" in text
+    assert "\x1b" not in text
+    assert "conflict" in text
+
+
+def test_a_place_in_line_is_shown() -> None:
+    assert display.in_words(migration("web1", phase=Phase.WAITING, place=2)) == "waiting, place 2"

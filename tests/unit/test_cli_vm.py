@@ -1,0 +1,300 @@
+"""VMs and settings from the command line: what is sent for what was typed."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from standin import StandIn
+
+from limosa.cli import settings_page, vm_options
+from limosa.cli.main import main
+from limosa.cli.program import build_parser
+from limosa.errors import InvalidInput, NotFound
+from limosa.model.vm import Disk, Vm, VmConfig, VmState
+from limosa.settings.host import HostSettings
+from limosa.wire import endpoints
+from limosa.wire.api import Empty, HostStatus, NewVm, SettingsChange, SettingsPage, VmList
+
+CONFIG = VmConfig(
+    name="web1",
+    uuid="00000000-0000-0000-0000-000000000000",
+    memory_mib=64,
+    cpus=1,
+    machine="pc-q35-10.0",
+    cpu="x86-64-v2",
+    disks=(Disk(name="vda", path="/srv/web1.qcow2", format="qcow2"),),
+)
+
+
+def vm(state: VmState = VmState.RUNNING) -> Vm:
+    return Vm(config=CONFIG, state=state, host="host1", reason="a\x1bb")
+
+
+@pytest.fixture
+def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIn]:
+    def missing(_: Empty, vm: str) -> Any:
+        if vm == "gone":
+            raise NotFound("there is no VM 'gone'")
+        return globals()["vm"]()
+
+    monkeypatch.setenv("LIMOSA_SOCKET", str(tmp_path / "s"))
+    monkeypatch.chdir(tmp_path)
+    answers = {
+        endpoints.LIST_VMS: lambda _: VmList(vms=(vm(),)),
+        endpoints.CREATE_VM: lambda _: vm(VmState.STOPPED),
+        endpoints.DELETE_VM: lambda _, vm: Empty(),
+        endpoints.SETTINGS: lambda _: SettingsPage(settings=HostSettings(peers={"host2": "10.0.0.2"})),
+    }
+    shown = (endpoints.SHOW_VM, endpoints.START_VM, endpoints.STOP_VM, endpoints.SHUTDOWN_VM, endpoints.PAUSE_VM)
+    with StandIn(tmp_path / "s", answers | dict.fromkeys([*shown, endpoints.RESUME_VM], missing)) as host:
+        yield host
+
+
+def parse(*words: str) -> NewVm:
+    return vm_options.new_vm(build_parser(["vm"]).parse_args(["vm", "create", *words]))
+
+
+def test_create_with_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "user-data").write_text("#cloud-config\n")
+    new = parse(
+        *("web1", "--memory", "2G", "--cpus", "2", "--disk", "web1.qcow2", "--disk", "/srv/b,size=10G,format=raw"),
+        *(
+            "--switch",
+            "lan",
+            "--switch",
+            "dmz,mac=52:54:00:AA:bb:cc",
+            "--cloud-init",
+            "user-data",
+            "--on-crash",
+            "restart",
+        ),
+        *("--device", "usb:0951:1666", "--disk", "ro.img,read-only", "--cpu", "x86-64-v3"),
+    )
+    assert msgspec.to_builtins(new, str_keys=True) == msgspec.to_builtins(
+        msgspec.convert(
+            {
+                "name": "web1",
+                "memory_mib": 2048,
+                "cpus": 2,
+                "cpu": "x86-64-v3",
+                "disks": [
+                    {"path": f"{tmp_path}/web1.qcow2"},
+                    {"path": "/srv/b", "format": "raw", "size_mib": 10240},
+                    {"path": f"{tmp_path}/ro.img", "read_only": True},
+                ],
+                "nics": [{"switch": "lan"}, {"switch": "dmz", "mac": "52:54:00:aa:bb:cc"}],
+                "cloud_init": {"user_data": "#cloud-config\n"},
+                "host_devices": [{"kind": "usb", "address": "0951:1666"}],
+                "on_crash": "restart",
+            },
+            NewVm,
+        )
+    )
+
+
+def test_create_with_a_kernel() -> None:
+    new = parse("tiny", "--memory", "256", "--kernel", "/boot/vmlinuz", "--append", "console=ttyS0 a=b,c")
+    assert new.memory_mib == 256
+    assert new.boot is not None
+    assert (new.boot.kernel, new.boot.initrd, new.boot.command_line) == ("/boot/vmlinuz", None, "console=ttyS0 a=b,c")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [],
+        ["web1"],
+        ["--memory", "1G"],
+        ["../web1", "--memory", "1G"],
+        ["web1", "--memory", "lots"],
+        ["web1", "--memory", "1.0001M"],
+        ["web1", "--memory", "1M"],
+        ["web1", "--memory", "1G", "--disk", "a,colour=red"],
+        ["web1", "--memory", "1G", "--disk", ""],
+        ["web1", "--memory", "1G", "--disk", "a,name=sda"],
+        ["web1", "--memory", "1G", "--switch", "a,b=c"],
+        ["web1", "--memory", "1G", "--switch", "lan,mac=01:00:00:00:00:00"],
+        ["web1", "--memory", "1G", "--device", "pci"],
+        ["web1", "--memory", "1G", "--initrd", "a"],
+        ["web1", "--memory", "1G", "--network-config", "a"],
+        ["web1", "--memory", "1G", "--cloud-init", "/nowhere"],
+        ["web1", "--memory", "1G", "--cpus", "0"],
+        ["--file", "/nowhere"],
+        ["--file", "a.toml", "--memory", "1G"],
+    ],
+)
+def test_bad_descriptions_of_a_vm(words: list[str]) -> None:
+    with pytest.raises(InvalidInput):
+        parse(*words)
+
+
+@given(text=st.text(max_size=40))
+def test_any_text_as_an_option_is_a_vm_or_invalid_input(text: str) -> None:
+    for option in ("--memory", "--disk", "--switch", "--device", "--kernel"):
+        with contextlib.suppress(InvalidInput):
+            parse("web1", "--memory=1G", f"{option}={text}")
+
+
+def test_a_file_as_shown_can_be_created_from(host: StandIn, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["vm", "show", "web1", "--toml"]) == 0
+    (tmp_path / "web1.toml").write_text(capsys.readouterr().out)
+    assert main(["vm", "create", "--file", "web1.toml"]) == 0
+    sent = msgspec.json.decode(host.seen[-1][2], type=NewVm)
+    assert (sent.uuid, sent.machine, sent.disks[0].path) == (CONFIG.uuid, CONFIG.machine, CONFIG.disks[0].path)
+
+
+def test_paths_in_a_file_are_relative_to_it(tmp_path: Path) -> None:
+    (tmp_path / "web1.toml").write_text(
+        'name = "web1"\nmemory_mib = 64\n[boot]\nkernel = "vmlinuz"\n[[disks]]\npath = "../web1.qcow2"\n'
+    )
+    new = parse("--file", str(tmp_path / "web1.toml"))
+    assert new.boot is not None
+    assert (new.boot.kernel, new.disks[0].path) == (f"{tmp_path}/vmlinuz", f"{tmp_path.parent}/web1.qcow2")
+
+
+@pytest.mark.parametrize("text", ["name = ", "a = 1", "\x00", 'name = "web1"\nmemory_mib = 64\ndisks = 1', "[" * 5000])
+def test_bad_files(tmp_path: Path, text: str) -> None:
+    (tmp_path / "f.toml").write_text(text)
+    with pytest.raises(InvalidInput, match=r"f\.toml"):
+        parse("--file", str(tmp_path / "f.toml"))
+
+
+def test_create_and_start(host: StandIn, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["vm", "create", "web1", "--memory", "64M", "--start"]) == 0
+    assert [endpoint for endpoint, _, _ in host.seen] == [endpoints.CREATE_VM, endpoints.START_VM]
+    assert capsys.readouterr().out == "web1: running on host1\n"
+
+
+@pytest.mark.parametrize("verb", ["start", "stop", "shutdown", "pause", "resume"])
+def test_an_action_on_several(host: StandIn, verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["vm", verb, "web1", "gone", "web1"]) == 4
+    assert capsys.readouterr().out.count("web1: running") == 2
+    assert {endpoint.path.rsplit("/")[-1] for endpoint, _, _ in host.seen} == {verb}
+
+
+def test_list_show_delete(host: StandIn, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["vm", "list"]) == 0
+    assert capsys.readouterr().out.splitlines()[1].split() == [
+        "web1",
+        "running",
+        "64",
+        "MiB",
+        "1",
+        "a\N{REPLACEMENT CHARACTER}b",
+    ]
+    assert main(["vm", "list", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["config"]["name"] == "web1"
+    assert main(["vm", "show", "web1"]) == 0
+    assert "/srv/web1.qcow2 (qcow2)" in capsys.readouterr().out
+    assert main(["vm", "delete", "web1"]) == 0
+
+
+def test_console_of_a_vm_that_does_not_run(host: StandIn) -> None:
+    host.answers[endpoints.SHOW_VM] = lambda _, vm: globals()["vm"](VmState.STOPPED)
+    assert main(["vm", "console", "web1"]) == 5
+
+
+def test_host_status(host: StandIn, capsys: pytest.CaptureFixture[str]) -> None:
+    status = HostStatus(
+        name="host1",
+        limosa="0.1.0",
+        protocol=(1, 1),
+        qemu="10.0.2",
+        accelerator="tcg",
+        cpus=2,
+        memory_total_mib=100,
+        memory_available_mib=50,
+        switches=("lan",),
+        addresses=(),
+        vms=1,
+        outgoing=0,
+        incoming=0,
+        time=0,
+    )
+    host.answers[endpoints.HOST] = lambda _: status
+    assert main(["host", "status"]) == 0
+    assert "10.0.2, tcg" in capsys.readouterr().out
+
+
+def test_the_settings_page_shows_every_option_with_its_help(host: StandIn, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["host", "settings"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for key in settings_page.options():
+        index = next(number for number, line in enumerate(lines) if line.startswith((f"{key} =", f"{key}.")))
+        assert len(lines[index + 1].strip()) > 10
+    assert "peers.host2 = 10.0.0.2" in lines
+
+
+def test_settings_are_sent_with_their_types(host: StandIn, capsys: pytest.CaptureFixture[str]) -> None:
+    host.answers[endpoints.CHANGE_SETTINGS] = lambda _: SettingsPage(settings=HostSettings(max_outgoing=4))
+    words = ["max_outgoing", "4", "convergence.post_copy=on", "migration_networks=10.0.0.0/24, 10.1.0.0/24"]
+    words += ["migration_ports", "50000,50010", "peers.host2=a:1", "transport=tcp", "convergence.patience_s=1.5"]
+    assert main(["host", "settings", *words, "--reset", "encrypt"]) == 0
+    assert msgspec.json.decode(host.seen[-1][2], type=SettingsChange).values == {
+        "max_outgoing": 4,
+        "convergence.post_copy": True,
+        "migration_networks": ["10.0.0.0/24", "10.1.0.0/24"],
+        "migration_ports": [50000, 50010],
+        "peers.host2": "a:1",
+        "transport": "tcp",
+        "convergence.patience_s": 1.5,
+        "encrypt": None,
+    }
+    assert "max_outgoing = 4" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "words", [["nope=1"], ["max_outgoing"], ["max_outgoing=x"], ["encrypt=maybe"], ["peers=x"], ["a.b=1"]]
+)
+def test_bad_settings_never_reach_the_host(host: StandIn, words: list[str]) -> None:
+    assert main(["host", "settings", *words]) == 2
+    assert host.seen == []
+
+
+def test_settings_shown_are_settings_read() -> None:
+    defaults = msgspec.to_builtins(HostSettings())
+    for key, (kind, _) in settings_page.options().items():
+        if "DictType" in type(kind).__name__:
+            continue
+        value: Any = defaults
+        for part in key.split("."):
+            value = value[part]
+        text = settings_page.value_text(HostSettings(), key)
+        assert settings_page.parse_changes([(key, text)])[key] == (list(value) if isinstance(value, tuple) else value)
+
+
+def test_certificates_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = ["--folder", str(tmp_path / "ca")]
+    assert main(["ca", "init", *folder]) == 0
+    assert main(["ca", "init", *folder]) == 5
+    assert main(["ca", "issue", "host1", "--address", "10.0.0.1", "--out", str(tmp_path / "h"), *folder]) == 0
+    assert main(["ca", "issue", "alice", "--role", "viewer", "--out", str(tmp_path / "a"), *folder]) == 0
+    assert main(["ca", "issue", "bob", "--role", "viewer", "--address", "10.0.0.1", *folder]) == 2
+    assert main(["ca", "issue", "bob", "--role", "viewer", "--days", "0", *folder]) == 2
+    capsys.readouterr()
+    assert main(["ca", "list", "--json", *folder]) == 0
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(one["name"], one["role"]) for one in found] == [("host1", "host"), ("alice", "viewer")]
+    assert {path.name for path in (tmp_path / "h").iterdir()} == {"ca.pem", "host.pem", "host.key"}
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh"])
+def test_completion(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["completion", shell]) == 0
+    assert "migration" in capsys.readouterr().out
+
+
+@given(text=st.text(max_size=20) | st.sampled_from(["1e999", "nan", "9" * 5000]))
+def test_any_text_as_a_setting_is_a_value_or_invalid_input(text: str) -> None:
+    for key in settings_page.options():
+        with contextlib.suppress(InvalidInput):
+            msgspec.json.encode(settings_page.parse_changes([(key, text)]))
