@@ -50,7 +50,7 @@ def register(commands: Commands[argparse.ArgumentParser]) -> None:
         "exec",
         "run a command on a host, the client or the wire",
         _exec,
-        examples=["lab exec host1 -- ip -brief address", "lab exec client -- ping 10.77.0.11"],
+        examples=["lab exec host1 -- ip -brief address", "lab exec client -- curl http://10.77.0.101/"],
     )
     for parser in (restart, shell, command):
         parser.add_argument("place", metavar="HOST", help="host1 and so on, 'client' or 'wire'")
@@ -87,7 +87,7 @@ def _up(arguments: argparse.Namespace) -> int:
         _show(state)
         example = state.hosts[0].host if lab.name == DEFAULT_LAB else state.hosts[0].namespace
         say("")
-        say(f"Try: limosa --host {example} host show")
+        say(f"Try: limosa --host {example} host status")
     return 0
 
 

@@ -95,10 +95,10 @@ def inode(name: str) -> int | None:
 
 
 def inode_of_process(pid: int) -> int | None:
-    """The namespace a process is in; None if it has ended."""
+    """The namespace a process is in; None if it has ended, or is not ours to look at (a container's outside)."""
     try:
         return os.stat(f"/proc/{pid}/ns/net").st_ino
-    except (FileNotFoundError, ProcessLookupError):
+    except (FileNotFoundError, ProcessLookupError, PermissionError):
         return None
 
 
