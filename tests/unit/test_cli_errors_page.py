@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
 import re
 from pathlib import Path
 
 from limosa.errors import every_error
+from limosa.migration import preflight
 
 PAGE = Path(__file__).parents[2] / "docs" / "errors.md"
 ROW = re.compile(r"^\| `([a-z-]+)` \| (\d+) \| (\d+) \| (.+) \| (.+) \|$", re.MULTILINE)
@@ -19,3 +22,15 @@ def test_every_error_has_its_row_and_no_row_is_left_over() -> None:
 def test_codes_are_unique() -> None:
     codes = [error.code for error in every_error()]
     assert len(codes) == len(set(codes))
+
+
+def test_every_finding_of_preflight_has_its_row_and_no_row_is_left_over() -> None:
+    calls = [node for node in ast.walk(ast.parse(inspect.getsource(preflight))) if isinstance(node, ast.Call)]
+    made = {
+        (call.args[0].value, call.func.id.removeprefix("_"))
+        for call in calls
+        if isinstance(call.func, ast.Name) and call.func.id in ("_error", "_warning")
+        if isinstance(call.args[0], ast.Constant)
+    }
+    assert set(re.findall(r"^\| `([a-z0-9-]+)` \| (error|warning) \|", PAGE.read_text(), re.MULTILINE)) == made
+    assert len(made) > 20

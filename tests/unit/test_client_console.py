@@ -19,7 +19,7 @@ from websockets.sync.server import Server, ServerConnection, unix_serve
 
 from limosa.client.console import attach, open_console
 from limosa.client.route import UnixRoute
-from limosa.errors import HostUnreachable, NotFound
+from limosa.errors import HostUnreachable, NotFound, NotPermitted
 
 
 class FakeSession:
@@ -119,6 +119,8 @@ def server(tmp_path: Path) -> Iterator[Server]:
     def admit(connection: ServerConnection, request: Request) -> Response | None:
         if request.path == "/v1/vms/web1/console":
             return None
+        if request.path == "/v1/vms/web3/console":
+            return connection.respond(403, "")
         return connection.respond(404, '{"code": "not-found", "what": "there is no VM"}')
 
     with unix_serve(echo, str(tmp_path / "s"), process_request=admit) as server:
@@ -135,6 +137,12 @@ def test_over_a_real_websocket(tmp_path: Path) -> None:
         session.send(b"\x00\xff")
         assert session.recv() == b"\x00\xff"
     with pytest.raises(NotFound, match="there is no VM"), open_console(UnixRoute(str(tmp_path / "s")), "web2"):
+        pass
+
+
+@pytest.mark.usefixtures("server")
+def test_a_refusal_without_words(tmp_path: Path) -> None:
+    with pytest.raises(NotPermitted, match="role operator"), open_console(UnixRoute(str(tmp_path / "s")), "web3"):
         pass
 
 

@@ -16,6 +16,7 @@ import threading
 import tty
 from collections.abc import Iterator
 from contextlib import contextmanager
+from http import HTTPStatus
 from types import FrameType
 from typing import NoReturn, Protocol
 
@@ -24,6 +25,7 @@ from websockets.sync.client import connect
 
 from limosa.client.host import error_of, fill_path
 from limosa.client.route import Route
+from limosa.errors import NotPermitted
 from limosa.wire.endpoints import CONSOLE_PATH
 
 #: Ctrl-]
@@ -52,6 +54,11 @@ def open_console(route: Route, vm: str) -> Iterator[Session]:
         # The stream is TLS already where it has to be. Compression would only delay single keys.
         session = connect(uri, sock=route.connect(), compression=None, user_agent_header=None, close_timeout=1)
     except InvalidStatus as fault:
+        if fault.response.status_code == HTTPStatus.FORBIDDEN and not fault.response.body:
+            # How servers refuse a WebSocket before it has begun; there is no room for more words.
+            raise NotPermitted(
+                f"the host refused the console of VM '{vm}'", why="it needs the role operator and a VM that runs"
+            ) from fault
         raise error_of(fault.response.status_code, bytes(fault.response.body or b"")) from fault
     except InvalidHandshake as fault:
         raise route.explain(ConnectionError(str(fault))) from fault
