@@ -161,6 +161,11 @@ class Machine:
         unsubscribe = self.on_event(lambda event: resumed.append(event.at) if event.name == "RESUME" else None)
         try:
             await self._execute("cont")
+        except (QemuGone, OutcomeUnknown):
+            # QEMU says RESUME before the guest's first instruction (vm_prepare_start in system/cpus.c): if it did, the
+            # guest ran, whatever became of it.
+            if not resumed:
+                raise
         finally:
             unsubscribe()
         return resumed[-1] if resumed else time.time()

@@ -1,0 +1,337 @@
+"""A machine without QEMU, for tests of everything that moves VMs.
+
+It keeps to :class:`limosa.qemu.protocol.MachineProtocol` and behaves as QEMU 10 does: the same run states, the same
+events in the same order, the same refusals, the destination's process ending when its stream breaks. The contract test
+runs the same questions against it and a real QEMU. The guest is a list of pages (see ``guest``) that are really copied,
+so a test can compare memory; time and network are the ``wire``'s.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+
+from limosa.errors import DestinationLost, QemuError, QemuGone
+from limosa.qemu.protocol import Event, MigrationState, MigrationStatistics, RunState, StreamParameters
+from limosa.testing.guest import PAGE_BYTES, FakeGuest
+from limosa.testing.wire import Stage, StreamBroken, Wire
+
+_UNDER_WAY = (MigrationState.SETUP, MigrationState.ACTIVE, MigrationState.DEVICE)
+_STOPPED_BY_MIGRATION = (RunState.FINISH_MIGRATE, RunState.POSTMIGRATE)
+
+
+class FakeMachine:
+    """A pretended QEMU. ``incoming`` makes it wait for the state of a VM."""
+
+    def __init__(self, wire: Wire, guest: FakeGuest | None = None, *, incoming: bool = False) -> None:
+        self.wire = wire
+        self.guest = guest or FakeGuest(1024 * 1024)
+        self.gone = asyncio.Event()
+        #: all events so far
+        self.events: list[Event] = []
+        #: how often it was told to announce the VM's NICs
+        self.announced = 0
+        self.parameters: StreamParameters | None = None
+        self._run_state = RunState.INMIGRATE if incoming else RunState.PRELAUNCH
+        self._callbacks: list[Callable[[Event], None]] = []
+        self._statistics = MigrationStatistics()
+        self._stream: asyncio.Task[None] | None = None
+        self._post_copy = asyncio.Event()
+        self._max_throttle = self._throttle_step = 1
+        self._exit_text = ""
+
+    # --- the protocol ---
+
+    def on_event(self, callback: Callable[[Event], None]) -> Callable[[], None]:
+        """See the protocol."""
+        self._callbacks.append(callback)
+
+        def unsubscribe() -> None:
+            with contextlib.suppress(ValueError):
+                self._callbacks.remove(callback)
+
+        return unsubscribe
+
+    def exit_text(self) -> str:
+        """See the protocol."""
+        return self._exit_text
+
+    async def status(self) -> RunState:
+        """See the protocol."""
+        await self._answer()
+        return self._run_state
+
+    async def pause(self) -> None:
+        """See the protocol."""
+        await self._answer()
+        if self._run_state is RunState.RUNNING:
+            self._enter(RunState.PAUSED)
+
+    async def resume(self) -> float:
+        """See the protocol."""
+        await self._answer()
+        if self._run_state is RunState.INMIGRATE:
+            raise QemuError("the guest cannot run yet", why="its state has not arrived completely")
+        if self._run_state is RunState.FINISH_MIGRATE:
+            raise QemuError("QEMU refused cont", why="Migration is not finalized yet")
+        if self._run_state is not RunState.RUNNING:
+            self._enter(RunState.RUNNING)
+        return self.wire.now
+
+    async def resume_if_stopped(self) -> None:
+        """See the protocol."""
+        await self.resume()
+
+    async def quit(self) -> None:
+        """See the protocol."""
+        await self.kill()
+
+    async def kill(self) -> None:
+        """See the protocol."""
+        await asyncio.sleep(0)
+        self.die("")
+
+    async def announce(self) -> None:
+        """See the protocol."""
+        await self._answer()
+        self.announced += 1
+
+    async def prepare_outgoing(self, parameters: StreamParameters) -> None:
+        """See the protocol."""
+        await self._answer()
+        self.parameters = parameters
+        self._max_throttle = self._throttle_step = 1
+
+    async def migrate(self, address: str, port: int) -> None:
+        """See the protocol."""
+        await self._answer()
+        if self._stream is not None and not self._stream.done():
+            raise QemuError("QEMU refused migrate", why="There's a migration process in progress")
+        destination = self.wire.find(address, port)
+        if destination is None:
+            raise DestinationLost(f"QEMU at {address} port {port} cannot be reached", why="Connection refused")
+        self.wire.hang_up(destination)
+        self._post_copy.clear()
+        self._statistics = MigrationStatistics()
+        self._migration_is(MigrationState.SETUP)
+        self._stream = asyncio.create_task(self._send(destination))
+
+    async def cancel_migration(self) -> None:
+        """See the protocol."""
+        await self._answer()
+        if self._stream is not None and self._statistics.state in _UNDER_WAY:
+            self._migration_is(MigrationState.CANCELLING)
+            self._stream.cancel()
+
+    async def set_downtime_limit(self, milliseconds: float) -> None:
+        """See the protocol."""
+        await self._change(downtime_limit_ms=float(max(1, math.ceil(milliseconds))))
+
+    async def set_bandwidth(self, bytes_per_s: int) -> None:
+        """See the protocol."""
+        await self._change(bandwidth_bytes_per_s=bytes_per_s)
+
+    async def set_throttle(self, max_percent: int, step_percent: int) -> None:
+        """See the protocol."""
+        await self._answer()
+        self._max_throttle, self._throttle_step = max_percent, step_percent
+
+    async def start_post_copy(self) -> None:
+        """See the protocol."""
+        await self._answer()
+        if not self._terms().post_copy:
+            raise QemuError("QEMU refused migrate-start-postcopy", why="post-copy was not enabled")
+        self._post_copy.set()
+
+    async def prepare_incoming(self, parameters: StreamParameters) -> None:
+        """See the protocol."""
+        await self._answer()
+        self.parameters = parameters
+
+    async def listen(self, address: str, ports: tuple[int, int]) -> int:
+        """See the protocol."""
+        await self._answer()
+        port = self.wire.listen(self, address, ports)
+        if port is None:
+            raise QemuError("QEMU refused migrate-incoming", why="Address already in use")
+        self._migration_is(MigrationState.SETUP)
+        return port
+
+    async def migration(self) -> MigrationStatistics:
+        """See the protocol."""
+        await self._answer()
+        return self._statistics
+
+    async def forget_stream(self) -> None:
+        """See the protocol."""
+        await self._answer()
+        if self.parameters is not None:
+            self.parameters = dataclasses.replace(self.parameters, credentials=None)
+
+    # --- what only a fake can do ---
+
+    def die(self, words: str) -> None:
+        """The process ends, with these last words."""
+        if self.gone.is_set():
+            return
+        self._exit_text = words or "ended by SIGKILL"
+        self.wire.hang_up(self)
+        if self._stream is not None:
+            self._stream.cancel()
+        self.gone.set()
+
+    # --- the migration ---
+
+    async def _send(self, destination: FakeMachine) -> None:
+        was_running = self._run_state is RunState.RUNNING
+        began = self.wire.now
+        try:
+            await self._connect(destination)
+            await self._copy_until_little_is_left(destination)
+            if self._post_copy.is_set():
+                await self._post_copy_to(destination)
+            else:
+                await self._switch_over_to(destination)
+        except (StreamBroken, asyncio.CancelledError) as end:
+            self._break_off(destination, str(end), was_running=was_running)
+            return
+        self._enter(RunState.POSTMIGRATE)
+        self._count(total_s=self.wire.now - began, remaining_bytes=0)
+        self._migration_is(MigrationState.COMPLETED)
+
+    async def _connect(self, destination: FakeMachine) -> None:
+        await self.wire.arrive(Stage.SETUP)
+        ours, theirs = self._terms().credentials, destination._terms().credentials
+        if (ours and ours.authority) != (theirs and theirs.authority):
+            raise StreamBroken("TLS handshake failed: the certificate is not trusted")
+        await self._pass_begins()
+        self._migration_is(MigrationState.ACTIVE)
+        destination._migration_is(MigrationState.ACTIVE)
+        await self.wire.arrive(Stage.COPY)
+
+    async def _copy_until_little_is_left(self, destination: FakeMachine) -> None:
+        self.guest.take_dirty()
+        destination.guest.pages = [0] * len(self.guest.pages)
+        destination.guest.dirty_rate_bytes_per_s = self.guest.dirty_rate_bytes_per_s
+        self._count(total_bytes=len(self.guest.pages) * PAGE_BYTES)
+        pages: Sequence[int] = range(len(self.guest.pages))
+        while True:
+            await self._copy(pages, destination)
+            limit_bytes = self._terms().downtime_limit_ms / 1000 * self._rate()
+            if self.guest.dirty_bytes <= limit_bytes or self._post_copy.is_set():
+                return
+            pages = self.guest.take_dirty()
+            throttle = min(self._max_throttle, self._statistics.throttle_percent + self._throttle_step)
+            self._count(throttle_percent=throttle)
+            await self._pass_begins()
+
+    async def _switch_over_to(self, destination: FakeMachine) -> None:
+        self._enter(RunState.FINISH_MIGRATE)
+        self._migration_is(MigrationState.DEVICE)
+        await self.wire.arrive(Stage.SWITCHOVER)
+        stopped_at = self.wire.now
+        await self._pass_begins()
+        await self._copy(self.guest.take_dirty(), destination)
+        destination._loaded(MigrationState.COMPLETED)
+        await self.wire.arrive(Stage.LOADED)
+        self._count(downtime_ms=1000 * (self.wire.now - stopped_at))
+
+    async def _post_copy_to(self, destination: FakeMachine) -> None:
+        self._enter(RunState.FINISH_MIGRATE)
+        self._migration_is(MigrationState.DEVICE)
+        await self.wire.arrive(Stage.SWITCHOVER)
+        self._migration_is(MigrationState.POSTCOPY_ACTIVE)
+        destination._loaded(MigrationState.POSTCOPY_ACTIVE)
+        await self._copy(self.guest.take_dirty(), destination)
+        await self.wire.arrive(Stage.LOADED)
+        destination._migration_is(MigrationState.COMPLETED)
+
+    async def _copy(self, pages: Sequence[int], destination: FakeMachine) -> None:
+        """Send pages at the wire's or the cap's rate, while the guest goes on if it runs."""
+        sent, allowance = 0, 0.0
+        while sent < len(pages):
+            seconds = await self.wire.step()
+            if destination.gone.is_set():
+                raise StreamBroken("Unable to write to socket: Broken pipe")
+            allowance += seconds * self._rate() / PAGE_BYTES
+            upto = min(len(pages), math.floor(allowance))
+            for page in pages[sent:upto]:
+                destination.guest.pages[page] = self.guest.pages[page]
+            self._sent((upto - sent) * PAGE_BYTES, (len(pages) - upto) * PAGE_BYTES)
+            sent = upto
+            if self._run_state is RunState.RUNNING:
+                self.guest.run(seconds, self._statistics.throttle_percent)
+
+    def _break_off(self, destination: FakeMachine, error: str, *, was_running: bool) -> None:
+        """The stream ended early. A destination without the whole state ends; here the guest goes on."""
+        if self._statistics.state is MigrationState.POSTCOPY_ACTIVE:
+            destination._migration_is(MigrationState.POSTCOPY_PAUSED)
+            self._migration_is(MigrationState.POSTCOPY_PAUSED)
+            return
+        if destination._run_state is RunState.INMIGRATE:
+            destination.die("load of migration failed: Input/output error")
+        if self.gone.is_set():
+            return
+        self._count(error=error)
+        cancelled = self._statistics.state is MigrationState.CANCELLING
+        self._migration_is(MigrationState.CANCELLED if cancelled else MigrationState.FAILED)
+        if self._run_state in _STOPPED_BY_MIGRATION:
+            self._enter(RunState.RUNNING if was_running else RunState.PAUSED)
+
+    # --- inside ---
+
+    async def _answer(self) -> None:
+        await asyncio.sleep(0)
+        if self.gone.is_set():
+            raise QemuGone("QEMU has ended", why=self._exit_text)
+
+    async def _change(self, **values: float) -> None:
+        await self._answer()
+        self.parameters = dataclasses.replace(self._terms(), **values)  # type: ignore[arg-type]
+
+    def _terms(self) -> StreamParameters:
+        return self.parameters or StreamParameters()
+
+    def _rate(self) -> float:
+        cap = self._terms().bandwidth_bytes_per_s
+        return min(cap, self.wire.bandwidth_bytes_per_s) if cap else self.wire.bandwidth_bytes_per_s
+
+    async def _pass_begins(self) -> None:
+        self._count(iteration=self._statistics.iteration + 1)
+        self._emit("MIGRATION_PASS", {"pass": self._statistics.iteration})
+        await self.wire.step()
+
+    def _sent(self, count: int, remaining: int) -> None:
+        self._count(
+            transferred_bytes=self._statistics.transferred_bytes + count,
+            remaining_bytes=remaining,
+            rate_bytes_per_s=self._rate(),
+            dirty_rate_bytes_per_s=self.guest.dirty_rate_bytes_per_s,
+        )
+
+    def _count(self, **values: float | str) -> None:
+        self._statistics = dataclasses.replace(self._statistics, **values)  # type: ignore[arg-type]
+
+    def _loaded(self, state: MigrationState) -> None:
+        self._run_state = RunState.PAUSED
+        self._migration_is(state)
+
+    def _migration_is(self, state: MigrationState) -> None:
+        self._statistics = dataclasses.replace(self._statistics, state=state)
+        self._emit("MIGRATION", {"status": state.value})
+
+    def _enter(self, state: RunState) -> None:
+        was, self._run_state = self._run_state, state
+        if state is RunState.RUNNING:
+            self._emit("RESUME", {})
+        elif was is RunState.RUNNING:
+            self._emit("STOP", {})
+
+    def _emit(self, name: str, data: dict[str, object]) -> None:
+        event = Event(name, data, self.wire.now)
+        self.events.append(event)
+        for callback in tuple(self._callbacks):
+            callback(event)

@@ -1,0 +1,456 @@
+"""What everything that moves VMs relies on, asked of the fake machine and of a real QEMU alike."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import tempfile
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from limosa.errors import DestinationLost, QemuError, QemuGone
+from limosa.model.vm import VmConfig
+from limosa.qemu.arguments import Launch
+from limosa.qemu.machine import Machine
+from limosa.qemu.protocol import Event, MachineProtocol, MigrationState, RunState, StreamParameters
+from limosa.security.stream import make_credentials
+from limosa.testing.guest import FakeGuest
+from limosa.testing.machine import FakeMachine
+from limosa.testing.wire import Wire
+
+QEMU = Path("/usr/bin/qemu-system-x86_64")
+LOOPBACK = "127.0.0.1"
+MEMORY_MIB = 32
+#: so slow that a move of the idle guest takes many seconds: whatever a test does meets it in its middle
+SLOW = 20_000
+ENDINGS = {"completed", "failed", "cancelled"}
+
+
+class Makers:
+    """Makes machines of one kind, and ends them."""
+
+    #: ports this kind may listen on
+    ports = (1, 2)
+
+    def __init__(self) -> None:
+        self.made: list[MachineProtocol] = []
+
+    async def source(self) -> MachineProtocol:
+        return await self.make(incoming=False)
+
+    async def destination(self) -> MachineProtocol:
+        return await self.make(incoming=True)
+
+    async def make(self, *, incoming: bool) -> MachineProtocol:
+        raise NotImplementedError
+
+
+class Fakes(Makers):
+    def __init__(self) -> None:
+        super().__init__()
+        self.wire = Wire()
+
+    async def make(self, *, incoming: bool) -> MachineProtocol:
+        machine = FakeMachine(self.wire, FakeGuest(MEMORY_MIB * 1024 * 1024), incoming=incoming)
+        self.made.append(machine)
+        return machine
+
+
+class Qemus(Makers):
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.folder = folder
+        self.ports = two_free_ports()
+
+    async def make(self, *, incoming: bool) -> MachineProtocol:
+        name = f"vm{len(self.made)}"
+        run_dir = self.folder / name
+
+        def launch(qmp_fd: int, console_fd: int) -> Launch:
+            return Launch(
+                config=tiny_vm(),
+                accelerator="tcg",
+                incoming=incoming,
+                tap_fds=(),
+                qmp_fd=qmp_fd,
+                console_fd=console_fd,
+                console_log=self.folder / f"{name}.console",
+                vnc_socket=run_dir / "vnc.sock",
+                firmware_code=None,
+                firmware_vars=None,
+                seed=None,
+            )
+
+        machine = await Machine.launch(QEMU, launch, run_dir, self.folder / f"{name}.log", None)
+        self.made.append(machine)
+        return machine
+
+
+def tiny_vm() -> VmConfig:
+    return VmConfig(
+        name="tiny",
+        uuid="5c7a2b9e-0f0e-4c06-8a0b-6d4b7b6f2a11",
+        memory_mib=MEMORY_MIB,
+        cpus=1,
+        machine="q35",
+        cpu="x86-64-v2",
+    )
+
+
+def two_free_ports() -> tuple[int, int]:
+    """Two neighbouring ports on which nobody listens."""
+    for first in range(30000 + os.getpid() % 10000, 60000, 2):
+        with closing(socket.socket()) as one, closing(socket.socket()) as two:
+            try:
+                one.bind((LOOPBACK, first))
+                two.bind((LOOPBACK, first + 1))
+            except OSError:
+                continue
+            return first, first + 1
+    raise AssertionError("no free ports")
+
+
+Scenario = Callable[[Makers], Awaitable[None]]
+Run = Callable[[Scenario], None]
+
+
+@pytest.fixture(params=["fake", pytest.param("qemu", marks=pytest.mark.qemu)])
+def run(request: pytest.FixtureRequest) -> Iterator[Run]:
+    """Runs a scenario with makers of one kind, for a minute at most; all machines are gone afterwards."""
+    # Not tmp_path: the path of a Unix socket must be short.
+    with tempfile.TemporaryDirectory(prefix="limosa-") as folder:
+
+        async def play(scenario: Scenario) -> None:
+            makers = Fakes() if request.param == "fake" else Qemus(Path(folder))
+            try:
+                async with asyncio.timeout(60):
+                    await scenario(makers)
+            finally:
+                for machine in makers.made:
+                    await machine.quit()
+
+        yield lambda scenario: asyncio.run(play(scenario))
+
+
+class Recorder:
+    """The events of one machine."""
+
+    def __init__(self, machine: MachineProtocol) -> None:
+        self.events: list[Event] = []
+        self._news = asyncio.Event()
+        machine.on_event(self._note)
+
+    def _note(self, event: Event) -> None:
+        self.events.append(event)
+        self._news.set()
+
+    def names(self) -> list[str]:
+        """``STOP``, ``migration active`` and so on, without what comes an unknown number of times."""
+        named = [
+            f"migration {event.data['status']}" if event.name == "MIGRATION" else event.name for event in self.events
+        ]
+        return [name for name in named if name in ("STOP", "RESUME") or name.startswith("migration ")]
+
+    def at(self, name: str) -> float:
+        return next(event.at for event in reversed(self.events) if event.name == name)
+
+    async def until(self, *names: str) -> str:
+        """Wait for the first of these names; returns it."""
+        while True:
+            found = next((name for name in self.names() if name in names), None)
+            if found is not None:
+                return found
+            self._news.clear()
+            await self._news.wait()
+
+    async def ending(self) -> str:
+        return (await self.until(*(f"migration {state}" for state in ENDINGS))).removeprefix("migration ")
+
+
+async def connected(
+    makers: Makers, source: MachineProtocol, parameters: StreamParameters, theirs: StreamParameters | None = None
+) -> tuple[MachineProtocol, int]:
+    """A new destination that listens, and its port; the source is prepared."""
+    destination = await makers.destination()
+    await destination.prepare_incoming(theirs or parameters)
+    await source.prepare_outgoing(parameters)
+    return destination, await destination.listen(LOOPBACK, makers.ports)
+
+
+async def running_source(makers: Makers) -> MachineProtocol:
+    source = await makers.source()
+    await source.resume()
+    return source
+
+
+def test_a_new_machine_waits_and_obeys(run: Run) -> None:
+    async def scenario(makers: Makers) -> None:
+        machine = await makers.source()
+        recorder = Recorder(machine)
+        assert await machine.status() is RunState.PRELAUNCH
+        assert (await machine.migration()).state is MigrationState.NONE
+        resumed_at = await machine.resume()
+        assert await machine.status() is RunState.RUNNING
+        assert resumed_at == recorder.at("RESUME")
+        await machine.resume_if_stopped()
+        await machine.pause()
+        await machine.pause()
+        assert await machine.status() is RunState.PAUSED
+        await machine.resume_if_stopped()
+        assert recorder.names() == ["RESUME", "STOP", "RESUME"]
+        await machine.announce()
+        await machine.cancel_migration()
+
+    run(scenario)
+
+
+def test_events_end_with_the_subscription(run: Run) -> None:
+    async def scenario(makers: Makers) -> None:
+        machine = await makers.source()
+        seen: list[Event] = []
+        unsubscribe = machine.on_event(seen.append)
+        await machine.resume()
+        unsubscribe()
+        unsubscribe()
+        await machine.pause()
+        assert [event.name for event in seen] == ["RESUME"]
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("encrypted", [False, True])
+def test_a_move(run: Run, encrypted: bool) -> None:
+    async def scenario(makers: Makers) -> None:
+        server, client = make_credentials() if encrypted else (None, None)
+        source = await running_source(makers)
+        theirs = StreamParameters(credentials=server)
+        destination, port = await connected(makers, source, StreamParameters(credentials=client), theirs)
+        there, here = Recorder(destination), Recorder(source)
+        await source.migrate(LOOPBACK, port)
+        assert await here.ending() == "completed"
+        assert await source.status() is RunState.POSTMIGRATE
+        assert await destination.status() is RunState.PAUSED
+        assert (await destination.migration()).state is MigrationState.COMPLETED
+        resumed_at = await destination.resume()
+        assert await destination.status() is RunState.RUNNING
+
+        assert here.names() == [
+            "migration setup",
+            "migration active",
+            "STOP",
+            "migration device",
+            "migration completed",
+        ]
+        assert there.names() == ["migration active", "migration completed", "RESUME"]
+        assert here.at("STOP") <= there.at("MIGRATION") <= resumed_at == there.at("RESUME")
+        look = await source.migration()
+        assert look.state is MigrationState.COMPLETED
+        assert look.total_s > 0
+        assert look.iteration >= 2
+        assert look.transferred_bytes > 0
+        assert look.total_bytes >= MEMORY_MIB * 1024 * 1024
+        assert look.remaining_bytes == 0
+        for machine in (source, destination):
+            await machine.forget_stream()
+            await machine.forget_stream()
+        await destination.announce()
+
+    run(scenario)
+
+
+def test_a_paused_guest_arrives_paused(run: Run) -> None:
+    async def scenario(makers: Makers) -> None:
+        source = await running_source(makers)
+        await source.pause()
+        destination, port = await connected(makers, source, StreamParameters())
+        here = Recorder(source)
+        await source.migrate(LOOPBACK, port)
+        assert await here.ending() == "completed"
+        assert "STOP" not in here.names()
+        assert await destination.status() is RunState.PAUSED
+
+    run(scenario)
+
+
+def test_a_destination_never_runs_by_itself(run: Run) -> None:
+    """Not even if it was told to run too early, which QEMU would remember."""
+
+    async def scenario(makers: Makers) -> None:
+        source = await running_source(makers)
+        destination, port = await connected(makers, source, StreamParameters())
+        assert await destination.status() is RunState.INMIGRATE
+        with pytest.raises(QemuError, match="arrived"):
+            await destination.resume()
+        there, here = Recorder(destination), Recorder(source)
+        await source.migrate(LOOPBACK, port)
+        assert await here.ending() == "completed"
+        assert await destination.status() is RunState.PAUSED
+        assert "RESUME" not in there.names()
+
+    run(scenario)
+
+
+def test_cancel_leaves_the_source_as_it_was_and_ends_the_destination(run: Run) -> None:
+    async def scenario(makers: Makers) -> None:
+        source = await running_source(makers)
+        destination, port = await connected(makers, source, StreamParameters(bandwidth_bytes_per_s=SLOW))
+        here = Recorder(source)
+        await source.migrate(LOOPBACK, port)
+        await here.until("migration active")
+        with pytest.raises(QemuError):
+            await source.migrate(LOOPBACK, port)
+        await source.cancel_migration()
+        assert await here.ending() == "cancelled"
+        assert (await source.migration()).state is MigrationState.CANCELLED
+        assert await source.status() is RunState.RUNNING
+        assert "STOP" not in here.names()
+        await destination.gone.wait()
+        assert destination.exit_text()
+        await moves_after_all(makers, source)
+
+    run(scenario)
+
+
+def test_a_lost_destination_leaves_the_source_as_it_was(run: Run) -> None:
+    async def scenario(makers: Makers) -> None:
+        source = await running_source(makers)
+        destination, port = await connected(makers, source, StreamParameters(bandwidth_bytes_per_s=SLOW))
+        here = Recorder(source)
+        await source.migrate(LOOPBACK, port)
+        await here.until("migration active")
+        await destination.kill()
+        await source.set_bandwidth(0)
+        assert await here.ending() == "failed"
+        assert (await source.migration()).error
+        await source.resume_if_stopped()
+        assert await source.status() is RunState.RUNNING
+        await moves_after_all(makers, source)
+
+    run(scenario)
+
+
+def test_a_lost_source_ends_a_destination_without_the_whole_state(run: Run) -> None:
+    async def scenario(makers: Makers) -> None:
+        source = await running_source(makers)
+        destination, port = await connected(makers, source, StreamParameters(bandwidth_bytes_per_s=SLOW))
+        here = Recorder(source)
+        await source.migrate(LOOPBACK, port)
+        await here.until("migration active")
+        await source.kill()
+        await destination.gone.wait()
+
+    run(scenario)
+
+
+async def moves_after_all(makers: Makers, source: MachineProtocol) -> None:
+    """The source is none the worse: the next move of it succeeds."""
+    destination, port = await connected(makers, source, StreamParameters())
+    there = Recorder(destination)
+    await source.migrate(LOOPBACK, port)
+    await there.until("migration completed")
+    await destination.resume()
+    assert await destination.status() is RunState.RUNNING
+
+
+def test_terms_can_be_changed_while_memory_is_sent(run: Run) -> None:
+    async def scenario(makers: Makers) -> None:
+        source = await running_source(makers)
+        _, port = await connected(makers, source, StreamParameters(bandwidth_bytes_per_s=SLOW, downtime_limit_ms=1))
+        here = Recorder(source)
+        await source.migrate(LOOPBACK, port)
+        await here.until("migration active")
+        await source.set_downtime_limit(0.2)
+        await source.set_downtime_limit(59.5)
+        await source.set_throttle(80, 10)
+        assert (await source.migration()).state is MigrationState.ACTIVE
+        await source.set_bandwidth(0)
+        assert await here.ending() == "completed"
+
+    run(scenario)
+
+
+def test_nobody_listens(run: Run) -> None:
+    async def scenario(makers: Makers) -> None:
+        source = await running_source(makers)
+        await source.prepare_outgoing(StreamParameters())
+        with pytest.raises(DestinationLost):
+            await source.migrate(LOOPBACK, makers.ports[0])
+        assert await source.status() is RunState.RUNNING
+        await moves_after_all(makers, source)
+
+    run(scenario)
+
+
+def test_each_destination_has_its_own_port_while_there_are_any(run: Run) -> None:
+    async def scenario(makers: Makers) -> None:
+        ports = set()
+        for _ in range(2):
+            destination = await makers.destination()
+            await destination.prepare_incoming(StreamParameters())
+            ports.add(await destination.listen(LOOPBACK, makers.ports))
+        assert ports == set(makers.ports)
+        third = await makers.destination()
+        await third.prepare_incoming(StreamParameters())
+        with pytest.raises(QemuError):
+            await third.listen(LOOPBACK, makers.ports)
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("stranger", ["without credentials", "with others"])
+def test_a_destination_refuses_strangers(run: Run, stranger: str) -> None:
+    async def scenario(makers: Makers) -> None:
+        server, _ = make_credentials()
+        _, other = make_credentials()
+        source = await running_source(makers)
+        ours = StreamParameters(credentials=other if stranger == "with others" else None)
+        destination, port = await connected(makers, source, ours, StreamParameters(credentials=server))
+        there, here = Recorder(destination), Recorder(source)
+        await source.migrate(LOOPBACK, port)
+        assert await here.ending() == "failed"
+        await source.resume_if_stopped()
+        assert await source.status() is RunState.RUNNING
+        assert "migration completed" not in there.names()
+
+    run(scenario)
+
+
+def test_post_copy(run: Run) -> None:
+    async def scenario(makers: Makers) -> None:
+        source = await running_source(makers)
+        terms = StreamParameters(bandwidth_bytes_per_s=SLOW, post_copy=True)
+        destination, port = await connected(makers, source, terms)
+        there, here = Recorder(destination), Recorder(source)
+        await source.migrate(LOOPBACK, port)
+        await here.until("migration active")
+        await source.start_post_copy()
+        await source.set_bandwidth(0)
+        await there.until("migration postcopy-active")
+        assert await here.ending() == "completed"
+        await there.until("migration completed")
+        names = here.names()
+        assert names.index("STOP") < names.index("migration postcopy-active") < names.index("migration completed")
+        await destination.resume()
+        assert await destination.status() is RunState.RUNNING
+
+    run(scenario)
+
+
+def test_the_end(run: Run) -> None:
+    async def scenario(makers: Makers) -> None:
+        machine = await makers.source()
+        assert not machine.gone.is_set()
+        assert machine.exit_text() == ""
+        await machine.quit()
+        assert machine.gone.is_set()
+        for question in (machine.status(), machine.resume(), machine.migration()):
+            with pytest.raises(QemuGone):
+                await question
+        await machine.quit()
+        await machine.kill()
+
+    run(scenario)

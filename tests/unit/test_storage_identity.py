@@ -1,0 +1,166 @@
+"""Do two hosts mean the same file? A wrong yes would run a guest on another disk."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from limosa.model.facts import FileIdentity
+from limosa.storage import mounts
+from limosa.storage.identity import identify, same_file
+from limosa.storage.mounts import Mount
+
+HERE = FileIdentity(path="/images/a", machine="boot-1", device=1, inode=10, size=4096)
+NFS = "nfs4 nas:/images"
+SSHFS = "fuse.sshfs nas:/images"
+
+
+def like(identity: FileIdentity, **changes: object) -> FileIdentity:
+    return msgspec.structs.replace(identity, **changes)
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        # one kernel
+        ({}, {"path": "/elsewhere/a", "size": 8192}, True),
+        ({}, {"inode": 11}, False),
+        ({}, {"device": 2}, False),
+        ({"digest": "d"}, {"inode": 11, "digest": "d"}, True),
+        # one kernel, local storage of two hosts that is named alike
+        ({"location": "vms", "location_path": "a"}, {"inode": 11, "location": "vms", "location_path": "a"}, False),
+        # one kernel, the same share mounted twice
+        ({"share": NFS}, {"share": NFS, "device": 2}, True),
+        ({"share": NFS}, {"share": NFS, "device": 2, "inode": 11}, False),
+        (
+            {"share": SSHFS, "location": "vms", "location_path": "a"},
+            {"share": SSHFS, "device": 2, "inode": 99, "location": "vms", "location_path": "a"},
+            True,
+        ),
+        # two machines
+        ({}, {"machine": "boot-2"}, False),
+        ({"share": NFS}, {"machine": "boot-2", "share": NFS, "device": 7}, True),
+        ({"share": NFS}, {"machine": "boot-2", "share": NFS, "inode": 11}, False),
+        ({"share": NFS}, {"machine": "boot-2", "share": "nfs4 other:/images"}, False),
+        # inode numbers of a FUSE share are made up by each host
+        ({"share": SSHFS}, {"machine": "boot-2", "share": SSHFS}, False),
+        # an administrator's word
+        (
+            {"location": "vms", "location_path": "a"},
+            {"machine": "boot-2", "inode": 5, "location": "vms", "location_path": "a"},
+            True,
+        ),
+        (
+            {"location": "vms", "location_path": "a"},
+            {"machine": "boot-2", "location": "vms", "location_path": "a", "size": 1},
+            False,
+        ),
+        (
+            {"location": "vms", "location_path": "a"},
+            {"machine": "boot-2", "location": "other", "location_path": "a"},
+            False,
+        ),
+        (
+            {"location": "vms", "location_path": "a"},
+            {"machine": "boot-2", "location": "vms", "location_path": "b"},
+            False,
+        ),
+        # copies
+        ({"digest": "d"}, {"machine": "boot-2", "digest": "d"}, True),
+        ({"digest": "d"}, {"machine": "boot-2", "digest": "e"}, False),
+        # the server's inode numbers prove more than a name
+        (
+            {"share": NFS, "location": "vms", "location_path": "a"},
+            {"machine": "boot-2", "share": NFS, "inode": 11, "location": "vms", "location_path": "a"},
+            False,
+        ),
+    ],
+)
+def test_same_file(one: dict[str, object], other: dict[str, object], same: bool) -> None:
+    assert same_file(like(HERE, **one), like(HERE, **other)) is same
+
+
+IDENTITIES = st.builds(
+    FileIdentity,
+    path=st.just("/a"),
+    machine=st.sampled_from(["boot-1", "boot-2"]),
+    device=st.integers(1, 2),
+    inode=st.integers(1, 2),
+    size=st.integers(1, 2),
+    share=st.sampled_from(["", NFS, SSHFS]),
+    location=st.sampled_from(["", "vms"]),
+    location_path=st.sampled_from(["a", "b"]),
+    digest=st.sampled_from(["", "d", "e"]),
+)
+
+
+@given(IDENTITIES, IDENTITIES)
+def test_the_judgement_does_not_depend_on_who_asks(one: FileIdentity, other: FileIdentity) -> None:
+    assert same_file(one, other) is same_file(other, one)
+    assert same_file(one, one)
+
+
+def test_what_is_found_out_about_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "kernel"
+    path.parent.mkdir()
+    path.write_bytes(b"vmlinuz")
+    places = {"all": "/", "outer": str(tmp_path), "inner": str(path.parent), "sibling": str(tmp_path / "de")}
+    found = identify(str(path), places, digest=True)
+    assert found is not None
+    status = path.stat()
+    assert (found.device, found.inode, found.size) == (status.st_dev, status.st_ino, 7)
+    assert (found.location, found.location_path) == ("inner", "kernel")
+    assert found.digest == hashlib.sha256(b"vmlinuz").hexdigest()
+    assert found.writable
+    link = tmp_path / "link"
+    link.symlink_to(path)
+    through = identify(str(link), {}, digest=False)
+    assert through is not None
+    assert same_file(found, through)
+    assert (through.location, through.digest) == ("", "")
+
+
+def test_a_digest_follows_the_contents(tmp_path: Path) -> None:
+    digests = set()
+    for contents in (b"one", b"two", b"three"):
+        path = tmp_path / "kernel"
+        path.write_bytes(contents)
+        found = identify(str(path), {}, digest=True)
+        assert found is not None
+        digests.add(found.digest)
+    assert len(digests) == 3
+
+
+@pytest.mark.parametrize("path", ["/nowhere/at/all", "/proc/self/mem/x"])
+def test_no_such_file(path: str) -> None:
+    assert identify(path, {}, digest=True) is None
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    found = identify(str(tmp_path / "pipe"), {}, digest=True)
+    assert found is None or found.digest == ""
+
+
+@pytest.mark.parametrize(
+    ("mount", "share"),
+    [
+        (Mount("ext4", "/dev/sda1"), ""),
+        (Mount("nfs4", "nas:/images"), "nfs4 nas:/images"),
+        (Mount("fuse.glusterfs", "nas:vol"), "fuse.glusterfs nas:vol"),
+        (Mount("fuse.sshfs", "nas:/"), "fuse.sshfs nas:/"),
+    ],
+)
+def test_shares(mount: Mount, share: str) -> None:
+    assert mount.share == share
+
+
+def test_the_kernels_table_of_mounts() -> None:
+    assert mounts.find(Path("/proc").stat().st_dev).kind == "proc"
+    assert mounts.find(os.makedev(4000, 4000)) == mounts.UNKNOWN
