@@ -5,7 +5,7 @@ what it receives. What was measured for the numbers here:
 
 - The bucket must hold a whole packet as TCP hands it to a veth (64 KiB with segmentation offload), or the kernel cuts
   each packet up first and a core is busy with that alone. At high speeds it must also bridge the timer's jitter, so it
-  holds at least one millisecond.
+  holds at least two milliseconds.
 - The queue behind it is short (4 buckets): a long one would be a delay that switches of that speed do not have, and the
   last pages of a VM would wait in it.
 """
@@ -35,7 +35,7 @@ def wire(lab: Lab) -> None:
 
 def bucket(speed_mbit_per_s: int) -> int:
     """Bytes that may go at once on a NIC of this speed."""
-    return max(SMALLEST_BUCKET, speed_mbit_per_s * 1_000_000 // 8 // 1000)
+    return max(SMALLEST_BUCKET, speed_mbit_per_s * 1_000_000 // 8 // 500)
 
 
 def _configure(namespace: str, work: Callable[[IPRoute], None]) -> None:
