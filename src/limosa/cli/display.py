@@ -67,7 +67,7 @@ class PlainDisplay:
         if isinstance(event, Migration):
             self.show(event)
         else:
-            print(clean(f"{name}: {event.code}"), flush=True)
+            print(clean(f"{name}: refused, {event.code}"), flush=True)
 
 
 class LiveDisplay:
@@ -125,6 +125,8 @@ def _stage(event: Event | None) -> str:
 def _figures(event: Event | None) -> str:
     """Rate, dirty rate, pass and remaining time, as far as they are known."""
     if not isinstance(event, Migration) or event.outcome is not Outcome.UNDER_WAY:
+        return ""
+    if event.phase not in (Phase.COPY, Phase.SYNCHRONISE):
         return ""
     progress = event.progress
     parts = []

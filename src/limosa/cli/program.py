@@ -62,17 +62,14 @@ def build_parser(nouns: Iterable[str] = tuple(NOUNS)) -> argparse.ArgumentParser
     return parser
 
 
-def run(arguments: Sequence[str]) -> int:
-    """Parse and run one command; returns its exit code. Errors are printed here and nowhere else."""
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """The command that is asked for. Raises ``SystemExit`` after printing help, version or what is wrong."""
     noun = _noun_of(arguments)
-    try:
-        parsed = build_parser([noun] if noun in NOUNS else NOUNS).parse_args(arguments)
-    except SystemExit as ending:  # argparse has printed the help, the version or what is wrong
-        return int(ending.code or 0)
-    return _guarded(parsed)
+    return build_parser([noun] if noun in NOUNS else NOUNS).parse_args(arguments)
 
 
-def _guarded(parsed: argparse.Namespace) -> int:
+def execute(parsed: argparse.Namespace) -> int:
+    """Run a command; returns its exit code. Errors are printed here and nowhere else."""
     try:
         code: int | None = parsed.run(parsed)
         sys.stdout.flush()
