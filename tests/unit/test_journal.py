@@ -33,7 +33,7 @@ HEADER = Header(
 )
 
 
-@pytest.fixture()
+@pytest.fixture
 def journal(tmp_path: Path) -> Journal:
     journal = Journal.begin(tmp_path, HEADER)
     journal.record(SourceStep.PREPARING, 2.0)

@@ -26,7 +26,7 @@ async def relay(socket: WebSocket, console: Path) -> None:
             task.cancel()
         await asyncio.wait(tasks)
         writer.close()
-        with contextlib.suppress(RuntimeError):
+        with contextlib.suppress(RuntimeError, WebSocketDisconnect):
             await socket.close()
 
 

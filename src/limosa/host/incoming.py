@@ -159,7 +159,7 @@ class LandingHere:
             )
         return addresses[0], self._page.now.migration_ports
 
-    async def adopt(self, machine: MachineProtocol, *, running: bool) -> None:
+    async def adopt(self, *, running: bool) -> None:
         """See :class:`limosa.migration.destination.Landing`."""
         self._vms.adopt(self._vms.get(self._header.vm.name), running=running)
         self._give_slot()

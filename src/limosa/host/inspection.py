@@ -23,13 +23,20 @@ class Inspector:
     """Looks at this host."""
 
     def __init__(
-        self, daemon: DaemonSettings, page: Page, vms: Vms, capabilities: QemuCapabilities, netlink: Netlink
+        self,
+        daemon: DaemonSettings,
+        page: Page,
+        vms: Vms,
+        capabilities: QemuCapabilities,
+        netlink: Netlink,
+        user: str | None,
     ) -> None:
         self._daemon = daemon
         self._page = page
         self._vms = vms
         self.capabilities = capabilities
         self._netlink = netlink
+        self._user = user
 
     async def stream_addresses(self, reached_at: str) -> tuple[str, ...]:
         """Our addresses that may carry guest memory, best first."""
@@ -91,7 +98,10 @@ class Inspector:
         boot = vm.boot.paths() if vm.boot else ()
 
         def look() -> tuple[FileIdentity, ...]:
-            found = [identify(path, self._page.now.locations, digest=path in boot) for path in vm.host_files()]
+            found = [
+                identify(path, self._page.now.locations, digest=path in boot, user=self._user)
+                for path in vm.host_files()
+            ]
             return tuple(identity for identity in found if identity is not None)
 
         return await asyncio.to_thread(look) if vm.host_files() else ()

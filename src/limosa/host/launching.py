@@ -32,7 +32,7 @@ from limosa.qemu.capabilities import QemuCapabilities
 from limosa.qemu.machine import Machine
 from limosa.settings import toml
 from limosa.settings.daemon import DaemonSettings
-from limosa.storage import images, seed
+from limosa.storage import access, images, seed
 from limosa.wire.api import NewDisk, NewNic, NewVm
 
 DISK_NAMES = [f"vd{letter}" for letter in "abcdefghijklmnopqrstuvwxyz"]
@@ -68,6 +68,7 @@ class Launcher:
         capabilities: QemuCapabilities,
         netlink: Netlink,
         boot: str,
+        user: str | None,
     ) -> None:
         self._daemon = daemon
         self._page = page
@@ -75,7 +76,7 @@ class Launcher:
         self._capabilities = capabilities
         self._netlink = netlink
         self._boot = boot
-        self.user = qemu_user(daemon.qemu_user)
+        self.user = user
 
     # Definitions
 
@@ -210,9 +211,9 @@ class Launcher:
 
     def _grant(self, config: VmConfig) -> None:
         for disk in config.disks:
-            images.grant(Path(disk.path), self.user, read_only=disk.read_only)
+            access.grant(Path(disk.path), self.user, read_only=disk.read_only)
         for path in config.boot.paths() if config.boot else ():
-            images.grant(Path(path), self.user, read_only=True)
+            access.grant(Path(path), self.user, read_only=True)
 
     def _firmware(self, config: VmConfig, folder: Path) -> Path | None:
         if config.firmware != "uefi":

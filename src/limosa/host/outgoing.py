@@ -160,6 +160,8 @@ class Outgoing:
             self._remember(journal)
             return
         hosted = self._vms.find(journal.header.vm.name)
+        if hosted is not None and hosted.config.uuid != journal.header.vm.uuid:
+            hosted = None  # another VM that was given the name meanwhile
         if hosted is not None:
             hosted.migration = journal.header.migration
         if journal.step is None and hosted is not None and hosted.machine is not None:

@@ -33,7 +33,7 @@ class Page:
         raw = msgspec.to_builtins(self.now)
         for path, value in values.items():
             _set(raw, path.split("."), value, path)
-        settings = toml.convert(raw, HostSettings, where="the settings")
+        settings = toml.convert(raw, HostSettings, where="the new settings page")
         toml.write(self._path, settings)
         self.now = settings
         for callback in self._changed:

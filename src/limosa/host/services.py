@@ -12,7 +12,7 @@ from limosa.errors import LimosaError
 from limosa.host.files import Files
 from limosa.host.incoming import Incoming
 from limosa.host.inspection import Inspector
-from limosa.host.launching import Launcher
+from limosa.host.launching import Launcher, qemu_user
 from limosa.host.outgoing import Outgoing
 from limosa.host.page import Page
 from limosa.host.vms import Vms
@@ -45,13 +45,14 @@ async def assemble(daemon: DaemonSettings) -> Services:
     files.make()
     page = Page(files.settings)
     netlink = Netlink()
+    user = qemu_user(daemon.qemu_user)
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    capabilities = await probe(Path(daemon.qemu), files.state / "qemu.json")
-    launcher = Launcher(daemon, page, files, capabilities, netlink, boot)
+    capabilities = await probe(Path(daemon.qemu), files.state / "qemu.json", user)
+    launcher = Launcher(daemon, page, files, capabilities, netlink, boot, user)
     vms = Vms(daemon.name, files, launcher)
     for fault in await vms.load():
         _log.error("%s", fault)
-    inspector = Inspector(daemon, page, vms, capabilities, netlink)
+    inspector = Inspector(daemon, page, vms, capabilities, netlink, user)
     incoming = Incoming(daemon.name, vms, page, files, inspector, boot)
     outgoing = Outgoing(daemon.name, Path(daemon.certificates), vms, page, files, inspector, boot)
     return Services(
@@ -78,5 +79,5 @@ async def recover(services: Services) -> None:
         recover_one = services.outgoing if journal.header.side is Side.SOURCE else services.incoming
         try:
             await recover_one.recover(journal)
-        except LimosaError as error:
-            _log.error("migration %s: %s", journal.header.migration, error)
+        except Exception:  # noqa: BLE001 - a fault in one must not keep the host's other VMs without a daemon
+            _log.exception("migration %s could not be taken up", journal.header.migration)

@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
-from limosa.errors import Conflict, DestinationLost, LimosaError, QemuError, StateError
+from limosa.errors import Conflict, DestinationLost, LimosaError, QemuError, QemuGone, StateError
 from limosa.migration.journal import Journal
 from limosa.migration.ownership import (
     DestinationAction,
@@ -49,8 +49,8 @@ class Landing(Protocol):
     async def stream_address(self) -> tuple[str, tuple[int, int]]:
         """The address to listen on and the ports allowed."""
 
-    async def adopt(self, machine: MachineProtocol, *, running: bool) -> None:
-        """Make the VM one of this host's, durably. ``machine`` may be dead: then it crashed here."""
+    async def adopt(self, *, running: bool) -> None:
+        """Make the VM one of this host's, durably. If its QEMU is dead by now, it crashed here."""
 
     async def release(self, machine: MachineProtocol | None) -> None:
         """Kill QEMU and give back name, memory, slot, files. Never fails."""
@@ -126,7 +126,7 @@ class Destination:
             machine = await self._whole()
             self.journal.record(DestinationStep.CONTINUING, time.time(), durable=False)
             if self.journal.header.was_running:
-                self._resumed_at = await machine.resume()
+                self._resumed_at = await self._continue(machine)
             return Running(resumed_at=self._resumed_at)
 
     async def adopted(self) -> None:
@@ -190,13 +190,29 @@ class Destination:
         except (LimosaError, TimeoutError) as error:
             if self.step is not DestinationStep.GONE:
                 await self._destroy()
-            raise DestinationLost(
-                f"the state of VM '{self.vm.name}' did not arrive whole",
-                why=str(error) or "QEMU did not finish loading it",
-                vm=self.vm.name,
-                host=self.journal.header.destination,
+            raise self._lost(
+                "its state did not arrive whole", str(error) or "QEMU did not finish loading it"
             ) from error
         return self.machine
+
+    async def _continue(self, machine: MachineProtocol) -> float:
+        try:
+            return await machine.resume()
+        except QemuGone as error:
+            # It never said RESUME, which QEMU says before the first instruction of the guest (vm_prepare_start in
+            # system/cpus.c), so that this daemon, which lived and listened, can give its proof.
+            await self._destroy()
+            raise self._lost("QEMU ended before the guest ran", error.why) from error
+
+    def _lost(self, what: str, why: str) -> DestinationLost:
+        header = self.journal.header
+        return DestinationLost(
+            f"VM '{header.vm.name}' did not land on host '{header.destination}': {what}",
+            why=why,
+            todo=f"see the VM's qemu.log on '{header.destination}'",
+            vm=header.vm.name,
+            host=header.destination,
+        )
 
     async def _load(self, machine: MachineProtocol) -> None:
         if (await machine.migration()).state in _LOADED:
@@ -213,9 +229,8 @@ class Destination:
             loaded.cancel()
 
     async def _own(self) -> None:
-        assert self.machine is not None
-        machine = self.machine
-        await self.landing.adopt(machine, running=self._resumed_at is not None)
+        runs = await self._own_qemu() is DestinationQemu.RUNNING
+        await self.landing.adopt(running=runs)
         self.journal.record(DestinationStep.OWNED, time.time(), resumed_at=self._resumed_at)
         self._unfollow()
 
@@ -261,12 +276,5 @@ class Destination:
     async def _until_gone(self, machine: MachineProtocol) -> None:
         await machine.gone.wait()
         if not self.lost.done():
-            self.lost.set_exception(
-                DestinationLost(
-                    f"QEMU of VM '{self.vm.name}' on host '{self.journal.header.destination}' ended",
-                    why=machine.exit_text(),
-                    vm=self.vm.name,
-                    host=self.journal.header.destination,
-                )
-            )
+            self.lost.set_exception(self._lost("QEMU ended", machine.exit_text()))
             self.lost.exception()  # it may have no listener

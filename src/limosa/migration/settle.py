@@ -67,14 +67,14 @@ class Settlement:
                 return
             if standing is None:
                 self._show_waiting(time.monotonic() - began)
-                await asyncio.wait({self.resolved}, timeout=pause)
+            await asyncio.wait({self.resolved}, timeout=pause)
 
     async def _act(self, qemu: SourceQemu, standing: Standing | None) -> None:
         state = standing.state if standing is not None else None
         rebooted = standing.rebooted if standing is not None else False
         match decide_source(self.step, qemu, state, rebooted=rebooted):
             case SourceAction.UNDO:
-                await self._undo(qemu)
+                await self._undo(qemu, standing)
             case SourceAction.RESUME:
                 await self._resume_here()
             case SourceAction.HAND_OVER:
@@ -82,7 +82,7 @@ class Settlement:
             case SourceAction.TEAR_DOWN:
                 await self._tear_down(qemu)
             case SourceAction.CRASHED:
-                await self._crashed()
+                await self._crashed(standing)
             case SourceAction.ASK:
                 pass
 
@@ -115,9 +115,9 @@ class Settlement:
             self.move.peer = None
         self.move.peer = await self.move.dial()
 
-    async def _undo(self, qemu: SourceQemu) -> None:
+    async def _undo(self, qemu: SourceQemu, standing: Standing | None) -> None:
         """Stop the stream, let the guest go on here, and have the destination destroy what it has."""
-        nothing_there = self.step is SourceStep.ACCEPTED
+        untold = self.step is SourceStep.ACCEPTED
         self._record_undoing()
         if qemu is SourceQemu.HOLDS and not self._home_again:
             assert self.move.machine is not None
@@ -125,7 +125,7 @@ class Settlement:
             if await self._own_qemu() is SourceQemu.COMPLETED:
                 return  # everything was sent before the cancel arrived; the destination's answer decides
             await self._home(self.move.machine)
-        if nothing_there or await self._destroyed_there():
+        if untold or await self._destroyed_there(standing):
             self._undone(qemu)
 
     async def _resume_here(self) -> None:
@@ -168,27 +168,27 @@ class Settlement:
             return
         self.move.report.end(Outcome.COMPLETED)
 
-    async def _crashed(self) -> None:
+    async def _crashed(self, standing: Standing | None) -> None:
+        untold = self.step is SourceStep.ACCEPTED
         self._record_undoing()
         if not self._home_again:
             await self.move.home.vm_crashed()
             self._home_again = True
             self._show_failure()
-        if await self._destroyed_there():
+        if untold or await self._destroyed_there(standing):
             self._undone(SourceQemu.DEAD)
 
-    async def _destroyed_there(self) -> bool:
-        """Whether the destination said that nothing is left there."""
+    async def _destroyed_there(self, standing: Standing | None) -> bool:
+        """Whether the destination says that nothing is left there, now that it has been told."""
         try:
             async with asyncio.timeout(ABORT_WITHIN_S):
                 if self.move.peer is None or self.move.peer.lost.done():
                     await self._connect()
                     assert self.move.peer is not None
                     standing = await self.move.peer.attach(self.move.header.migration)
-                    if standing.state in (DestinationState.GONE, DestinationState.UNKNOWN):
-                        return True
-                assert self.move.peer is not None
-                await self.move.peer.abort(str(self.cause or "the move was undone"))
+                if standing is None or standing.state not in (DestinationState.GONE, DestinationState.UNKNOWN):
+                    assert self.move.peer is not None
+                    await self.move.peer.abort(str(self.cause or "the move was undone"))
         except (LimosaError, TimeoutError):
             return False
         return True
@@ -199,9 +199,9 @@ class Settlement:
             self.move.peer = None
             await self._tear_down(qemu)
         elif qemu is SourceQemu.DEAD:
-            await self._crashed()
+            await self._crashed(None)
         elif self._home_again:
-            await self._undo(SourceQemu.HOLDS)
+            await self._undo(SourceQemu.HOLDS, None)
         else:
             self._record_undoing()
             assert self.move.machine is not None
@@ -239,7 +239,8 @@ class Settlement:
 
 
 def _pauses() -> Iterator[float]:
-    """Seconds to wait between questions: quick at first, then every five."""
+    """Seconds to wait between questions: none at first, in the end five."""
+    yield 0.0
     pause = 0.1
     while True:
         yield pause

@@ -157,7 +157,8 @@ class SourceMove:
         watch = asyncio.ensure_future(self._watch(machine))
         try:
             # Looking must not delay the hand-over, so it goes on beside the waiting.
-            await asyncio.wait({self.sent, watch}, return_when=asyncio.FIRST_COMPLETED)
+            waiting: set[asyncio.Future[Any]] = {self.sent, watch}
+            await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
             if not self.sent.done():
                 watch.result()
         finally:

@@ -1,0 +1,149 @@
+"""kill -9 at every step of both journals, before and after each is written: of the daemon, of its QEMU, of both.
+
+Real daemons, real QEMUs. Whatever dies, afterwards exactly one host has the VM, the daemons settle the move by
+themselves, and nothing is left of it anywhere else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from harness.hosts import Host, runners, running_hosts, settled, tiny, wait_until
+from limosa.errors import LimosaError
+from limosa.model.migration import Outcome
+from limosa.model.vm import VmState
+from limosa.wire import endpoints
+
+pytestmark = [pytest.mark.qemu, pytest.mark.lab]
+
+SOURCE_STEPS = ("begin", "preparing", "migrating", "handing-over", "confirmed", "finished")
+DESTINATION_STEPS = ("begin", "reserved", "continuing", "owned")
+MOMENTS = ("before", "after")
+HANDED_OVER = ("handing-over", "confirmed", "finished")
+
+
+@pytest.fixture(scope="module")
+def hosts() -> Iterator[list[Host]]:
+    with running_hosts("alpha", "beta") as made:
+        yield made
+
+
+def plans() -> Iterator[tuple[str, str]]:
+    """Every plan, and where the VM must be afterwards: ``running at`` or ``crashed at`` a side."""
+    for step in SOURCE_STEPS:
+        for moment in MOMENTS:
+            for victim in ("daemon", "qemu", "both"):
+                if step == "finished" and victim != "daemon":
+                    continue  # its QEMU is gone by then
+                yield f"source:{step}:{moment}:{victim}", expected_at_source(step, moment, victim)
+    for step in DESTINATION_STEPS:
+        for moment in MOMENTS:
+            for victim in ("daemon", "qemu", "both"):
+                if step in ("begin", "reserved") and victim != "daemon":
+                    continue  # there is no QEMU yet
+                yield f"destination:{step}:{moment}:{victim}", expected_at_destination(step, moment, victim)
+
+
+def expected_at_source(step: str, moment: str, victim: str) -> str:
+    if victim == "daemon" and (step, moment) in (("begin", "after"), ("preparing", "before")):
+        return "running at beta"  # the move was accepted and nothing had begun: the next daemon carries it out
+    if step == "begin" and victim == "daemon":
+        return "running at alpha"
+    if step == "begin" or (step == "handing-over" and moment == "before" and victim == "both"):
+        # With both gone nobody knows any more that QEMU had completed: a crash where the VM was.
+        return "crashed at alpha"
+    if step in HANDED_OVER:
+        return "running at beta"
+    return "running at alpha" if victim == "daemon" else "crashed at alpha"
+
+
+def expected_at_destination(step: str, moment: str, victim: str) -> str:
+    if step in ("begin", "reserved"):
+        return "running at alpha"
+    if step == "continuing":
+        if victim == "daemon":
+            return "running at beta"
+        # The daemon that lived heard no RESUME and can prove that the guest did not run; a new one only knows what
+        # its journal says.
+        lost_proof = victim == "both" and moment == "after"
+        return "crashed at beta" if lost_proof else "running at alpha"
+    return "running at beta" if victim == "daemon" else "crashed at beta"
+
+
+@pytest.mark.parametrize(("plan", "expected"), [pytest.param(*case, id=case[0]) for case in plans()])
+def test_one_host_has_the_vm_and_nothing_is_left(hosts: list[Host], plan: str, expected: str) -> None:
+    alpha, beta = hosts
+    alpha.create(tiny("vm"))
+    broken = alpha if plan.startswith("source") else beta
+    broken.kill()
+    broken.start(plan)
+    try:
+        try:
+            alpha.move("vm", "beta")
+        except LimosaError:
+            assert ":begin:" in plan
+        if plan.endswith(("daemon", "both")):
+            broken.wait_for_death()
+            broken.start()
+        wait_until(lambda: settled(hosts), "every move has ended")
+        wait_until(lambda: place(hosts) == expected, expected)
+        wait_until(lambda: nothing_else_is_left(hosts), "nothing is left elsewhere")
+        # It can be operated again: nothing holds it.
+        owner = alpha if expected.endswith("alpha") else beta
+        view = owner.vm("vm")
+        assert view is not None
+        assert view.migration is None
+    finally:
+        clean(hosts)
+
+
+def place(hosts: list[Host]) -> str:
+    """Where the VM is, in the words of the expectations."""
+    running = runners(hosts, "vm")
+    if running:
+        return "running at " + " and ".join(running)
+    views = [(host.name, view) for host in hosts if (view := host.vm("vm")) is not None]
+    return " and ".join(f"{view.state} at {name}" for name, view in views) or "nowhere"
+
+
+def nothing_else_is_left(hosts: list[Host]) -> bool:
+    """No QEMU, run folder or VM folder but those of VMs that are on the host."""
+    for host in hosts:
+        view = host.vm("vm")
+        runs = view is not None and view.state is VmState.RUNNING
+        if len(host.qemus()) != int(runs) or len(list((host.run / "vm").iterdir())) != int(runs):
+            return False
+        if len(list((host.state / "vms").iterdir())) != int(view is not None):
+            return False
+    return True
+
+
+def clean(hosts: list[Host]) -> None:
+    """Leave both hosts without VMs, whatever the case did to them."""
+    for host in hosts:
+        if host.process is None or host.process.poll() is not None:
+            host.start()
+        view = host.vm("vm")
+        if view is None:
+            continue
+        if view.state in (VmState.RUNNING, VmState.PAUSED):
+            host.client.call(endpoints.STOP_VM, vm="vm")
+        host.client.call(endpoints.DELETE_VM, vm="vm")
+
+
+def test_without_a_crash_the_move_completes(hosts: list[Host]) -> None:
+    """The cases above would prove little if the move failed by itself."""
+    alpha, _ = hosts
+    for host in hosts:
+        host.kill()
+        host.start()
+    alpha.create(tiny("vm"))
+    try:
+        migration = alpha.outcome(alpha.move("vm", "beta").id)
+        assert migration.outcome is Outcome.COMPLETED, migration.fault
+        assert place(hosts) == "running at beta"
+        assert nothing_else_is_left(hosts)
+    finally:
+        clean(hosts)

@@ -1,0 +1,67 @@
+"""A host daemon that dies, or kills its QEMU, at a chosen step of a journal.
+
+The plan comes in LIMOSA_TEST_BREAK as ``SIDE:STEP:MOMENT:VICTIM``, for example ``source:migrating:after:daemon``: when
+the journal of that side is about to write (``before``) or has written (``after``) that step. Victims are ``daemon``,
+``qemu`` and ``both``. The product knows nothing of this.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+from limosa.host.serve import serve
+from limosa.migration.journal import Header, Journal
+from limosa.settings import toml
+from limosa.settings.daemon import DaemonSettings
+
+Plan = tuple[str, str, str, str]
+
+
+def break_at(plan: Plan, vms: Path) -> None:
+    """Have the plan carried out when its step comes."""
+    side, step, moment, victim = plan
+
+    def strike(journal_side: str, journal_step: str, now: str, vm: str) -> None:
+        if (journal_side, journal_step, now) != (side, step, moment):
+            return
+        if victim in ("qemu", "both"):
+            record = json.loads((vms / vm / "process.json").read_bytes())
+            os.kill(record["pid"], signal.SIGKILL)
+        if victim in ("daemon", "both"):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    begin, record = Journal.begin.__func__, Journal.record  # type: ignore[attr-defined]
+
+    def begin_and_break(cls: type[Journal], folder: Path, header: Header) -> Journal:
+        strike(header.side, "begin", "before", header.vm.name)
+        journal: Journal = begin(cls, folder, header)
+        strike(header.side, "begin", "after", header.vm.name)
+        return journal
+
+    def record_and_break(self: Journal, step: Any, at: float, **evidence: Any) -> None:
+        strike(self.header.side, step, "before", self.header.vm.name)
+        record(self, step, at, **evidence)
+        strike(self.header.side, step, "after", self.header.vm.name)
+
+    Journal.begin = classmethod(begin_and_break)  # type: ignore[assignment]
+    Journal.record = record_and_break  # type: ignore[method-assign]
+
+
+def main() -> None:
+    """Serve with the settings file named on the command line."""
+    settings = Path(sys.argv[1])
+    plan = os.environ.get("LIMOSA_TEST_BREAK")
+    if plan:
+        side, step, moment, victim = plan.split(":")
+        daemon = toml.read(settings, DaemonSettings)
+        break_at((side, step, moment, victim), Path(daemon.state_dir) / "vms")
+    serve(settings)
+
+
+if __name__ == "__main__":
+    main()
