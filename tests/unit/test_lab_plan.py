@@ -1,0 +1,87 @@
+"""What a lab consists of, and how its hosts are found by name."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from limosa.errors import InvalidInput
+from limosa.lab import hosts, lifecycle
+from limosa.lab.plan import Lab
+from limosa.lab.wiring import bucket
+
+
+def test_everything_of_a_lab_follows_from_its_plan() -> None:
+    lab = Lab(name="t1", hosts=2, nics=2)
+    assert lab.namespaces == ("t1-wire", "t1-client", "t1-host1", "t1-host2")
+    assert lab.migration_networks == ("10.78.0.0/24", "10.79.0.0/24")
+    assert lab.addresses("host2") == ("10.77.0.12", "10.78.0.12", "10.79.0.12")
+
+
+def test_the_longest_names_fit_into_sockets_and_interfaces() -> None:
+    lab = Lab(name="x" * 10, hosts=50, nics=4)
+    assert len(str(lab.host_run("host50"))) <= 56  # the limit of DaemonSettings.run_dir
+    assert max(len(f"{bridge}-host50") for bridge in (*lab.nic_names, "lan")) < 16
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "nics", "speed"),
+    [
+        ("", 1, 1, 1),
+        ("Lab", 1, 1, 1),
+        ("a/b", 1, 1, 1),
+        ("../x", 1, 1, 1),
+        ("a-b", 1, 1, 1),
+        ("x" * 11, 1, 1, 1),
+        ("x\n", 1, 1, 1),
+        ("x", 0, 1, 1),
+        ("x", 51, 1, 1),
+        ("x", 1, 5, 1),
+        ("x", 1, 1, -1),
+        ("x", 1, 1, 25_001),
+    ],
+)
+def test_a_lab_that_cannot_be_is_refused(name: str, count: int, nics: int, speed: int) -> None:
+    with pytest.raises(InvalidInput):
+        lifecycle.plan(name, count, nics, speed)
+
+
+@pytest.mark.parametrize("name", ["", "..", "x/../y", "UPPER", "x" * 11])
+def test_no_name_leads_out_of_the_labs_folder(name: str) -> None:
+    with pytest.raises(InvalidInput):
+        lifecycle.load(name)
+
+
+def test_a_bucket_holds_a_packet_as_tcp_hands_it_over_and_two_milliseconds() -> None:
+    assert bucket(10) > 65536
+    assert bucket(10_000) == 2_500_000
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(hosts, "RUN", tmp_path)
+    return tmp_path
+
+
+def test_a_host_is_found_in_the_only_lab_in_the_default_lab_and_by_its_full_name(run: Path) -> None:
+    (run / "t1" / "host1").mkdir(parents=True)
+    assert hosts.socket_of("host1") == run / "t1" / "host1" / "api.sock"
+    (run / "t2" / "host1").mkdir(parents=True)
+    with pytest.raises(InvalidInput, match="several labs"):
+        hosts.socket_of("host1")
+    assert hosts.socket_of("t2-host1") == run / "t2" / "host1" / "api.sock"
+    (run / "limosa" / "host1").mkdir(parents=True)
+    assert hosts.socket_of("host1") == run / "limosa" / "host1" / "api.sock"
+
+
+@pytest.mark.parametrize("name", ["host1", "t1-host1", "host0", "web1", "10.0.0.1", "../host1", "a/b-host1", "host1\n"])
+def test_what_no_lab_has_is_not_found(run: Path, name: str) -> None:
+    assert hosts.socket_of(name) is None
+
+
+def test_finding_a_host_costs_a_command_next_to_nothing() -> None:
+    program = "import limosa.lab.hosts, sys; print(sorted({'pyroute2', 'cryptography', 'rich'} & set(sys.modules)))"
+    assert subprocess.check_output([sys.executable, "-c", program], text=True).strip() == "[]"
