@@ -51,7 +51,8 @@ def test_what_the_guest_cannot_do_is_refused(wrong: dict[str, object]) -> None:
 
 def unpack(archive: bytes) -> dict[str, tuple[int, bytes]]:
     """Mode and content by path, read as the kernel reads it (buffer-format.rst)."""
-    entries, place = {}, 0
+    entries: dict[str, tuple[int, bytes]] = {}
+    place = 0
     while True:
         assert archive[place : place + 6] == b"070701"
         fields = [int(archive[place + 6 + 8 * i : place + 14 + 8 * i], 16) for i in range(13)]

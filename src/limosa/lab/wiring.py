@@ -13,6 +13,7 @@ what it receives. What was measured for the numbers here:
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from pyroute2 import IPRoute
 
@@ -30,7 +31,7 @@ def wire(lab: Lab) -> None:
     _configure(lab.wire, lambda netlink: _build_wire(netlink, lab))
     _configure(lab.client, _build_client)
     for host in lab.host_names:
-        _configure(lab.namespace(host), lambda netlink, host=host: _build_host(netlink, lab, host))  # type: ignore[misc]
+        _configure(lab.namespace(host), partial(_build_host, lab=lab, host=host))
 
 
 def bucket(speed_mbit_per_s: int) -> int:
