@@ -169,16 +169,49 @@ def test_words_of_an_earlier_run_are_not_taken_for_this_ones(place: Place) -> No
     assert "old trouble" in place.log.with_name("log.old").read_text()
 
 
-def test_a_launch_that_is_cancelled_leaves_nothing(place: Place) -> None:
+@pytest.mark.parametrize("moment", ["spawn", "connect"])
+def test_a_launch_that_is_cancelled_leaves_nothing(place: Place, monkeypatch: pytest.MonkeyPatch, moment: str) -> None:
     async def scenario() -> None:
+        reached = asyncio.Event()
+
+        async def connect(*_: object) -> None:
+            reached.set()
+            await asyncio.Event().wait()
+
+        def start(*arguments: Any) -> Any:
+            loop.call_soon_threadsafe(reached.set)
+            return real_start(*arguments)
+
+        loop, real_start = asyncio.get_running_loop(), process._start
+        if moment == "connect":
+            monkeypatch.setattr("limosa.qemu.monitor.Monitor.connect", connect)
+        else:
+            monkeypatch.setattr(process, "_start", start)
         launch = asyncio.ensure_future(wait_for(place.launch()))
-        await asyncio.sleep(0)
-        assert place.log.exists()  # it was spawned, and is waited for
+        await reached.wait()
         launch.cancel()
         with pytest.raises(asyncio.CancelledError):
             await launch
+        assert place.log.exists()  # it was started
         assert not place.run_dir.exists()
         assert str(place.folder) not in commands()
+
+    asyncio.run(scenario())
+
+
+def test_one_that_nobody_recorded_is_ended_unless_its_guest_ran(place: Place) -> None:
+    async def scenario() -> None:
+        first = await place.launch()
+        await first._monitor.close()
+        second = await place.launch()
+        assert first.gone.is_set()
+        await second.resume()
+        await second._monitor.close()
+        with pytest.raises(QemuError, match="another QEMU"):
+            await place.launch()
+        again = await Machine.attach(place.run_dir, second.pid, second.process.start_time)
+        assert await again.status() is RunState.RUNNING
+        await again.quit()
 
     asyncio.run(scenario())
 
@@ -243,7 +276,7 @@ def test_it_survives_us_and_is_found_again(place: Place, play: Runner) -> None:
 
 
 def test_one_that_does_not_listen_is_ended_by_force(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("limosa.qemu.machine.QUIT_WITHIN_S", 0.05)
+    monkeypatch.setattr("limosa.qemu.session.QUIT_WITHIN_S", 0.05)
 
     async def scenario() -> None:
         machine = await place.launch()

@@ -94,6 +94,11 @@ def build(launch: Launch) -> list[str]:
     ]
 
 
+def vnc_argument(socket: Path) -> str:
+    """The argument by which a QEMU can be told from all others: its VNC socket."""
+    return f"unix:{_escaped(socket)}"
+
+
 def _check_disks(config: VmConfig) -> None:
     """A guest looks at a slot only if its function 0 is there."""
     addresses = {_disk_address(disk): disk.name for disk in config.disks}
@@ -158,7 +163,7 @@ def _boot(config: VmConfig) -> Iterable[str]:
 
 
 def _channels(launch: Launch) -> Iterable[str]:
-    yield from ("-display", "none", "-vnc", f"unix:{_escaped(launch.vnc_socket)}")
+    yield from ("-display", "none", "-vnc", vnc_argument(launch.vnc_socket))
     yield from ("-chardev", f"socket,id=qmp,fd={launch.qmp_fd},server=on,wait=off")
     yield from ("-mon", "chardev=qmp,mode=control")
     log = f"logfile={_escaped(launch.console_log)},logappend=on"

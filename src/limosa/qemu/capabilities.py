@@ -164,7 +164,7 @@ class _Probe:
             with folder.listen(socket) as listener:
                 qmp = f"socket,id=qmp,fd={listener.fileno()},server=on,wait=off"
                 arguments = ("-machine", "none", "-accel", accelerator, "-S", "-incoming", "defer", "-chardev", qmp)
-                qemu = self._spawn((*arguments, "-mon", "chardev=qmp,mode=control"), room, (listener.fileno(),))
+                qemu = await self._spawn((*arguments, "-mon", "chardev=qmp,mode=control"), room, (listener.fileno(),))
             try:
                 async with asyncio.timeout(_ANSWER_WITHIN_S):
                     monitor = await Monitor.connect(socket, str(self._program))
@@ -191,7 +191,7 @@ class _Probe:
             rom.chmod(0o644)
             guest = ("-machine", "q35", "-accel", "kvm", "-cpu", cpu_models.argument("x86-64-v2"), "-m", "16")
             stage = ("-bios", str(rom), "-device", "isa-debug-exit,iobase=0xf4,iosize=0x04")
-            qemu = self._spawn((*guest, *stage), room, ())
+            qemu = await self._spawn((*guest, *stage), room, ())
             try:
                 async with asyncio.timeout(_GUEST_WITHIN_S):
                     await qemu.gone.wait()
@@ -201,9 +201,9 @@ class _Probe:
                 await qemu.kill()
             return qemu.exit_code == _GUEST_RAN
 
-    def _spawn(self, arguments: Sequence[str], room: Path, pass_fds: Sequence[int]) -> process.QemuProcess:
+    async def _spawn(self, arguments: Sequence[str], room: Path, pass_fds: Sequence[int]) -> process.QemuProcess:
         command = [str(self._program), *_BARE, *arguments]
-        return process.spawn(command, pass_fds=pass_fds, log=room / "log", user=self._user, kvm=True)
+        return await process.spawn(command, pass_fds=pass_fds, log=room / "log", user=self._user, kvm=True)
 
     @contextlib.contextmanager
     def _room(self) -> Any:

@@ -20,6 +20,7 @@ import stat
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 from limosa.errors import QemuError, QemuGone
 
@@ -83,6 +84,13 @@ class QemuProcess:
                 todo="see to its storage",
             ) from None
 
+    async def ends(self, within_s: float) -> bool:
+        """Whether it ends within that time."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(within_s):
+                await self.gone.wait()
+        return self.gone.is_set()
+
     def owner(self) -> tuple[int, int] | None:
         """The uid and gid it runs as, or None if they are our own. Raises :class:`QemuGone`."""
         try:
@@ -112,25 +120,40 @@ class QemuProcess:
         return f"ended by {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
 
 
-def spawn(command: Sequence[str], *, pass_fds: Sequence[int], log: Path, user: str | None, kvm: bool) -> QemuProcess:
+async def spawn(
+    command: Sequence[str], *, pass_fds: Sequence[int], log: Path, user: str | None, kvm: bool
+) -> QemuProcess:
     """Start QEMU. What it writes goes to ``log``; the log of the run before is kept as ``*.old``.
 
     ``user`` is the unprivileged user to run as (root only), in its own group and, with ``kvm``, the one that may use
-    ``/dev/kvm``.
-    Blocks for the few milliseconds until the program is loaded. Raises :class:`QemuError`; nothing runs then.
+    ``/dev/kvm``. Raises :class:`QemuError`; nothing runs then, nor if it is cancelled.
     """
-    uid, gid = owner_of(user) or (None, None)
-    groups = None if user is None else _groups(kvm=kvm)
+    # Forking and loading take several milliseconds, which another VM's switchover should not have to wait for.
+    starting = asyncio.ensure_future(asyncio.to_thread(_start, command, pass_fds, log, user, kvm))
     try:
-        with contextlib.suppress(FileNotFoundError):
-            log.replace(log.with_name(f"{log.name}.old"))
-        descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC, 0o600)
-        try:
-            child = subprocess.Popen(
+        child = await asyncio.shield(starting)
+    except asyncio.CancelledError:
+        child = await starting
+        child.kill()
+        child.wait()
+        raise
+    # A child that ended already stays a zombie until we reap it, so neither its pid nor its start time can be lost.
+    start_time = start_time_of(child.pid)
+    assert start_time is not None
+    return QemuProcess(child.pid, start_time, os.pidfd_open(child.pid), log, child)
+
+
+def _start(
+    command: Sequence[str], pass_fds: Sequence[int], log: Path, user: str | None, kvm: bool
+) -> subprocess.Popen[bytes]:
+    uid, gid = owner_of(user) or (None, None)
+    try:
+        with _fresh(log) as words:
+            return subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
-                stdout=descriptor,
-                stderr=descriptor,
+                stdout=words,
+                stderr=words,
                 cwd="/",
                 env={"PATH": "/usr/bin:/bin", "LC_ALL": "C.UTF-8"},
                 pass_fds=pass_fds,
@@ -138,16 +161,29 @@ def spawn(command: Sequence[str], *, pass_fds: Sequence[int], log: Path, user: s
                 umask=0o077,
                 user=uid,
                 group=gid,
-                extra_groups=groups,
+                extra_groups=None if user is None else _groups(kvm=kvm),
             )
-        finally:
-            os.close(descriptor)
     except (OSError, subprocess.SubprocessError) as error:
         raise QemuError(f"cannot start {command[0]}", why=str(error)) from error
-    # A child that ended already stays a zombie until we reap it, so neither its pid nor its start time can be lost.
-    start_time = start_time_of(child.pid)
-    assert start_time is not None
-    return QemuProcess(child.pid, start_time, os.pidfd_open(child.pid), log, child)
+
+
+def _fresh(log: Path) -> BinaryIO:
+    """A new, empty log; the old one is kept beside it."""
+    with contextlib.suppress(FileNotFoundError):
+        log.replace(log.with_name(f"{log.name}.old"))
+    return os.fdopen(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC, 0o600), "ab")
+
+
+def find(argument: str) -> tuple[int, int] | None:
+    """Pid and start time of the process that was started with exactly this argument, or None."""
+    wanted = b"\0" + os.fsencode(argument) + b"\0"
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            if wanted in path.read_bytes():
+                pid = int(path.parent.name)
+                start_time = start_time_of(pid)
+                return (pid, start_time) if start_time is not None else None
+    return None
 
 
 def start_time_of(pid: int) -> int | None:

@@ -198,9 +198,10 @@ class FakeMachine:
         except (StreamBroken, asyncio.CancelledError) as end:
             self._break_off(destination, str(end), was_running=was_running)
             return
-        self._enter(RunState.POSTMIGRATE)
         self._count(total_s=self.wire.now - began, remaining_bytes=0)
         self._migration_is(MigrationState.COMPLETED)
+        await asyncio.sleep(0)  # QEMU, too, enters the state a moment after the event
+        self._enter(RunState.POSTMIGRATE)
 
     async def _connect(self, destination: FakeMachine) -> None:
         await self.wire.arrive(Stage.SETUP)

@@ -47,6 +47,7 @@ class Wire:
         self._held: set[Stage] = set()
         self._released: dict[Stage, asyncio.Event] = defaultdict(asyncio.Event)
         self._reached: dict[Stage, asyncio.Event] = defaultdict(asyncio.Event)
+        self._passed = asyncio.Event()
 
     def hold(self, stage: Stage) -> None:
         """Stop migrations when they come to ``stage``."""
@@ -73,7 +74,15 @@ class Wire:
         """Let a moment pass; returns how long it was."""
         await asyncio.sleep(0)
         self.now += self.step_s
+        self._passed.set()
         return self.step_s
+
+    async def passes(self, seconds: float) -> None:
+        """Wait until that much time has passed on the wire; for ever, if nothing is sent."""
+        until = self.now + seconds
+        while self.now < until:
+            self._passed.clear()
+            await self._passed.wait()
 
     def listen(self, machine: FakeMachine, address: str, ports: tuple[int, int]) -> int | None:
         """The first free port of the range, now the machine's, or None."""

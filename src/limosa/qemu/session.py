@@ -1,0 +1,84 @@
+"""One QEMU that runs: its process and its QMP session, and how both end.
+
+Errors are sharpened here: whatever broke the session, if the process turns out to have ended the answer is
+:class:`QemuGone`, with QEMU's last words.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from limosa.errors import OutcomeUnknown, QemuError, QemuGone
+from limosa.qemu import folder
+from limosa.qemu.monitor import Monitor
+from limosa.qemu.process import QemuProcess
+from limosa.qemu.protocol import Event
+
+QUIT_WITHIN_S = 5.0
+#: After its session broke, how long a dying process may take to be seen dead.
+DYING_S = 1.0
+
+
+class Session:
+    """A QEMU process with its QMP session and its run folder."""
+
+    def __init__(self, qemu: QemuProcess, monitor: Monitor, run_dir: Path) -> None:
+        self.process = qemu
+        self.run_dir = run_dir
+        self._monitor = monitor
+
+    @property
+    def pid(self) -> int:
+        """Its process id; see :attr:`QemuProcess.start_time` for what makes it unique."""
+        return self.process.pid
+
+    @property
+    def gone(self) -> asyncio.Event:
+        """Set as soon as the process has ended."""
+        return self.process.gone
+
+    def exit_text(self) -> str:
+        """Why the process ended, in QEMU's own words where it had some. Empty while it runs."""
+        return self.process.exit_text()
+
+    def on_event(self, callback: Callable[[Event], None]) -> Callable[[], None]:
+        """Have ``callback`` called with each event at once, in order. Returns what ends that."""
+        return self._monitor.on_event(callback)
+
+    async def detach(self) -> None:
+        """Let go of QEMU, which goes on; :meth:`attach` takes it up again."""
+        await self._monitor.close()
+        self.process.release()
+
+    async def quit(self) -> None:
+        """End QEMU, by force if it does not listen. Returns when its process is gone; its run folder is too."""
+        with suppress(QemuError, TimeoutError):
+            async with asyncio.timeout(QUIT_WITHIN_S):
+                await self._monitor.execute("quit")
+                await self.gone.wait()
+        await self.kill()
+
+    async def kill(self) -> None:
+        """End QEMU by force. Returns when its process is gone; its run folder is too."""
+        await self.process.kill()
+        await self._monitor.close()
+        folder.remove(self.run_dir)
+
+    async def _execute(self, command: str, arguments: dict[str, object] | None = None) -> Any:
+        try:
+            return await self._monitor.execute(command, arguments)
+        except (QemuGone, OutcomeUnknown) as error:
+            if await self.process.ends(DYING_S):
+                raise QemuGone(f"QEMU with pid {self.pid} has ended", why=self.process.exit_text()) from error
+            raise
+
+    async def _together(self, *steps: Coroutine[Any, Any, None]) -> None:
+        """Send all commands at once, in order; raise the first failure when all have been answered."""
+        results = await asyncio.gather(*steps, return_exceptions=True)
+        for result in results:
+            if isinstance(result, BaseException):
+                raise result
