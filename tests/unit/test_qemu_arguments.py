@@ -109,7 +109,7 @@ def test_a_machine_type_without_a_layout_is_refused() -> None:
 
 def test_disks_say_their_format_and_boot_in_order() -> None:
     vm = config(disks=(disk("a"), Disk(name="vdb", path="/dev/mapper/b", format="raw", read_only=True)))
-    arguments = build(launch(vm, buffered=frozenset({"/images/a.qcow2"})))
+    arguments = build(launch(vm, buffered=frozenset({"/images/a.qcow2"}), block_devices=frozenset({"/dev/mapper/b"})))
     nodes = {node["node-name"]: node for node in parsed(arguments, "-blockdev")}
     assert nodes["vda"]["driver"] == "qcow2"
     assert nodes["vda-file"]["driver"] == "file"

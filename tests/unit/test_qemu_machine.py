@@ -7,6 +7,7 @@ import dataclasses
 import grp
 import os
 import pwd
+import shutil
 import signal
 import socket
 import stat
@@ -329,6 +330,44 @@ def test_devices_of_every_kind_start(place: Place) -> None:
         await machine.resume()
         await machine.press_power_button()
         await machine.quit()
+
+    asyncio.run(scenario())
+
+
+OVMF = Path("/usr/share/OVMF")
+
+
+@pytest.mark.skipif(not OVMF.exists(), reason="needs the package ovmf")
+def test_a_machine_with_uefi_moves(place: Place) -> None:
+    """Its variables are in a file of its own on each host, which QEMU brings up to date."""
+    places = [Place(place.folder / name) for name in ("here", "there")]
+    for each in places:
+        each.folder.mkdir()
+        shutil.copy(OVMF / "OVMF_VARS_4M.fd", each.folder / "vars")
+        each.vm = VmConfig(
+            **{field: getattr(place.vm, field) for field in place.vm.__struct_fields__}
+            | {"firmware": "uefi", "memory_mib": 64}
+        )
+
+    def launch(each: Place, *, incoming: bool) -> Awaitable[Machine]:
+        firmware = {"firmware_code": OVMF / "OVMF_CODE_4M.fd", "firmware_vars": each.folder / "vars"}
+        return each.launch(incoming=incoming, **firmware)
+
+    async def scenario() -> None:
+        source, destination = [await launch(each, incoming=each is places[1]) for each in places]
+        completed = asyncio.Event()
+        source.on_event(lambda event: completed.set() if event.data.get("status") == "completed" else None)
+        await source.resume()
+        await destination.prepare_incoming(StreamParameters())
+        await source.prepare_outgoing(StreamParameters())
+        await source.migrate("127.0.0.1", await destination.listen("127.0.0.1", (40000, 41000)))
+        async with asyncio.timeout(30):
+            await completed.wait()
+        await destination.resume()
+        assert await destination.status() is RunState.RUNNING
+        for machine in (source, destination):
+            await machine.quit()
+        assert (places[0].folder / "vars").read_bytes() == (places[1].folder / "vars").read_bytes()
 
     asyncio.run(scenario())
 

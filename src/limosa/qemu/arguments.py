@@ -65,6 +65,8 @@ class Launch:
     seed: Path | None
     #: disks whose file system cannot do direct I/O, by path
     buffered: frozenset[str] = frozenset()
+    #: disks that are block devices and no files, by path
+    block_devices: frozenset[str] = frozenset()
 
 
 def build(launch: Launch) -> list[str]:
@@ -174,7 +176,12 @@ def _channels(launch: Launch) -> Iterable[str]:
 def _disks(launch: Launch) -> Iterable[str]:
     for order, disk in enumerate(launch.config.disks, start=1):
         yield from _blockdev(
-            disk.name, disk.format, disk.path, read_only=disk.read_only, direct=disk.path not in launch.buffered
+            disk.name,
+            disk.format,
+            disk.path,
+            driver="host_device" if disk.path in launch.block_devices else "file",
+            read_only=disk.read_only,
+            direct=disk.path not in launch.buffered,
         )
         yield from _device(
             "virtio-blk-pci",
@@ -227,11 +234,11 @@ def _root_port(name: str, index: int) -> Iterable[str]:
 
 
 def _blockdev(
-    name: str, image_format: str, path: str, *, read_only: bool = False, direct: bool = False
+    name: str, image_format: str, path: str, *, driver: str = "file", read_only: bool = False, direct: bool = False
 ) -> Iterable[str]:
     """A protocol node and above it the format node ``name``: the format is said, never guessed from the contents."""
     file = {
-        "driver": "host_device" if path.startswith("/dev/") else "file",
+        "driver": driver,
         "node-name": f"{name}-file",
         "filename": path,
         "read-only": read_only,

@@ -149,10 +149,9 @@ async def _spawn(
 ) -> QemuProcess:
     with folder.listen(run_dir / folder.QMP) as qmp, folder.listen(run_dir / folder.CONSOLE) as console:
         launch = make(qmp.fileno(), console.fileno())
-        buffered = frozenset(disk.path for disk in launch.config.disks if not _does_direct_io(disk.path))
         _touch(launch.console_log, process.owner_of(user))
         return await process.spawn(
-            [str(program), *build(dataclasses.replace(launch, buffered=launch.buffered | buffered))],
+            [str(program), *build(_with_disks_looked_at(launch))],
             pass_fds=(qmp.fileno(), console.fileno(), *launch.tap_fds),
             log=log,
             user=user,
@@ -171,6 +170,16 @@ async def _first_answer(qemu: QemuProcess, run_dir: Path, log: Path) -> Monitor:
     except QemuGone as error:
         await qemu.kill()  # it is ending; afterwards its last words are known
         raise QemuError("QEMU did not start", why=qemu.exit_text(), todo=f"see {log}") from error
+
+
+def _with_disks_looked_at(launch: Launch) -> Launch:
+    """The launch with what depends on where its disks lie on this host."""
+    paths = {disk.path for disk in launch.config.disks}
+    return dataclasses.replace(
+        launch,
+        buffered=launch.buffered | {path for path in paths if not _does_direct_io(path)},
+        block_devices=launch.block_devices | {path for path in paths if Path(path).is_block_device()},
+    )
 
 
 def _does_direct_io(path: str) -> bool:
