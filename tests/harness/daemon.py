@@ -2,7 +2,7 @@
 
 The plan comes in LIMOSA_TEST_BREAK as ``SIDE:STEP:MOMENT:VICTIM``, for example ``source:migrating:after:daemon``: when
 the journal of that side is about to write (``before``) or has written (``after``) that step. Victims are ``daemon``,
-``qemu`` and ``both``. The product knows nothing of this.
+``qemu``, ``both`` and ``network`` (the links named in LIMOSA_TEST_LINKS go down). It happens once.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -25,13 +26,18 @@ Plan = tuple[str, str, str, str]
 def break_at(plan: Plan, vms: Path) -> None:
     """Have the plan carried out when its step comes."""
     side, step, moment, victim = plan
+    struck: list[bool] = []
 
     def strike(journal_side: str, journal_step: str, now: str, vm: str) -> None:
-        if (journal_side, journal_step, now) != (side, step, moment):
+        if struck or (journal_side, journal_step, now) != (side, step, moment):
             return
+        struck.append(True)
         if victim in ("qemu", "both"):
             record = json.loads((vms / vm / "process.json").read_bytes())
             os.kill(record["pid"], signal.SIGKILL)
+        if victim == "network":
+            for link in os.environ["LIMOSA_TEST_LINKS"].split(","):
+                subprocess.run(["ip", "link", "set", link, "down"], check=True)
         if victim in ("daemon", "both"):
             os.kill(os.getpid(), signal.SIGKILL)
 

@@ -1,7 +1,7 @@
 """The source's end of a session with another host: a :class:`limosa.migration.peer.Peer` over one WebSocket.
 
 The session is opened with mutual TLS before anything is asked. A host is called by the name in its certificate; TLS
-refuses another. Pings every second notice a dead network within five.
+refuses another. Pings every second notice a dead network within four.
 """
 
 from __future__ import annotations
@@ -21,14 +21,15 @@ from limosa.model.base import MigrationId
 from limosa.model.facts import DestinationFacts
 from limosa.model.vm import Accelerator, VmConfig
 from limosa.security.identity import from_peer_certificate
+from limosa.settings.address import split_address
 from limosa.settings.daemon import DEFAULT_PORT
 from limosa.wire import peer as say
 from limosa.wire import versions
 from limosa.wire.endpoints import PEER_PATH, Role
 
-CONNECT_WITHIN_S = 5.0
+CONNECT_WITHIN_S = 3.0
 PING_EVERY_S = 1.0
-PONG_WITHIN_S = 4.0
+PONG_WITHIN_S = 3.0
 MAX_MESSAGE_BYTES = 16 * 1024 * 1024
 
 Answer = TypeVar("Answer")
@@ -168,7 +169,7 @@ async def dial(destination: str, address: str, own_name: str, context: ssl.SSLCo
     host, port = split_address(address)
     try:
         connection = await connect(
-            f"wss://{f'[{host}]' if ':' in host else host}:{port}{PEER_PATH}",
+            f"wss://{f'[{host}]' if ':' in host else host}:{port or DEFAULT_PORT}{PEER_PATH}",
             ssl=context,
             server_hostname=split_address(destination)[0],
             open_timeout=CONNECT_WITHIN_S,
@@ -200,15 +201,3 @@ async def dial(destination: str, address: str, own_name: str, context: ssl.SSLCo
         await remote.close()
         raise
     return remote
-
-
-def split_address(address: str) -> tuple[str, int]:
-    """``10.0.0.1``, ``10.0.0.1:7411``, ``[fd00::1]:7411`` or ``fd00::1`` as host and port."""
-    if address.startswith("["):
-        host, _, rest = address[1:].partition("]")
-        port = rest.removeprefix(":")
-    elif address.count(":") == 1:
-        host, _, port = address.partition(":")
-    else:
-        host, port = address, ""
-    return host, int(port) if port.isdecimal() and 0 < int(port) < 65536 else DEFAULT_PORT
