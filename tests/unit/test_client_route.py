@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from limosa.client.host import HostClient
-from limosa.client.route import TlsRoute, UnixRoute, configuration_folders, find_route, local_route, split_address
+from limosa.client.route import TlsRoute, UnixRoute, configuration_folders, find_route, local_route
 from limosa.errors import HostNotTrusted, HostUnreachable, InvalidInput, StateError
 from limosa.security import ca, tls
+from limosa.settings.address import split_address
 from limosa.wire.api import VmList
 from limosa.wire.endpoints import LIST_VMS, Role
 

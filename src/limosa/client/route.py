@@ -15,7 +15,6 @@ spoken, since most commands talk to a Unix socket.
 from __future__ import annotations
 
 import errno
-import ipaddress
 import os
 import socket
 from collections.abc import Mapping
@@ -23,11 +22,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
-from limosa.errors import HostNotTrusted, HostUnreachable, InvalidInput, LimosaError, NotPermitted, StateError
+from limosa.errors import HostNotTrusted, HostUnreachable, LimosaError, NotPermitted, StateError
 from limosa.model.base import Model, Name
 from limosa.settings import toml
+from limosa.settings.address import PeerAddress, split_address
 from limosa.settings.daemon import DEFAULT_PORT, DEFAULT_SOCKET
-from limosa.settings.host import PeerAddress
 
 CONNECT_TIMEOUT_S = 10.0
 
@@ -175,35 +174,6 @@ def configuration_folders(environment: Mapping[str, str]) -> tuple[Path, ...]:
     """Where a person's, then the machine's, hosts.toml and certificates may lie."""
     home = environment.get("XDG_CONFIG_HOME") or os.path.join(environment.get("HOME") or "/root", ".config")
     return Path(home, "limosa"), Path("/etc/limosa"), Path("/etc/limosa/pki")
-
-
-def split_address(text: str) -> tuple[str, int | None]:
-    """``NAME``, ``NAME:PORT``, ``1.2.3.4:PORT``, ``fd00::1`` or ``[fd00::1]:PORT``. Raises :class:`InvalidInput`."""
-    name, colon, digits = text.rpartition(":")
-    if not colon or _is_ipv6(text):
-        name, digits = text, ""
-    name = name[1:-1] if name.startswith("[") and name.endswith("]") else name
-    valid = _is_ipv6(name) or _is_host_name(name)
-    if not valid or (digits and not (digits.isascii() and digits.isdigit() and 0 < int(digits) < 65536)):
-        raise InvalidInput(
-            f"'{text[:80]}' is no host", why="it is neither a name nor an address", todo="write NAME or NAME:PORT"
-        )
-    return name, int(digits) if digits else None
-
-
-def _is_ipv6(text: str) -> bool:
-    try:
-        return ipaddress.ip_address(text.strip("[]")).version == 6
-    except ValueError:
-        return False
-
-
-def _is_host_name(text: str) -> bool:
-    labels = text.split(".")
-    return len(text) <= 253 and all(
-        0 < len(label) <= 63 and label.isascii() and label.replace("-", "").replace("_", "").isalnum()
-        for label in labels
-    )
 
 
 def _known_hosts(folders: tuple[Path, ...]) -> dict[str, str]:

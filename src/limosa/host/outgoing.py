@@ -17,7 +17,7 @@ from limosa.errors import Conflict, HostUnreachable, LimosaError, NotFound
 from limosa.host.files import Files
 from limosa.host.inspection import Inspector
 from limosa.host.page import Page
-from limosa.host.peers import RemotePeer, dial, split_address
+from limosa.host.peers import RemotePeer, dial
 from limosa.host.slots import Slots
 from limosa.host.vms import HostedVm, Vms
 from limosa.migration.journal import Header, Journal
@@ -32,6 +32,7 @@ from limosa.model.finding import Finding, Severity
 from limosa.model.migration import Migration, Outcome, Phase, Progress, Side
 from limosa.model.vm import VmState
 from limosa.security import tls
+from limosa.settings.address import split_address
 from limosa.wire.api import CheckReport, CheckRequest, MoveOptions, MoveRequest
 
 #: Ended moves that are remembered for ``limosa migration list``.

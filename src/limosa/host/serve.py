@@ -24,12 +24,13 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from limosa.errors import NetworkError, NotPermitted
 from limosa.host.api import application
-from limosa.host.peers import MAX_MESSAGE_BYTES, PING_EVERY_S, PONG_WITHIN_S, split_address
+from limosa.host.peers import MAX_MESSAGE_BYTES, PING_EVERY_S, PONG_WITHIN_S
 from limosa.host.services import assemble, recover
 from limosa.security import tls
 from limosa.security.identity import Identity, from_peer_certificate, from_unix_peer
 from limosa.settings import toml
-from limosa.settings.daemon import DaemonSettings
+from limosa.settings.address import split_address
+from limosa.settings.daemon import DEFAULT_PORT, DaemonSettings
 
 _log = logging.getLogger(__name__)
 
@@ -118,7 +119,7 @@ def _tls_server(app: Starlette, address: str, pki: Path) -> tuple[uvicorn.Server
     context = tls.server_context(pki)
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        sock = socket.create_server((host, port), family=family, backlog=128)
+        sock = socket.create_server((host, port or DEFAULT_PORT), family=family, backlog=128)
     except OSError as error:
         raise NetworkError(
             f"cannot listen on {address}",

@@ -7,6 +7,7 @@ from typing import Annotated
 from msgspec import Meta
 
 from limosa.model.base import AbsolutePath, Model, Name
+from limosa.settings.address import parse_address
 
 DEFAULT_PORT = 7411
 DEFAULT_FILE = "/etc/limosa/host.toml"
@@ -42,3 +43,8 @@ class DaemonSettings(Model, frozen=True):
     def __post_init__(self) -> None:
         if len(self.run_dir) > 56:
             raise ValueError("run_dir: at most 56 characters, or the paths of sockets in it become too long")
+        for address in self.listen:
+            try:
+                parse_address(address)
+            except ValueError as error:
+                raise ValueError(f"listen: '{address[:80]}': {error}") from None

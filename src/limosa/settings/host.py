@@ -11,12 +11,9 @@ from typing import Annotated, Literal
 from msgspec import Meta
 
 from limosa.model.base import AbsolutePath, Model, Name
+from limosa.settings.address import PeerAddress, parse_address
 
 Cidr = Annotated[str, Meta(max_length=64, description="a network such as 10.0.0.0/24")]
-PeerAddress = Annotated[
-    str,
-    Meta(pattern=r"\A[A-Za-z0-9._:\[\]-]{1,255}\Z", description="HOST or HOST:PORT of another host's API"),
-]
 
 
 class ConvergencePolicy(Model, frozen=True):
@@ -94,6 +91,11 @@ class HostSettings(Model, frozen=True):
                 ipaddress.ip_network(network)
             except ValueError as error:
                 raise ValueError(f"migration_networks: {error}") from None
+        for name, address in self.peers.items():
+            try:
+                parse_address(address)
+            except ValueError as error:
+                raise ValueError(f"peers.{name}: {error}") from None
         first, last = self.migration_ports
         if not 1024 <= first <= last <= 65535:
             raise ValueError("migration_ports: two ports from 1024 to 65535, the lower first")
