@@ -1,7 +1,7 @@
 """The source's end of a session with another host: a :class:`limosa.migration.peer.Peer` over one WebSocket.
 
 The session is opened with mutual TLS before anything is asked. A host is called by the name in its certificate; TLS
-refuses another. Pings every second notice a dead network within five.
+refuses another. Pings every second notice a dead network within four.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from limosa.wire import peer as say
 from limosa.wire import versions
 from limosa.wire.endpoints import PEER_PATH, Role
 
-CONNECT_WITHIN_S = 5.0
+CONNECT_WITHIN_S = 3.0
 PING_EVERY_S = 1.0
-PONG_WITHIN_S = 4.0
+PONG_WITHIN_S = 3.0
 MAX_MESSAGE_BYTES = 16 * 1024 * 1024
 
 Answer = TypeVar("Answer")
