@@ -101,7 +101,11 @@ class HostClient:
             return None
         if request is None:
             raise TypeError(f"{endpoint.method} {endpoint.path} needs a {endpoint.request.__name__}")
-        return msgspec.json.encode(request)
+        try:
+            return msgspec.json.encode(request)
+        except UnicodeEncodeError as fault:
+            # A command line may hold any bytes; Python keeps those that are no UTF-8 as lone surrogates.
+            raise InvalidInput("what was given is not valid", why="it is not UTF-8") from fault
 
     def _send(
         self,
@@ -123,7 +127,7 @@ class HostClient:
             return cls()
         try:
             return msgspec.json.decode(data, type=cls)
-        except (msgspec.MsgspecError, UnicodeDecodeError) as fault:
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as fault:
             raise HostUnreachable(
                 "the host gave an answer that this command does not understand",
                 why=str(fault),
@@ -135,7 +139,7 @@ def error_of(status: int, data: bytes) -> LimosaError:
     """The error that a refusing reply stands for."""
     try:
         return from_fault(msgspec.json.decode(data, type=Fault))
-    except (msgspec.MsgspecError, UnicodeDecodeError):
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return LimosaError(
             f"the host refused the request with status {status}",
             why=data[:200].decode("utf-8", "replace"),

@@ -33,6 +33,7 @@ from limosa.model.vm import Vm
 from limosa.security.identity import Identity
 from limosa.wire import api, endpoints, versions
 from limosa.wire.endpoints import ENDPOINTS, Endpoint, Role
+from limosa.wire.parsing import parse
 
 MAX_BODY_BYTES = 4 * 1024 * 1024
 _log = logging.getLogger(__name__)
@@ -213,9 +214,11 @@ class Handlers:
 
 
 def _route(endpoint: Endpoint[Any, Any], handler: Handler) -> Route:
+    decoder = msgspec.json.Decoder(endpoint.request)
+
     async def answer(request: Request) -> Response:
         _authorise(request.scope, endpoint.role)
-        reply = await handler(await _body(request, endpoint.request), dict(request.path_params))
+        reply = await handler(parse(await _body(request), decoder, "the request"), dict(request.path_params))
         return Response(msgspec.json.encode(reply), media_type="application/json")
 
     return Route(endpoint.path, answer, methods=[endpoint.method])
@@ -237,7 +240,7 @@ def _authorise(scope: Any, role: Role) -> None:
         )
 
 
-async def _body(request: Request, cls: type[Model]) -> Model:
+async def _body(request: Request) -> bytes:
     data = bytearray()
     try:
         async for chunk in request.stream():
@@ -246,10 +249,7 @@ async def _body(request: Request, cls: type[Model]) -> Model:
                 raise InvalidInput("the request is too large", why=f"more than {MAX_BODY_BYTES} bytes")
     except ClientDisconnect as error:
         raise InvalidInput("the request broke off") from error
-    try:
-        return msgspec.json.decode(bytes(data) or b"{}", type=cls)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise InvalidInput("the request is not valid", why=str(error)) from error
+    return bytes(data) or b"{}"
 
 
 def _fault(error: LimosaError) -> Response:

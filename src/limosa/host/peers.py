@@ -16,7 +16,7 @@ import msgspec
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import InvalidHandshake, WebSocketException
 
-from limosa.errors import HostNotTrusted, HostUnreachable, from_fault
+from limosa.errors import HostNotTrusted, HostUnreachable, InvalidInput, from_fault
 from limosa.model.base import MigrationId
 from limosa.model.facts import DestinationFacts
 from limosa.model.vm import Accelerator, VmConfig
@@ -26,6 +26,7 @@ from limosa.settings.daemon import DEFAULT_PORT
 from limosa.wire import peer as say
 from limosa.wire import versions
 from limosa.wire.endpoints import PEER_PATH, Role
+from limosa.wire.parsing import parse
 
 CONNECT_WITHIN_S = 3.0
 PING_EVERY_S = 1.0
@@ -131,9 +132,9 @@ class RemotePeer:
     async def _read(self) -> None:
         try:
             async for data in self._connection:
-                self._take(_decoder.decode(data))
+                self._take(parse(data, _decoder, "its answer"))
             self._lose("it closed the session")
-        except (WebSocketException, msgspec.MsgspecError, OSError) as error:
+        except (WebSocketException, InvalidInput, OSError) as error:
             self._lose(str(error))
 
     def _take(self, message: say.FromDestination) -> None:

@@ -20,9 +20,10 @@ MAX_FILE_BYTES = 4 * 1024 * 1024
 def decode(text: str, cls: type[T], *, where: str, error: type[LimosaError] = InvalidInput) -> T:
     """The struct that ``text`` describes. Raises ``error`` naming ``where`` and the place of the fault."""
     try:
-        return convert(tomllib.loads(text), cls, where=where, error=error)
-    except (tomllib.TOMLDecodeError, RecursionError) as fault:
+        raw = tomllib.loads(text)
+    except (ValueError, RecursionError) as fault:  # TOMLDecodeError is a ValueError; a number too long is another
         raise error(f"{where} is not valid TOML", why=str(fault), todo="mend the file") from fault
+    return convert(raw, cls, where=where, error=error)
 
 
 def convert(raw: Any, cls: type[T], *, where: str, error: type[LimosaError] = InvalidInput) -> T:
