@@ -9,20 +9,26 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import Coroutine
 from typing import Any
 
 import msgspec
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
-from limosa.errors import InvalidInput, LimosaError, NotPermitted
+from limosa.errors import Conflict, InvalidInput, LimosaError, NotPermitted
 from limosa.host.incoming import Incoming
 from limosa.migration.destination import Destination
 from limosa.security.identity import Identity
 from limosa.wire import peer as say
 from limosa.wire import versions
+from limosa.wire.parsing import parse
 
 _decoder = msgspec.json.Decoder(say.FromSource)
+_log = logging.getLogger(__name__)
+
+#: A source asks one thing after another; more than this unanswered is no conversation.
+MAX_UNANSWERED = 16
 
 
 class Session:
@@ -33,6 +39,7 @@ class Session:
         self._source = source
         self._incoming = incoming
         self._reached_at: str = socket.scope["server"][0]
+        self._greeted = False
         self._destination: Destination | None = None
         self._messages: asyncio.Queue[say.FromSource] = asyncio.Queue()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -40,27 +47,40 @@ class Session:
         self._trial = contextlib.AsyncExitStack()
 
     async def serve(self) -> None:
-        """Answer until the connection ends."""
+        """Answer until the connection ends, or something comes that no source says."""
         worker = asyncio.ensure_future(self._work())
         try:
             while True:
-                self._messages.put_nowait(_decoder.decode(await self._socket.receive_bytes()))
-        except (WebSocketDisconnect, KeyError):
-            pass
-        except msgspec.MsgspecError as error:
-            with contextlib.suppress(RuntimeError, WebSocketDisconnect):
-                await self._send(say.Failed(fault=InvalidInput("not a message", why=str(error)).fault()))
+                self._messages.put_nowait(await self._receive())
+        except (WebSocketDisconnect, RuntimeError):
+            pass  # Starlette says RuntimeError if it was an answer of ours that found the connection gone
+        except LimosaError as error:
+            await self._send(say.Failed(fault=error.fault()))
         finally:
             worker.cancel()
             await asyncio.wait({worker})
             await self._end()
+
+    async def _receive(self) -> say.FromSource:
+        try:
+            data: bytes = await self._socket.receive_bytes()
+        except KeyError:
+            raise InvalidInput("the message is not valid", why="it is text, not bytes") from None
+        if self._messages.qsize() >= MAX_UNANSWERED:
+            raise InvalidInput("more was asked than can be answered", why=f"{MAX_UNANSWERED} messages wait")
+        message: say.FromSource = parse(data, _decoder, "the message")
+        return message
 
     async def _end(self) -> None:
         for task in self._tasks:
             task.cancel()
         await self._trial.aclose()
         if self._destination is not None:
-            await self._destination.abandoned()
+            try:
+                await self._destination.abandoned()
+            except LimosaError as error:
+                # The source, when it asks again, or the next daemon finds it unfinished and brings it to its end.
+                _log.error("%s", error)
             self._incoming.settled(self._destination)
 
     async def _work(self) -> None:
@@ -71,8 +91,13 @@ class Session:
                 await self._do(message)
             except LimosaError as error:
                 await self._send(say.Failed(fault=error.fault()))
+            except Exception as error:  # noqa: BLE001 - the source must not wait for an answer that never comes
+                _log.exception("an internal error in the session with %s", self._source.name)
+                await self._send(say.Failed(fault=LimosaError("an internal error", why=repr(error)).fault()))
 
     async def _do(self, message: say.FromSource) -> None:
+        if not self._greeted and not isinstance(message, say.Hello):
+            raise InvalidInput("who calls, and which version is spoken, was not said", todo="begin with hello")
         match message:
             case say.Hello(host=host, oldest=oldest, newest=newest):
                 await self._send(self._welcome(host, oldest, newest))
@@ -99,9 +124,11 @@ class Session:
                 host=host,
             )
         version = versions.agree((versions.OLDEST, versions.NEWEST), (oldest, newest), host=host)
+        self._greeted = True
         return say.Welcome(host=self._incoming.host, version=version)
 
     async def _prepare(self, request: say.Prepare) -> None:
+        self._check_free(request.migration)
         places: asyncio.Queue[int] = asyncio.Queue()
         teller = asyncio.ensure_future(self._tell_places(places))
         try:
@@ -124,6 +151,7 @@ class Session:
         await self._send(say.Adopted())
 
     async def _attach(self, migration: str) -> None:
+        self._check_free(migration)
         self._destination = self._incoming.find(migration, self._source.name)
         if self._destination is None:
             await self._send(say.Standing(state=say.DestinationState.UNKNOWN))
@@ -132,6 +160,11 @@ class Session:
         await self._send(standing)
         if standing.state is say.DestinationState.OWNED:
             await asyncio.shield(self._adopt(self._destination))
+
+    def _check_free(self, migration: str) -> None:
+        """One session is the lease of one migration: with a second, the end of the session would not end the first."""
+        if self._destination is not None and self._destination.journal.header.migration != migration:
+            raise Conflict("this session is about another migration", todo="open one for each")
 
     def _current(self) -> Destination:
         if self._destination is None:
