@@ -25,6 +25,7 @@ def document() -> dict[str, Any]:
     }
     ordered = sorted(types, key=lambda cls: cls.__name__)
     references, components = msgspec.json.schema_components(ordered, ref_template=_REF)
+    components = _portable(components)
     schema = dict(zip(ordered, references, strict=True))
     paths: dict[str, dict[str, Any]] = {}
     for endpoint in ENDPOINTS:
@@ -35,6 +36,16 @@ def document() -> dict[str, Any]:
         "paths": paths,
         "components": {"schemas": components},
     }
+
+
+def _portable(schema: Any) -> Any:
+    """The same with patterns as JSON Schema has them: ECMAScript's ``^`` and ``$`` are Python's ``\\A`` and ``\\Z``."""
+    if isinstance(schema, dict):
+        ported = {key: _portable(value) for key, value in schema.items()}
+        if isinstance(ported.get("pattern"), str):
+            ported["pattern"] = ported["pattern"].replace(r"\A", "^").replace(r"\Z", "$")
+        return ported
+    return [_portable(item) for item in schema] if isinstance(schema, list) else schema
 
 
 def _operation(endpoint: Endpoint[Any, Any], schema: dict[Any, Any]) -> dict[str, Any]:
