@@ -32,7 +32,7 @@ class Page:
         """
         raw = msgspec.to_builtins(self.now)
         for path, value in values.items():
-            _set(raw, path.split("."), value, path)
+            _set(raw, path, value)
         settings = toml.convert(raw, HostSettings, where="the new settings page")
         toml.write(self._path, settings)
         self.now = settings
@@ -41,11 +41,11 @@ class Page:
         return settings
 
 
-def _set(raw: dict[str, Any], keys: list[str], value: Any, path: str) -> None:
-    *outer, last = keys
-    table: Any = raw
-    for key in outer:
-        table = table.get(key) if isinstance(table, dict) else None
+def _set(raw: dict[str, Any], path: str, value: Any) -> None:
+    # Tables lie one deep, and what follows the first dot may have dots itself: a host's name, for one.
+    outer, dot, last = path.partition(".")
+    table = raw.get(outer) if dot else raw
+    last = last if dot else outer
     if not isinstance(table, dict):
         raise InvalidInput(f"there is no setting '{path}'", todo="'limosa host settings' lists them")
     if value is None:
