@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from msgspec import Meta
 
-from limosa.model.base import AbsolutePath, Mac, Model, Name, SwitchName, Uuid
+from limosa.model.base import AbsolutePath, Mac, Model, Name, SwitchName, Uuid, is_clean_path
 from limosa.model.finding import Finding
 from limosa.model.migration import Migration, Side
 from limosa.model.vm import (
@@ -37,6 +37,10 @@ class NewDisk(Model, frozen=True):
     format: DiskFormat | None = None
     read_only: bool = False
     size_mib: Annotated[int, Meta(ge=1, le=64 * 1024 * 1024)] | None = None
+
+    def __post_init__(self) -> None:
+        if not is_clean_path(self.path):
+            raise ValueError("the path has an empty, '.' or '..' component")
 
 
 class NewNic(Model, frozen=True):
