@@ -34,8 +34,7 @@ def grant(path: Path, user: str | None, *, read_only: bool) -> None:
     Only images that are written are ever given. Raises :class:`StorageError` saying what stands in the way; the file
     is then as it was.
     """
-    if not path.exists():
-        raise StorageError(f"there is no file {path}", todo="create it, or mount the storage it is on")
+    check_kind(path, _status(path))
     if may(path, user, write=not read_only):
         return
     verb = "read" if read_only else "write"
@@ -48,6 +47,21 @@ def grant(path: Path, user: str | None, *, read_only: bool) -> None:
             why=_closed_folder(path, user) or reason,
             todo=f"let '{user}' {verb} it, for example with chown, or setfacl -m u:{user}:{verb[0]} on the file",
         )
+
+
+def check_kind(path: Path, status: os.stat_result) -> None:
+    """Raise :class:`StorageError` unless it is a file or a block device: to open others can block, or never end."""
+    if not (stat.S_ISREG(status.st_mode) or stat.S_ISBLK(status.st_mode)):
+        raise StorageError(f"{path} is neither a file nor a block device", todo="name the image itself")
+
+
+def _status(path: Path) -> os.stat_result:
+    try:
+        return path.stat()
+    except FileNotFoundError:
+        raise StorageError(f"there is no file {path}", todo="create it, or mount the storage it is on") from None
+    except OSError as error:
+        raise StorageError(f"cannot look at {path}", why=error.strerror or str(error)) from error
 
 
 def _give(path: Path, user: str) -> str:

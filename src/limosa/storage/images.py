@@ -15,7 +15,7 @@ import msgspec
 from limosa.errors import InvalidInput, StorageError
 from limosa.model.base import Model
 from limosa.model.vm import DiskFormat
-from limosa.storage.access import grant
+from limosa.storage.access import check_kind, grant
 
 __all__ = ["ImageInfo", "create", "detect_format", "grant", "info"]
 
@@ -63,11 +63,7 @@ async def detect_format(path: Path) -> DiskFormat:
 
     Raises :class:`InvalidInput` where they do not, :class:`StorageError` if it cannot be read.
     """
-    try:
-        with path.open("rb") as stream:
-            by_contents: DiskFormat = "qcow2" if stream.read(4) == _QCOW2_MAGIC else "raw"
-    except OSError as error:
-        raise StorageError(f"cannot read {path}", why=error.strerror or str(error)) from error
+    by_contents: DiskFormat = "qcow2" if _head(path) == _QCOW2_MAGIC else "raw"
     by_name = _NAMES.get(path.suffix.lower(), "raw" if path.is_block_device() else None)
     if by_name != by_contents:
         raise InvalidInput(
@@ -78,6 +74,18 @@ async def detect_format(path: Path) -> DiskFormat:
     if by_contents == "qcow2":
         await info(path, "qcow2")
     return by_contents
+
+
+def _head(path: Path) -> bytes:
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a FIFO would keep us waiting
+        try:
+            check_kind(path, os.fstat(descriptor))
+            return os.read(descriptor, len(_QCOW2_MAGIC))
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise StorageError(f"cannot read {path}", why=error.strerror or str(error)) from error
 
 
 async def create(path: Path, image_format: DiskFormat, size_bytes: int) -> None:
