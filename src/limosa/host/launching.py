@@ -6,14 +6,14 @@ in the VM's run folder. A launch that fails leaves nothing.
 
 from __future__ import annotations
 
-import asyncio
-import base64
+import logging
 import os
 import pwd
 import secrets
 import shutil
 import time
-from contextlib import ExitStack
+from collections.abc import AsyncIterator
+from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,14 +27,17 @@ from limosa.model.base import Model
 from limosa.model.vm import Accelerator, Disk, Nic, VmConfig
 from limosa.network.netlink import Netlink
 from limosa.network.taps import open_tap
-from limosa.qemu.arguments import Launch
+from limosa.qemu import process
+from limosa.qemu.arguments import Launch, vnc_argument
 from limosa.qemu.capabilities import QemuCapabilities
 from limosa.qemu.machine import Machine
 from limosa.settings import toml
 from limosa.settings.daemon import DaemonSettings
 from limosa.storage import access, images, seed
 from limosa.wire.api import NewDisk, NewNic, NewVm
+from limosa.wire.parsing import parse
 
+_log = logging.getLogger(__name__)
 DISK_NAMES = [f"vd{letter}" for letter in "abcdefghijklmnopqrstuvwxyz"]
 
 
@@ -48,13 +51,16 @@ class ProcessRecord(Model, frozen=True, forbid_unknown_fields=False):
     started_at: float
 
 
+_record_decoder = msgspec.json.Decoder(ProcessRecord)
+
+
 @dataclass(frozen=True)
 class Found:
     """A VM's QEMU as an earlier daemon left it; ``machine`` is None if it has ended meanwhile."""
 
     machine: Machine | None
-    accelerator: Accelerator
-    started_at: float
+    accelerator: Accelerator | None = None
+    started_at: float | None = None
 
 
 class Launcher:
@@ -97,13 +103,15 @@ class Launcher:
         self._check_cpu(config)
         return config
 
-    async def make_disks(self, new: NewVm, config: VmConfig) -> None:
-        """Create the images that were asked for with a size. On failure those already made are removed."""
+    @asynccontextmanager
+    async def new_disks(self, new: NewVm, config: VmConfig) -> AsyncIterator[None]:
+        """Create the images that were asked for with a size; remove them again if they, or what follows, fail."""
         with ExitStack() as made:
             for asked, disk in zip(new.disks, config.disks, strict=True):
                 if asked.size_mib is not None:
                     await images.create(Path(disk.path), disk.format, asked.size_mib * 1024 * 1024)
                     made.callback(Path(disk.path).unlink, missing_ok=True)
+            yield
             made.pop_all()
 
     def accelerator(self, config: VmConfig) -> Accelerator:
@@ -133,11 +141,11 @@ class Launcher:
     # Processes
 
     async def launch(
-        self, config: VmConfig, accelerator: Accelerator, *, incoming: bool, carried: dict[str, str] | None = None
+        self, config: VmConfig, accelerator: Accelerator, *, incoming: bool, carried: dict[str, bytes] | None = None
     ) -> Machine:
-        """Start the VM's QEMU, paused. ``carried`` are files that came with it from the source, base64 by name."""
+        """Start the VM's QEMU, paused. ``carried`` are files that came with it from the source, by name."""
         folder = self._files.vm(config.name)
-        await asyncio.to_thread(self._grant, config)
+        self._grant(config)
         vars_file = self._firmware(config, folder)
         seed_file = self._seed(config, folder, carried or {})
         with ExitStack() as held:
@@ -174,11 +182,14 @@ class Launcher:
         """The QEMU an earlier daemon started for this VM; None if none was running when it ended."""
         path = self._files.vm(config.name) / "process.json"
         try:
-            record = msgspec.json.decode(path.read_bytes(), type=ProcessRecord)
+            record: ProcessRecord | None = parse(path.read_bytes(), _record_decoder, str(path))
         except FileNotFoundError:
             return None
-        except (OSError, msgspec.MsgspecError) as error:
-            raise StateError(f"{path} is damaged", why=str(error), vm=config.name) from error
+        except (OSError, InvalidInput) as error:
+            _log.error("VM %s: %s", config.name, error)
+            record = self._seen(config)
+        if record is None:
+            return Found(None)
         machine = None
         if record.boot == self._boot:
             try:
@@ -186,6 +197,22 @@ class Launcher:
             except QemuGone:
                 self.clean_up(config)
         return Found(machine, record.accelerator, record.started_at)
+
+    def _seen(self, config: VmConfig) -> ProcessRecord | None:
+        """What the record must have said, if the QEMU it was about still runs: it is known by its run folder."""
+        found = process.find(vnc_argument(self._files.sockets(config) / "vnc.sock"))
+        if found is None:
+            return None
+        pid, start_time = found
+        kvm = b"accel=kvm" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        booted_at = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
+        return ProcessRecord(
+            pid=pid,
+            start_time=start_time,
+            boot=self._boot,
+            accelerator="kvm" if kvm else "tcg",
+            started_at=booted_at + start_time / os.sysconf("SC_CLK_TCK"),
+        )
 
     def clean_up(self, config: VmConfig) -> None:
         """Forget a QEMU that has ended."""
@@ -202,11 +229,12 @@ class Launcher:
         )
         path = self._files.vm(config.name) / "process.json"
         # Not synced: it means something only as long as the machine does not restart.
+        temporary = path.with_name(".process.json.new")
         try:
-            temporary = path.with_name(".process.json.new")
             temporary.write_bytes(msgspec.json.encode(record))
             temporary.replace(path)
         except OSError as error:
+            temporary.unlink(missing_ok=True)
             raise StateError(f"cannot write {path}", why=error.strerror or str(error), vm=config.name) from error
 
     def _grant(self, config: VmConfig) -> None:
@@ -221,7 +249,7 @@ class Launcher:
         own = folder / "nvram.fd"
         if not own.exists():
             try:
-                shutil.copyfile(self._daemon.firmware_vars, own)
+                template = Path(self._daemon.firmware_vars).read_bytes()
             except OSError as error:
                 raise QemuError(
                     "the UEFI firmware is missing",
@@ -229,17 +257,18 @@ class Launcher:
                     todo="install the package ovmf",
                     vm=config.name,
                 ) from error
+            toml.write_atomically(own, template)
         self._give(own)
         return own
 
-    def _seed(self, config: VmConfig, folder: Path, carried: dict[str, str]) -> Path | None:
+    def _seed(self, config: VmConfig, folder: Path, carried: dict[str, bytes]) -> Path | None:
         if config.cloud_init is None:
             return None
         own = folder / "seed.iso"
         if "seed.iso" in carried:
-            own.write_bytes(base64.b64decode(carried["seed.iso"]))
+            toml.write_atomically(own, carried["seed.iso"])
         elif not own.exists():
-            own.write_bytes(seed.make(config.cloud_init, instance=config.uuid, host_name=config.name))
+            toml.write_atomically(own, seed.make(config.cloud_init, instance=config.uuid, host_name=config.name))
         self._give(own)
         return own
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import logging
 import secrets
 import time
 from collections.abc import AsyncIterator, Coroutine
@@ -35,6 +36,10 @@ from limosa.security import tls
 from limosa.settings.address import split_address
 from limosa.wire.api import CheckReport, CheckRequest, MoveOptions, MoveRequest
 
+_log = logging.getLogger(__name__)
+
+#: Between attempts to settle a move that could not be, because the disk is full for one.
+SETTLE_EVERY_S = 2.0
 #: Ended moves that are remembered for ``limosa migration list``.
 HISTORY = 200
 _ALPHABET = "abcdefghijklmnopqrstuvwxyz0123456789"
@@ -66,12 +71,12 @@ class Outgoing:
     async def check(self, request: CheckRequest) -> CheckReport:
         """Every finding against a move, also that the destination cannot be reached at all."""
         hosted = self._vms.get(request.vm)
-        facts = await self._inspector.vm_facts(hosted)
         try:
             peer = await self._dialler(request.destination)()
             try:
                 destination = peer.host
-                findings = await examine(peer, hosted.config, self.host, facts)
+                facts = self._inspector.vm_facts(hosted)
+                findings = await examine(peer, hosted.config, self.host, hosted.accelerator or "tcg", facts)
             finally:
                 await peer.close()
         except HostUnreachable as error:
@@ -204,12 +209,27 @@ class Outgoing:
         settlement = Settlement(move, cause or LimosaError("the host daemon restarted during the move"))
         self._settling[move.header.migration] = settlement
         try:
-            await settlement.run()
-        except LimosaError as error:
-            move.report.end(Outcome.UNRESOLVED, error.fault())
+            while True:
+                if await self._is_settled(settlement):
+                    break
+                await asyncio.sleep(SETTLE_EVERY_S)
         finally:
             self._settling.pop(move.header.migration, None)
             self._ended(move)
+
+    async def _is_settled(self, settlement: Settlement) -> bool:
+        """Try once. What could not be written, because the disk is full, was not done either; it is tried again."""
+        try:
+            await settlement.run()
+        except LimosaError as error:
+            settlement.move.report.end(Outcome.UNRESOLVED, error.fault())
+            return False
+        except Exception as error:  # noqa: BLE001 - a fault of ours must not leave a VM without an owner
+            _log.exception("migration %s cannot be settled", settlement.move.header.migration)
+            fault = LimosaError("an internal error", why=repr(error), vm=settlement.move.header.vm.name).fault()
+            settlement.move.report.end(Outcome.UNRESOLVED, fault)
+            return False
+        return True
 
     def _ended(self, move: SourceMove) -> None:
         if move.peer is not None:
@@ -313,10 +333,15 @@ class Leaving:
         """See :class:`limosa.migration.source.Home`."""
         return self._outgoing.bandwidth_share()
 
+    async def end_qemu(self) -> None:
+        """See :class:`limosa.migration.source.Home`."""
+        if self._hosted is not None:
+            await self._vms.end_handed_over(self._hosted)
+
     async def vm_left(self) -> None:
         """See :class:`limosa.migration.source.Home`."""
         if self._hosted is not None:
-            await self._vms.forget(self._hosted)
+            self._vms.forget(self._hosted)
 
     async def vm_stays(self) -> None:
         """See :class:`limosa.migration.source.Home`."""

@@ -8,22 +8,24 @@ while it moves.
 from __future__ import annotations
 
 import asyncio
-import os
-import shutil
+import logging
 import time
 import uuid
 from collections.abc import Coroutine
 from dataclasses import dataclass, field
 from typing import Any
 
-from limosa.errors import Conflict, LimosaError, NotFound, StateError
-from limosa.host.files import Files, passable
+from limosa.errors import Conflict, LimosaError, NotFound, OwnerUnknown, StateError, from_fault
+from limosa.host.files import Files
+from limosa.host.folders import Folders
 from limosa.host.launching import Launcher
 from limosa.model.vm import Accelerator, Vm, VmConfig, VmState
 from limosa.qemu.machine import Machine
 from limosa.qemu.protocol import Event, RunState
 from limosa.settings import toml
 from limosa.wire.api import NewVm
+
+_log = logging.getLogger(__name__)
 
 #: A VM that crashes sooner than this after its start is not restarted, whatever ``on_crash`` says.
 CRASH_LOOP_S = 30.0
@@ -43,6 +45,8 @@ class HostedVm:
     migration: str | None = None
     #: its QEMU is being ended, or its guest has shut down: the end of the process is no crash
     ending: bool = False
+    #: its QEMU runs and cannot be commanded; until that is mended nothing is done to the VM
+    fault: LimosaError | None = None
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     @property
@@ -60,24 +64,24 @@ class Vms:
         self._files = files
         self._launcher = launcher
         self._vms: dict[str, HostedVm] = {}
+        self._folders = Folders(files)
+        #: why it is not known of every VM here whether it has left; empty if it is
+        self.doubt = ""
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def load(self) -> list[LimosaError]:
-        """Read every ``vm.toml`` and take up the QEMUs that still run. Returns what could not be read."""
-        faults: list[LimosaError] = []
-        for folder in sorted(self._files.vms.iterdir()):
-            path = folder / "vm.toml"
+        """Read every ``vm.toml`` and take up the QEMUs that still run. Returns what could not be read or taken up."""
+        configs = self._folders.read()
+        faults = list(self._folders.damaged.values())
+        for config in configs:
+            hosted = HostedVm(config, VmState.STOPPED)
+            self._vms[config.name] = hosted
             try:
-                if path.exists():
-                    await self._load(toml.read(path, VmConfig, error=StateError))
+                await self._take_up(hosted, died=VmState.CRASHED)
             except LimosaError as error:
+                hosted.fault, hosted.state, hosted.reason = error, VmState.CRASHED, str(error)
                 faults.append(error)
         return faults
-
-    async def _load(self, config: VmConfig) -> None:
-        hosted = HostedVm(config, VmState.STOPPED)
-        self._vms[config.name] = hosted
-        await self._take_up(hosted, died=VmState.CRASHED)
 
     async def _take_up(self, hosted: HostedVm, *, died: VmState) -> None:
         """Attach to the VM's QEMU if its ``process.json`` names one that still runs."""
@@ -95,8 +99,10 @@ class Vms:
     # Looking
 
     def get(self, name: str) -> HostedVm:
-        """The VM of that name. Raises :class:`NotFound`."""
+        """The VM of that name. Raises :class:`NotFound`, or :class:`StateError` if its file is damaged."""
         hosted = self._vms.get(name)
+        if hosted is None and name in self._folders.damaged:
+            raise from_fault(self._folders.damaged[name].fault())
         if hosted is None:
             raise NotFound(
                 f"host '{self._host}' has no VM '{name}'", todo="'limosa vm list' shows them", vm=name, host=self._host
@@ -106,6 +112,10 @@ class Vms:
     def find(self, name: str) -> HostedVm | None:
         """The VM of that name, or None."""
         return self._vms.get(name)
+
+    def is_taken(self, name: str) -> bool:
+        """Whether there is a VM of that name, be it one whose file is damaged."""
+        return name in self._vms or name in self._folders.damaged
 
     def all(self) -> list[HostedVm]:
         """All VMs, by name."""
@@ -133,7 +143,12 @@ class Vms:
         )
 
     def check_idle(self, hosted: HostedVm) -> None:
-        """Raise :class:`Conflict` if the VM is in a migration or an act is being done to it."""
+        """Raise :class:`Conflict` if the VM is in a migration or an act is being done to it.
+
+        Raises what is wrong with the VM if it cannot be commanded at all.
+        """
+        if hosted.fault is not None:
+            raise from_fault(hosted.fault.fault())
         if hosted.migration is not None or hosted.state is VmState.INCOMING:
             raise Conflict(
                 f"VM '{hosted.config.name}' is in migration {hosted.migration}",
@@ -143,7 +158,7 @@ class Vms:
             )
         if hosted.lock.locked():
             raise Conflict(
-                f"VM '{hosted.config.name}' is being started or stopped",
+                f"VM '{hosted.config.name}' is being created, started or stopped",
                 todo="try again in a moment",
                 vm=hosted.config.name,
                 host=self._host,
@@ -154,18 +169,21 @@ class Vms:
     async def create(self, new: NewVm) -> HostedVm:
         """Pin what was left open, check, and make the VM durable. On failure nothing is kept."""
         self._check_free(new.name, new.uuid)
-        placeholder = HostedVm(await self._launcher.pin(new, str(uuid.uuid4())), VmState.STOPPED)
-        self._check_free(new.name, placeholder.config.uuid)
-        self._vms[new.name] = placeholder
+        created = HostedVm(await self._launcher.pin(new, str(uuid.uuid4())), VmState.STOPPED)
+        self._check_free(new.name, created.config.uuid)
+        self._vms[new.name] = created
         try:
-            await self._launcher.make_disks(new, placeholder.config)
-            self._make_folder(placeholder.config)
-            toml.write(self._files.vm(new.name) / "vm.toml", placeholder.config)
+            async with created.lock, self._launcher.new_disks(new, created.config):
+                self._folders.make(created.config)
+                try:
+                    self._folders.keep(created.config)
+                except StateError:
+                    self._folders.remove(created.config)
+                    raise
         except BaseException:
             del self._vms[new.name]
-            self._remove_folder(placeholder.config)
             raise
-        return placeholder
+        return created
 
     async def start(self, hosted: HostedVm) -> None:
         """Start a stopped VM. On failure it is stopped and nothing runs."""
@@ -202,37 +220,49 @@ class Vms:
     async def resume(self, hosted: HostedVm) -> None:
         """Let a paused guest go on."""
         self.check_idle(hosted)
-        await self._running(hosted).resume_if_stopped()
+        machine = self._running(hosted)
+        if self.doubt and await machine.status() is RunState.POSTMIGRATE:
+            raise OwnerUnknown(
+                f"VM '{hosted.config.name}' was sent to another host, and may run there",
+                why=self.doubt,
+                todo="see docs/recovery.md; restart the daemon when the journal is mended or moved away",
+                vm=hosted.config.name,
+                host=self._host,
+            )
+        await machine.resume_if_stopped()
 
     def delete(self, hosted: HostedVm) -> None:
         """Forget a stopped VM. Its disks are kept."""
         self.check_idle(hosted)
         if hosted.machine is not None:
             raise self._wrong_state(hosted, "runs")
-        self._remove_folder(hosted.config)
+        self._folders.remove(hosted.config)
         del self._vms[hosted.config.name]
 
     # What migrations do
 
     def reserve(self, config: VmConfig, migration: str) -> HostedVm:
-        """Hold name, UUID and memory for a VM that is to land. Raises :class:`Conflict`."""
+        """Hold name, UUID, memory and folder for a VM that is to land.
+
+        Raises :class:`Conflict` or :class:`StateError`; nothing is held then.
+        """
         self._check_free(config.name, config.uuid)
         self._launcher.check_memory(config, self.committed_mib())
+        self._folders.make(config)
         hosted = HostedVm(config, VmState.INCOMING, migration=migration)
         self._vms[config.name] = hosted
         return hosted
 
-    async def launch_incoming(self, hosted: HostedVm, accelerator: Accelerator, carried: dict[str, str]) -> Machine:
+    async def launch_incoming(self, hosted: HostedVm, accelerator: Accelerator, carried: dict[str, bytes]) -> Machine:
         """Start the QEMU of a VM that is to land, waiting for its state."""
         hosted.accelerator = accelerator
-        self._make_folder(hosted.config)
         machine = await self._launcher.launch(hosted.config, accelerator, incoming=True, carried=carried)
         self._attach(hosted, machine)
         return machine
 
     def adopt(self, hosted: HostedVm, *, running: bool) -> None:
         """A VM that landed is this host's from now on, durably."""
-        toml.write(self._files.vm(hosted.config.name) / "vm.toml", hosted.config)
+        self._folders.keep(hosted.config)
         hosted.migration = None
         hosted.started_at = time.time()
         if hosted.machine is None:
@@ -243,15 +273,18 @@ class Vms:
     async def discard(self, hosted: HostedVm) -> None:
         """Kill the QEMU of a VM that will not land, and give everything back."""
         await self._end(hosted)
-        self._remove_folder(hosted.config)
+        self._folders.remove(hosted.config)
         if self._vms.get(hosted.config.name) is hosted:
             del self._vms[hosted.config.name]
 
-    async def forget(self, hosted: HostedVm) -> None:
-        """A VM that moved away: end its QEMU, then remove it from this host, durably."""
-        hosted.state = VmState.HANDED_OVER
+    async def end_handed_over(self, hosted: HostedVm) -> None:
+        """End the QEMU of a VM that runs elsewhere now."""
         await self._end(hosted)
-        self._remove_folder(hosted.config)
+        hosted.state = VmState.HANDED_OVER
+
+    def forget(self, hosted: HostedVm) -> None:
+        """A VM that moved away: remove it from this host, durably."""
+        self._folders.remove(hosted.config)
         toml.sync_folder(self._files.vms)
         self._vms.pop(hosted.config.name, None)
 
@@ -307,7 +340,11 @@ class Vms:
             return
         await self._after_end(hosted, machine)
         if hosted.state is VmState.CRASHED and hosted.migration is None and self._may_restart(hosted):
-            await self.start(hosted)
+            try:
+                await self.start(hosted)
+            except LimosaError as error:
+                _log.error("VM %s is not restarted: %s", hosted.config.name, error)
+                hosted.reason = f"{hosted.reason}; it could not be restarted: {error}"
 
     async def _after_end(self, hosted: HostedVm, machine: Machine) -> None:
         """What holds once the process is gone. Idempotent: the watcher and whoever ended it both come here."""
@@ -343,6 +380,14 @@ class Vms:
         return Conflict(f"VM '{name}' {what}", todo=f"see 'limosa vm show {name}'", vm=name, host=self._host)
 
     def _check_free(self, name: str, identity: str | None) -> None:
+        if name in self._folders.damaged:
+            raise Conflict(
+                f"host '{self._host}' has a VM of that name already: '{name}'",
+                why=str(self._folders.damaged[name]),
+                todo="mend its file and restart the daemon, or choose another name",
+                vm=name,
+                host=self._host,
+            )
         for hosted in self._vms.values():
             if hosted.config.name == name or hosted.config.uuid == identity:
                 same = "name" if hosted.config.name == name else "UUID"
@@ -352,22 +397,6 @@ class Vms:
                     vm=name,
                     host=self._host,
                 )
-
-    def _make_folder(self, config: VmConfig) -> None:
-        try:
-            passable(self._files.vm(config.name))
-        except OSError as error:
-            raise StateError(
-                f"cannot make {self._files.vm(config.name)}", why=error.strerror or str(error), vm=config.name
-            ) from error
-
-    def _remove_folder(self, config: VmConfig) -> None:
-        folder = self._files.vm(config.name)
-        # The file that makes the VM ours goes first and durably: a crash halfway leaves rubbish, not half a VM.
-        if (folder / "vm.toml").exists():
-            os.unlink(folder / "vm.toml")
-            toml.sync_folder(folder)
-        shutil.rmtree(folder, ignore_errors=True)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.ensure_future(work)

@@ -97,6 +97,7 @@ class Destination:
         try:
             await self.landing.reserve(in_line)
             self.journal.record(DestinationStep.RESERVED, time.time(), durable=False)
+            address, ports = await self.landing.stream_address()
             self.machine = await self.landing.launch(request)
             self._follow(self.machine)
             await self.machine.prepare_incoming(
@@ -107,7 +108,6 @@ class Destination:
                     post_copy=request.post_copy,
                 )
             )
-            address, ports = await self.landing.stream_address()
             port = await self.machine.listen(address, ports)
         except BaseException:
             await asyncio.shield(self.abort("it could not be prepared"))

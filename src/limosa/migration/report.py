@@ -25,8 +25,12 @@ class Report:
         self._since = time.monotonic()
         self._began: float | None = None
 
-    def enter(self, phase: Phase, **changes: Any) -> None:
-        """End the phase before, at this moment, and begin the next."""
+    def enter(self, phase: Phase, *, silently: bool = False, **changes: Any) -> None:
+        """End the phase before, at this moment, and begin the next.
+
+        ``silently``: let watchers hear of it with the next change. While the guest stands still the processors have
+        better things to do than to wake everybody who watches.
+        """
         at = time.monotonic()
         if self._began is None and phase is not Phase.WAITING:
             self._began = at
@@ -36,7 +40,9 @@ class Report:
             self._since = at
         self.bar = self.bar.entered(phase)
         progress = msgspec.structs.replace(self.now.progress, percent=self.bar.percent, note="")
-        self.change(phase=phase, phases=phases, progress=progress, **changes)
+        self.now = msgspec.structs.replace(self.now, phase=phase, phases=phases, progress=progress, **changes)
+        if not silently:
+            self._publish(self.now)
 
     def progress(self, progress: Progress) -> None:
         """Show progress within the phase."""

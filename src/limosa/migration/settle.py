@@ -15,7 +15,7 @@ from collections.abc import Iterator
 
 from limosa.errors import Cancelled, HostUnreachable, LimosaError, OwnerUnknown, QemuError
 from limosa.migration.ownership import SOURCE_ENDED, SourceAction, SourceQemu, SourceStep, decide_source
-from limosa.migration.source import SourceMove
+from limosa.migration.source import POST_COPY, SourceMove
 from limosa.model.migration import Outcome, Phase, Side
 from limosa.qemu.protocol import Event, MachineProtocol, MigrationState, RunState
 from limosa.wire.peer import DestinationState, Standing
@@ -27,12 +27,7 @@ ABORT_WITHIN_S = 5.0
 #: The move is shown as unresolved when the destination could not be asked for this long.
 UNRESOLVED_AFTER_S = 3.0
 
-_COMPLETED = (
-    MigrationState.COMPLETED,
-    MigrationState.POSTCOPY_ACTIVE,
-    MigrationState.POSTCOPY_PAUSED,
-    MigrationState.POSTCOPY_RECOVER,
-)
+_COMPLETED = {MigrationState.COMPLETED, *POST_COPY}
 _UNDER_WAY = (MigrationState.SETUP, MigrationState.ACTIVE, MigrationState.PRE_SWITCHOVER, MigrationState.DEVICE)
 
 

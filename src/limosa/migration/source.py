@@ -30,7 +30,7 @@ from limosa.migration.report import Report
 from limosa.model.facts import VmFacts
 from limosa.model.finding import Finding, Severity
 from limosa.model.migration import Phase
-from limosa.model.vm import VmConfig
+from limosa.model.vm import Accelerator, VmConfig
 from limosa.qemu.protocol import Event, MachineProtocol, MigrationState, MigrationStatistics, StreamParameters
 from limosa.security.stream import make_credentials
 from limosa.settings.host import ConvergencePolicy
@@ -65,8 +65,11 @@ class Home(Protocol):
     def bandwidth(self) -> int:
         """Bytes per second this move may use now, 0: no cap."""
 
+    async def end_qemu(self) -> None:
+        """End the VM's QEMU here, which will never run the guest again."""
+
     async def vm_left(self) -> None:
-        """The VM belongs to the destination: end its QEMU here and forget it, durably."""
+        """The VM belongs to the destination, durably: forget it here, durably."""
 
     async def vm_stays(self) -> None:
         """The VM goes on here; it may be operated again."""
@@ -144,7 +147,7 @@ class SourceMove:
 
     async def check(self, peer: Peer) -> tuple[Finding, ...]:
         """Preflight. Raises :class:`PreflightRefused` with all findings if one is an error."""
-        findings = await examine(peer, self.header.vm, self.header.source, await self.home.facts())
+        findings = await examine(peer, self.header.vm, self.header.source, self.header.accelerator, self.home.facts())
         if any(finding.severity is Severity.ERROR for finding in findings):
             raise PreflightRefused(findings, vm=self.header.vm.name, host=peer.host)
         self.report.change(findings=findings)
@@ -179,11 +182,26 @@ class SourceMove:
 
     async def tear_down(self) -> None:
         """Wait until the destination is durable, then end QEMU here and forget the VM."""
+        if self.machine is not None:
+            await self._everything_followed(self.machine)
+        # The guest runs there, so this copy of its memory is of no use any more; its files are, until that is durable.
+        await _both(self._confirm(), self.home.end_qemu())
+        await self.home.vm_left()
+        self.journal.record(SourceStep.FINISHED, time.time(), durable=False)
+
+    async def _confirm(self) -> None:
         if self.peer is not None:
             await self.peer.adopted()
         self.journal.record(SourceStep.CONFIRMED, time.time())
-        await self.home.vm_left()
-        self.journal.record(SourceStep.FINISHED, time.time(), durable=False)
+
+    async def _everything_followed(self, machine: MachineProtocol) -> None:
+        """After a post-copy: QEMU here must live until the destination has fetched all memory."""
+        try:
+            while (await machine.migration()).state in POST_COPY:
+                self.report.note("the guest runs at the destination, the rest of its memory follows")
+                await asyncio.sleep(LOOK_EVERY_S)
+        except QemuGone:
+            return
 
     def cancel(self) -> None:
         """Have the move cancelled at the next moment at which that is possible."""
@@ -224,7 +242,7 @@ class SourceMove:
         match event.name:
             case "STOP":
                 self.stopped_at = event.at
-                self.report.enter(Phase.SWITCHOVER)
+                self.report.enter(Phase.SWITCHOVER, silently=True)
             case "MIGRATION_PASS" if event.data.get("pass", 0) > 1 and self.report.now.phase is Phase.COPY:
                 self.report.enter(Phase.SYNCHRONISE)
             case "MIGRATION":
@@ -293,6 +311,14 @@ class SourceMove:
         self.report.change(progress=shown, transfer_s=look.total_s, qemu_downtime_ms=look.downtime_ms)
 
 
+POST_COPY = frozenset(
+    {
+        MigrationState.POSTCOPY_ACTIVE,
+        MigrationState.POSTCOPY_PAUSED,
+        MigrationState.POSTCOPY_RECOVER,
+        MigrationState.POSTCOPY_RECOVER_SETUP,
+    }
+)
 ENDINGS = frozenset(
     {
         MigrationState.COMPLETED,
@@ -303,9 +329,14 @@ ENDINGS = frozenset(
 )
 
 
-async def examine(peer: Peer, vm: VmConfig, source: str, here: VmFacts) -> tuple[Finding, ...]:
-    """Ask the destination, try its port, and judge. The same for ``limosa check`` and for the move itself."""
-    there, skew = await peer.inspect(vm, here.accelerator)
+async def examine(
+    peer: Peer, vm: VmConfig, source: str, accelerator: Accelerator, facts: Coroutine[Any, Any, VmFacts]
+) -> tuple[Finding, ...]:
+    """Ask the destination, try its port, and judge. The same for ``limosa check`` and for the move itself.
+
+    ``facts`` are gathered here while the destination gathers its own.
+    """
+    (there, skew), here = await _both(peer.inspect(vm, accelerator), facts)
     reachable = bool(there.addresses and there.trial_port) and await tcp.reachable(there.addresses[0], there.trial_port)
     return preflight.check(vm, source, here, there, clock_skew_s=skew, reachable=reachable)
 

@@ -5,9 +5,10 @@ The server binds a handler to each, the client calls them, the OpenAPI document 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import IntEnum
 from typing import Generic, TypeVar
+
+import msgspec
 
 from limosa.model.base import Model
 from limosa.model.migration import Migration
@@ -26,8 +27,7 @@ class Role(IntEnum):
     HOST = 3
 
 
-@dataclass(frozen=True)
-class Endpoint(Generic[Request, Reply]):
+class Endpoint(msgspec.Struct, Generic[Request, Reply], frozen=True):
     """One request. ``path`` has its parameters in braces; ``stream`` replies with one JSON object a line."""
 
     method: str
