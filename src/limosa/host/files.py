@@ -7,6 +7,7 @@
                          process.json      its QEMU, while one runs
                          console.log  seed.iso  nvram.fd  qemu.log
                 migrations/ID.SIDE.jsonl   journals
+                lock                       held by the daemon as long as it lives
     <run_dir>/api.sock                     the API for people on the host
               vm/ID/                       sockets and stream credentials of a VM's QEMU
 
@@ -15,10 +16,12 @@ A folder below ``vms`` without ``vm.toml`` belongs to a VM that is landing, or w
 
 from __future__ import annotations
 
+import fcntl
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from limosa.errors import StateError
+from limosa.errors import Conflict, StateError
 from limosa.model.vm import VmConfig
 
 
@@ -65,6 +68,24 @@ class Files:
             self.migrations.mkdir(mode=0o700, exist_ok=True)
         except OSError as error:
             raise StateError(f"cannot make {error.filename}", why=error.strerror or str(error)) from error
+
+    def claim(self) -> None:
+        """Make this process the one daemon of the state folder until it ends, however it ends.
+
+        Raises :class:`Conflict` if there is another: two daemons would command the same QEMUs.
+        """
+        path = self.state / "lock"
+        try:
+            # Never closed by us: the lock is the descriptor's, and the kernel closes that.
+            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(descriptor)
+            raise Conflict(
+                f"another daemon works with {self.state}", todo="stop it first, or give this one a state_dir of its own"
+            ) from error
+        except OSError as error:
+            raise StateError(f"cannot lock {path}", why=error.strerror or str(error)) from error
 
 
 def passable(folder: Path) -> None:

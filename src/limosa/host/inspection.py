@@ -84,7 +84,7 @@ class Inspector:
             cpu_missing=cpu_missing,
             switches_missing=tuple(sorted({nic.switch for nic in vm.nics} - set(ours))),
             memory_available_mib=self.memory_available_mib(),
-            name_taken=self._vms.find(vm.name) is not None,
+            name_taken=self._vms.is_taken(vm.name),
             uuid_taken=any(hosted.config.uuid == vm.uuid for hosted in self._vms.all()),
             files=files,
             firmware_available=Path(self._daemon.firmware_code).exists(),

@@ -17,13 +17,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import uvicorn
 import uvloop
 from starlette.applications import Starlette
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from limosa.errors import NetworkError, NotPermitted
+from limosa.errors import InvalidInput, NetworkError, NotPermitted
 from limosa.host.api import application
+from limosa.host.files import Files
 from limosa.host.peers import MAX_MESSAGE_BYTES, PING_EVERY_S, PONG_WITHIN_S
 from limosa.host.services import assemble, recover
 from limosa.security import tls
@@ -46,10 +48,14 @@ def serve(settings_file: Path) -> None:
 
 
 async def _serve(daemon: DaemonSettings) -> None:
-    services = await assemble(daemon)
+    files = Files(Path(daemon.state_dir), Path(daemon.run_dir))
+    files.make()
+    files.claim()
+    # Who cannot be reached must not touch a VM either, so listening comes first.
+    listeners = [(_unix_listener(files.socket), None), *_tls_listeners(daemon)]
+    services = await assemble(daemon, files)
     app = application(services)
-    servers = [_unix_server(app, services.files.socket)]
-    servers += [_tls_server(app, address, Path(daemon.certificates)) for address in daemon.listen]
+    servers = [(_Server(_config(app, context)), sock) for sock, context in listeners]
     await recover(services)
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -73,6 +79,13 @@ class IdentifyingProtocol(HttpToolsProtocol):
         """Add ``identity`` to the state of every request on this connection; None if it is nobody we know."""
         super().connection_made(transport)
         self.app_state = {**self.app_state, "identity": _identify(transport)}
+
+    def send_400_response(self, msg: str) -> None:
+        """Refuse what is no HTTP in the same form as everything else."""
+        body = msgspec.json.encode(InvalidInput("the request is not valid", why=msg).fault())
+        lines = ["HTTP/1.1 400 Bad Request", "content-type: application/json", f"content-length: {len(body)}"]
+        self.transport.write("\r\n".join([*lines, "connection: close", "", ""]).encode("ascii") + body)
+        self.transport.close()
 
 
 def _identify(transport: asyncio.Transport) -> Identity | None:
@@ -98,12 +111,10 @@ class _Server(uvicorn.Server):
         yield
 
 
-def _unix_server(app: Starlette, path: Path) -> tuple[uvicorn.Server, socket.socket]:
+def _unix_listener(path: Path) -> socket.socket:
     sock = socket.socket(socket.AF_UNIX)
     try:
-        # A socket that nobody listens on is what a daemon that was killed left.
-        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as trial:
-            trial.connect(str(path))
+        if _is_served(path):
             raise NetworkError(f"another daemon serves {path}", todo="one daemon for each run folder")
         path.unlink(missing_ok=True)
         os.fchmod(sock.fileno(), 0o600)
@@ -111,22 +122,35 @@ def _unix_server(app: Starlette, path: Path) -> tuple[uvicorn.Server, socket.soc
         sock.listen(128)
     except OSError as error:
         raise NetworkError(f"cannot listen on {path}", why=error.strerror or str(error)) from error
-    return _Server(_config(app)), sock
+    return sock
 
 
-def _tls_server(app: Starlette, address: str, pki: Path) -> tuple[uvicorn.Server, socket.socket]:
-    host, port = split_address(address)
-    context = tls.server_context(pki)
-    try:
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        sock = socket.create_server((host, port or DEFAULT_PORT), family=family, backlog=128)
-    except OSError as error:
-        raise NetworkError(
-            f"cannot listen on {address}",
-            why=error.strerror or str(error),
-            todo="see 'listen' in host.toml, and whether another daemon has the port",
-        ) from error
-    return _Server(_config(app, context)), sock
+def _is_served(path: Path) -> bool:
+    """Whether somebody listens. A socket that nobody listens on is what a daemon that was killed left."""
+    with socket.socket(socket.AF_UNIX) as trial:
+        trial.setblocking(False)  # a daemon that is too busy to take us is one too
+        try:
+            trial.connect(str(path))
+        except (FileNotFoundError, ConnectionRefusedError):
+            return False
+        except BlockingIOError:
+            pass
+    return True
+
+
+def _tls_listeners(daemon: DaemonSettings) -> Iterator[tuple[socket.socket, ssl.SSLContext]]:
+    for address in daemon.listen:
+        context = tls.server_context(Path(daemon.certificates))
+        host, port = split_address(address)
+        try:
+            family = socket.AF_INET6 if ":" in host else socket.AF_INET
+            yield socket.create_server((host, port or DEFAULT_PORT), family=family, backlog=128), context
+        except OSError as error:
+            raise NetworkError(
+                f"cannot listen on {address}",
+                why=error.strerror or str(error),
+                todo="see 'listen' in host.toml, and whether another daemon has the port",
+            ) from error
 
 
 def _config(app: Starlette, context: ssl.SSLContext | None = None) -> uvicorn.Config:

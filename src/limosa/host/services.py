@@ -8,7 +8,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from limosa.errors import LimosaError
+from limosa.errors import LimosaError, StateError
 from limosa.host.files import Files
 from limosa.host.incoming import Incoming
 from limosa.host.inspection import Inspector
@@ -17,6 +17,7 @@ from limosa.host.outgoing import Outgoing
 from limosa.host.page import Page
 from limosa.host.vms import Vms
 from limosa.migration.journal import Journal
+from limosa.migration.ownership import DestinationStep, SourceStep
 from limosa.model.migration import Side
 from limosa.network.netlink import Netlink
 from limosa.qemu.capabilities import probe
@@ -39,10 +40,8 @@ class Services:
     incoming: Incoming
 
 
-async def assemble(daemon: DaemonSettings) -> Services:
+async def assemble(daemon: DaemonSettings, files: Files) -> Services:
     """Make the parts, and take up the VMs that run. Raises :class:`LimosaError` if the host cannot work."""
-    files = Files(Path(daemon.state_dir), Path(daemon.run_dir))
-    files.make()
     page = Page(files.settings)
     netlink = Netlink()
     user = qemu_user(daemon.qemu_user)
@@ -72,12 +71,29 @@ async def recover(services: Services) -> None:
     journals: list[Journal] = []
     for path in sorted(services.files.migrations.glob("*.jsonl")):
         try:
-            journals.append(await asyncio.to_thread(Journal.load, path))
+            journals.append(await asyncio.to_thread(_load, path))
         except LimosaError as error:
             _log.error("%s", error)
+            services.vms.doubt = str(error)
     for journal in sorted(journals, key=lambda journal: journal.header.accepted_at):
         recover_one = services.outgoing if journal.header.side is Side.SOURCE else services.incoming
         try:
             await recover_one.recover(journal)
         except Exception:  # noqa: BLE001 - a fault in one must not keep the host's other VMs without a daemon
             _log.exception("migration %s could not be taken up", journal.header.migration)
+
+
+def _load(path: Path) -> Journal:
+    """A journal that says what it can mean. Raises :class:`StateError`."""
+    journal = Journal.load(path)
+    header = journal.header
+    steps: set[str] = {*(SourceStep if header.side is Side.SOURCE else DestinationStep)}
+    unknown = {record.step for record in journal.records} - steps
+    if unknown or path.name != f"{header.migration}.{header.side}.jsonl":
+        raise StateError(
+            f"the journal {path} is damaged",
+            why=f"there is no step '{min(unknown)}'" if unknown else f"it is of migration {header.migration}",
+            todo="see docs/recovery.md; the VM is left as it is",
+            vm=header.vm.name,
+        )
+    return journal
