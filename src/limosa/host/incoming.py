@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import binascii
 import contextlib
+import logging
 import time
 from collections.abc import Callable
+from pathlib import Path
 
-from limosa.errors import Conflict, LimosaError, NetworkError, NotFound, PreflightRefused
+from limosa.errors import (
+    Conflict,
+    InvalidInput,
+    LimosaError,
+    NetworkError,
+    NotFound,
+    PreflightRefused,
+    StateError,
+)
 from limosa.host.files import Files
 from limosa.host.inspection import Inspector
 from limosa.host.page import Page
@@ -22,6 +34,11 @@ from limosa.model.migration import Migration, Outcome, Phase, Progress, Side
 from limosa.qemu.protocol import MachineProtocol
 from limosa.transport import tcp
 from limosa.wire.peer import Inspect, Prepare
+
+_log = logging.getLogger(__name__)
+
+#: Between attempts to make it durable that a VM that runs here belongs here.
+ADOPT_EVERY_S = 1.0
 
 
 class Incoming:
@@ -69,8 +86,8 @@ class Incoming:
             boot=self._boot,
             was_running=request.running,
         )
-        if request.migration in self._landing:
-            raise Conflict(f"migration {request.migration} is under way already", vm=request.vm.name, host=self.host)
+        if request.migration in self._landing or self._journal_of(request.migration).exists():
+            raise Conflict(f"migration {request.migration} is known here already", vm=request.vm.name, host=self.host)
         destination = self._make(Journal.begin(self._files.migrations, header), None, reached_at)
         self._landing[request.migration] = destination
         return destination
@@ -81,6 +98,17 @@ class Incoming:
         if destination is None or destination.journal.header.source != source:
             return None
         return destination
+
+    async def adopt(self, destination: Destination) -> None:
+        """Make it durable that the VM is ours. It runs here already, so a full disk can delay that but not end it."""
+        while True:
+            try:
+                await destination.adopted()
+                break
+            except StateError as error:
+                _log.error("VM %s has landed, but %s", destination.vm.name, error)
+                await asyncio.sleep(ADOPT_EVERY_S)
+        self.settled(destination)
 
     def settled(self, destination: Destination) -> None:
         """Forget a landing that has ended; its journal goes on answering for it."""
@@ -111,8 +139,11 @@ class Incoming:
         """Landings that have not ended."""
         return [view(destination) for destination in self._landing.values()]
 
+    def _journal_of(self, migration: str) -> Path:
+        return self._files.migrations / f"{migration}.{Side.DESTINATION}.jsonl"
+
     def _from_journal(self, migration: str) -> Destination | None:
-        path = self._files.migrations / f"{migration}.{Side.DESTINATION}.jsonl"
+        path = self._journal_of(migration)
         return self._make(Journal.load(path), None) if path.exists() else None
 
     def _make(self, journal: Journal, machine: MachineProtocol | None, reached_at: str = "") -> Destination:
@@ -148,7 +179,7 @@ class LandingHere:
     async def launch(self, request: Prepare) -> MachineProtocol:
         """See :class:`limosa.migration.destination.Landing`."""
         assert self._hosted is not None
-        return await self._vms.launch_incoming(self._hosted, request.accelerator, request.files)
+        return await self._vms.launch_incoming(self._hosted, request.accelerator, carried_files(request.files))
 
     async def stream_address(self) -> tuple[str, tuple[int, int]]:
         """See :class:`limosa.migration.destination.Landing`."""
@@ -175,6 +206,16 @@ class LandingHere:
         if self._has_slot:
             self._has_slot = False
             self._slots.release()
+
+
+def carried_files(files: dict[str, str]) -> dict[str, bytes]:
+    """What came along with a VM, decoded. Raises :class:`InvalidInput` for anything that is not taken as it is."""
+    if unknown := files.keys() - {"seed.iso"}:
+        raise InvalidInput(f"the file '{min(unknown)}' came along and is not known here")
+    try:
+        return {name: base64.b64decode(contents, validate=True) for name, contents in files.items()}
+    except binascii.Error as error:
+        raise InvalidInput("a file that came along is damaged", why=str(error)) from error
 
 
 def view(destination: Destination) -> Migration:

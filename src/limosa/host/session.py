@@ -146,8 +146,7 @@ class Session:
         await self._adopt(destination)
 
     async def _adopt(self, destination: Destination) -> None:
-        await destination.adopted()
-        self._incoming.settled(destination)
+        await self._incoming.adopt(destination)
         await self._send(say.Adopted())
 
     async def _attach(self, migration: str) -> None:
