@@ -12,11 +12,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from pyroute2 import IPRoute
 
 from harness.hosts import settled, tiny, wait_until
-from harness.labs import LabHost
-from limosa.lab import lifecycle, namespaces
+from harness.labs import LabHost, set_links
+from limosa.lab import lifecycle
 from limosa.lab.plan import UPLINK, Lab
 from limosa.model.migration import Outcome, Side
 from limosa.model.vm import VmState
@@ -51,17 +50,6 @@ def hosts(lab: Lab) -> Iterator[list[LabHost]]:
         host.start()
     for host in made:
         host.clean()
-
-
-def set_links(host: LabHost, state: str) -> None:
-    """Cut or heal everything between a host and the others."""
-
-    def work() -> None:
-        with IPRoute() as netlink:
-            for name in (UPLINK, *host.lab.nic_names):
-                netlink.link("set", index=netlink.link("get", ifname=name)[0]["index"], state=state)
-
-    namespaces.inside(host.lab.namespace(host.name), work)
 
 
 def states(hosts: list[LabHost]) -> list[VmState | None]:

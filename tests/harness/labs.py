@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import secrets
 import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from pyroute2 import IPRoute
 
 from harness.hosts import Host
-from limosa.lab import daemons, namespaces
+from limosa.lab import daemons, lifecycle, namespaces
 from limosa.lab.plan import UPLINK, Lab
 from limosa.model.vm import VmState
 from limosa.wire import endpoints
@@ -26,10 +29,35 @@ class LabHost(Host):
     def run(self) -> Path:
         return self.lab.host_run(self.name)
 
+    @property
+    def namespace(self) -> str:
+        """The network namespace that is this host."""
+        return self.lab.namespace(self.name)
+
     def restart(self, environment: dict[str, str]) -> None:
         """End the daemon and start one with these variables."""
         daemons.stop(self.lab, self.name)
         self._start(environment)
+
+    def restart_as(self, command: Sequence[str]) -> None:
+        """End the daemon and start one with another command, up to its settings file."""
+        daemons.stop(self.lab, self.name)
+        daemons.start(self.lab, [self.name], command)
+
+    def bystanders(self) -> list[str]:
+        """What there is on this host besides its daemon: processes, taps and folders of VMs."""
+        inode = namespaces.inode(self.namespace)
+        daemon = daemons.pid_of(self.lab, self.name)
+        found = [f"process {pid}" for pid in namespaces.processes_in({inode or 0}) if pid != daemon]
+        found += [f"tap {name}" for name in self._taps()]
+        return found + [str(path) for folder in (self.state / "vms", self.run / "vm") for path in folder.iterdir()]
+
+    def _taps(self) -> list[str]:
+        def look() -> list[str]:
+            with IPRoute() as netlink:
+                return [link.get("ifname") for link in netlink.link("dump", kind="tun")]
+
+        return namespaces.inside(self.namespace, look)
 
     def start(self, plan: str = "") -> None:
         """Have a daemon without a plan."""
@@ -62,3 +90,25 @@ class LabHost(Host):
         if view.state in (VmState.RUNNING, VmState.PAUSED):
             self.client.call(endpoints.STOP_VM, vm="vm")
         self.client.call(endpoints.DELETE_VM, vm="vm")
+
+
+@contextmanager
+def running_lab(hosts: int = 2, *, nics: int = 1, speed_mbit_per_s: int = 0) -> Iterator[list[LabHost]]:
+    """A lab of its own name, gone afterwards with everything in it."""
+    lab = lifecycle.plan(f"t{secrets.token_hex(3)}", hosts, nics, speed_mbit_per_s)
+    try:
+        lifecycle.up(lab)
+        yield [LabHost(lab, name) for name in lab.host_names]
+    finally:
+        lifecycle.down(lab.name)
+
+
+def set_links(host: LabHost, state: str) -> None:
+    """Cut or heal everything between a host and the others."""
+
+    def work() -> None:
+        with IPRoute() as netlink:
+            for name in (UPLINK, *host.lab.nic_names):
+                netlink.link("set", index=netlink.link("get", ifname=name)[0]["index"], state=state)
+
+    namespaces.inside(host.lab.namespace(host.name), work)
