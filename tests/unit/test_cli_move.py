@@ -117,6 +117,16 @@ def test_a_move_with_its_lines_and_table(host: Host, capsys: pytest.CaptureFixtu
     assert "6.2 ms" in out[4]
 
 
+def test_a_narrow_terminal_gets_sentences_instead_of_a_table(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(display, "_terminal_columns", lambda: 60)
+    display.say_summary([completed("web1")])
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 60
+    assert " ".join(line.strip() for line in lines).startswith("web1: completed, host1 to host2; total 2.3 s, build-up")
+
+
 def test_json_is_one_object_for_each_vm_at_its_end(host: Host, capsys: pytest.CaptureFixture[str]) -> None:
     host.endings["db1"] = Conflict("it moves already", vm="db1")
     assert main(["move", "web1", "db1", "app1", "--to", "host2", "--json"]) == Conflict.exit_code

@@ -7,13 +7,14 @@ events arrive in.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterable, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol
 
 from limosa.cli.follow import Event
-from limosa.cli.output import clean, say_table
+from limosa.cli.output import clean, say_table, table_width
 from limosa.model.migration import Migration, Outcome, Phase
 from limosa.model.units import format_bytes, format_rate, format_seconds
 
@@ -155,10 +156,12 @@ def in_words(migration: Migration) -> str:
 
 
 _COLUMNS = (Phase.BUILD_UP, Phase.COPY, Phase.SYNCHRONISE, Phase.SWITCHOVER, Phase.TEAR_DOWN)
+_PHASES = tuple(phase.value.upper() for phase in _COLUMNS)
 
 
 def say_summary(migrations: Iterable[Migration]) -> None:
-    """A table of moves: total, phases, blackout, bytes. Nothing if there are none."""
+    """A table of moves: total, phases, blackout, bytes; sentences on a terminal too narrow for it. Nothing if none."""
+    head = ("VM", "SOURCE", "DESTINATION", "OUTCOME", "TOTAL", *_PHASES, "BLACKOUT", "SENT")
     rows = [
         (
             one.vm,
@@ -172,9 +175,25 @@ def say_summary(migrations: Iterable[Migration]) -> None:
         )
         for one in migrations
     ]
-    if rows:
-        head = [phase.value.upper() for phase in _COLUMNS]
-        say_table(("VM", "SOURCE", "DESTINATION", "OUTCOME", "TOTAL", *head, "BLACKOUT", "SENT"), rows)
+    columns = _terminal_columns()
+    if rows and columns and table_width(head, *rows) > columns:
+        _say_sentences(head, rows, columns)
+    elif rows:
+        say_table(head, rows)
+
+
+def _say_sentences(head: Sequence[str], rows: Iterable[Sequence[str]], columns: int) -> None:
+    import textwrap  # noqa: PLC0415 - seldom needed
+
+    for vm, source, destination, outcome, *figures in rows:
+        named = ", ".join(f"{name.lower()} {figure}" for name, figure in zip(head[4:], figures, strict=True))
+        sentence = clean(f"{vm}: {outcome}, {source} to {destination}; {named}")
+        print(textwrap.fill(sentence, columns, subsequent_indent="  ", break_on_hyphens=False))
+
+
+def _terminal_columns() -> int | None:
+    """How wide the terminal is that standard output is, if it is one; some do not know it and say 0."""
+    return os.get_terminal_size(sys.stdout.fileno()).columns if sys.stdout.isatty() else None
 
 
 def _duration(seconds: float | None) -> str:

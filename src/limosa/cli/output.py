@@ -36,9 +36,18 @@ def say_json(value: Any) -> None:
 def say_table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     """An aligned table; only the head if there are no rows."""
     lines = [list(head), *([clean(cell) for cell in row] for row in rows)]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
+    widths = _widths(lines)
     for line in lines:
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+
+
+def table_width(head: Sequence[str], *rows: Sequence[object]) -> int:
+    """How many characters wide :func:`say_table` would be."""
+    return sum(_widths([head, *([clean(cell) for cell in row] for row in rows)])) + 2 * (len(head) - 1)
+
+
+def _widths(lines: Sequence[Sequence[str]]) -> list[int]:
+    return [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
 
 
 def say_findings(findings: Iterable[Finding], *, to_stderr: bool = False) -> None:
