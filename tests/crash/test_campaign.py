@@ -41,8 +41,10 @@ def hosts() -> Iterator[list[LabHost]]:
 
 def kill_daemon(host: LabHost) -> None:
     pid = daemons.pid_of(host.lab, host.name)
-    if pid is not None:
-        os.kill(pid, signal.SIGKILL)
+    if pid is None:
+        return
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)  # this process started it
 
 
 def kill_qemu(host: LabHost) -> None:

@@ -184,7 +184,10 @@ class Launcher:
         try:
             record: ProcessRecord | None = parse(path.read_bytes(), _record_decoder, str(path))
         except FileNotFoundError:
-            return None
+            # Either none was started, or the daemon died between starting it and writing the record.
+            record = self._seen(config) if self._files.sockets(config).exists() else None
+            if record is None:
+                return None
         except (OSError, InvalidInput) as error:
             _log.error("VM %s: %s", config.name, error)
             record = self._seen(config)
@@ -195,7 +198,7 @@ class Launcher:
             try:
                 machine = await Machine.attach(self._files.sockets(config), record.pid, record.start_time)
             except QemuGone:
-                self.clean_up(config)
+                self.clean_up(config, crashed=True)
         return Found(machine, record.accelerator, record.started_at)
 
     def _seen(self, config: VmConfig) -> ProcessRecord | None:
@@ -214,9 +217,10 @@ class Launcher:
             started_at=booted_at + start_time / os.sysconf("SC_CLK_TCK"),
         )
 
-    def clean_up(self, config: VmConfig) -> None:
-        """Forget a QEMU that has ended."""
-        (self._files.vm(config.name) / "process.json").unlink(missing_ok=True)
+    def clean_up(self, config: VmConfig, *, crashed: bool) -> None:
+        """Forget a QEMU that has ended; but the record of one that crashed stays, to tell the next daemon."""
+        if not crashed:
+            (self._files.vm(config.name) / "process.json").unlink(missing_ok=True)
         shutil.rmtree(self._files.sockets(config), ignore_errors=True)
 
     def _remember(self, config: VmConfig, machine: Machine, accelerator: Accelerator) -> None:

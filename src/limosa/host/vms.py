@@ -351,7 +351,7 @@ class Vms:
         if hosted.machine is not machine:
             return
         hosted.machine = None
-        self._launcher.clean_up(hosted.config)
+        self._launcher.clean_up(hosted.config, crashed=not hosted.ending)
         if hosted.state is VmState.INCOMING:
             return
         if hosted.ending:
