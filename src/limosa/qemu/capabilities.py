@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import socket
 import tempfile
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -23,7 +24,7 @@ from limosa.errors import QemuError, StateError
 from limosa.model.base import Model
 from limosa.model.vm import Accelerator
 from limosa.qemu import cpu as cpu_models
-from limosa.qemu import folder, process
+from limosa.qemu import process
 from limosa.qemu.monitor import Monitor
 from limosa.settings import toml
 
@@ -158,16 +159,21 @@ class _Probe:
 
     @asynccontextmanager
     async def _machineless(self, accelerator: Accelerator) -> AsyncIterator[Monitor]:
-        """A QEMU with no machine. It claims to wait for a VM, because only then it tells whether post-copy works."""
+        """A QEMU with no machine. It claims to wait for a VM, because only then it tells whether post-copy works.
+
+        Its monitor is given a connection, no socket to listen on: QEMU's main loop and the monitor's own thread would
+        both look for whoever had connected before there was a machine, and one of them wait for ever (seen once in
+        fifty starts of QEMU 10.0; a machine takes longer to build than that thread to begin).
+        """
         with self._room() as room:
-            socket = room / folder.QMP
-            with folder.listen(socket) as listener:
-                qmp = f"socket,id=qmp,fd={listener.fileno()},server=on,wait=off"
+            ours, theirs = socket.socketpair()
+            with theirs:
+                qmp = f"socket,id=qmp,fd={theirs.fileno()}"
                 arguments = ("-machine", "none", "-accel", accelerator, "-S", "-incoming", "defer", "-chardev", qmp)
-                qemu = await self._spawn((*arguments, "-mon", "chardev=qmp,mode=control"), room, (listener.fileno(),))
+                qemu = await self._spawn((*arguments, "-mon", "chardev=qmp,mode=control"), room, (theirs.fileno(),))
             try:
                 async with asyncio.timeout(_ANSWER_WITHIN_S):
-                    monitor = await Monitor.connect(socket, str(self._program))
+                    monitor = await Monitor.over(ours, str(self._program))
                 try:
                     yield monitor
                 finally:

@@ -52,15 +52,25 @@ class Monitor:
         Once this returns QEMU has built its machine: commands are answered from its main loop only.
         Raises :class:`QemuGone`.
         """
+        connection = socket.socket(socket.AF_UNIX)
+        connection.setblocking(False)
+        try:
+            await asyncio.get_running_loop().sock_connect(connection, str(path))
+        except OSError as error:
+            connection.close()
+            raise QemuGone(f"no QMP session with {name}", why=str(error)) from error
+        return await cls.over(connection, name)
+
+    @classmethod
+    async def over(cls, connection: socket.socket, name: str) -> Monitor:
+        """A session over a connection that stands; it is ours from now on. Raises :class:`QemuGone`."""
         client = QMPClient(name)
         # The default listener keeps every event for a reader that does not exist here.
         client.events.event_filter = _nothing
-        connection = socket.socket(socket.AF_UNIX)
         connection.setblocking(False)
         # Ours besides the client's: only a plain socket can carry descriptors under every event loop.
         monitor = cls(client, connection.dup(), name)
         try:
-            await asyncio.get_running_loop().sock_connect(connection, str(path))
             await client.connect(connection)
         except (OSError, ConnectError) as error:
             connection.close()
