@@ -15,7 +15,7 @@ from demo import svg
 from demo.client import Answer, Observed
 from demo.outcome import PHASES, Seen
 from demo.svg import FAINT, Point, Scale
-from demo.watch import Sighting, WatchedMove
+from demo.watch import Sighting
 from limosa.model.migration import Phase
 from limosa.model.units import MIB, format_seconds
 
@@ -57,7 +57,7 @@ def draw(subject: str, moves: Sequence[Seen], observed: Observed, link_bytes_per
         HEIGHT,
         [
             *_heading(subject, observed),
-            *(mark for one in moves for mark in _phases(one.move, time)),
+            *(mark for one in moves for mark in _phases(one, time)),
             *_seconds(time),
             *_latency(observed, time),
             *_rates(rates, time, link_bytes_per_s / MIB),
@@ -113,10 +113,11 @@ def _heading(subject: str, observed: Observed) -> Iterator[str]:
     yield svg.text((24, 80), f"{saw}; {failed} failed", fill=SWITCHOVER if failed else FAINT)
 
 
-def _phases(move: WatchedMove, time: Scale) -> Iterator[str]:
-    phases = spans(move.sightings)
+def _phases(one: Seen, time: Scale) -> Iterator[str]:
+    last, phases = one.move.last, spans(one.move.sightings)
     middle = (time(phases[0][1]) + time(phases[-1][2])) / 2
-    title = f"{move.last.source} → {move.last.destination}, {format_seconds(move.last.total_s or 0)}"
+    title = f"{last.source} → {last.destination}: {format_seconds(last.total_s or 0)}, client's longest gap "
+    title += f"{one.longest_gap_ms:.0f} ms"
     yield svg.text((middle, LATENCY[0] - 8), title, anchor="middle", bold=True)
     for phase, begin, end in phases:
         for top, bottom in (LATENCY, RATES):
@@ -167,10 +168,10 @@ def _switchover(one: Seen, time: Scale) -> Iterator[str]:
     x = next(time(begin) for phase, begin, _ in spans(one.move.sightings) if phase is Phase.SWITCHOVER)
     for top, bottom in (LATENCY, RATES):
         yield svg.line((x, top), (x, bottom), SWITCHOVER, width=1.5)
-    blackout = one.move.last.blackout_ms
-    words = ["switchover", f"blackout {blackout or 0:.0f} ms", f"client's gap {one.longest_gap_ms:.0f} ms"]
-    for number, word in enumerate(words):
-        yield svg.text((x - 8, LATENCY[0] + 18 + 16 * number), word, fill=SWITCHOVER, anchor="end", bold=number == 0)
+    yield svg.text((x - 8, LATENCY[0] + 18), "switchover", fill=SWITCHOVER, anchor="end", bold=True)
+    if one.move.last.blackout_ms is not None:
+        blackout = f"blackout {one.move.last.blackout_ms:.0f} ms"
+        yield svg.text((x - 8, LATENCY[0] + 34), blackout, fill=SWITCHOVER, anchor="end")
 
 
 def _seconds(time: Scale) -> Iterator[str]:
