@@ -1,0 +1,183 @@
+"""The lab the moves are measured in, and its meters.
+
+One lab of two hosts for each link. All three systems live in the same namespaces, on the same bridges and migration
+NICs; each has its daemons and QEMUs in a control group of its own, whose processor time is known to the microsecond
+also for processes that have ended meanwhile.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+from pyroute2 import IPRoute
+
+from limosa.lab import daemons, lifecycle, namespaces
+from limosa.lab.plan import SWITCH, Lab
+
+HOSTS = ("host1", "host2")
+MIGRATION_NIC = "mig0"
+CALIBRATE_S = 2.0
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Link:
+    """What the hosts' migration NICs are; ``mbit_per_s`` 0 is unshaped."""
+
+    name: str
+    mbit_per_s: int
+
+
+UNSHAPED = Link("unshaped", 0)
+GIGABIT = Link("1 Gbit/s", 1000)
+
+
+@dataclass(frozen=True)
+class Ground:
+    """A lab that is up."""
+
+    lab: Lab
+    #: for files of the systems that are compared; gone with the lab
+    folder: Path
+    _groups: dict[str, Path] = field(default_factory=dict)
+
+    def inside(self, host: str, work: Callable[[], T]) -> T:
+        """The answer of ``work``, done on a host."""
+        return namespaces.inside(self.lab.namespace(host), work)
+
+    def on_client(self, work: Callable[[], T]) -> T:
+        """The answer of ``work``, done where the LAN's clients are."""
+        return namespaces.inside(self.lab.client, work)
+
+    def migration_address(self, host: str) -> str:
+        """A host's address on its migration NIC."""
+        return self.lab.migration_addresses(host)[0]
+
+    def bytes_on_wire(self, host: str) -> int:
+        """Bytes that have passed a host's migration NIC in both directions so far, frames' headers included."""
+
+        def count() -> int:
+            with IPRoute() as netlink:
+                counters = netlink.link("get", ifname=MIGRATION_NIC)[0].get_attr("IFLA_STATS64")
+                return int(counters["rx_bytes"] + counters["tx_bytes"])
+
+        return self.inside(host, count)
+
+    def add_tap(self, host: str, name: str) -> None:
+        """Plug a tap into a host's switch."""
+
+        def add() -> None:
+            with IPRoute() as netlink:
+                netlink.link("add", ifname=name, kind="tuntap", mode="tap")
+                index = netlink.link_lookup(ifname=name)[0]
+                switch = netlink.link_lookup(ifname=SWITCH)[0]
+                netlink.link("set", index=index, master=switch, state="up")
+
+        self.inside(host, add)
+
+    def spawn(self, host: str, group: str, command: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
+        """Start a process on a host, in a control group."""
+        members = self.group(group) / "cgroup.procs"
+        joining = ["/bin/sh", "-c", 'echo $$ >"$0" && exec "$@"', str(members), *command]
+
+        def start() -> subprocess.Popen[bytes]:
+            with log.open("ab") as output:
+                return subprocess.Popen(
+                    joining, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
+                )
+
+        return self.inside(host, start)
+
+    def group(self, name: str) -> Path:
+        """The control group of a system."""
+        if name not in self._groups:
+            path = _control_groups() / f"limosa-benchmark-{name}"
+            path.mkdir(exist_ok=True)
+            self._groups[name] = path
+        return self._groups[name]
+
+    def cpu_s(self, name: str) -> float:
+        """Processor seconds a system's control group has used so far."""
+        lines = (self.group(name) / "cpu.stat").read_text().splitlines()
+        return int(dict(line.split() for line in lines)["usage_usec"]) / 1e6
+
+    def adopt_daemons(self, group: str) -> None:
+        """Put the lab's own daemons into a control group."""
+        for host in HOSTS:
+            (self.group(group) / "cgroup.procs").write_text(str(daemons.pid_of(self.lab, host)))
+
+    def calibrate(self) -> float:
+        """Bytes per second that one TCP stream carries from the first host to the second."""
+        with self.inside(HOSTS[1], lambda: socket.create_server((self.migration_address(HOSTS[1]), 0))) as listener:
+            address = listener.getsockname()[:2]
+            sending = threading.Thread(target=lambda: self.inside(HOSTS[0], lambda: _send(address)))
+            sending.start()
+            with listener.accept()[0] as stream:
+                rate = _drain(stream)
+            sending.join()
+        return rate
+
+
+@contextmanager
+def ground(link: Link) -> Iterator[Ground]:
+    """A lab of two hosts with such a link, and everything in it gone afterwards."""
+    name = f"bm{os.getpid() % 1_000_000}"
+    with tempfile.TemporaryDirectory(prefix="limosa-benchmark-") as folder:
+        Path(folder).chmod(0o755)  # libvirt's QEMU is not root's
+        lab = Lab(name=name, hosts=len(HOSTS), speed_mbit_per_s=link.mbit_per_s)
+        lifecycle.up(lab)
+        built = Ground(lab, Path(folder))
+        try:
+            yield built
+        finally:
+            lifecycle.down(name)
+            for group in built._groups.values():
+                group.rmdir()
+
+
+def run(command: Sequence[str]) -> tuple[str, float, float]:
+    """What a command wrote, its wall time and its own processor time, in seconds. Raises if it fails."""
+    began = time.perf_counter()
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        output, errors = process.stdout, process.stderr
+        assert output is not None
+        assert errors is not None
+        said = output.read()  # a few lines at most, so neither pipe fills up
+        _, status, usage = os.wait4(process.pid, 0)
+        wall_s = time.perf_counter() - began
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode:
+            raise RuntimeError(f"{' '.join(command)}: {errors.read().strip() or said.strip()}")
+    return said, wall_s, usage.ru_utime + usage.ru_stime
+
+
+def _control_groups() -> Path:
+    """Where control groups of the second version are mounted."""
+    return next(path for path in (Path("/sys/fs/cgroup/unified"), Path("/sys/fs/cgroup")) if path.is_dir())
+
+
+def _send(address: tuple[str, int]) -> None:
+    block = bytes(1024 * 1024)
+    until = time.monotonic() + CALIBRATE_S
+    with socket.create_connection(address) as stream:
+        while time.monotonic() < until:
+            stream.sendall(block)
+
+
+def _drain(stream: socket.socket) -> float:
+    buffer = bytearray(1024 * 1024)
+    total, began = 0, time.monotonic()
+    while got := stream.recv_into(buffer):
+        total += got
+    return total / (time.monotonic() - began)

@@ -1,0 +1,171 @@
+"""``virsh migrate --live`` between two libvirt daemons, with libvirt's own defaults.
+
+The source's daemon is spoken to on its Unix socket and reaches the destination's over TCP, both without TLS; QEMU's
+stream goes over the migration NICs. When the guest stopped and ran again, and how long the transfer took, is taken from
+the time stamps of QEMU's events, which ``virsh qemu-monitor-event`` shows on both hosts.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from xml.sax.saxutils import escape, quoteattr
+
+from benchmarks.ground import HOSTS, Ground, run
+from benchmarks.guest import BOOT_WITHIN_S, FILLED, Guest
+from benchmarks.libvirt import Daemon
+from benchmarks.systems import Moved, other
+from limosa.lab.plan import SWITCH
+from limosa.qemu import cpu
+
+CONSOLE_PORT = 4555
+# Not with --timestamp, which shows when virsh got to know of an event instead of QEMU's own time stamp.
+_EVENT = re.compile(r"^event (\S+) at (\d+\.\d+) for domain '[^']*': (.*)$", re.MULTILINE)
+_EVENTS_WITHIN_S = 5.0
+
+
+class Virsh:
+    """A guest moved by ``virsh migrate --live``."""
+
+    def __init__(self, ground: Ground, guest: Guest) -> None:
+        self.name = "virsh"
+        self.host = HOSTS[0]
+        self._ground = ground
+        self._guest = guest
+        self._daemons = {host: Daemon(ground, host, self.name) for host in HOSTS}
+
+    def boot(self) -> None:
+        """Start the guest on the first host; returns when its memory is filled."""
+        path = self._ground.folder / "domain.xml"
+        path.write_text(self._domain())
+        run(self._daemons[self.host].command("create", str(path)))
+        self._ground.inside(self.host, _wait_for_console)
+
+    def pause(self) -> None:
+        """Stop the guest."""
+        run(self._daemons[self.host].command("suspend", self._guest.name))
+
+    def wake(self) -> None:
+        """Let it run again."""
+        run(self._daemons[self.host].command("resume", self._guest.name))
+
+    def move(self, *, encrypted: bool) -> Moved:
+        """Move the guest to the other host."""
+        if encrypted:
+            raise ValueError("virsh is compared as it is by default, without TLS")
+        there = other(self.host)
+        with self._events() as files:
+            uri = f"qemu+tcp://{there}/system"
+            migrate = self._daemons[self.host].command("migrate", "--live", self._guest.name, uri)
+            _, wall_s, cpu_s = run(migrate)
+            source, destination = files[self.host], files[there]
+            stopped, resumed = _time_of(source, "STOP", ""), _time_of(destination, "RESUME", "")
+            began, ended = (_time_of(source, "MIGRATION", status) for status in ('"setup"', '"completed"'))
+        self.host = there
+        return Moved(
+            wall_s=wall_s,
+            transfer_s=ended - began,
+            blackout_ms=(resumed - stopped) * 1000,
+            command_cpu_s=cpu_s,
+            stopped_at=stopped,
+        )
+
+    @contextmanager
+    def _events(self) -> Iterator[dict[str, Path]]:
+        """For each host, the file in which the events of its QEMUs appear."""
+        files = {host: self._ground.folder / f"events-{host}" for host in HOSTS}
+        watchers = [self._watch(host, file) for host, file in files.items()]
+        try:
+            time.sleep(0.2)  # virsh does not tell when it has subscribed
+            yield files
+        finally:
+            for watcher in watchers:
+                watcher.terminate()
+                watcher.wait()
+
+    def _watch(self, host: str, file: Path) -> subprocess.Popen[bytes]:
+        command = self._daemons[host].command("qemu-monitor-event", "--loop")
+        unbuffered = [shutil.which("stdbuf") or "stdbuf", "-oL"]
+        at = command.index("virsh")
+        with file.open("wb") as output:
+            return subprocess.Popen([*command[:at], *unbuffered, *command[at:]], stdout=output)
+
+    def _domain(self) -> str:
+        """The same machine and devices, at the same places, as Limosa's and the script's."""
+        guest = self._guest
+        return f"""
+<domain type='qemu'>
+  <name>{guest.name}</name>
+  <memory unit='MiB'>{guest.load.memory_mib}</memory>
+  <vcpu>1</vcpu>
+  <os>
+    <type arch='x86_64' machine={quoteattr(guest.machine)}>hvm</type>
+    <kernel>{escape(self._reachable(guest.kernel))}</kernel>
+    <initrd>{escape(self._reachable(guest.initrd))}</initrd>
+    <cmdline>{escape(guest.command_line)}</cmdline>
+  </os>
+  <features><acpi/><apic/></features>
+  {_cpu_xml(guest.cpu)}
+  <devices>
+    <emulator>/usr/bin/qemu-system-x86_64</emulator>
+    <controller type='usb' model='none'/>
+    <serial type='tcp'>
+      <source mode='bind' host='127.0.0.1' service='{CONSOLE_PORT}'/><protocol type='raw'/>
+      <target type='isa-serial'/>
+    </serial>
+    <interface type='bridge'>
+      <mac address='{guest.mac}'/><source bridge='{SWITCH}'/><model type='virtio'/><rom enabled='no'/>
+      {_address(0x02)}
+    </interface>
+    <rng model='virtio'><backend model='builtin'/>{_address(0x1B)}</rng>
+    <video><model type='vga'/>{_address(0x01)}</video>
+    <memballoon model='none'/>
+  </devices>
+</domain>
+"""
+
+    def _reachable(self, file: str) -> str:
+        """A copy where libvirt's QEMU sees it: the cache is out of its sight."""
+        copy = self._ground.folder / Path(file).name
+        if not copy.exists():
+            shutil.copyfile(file, copy)
+        return str(copy)
+
+
+def _cpu_xml(model: str) -> str:
+    base, features = cpu.parse(model)
+    switches = [
+        f"<feature policy='{'require' if on else 'disable'}' name='{name.replace('-', '_')}'/>"
+        for name, on in features.items()
+    ]
+    return f"<cpu mode='custom' match='exact' check='none'><model>{base}</model>{''.join(switches)}</cpu>"
+
+
+def _address(slot: int) -> str:
+    return f"<address type='pci' bus='0' slot='{slot:#x}' function='0'/>"
+
+
+def _wait_for_console() -> None:
+    """Return when the guest's console says that its memory is filled. Raises ``OSError``."""
+    said = b""
+    with socket.create_connection(("127.0.0.1", CONSOLE_PORT), timeout=BOOT_WITHIN_S) as console:
+        while FILLED not in said:
+            said += console.recv(4096)
+
+
+def _time_of(file: Path, name: str, words: str) -> float:
+    """The time stamp of the last event of that name, in seconds since the epoch; waits for it a moment."""
+    deadline = time.monotonic() + _EVENTS_WITHIN_S
+    while True:
+        found = [at for event, at, data in _EVENT.findall(file.read_text()) if event == name and words in data]
+        if found:
+            return float(found[-1])
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"virsh did not show the event {name} {words}: {file.read_text()}")
+        time.sleep(0.05)
