@@ -197,7 +197,7 @@ class LandingHere:
 
     async def release(self, machine: MachineProtocol | None) -> None:
         """See :class:`limosa.migration.destination.Landing`."""
-        hosted = self._hosted or self._vms.find_landing(self._header.vm)
+        hosted = self._hosted or self._vms.find_landing(self._header.vm, self._header.migration)
         if hosted is not None:
             await asyncio.shield(self._vms.discard(hosted))
         self._give_slot()

@@ -293,10 +293,10 @@ class Vms:
         if hosted.config.on_crash == "restart" and hosted.machine is None:
             await self.start(hosted)
 
-    def find_landing(self, config: VmConfig) -> HostedVm | None:
-        """The VM that is landing here, if it is this one."""
+    def find_landing(self, config: VmConfig, migration: str) -> HostedVm | None:
+        """The VM that is landing here by that migration, if it is; by another it is none of its business."""
         hosted = self._vms.get(config.name)
-        if hosted is None or hosted.config.uuid != config.uuid or hosted.state is not VmState.INCOMING:
+        if hosted is None or hosted.migration != migration or hosted.state is not VmState.INCOMING:
             return None
         return hosted
 
