@@ -53,9 +53,11 @@ def application(services: Services) -> Starlette:
         WebSocketRoute(endpoints.PEER_PATH, handlers.peer),
         WebSocketRoute(endpoints.CONSOLE_PATH, handlers.console),
     ]
-    return Starlette(
+    app = Starlette(
         routes=routes, exception_handlers={LimosaError: _on_error, HTTPException: _on_http, Exception: _on_bug}
     )
+    app.router.redirect_slashes = False  # a path that is not in the document does not exist
+    return app
 
 
 class Handlers:
