@@ -1,0 +1,62 @@
+"""A destination in the same process: the source's script talks to the destination's without a network between.
+
+Both scripts are the product's own, and so is what they command; only the session is missing. What a session does when
+it breaks is tested with real ones.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable
+
+import msgspec
+
+from limosa.migration.destination import Destination
+from limosa.model.base import MigrationId
+from limosa.model.facts import DestinationFacts
+from limosa.model.vm import Accelerator, VmConfig
+from limosa.transport import tcp
+from limosa.wire.peer import Prepare, Prepared, Running, Standing
+
+
+class LocalPeer:
+    """A :class:`limosa.migration.peer.Peer`. ``facts`` are told to whoever asks, with a trial port that is open."""
+
+    def __init__(self, destination: Destination, facts: DestinationFacts, ports: tuple[int, int]) -> None:
+        self.host = destination.journal.header.destination
+        self.lost: asyncio.Future[None] = destination.lost
+        self._destination = destination
+        self._facts = facts
+        self._ports = ports
+        self._trial = contextlib.AsyncExitStack()
+
+    async def inspect(self, vm: VmConfig, accelerator: Accelerator) -> tuple[DestinationFacts, float]:
+        """See :class:`limosa.migration.peer.Peer`."""
+        port = await self._trial.enter_async_context(tcp.trial(self._facts.addresses, self._ports))
+        return msgspec.structs.replace(self._facts, trial_port=port), 0.0
+
+    async def prepare(self, request: Prepare, in_line: Callable[[int], None]) -> Prepared:
+        """See :class:`limosa.migration.peer.Peer`."""
+        await self._trial.aclose()
+        return await self._destination.prepare(request, in_line)
+
+    async def take_over(self) -> Running:
+        """See :class:`limosa.migration.peer.Peer`."""
+        return await self._destination.take_over()
+
+    async def adopted(self) -> None:
+        """See :class:`limosa.migration.peer.Peer`."""
+        await self._destination.adopted()
+
+    async def abort(self, reason: str) -> None:
+        """See :class:`limosa.migration.peer.Peer`."""
+        await self._destination.abort(reason)
+
+    async def attach(self, migration: MigrationId) -> Standing:
+        """See :class:`limosa.migration.peer.Peer`."""
+        return await self._destination.standing()
+
+    async def close(self) -> None:
+        """See :class:`limosa.migration.peer.Peer`."""
+        await self._trial.aclose()

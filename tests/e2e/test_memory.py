@@ -1,0 +1,323 @@
+"""Memory is moved exactly: the product's own scripts move a Linux that writes all the time, and at every switchover,
+between the source's ``completed`` and the destination's ``cont``, the whole RAM of both QEMUs is compared.
+
+A brake on the stream makes sure that pages are sent, written again and sent again before the guest stops.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from limosa.lab.image import command_line, guest_image
+from limosa.migration.destination import Destination
+from limosa.migration.journal import Header, Journal
+from limosa.migration.peer import Dialler, Peer
+from limosa.migration.report import Report
+from limosa.migration.source import SourceMove, Terms
+from limosa.model.facts import DestinationFacts, FileIdentity, VmFacts
+from limosa.model.migration import Migration, Outcome, Phase, Progress, Side
+from limosa.model.vm import DirectBoot, VmConfig
+from limosa.qemu.arguments import Launch
+from limosa.qemu.machine import Machine
+from limosa.qemu.protocol import Event, MachineProtocol, MigrationState, RunState
+from limosa.settings.host import ConvergencePolicy
+from limosa.storage.identity import identify
+from limosa.testing.peer import LocalPeer
+from limosa.wire.peer import Prepare, Running
+
+QEMU = Path("/usr/bin/qemu-system-x86_64")
+VERSION = (10, 0, 0)
+ADDRESS, PORTS = "127.0.0.1", (40000, 41000)
+MIB = 1024 * 1024
+PAGE_BYTES = 4096
+MEMORY_MIB = 128
+#: The guest writes 60 MiB/s, so that under the brake there is always more to send again.
+LOADED_MIB = 16
+REWRITE_MIB_PER_S = 60
+BRAKE_BYTES_PER_S = 35 * MIB
+ENOUGH_PASSES = 4
+BOOT_WITHIN_S = 90.0
+WRITES_WITHIN_S = 30.0
+ROUNDS = (True, False, True, False)
+
+
+@pytest.mark.qemu
+def test_memory_is_moved_exactly() -> None:
+    with tempfile.TemporaryDirectory(prefix="limosa-") as folder:
+        asyncio.run(rounds(Path(folder)))
+
+
+async def rounds(folder: Path) -> None:
+    """Boot a guest, then move it from QEMU to QEMU, encrypted and not."""
+    image = guest_image()
+    line = command_line(fill_mib=LOADED_MIB, random_mib=LOADED_MIB, rewrite_mib_per_s=REWRITE_MIB_PER_S)
+    config = VmConfig(
+        name="writer",
+        uuid="5c7a2b9e-0f0e-4c06-8a0b-6d4b7b6f2a11",
+        memory_mib=MEMORY_MIB,
+        cpus=1,
+        machine="q35",
+        cpu="x86-64-v2",
+        boot=DirectBoot(kernel=str(image.kernel), initrd=str(image.initrd), command_line=line),
+    )
+    machine = await launch(folder / "0", config, incoming=False)
+    try:
+        await machine.resume()
+        async with asyncio.timeout(BOOT_WITHIN_S):
+            console = folder / "0" / "console"
+            while "LIMOSA FILLED" not in console.read_text(errors="replace"):  # noqa: ASYNC110 - a file tells nobody
+                await asyncio.sleep(0.1)
+        await until_it_writes(folder / "ram", machine)
+        for number, encrypt in enumerate(ROUNDS, start=1):
+            machine = await move(folder / str(number), config, machine, encrypt=encrypt)
+    finally:
+        await machine.kill()
+
+
+async def launch(folder: Path, config: VmConfig, *, incoming: bool) -> Machine:
+    """A QEMU whose files are in ``folder``."""
+    folder.mkdir()
+
+    def make(qmp_fd: int, console_fd: int) -> Launch:
+        return Launch(
+            config=config,
+            accelerator="tcg",
+            incoming=incoming,
+            tap_fds=(),
+            qmp_fd=qmp_fd,
+            console_fd=console_fd,
+            console_log=folder / "console",
+            vnc_socket=folder / "run" / "vnc.sock",
+            firmware_code=None,
+            firmware_vars=None,
+            seed=None,
+        )
+
+    return await Machine.launch(QEMU, make, folder / "run", folder / "log", None)
+
+
+async def memory(machine: MachineProtocol, path: Path) -> bytes:
+    """The guest's whole RAM, as QEMU sees it."""
+    assert isinstance(machine, Machine)
+    await machine._execute("pmemsave", {"val": 0, "size": MEMORY_MIB * MIB, "filename": str(path)})
+    contents = path.read_bytes()
+    path.unlink()
+    return contents
+
+
+def different_pages(one: bytes, other: bytes) -> list[int]:
+    """Numbers of the pages that are not alike."""
+    assert len(one) == len(other)
+    pages = range(0, len(one), PAGE_BYTES)
+    return [at // PAGE_BYTES for at in pages if one[at : at + PAGE_BYTES] != other[at : at + PAGE_BYTES]]
+
+
+async def until_it_writes(scratch: Path, machine: Machine) -> None:
+    """Wait until the guest rewrites its memory, which is to say that more than a MiB changes in a moment."""
+    before, now = b"", await memory(machine, scratch)
+    async with asyncio.timeout(WRITES_WITHIN_S):
+        while not before or len(different_pages(before, now)) * PAGE_BYTES < MIB:
+            before, now = now, await memory(machine, scratch)
+
+
+class Here:
+    """The source's :class:`limosa.migration.source.Home`."""
+
+    def __init__(self, config: VmConfig, machine: Machine) -> None:
+        self._config = config
+        self._machine = machine
+
+    async def facts(self) -> VmFacts:
+        return VmFacts(
+            running=True,
+            accelerator="tcg",
+            qemu=VERSION,
+            files=files_of(self._config),
+            live_migration=True,
+            encrypt=True,
+            post_copy=False,
+        )
+
+    def carry_on(self) -> dict[str, str]:
+        return {}
+
+    def bandwidth(self) -> int:
+        return BRAKE_BYTES_PER_S
+
+    async def end_qemu(self) -> None:
+        await self._machine.kill()
+
+    async def vm_left(self) -> None:
+        pass
+
+    async def vm_stays(self) -> None:
+        raise AssertionError("the move failed")
+
+    async def vm_crashed(self) -> None:
+        raise AssertionError("the source's QEMU died")
+
+
+class There:
+    """The destination's :class:`limosa.migration.destination.Landing`."""
+
+    def __init__(self, folder: Path, config: VmConfig) -> None:
+        self.machine: Machine | None = None
+        self.arrived = asyncio.Event()
+        self._folder = folder
+        self._config = config
+
+    def facts(self) -> DestinationFacts:
+        return DestinationFacts(
+            host="there",
+            qemu=VERSION,
+            live_migration=True,
+            accelerators=("tcg",),
+            machine_known=True,
+            cpu_known=True,
+            cpu_missing=(),
+            switches_missing=(),
+            memory_available_mib=MEMORY_MIB,
+            name_taken=False,
+            uuid_taken=False,
+            files=files_of(self._config),
+            firmware_available=True,
+            post_copy_possible=False,
+            addresses=(ADDRESS,),
+            trial_port=0,
+            time=0.0,
+        )
+
+    async def reserve(self, in_line: Callable[[int], None]) -> None:
+        pass
+
+    async def launch(self, request: Prepare) -> MachineProtocol:
+        self.machine = await launch(self._folder, request.vm, incoming=True)
+        self.machine.on_event(self._on_event)
+        return self.machine
+
+    def _on_event(self, event: Event) -> None:
+        if event.name == "MIGRATION" and event.data["status"] == MigrationState.COMPLETED:
+            self.arrived.set()
+
+    async def stream_address(self) -> tuple[str, tuple[int, int]]:
+        return ADDRESS, PORTS
+
+    async def adopt(self, *, running: bool) -> None:
+        assert running
+
+    async def release(self, machine: MachineProtocol | None) -> None:
+        if machine is not None:
+            await machine.kill()
+
+
+def files_of(config: VmConfig) -> tuple[FileIdentity, ...]:
+    found = [identify(path, {}, digest=True) for path in config.host_files()]
+    return tuple(identity for identity in found if identity is not None)
+
+
+class Witness(LocalPeer):
+    """Looks at both guests' memory after the source has said that everything is sent and before any of them runs."""
+
+    here = there = b""
+
+    def __init__(self, destination: Destination, landing: There, source: Machine, scratch: Path) -> None:
+        super().__init__(destination, landing.facts(), PORTS)
+        self._landing = landing
+        self._source = source
+        self._scratch = scratch
+
+    async def take_over(self) -> Running:
+        destination = self._landing.machine
+        assert destination is not None
+        assert (await self._source.migration()).state is MigrationState.COMPLETED
+        await self._landing.arrived.wait()
+        assert RunState.RUNNING not in (await self._source.status(), await destination.status())
+        self.here, self.there = [await memory(one, self._scratch) for one in (self._source, destination)]
+        return await super().take_over()
+
+
+async def move(folder: Path, config: VmConfig, source: Machine, *, encrypt: bool) -> Machine:
+    """Move the VM with the product's scripts and judge what was moved; returns the QEMU it is in now."""
+    folder.mkdir()
+    scratch = folder / "ram"
+    landing = There(folder / "qemu", config)
+    headers = [header(config, side) for side in Side]
+    destination = Destination(Journal.begin(folder, headers[1]), landing, boot="boot")
+    witness = Witness(destination, landing, source, scratch)
+    views: list[Migration] = []
+    terms = Terms(ConvergencePolicy(), "tcp", encrypt)
+    report = Report(first_view(), views.append)
+    script = SourceMove(
+        Journal.begin(folder, headers[0]), source, dialler(witness), Here(config, source), terms, report
+    )
+    passes = released_after(source, ENOUGH_PASSES)
+    at_first = await memory(source, scratch)
+    await script.run()
+
+    assert different_pages(witness.here, witness.there) == []
+    assert passes[-1] >= ENOUGH_PASSES, "pages were sent, written and sent again"
+    assert different_pages(at_first, witness.here) != [], "the guest wrote meanwhile"
+    assert views[-1].progress.transferred_bytes > ENOUGH_PASSES * LOADED_MIB * MIB
+    flipped = bytearray(witness.there)
+    flipped[-1] ^= 1
+    assert different_pages(witness.here, bytes(flipped)) == [len(flipped) // PAGE_BYTES - 1], "one bit would be found"
+    assert landing.machine is not None
+    await until_it_writes(scratch, landing.machine)
+    return landing.machine
+
+
+def released_after(source: Machine, enough: int) -> list[int]:
+    """Release the brake when the source begins its pass number ``enough``; the passes so far."""
+    passes = [0]
+    tasks = set()
+
+    def on_event(event: Event) -> None:
+        if event.name == "MIGRATION_PASS":
+            passes.append(event.data["pass"])
+            if passes[-1] == enough:
+                tasks.add(asyncio.ensure_future(source.set_bandwidth(0)))
+
+    source.on_event(on_event)
+    return passes
+
+
+def dialler(peer: Peer) -> Dialler:
+    async def dial() -> Peer:
+        return peer
+
+    return dial
+
+
+def header(config: VmConfig, side: Side) -> Header:
+    return Header(
+        migration="abcdefghijkl",
+        side=side,
+        vm=config,
+        accelerator="tcg",
+        source="here",
+        destination="there",
+        address=ADDRESS,
+        accepted_at=time.time(),
+        boot="boot",
+    )
+
+
+def first_view() -> Migration:
+    return Migration(
+        id="abcdefghijkl",
+        vm="writer",
+        source="here",
+        destination="there",
+        side=Side.SOURCE,
+        transport="tcp",
+        phase=Phase.WAITING,
+        outcome=Outcome.UNDER_WAY,
+        progress=Progress(),
+        accepted_at=time.time(),
+    )
