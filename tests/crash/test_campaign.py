@@ -86,7 +86,10 @@ def test_at_most_one_runs_and_everything_settles(hosts: list[LabHost]) -> None:
     for number in range(ROUNDS):
         told = one_round(hosts, chance)
         message = f"round {number} of seed {SEED}: {told}"
-        wait_until(lambda: settled(hosts), f"every move has ended; {message}")  # type: ignore[arg-type]
+        try:
+            wait_until(lambda: settled(hosts), "every move has ended")  # type: ignore[arg-type]
+        except AssertionError as error:
+            raise AssertionError(f"{error}; {message}; {unsettled(hosts)}") from error
         wait_until(lambda: len(owners(hosts)) == 1, f"one host has the VM; {message}")
         owner = owners(hosts)[0]
         view = owner.vm("vm")
@@ -97,6 +100,12 @@ def test_at_most_one_runs_and_everything_settles(hosts: list[LabHost]) -> None:
             assert "kill_qemu" in told, message
             owner.clean()
             owner.create(tiny("vm"))
+
+
+def unsettled(hosts: list[LabHost]) -> list[str]:
+    """The last two lines of each host's newest journals, for the message of a failure."""
+    newest = [max((host.state / "migrations").glob("*.jsonl"), key=lambda path: path.stat().st_mtime) for host in hosts]
+    return [f"{path.name}: {path.read_text().splitlines()[-2:]}" for path in newest]
 
 
 def one_round(hosts: list[LabHost], chance: random.Random) -> str:

@@ -69,17 +69,22 @@ class Journal:
 
     @classmethod
     def begin(cls, folder: Path, header: Header) -> Journal:
-        """Create the journal of a new migration, durably. Raises :class:`StateError`; nothing is left then."""
+        """Create the journal of a new migration, durably. Raises :class:`StateError`; nothing is left then.
+
+        It gets its name when its first line is on the disk, so a journal has one or is none.
+        """
         journal = cls(folder / f"{header.migration}.{header.side}.jsonl", header, [])
+        nameless = journal.path.with_suffix(".new")
         try:
-            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC
-            journal._descriptor = os.open(journal.path, flags, 0o600)
+            flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC
+            journal._descriptor = os.open(nameless, flags, 0o600)
             journal._write(msgspec.json.encode(header), durable=True)
+            os.link(nameless, journal.path)
+            nameless.unlink()
             sync_folder(folder)
         except OSError as error:
-            if journal._descriptor is not None:
-                journal.close()
-                journal.path.unlink(missing_ok=True)
+            journal.close()
+            nameless.unlink(missing_ok=True)
             raise StateError(
                 f"cannot write the journal {journal.path}",
                 why=error.strerror or str(error),
