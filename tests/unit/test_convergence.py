@@ -9,26 +9,37 @@ from limosa.migration.convergence import (
     Action,
     Convergence,
     GiveUp,
-    Look,
     RaiseDowntimeLimit,
     StartPostCopy,
     Throttle,
     Wait,
 )
+from limosa.qemu.protocol import MigrationState, MigrationStatistics
 from limosa.settings.host import ConvergencePolicy
 
 MIB = 1024 * 1024
 POLICY = ConvergencePolicy(first_downtime_ms=4, blackout_budget_ms=60, patience_s=30)
 
 
-def look(at: float, remaining: int, *, iteration: int = 5, transferred: int = 0, rate: float = 100 * MIB) -> Look:
-    return Look(at, iteration, transferred, remaining, rate, 50 * MIB)
+#: seconds, and what QEMU says then
+Look = tuple[float, MigrationStatistics]
+
+
+def look(at: float, remaining: int, *, iteration: int = 5, transferred: int = 0) -> Look:
+    return at, MigrationStatistics(
+        state=MigrationState.ACTIVE,
+        iteration=iteration,
+        transferred_bytes=transferred,
+        remaining_bytes=remaining,
+        rate_bytes_per_s=100 * MIB,
+        dirty_rate_bytes_per_s=50 * MIB,
+    )
 
 
 def run(policy: ConvergencePolicy, looks: list[Look]) -> list[Action]:
     state, actions = Convergence.begin(policy), []
     for one in looks:
-        state, action = state.judge(one)
+        state, action = state.judge(*one)
         if not isinstance(action, Wait):
             actions.append(action)
     return actions
@@ -83,8 +94,8 @@ def test_a_slow_first_pass_is_left_alone() -> None:
 def test_no_guest_makes_it_loop_for_ever(remainders: list[int], auto_converge: bool, post_copy: bool) -> None:
     policy = ConvergencePolicy(auto_converge=auto_converge, post_copy=post_copy, patience_s=20)
     looks = [look(tick, remaining) for tick, remaining in enumerate(remainders)]
-    last = looks[-1]
-    looks += [look(last.at + tick, last.remaining_bytes, transferred=0) for tick in range(1, 60)]
+    at, last = looks[-1]
+    looks += [look(at + tick, last.remaining_bytes) for tick in range(1, 60)]
     actions = run(policy, looks)
     assert isinstance(actions[-1], GiveUp)
     assert sum(isinstance(action, StartPostCopy) for action in actions) <= 1

@@ -16,6 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from limosa.model.units import format_bytes, format_rate
+from limosa.qemu.protocol import MigrationStatistics
 from limosa.settings.host import ConvergencePolicy
 
 #: What remains counts as fallen when it is below this share of the least seen so far.
@@ -26,18 +27,6 @@ THROTTLE_STALL_S = 2.0
 THROTTLE_STEP_PERCENT = 20
 #: Room for the estimate of bandwidth to be wrong when the limit is set to what is needed.
 MARGIN = 1.25
-
-
-@dataclass(frozen=True)
-class Look:
-    """One look at a running move."""
-
-    at: float
-    iteration: int
-    transferred_bytes: int
-    remaining_bytes: int
-    rate_bytes_per_s: float
-    dirty_rate_bytes_per_s: float
 
 
 @dataclass(frozen=True)
@@ -97,64 +86,64 @@ class Convergence:
         """The state of a move that has just started."""
         return cls(policy, policy.first_downtime_ms)
 
-    def judge(self, look: Look) -> tuple[Convergence, Action]:
-        """What to do after this look, and the state after doing it."""
+    def judge(self, at: float, look: MigrationStatistics) -> tuple[Convergence, Action]:
+        """What to do after this look, taken at ``at`` (seconds of any steady clock), and the state after doing it."""
         if self._has_progress(look):
-            return self._seen(look), Wait(self._note(look))
-        stalled_s = look.at - (self.progress_at if self.progress_at is not None else look.at)
+            return self._seen(at, look), Wait(self._note(look))
+        stalled_s = at - (self.progress_at if self.progress_at is not None else at)
         if look.iteration <= 1 or self.in_post_copy:
             return self._wait_or_give_up(look, stalled_s, "no memory has arrived at the destination")
         if stalled_s < (THROTTLE_STALL_S if self.throttle_percent else STALL_S):
             return self, Wait(self._note(look))
-        return self._escalate(look, stalled_s)
+        return self._escalate(at, look, stalled_s)
 
-    def _has_progress(self, look: Look) -> bool:
+    def _has_progress(self, look: MigrationStatistics) -> bool:
         if self.progress_at is None:
             return True
         if look.iteration <= 1 or self.in_post_copy:
             return look.transferred_bytes > self.most_transferred
         return look.remaining_bytes < self.least_remaining * PROGRESS
 
-    def _seen(self, look: Look) -> Convergence:
+    def _seen(self, at: float, look: MigrationStatistics) -> Convergence:
         return replace(
             self,
-            progress_at=look.at,
+            progress_at=at,
             most_transferred=max(self.most_transferred, look.transferred_bytes),
             # In the first pass what remains was mostly not sent once yet: no measure of the guest's writing.
             least_remaining=self.least_remaining if look.iteration <= 1 else look.remaining_bytes,
         )
 
-    def _escalate(self, look: Look, stalled_s: float) -> tuple[Convergence, Action]:
+    def _escalate(self, at: float, look: MigrationStatistics, stalled_s: float) -> tuple[Convergence, Action]:
         policy = self.policy
         if self.downtime_limit_ms < policy.blackout_budget_ms:
             limit = min(policy.blackout_budget_ms, max(2 * self.downtime_limit_ms, self._needed_ms(look) * MARGIN))
             note = f"{self._writes(look)}; a blackout of up to {limit:.0f} ms is planned"
-            return replace(self, downtime_limit_ms=limit, progress_at=look.at), RaiseDowntimeLimit(limit, note)
+            return replace(self, downtime_limit_ms=limit, progress_at=at), RaiseDowntimeLimit(limit, note)
         if policy.auto_converge and self.throttle_percent < policy.max_throttle_percent:
             percent = min(policy.max_throttle_percent, self.throttle_percent + THROTTLE_STEP_PERCENT)
             note = f"{self._writes(look)}; its processors are slowed by up to {percent} %"
-            return replace(self, throttle_percent=percent, progress_at=look.at), Throttle(percent, note)
+            return replace(self, throttle_percent=percent, progress_at=at), Throttle(percent, note)
         if policy.post_copy:
             note = f"{self._writes(look)}; it continues at the destination, memory follows"
-            return replace(self, in_post_copy=True, progress_at=look.at), StartPostCopy(note)
+            return replace(self, in_post_copy=True, progress_at=at), StartPostCopy(note)
         return self._wait_or_give_up(look, stalled_s, self._writes(look))
 
-    def _wait_or_give_up(self, look: Look, stalled_s: float, why: str) -> tuple[Convergence, Action]:
+    def _wait_or_give_up(self, look: MigrationStatistics, stalled_s: float, why: str) -> tuple[Convergence, Action]:
         if stalled_s < self.policy.patience_s:
             return self, Wait(self._note(look))
         return self, GiveUp(f"{why}; nothing helped for {self.policy.patience_s:g} s")
 
-    def _needed_ms(self, look: Look) -> float:
+    def _needed_ms(self, look: MigrationStatistics) -> float:
         least = min(self.least_remaining, look.remaining_bytes)
         return 1000 * least / look.rate_bytes_per_s if look.rate_bytes_per_s > 0 else float("inf")
 
-    def _writes(self, look: Look) -> str:
+    def _writes(self, look: MigrationStatistics) -> str:
         if look.dirty_rate_bytes_per_s > 0 and look.rate_bytes_per_s > 0:
             dirty, rate = format_rate(look.dirty_rate_bytes_per_s), format_rate(look.rate_bytes_per_s)
             return f"the guest writes {dirty}, the network carries {rate}"
         return f"{format_bytes(look.remaining_bytes)} of memory remain to be sent again"
 
-    def _note(self, look: Look) -> str:
+    def _note(self, look: MigrationStatistics) -> str:
         if look.iteration <= 1:
             return "copying memory"
         if self.in_post_copy:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from limosa.model.migration import Phase, Progress
+from limosa.qemu.protocol import MigrationStatistics
 
 #: Where each phase begins on the bar, percent.
 BEGINS = {
@@ -20,19 +21,6 @@ BEGINS = {
     Phase.SWITCHOVER: 98.0,
     Phase.TEAR_DOWN: 99.0,
 }
-
-
-@dataclass(frozen=True)
-class Figures:
-    """What QEMU says about a running migration. Bytes, bytes per second, milliseconds."""
-
-    transferred_bytes: int
-    remaining_bytes: int
-    total_bytes: int
-    rate_bytes_per_s: float
-    dirty_rate_bytes_per_s: float
-    iteration: int
-    throttle_percent: int = 0
 
 
 @dataclass(frozen=True)
@@ -48,14 +36,14 @@ class Bar:
         """The bar at the beginning of a phase."""
         return replace(self, percent=max(self.percent, BEGINS[phase]))
 
-    def moved(self, phase: Phase, figures: Figures) -> Bar:
+    def moved(self, phase: Phase, look: MigrationStatistics) -> Bar:
         """The bar after a look at QEMU."""
-        if phase is Phase.COPY and figures.total_bytes > 0:
-            share = 1 - min(1.0, figures.remaining_bytes / figures.total_bytes)
+        if phase is Phase.COPY and look.total_bytes > 0:
+            share = 1 - min(1.0, look.remaining_bytes / look.total_bytes)
             return self._at_least(BEGINS[Phase.COPY] + share * (BEGINS[Phase.SYNCHRONISE] - BEGINS[Phase.COPY]))
         if phase is Phase.SYNCHRONISE:
-            leftover = self.leftover or figures.remaining_bytes
-            least = min(self.least or leftover, figures.remaining_bytes)
+            leftover = self.leftover or look.remaining_bytes
+            least = min(self.least or leftover, look.remaining_bytes)
             share = 1 - least / leftover if leftover else 1.0
             span = BEGINS[Phase.SWITCHOVER] - BEGINS[Phase.SYNCHRONISE]
             return replace(self, leftover=leftover, least=least)._at_least(BEGINS[Phase.SYNCHRONISE] + share * span)
@@ -65,26 +53,26 @@ class Bar:
         return replace(self, percent=max(self.percent, min(percent, 99.0)))
 
 
-def remaining_s(figures: Figures) -> float | None:
+def remaining_s(look: MigrationStatistics) -> float | None:
     """Seconds until the memory is sent if guest and network go on as now; None if they would never be."""
-    gain = figures.rate_bytes_per_s - figures.dirty_rate_bytes_per_s
-    if figures.rate_bytes_per_s <= 0 or gain <= 0:
+    gain = look.rate_bytes_per_s - look.dirty_rate_bytes_per_s
+    if look.rate_bytes_per_s <= 0 or gain <= 0:
         return None
-    return figures.remaining_bytes / gain
+    return look.remaining_bytes / gain
 
 
-def progress(bar: Bar, figures: Figures, *, limit_ms: float, note: str) -> Progress:
+def progress(bar: Bar, look: MigrationStatistics, *, limit_ms: float, note: str) -> Progress:
     """The progress to show."""
     return Progress(
         percent=round(bar.percent, 1),
-        transferred_bytes=figures.transferred_bytes,
-        remaining_bytes=figures.remaining_bytes,
-        total_bytes=figures.total_bytes,
-        rate_bytes_per_s=figures.rate_bytes_per_s,
-        dirty_rate_bytes_per_s=figures.dirty_rate_bytes_per_s,
-        iteration=figures.iteration,
-        remaining_s=remaining_s(figures),
+        transferred_bytes=look.transferred_bytes,
+        remaining_bytes=look.remaining_bytes,
+        total_bytes=look.total_bytes,
+        rate_bytes_per_s=look.rate_bytes_per_s,
+        dirty_rate_bytes_per_s=look.dirty_rate_bytes_per_s,
+        iteration=look.iteration,
+        remaining_s=remaining_s(look),
         downtime_limit_ms=limit_ms,
-        throttle_percent=figures.throttle_percent,
+        throttle_percent=look.throttle_percent,
         note=note,
     )

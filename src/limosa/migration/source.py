@@ -17,8 +17,10 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Coroutine
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
+
+import msgspec
 
 from limosa.errors import Cancelled, LimosaError, MigrationFailed, NotConverging, PreflightRefused, QemuGone
 from limosa.migration import convergence, preflight, progress
@@ -51,6 +53,10 @@ class Terms:
     policy: ConvergencePolicy
     transport: str
     encrypt: bool
+
+    def without_post_copy(self) -> Terms:
+        """The same, with post-copy forbidden."""
+        return replace(self, policy=msgspec.structs.replace(self.policy, post_copy=False))
 
 
 class Home(Protocol):
@@ -147,11 +153,17 @@ class SourceMove:
 
     async def check(self, peer: Peer) -> tuple[Finding, ...]:
         """Preflight. Raises :class:`PreflightRefused` with all findings if one is an error."""
-        findings = await examine(peer, self.header.vm, self.header.source, self.header.accelerator, self.home.facts())
+        findings = await examine(peer, self.header.vm, self.header.source, self.header.accelerator, self._facts())
         if any(finding.severity is Severity.ERROR for finding in findings):
             raise PreflightRefused(findings, vm=self.header.vm.name, host=peer.host)
+        if any(finding.code == preflight.POST_COPY_NOT_POSSIBLE for finding in findings):
+            self.terms = self.terms.without_post_copy()
         self.report.change(findings=findings)
         return findings
+
+    async def _facts(self) -> VmFacts:
+        # What was asked for this move counts, not what the host's settings say.
+        return msgspec.structs.replace(await self.home.facts(), post_copy=self.terms.policy.post_copy)
 
     async def copy(self, machine: MachineProtocol, prepared: Prepared) -> None:
         """Send memory until QEMU reports that everything was sent and loaded."""
@@ -260,21 +272,11 @@ class SourceMove:
         self._latest = look
         if look.state is not MigrationState.ACTIVE:
             return judge
-        judge, action = judge.judge(
-            convergence.Look(
-                at=time.monotonic(),
-                iteration=look.iteration,
-                transferred_bytes=look.transferred_bytes,
-                remaining_bytes=look.remaining_bytes,
-                rate_bytes_per_s=look.rate_bytes_per_s,
-                dirty_rate_bytes_per_s=look.dirty_rate_bytes_per_s,
-            )
-        )
+        judge, action = judge.judge(time.monotonic(), look)
         await self._act(machine, action)
-        figures = _figures(look)
-        self.report.bar = self.report.bar.moved(self.report.now.phase, figures)
+        self.report.bar = self.report.bar.moved(self.report.now.phase, look)
         note = "" if isinstance(action, convergence.GiveUp) else action.note
-        shown = progress.progress(self.report.bar, figures, limit_ms=judge.downtime_limit_ms, note=note)
+        shown = progress.progress(self.report.bar, look, limit_ms=judge.downtime_limit_ms, note=note)
         self.report.progress(shown)
         return judge
 
@@ -307,7 +309,7 @@ class SourceMove:
         if self.sent.result() is not MigrationState.COMPLETED:
             return
         look = await machine.migration()
-        shown = progress.progress(self.report.bar, _figures(look), limit_ms=0, note="")
+        shown = progress.progress(self.report.bar, look, limit_ms=0, note="")
         self.report.change(progress=shown, transfer_s=look.total_s, qemu_downtime_ms=look.downtime_ms)
 
 
@@ -349,15 +351,3 @@ async def _both(first: Coroutine[Any, Any, T], second: Coroutine[Any, Any, Any])
     except BaseExceptionGroup as errors:
         raise errors.exceptions[0] from None
     return one.result(), two.result()
-
-
-def _figures(look: MigrationStatistics) -> progress.Figures:
-    return progress.Figures(
-        transferred_bytes=look.transferred_bytes,
-        remaining_bytes=look.remaining_bytes,
-        total_bytes=look.total_bytes,
-        rate_bytes_per_s=look.rate_bytes_per_s,
-        dirty_rate_bytes_per_s=look.dirty_rate_bytes_per_s,
-        iteration=look.iteration,
-        throttle_percent=look.throttle_percent,
-    )

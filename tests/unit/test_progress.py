@@ -1,0 +1,49 @@
+"""The bar: it never goes back, and it gets somewhere."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from limosa.migration.progress import Bar, remaining_s
+from limosa.model.migration import Phase
+from limosa.qemu.protocol import MigrationStatistics
+
+PHASES = list(Phase)
+TOTAL = 10**9
+
+
+def look(remaining: int, rate: float = 100.0, dirty: float = 0.0) -> MigrationStatistics:
+    return MigrationStatistics(
+        remaining_bytes=remaining, total_bytes=TOTAL, rate_bytes_per_s=rate, dirty_rate_bytes_per_s=dirty
+    )
+
+
+@given(st.lists(st.tuples(st.sampled_from(PHASES), st.integers(0, 2 * TOTAL)), max_size=200))
+def test_it_never_goes_back_whatever_qemu_says(looks: list[tuple[Phase, int]]) -> None:
+    bar = Bar()
+    for phase, remaining in looks:
+        following = bar.entered(phase).moved(phase, look(remaining))
+        assert bar.percent <= following.percent < 100
+        bar = following
+
+
+def test_the_first_pass_fills_most_of_it() -> None:
+    bar = Bar().entered(Phase.COPY)
+    assert bar.moved(Phase.COPY, look(TOTAL)).percent < 5
+    assert 40 < bar.moved(Phase.COPY, look(TOTAL // 2)).percent < 50
+    assert bar.moved(Phase.COPY, look(0)).percent == 85
+
+
+def test_later_passes_go_by_the_least_that_remained() -> None:
+    bar = Bar().entered(Phase.SYNCHRONISE).moved(Phase.SYNCHRONISE, look(1000))
+    half = bar.moved(Phase.SYNCHRONISE, look(500))
+    assert half.moved(Phase.SYNCHRONISE, look(900)).percent == half.percent
+    assert 91 < half.percent < 92
+
+
+def test_remaining_time_is_not_promised_to_a_guest_that_writes_faster() -> None:
+    assert remaining_s(look(1000)) == 10
+    assert remaining_s(look(1000, dirty=50)) == 20
+    assert remaining_s(look(1000, dirty=100)) is None
+    assert remaining_s(look(1000, rate=0)) is None
