@@ -110,6 +110,14 @@ def test_clock_skew_warns_and_does_not_refuse() -> None:
     assert "90 s behind" in finding.what
 
 
+def test_post_copy_is_asked_for_only_where_it_is_allowed() -> None:
+    unable = msgspec.structs.replace(THERE, post_copy_possible=False)
+    assert codes(there=unable) == set()
+    (finding,) = findings(here=msgspec.structs.replace(HERE, post_copy=True), there=unable)
+    assert (finding.code, finding.severity) == ("post-copy-not-possible", Severity.WARNING)
+    assert "userfaultfd" in finding.todo
+
+
 def test_hardware_virtualisation_does_not_need_the_emulation_fix() -> None:
     old = msgspec.structs.replace(THERE, qemu=(8, 2, 0), accelerators=("kvm",))
     assert codes(here=msgspec.structs.replace(HERE, accelerator="kvm", qemu=(8, 2, 0)), there=old) == set()

@@ -73,6 +73,9 @@ class Destination:
         loop = asyncio.get_running_loop()
         #: done, with an exception, when the waiting QEMU died
         self.lost: asyncio.Future[None] = loop.create_future()
+        #: the whole state is here, but for memory in post-copy
+        self._arrived = asyncio.Event()
+        #: all of it, memory too
         self._loaded = asyncio.Event()
         self._durable = asyncio.Event()
         self._resumed_at: float | None = None
@@ -215,18 +218,25 @@ class Destination:
         )
 
     async def _load(self, machine: MachineProtocol) -> None:
+        await self._arrive(machine)
+        async with asyncio.timeout(LOAD_WITHIN_S):
+            # In post-copy QEMU says that it is active a moment before it has loaded the devices, and nothing then.
+            while not self._loaded.is_set() and await machine.status() is RunState.INMIGRATE:  # noqa: ASYNC110
+                await asyncio.sleep(0.001)
+
+    async def _arrive(self, machine: MachineProtocol) -> None:
         if (await machine.migration()).state in _LOADED:
             return
         gone = asyncio.ensure_future(machine.gone.wait())
-        loaded = asyncio.ensure_future(self._loaded.wait())
+        arrived = asyncio.ensure_future(self._arrived.wait())
         try:
             async with asyncio.timeout(LOAD_WITHIN_S):
-                await asyncio.wait({gone, loaded}, return_when=asyncio.FIRST_COMPLETED)
-            if not loaded.done():
+                await asyncio.wait({gone, arrived}, return_when=asyncio.FIRST_COMPLETED)
+            if not arrived.done():
                 raise QemuError("QEMU ended while it loaded the state", why=machine.exit_text())
         finally:
             gone.cancel()
-            loaded.cancel()
+            arrived.cancel()
 
     async def _own(self) -> None:
         runs = await self._own_qemu() is DestinationQemu.RUNNING
@@ -271,7 +281,9 @@ class Destination:
 
     def _on_event(self, event: Event) -> None:
         if event.name == "MIGRATION" and MigrationState(event.data["status"]) in _LOADED:
-            self._loaded.set()
+            self._arrived.set()
+            if event.data["status"] == MigrationState.COMPLETED:
+                self._loaded.set()
 
     async def _until_gone(self, machine: MachineProtocol) -> None:
         await machine.gone.wait()

@@ -33,6 +33,7 @@ def check(
         _places(vm, there),
         _files(vm, here, there),
         _network(there, reachable),
+        _post_copy(here, there),
         _clock(there, clock_skew_s),
         _devices(vm),
     )
@@ -170,6 +171,15 @@ def _network(there: DestinationFacts, reachable: bool) -> Iterator[Finding]:
             "port-blocked",
             f"no connection to {there.addresses[0]} port {there.trial_port} of host '{there.host}'",
             "open 'migration_ports' of that host in the firewall between the two",
+        )
+
+
+def _post_copy(here: VmFacts, there: DestinationFacts) -> Iterator[Finding]:
+    if here.post_copy and not there.post_copy_possible:
+        yield _warning(
+            "post-copy-not-possible",
+            f"post-copy is allowed, but host '{there.host}' cannot receive a VM by it; the move goes on without it",
+            "let QEMU's user open /dev/userfaultfd there, see packaging/60-limosa-userfaultfd.rules",
         )
 
 

@@ -156,7 +156,7 @@ class SourceMove:
         findings = await examine(peer, self.header.vm, self.header.source, self.header.accelerator, self._facts())
         if any(finding.severity is Severity.ERROR for finding in findings):
             raise PreflightRefused(findings, vm=self.header.vm.name, host=peer.host)
-        if any(finding.code == preflight.POST_COPY_NOT_POSSIBLE for finding in findings):
+        if any(finding.code == "post-copy-not-possible" for finding in findings):
             self.terms = self.terms.without_post_copy()
         self.report.change(findings=findings)
         return findings
@@ -190,7 +190,8 @@ class SourceMove:
         self.report.enter(Phase.TEAR_DOWN)
         if running.resumed_at is not None and self.stopped_at is not None:
             self.report.change(blackout_ms=round(1000 * (running.resumed_at - self.stopped_at), 3))
-        await self._last_figures(machine)
+        if self.sent.result() is MigrationState.COMPLETED:
+            await self._last_figures(machine)
 
     async def tear_down(self) -> None:
         """Wait until the destination is durable, then end QEMU here and forget the VM."""
@@ -212,6 +213,8 @@ class SourceMove:
             while (await machine.migration()).state in POST_COPY:
                 self.report.note("the guest runs at the destination, the rest of its memory follows")
                 await asyncio.sleep(LOOK_EVERY_S)
+            if self.sent.done() and self.sent.result() in POST_COPY:
+                await self._last_figures(machine)
         except QemuGone:
             return
 
@@ -306,8 +309,6 @@ class SourceMove:
         )
 
     async def _last_figures(self, machine: MachineProtocol) -> None:
-        if self.sent.result() is not MigrationState.COMPLETED:
-            return
         look = await machine.migration()
         shown = progress.progress(self.report.bar, look, limit_ms=0, note="")
         self.report.change(progress=shown, transfer_s=look.total_s, qemu_downtime_ms=look.downtime_ms)
