@@ -42,6 +42,7 @@ _log = logging.getLogger(__name__)
 SETTLE_EVERY_S = 2.0
 #: Ended moves that are remembered for ``limosa migration list``.
 HISTORY = 200
+MBIT_BYTES = 1_000_000 // 8
 _ALPHABET = "abcdefghijklmnopqrstuvwxyz0123456789"
 
 
@@ -179,7 +180,7 @@ class Outgoing:
         header = journal.header
         options = msgspec.convert(header.options, MoveOptions)
         report = Report(self._first_view(header), self._publish)
-        leaving = Leaving(hosted, self._vms, self._inspector, self)
+        leaving = Leaving(hosted, self._vms, self._inspector, self, (options.bandwidth_mbit_per_s or 0) * MBIT_BYTES)
         machine = hosted.machine if hosted is not None else None
         move = SourceMove(journal, machine, self._dialler(header.address), leaving, self._terms(options), report)
         self._active[header.migration] = move
@@ -262,7 +263,7 @@ class Outgoing:
 
     def bandwidth_share(self) -> int:
         """Bytes per second each move may use now, 0: no cap."""
-        cap = self._page.now.bandwidth_mbit_per_s * 1_000_000 // 8
+        cap = self._page.now.bandwidth_mbit_per_s * MBIT_BYTES
         return max(1, cap // max(1, self.slots.taken)) if cap else 0
 
     def _on_page(self) -> None:
@@ -279,7 +280,7 @@ class Outgoing:
         for move in list(self._active.values()):
             if move.machine is not None and move.report.now.phase in (Phase.COPY, Phase.SYNCHRONISE):
                 with contextlib.suppress(LimosaError):
-                    await move.machine.set_bandwidth(self.bandwidth_share())
+                    await move.machine.set_bandwidth(move.home.bandwidth())
 
     def _publish(self, view: Migration) -> None:
         self._views[view.id] = view
@@ -312,11 +313,15 @@ class Outgoing:
 class Leaving:
     """The VM that leaves: a :class:`limosa.migration.source.Home`."""
 
-    def __init__(self, hosted: HostedVm | None, vms: Vms, inspector: Inspector, outgoing: Outgoing) -> None:
+    def __init__(
+        self, hosted: HostedVm | None, vms: Vms, inspector: Inspector, outgoing: Outgoing, own_cap: int
+    ) -> None:
         self._hosted = hosted
         self._vms = vms
         self._inspector = inspector
         self._outgoing = outgoing
+        #: bytes per second asked for this move, 0: none
+        self._own_cap = own_cap
 
     async def facts(self) -> VmFacts:
         """See :class:`limosa.migration.source.Home`."""
@@ -331,7 +336,7 @@ class Leaving:
 
     def bandwidth(self) -> int:
         """See :class:`limosa.migration.source.Home`."""
-        return self._outgoing.bandwidth_share()
+        return min([cap for cap in (self._own_cap, self._outgoing.bandwidth_share()) if cap], default=0)
 
     async def end_qemu(self) -> None:
         """See :class:`limosa.migration.source.Home`."""
