@@ -34,7 +34,7 @@ from limosa.wire.api import HostStatus
 OUTPUT = Path(__file__).parents[1] / "demo-out"
 JOURNEY = (("host1", "host2"), ("host2", "host1"))
 #: The client is watched this long before, between and after the moves.
-QUIET_S = 2.0
+QUIET_S = 1.5
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

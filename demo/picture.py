@@ -24,6 +24,8 @@ WIDTH, HEIGHT = 1120, 712
 LEFT, RIGHT = 84, 1096
 #: Top and bottom of the panels.
 LATENCY, RATES = (150, 410), (472, 652)
+#: Rates are drawn over at least this long.
+LOOK_APART_S = 0.3
 
 REQUEST, MESSAGE, SENT, DIRTIED, SWITCHOVER = "#0072b2", "#56b4e9", "#009e73", "#e69f00", "#d55e00"
 GROUNDS = {
@@ -69,11 +71,14 @@ def draw(subject: str, moves: Sequence[Seen], observed: Observed, link_bytes_per
 def rates_of(sightings: Sequence[Sighting]) -> list[Rate]:
     """What was sent between each two looks at QEMU, and how fast the guest dirtied its memory.
 
-    The daemon also tells of changes that are no new look; those carry the figures of the last one and are left out.
+    The daemon also tells of changes that are no new look; those carry the figures of the last one and are left out. So
+    are looks close upon another, whose rate would be that of the news' arrival rather than of the memory's.
     """
     looks: list[Sighting] = []
     for one in sightings:
-        if one.move.phase in (Phase.COPY, Phase.SYNCHRONISE) and (not looks or _sent(one) > _sent(looks[-1])):
+        if one.move.phase not in (Phase.COPY, Phase.SYNCHRONISE):
+            continue
+        if not looks or (one.at - looks[-1].at >= LOOK_APART_S and _sent(one) > _sent(looks[-1])):
             looks.append(one)
     return [
         Rate(
@@ -121,7 +126,9 @@ def _phases(one: Seen, time: Scale) -> Iterator[str]:
     yield svg.text((middle, LATENCY[0] - 8), title, anchor="middle", bold=True)
     for phase, begin, end in phases:
         for top, bottom in (LATENCY, RATES):
-            yield svg.rectangle(time(begin), top, time(end) - time(begin), bottom - top, GROUNDS[phase])
+            # A phase of milliseconds is to be seen too.
+            width = max(2.0, time(end) - time(begin))
+            yield svg.rectangle(time(begin), top, width, bottom - top, GROUNDS[phase])
 
 
 def _latency(observed: Observed, time: Scale) -> Iterator[str]:
@@ -166,8 +173,6 @@ def _steps(rates: Sequence[tuple[float, float, float]], time: Scale, scale: Scal
 
 def _switchover(one: Seen, time: Scale) -> Iterator[str]:
     x = next(time(begin) for phase, begin, _ in spans(one.move.sightings) if phase is Phase.SWITCHOVER)
-    for top, bottom in (LATENCY, RATES):
-        yield svg.line((x, top), (x, bottom), SWITCHOVER, width=1.5)
     yield svg.text((x - 8, LATENCY[0] + 18), "switchover", fill=SWITCHOVER, anchor="end", bold=True)
     if one.move.last.blackout_ms is not None:
         blackout = f"blackout {one.move.last.blackout_ms:.0f} ms"

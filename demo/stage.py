@@ -38,9 +38,9 @@ from limosa.wire.endpoints import HOST
 LAB = Lab(name="demo", hosts=2, nics=1, speed_mbit_per_s=1000)
 VM = "web1"
 ADDRESS = FIRST_GUEST_ADDRESS
-MEMORY_MIB = 512
-FILLED_MIB = 288
-RANDOM_MIB = 96
+MEMORY_MIB = 384
+FILLED_MIB = 192
+RANDOM_MIB = 64
 REWRITTEN_MIB_PER_S = 16
 SUBJECT = f"{VM}, a Linux guest of {MEMORY_MIB} MiB; TLS over {LAB.speed_mbit_per_s} Mbit/s"
 
