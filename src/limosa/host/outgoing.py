@@ -278,7 +278,7 @@ class Outgoing:
     async def _share_bandwidth(self) -> None:
         """Give each move its share of the cap. A machine that refuses is about to end anyway."""
         for move in list(self._active.values()):
-            if move.machine is not None and move.report.now.phase in (Phase.COPY, Phase.SYNCHRONISE):
+            if move.machine is not None and move.report.now.phase in (Phase.BUILD_UP, Phase.COPY, Phase.SYNCHRONISE):
                 with contextlib.suppress(LimosaError):
                     await move.machine.set_bandwidth(move.home.bandwidth())
 
