@@ -159,13 +159,16 @@ def _wait_for_console() -> None:
             said += console.recv(4096)
 
 
+def event_stamps(said: str, name: str, words: str) -> list[float]:
+    """QEMU's time stamps of the events of that name with these words in their data, in seconds since the epoch."""
+    return [float(at) for event, at, data in _EVENT.findall(said) if event == name and words in data]
+
+
 def _time_of(file: Path, name: str, words: str) -> float:
-    """The time stamp of the last event of that name, in seconds since the epoch; waits for it a moment."""
+    """The time stamp of the last such event; waits a moment for it, since ``virsh`` shows events a little later."""
     deadline = time.monotonic() + _EVENTS_WITHIN_S
-    while True:
-        found = [at for event, at, data in _EVENT.findall(file.read_text()) if event == name and words in data]
-        if found:
-            return float(found[-1])
+    while not (stamps := event_stamps(file.read_text(), name, words)):
         if time.monotonic() > deadline:
             raise RuntimeError(f"virsh did not show the event {name} {words}: {file.read_text()}")
         time.sleep(0.05)
+    return stamps[-1]
