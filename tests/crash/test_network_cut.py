@@ -67,7 +67,7 @@ def begin(hosts: list[LabHost], side: str, step: str, moment: str) -> str:
     return first.move("vm", "host2").id
 
 
-@pytest.mark.parametrize("moment", ["before", "after"])
+@pytest.mark.parametrize("moment", [pytest.param("before", marks=pytest.mark.long), "after"])
 @pytest.mark.parametrize(("side", "step"), STEPS)
 def test_one_runs_after_the_cut_is_healed(hosts: list[LabHost], side: str, step: str, moment: str) -> None:
     first, second = hosts
