@@ -22,14 +22,13 @@ from rich.console import Console
 
 from demo import stage
 from demo.client import MESSAGE_EVERY_S, REQUEST_EVERY_S, Client, Observed
-from demo.outcome import Seen, as_json, seen
+from demo.outcome import as_json, seen
 from demo.picture import TITLE, draw
 from demo.stage import DemoFailed
 from demo.table import notes, summary
 from demo.watch import WatchedMove, move
 from limosa.errors import LimosaError
 from limosa.model.units import format_seconds
-from limosa.wire.api import HostStatus
 
 OUTPUT = Path(__file__).parents[1] / "demo-out"
 JOURNEY = (("host1", "host2"), ("host2", "host1"))
@@ -59,7 +58,7 @@ def perform(screen: Console, json_file: Path | None, picture_file: Path) -> int:
     """Build, boot, move there and back, take away, and show what came of it."""
     if os.geteuid() != 0:
         raise DemoFailed("a lab is made of network namespaces, which only root may make; use sudo")
-    began = time.monotonic()
+    began, load = time.monotonic(), os.getloadavg()[0]
     OUTPUT.mkdir(exist_ok=True)
     screen.print(TITLE, style="bold")
     with stage.lab(screen):
@@ -67,7 +66,9 @@ def perform(screen: Console, json_file: Path | None, picture_file: Path) -> int:
         play = travel(screen)
     moves = seen(play.moves, play.observed)
     if moves:
-        show(screen, host, moves)
+        screen.print("\n", summary(moves), "\n", sep="")
+        for note in notes(moves, host.accelerator, load, os.cpu_count() or 1):
+            screen.print(note, style="dim")
     if moves and play.observed.messages:
         subject = f"{stage.SUBJECT}; QEMU {host.qemu} ({host.accelerator})"
         picture = draw(subject, moves, play.observed, stage.LAB.speed_mbit_per_s * 1e6 / 8)
@@ -76,13 +77,6 @@ def perform(screen: Console, json_file: Path | None, picture_file: Path) -> int:
         _write(screen, "JSON", json_file, json.dumps(as_json(host.qemu, moves), indent=2) + "\n")
     screen.print(f"The demo took {format_seconds(time.monotonic() - began)}.")
     return verdict(screen, play)
-
-
-def show(screen: Console, host: HostStatus, moves: Sequence[Seen]) -> None:
-    """The table, and what its reader should know."""
-    screen.print("\n", summary(moves), "\n", sep="")
-    for note in notes(moves, host.accelerator):
-        screen.print(note, style="dim")
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ people who do not see all of them, and the ground is white whatever the page aro
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -69,17 +70,7 @@ def draw(subject: str, moves: Sequence[Seen], observed: Observed, link_bytes_per
 
 
 def rates_of(sightings: Sequence[Sighting]) -> list[Rate]:
-    """What was sent between each two looks at QEMU, and how fast the guest dirtied its memory.
-
-    The daemon also tells of changes that are no new look; those carry the figures of the last one and are left out. So
-    are looks close upon another, whose rate would be that of the news' arrival rather than of the memory's.
-    """
-    looks: list[Sighting] = []
-    for one in sightings:
-        if one.move.phase not in (Phase.COPY, Phase.SYNCHRONISE):
-            continue
-        if not looks or (one.at - looks[-1].at >= LOOK_APART_S and _sent(one) > _sent(looks[-1])):
-            looks.append(one)
+    """What was sent between each two looks at QEMU, and how fast the guest dirtied its memory."""
     return [
         Rate(
             begin=before.at,
@@ -87,8 +78,26 @@ def rates_of(sightings: Sequence[Sighting]) -> list[Rate]:
             sent=(_sent(after) - _sent(before)) / (after.at - before.at),
             dirtied=after.move.progress.dirty_rate_bytes_per_s or None,
         )
-        for before, after in pairwise(looks)
+        for before, after in pairwise(_apart(_looks(sightings)))
     ]
+
+
+def _looks(sightings: Sequence[Sighting]) -> Iterator[Sighting]:
+    """Looks at QEMU while memory is copied. Other changes are told with the figures of the look before."""
+    sent = -1
+    for one in sightings:
+        if one.move.phase in (Phase.COPY, Phase.SYNCHRONISE) and _sent(one) > sent:
+            sent = _sent(one)
+            yield one
+
+
+def _apart(looks: Iterable[Sighting]) -> Iterator[Sighting]:
+    """Leave out looks close upon another: their rate would be that of the news' arrival."""
+    at = -math.inf
+    for one in looks:
+        if one.at - at >= LOOK_APART_S:
+            at = one.at
+            yield one
 
 
 def spans(sightings: Sequence[Sighting]) -> list[tuple[Phase, float, float]]:

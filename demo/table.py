@@ -28,9 +28,14 @@ def summary(moves: Sequence[Seen]) -> Table:
     return drawn
 
 
-def notes(moves: Sequence[Seen], accelerator: str) -> list[str]:
-    """What a reader of the table should know of its figures."""
+def notes(moves: Sequence[Seen], accelerator: str, load: float, processors: int) -> list[str]:
+    """What a reader of the table should know of its figures; ``load`` is the machine's before the demo began."""
     found = []
+    if load > processors:
+        found.append(
+            f"This machine was busy with other work before the demo began (load {load:.1f} on {processors} processors): "
+            "expect better figures on a quiet one."
+        )
     if accelerator == "tcg":
         found.append(
             "QEMU emulates the processor here: after the switchover the guest's code is translated anew, which makes "

@@ -52,7 +52,8 @@ def moved(begin: float) -> WatchedMove:
         sighting(begin, Phase.BUILD_UP),
         sighting(begin + 0.5, Phase.COPY),
         sighting(begin + 1.5, Phase.COPY, 100),
-        sighting(begin + 1.6, Phase.COPY, 100),
+        sighting(begin + 1.6, Phase.COPY, 160),
+        sighting(begin + 2.9, Phase.SYNCHRONISE, 160),
         sighting(begin + 3.5, Phase.SYNCHRONISE, 300, 7.0),
         end,
     )
@@ -146,7 +147,8 @@ def test_the_table_has_a_column_for_each_move_and_what_counts(both: list[Seen]) 
 
 
 def test_figures_that_need_words_get_them(both: list[Seen]) -> None:
-    assert notes(both, "kvm") == []
-    assert len(notes(both, "tcg")) == 1
+    assert notes(both, "kvm", 1.9, 2) == []
+    assert len(notes(both, "tcg", 1.9, 2)) == 1
+    assert len(notes(both, "kvm", 2.1, 2)) == 1
     slow = Seen(move=both[0].move, longest_gap_ms=1, slowest_request_ms=1020, requests=1, failures=())
-    assert len(notes([slow], "kvm")) == 1
+    assert len(notes([slow], "kvm", 1.9, 2)) == 1
