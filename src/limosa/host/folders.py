@@ -27,7 +27,7 @@ class Folders:
     def read(self) -> list[VmConfig]:
         """The VMs of this host, by name; those that cannot be read are in ``damaged`` afterwards."""
         found: dict[str, VmConfig] = {}
-        for folder in sorted(self._files.vms.iterdir()):
+        for folder in sorted(self._files.vms.iterdir(), key=_order):
             path = folder / "vm.toml"
             if not path.exists():
                 continue
@@ -37,7 +37,7 @@ class Folders:
                 found[config.uuid] = config
             except LimosaError as error:
                 self.damaged[folder.name] = error
-        return list(found.values())
+        return sorted(found.values(), key=lambda config: config.name)
 
     def make(self, config: VmConfig) -> None:
         """A new, empty folder. Raises :class:`StateError`; nothing that a VM needs was touched then."""
@@ -71,6 +71,11 @@ class Folders:
         except OSError as error:
             raise StateError(f"cannot remove {folder}", why=error.strerror or str(error), vm=config.name) from error
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _order(folder: Path) -> tuple[bool, str]:
+    """Where two claim to be one VM, the one whose QEMU runs is it."""
+    return not (folder / "process.json").exists(), folder.name
 
 
 def _check(path: Path, config: VmConfig, found: dict[str, VmConfig]) -> None:
