@@ -323,10 +323,10 @@ def nothing_left(place: Place) -> Iterator[None]:
     wait_until(lambda: nothing_landed(place.beta), "nothing of the landing is left")
 
 
-pytestmark_left = pytest.mark.usefixtures("nothing_left")
+leaves_nothing = pytest.mark.usefixtures("nothing_left")
 
 
-@pytestmark_left
+@leaves_nothing
 def test_nothing_is_answered_before_a_hello(place: Place) -> None:
     for message in (prepare(place.vm), say.TakeOver(), say.Attach(migration=MIGRATION), say.Abort(reason="")):
         with peer_session(place.beta, place.pki / "gamma", "") as session:
@@ -340,7 +340,7 @@ def test_nobody_speaks_in_anothers_name_or_another_language(place: Place) -> Non
         assert session.refusal(prepare(place.vm)) == "invalid-input"
 
 
-@pytestmark_left
+@leaves_nothing
 def test_words_that_come_out_of_order_are_refused(place: Place) -> None:
     with peer_session(place.beta, place.pki / "gamma", "gamma") as session:
         assert session.refusal(say.TakeOver()) == "invalid-input"
@@ -349,7 +349,7 @@ def test_words_that_come_out_of_order_are_refused(place: Place) -> None:
         assert session.refusal(say.TakeOver()) == "invalid-input"
 
 
-@pytestmark_left
+@leaves_nothing
 def test_one_session_prepares_one_migration_once(place: Place) -> None:
     first = prepare(place.vm)
     with peer_session(place.beta, place.pki / "gamma", "gamma") as session:
@@ -368,7 +368,7 @@ def test_one_session_prepares_one_migration_once(place: Place) -> None:
         assert session.refusal(first) == "conflict"
 
 
-@pytestmark_left
+@leaves_nothing
 def test_a_landing_belongs_to_the_host_that_prepared_it(place: Place) -> None:
     request = prepare(place.vm)
     with (
@@ -382,7 +382,7 @@ def test_a_landing_belongs_to_the_host_that_prepared_it(place: Place) -> None:
         assert len(place.beta.qemus()) == 1
 
 
-@pytestmark_left
+@leaves_nothing
 @pytest.mark.parametrize(
     "spoil",
     [
@@ -407,7 +407,7 @@ def test_a_message_that_is_none_ends_the_session(place: Place, spoil: dict[str, 
             session.hear()
 
 
-@pytestmark_left
+@leaves_nothing
 @pytest.mark.parametrize(
     "message",
     [b"", b"\xff\xfe", b"[" * 200_000, b'{"x":' + b"[" * 200_000, "text", b'{"type":"abort","reason":"\xff"}'],
@@ -421,7 +421,7 @@ def test_garbage_after_a_landing_was_prepared_undoes_it(place: Place, message: b
             session.hear()
 
 
-@pytestmark_left
+@leaves_nothing
 @pytest.mark.parametrize("messages", [[b" " * (17 * 1024 * 1024)], [ATTACH] * 1000], ids=["large", "many"])
 def test_more_than_can_be_answered_ends_the_session(place: Place, messages: list[bytes]) -> None:
     with peer_session(place.beta, place.pki / "gamma", "gamma") as session:
@@ -437,7 +437,7 @@ def hear_all(session: PeerSession) -> None:
         session.hear()
 
 
-@pytestmark_left
+@leaves_nothing
 @pytest.mark.parametrize(
     ("changes", "code"),
     [
@@ -458,7 +458,7 @@ def test_a_vm_that_cannot_be_built_leaves_nothing(place: Place, changes: dict[st
         assert session.refusal(prepare(msgspec.structs.replace(place.vm, **changes))) == code
 
 
-@pytestmark_left
+@leaves_nothing
 @pytest.mark.parametrize(
     "files", [{"seed.iso": "!!!"}, {"seed.iso": "eA="}, {"vm.toml": "eA=="}, {"process.json": "eA=="}], ids=str
 )
@@ -468,7 +468,7 @@ def test_files_that_come_along_are_the_known_ones_and_whole(place: Place, files:
         assert session.refusal(prepare(vm, files=files)) == "invalid-input"
 
 
-@pytestmark_left
+@leaves_nothing
 def test_credentials_that_are_none_leave_nothing(place: Place) -> None:
     nonsense = say.StreamCredentials(authority="a", certificate="b", key="../../c")
     with peer_session(place.beta, place.pki / "gamma", "gamma") as session:
@@ -476,7 +476,7 @@ def test_credentials_that_are_none_leave_nothing(place: Place) -> None:
 
 
 @pytest.mark.long
-@pytestmark_left
+@leaves_nothing
 def test_a_word_without_a_stream_never_runs_the_guest(place: Place) -> None:
     with peer_session(place.beta, place.pki / "gamma", "gamma") as session:
         assert isinstance(session.ask(prepare(place.vm)), say.Prepared)

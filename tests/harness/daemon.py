@@ -2,13 +2,15 @@
 
 The plan comes in LIMOSA_TEST_BREAK as ``SIDE:STEP:MOMENT:VICTIM``, for example ``source:migrating:after:daemon``: when
 the journal of that side is about to write (``before``) or has written (``after``) that step. Victims are ``daemon``,
-``qemu``, ``both`` and ``network`` (the links named in LIMOSA_TEST_LINKS go down). It happens once.
+``qemu``, ``both``, ``network`` (the links named in LIMOSA_TEST_LINKS go down) and ``disk`` (from then on the daemon
+cannot write to any file). It happens once.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -38,6 +40,8 @@ def break_at(plan: Plan, vms: Path) -> None:
         if victim == "network":
             for link in os.environ["LIMOSA_TEST_LINKS"].split(","):
                 subprocess.run(["ip", "link", "set", link, "down"], check=True)
+        if victim == "disk":
+            resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
         if victim in ("daemon", "both"):
             os.kill(os.getpid(), signal.SIGKILL)
 

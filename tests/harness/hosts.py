@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import tomli_w
 
+from limosa.cli.main import main as limosa
 from limosa.client.host import HostClient
 from limosa.errors import LimosaError
 from limosa.migration.ownership import DESTINATION_ENDED, SOURCE_ENDED
@@ -49,6 +51,10 @@ class Host:
     def client(self) -> HostClient:
         return HostClient(str(self.run / "api.sock"))
 
+    def command(self) -> list[str]:
+        """What starts the daemon."""
+        return [sys.executable, str(Path(__file__).with_name("daemon.py")), str(self.folder / "host.toml")]
+
     def start(self, plan: str = "") -> None:
         """Start the daemon and wait until it says that it is ready; ``plan`` is for ``daemon.py``."""
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as ready, (self.folder / "log").open("ab") as log:
@@ -57,9 +63,29 @@ class Host:
             ready.bind(str(path))
             ready.settimeout(START_WITHIN_S)
             environment = {**os.environ, "NOTIFY_SOCKET": str(path), "LIMOSA_TEST_BREAK": plan}
-            command = [sys.executable, str(Path(__file__).with_name("daemon.py")), str(self.folder / "host.toml")]
-            self.process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
+            self.process = subprocess.Popen(
+                self.command(), stdout=log, stderr=log, env=environment, start_new_session=True
+            )
             assert ready.recv(64).startswith(b"READY=1")
+
+    def refusal(self) -> tuple[int, str]:
+        """Exit code and words with which ``limosa host serve`` refuses to start."""
+        words = self.folder / "refusal"
+        # A fork, because everything is loaded here already.
+        child = multiprocessing.get_context("fork").Process(target=self._serve, args=(words,))
+        child.start()
+        child.join(START_WITHIN_S)
+        child.kill()
+        child.join()
+        assert child.exitcode is not None
+        return child.exitcode, words.read_text()
+
+    def _serve(self, words: Path) -> None:
+        os.dup2(os.open(words, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), 2)
+        sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115 - pytest's would keep the words
+        code = limosa(["host", "serve", "--settings", str(self.folder / "host.toml")])
+        sys.stderr.flush()
+        os._exit(code)
 
     def kill(self) -> None:
         """kill -9, as a crash does."""
@@ -111,12 +137,12 @@ class Host:
             os.kill(pid, signal.SIGKILL)
 
 
-def make_hosts(folder: Path, *names: str) -> list[Host]:
-    """Hosts that trust and know each other, not started."""
+def make_hosts(folder: Path, *names: str, first: int = 2) -> list[Host]:
+    """Hosts that trust and know each other, not started. ``first`` is where their addresses begin to count."""
     folder.chmod(0o711)
     ca.create_authority(folder / "ca")
     hosts = [
-        Host(folder / name, name, f"127.0.{os.getpid() % 250 + 1}.{number}") for number, name in enumerate(names, 2)
+        Host(folder / name, name, f"127.0.{os.getpid() % 250 + 1}.{number}") for number, name in enumerate(names, first)
     ]
     for host in hosts:
         host.folder.mkdir()

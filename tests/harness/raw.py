@@ -16,7 +16,7 @@ from websockets.sync.client import ClientConnection, connect
 from harness.hosts import Host
 from limosa.errors import every_error
 from limosa.migration.ownership import DESTINATION_ENDED
-from limosa.model.migration import Fault
+from limosa.model.migration import Fault, Side
 from limosa.model.vm import VmState
 from limosa.settings.daemon import DEFAULT_PORT
 from limosa.wire import endpoints, versions
@@ -140,5 +140,5 @@ def nothing_landed(host: Host) -> bool:
         and not list((host.state / "vms").iterdir())
         and not list((host.run / "vm").iterdir())
         and not any(vm.state is VmState.INCOMING for vm in host.client.call(endpoints.LIST_VMS).vms)
-        and not host.client.call(endpoints.LIST_MIGRATIONS).migrations
+        and not any(move.side is Side.DESTINATION for move in host.client.call(endpoints.LIST_MIGRATIONS).migrations)
     )
