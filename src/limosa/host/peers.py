@@ -29,6 +29,8 @@ from limosa.wire.endpoints import PEER_PATH, Role
 from limosa.wire.parsing import parse
 
 CONNECT_WITHIN_S = 3.0
+#: Longest wait for facts: storage that has to be woken up may take a while.
+INSPECT_WITHIN_S = 30.0
 PING_EVERY_S = 1.0
 PONG_WITHIN_S = 3.0
 MAX_MESSAGE_BYTES = 16 * 1024 * 1024
@@ -52,7 +54,11 @@ class RemotePeer:
     async def inspect(self, vm: VmConfig, accelerator: Accelerator) -> tuple[DestinationFacts, float]:
         """See :class:`limosa.migration.peer.Peer`."""
         asked = time.time()
-        answer = await self._ask(say.Inspect(vm=vm, accelerator=accelerator), say.Facts)
+        try:
+            async with asyncio.timeout(INSPECT_WITHIN_S):
+                answer = await self._ask(say.Inspect(vm=vm, accelerator=accelerator), say.Facts)
+        except TimeoutError as error:
+            raise self._lose(f"it told no facts within {INSPECT_WITHIN_S:.0f} s") from error
         return answer.facts, answer.facts.time - (asked + time.time()) / 2
 
     async def prepare(self, request: say.Prepare, in_line: Callable[[int], None]) -> say.Prepared:
@@ -150,16 +156,20 @@ class RemotePeer:
                 self._answers.put_nowait(message)
 
     def _lose(self, why: str) -> HostUnreachable:
-        error = HostUnreachable(
+        error = self.broken(why)
+        if not self.lost.done():
+            self.lost.set_exception(error)
+            self.lost.exception()  # it may have no listener
+        return error
+
+    def broken(self, why: str) -> HostUnreachable:
+        """The error that stands for the end of this session."""
+        return HostUnreachable(
             f"the session with host '{self.host}' broke",
             why=why,
             todo=f"see whether 'limosa host serve' works on '{self.host}' and the network between",
             host=self.host,
         )
-        if not self.lost.done():
-            self.lost.set_exception(error)
-            self.lost.exception()  # it may have no listener
-        return error
 
 
 async def dial(destination: str, address: str, own_name: str, context: ssl.SSLContext) -> RemotePeer:
@@ -197,8 +207,11 @@ async def dial(destination: str, address: str, own_name: str, context: ssl.SSLCo
         ) from error
     remote = RemotePeer(connection, destination)
     try:
-        await remote.hello(own_name)
-    except BaseException:
+        async with asyncio.timeout(CONNECT_WITHIN_S):
+            await remote.hello(own_name)
+    except BaseException as error:
         await remote.close()
+        if isinstance(error, TimeoutError):
+            raise remote.broken(f"it said nothing within {CONNECT_WITHIN_S:.0f} s") from error
         raise
     return remote
