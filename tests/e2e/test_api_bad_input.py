@@ -26,6 +26,7 @@ from harness.fuzz import extents
 from harness.hosts import Host, running_hosts, tiny, wait_until
 from harness.raw import (
     PeerSession,
+    false_destination,
     fault_of,
     nothing_landed,
     peer_session,
@@ -36,7 +37,7 @@ from harness.raw import (
 )
 from limosa.errors import InvalidInput, LimosaError
 from limosa.model.migration import Side
-from limosa.model.vm import CloudInit, Disk, Nic, VmConfig
+from limosa.model.vm import CloudInit, Disk, Nic, VmConfig, VmState
 from limosa.security import ca
 from limosa.settings.daemon import DEFAULT_PORT
 from limosa.settings.host import HostSettings
@@ -481,6 +482,45 @@ def test_a_word_without_a_stream_never_runs_the_guest(place: Place) -> None:
     with peer_session(place.beta, place.pki / "gamma", "gamma") as session:
         assert isinstance(session.ask(prepare(place.vm)), say.Prepared)
         assert session.refusal(say.TakeOver()) == "destination-lost"
+
+
+WELCOME = msgspec.json.encode(say.Welcome(host="gamma", version=1))
+
+
+@pytest.mark.parametrize(
+    ("answers", "code"),
+    [
+        ([], "host-unreachable"),
+        ([b"\xff\xfe"], "host-unreachable"),
+        (["text"], "host-unreachable"),
+        ([b'{"x":' + b"[" * 200_000], "host-unreachable"),
+        ([msgspec.json.encode(say.Running(resumed_at=1.0))], "host-unreachable"),
+        ([b'{"type":"welcome","host":"../x","version":1}'], "host-unreachable"),
+        ([msgspec.json.encode(say.Welcome(host="alpha", version=1))], "host-not-trusted"),
+        ([WELCOME, WELCOME], "host-unreachable"),
+        ([WELCOME, b'{"type":"facts","facts":{"host":"gamma"}}'], "host-unreachable"),
+        ([WELCOME, b" " * (17 * 1024 * 1024)], "host-unreachable"),
+    ],
+    ids=["silence", "not UTF-8", "text", "deep", "unasked", "no name", "other name", "twice", "no facts", "large"],
+)
+def test_a_destination_that_talks_nonsense_is_a_finding(place: Place, answers: list[bytes | str], code: str) -> None:
+    with false_destination(place.pki / "gamma", *answers) as address:
+        report = place.alpha.client.call(endpoints.CHECK, api.CheckRequest(vm="vm", destination=address))
+    assert [finding.code for finding in report.findings] == [code]
+
+
+def test_a_move_to_a_destination_that_falls_silent_fails_and_the_vm_goes_on(place: Place) -> None:
+    place.alpha.client.call(endpoints.START_VM, vm="vm")
+    try:
+        with false_destination(place.pki / "gamma") as address:
+            ended = place.alpha.outcome(place.alpha.move("vm", address).id)
+        assert ended.fault is not None
+        assert ended.fault.code == "host-unreachable"
+        view = place.alpha.vm("vm")
+        assert view is not None
+        assert (view.state, view.migration) == (VmState.RUNNING, None)
+    finally:
+        place.alpha.client.call(endpoints.STOP_VM, vm="vm")
 
 
 def renamed(vm: VmConfig, name: str) -> VmConfig:

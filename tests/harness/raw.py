@@ -6,12 +6,16 @@ import http.client
 import socket
 import ssl
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from itertools import islice
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import msgspec
+from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import ClientConnection, connect
+from websockets.sync.server import ServerConnection, serve
 
 from harness.hosts import Host
 from limosa.errors import every_error
@@ -125,6 +129,32 @@ def peer_session(to: Host, pki: Path, name: str) -> Iterator[PeerSession]:
             hello = say.Hello(host=name, oldest=versions.OLDEST, newest=versions.NEWEST)
             assert isinstance(session.ask(hello), say.Welcome)
         yield session
+
+
+@contextmanager
+def false_destination(pki: Path, *answers: bytes | str) -> Iterator[str]:
+    """A host with the certificate in ``pki`` that gives these answers, one for each message, and then none.
+
+    Gives its address.
+    """
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(pki / "host.pem", pki / "host.key")
+
+    def answer(connection: ServerConnection) -> None:
+        rest = iter(answers)
+        with suppress(ConnectionClosed):
+            while connection.recv():
+                for data in islice(rest, 1):
+                    connection.send(data)
+
+    with serve(answer, "127.0.0.1", 0, ssl=context) as server:
+        worker = Thread(target=server.serve_forever)
+        worker.start()
+        try:
+            yield f"127.0.0.1:{server.socket.getsockname()[1]}"
+        finally:
+            server.shutdown()
+            worker.join()
 
 
 def nothing_landed(host: Host) -> bool:
