@@ -23,9 +23,10 @@ def test_first_come_first_served_and_places_are_told() -> None:
         slots.release()
         await asyncio.sleep(0)
         assert [task.done() for task in tasks] == [True, True, False]
-        assert places[2] == [2, 1]
+        assert places[1:] == [[1, 0], [2, 1]]
         slots.release()
         await tasks[2]
+        assert places[2] == [2, 1, 0]
         assert slots.taken == 1
 
     asyncio.run(run())

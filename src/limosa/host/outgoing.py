@@ -361,5 +361,5 @@ class Leaving:
 
 
 def _in_line(report: Report, place: int) -> None:
-    report.change(place=place)
-    report.note(f"waits for other moves of this host, place {place}")
+    if place > 0:
+        report.wait_in_line(place, "other moves of this host")

@@ -20,7 +20,8 @@ class Slots:
         self._line: OrderedDict[asyncio.Future[None], Callable[[int], None]] = OrderedDict()
 
     async def acquire(self, in_line: Callable[[int], None]) -> None:
-        """Take a place. While there is none, ``in_line`` is told the place in line, from 1, whenever it changes.
+        """Take a place. While there is none, ``in_line`` is told the place in line, from 1, whenever it changes, and 0
+        when the wait is over.
 
         Cancelling leaves the line.
         """
@@ -32,6 +33,7 @@ class Slots:
         in_line(len(self._line))
         try:
             await turn
+            in_line(0)
         except asyncio.CancelledError:
             if turn.done() and not turn.cancelled():
                 self.release()

@@ -23,24 +23,25 @@ class Report:
         self.bar = Bar()
         self._publish = publish
         self._since = time.monotonic()
-        self._began: float | None = None
 
-    def enter(self, phase: Phase, *, silently: bool = False, **changes: Any) -> None:
+    def wait_in_line(self, place: int, what: str) -> None:
+        """Say for what it waits, and where in line, from 1."""
+        self.enter(Phase.WAITING, place=place, note=f"waits for {what}, place {place}")
+
+    def enter(self, phase: Phase, *, place: int | None = None, note: str = "", silently: bool = False) -> None:
         """End the phase before, at this moment, and begin the next.
 
         ``silently``: let watchers hear of it with the next change. While the guest stands still the processors have
         better things to do than to wake everybody who watches.
         """
         at = time.monotonic()
-        if self._began is None and phase is not Phase.WAITING:
-            self._began = at
         phases = dict(self.now.phases)
         if phase is not self.now.phase:
             phases[self.now.phase] = phases.get(self.now.phase, 0.0) + at - self._since
             self._since = at
         self.bar = self.bar.entered(phase)
-        progress = msgspec.structs.replace(self.now.progress, percent=self.bar.percent, note="")
-        self.now = msgspec.structs.replace(self.now, phase=phase, phases=phases, progress=progress, **changes)
+        progress = msgspec.structs.replace(self.now.progress, percent=self.bar.percent, note=note)
+        self.now = msgspec.structs.replace(self.now, phase=phase, phases=phases, progress=progress, place=place)
         if not silently:
             self._publish(self.now)
 
@@ -62,7 +63,7 @@ class Report:
         progress = self.now.progress
         if outcome is Outcome.COMPLETED:
             progress = msgspec.structs.replace(progress, percent=100.0, remaining_bytes=0, remaining_s=0.0, note="")
-        total = at - self._began if self._began is not None else 0.0
+        total = sum(seconds for phase, seconds in phases.items() if phase != Phase.WAITING)
         self.change(outcome=outcome, fault=fault, phases=phases, total_s=total, progress=progress, place=None)
 
     def change(self, **changes: Any) -> None:

@@ -250,8 +250,10 @@ class SourceMove:
             self.peer.lost.result()
 
     def _in_line(self, place: int) -> None:
-        self.report.enter(Phase.WAITING, place=place)
-        self.report.note(f"waits for a slot on host '{self.header.destination}', place {place}")
+        if place == 0:
+            self.report.enter(Phase.BUILD_UP)
+        else:
+            self.report.wait_in_line(place, f"a slot on host '{self.header.destination}'")
 
     def _on_event(self, event: Event) -> None:
         match event.name:

@@ -102,7 +102,7 @@ class Prepare(Message, tag="prepare", frozen=True):
 
 
 class InLine(Message, tag="in-line", frozen=True):
-    """No slot is free yet; ``place`` counts from 1."""
+    """No slot is free yet; ``place`` counts from 1. With 0 the wait is over and the VM is being prepared."""
 
     place: int
 
