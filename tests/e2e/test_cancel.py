@@ -20,16 +20,16 @@ from harness.commands import limosa
 from harness.guests import LanClient, address_of, linux, wait_for_console
 from harness.hosts import tiny, wait_until
 from harness.labs import LabHost, running_lab
-from limosa.model.migration import Migration, Outcome, Phase
+from harness.steering import BRAKE, follow, remove, settings, slow
+from limosa.model.migration import Outcome, Phase
 from limosa.model.vm import VmState
 from limosa.settings import toml
 from limosa.settings.daemon import DaemonSettings
-from limosa.wire import api, endpoints
+from limosa.wire import endpoints
 
 pytestmark = [pytest.mark.qemu, pytest.mark.lab]
 
 CANCEL_WITHIN_S = 2.0
-BRAKE = {"bandwidth_mbit_per_s": 1}
 #: The guest writes 60 MiB/s, so it never comes to the end of its synchronisation.
 TREADMILL = {"bandwidth_mbit_per_s": 300, "convergence.auto_converge": False}
 LOAD = {"fill_mib": 16, "random_mib": 16, "rewrite_mib_per_s": 60}
@@ -73,28 +73,6 @@ def pipe_of(host: LabHost) -> Path:
     return host.folder / "brake"
 
 
-def change(host: LabHost, values: dict[str, object]) -> None:
-    host.client.call(endpoints.CHANGE_SETTINGS, api.SettingsChange(values=values))
-
-
-@contextmanager
-def settings(host: LabHost, values: dict[str, object]) -> Iterator[None]:
-    """Other settings during the block."""
-    change(host, values)
-    try:
-        yield
-    finally:
-        change(host, dict.fromkeys(values))
-
-
-def follow(host: LabHost, migration: str, until: Callable[[Migration], bool]) -> Migration:
-    """The first view of a move of which ``until`` is true; it must not end before."""
-    for view in host.client.stream(endpoints.WATCH_MIGRATION, migration=migration):
-        if until(view):
-            return view
-    raise AssertionError(f"it ended before: {view.outcome} in {view.phase}, {view.fault}")
-
-
 # One for each phase: moves `web` and holds it there during the block.
 
 
@@ -115,11 +93,6 @@ def in_line_at_the_destination(source: LabHost, destination: LabHost) -> Iterato
         yield migration
 
 
-def slow(name: str) -> api.NewVm:
-    """A VM that takes half a minute to move under the brake: even its empty pages must be named, in 9 bytes each."""
-    return msgspec.structs.replace(tiny(name), memory_mib=2048)
-
-
 @contextmanager
 def another_under_way(source: LabHost, destination: LabHost) -> Iterator[None]:
     source.create(slow("other"))
@@ -129,8 +102,7 @@ def another_under_way(source: LabHost, destination: LabHost) -> Iterator[None]:
         yield
     finally:
         source.client.call(endpoints.CANCEL_MIGRATION, migration=other)
-        source.client.call(endpoints.STOP_VM, vm="other")
-        source.client.call(endpoints.DELETE_VM, vm="other")
+        remove(source, "other")
 
 
 @contextmanager

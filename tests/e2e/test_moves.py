@@ -10,9 +10,10 @@ from pyroute2 import IPRoute
 from harness.guests import LanClient, address_of, linux, wait_until_it_serves
 from harness.hosts import tiny
 from harness.labs import LabHost, running_lab
+from harness.steering import move, remove
 from limosa.lab import namespaces
 from limosa.lab.plan import SWITCH, UPLINK
-from limosa.model.migration import Migration, Outcome, Phase
+from limosa.model.migration import Outcome, Phase
 from limosa.model.vm import VmState
 from limosa.wire import api, endpoints
 
@@ -37,13 +38,6 @@ def client(hosts: Hosts) -> LanClient:
     client = LanClient(hosts[0].lab, address_of(1))
     wait_until_it_serves(client)
     return client
-
-
-def move(source: LabHost, vm: str, destination: LabHost) -> Migration:
-    """Move a VM; it must arrive."""
-    migration = source.outcome(source.move(vm, destination.name).id)
-    assert migration.outcome is Outcome.COMPLETED, migration.fault
-    return migration
 
 
 def test_a_client_keeps_its_connection_over_moves_back_and_forth(hosts: Hosts, client: LanClient) -> None:
@@ -95,8 +89,7 @@ def test_every_switch_has_learned_the_vm_when_it_has_arrived(hosts: Hosts) -> No
             assert port_of(source.lab.wire, MAC) == f"{SWITCH}-{destination.name}"
             assert port_of(source.namespace, MAC) == UPLINK
     finally:
-        first.client.call(endpoints.STOP_VM, vm="mute")
-        first.client.call(endpoints.DELETE_VM, vm="mute")
+        remove(first, "mute")
 
 
 def port_of(namespace: str, mac: str) -> str:
@@ -122,5 +115,4 @@ def test_a_paused_vm_arrives_paused(hosts: Hosts) -> None:
     assert second.vm("still").state is VmState.PAUSED
     second.client.call(endpoints.RESUME_VM, vm="still")
     assert second.vm("still").state is VmState.RUNNING
-    second.client.call(endpoints.STOP_VM, vm="still")
-    second.client.call(endpoints.DELETE_VM, vm="still")
+    remove(second, "still")

@@ -1,0 +1,154 @@
+"""What a move does when the guest writes faster than its memory can be sent: each step of the policy, up to the last.
+
+The guest rewrites 16 MiB at 60 MiB/s; the cap lets half of that through. No move shows, or plans for, a blackout over
+its budget.
+"""
+
+from __future__ import annotations
+
+import os
+import pwd
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from harness.commands import limosa
+from harness.guests import LanClient, address_of, linux, wait_for_console
+from harness.labs import LabHost, running_lab
+from harness.steering import change, follow, settings, views
+from limosa.model.migration import Migration, Outcome, Phase
+from limosa.model.vm import VmState
+from limosa.wire import endpoints
+
+pytestmark = [pytest.mark.qemu, pytest.mark.lab]
+
+CAP_MBIT_PER_S = 240
+BUDGET_MS = 20
+POLICY = {
+    "bandwidth_mbit_per_s": CAP_MBIT_PER_S,
+    "convergence.blackout_budget_ms": BUDGET_MS,
+    "convergence.auto_converge": False,
+    "convergence.patience_s": 1,
+}
+USERFAULTFD = Path("/dev/userfaultfd")
+
+
+@pytest.fixture(scope="module")
+def hosts() -> Iterator[list[LabHost]]:
+    """Two hosts with a guest ``web`` on the first that writes all the time."""
+    with running_lab() as made:
+        made[0].create(linux("web", load={"fill_mib": 16, "random_mib": 16, "rewrite_mib_per_s": 60}))
+        wait_for_console(made[0], "web", "LIMOSA FILLED")
+        for host in made:
+            change(host, POLICY)
+        yield made
+
+
+@pytest.fixture
+def client(hosts: list[LabHost]) -> LanClient:
+    return LanClient(hosts[0].lab, address_of(1))
+
+
+def within_budget(seen: list[Migration]) -> bool:
+    """Whether no view showed a plan for a longer blackout than the budget, and some showed one at all."""
+    limits = [view.progress.downtime_limit_ms for view in seen if view.progress.downtime_limit_ms is not None]
+    return bool(limits) and max(limits) <= BUDGET_MS
+
+
+def test_without_further_means_the_move_ends_with_the_reason(hosts: list[LabHost], client: LanClient) -> None:
+    source, destination = hosts
+    with client.talking() as conversation:
+        said = limosa(source, "move", "web", "--to", destination.name)
+        conversation.wait_for_more()
+        assert source.vm("web").state is VmState.RUNNING
+        assert client.sees_it_run()
+    assert conversation.faults == []
+    assert said.code == 8
+    assert "does not converge: the guest writes " in said.error
+    assert "the network carries " in said.error
+    assert "to do: allow a longer blackout (--blackout-budget), post-copy" in said.error
+    assert "code: not-converging" in said.error
+
+
+def test_auto_converge_slows_the_guest_and_lets_it_go_after_a_cancel(hosts: list[LabHost], client: LanClient) -> None:
+    source, destination = hosts
+    with settings(source, {"convergence.auto_converge": True, "convergence.max_throttle_percent": 99}):
+        migration = source.move("web", destination.name).id
+        view = follow(source, migration, lambda view: view.progress.throttle_percent > 10)
+        assert "its processors are slowed by up to " in view.progress.note
+        source.client.call(endpoints.CANCEL_MIGRATION, migration=migration)
+    assert client.sees_it_run()
+    change(source, {"convergence.auto_converge": False})
+    seen = follow(source, source.move("web", destination.name).id, lambda view: view.progress.iteration > 2)
+    assert seen.progress.throttle_percent <= 1, "nothing is left of the throttle"
+    source.client.call(endpoints.CANCEL_MIGRATION, migration=seen.id)
+
+
+@pytest.mark.long
+def test_auto_converge_brings_it_to_its_end(hosts: list[LabHost], client: LanClient) -> None:
+    source, destination = sorted(hosts, key=lambda host: host.vm("web") is None)
+    patient = {"convergence.patience_s": 30, "convergence.max_throttle_percent": 99}
+    with settings(source, {"convergence.auto_converge": True, **patient}):
+        seen = list(views(source, source.move("web", destination.name).id))
+    assert seen[-1].outcome is Outcome.COMPLETED, seen[-1].fault
+    assert within_budget(seen)
+    assert max(view.progress.throttle_percent for view in seen) > 10
+    assert client.sees_it_run()
+
+
+def test_where_post_copy_is_not_possible_it_is_warned_of_and_left_out(hosts: list[LabHost]) -> None:
+    source, destination = hosts
+    if may_post_copy():
+        pytest.skip("QEMU's user may use userfaultfd on this machine")
+    with settings(source, {"convergence.post_copy": True}):
+        found = limosa(source, "check", "web", "--to", destination.name, "--json").object
+        assert found["possible"]
+        assert [(one["code"], one["severity"]) for one in found["findings"]] == [("post-copy-not-possible", "warning")]
+        seen = list(views(source, source.move("web", destination.name).id))
+    last = seen[-1]
+    assert (last.outcome, last.phase) == (Outcome.FAILED, Phase.SYNCHRONISE)
+    assert last.fault is not None
+    assert last.fault.code == "not-converging"
+    assert [finding.code for finding in last.findings] == ["post-copy-not-possible"]
+    assert within_budget(seen)
+    assert any(f"a blackout of up to {BUDGET_MS} ms is planned" in view.progress.note for view in seen)
+
+
+def may_post_copy() -> bool:
+    status = USERFAULTFD.stat()
+    return bool(status.st_mode & 0o006) or status.st_gid == pwd.getpwnam("limosa-qemu").pw_gid
+
+
+@pytest.fixture
+def userfaultfd(hosts: list[LabHost]) -> Iterator[None]:
+    """QEMU's user may use ``userfaultfd``, as the rule in ``packaging`` would have it."""
+    if not USERFAULTFD.exists():
+        pytest.skip("this kernel has no /dev/userfaultfd")
+    before = USERFAULTFD.stat()
+    try:
+        os.chown(USERFAULTFD, -1, pwd.getpwnam("limosa-qemu").pw_gid)
+        USERFAULTFD.chmod(0o660)
+        for host in hosts:
+            host.start()
+        yield
+    finally:
+        os.chown(USERFAULTFD, before.st_uid, before.st_gid)
+        USERFAULTFD.chmod(before.st_mode & 0o777)
+
+
+def test_post_copy_brings_it_to_its_end(hosts: list[LabHost], client: LanClient, userfaultfd: None) -> None:
+    source, destination = sorted(hosts, key=lambda host: host.vm("web") is None)
+    with client.talking() as conversation, settings(source, {"convergence.post_copy": True}):
+        seen = list(views(source, source.move("web", destination.name).id))
+        conversation.wait_for_more()
+    last = seen[-1]
+    assert last.outcome is Outcome.COMPLETED, last.fault
+    notes = [view.progress.note for view in seen]
+    assert any("it continues at the destination, memory follows" in note for note in notes)
+    assert any("the guest runs at the destination, the rest of its memory follows" in note for note in notes)
+    assert within_budget(seen)
+    assert last.progress.transferred_bytes > max(view.progress.transferred_bytes for view in seen[:-3])
+    assert source.bystanders() == []
+    assert destination.vm("web").state is VmState.RUNNING
+    assert conversation.faults == []

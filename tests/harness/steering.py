@@ -1,0 +1,62 @@
+"""Steering moves from outside: settings as brakes, and waiting for a view of a move."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import msgspec
+
+from harness.hosts import Host, tiny
+from limosa.model.migration import Migration, Outcome
+from limosa.wire import api, endpoints
+
+#: So slow that a Linux guest would take minutes.
+BRAKE = {"bandwidth_mbit_per_s": 1}
+
+
+def change(host: Host, values: dict[str, object]) -> None:
+    """Change settings of a host; None puts a default back."""
+    host.client.call(endpoints.CHANGE_SETTINGS, api.SettingsChange(values=values))
+
+
+@contextmanager
+def settings(host: Host, values: dict[str, object]) -> Iterator[None]:
+    """Other settings during the block."""
+    change(host, values)
+    try:
+        yield
+    finally:
+        change(host, dict.fromkeys(values))
+
+
+def views(host: Host, migration: str) -> Iterator[Migration]:
+    """Every view of a move until it has ended."""
+    yield from host.client.stream(endpoints.WATCH_MIGRATION, migration=migration)
+
+
+def follow(host: Host, migration: str, until: Callable[[Migration], bool]) -> Migration:
+    """The first view of a move of which ``until`` is true; it must not end before."""
+    for view in views(host, migration):
+        if until(view):
+            return view
+    raise AssertionError(f"it ended before: {view.outcome} in {view.phase}, {view.fault}")
+
+
+def move(source: Host, vm: str, destination: Host) -> Migration:
+    """Move a VM; it must arrive."""
+    migration = source.outcome(source.move(vm, destination.name).id)
+    assert migration.outcome is Outcome.COMPLETED, migration.fault
+    return migration
+
+
+def slow(name: str) -> api.NewVm:
+    """A VM that takes half a minute to move under the brake: even its empty pages must be named, in 9 bytes each."""
+    return msgspec.structs.replace(tiny(name), memory_mib=2048)
+
+
+def remove(host: Host, *names: str) -> None:
+    """Stop VMs and forget them."""
+    for name in names:
+        host.client.call(endpoints.STOP_VM, vm=name)
+        host.client.call(endpoints.DELETE_VM, vm=name)
