@@ -24,8 +24,8 @@ import tomli_w
 
 from harness.hosts import Host, make_hosts, runners, running_hosts, tiny, wait_until
 from harness.raw import nothing_landed
-from limosa.errors import Conflict, InvalidInput, LimosaError, QemuError, StateError, StorageError
-from limosa.model.migration import Migration, Outcome, Phase
+from limosa.errors import Conflict, InvalidInput, LimosaError, OwnerUnknown, QemuError, StateError, StorageError
+from limosa.model.migration import Migration, Outcome, Phase, Side
 from limosa.model.vm import CloudInit, DirectBoot, VmState
 from limosa.security import ca
 from limosa.settings.daemon import DEFAULT_PORT
@@ -151,6 +151,7 @@ def test_there_is_one_daemon_for_each_folder_and_a_dead_ones_socket_is_no_hindra
     assert runners([fresh], "vm") == ["solo"]
     fresh.kill()
     assert fresh.run.joinpath("api.sock").is_socket()
+    fresh.state.chmod(0o777)
     fresh.start()
     assert runners([fresh], "vm") == ["solo"]
     for path, mode in {fresh.state: 0o711, fresh.run: 0o711, fresh.run / "api.sock": 0o600}.items():
@@ -257,6 +258,33 @@ def test_a_vm_that_was_mended_is_there_after_a_restart(damaged: tuple[Host, dict
     host.kill()
     host.start()
     host.client.call(endpoints.START_VM, vm="other")
+
+
+def test_a_vm_that_may_run_elsewhere_is_not_resumed_while_its_journal_is_damaged(pair: list[Host]) -> None:
+    alpha, beta = pair
+    alpha.kill()
+    alpha.start("source:handing-over:after:daemon")
+    alpha.create(tiny("vm"))
+    migration = alpha.move("vm", "beta").id
+    alpha.wait_for_death()
+    journal = alpha.state / "migrations" / f"{migration}.source.jsonl"
+    journal.write_bytes(journal.read_bytes()[20:])
+    alpha.start()
+    with pytest.raises(OwnerUnknown, match=journal.name):
+        alpha.client.call(endpoints.RESUME_VM, vm="vm")
+    wait_until(lambda: loaded(beta, migration), "beta holds the VM")
+    beta.client.call(endpoints.RESOLVE_MIGRATION, api.ResolveRequest(owner=Side.DESTINATION), migration=migration)
+    assert runners(pair, "vm") == ["beta"]
+    alpha.client.call(endpoints.STOP_VM, vm="vm")
+    alpha.client.call(endpoints.DELETE_VM, vm="vm")
+    journal.unlink()
+    alpha.kill()
+    alpha.start()
+
+
+def loaded(host: Host, migration: str) -> bool:
+    """Whether the landing waits for a word."""
+    return any(move.id == migration for move in host.client.call(endpoints.LIST_MIGRATIONS).migrations)
 
 
 # A full disk ----------------------------------------------------------------------------------------------------------
