@@ -33,7 +33,7 @@ def notes(moves: Sequence[Seen], accelerator: str, load: float, processors: int)
     found = []
     if load > processors:
         found.append(
-            f"This machine was busy with other work before the demo began (load {load:.1f} on {processors} processors): "
+            f"This machine was busy before the demo began (load {load:.1f} on {processors} processors): "
             "expect better figures on a quiet one."
         )
     if accelerator == "tcg":
