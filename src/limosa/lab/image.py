@@ -4,7 +4,8 @@ The kernel comes from Debian's own archive with ``apt-get download`` and is unpa
 busybox, the virtio modules and ``guest/init``; it boots in a few seconds also where QEMU emulates the processor. The
 guest serves HTTP on port 80 (``/``: a page with its name, uptime and a counter; ``/ok``: two bytes from memory), echoes
 on TCP port 7, answers pings, and has a shell on the serial console, where it says ``LIMOSA READY`` when the network
-serves and ``LIMOSA FILLED`` when its memory is loaded. The power button turns it off.
+serves, ``LIMOSA FILLED`` when its memory is loaded and ``LIMOSA REWRITES`` when it begins to rewrite that. The power
+button turns it off.
 
 An image lies in a folder named after the recipe's digest and appears there in one step, so that two builders do no harm
 and a new release of Limosa builds its own::
