@@ -30,9 +30,9 @@ from limosa.wire import endpoints
 pytestmark = [pytest.mark.qemu, pytest.mark.lab]
 
 CANCEL_WITHIN_S = 2.0
-#: The guest writes 60 MiB/s, so it never comes to the end of its synchronisation.
-TREADMILL = {"bandwidth_mbit_per_s": 300, "convergence.auto_converge": False}
-LOAD = {"fill_mib": 16, "random_mib": 16, "rewrite_mib_per_s": 60}
+#: The guest writes faster, so it never comes to the end of its synchronisation.
+TREADMILL = {"bandwidth_mbit_per_s": 160, "convergence.auto_converge": False}
+LOAD = {"fill_mib": 16, "random_mib": 16, "rewrite_mib_per_s": 100}
 #: As long as there is a pipe in its place, a QEMU that is to receive a VM waits for a line in it. It must not fork,
 #: or the child would hold what QEMU was given.
 PATIENT_QEMU = """\
@@ -51,7 +51,7 @@ def hosts() -> Iterator[list[LabHost]]:
         for host in made:
             make_patient(host)
         made[0].create(linux("web", load=LOAD))
-        wait_for_console(made[0], "web", "LIMOSA FILLED")
+        wait_for_console(made[0], "web", "LIMOSA REWRITES")
         yield made
 
 

@@ -71,7 +71,7 @@ async def rounds(folder: Path) -> None:
         await machine.resume()
         async with asyncio.timeout(BOOT_WITHIN_S):
             console = folder / "0" / "console"
-            while "LIMOSA FILLED" not in console.read_text(errors="replace"):  # noqa: ASYNC110 - a file tells nobody
+            while "LIMOSA REWRITES" not in console.read_text(errors="replace"):  # noqa: ASYNC110 - a file tells nobody
                 await asyncio.sleep(0.1)
         await until_it_writes(folder / "ram", machine)
         for number, encrypt in enumerate(ROUNDS, start=1):
