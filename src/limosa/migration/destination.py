@@ -14,6 +14,7 @@ in tests the source's script talks to it directly.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Callable
 from typing import Protocol
@@ -127,7 +128,7 @@ class Destination:
             if self.step in (DestinationStep.CONTINUING, DestinationStep.OWNED):
                 return Running(resumed_at=self._resumed_at)
             machine = await self._whole()
-            self.journal.record(DestinationStep.CONTINUING, time.time(), durable=False)
+            await self._write_continuing()
             if self.journal.header.was_running:
                 self._resumed_at = await self._continue(machine)
             return Running(resumed_at=self._resumed_at)
@@ -198,6 +199,14 @@ class Destination:
             ) from error
         return self.machine
 
+    async def _write_continuing(self) -> None:
+        try:
+            self.journal.record(DestinationStep.CONTINUING, time.time(), durable=False)
+        except StateError as error:
+            # What cannot be written must not be done; and the source, which waits paused, has room for the guest.
+            await self._destroy()
+            raise self._lost("the journal cannot be written", error.why) from error
+
     async def _continue(self, machine: MachineProtocol) -> float:
         try:
             return await machine.resume()
@@ -256,7 +265,9 @@ class Destination:
         self._unfollow()
         await self.landing.release(self.machine)
         self.machine = None
-        self.journal.record(DestinationStep.GONE, time.time())
+        # On a full disk the line is missing, and RESERVED with a dead QEMU says the same.
+        with contextlib.suppress(StateError):
+            self.journal.record(DestinationStep.GONE, time.time())
 
     async def _own_qemu(self) -> DestinationQemu:
         if self.machine is None or self.machine.gone.is_set():

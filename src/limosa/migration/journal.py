@@ -103,7 +103,7 @@ class Journal:
             complete = lines[:-1]
             header = msgspec.json.decode(complete[0], type=Header)
             records = [msgspec.json.decode(line, type=Record) for line in complete[1:]]
-        except (OSError, IndexError, msgspec.MsgspecError, UnicodeDecodeError) as error:
+        except (OSError, IndexError, msgspec.MsgspecError, ValueError, RecursionError) as error:
             raise StateError(
                 f"the journal {path} is damaged",
                 why=str(error),

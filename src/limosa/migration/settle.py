@@ -275,5 +275,7 @@ async def _stop_stream(machine: MachineProtocol) -> None:
             await machine.cancel_migration()
             async with asyncio.timeout(CANCEL_WITHIN_S):
                 await ended.wait()
+    except TimeoutError:
+        raise QemuError("QEMU does not end a migration that was cancelled", todo="see the VM's qemu.log") from None
     finally:
         unsubscribe()

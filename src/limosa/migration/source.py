@@ -40,8 +40,6 @@ from limosa.transport import tcp
 from limosa.wire.peer import Prepare, Prepared
 
 LOOK_EVERY_S = 0.2
-#: Longest wait for a destination that has to start a QEMU.
-PREPARE_WITHIN_S = 60.0
 
 T = TypeVar("T")
 

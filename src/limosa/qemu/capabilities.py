@@ -94,9 +94,12 @@ class QemuCapabilities(Model, frozen=True):
     def supports(self, cpu: str, accelerator: Accelerator | None = None) -> tuple[bool, tuple[str, ...]]:
         """Whether the CPU model is known, and the features it needs and this host lacks.
 
-        Without ``accelerator`` the host's best one is meant.
+        Without ``accelerator`` the host's best one is meant. With one the host has not, there is nothing to say against
+        the model.
         """
-        offer = self.cpus[accelerator or self.accelerators[0]]
+        offer = self.cpus.get(accelerator or self.accelerators[0])
+        if offer is None:
+            return True, ()
         model, switches = cpu_models.parse(cpu)
         if model not in offer.models:
             return False, ()
@@ -112,7 +115,7 @@ async def probe(program: Path, cache: Path, user: str | None = None) -> QemuCapa
     Raises :class:`QemuError` if it does not run. A cache that cannot be read or written costs time, nothing else.
     """
     key = _key(program, user)
-    with contextlib.suppress(OSError, msgspec.MsgspecError):
+    with contextlib.suppress(OSError, msgspec.MsgspecError, ValueError, RecursionError):
         known = msgspec.json.decode(cache.read_bytes(), type=QemuCapabilities)
         if known.key == key:
             return known
