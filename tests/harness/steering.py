@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -22,12 +23,14 @@ def change(host: Host, values: dict[str, object]) -> None:
 
 @contextmanager
 def settings(host: Host, values: dict[str, object]) -> Iterator[None]:
-    """Other settings during the block."""
+    """Other settings during the block; afterwards they are what they were."""
+    page = msgspec.to_builtins(host.client.call(endpoints.SETTINGS).settings)
+    before = {key: functools.reduce(dict.__getitem__, key.split("."), page) for key in values}
     change(host, values)
     try:
         yield
     finally:
-        change(host, dict.fromkeys(values))
+        change(host, before)
 
 
 def views(host: Host, migration: str) -> Iterator[Migration]:
