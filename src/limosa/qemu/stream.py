@@ -10,6 +10,7 @@ import asyncio
 import ipaddress
 import math
 import socket
+from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
@@ -17,16 +18,17 @@ from limosa.errors import DestinationLost, OutcomeUnknown, QemuError, QemuGone
 from limosa.qemu import credentials, folder, statistics
 from limosa.qemu.monitor import Monitor
 from limosa.qemu.process import QemuProcess
-from limosa.qemu.protocol import MigrationState, MigrationStatistics, StreamParameters
+from limosa.qemu.protocol import Event, MigrationState, MigrationStatistics, StreamParameters
 from limosa.qemu.session import Session
 from limosa.security.stream import SERVER_NAME
 
 _CONNECT_WITHIN_S = 10.0
-#: What may wait in the socket before QEMU has to wait itself (TCP_NOTSENT_LOWAT, tcp(7)); costs no throughput.
+#: What may wait in the socket before QEMU has to wait itself (TCP_NOTSENT_LOWAT, tcp(7)).
 _UNSENT_BYTES = 128 * 1024
 _FINAL_FIGURES_LOOKS = 50
 _TLS_ID = "stream-tls"
 _STREAM_FD = "stream"
+_ENDED = (MigrationState.COMPLETED, MigrationState.FAILED, MigrationState.CANCELLED)
 #: On both sides. Return path: the source knows what the destination has loaded. Late activation: the destination keeps
 #: its hands off disks until it is continued.
 _ESSENTIAL = ("events", "return-path", "late-block-activate")
@@ -79,14 +81,45 @@ class Stream(Session):
         more. Raises :class:`DestinationLost` if there is no connection; nothing is sent then.
         """
         connection = await _connected(address, port)
-        with connection:
+        with ExitStack() as undo:
+            undo.enter_context(connection)
             await self._monitor.give_descriptor(_STREAM_FD, connection.fileno())
-        try:
-            await self._execute("migrate", {"uri": f"fd:{_STREAM_FD}"})
-        except QemuError:
-            with suppress(QemuError):
-                await self._monitor.execute("closefd", {"fdname": _STREAM_FD})
-            raise
+            undo.callback(self._shorten_queue_later(connection))
+            try:
+                await self._execute("migrate", {"uri": f"fd:{_STREAM_FD}"})
+            except QemuError:
+                with suppress(QemuError):
+                    await self._monitor.execute("closefd", {"fdname": _STREAM_FD})
+                raise
+            undo.pop_all()
+
+    def _shorten_queue_later(self, connection: socket.socket) -> Callable[[], None]:
+        """Have little wait in the socket from the second pass on. Returns what ends that; it also ends by itself.
+
+        QEMU takes for sent what the kernel took from it. On a link of 1 Gbit/s that is megabytes, which would then be
+        sent while the guest stands still. In the first pass a short queue would cost throughput (a third, with TLS on a
+        fast link) and gain nothing. Our copy of the descriptor must not outlive QEMU's, whose end is the stream's.
+        """
+
+        def end() -> None:
+            unsubscribe()
+            watch.cancel()
+            connection.close()
+
+        async def end_with_qemu() -> None:
+            await self.gone.wait()
+            end()
+
+        def on_event(event: Event) -> None:
+            if event.name == "MIGRATION_PASS" and event.data["pass"] > 1:
+                connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _UNSENT_BYTES)
+                end()
+            elif event.name == "MIGRATION" and event.data["status"] in _ENDED:
+                end()
+
+        unsubscribe = self.on_event(on_event)
+        watch = asyncio.ensure_future(end_with_qemu())
+        return end
 
     async def cancel_migration(self) -> None:
         """Ask QEMU to end the migration; its ``cancelled`` event says when that is done."""
@@ -183,17 +216,12 @@ class Stream(Session):
 
 
 async def _connected(address: str, port: int) -> socket.socket:
-    """A connection to a destination's QEMU, with short queues. Raises :class:`DestinationLost`.
-
-    Nagle's algorithm would hold the last bytes back. And QEMU takes for sent what the kernel took from it: on a link of
-    1 Gbit/s the megabytes that wait in the socket would all be sent while the guest stands still.
-    """
+    """A connection without Nagle's algorithm to a destination's QEMU. Raises :class:`DestinationLost`."""
     family = socket.AF_INET6 if ipaddress.ip_address(address).version == 6 else socket.AF_INET
     connection = socket.socket(family, socket.SOCK_STREAM)
     try:
         connection.setblocking(False)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _UNSENT_BYTES)
         async with asyncio.timeout(_CONNECT_WITHIN_S):
             await asyncio.get_running_loop().sock_connect(connection, (address, port))
         connection.setblocking(True)
