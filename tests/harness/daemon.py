@@ -8,6 +8,7 @@ cannot write to any file). It happens once.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import resource
@@ -17,6 +18,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from limosa.host import vms
 from limosa.host.serve import serve
 from limosa.migration.journal import Header, Journal
 from limosa.settings import toml
@@ -35,8 +37,10 @@ def break_at(plan: Plan, vms: Path) -> None:
             return
         struck.append(True)
         if victim in ("qemu", "both"):
-            record = json.loads((vms / vm / "process.json").read_bytes())
-            os.kill(record["pid"], signal.SIGKILL)
+            # At the last steps the source ends its QEMU by itself, and may have done so already.
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                record = json.loads((vms / vm / "process.json").read_bytes())
+                os.kill(record["pid"], signal.SIGKILL)
         if victim == "network":
             for link in os.environ["LIMOSA_TEST_LINKS"].split(","):
                 subprocess.run(["ip", "link", "set", link, "down"], check=True)
@@ -70,6 +74,8 @@ def main() -> None:
         side, step, moment, victim = plan.split(":")
         daemon = toml.read(settings, DaemonSettings)
         break_at((side, step, moment, victim), Path(daemon.state_dir) / "vms")
+    # How long a VM must have run to be restarted after a crash: half a minute is long for a test.
+    vms.CRASH_LOOP_S = float(os.environ.get("LIMOSA_TEST_CRASH_LOOP_S", vms.CRASH_LOOP_S))
     serve(settings)
 
 
