@@ -70,7 +70,13 @@ def test_a_vm_moves_there_and_back_and_no_request_fails(tmp_path: Path) -> None:
 
 
 def test_ctrl_c_in_the_middle_leaves_nothing() -> None:
-    with subprocess.Popen(DEMO, cwd=ROOT, stdout=subprocess.PIPE, start_new_session=True, text=True) as demo:
+    # Whoever runs the tests in the background has it ignored, and children inherit that.
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        started = subprocess.Popen(DEMO, cwd=ROOT, stdout=subprocess.PIPE, start_new_session=True, text=True)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    with started as demo:
         assert demo.stdout is not None
         said = ""
         while "web1: running on host1" not in said:
