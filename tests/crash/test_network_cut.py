@@ -26,7 +26,8 @@ pytestmark = [pytest.mark.qemu, pytest.mark.lab]
 DAEMON = [sys.executable, str(Path(__file__).parents[1] / "harness" / "daemon.py")]
 STEPS = [
     *(("source", step) for step in ("preparing", "migrating", "handing-over", "confirmed")),
-    *(("destination", step) for step in ("reserved", "continuing", "owned")),
+    *(("destination", step) for step in ("reserved", "continuing")),
+    pytest.param("destination", "owned", marks=pytest.mark.long),
 ]
 
 
