@@ -54,8 +54,6 @@ class Record(Model, frozen=True, forbid_unknown_fields=False):
     at: float
     fault: Fault | None = None
     resumed_at: float | None = None
-    #: figures of the finished move, kept for ``limosa migration show``
-    summary: dict[str, Any] = {}
 
 
 class Journal:
