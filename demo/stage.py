@@ -7,12 +7,12 @@ A lab of that name that is not a demo's is never touched.
 
 from __future__ import annotations
 
+import asyncio
 import fcntl
 import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -80,13 +80,7 @@ def boot(screen: Console, folder: Path) -> HostStatus:
     file = folder / f"{VM}.toml"
     toml.write(file, _description(image))
     limosa(screen, *on("host1"), "vm", "create", "--file", os.path.relpath(file), "--start")
-    began = time.monotonic()
-    with _serial_console("host1") as console:
-        with screen.status("Linux boots"):
-            console.wait_for("LIMOSA READY")
-            screen.print(f"Linux is up after {format_seconds(time.monotonic() - began)}, HTTP at http://{ADDRESS}/")
-        with screen.status("it fills its memory"):
-            console.wait_for("LIMOSA FILLED")
+    asyncio.run(_watch_it_boot(screen))
     screen.print(
         f"{FILLED_MIB} MiB of its {MEMORY_MIB} MiB are filled; it goes on rewriting {REWRITTEN_MIB_PER_S} MiB/s"
     )
@@ -119,6 +113,17 @@ def limosa(screen: Console, *arguments: str) -> None:
         raise DemoFailed(f"'limosa {' '.join(arguments)}' failed with exit code {done.returncode}, see above")
 
 
+async def _watch_it_boot(screen: Console) -> None:
+    began = time.monotonic()
+    async with open_console(UnixRoute(str(LAB.socket("host1"))), VM) as session:
+        console = _SerialConsole(session)
+        with screen.status("Linux boots"):
+            await console.wait_for("LIMOSA READY")
+            screen.print(f"Linux is up after {format_seconds(time.monotonic() - began)}, HTTP at http://{ADDRESS}/")
+        with screen.status("it fills its memory"):
+            await console.wait_for("LIMOSA FILLED")
+
+
 class _SerialConsole:
     """What the guest says on its serial console."""
 
@@ -126,27 +131,18 @@ class _SerialConsole:
         self._session = session
         self._heard = ""
 
-    def wait_for(self, word: str, within_s: float = UP_WITHIN_S) -> None:
+    async def wait_for(self, word: str, within_s: float = UP_WITHIN_S) -> None:
         """Return when the guest has said ``word``. Raises :class:`DemoFailed`."""
-        deadline = time.monotonic() + within_s
-        hang_up = threading.Timer(within_s, self._session.close)
-        hang_up.start()
         try:
-            while word not in self._heard:
-                said = self._session.recv()
-                self._heard += said if isinstance(said, str) else said.decode(errors="replace")
-        except ConnectionClosed as fault:
-            why = f"it took more than {within_s:.0f} s" if time.monotonic() >= deadline else "its console was closed"
+            async with asyncio.timeout(within_s):
+                while word not in self._heard:
+                    said = await self._session.recv()
+                    self._heard += said if isinstance(said, str) else said.decode(errors="replace")
+        except (ConnectionClosed, TimeoutError) as fault:
+            late = isinstance(fault, TimeoutError)
+            why = f"it took more than {within_s:.0f} s" if late else "its console was closed"
             heard = clean(" ".join(self._heard.split())[-200:])
             raise DemoFailed(f"the guest did not come to say '{word}': {why}; its last words are '{heard}'") from fault
-        finally:
-            hang_up.cancel()
-
-
-@contextmanager
-def _serial_console(host: str) -> Iterator[_SerialConsole]:
-    with open_console(UnixRoute(str(LAB.socket(host))), VM) as session:
-        yield _SerialConsole(session)
 
 
 @contextmanager

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
 import signal
 import socket
 import subprocess
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
 from pathlib import Path
 
 import msgspec
@@ -19,7 +19,7 @@ from harness.guests import ECHO_PORT, LanClient, address_of, linux, wait_until_i
 from harness.hosts import tiny, wait_until
 from harness.labs import LabHost, running_lab
 from harness.steering import move, remove
-from limosa.client.console import Session, open_console
+from limosa.client.console import open_console
 from limosa.client.route import UnixRoute
 from limosa.errors import Conflict
 from limosa.lab import daemons
@@ -119,9 +119,7 @@ class TestRunning:
 
     def _sit_at_the_console(self, host: LabHost) -> None:
         for word in ("first", "again"):  # detached, and attached once more
-            with console(host, "web") as session:
-                session.send(f"echo {word}-$((6 * 7))\n".encode())
-                assert hear(session, f"{word}-42")
+            asyncio.run(echo(host, word))
 
     def _outlive_the_daemon(self, host: LabHost, client: LanClient) -> None:
         before, pid = client.uptime(), host.vm("web").pid
@@ -131,9 +129,7 @@ class TestRunning:
             host.start()
             assert (state(host, "web"), host.vm("web").pid) == (VmState.RUNNING, pid)
         assert client.uptime() > before
-        with console(host, "web") as session:
-            session.send(b"echo still-$((6 * 7))\n")
-            assert hear(session, "still-42")
+        asyncio.run(echo(host, "still"))
 
     def _shut_down(self, host: LabHost) -> None:
         assert limosa(host, "vm", "shutdown", "web").code == 0
@@ -153,17 +149,14 @@ class TestRunning:
         assert state(host, "still") is VmState.RUNNING
 
 
-def console(host: LabHost, vm: str) -> AbstractContextManager[Session]:
-    return open_console(UnixRoute(str(host.run / "api.sock")), vm)
-
-
-def hear(session: Session, text: str) -> bool:
-    """Whether the guest says ``text`` before the console ends; the test's own time limit ends a silence."""
+async def echo(host: LabHost, word: str) -> None:
+    """Have the guest's shell say a word on the console; the test's own time limit ends a silence."""
     said = b""
-    while text.encode() not in said:
-        message = session.recv()
-        said += message if isinstance(message, bytes) else message.encode()
-    return True
+    async with open_console(UnixRoute(str(host.run / "api.sock")), "web") as session:
+        await session.send(f"echo {word}-$((6 * 7))\n".encode())
+        while f"{word}-42".encode() not in said:
+            message = await session.recv()
+            said += message if isinstance(message, bytes) else message.encode()
 
 
 def end_daemon(host: LabHost, number: signal.Signals) -> None:

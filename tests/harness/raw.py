@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import socket
 import ssl
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from itertools import islice
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 import msgspec
+from websockets.asyncio.client import ClientConnection, connect
+from websockets.asyncio.server import Server, ServerConnection, serve
 from websockets.exceptions import ConnectionClosed
-from websockets.sync.client import ClientConnection, connect
-from websockets.sync.server import ServerConnection, serve
 
+from harness.background import Background
 from harness.hosts import Host
 from limosa.errors import every_error
 from limosa.migration.ownership import DESTINATION_ENDED
@@ -88,16 +89,18 @@ def tls_request(host: Host, context: ssl.SSLContext, method: str, path: str) -> 
 class PeerSession:
     """A source host that says whatever it likes."""
 
-    def __init__(self, connection: ClientConnection) -> None:
+    def __init__(self, background: Background, connection: ClientConnection) -> None:
+        self._background = background
         self._connection = connection
 
     def say(self, message: say.FromSource | dict[str, Any] | bytes | str) -> None:
         """Send a message, or bytes or text that are none."""
-        self._connection.send(message if isinstance(message, bytes | str) else msgspec.json.encode(message))
+        data = message if isinstance(message, bytes | str) else msgspec.json.encode(message)
+        self._background.run(self._connection.send(data))
 
     def hear(self) -> say.FromDestination:
         """The next message. Raises ``websockets.ConnectionClosed``."""
-        data = self._connection.recv(timeout=ANSWER_WITHIN_S)
+        data = self._background.run(asyncio.wait_for(self._connection.recv(), ANSWER_WITHIN_S))
         return msgspec.json.decode(data, type=say.FromDestination)  # type: ignore[no-any-return]
 
     def ask(self, message: say.FromSource | dict[str, Any] | bytes | str) -> say.FromDestination:
@@ -116,19 +119,26 @@ class PeerSession:
 @contextmanager
 def peer_session(to: Host, pki: Path, name: str) -> Iterator[PeerSession]:
     """A session with ``to`` with the host certificate in ``pki``, greeted as ``name`` unless that is empty."""
-    with connect(
-        f"wss://{to.address}:{DEFAULT_PORT}{endpoints.PEER_PATH}",
-        ssl=tls_context(pki, "host"),
-        open_timeout=ANSWER_WITHIN_S,
-        close_timeout=2,
-        compression=None,
-        proxy=None,
-    ) as connection:
-        session = PeerSession(connection)
+    with ungreeted_session(to, tls_context(pki, "host")) as session:
         if name:
             hello = say.Hello(host=name, oldest=versions.OLDEST, newest=versions.NEWEST)
             assert isinstance(session.ask(hello), say.Welcome)
         yield session
+
+
+@contextmanager
+def ungreeted_session(to: Host, context: ssl.SSLContext) -> Iterator[PeerSession]:
+    """A session with ``to``, with whatever certificate. Raises ``OSError`` and ``websockets.InvalidHandshake``."""
+    connecting = connect(
+        f"wss://{to.address}:{DEFAULT_PORT}{endpoints.PEER_PATH}",
+        ssl=context,
+        open_timeout=ANSWER_WITHIN_S,
+        close_timeout=2,
+        compression=None,
+        proxy=None,
+    )
+    with Background() as background, background.open(connecting) as connection:
+        yield PeerSession(background, connection)
 
 
 @contextmanager
@@ -137,24 +147,24 @@ def false_destination(pki: Path, *answers: bytes | str) -> Iterator[str]:
 
     Gives its address.
     """
+    with Background() as background, background.open(_serve_answers(pki, answers)) as server:
+        yield f"127.0.0.1:{next(iter(server.sockets)).getsockname()[1]}"
+
+
+@asynccontextmanager
+async def _serve_answers(pki: Path, answers: tuple[bytes | str, ...]) -> AsyncIterator[Server]:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(pki / "host.pem", pki / "host.key")
 
-    def answer(connection: ServerConnection) -> None:
+    async def answer(connection: ServerConnection) -> None:
         rest = iter(answers)
         with suppress(ConnectionClosed):
-            while connection.recv():
+            async for _ in connection:
                 for data in islice(rest, 1):
-                    connection.send(data)
+                    await connection.send(data)
 
-    with serve(answer, "127.0.0.1", 0, ssl=context) as server:
-        worker = Thread(target=server.serve_forever)
-        worker.start()
-        try:
-            yield f"127.0.0.1:{server.socket.getsockname()[1]}"
-        finally:
-            server.shutdown()
-            worker.join()
+    async with serve(answer, "127.0.0.1", 0, ssl=context) as server:
+        yield server
 
 
 def nothing_landed(host: Host) -> bool:

@@ -192,7 +192,7 @@ def _age(vm: Vm) -> str:
 
 
 def _console(arguments: argparse.Namespace) -> int:
-    from limosa.client.console import attach, open_console  # noqa: PLC0415 - WebSockets are needed only here
+    from limosa.client.console import attach, open_console, run  # noqa: PLC0415 - WebSockets are needed only here
 
     with client_of(arguments) as client:
         vm = client.call(endpoints.SHOW_VM, vm=arguments.vm)
@@ -200,8 +200,11 @@ def _console(arguments: argparse.Namespace) -> int:
         raise Conflict(
             f"VM '{arguments.vm}' has no console now", why=f"it is {vm.state.value}", todo="'limosa vm start' starts it"
         )
-    with open_console(route_of(arguments), arguments.vm) as session:
-        print(f"console of {arguments.vm}; Ctrl-] detaches", file=sys.stderr)
-        reason = attach(session, sys.stdin.fileno(), sys.stdout.fileno())
-    print(f"\n{reason}", file=sys.stderr)
+
+    async def visit() -> str:
+        async with open_console(route_of(arguments), arguments.vm) as session:
+            print(f"console of {arguments.vm}; Ctrl-] detaches", file=sys.stderr)
+            return await attach(session, sys.stdin.fileno(), sys.stdout.fileno())
+
+    print(f"\n{run(visit())}", file=sys.stderr)
     return 0

@@ -20,13 +20,16 @@ import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from limosa.errors import HostNotTrusted, HostUnreachable, LimosaError, NotPermitted, StateError
 from limosa.model.base import Model, Name
 from limosa.settings import toml
 from limosa.settings.address import PeerAddress, split_address
 from limosa.settings.daemon import DEFAULT_PORT, DEFAULT_SOCKET
+
+if TYPE_CHECKING:
+    from ssl import SSLContext
 
 CONNECT_TIMEOUT_S = 10.0
 
@@ -40,6 +43,12 @@ class Route(Protocol):
 
     def connect(self) -> socket.socket:
         """An open, authenticated stream. Raises ``OSError``; :meth:`explain` makes sense of it."""
+
+    def dial(self) -> tuple[socket.socket, SSLContext | None]:
+        """An open stream on which nothing has been said yet, and what has to secure it. Raises as :meth:`connect` does.
+
+        For an event loop, which does TLS in its own way.
+        """
 
     def explain(self, fault: OSError) -> LimosaError:
         """The error for people that stands for a failure to connect, or of a connection made."""
@@ -62,6 +71,10 @@ class UnixRoute:
             stream.close()
             raise
         return stream
+
+    def dial(self) -> tuple[socket.socket, None]:
+        """The same: the kernel tells who calls."""
+        return self.connect(), None
 
     def explain(self, fault: OSError) -> LimosaError:
         """No socket, nobody behind it, no permission, or a connection that broke."""
@@ -97,21 +110,26 @@ class TlsRoute:
 
     def connect(self) -> socket.socket:
         """An open stream to the daemon, which has shown its certificate."""
-        # Loading ssl takes as long as a whole command to a Unix socket does.
-        from limosa.security.tls import client_context  # noqa: PLC0415
-
-        context = client_context(self.certificates, self.kind)
-        plain = socket.create_connection((self.address, self.port), CONNECT_TIMEOUT_S)
+        plain, context = self.dial()
         try:
-            _notice_dead_peer(plain)
             return context.wrap_socket(plain, server_hostname=self.name)
         except BaseException:
             plain.close()
             raise
 
+    def dial(self) -> tuple[socket.socket, SSLContext]:
+        """An open stream, on which the certificate that is shown must be for the host in :attr:`authority`."""
+        # Loading ssl takes as long as a whole command to a Unix socket does.
+        from limosa.security.tls import client_context  # noqa: PLC0415
+
+        context = client_context(self.certificates, self.kind)
+        plain = socket.create_connection((self.address, self.port), CONNECT_TIMEOUT_S)
+        _notice_dead_peer(plain)
+        return plain, context
+
     def explain(self, fault: OSError) -> LimosaError:
         """An unknown name, nobody there, a handshake that failed on either side, or a connection that broke."""
-        import ssl  # noqa: PLC0415 - as in connect
+        import ssl  # noqa: PLC0415 - as in dial
 
         where = f"host '{self.name}' at {self.address} port {self.port}"
         if isinstance(fault, ssl.SSLCertVerificationError):
