@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
+import shutil
 import socket
 import threading
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
 
+from harness.background import Background
 from limosa.client.host import HostClient
 from limosa.client.route import TlsRoute, UnixRoute, configuration_folders, find_route, local_route
 from limosa.errors import HostNotTrusted, HostUnreachable, InvalidInput, StateError
@@ -127,6 +132,54 @@ def test_a_host_of_another_authority_is_not_trusted(pki: Path) -> None:
     ca.issue_person(pki / "other", "alice", Role.OPERATOR, pki / "stranger")
     with TlsHost(pki) as host, pytest.raises(HostNotTrusted, match="certificate"):
         call(TlsRoute("host1", "127.0.0.1", host.port, pki / "stranger", "client"))
+
+
+@pytest.fixture
+def stranger(pki: Path) -> Path:
+    """Who knows the hosts' authority and has a certificate of another one."""
+    ca.create_authority(pki / "other")
+    ca.issue_person(pki / "other", "alice", Role.OPERATOR, pki / "stranger")
+    shutil.copy(pki / "host1/ca.pem", pki / "stranger/ca.pem")
+    return pki / "stranger"
+
+
+def test_a_host_whose_alert_refuses_our_certificate(pki: Path, stranger: Path) -> None:
+    with TlsHost(pki) as host, pytest.raises(HostNotTrusted, match="does not accept our certificate") as refused:
+        call(TlsRoute("host1", "127.0.0.1", host.port, stranger, "client"))
+    assert refused.value.todo == f"use a certificate of the host's own authority in {stranger}"
+
+
+@asynccontextmanager
+async def daemon(pki: Path, reply: bytes) -> AsyncIterator[int]:
+    """A host on an event loop, as the daemon is; its port. It closes each connection after this reply to a request."""
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(reply)
+        await writer.drain()
+        writer.close()
+
+    async with await asyncio.start_server(answer, "127.0.0.1", ssl=tls.server_context(pki / "host1")) as server:
+        yield server.sockets[0].getsockname()[1]
+
+
+def test_a_host_that_refuses_our_certificate_without_a_word(pki: Path, stranger: Path) -> None:
+    with (
+        Background() as background,
+        background.open(daemon(pki, b"")) as port,
+        pytest.raises(HostNotTrusted, match="does not accept our certificate"),
+    ):
+        call(TlsRoute("host1", "127.0.0.1", port, stranger, "client"))
+
+
+def test_a_host_that_goes_away_after_it_has_accepted_us_is_not_said_to_refuse(pki: Path) -> None:
+    for reply in (b"", b"HTTP/1.1 200 OK\r\n"):
+        with (
+            Background() as background,
+            background.open(daemon(pki, reply)) as port,
+            pytest.raises(HostUnreachable, match="closed before the reply"),
+        ):
+            call(TlsRoute("host1", "127.0.0.1", port, pki / "alice", "client"))
 
 
 def test_an_expired_certificate_of_ours_is_named(pki: Path) -> None:

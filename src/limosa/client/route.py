@@ -131,6 +131,8 @@ class TlsRoute:
         """An unknown name, nobody there, a handshake that failed on either side, or a connection that broke."""
         import ssl  # noqa: PLC0415 - as in dial
 
+        from limosa.security.tls import CertificateRefused  # noqa: PLC0415 - as in dial
+
         where = f"host '{self.name}' at {self.address} port {self.port}"
         if isinstance(fault, ssl.SSLCertVerificationError):
             return HostNotTrusted(
@@ -139,7 +141,8 @@ class TlsRoute:
                 todo="see that its certificate is of the same authority and names this host and address",
                 host=self.name,
             )
-        if isinstance(fault, ssl.SSLError) and fault.reason and "ALERT" in fault.reason:
+        alerted = isinstance(fault, ssl.SSLError) and "ALERT" in (fault.reason or "")
+        if alerted or isinstance(fault, CertificateRefused):
             return self._explain_refusal(where, fault)
         if isinstance(fault, socket.gaierror):
             return HostUnreachable(

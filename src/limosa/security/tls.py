@@ -14,6 +14,35 @@ from typing import Literal
 from limosa.errors import LimosaError, StateError
 
 Kind = Literal["host", "client"]
+_REFUSED = "it ended the connection when it had seen the certificate"
+
+
+class CertificateRefused(ConnectionError):
+    """A server ended the connection when it had seen our certificate, without a word."""
+
+
+class ClientSocket(ssl.SSLSocket):
+    """Tells a server that refused our certificate from one that went away later.
+
+    In TLS 1.3 a client has done its part before the server looks at its certificate (RFC 8446, section 2), so that a
+    refusal comes with the first read; and an event loop's server ends the connection without sending OpenSSL's alert.
+    One that accepted us has sent session tickets before anything else, as OpenSSL's servers do.
+    """
+
+    def recv(self, buflen: int = 1024, flags: int = 0) -> bytes:
+        """Raises also :class:`CertificateRefused`."""
+        try:
+            data = super().recv(buflen, flags)
+        except ConnectionError as fault:
+            if self._accepted():
+                raise
+            raise CertificateRefused(_REFUSED) from fault
+        if not data and not self._accepted():
+            raise CertificateRefused(_REFUSED)
+        return data
+
+    def _accepted(self) -> bool:
+        return self.session is not None and self.session.has_ticket
 
 
 def server_context(pki: Path) -> ssl.SSLContext:
@@ -35,6 +64,7 @@ def client_context(pki: Path, kind: Kind) -> ssl.SSLContext:
     other side does that and parsing them would cost every command a tenth of a second; see :func:`check_dates`.
     """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.sslsocket_class = ClientSocket
     _load(context, pki, kind)
     return context
 
