@@ -31,7 +31,9 @@ SwitchName = Annotated[
 #: Absolute path of a host file. See :func:`is_clean_path` for what is refused.
 AbsolutePath = Annotated[
     str,
-    Meta(pattern=r"\A/[^\x00-\x1f\x7f]*\Z", max_length=1024, description="absolute path without control characters"),
+    Meta(
+        pattern=r"\A/[^\x00-\x1f\x7f-\x9f]*\Z", max_length=1024, description="absolute path without control characters"
+    ),
 ]
 
 Mac = Annotated[
