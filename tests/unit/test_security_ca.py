@@ -212,6 +212,20 @@ def test_contexts_say_what_is_wrong_with_files(authority: Path, tmp_path: Path) 
         tls.server_context(pki)
 
 
+@pytest.mark.parametrize("mode", [0o640, 0o604, 0o620, 0o601])
+def test_a_private_key_that_others_get_at_is_refused(authority: Path, tmp_path: Path, mode: int) -> None:
+    pki, person = tmp_path / "pki", tmp_path / "person"
+    ca.issue_host(authority, "host1", [], pki)
+    ca.issue_person(authority, "alice", Role.OPERATOR, person)
+    (pki / "host.key").chmod(mode)
+    (person / "client.key").chmod(mode)
+    with pytest.raises(StateError, match="not private") as refused:
+        tls.server_context(pki)
+    assert f"chmod 600 {pki}/host.key" in refused.value.todo
+    with pytest.raises(StateError, match="not private"):
+        tls.client_context(person, "client")
+
+
 @pytest.mark.parametrize(
     "names",
     [

@@ -7,7 +7,9 @@ certificate that was issued for it and may serve. Who the caller is, the server 
 from __future__ import annotations
 
 import datetime
+import shlex
 import ssl
+import stat
 from pathlib import Path
 from typing import Literal
 
@@ -48,7 +50,7 @@ class ClientSocket(ssl.SSLSocket):
 def server_context(pki: Path) -> ssl.SSLContext:
     """For the daemon's listener, from ``ca.pem``, ``host.pem`` and ``host.key`` in ``pki``.
 
-    Raises :class:`StateError` if a file is missing, unreadable, damaged or expired.
+    Raises :class:`StateError` if a file is missing, unreadable, damaged or expired, or the key not private.
     """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.verify_mode = ssl.CERT_REQUIRED
@@ -60,8 +62,9 @@ def server_context(pki: Path) -> ssl.SSLContext:
 def client_context(pki: Path, kind: Kind) -> ssl.SSLContext:
     """For calling a daemon, as a host (``host.pem``) or as a person (``client.pem``).
 
-    Raises :class:`StateError` if a file is missing, unreadable or damaged. The dates are not looked at, since the
-    other side does that and parsing them would cost every command a tenth of a second; see :func:`check_dates`.
+    Raises :class:`StateError` if a file is missing, unreadable or damaged, or the key not private. The dates are not
+    looked at, since the other side does that and parsing them would cost every command a tenth of a second; see
+    :func:`check_dates`.
     """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.sslsocket_class = ClientSocket
@@ -98,6 +101,7 @@ def _load(context: ssl.SSLContext, pki: Path, kind: Kind) -> None:
     authority, certificate, key = pki / "ca.pem", pki / f"{kind}.pem", pki / f"{kind}.key"
     for path in (authority, certificate, key):
         _check_readable(path)
+    _check_private(key)
     try:
         context.load_verify_locations(cafile=authority)
     except (ssl.SSLError, OSError) as fault:
@@ -118,6 +122,16 @@ def _check_readable(path: Path) -> None:
             why=fault.strerror or str(fault),
             todo="put the files made by 'limosa ca issue' there",
         ) from fault
+
+
+def _check_private(key: Path) -> None:
+    mode = stat.S_IMODE(key.stat().st_mode)
+    if mode & 0o077:
+        raise StateError(
+            f"the private key {key} is not private",
+            why=f"its mode {mode:04o} lets other users at it",
+            todo=f"chmod 600 {shlex.quote(str(key))}, or issue a new key if others may have read it",
+        )
 
 
 def _damaged(what: str, fault: OSError) -> LimosaError:
