@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import socket
 import tempfile
 from collections.abc import Awaitable, Callable, Iterator
@@ -20,7 +21,7 @@ from limosa.qemu.protocol import Event, MachineProtocol, MigrationState, RunStat
 from limosa.security.stream import make_credentials
 from limosa.testing.guest import FakeGuest
 from limosa.testing.machine import FakeMachine
-from limosa.testing.wire import Wire
+from limosa.testing.wire import Stage, Wire
 
 QEMU = Path("/usr/bin/qemu-system-x86_64")
 LOOPBACK = "127.0.0.1"
@@ -48,6 +49,13 @@ class Makers:
     async def make(self, *, incoming: bool) -> MachineProtocol:
         raise NotImplementedError
 
+    def freeze(self, destination: MachineProtocol) -> None:
+        """Have it take nothing more, so that no switchover to it is ever completed."""
+        raise NotImplementedError
+
+    async def kill(self, frozen: MachineProtocol) -> None:
+        await frozen.kill()
+
 
 class Fakes(Makers):
     def __init__(self) -> None:
@@ -58,6 +66,13 @@ class Fakes(Makers):
         machine = FakeMachine(self.wire, FakeGuest(MEMORY_MIB * 1024 * 1024), incoming=incoming)
         self.made.append(machine)
         return machine
+
+    def freeze(self, destination: MachineProtocol) -> None:
+        self.wire.hold(Stage.SWITCHOVER)
+
+    async def kill(self, frozen: MachineProtocol) -> None:
+        await super().kill(frozen)
+        self.wire.release(Stage.SWITCHOVER)
 
 
 class Qemus(Makers):
@@ -88,6 +103,10 @@ class Qemus(Makers):
         machine = await Machine.launch(QEMU, launch, run_dir, self.folder / f"{name}.log", None)
         self.made.append(machine)
         return machine
+
+    def freeze(self, destination: MachineProtocol) -> None:
+        assert isinstance(destination, Machine)
+        os.kill(destination.pid, signal.SIGSTOP)
 
 
 def tiny_vm() -> VmConfig:
@@ -333,6 +352,26 @@ def test_a_lost_destination_leaves_the_source_as_it_was(run: Run) -> None:
         await source.resume_if_stopped()
         assert await source.status() is RunState.RUNNING
         await moves_after_all(makers, source)
+
+    run(scenario)
+
+
+def test_a_destination_lost_during_the_switchover_lets_the_source_run(run: Run) -> None:
+    async def scenario(makers: Makers) -> None:
+        source = await running_source(makers)
+        destination, port = await connected(makers, source, StreamParameters(bandwidth_bytes_per_s=SLOW))
+        here = Recorder(source)
+        await source.migrate(LOOPBACK, port)
+        await here.until("migration active")
+        makers.freeze(destination)
+        await source.set_downtime_limit(2_000_000)
+        await source.set_bandwidth(0)
+        await here.until("STOP")
+        await makers.kill(destination)
+        assert await here.ending() == "failed"
+        await source.resume_if_stopped()
+        assert await source.status() is RunState.RUNNING
+        assert here.names()[-2:] == ["migration failed", "RESUME"]
 
     run(scenario)
 

@@ -9,7 +9,6 @@ destination cannot be reached: no time limit turns ignorance into a guess. A per
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
 from collections.abc import Iterator
 
@@ -17,12 +16,11 @@ from limosa.errors import Cancelled, HostUnreachable, LimosaError, OwnerUnknown,
 from limosa.migration.ownership import SOURCE_ENDED, SourceAction, SourceQemu, SourceStep, decide_source
 from limosa.migration.source import POST_COPY, SourceMove
 from limosa.model.migration import Outcome, Phase, Side
-from limosa.qemu.protocol import Event, MachineProtocol, MigrationState, RunState
+from limosa.qemu.protocol import Event, MachineProtocol, MigrationState
 from limosa.wire.peer import DestinationState, Standing
 
 #: How long QEMU may take to end a stream that was cancelled; it usually takes milliseconds.
 CANCEL_WITHIN_S = 20.0
-RESUME_WITHIN_S = 5.0
 ABORT_WITHIN_S = 5.0
 #: The move is shown as unresolved when the destination could not be asked for this long.
 UNRESOLVED_AFTER_S = 3.0
@@ -133,7 +131,7 @@ class Settlement:
         """The guest runs here as before; people may operate it again."""
         await machine.forget_stream()
         if self.move.header.was_running:
-            await _let_run(machine)
+            await machine.resume_if_stopped()
         await self.move.home.vm_stays()
         self._home_again = True
         self._show_failure()
@@ -240,21 +238,6 @@ def _pauses() -> Iterator[float]:
     while True:
         yield pause
         pause = min(5.0, pause * 2)
-
-
-async def _let_run(machine: MachineProtocol) -> None:
-    """Have the guest run. QEMU resumes it by itself after a failure, a moment after it says so."""
-    resumed = asyncio.Event()
-    unsubscribe = machine.on_event(lambda event: resumed.set() if event.name == "RESUME" else None)
-    try:
-        if await machine.status() is RunState.FINISH_MIGRATE:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(RESUME_WITHIN_S):
-                    await resumed.wait()
-        if await machine.status() is not RunState.RUNNING:
-            await machine.resume()
-    finally:
-        unsubscribe()
 
 
 async def _stop_stream(machine: MachineProtocol) -> None:

@@ -13,6 +13,7 @@ import errno
 import os
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from limosa.errors import OutcomeUnknown, QemuError, QemuGone
@@ -25,6 +26,8 @@ from limosa.qemu.session import DYING_S
 from limosa.qemu.stream import Stream
 
 LAUNCH_WITHIN_S = 30.0
+#: How long QEMU may take to resume a guest whose stream broke; it usually takes milliseconds.
+RESUME_WITHIN_S = 5.0
 
 
 class Machine(Stream):
@@ -126,9 +129,18 @@ class Machine(Stream):
         return resumed[-1] if resumed else time.time()
 
     async def resume_if_stopped(self) -> None:
-        """Let the guest run unless it does."""
-        if await self.status() is not RunState.RUNNING:
-            await self.resume()
+        """Let the guest run unless it does. When a stream broke, QEMU does so itself, a moment after it has said so."""
+        resumed = asyncio.Event()
+        unsubscribe = self.on_event(lambda event: resumed.set() if event.name == "RESUME" else None)
+        try:
+            if await self.status() is RunState.FINISH_MIGRATE:
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(RESUME_WITHIN_S):
+                        await resumed.wait()
+            if await self.status() is not RunState.RUNNING:
+                await self.resume()
+        finally:
+            unsubscribe()
 
     async def press_power_button(self) -> None:
         """Ask the guest to shut down (ACPI); what it does is its own affair."""

@@ -127,7 +127,7 @@ class MachineProtocol(Protocol):
         """
 
     async def resume_if_stopped(self) -> None:
-        """Let the guest run unless it does."""
+        """Let the guest run unless it does. May follow at once on the event that its stream broke or was cancelled."""
 
     async def quit(self) -> None:
         """End QEMU, by force if it does not listen. Returns when its process is gone; never raises ``QemuGone``."""

@@ -15,6 +15,7 @@ import math
 from collections.abc import Callable, Sequence
 
 from limosa.errors import DestinationLost, QemuError, QemuGone
+from limosa.qemu.machine import RESUME_WITHIN_S
 from limosa.qemu.protocol import Event, MigrationState, MigrationStatistics, RunState, StreamParameters
 from limosa.testing.guest import PAGE_BYTES, FakeGuest
 from limosa.testing.wire import Stage, StreamBroken, Wire
@@ -83,6 +84,8 @@ class FakeMachine:
 
     async def resume_if_stopped(self) -> None:
         """See the protocol."""
+        if await self.status() is RunState.FINISH_MIGRATE and self._stream is not None:
+            await asyncio.wait({self._stream}, timeout=RESUME_WITHIN_S)
         await self.resume()
 
     async def quit(self) -> None:
@@ -196,7 +199,7 @@ class FakeMachine:
             else:
                 await self._switch_over_to(destination)
         except (StreamBroken, asyncio.CancelledError) as end:
-            self._break_off(destination, str(end), was_running=was_running)
+            await self._break_off(destination, str(end), was_running=was_running)
             return
         self._count(total_s=self.wire.now - began, remaining_bytes=0)
         self._migration_is(MigrationState.COMPLETED)
@@ -233,6 +236,7 @@ class FakeMachine:
         self._enter(RunState.FINISH_MIGRATE)
         self._migration_is(MigrationState.DEVICE)
         await self.wire.arrive(Stage.SWITCHOVER)
+        destination._take()
         stopped_at = self.wire.now
         await self._pass_begins()
         await self._copy(self.guest.take_dirty(), destination)
@@ -244,6 +248,7 @@ class FakeMachine:
         self._enter(RunState.FINISH_MIGRATE)
         self._migration_is(MigrationState.DEVICE)
         await self.wire.arrive(Stage.SWITCHOVER)
+        destination._take()
         self._migration_is(MigrationState.POSTCOPY_ACTIVE)
         destination._loaded(MigrationState.POSTCOPY_ACTIVE)
         await self._copy(self.guest.take_dirty(), destination)
@@ -255,8 +260,7 @@ class FakeMachine:
         sent, allowance = 0, 0.0
         while sent < len(pages):
             seconds = await self.wire.step()
-            if destination.gone.is_set():
-                raise StreamBroken("Unable to write to socket: Broken pipe")
+            destination._take()
             allowance += seconds * self._rate() / PAGE_BYTES
             upto = min(len(pages), math.floor(allowance))
             for page in pages[sent:upto]:
@@ -266,7 +270,7 @@ class FakeMachine:
             if self._run_state is RunState.RUNNING:
                 self.guest.run(seconds, self._statistics.throttle_percent)
 
-    def _break_off(self, destination: FakeMachine, error: str, *, was_running: bool) -> None:
+    async def _break_off(self, destination: FakeMachine, error: str, *, was_running: bool) -> None:
         """The stream ended early. A destination without the whole state ends; here the guest goes on."""
         if self._statistics.state is MigrationState.POSTCOPY_ACTIVE:
             destination._migration_is(MigrationState.POSTCOPY_PAUSED)
@@ -279,6 +283,7 @@ class FakeMachine:
         self._count(error=error)
         cancelled = self._statistics.state is MigrationState.CANCELLING
         self._migration_is(MigrationState.CANCELLED if cancelled else MigrationState.FAILED)
+        await asyncio.sleep(0)  # QEMU, too, enters the state a moment after the event
         if self._run_state in _STOPPED_BY_MIGRATION:
             self._enter(RunState.RUNNING if was_running else RunState.PAUSED)
 
@@ -315,6 +320,10 @@ class FakeMachine:
 
     def _count(self, **values: float | str) -> None:
         self._statistics = dataclasses.replace(self._statistics, **values)  # type: ignore[arg-type]
+
+    def _take(self) -> None:
+        if self.gone.is_set():
+            raise StreamBroken("Unable to write to socket: Broken pipe")
 
     def _loaded(self, state: MigrationState) -> None:
         self._run_state = RunState.PAUSED
