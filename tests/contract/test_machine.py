@@ -8,12 +8,11 @@ import signal
 import socket
 import tempfile
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import closing
 from pathlib import Path
 
 import pytest
 
-from limosa.errors import DestinationLost, QemuError, QemuGone
+from limosa.errors import QemuError, QemuGone
 from limosa.model.vm import VmConfig
 from limosa.qemu.arguments import Launch
 from limosa.qemu.machine import Machine
@@ -24,7 +23,6 @@ from limosa.testing.machine import FakeMachine
 from limosa.testing.wire import Stage, Wire
 
 QEMU = Path("/usr/bin/qemu-system-x86_64")
-LOOPBACK = "127.0.0.1"
 MEMORY_MIB = 32
 #: so slow that a move of the idle guest takes many seconds: whatever a test does meets it in its middle
 SLOW = 20_000
@@ -34,11 +32,24 @@ ENDINGS = {"completed", "failed", "cancelled"}
 class Makers:
     """Makes machines of one kind, and ends them."""
 
-    #: ports this kind may listen on
-    ports = (1, 2)
-
     def __init__(self) -> None:
         self.made: list[MachineProtocol] = []
+        self._ends: list[socket.socket] = []
+
+    def stream(self) -> tuple[socket.socket, socket.socket]:
+        """Both ends of a TCP stream; the source's and the destination's."""
+        with socket.create_server(("127.0.0.1", 0)) as door:
+            ours = socket.create_connection(door.getsockname())
+            theirs, _ = door.accept()
+        self._ends += ours, theirs
+        return ours, theirs
+
+    async def end(self) -> None:
+        """Nothing is left."""
+        for machine in self.made:
+            await machine.quit()
+        for end in self._ends:
+            end.close()
 
     async def source(self) -> MachineProtocol:
         return await self.make(incoming=False)
@@ -79,7 +90,6 @@ class Qemus(Makers):
     def __init__(self, folder: Path) -> None:
         super().__init__()
         self.folder = folder
-        self.ports = two_free_ports()
 
     async def make(self, *, incoming: bool) -> MachineProtocol:
         name = f"vm{len(self.made)}"
@@ -120,19 +130,6 @@ def tiny_vm() -> VmConfig:
     )
 
 
-def two_free_ports() -> tuple[int, int]:
-    """Two neighbouring ports on which nobody listens."""
-    for first in range(30000 + os.getpid() % 10000, 60000, 2):
-        with closing(socket.socket()) as one, closing(socket.socket()) as two:
-            try:
-                one.bind((LOOPBACK, first))
-                two.bind((LOOPBACK, first + 1))
-            except OSError:
-                continue
-            return first, first + 1
-    raise AssertionError("no free ports")
-
-
 Scenario = Callable[[Makers], Awaitable[None]]
 Run = Callable[[Scenario], None]
 
@@ -149,8 +146,7 @@ def run(request: pytest.FixtureRequest) -> Iterator[Run]:
                 async with asyncio.timeout(60):
                     await scenario(makers)
             finally:
-                for machine in makers.made:
-                    await machine.quit()
+                await makers.end()
 
         yield lambda scenario: asyncio.run(play(scenario))
 
@@ -192,12 +188,21 @@ class Recorder:
 
 async def connected(
     makers: Makers, source: MachineProtocol, parameters: StreamParameters, theirs: StreamParameters | None = None
-) -> tuple[MachineProtocol, int]:
-    """A new destination that listens, and its port; the source is prepared."""
+) -> tuple[MachineProtocol, socket.socket]:
+    """A new destination that waits at one end of a stream, and the other end; the source is prepared."""
     destination = await makers.destination()
     await destination.prepare_incoming(theirs or parameters)
     await source.prepare_outgoing(parameters)
-    return destination, await destination.listen(LOOPBACK, makers.ports)
+    ours, theirs_end = makers.stream()
+    await destination.receive(theirs_end)
+    theirs_end.close()
+    return destination, ours
+
+
+async def send(source: MachineProtocol, stream: socket.socket) -> None:
+    """Begin to migrate; QEMU alone holds the stream then, so that its end is the stream's."""
+    await source.migrate(stream)
+    stream.close()
 
 
 async def running_source(makers: Makers) -> MachineProtocol:
@@ -247,9 +252,9 @@ def test_a_move(run: Run, encrypted: bool) -> None:
         server, client = make_credentials() if encrypted else (None, None)
         source = await running_source(makers)
         theirs = StreamParameters(credentials=server)
-        destination, port = await connected(makers, source, StreamParameters(credentials=client), theirs)
+        destination, stream = await connected(makers, source, StreamParameters(credentials=client), theirs)
         there, here = Recorder(destination), Recorder(source)
-        await source.migrate(LOOPBACK, port)
+        await send(source, stream)
         assert await here.ending() == "completed"
         # QEMU says so a moment before it enters the state.
         assert await source.status() in (RunState.FINISH_MIGRATE, RunState.POSTMIGRATE)
@@ -289,9 +294,9 @@ def test_a_paused_guest_arrives_paused(run: Run) -> None:
     async def scenario(makers: Makers) -> None:
         source = await running_source(makers)
         await source.pause()
-        destination, port = await connected(makers, source, StreamParameters())
+        destination, stream = await connected(makers, source, StreamParameters())
         here = Recorder(source)
-        await source.migrate(LOOPBACK, port)
+        await send(source, stream)
         assert await here.ending() == "completed"
         assert "STOP" not in here.names()
         assert await destination.status() is RunState.PAUSED
@@ -304,12 +309,12 @@ def test_a_destination_never_runs_by_itself(run: Run) -> None:
 
     async def scenario(makers: Makers) -> None:
         source = await running_source(makers)
-        destination, port = await connected(makers, source, StreamParameters())
+        destination, stream = await connected(makers, source, StreamParameters())
         assert await destination.status() is RunState.INMIGRATE
         with pytest.raises(QemuError, match="arrived"):
             await destination.resume()
         there, here = Recorder(destination), Recorder(source)
-        await source.migrate(LOOPBACK, port)
+        await send(source, stream)
         assert await here.ending() == "completed"
         assert await destination.status() is RunState.PAUSED
         assert "RESUME" not in there.names()
@@ -320,12 +325,12 @@ def test_a_destination_never_runs_by_itself(run: Run) -> None:
 def test_cancel_leaves_the_source_as_it_was_and_ends_the_destination(run: Run) -> None:
     async def scenario(makers: Makers) -> None:
         source = await running_source(makers)
-        destination, port = await connected(makers, source, StreamParameters(bandwidth_bytes_per_s=SLOW))
+        destination, stream = await connected(makers, source, StreamParameters(bandwidth_bytes_per_s=SLOW))
         here = Recorder(source)
-        await source.migrate(LOOPBACK, port)
+        await send(source, stream)
         await here.until("migration active")
         with pytest.raises(QemuError):
-            await source.migrate(LOOPBACK, port)
+            await source.migrate(makers.stream()[0])
         await source.cancel_migration()
         assert await here.ending() == "cancelled"
         assert (await source.migration()).state is MigrationState.CANCELLED
@@ -341,9 +346,9 @@ def test_cancel_leaves_the_source_as_it_was_and_ends_the_destination(run: Run) -
 def test_a_lost_destination_leaves_the_source_as_it_was(run: Run) -> None:
     async def scenario(makers: Makers) -> None:
         source = await running_source(makers)
-        destination, port = await connected(makers, source, StreamParameters(bandwidth_bytes_per_s=SLOW))
+        destination, stream = await connected(makers, source, StreamParameters(bandwidth_bytes_per_s=SLOW))
         here = Recorder(source)
-        await source.migrate(LOOPBACK, port)
+        await send(source, stream)
         await here.until("migration active")
         await destination.kill()
         await source.set_bandwidth(0)
@@ -359,9 +364,9 @@ def test_a_lost_destination_leaves_the_source_as_it_was(run: Run) -> None:
 def test_a_destination_lost_during_the_switchover_lets_the_source_run(run: Run) -> None:
     async def scenario(makers: Makers) -> None:
         source = await running_source(makers)
-        destination, port = await connected(makers, source, StreamParameters(bandwidth_bytes_per_s=SLOW))
+        destination, stream = await connected(makers, source, StreamParameters(bandwidth_bytes_per_s=SLOW))
         here = Recorder(source)
-        await source.migrate(LOOPBACK, port)
+        await send(source, stream)
         await here.until("migration active")
         makers.freeze(destination)
         await source.set_downtime_limit(2_000_000)
@@ -379,9 +384,9 @@ def test_a_destination_lost_during_the_switchover_lets_the_source_run(run: Run) 
 def test_a_lost_source_ends_a_destination_without_the_whole_state(run: Run) -> None:
     async def scenario(makers: Makers) -> None:
         source = await running_source(makers)
-        destination, port = await connected(makers, source, StreamParameters(bandwidth_bytes_per_s=SLOW))
+        destination, stream = await connected(makers, source, StreamParameters(bandwidth_bytes_per_s=SLOW))
         here = Recorder(source)
-        await source.migrate(LOOPBACK, port)
+        await send(source, stream)
         await here.until("migration active")
         await source.kill()
         await destination.gone.wait()
@@ -391,9 +396,9 @@ def test_a_lost_source_ends_a_destination_without_the_whole_state(run: Run) -> N
 
 async def moves_after_all(makers: Makers, source: MachineProtocol) -> None:
     """The source is none the worse: the next move of it succeeds."""
-    destination, port = await connected(makers, source, StreamParameters())
+    destination, stream = await connected(makers, source, StreamParameters())
     there = Recorder(destination)
-    await source.migrate(LOOPBACK, port)
+    await send(source, stream)
     await there.until("migration completed")
     await destination.resume()
     assert await destination.status() is RunState.RUNNING
@@ -402,9 +407,9 @@ async def moves_after_all(makers: Makers, source: MachineProtocol) -> None:
 def test_terms_can_be_changed_while_memory_is_sent(run: Run) -> None:
     async def scenario(makers: Makers) -> None:
         source = await running_source(makers)
-        _, port = await connected(makers, source, StreamParameters(bandwidth_bytes_per_s=SLOW, downtime_limit_ms=1))
+        _, stream = await connected(makers, source, StreamParameters(bandwidth_bytes_per_s=SLOW, downtime_limit_ms=1))
         here = Recorder(source)
-        await source.migrate(LOOPBACK, port)
+        await send(source, stream)
         await here.until("migration active")
         await source.set_downtime_limit(0.2)
         await source.set_downtime_limit(59.5)
@@ -416,30 +421,41 @@ def test_terms_can_be_changed_while_memory_is_sent(run: Run) -> None:
     run(scenario)
 
 
-def test_nobody_listens(run: Run) -> None:
+def test_a_stream_that_ends_at_once(run: Run) -> None:
     async def scenario(makers: Makers) -> None:
         source = await running_source(makers)
         await source.prepare_outgoing(StreamParameters())
-        with pytest.raises(DestinationLost):
-            await source.migrate(LOOPBACK, makers.ports[0])
+        here = Recorder(source)
+        stream, theirs = makers.stream()
+        theirs.close()
+        await send(source, stream)
+        assert await here.ending() == "failed"
+        await source.resume_if_stopped()
         assert await source.status() is RunState.RUNNING
         await moves_after_all(makers, source)
 
     run(scenario)
 
 
-def test_each_destination_has_its_own_port_while_there_are_any(run: Run) -> None:
+def test_a_destination_takes_one_stream(run: Run) -> None:
     async def scenario(makers: Makers) -> None:
-        ports = set()
-        for _ in range(2):
-            destination = await makers.destination()
-            await destination.prepare_incoming(StreamParameters())
-            ports.add(await destination.listen(LOOPBACK, makers.ports))
-        assert ports == set(makers.ports)
-        third = await makers.destination()
-        await third.prepare_incoming(StreamParameters())
+        destination = await makers.destination()
+        await destination.prepare_incoming(StreamParameters())
+        await destination.receive(makers.stream()[0])
         with pytest.raises(QemuError):
-            await third.listen(LOOPBACK, makers.ports)
+            await destination.receive(makers.stream()[0])
+
+    run(scenario)
+
+
+def test_a_destination_that_is_sent_something_else_ends(run: Run) -> None:
+    async def scenario(makers: Makers) -> None:
+        destination = await makers.destination()
+        await destination.prepare_incoming(StreamParameters())
+        stranger, theirs = makers.stream()
+        await destination.receive(theirs)
+        stranger.sendall(b"GET / HTTP/1.1\r\n\r\n")
+        await destination.gone.wait()
 
     run(scenario)
 
@@ -451,9 +467,9 @@ def test_a_destination_refuses_strangers(run: Run, stranger: str) -> None:
         _, other = make_credentials()
         source = await running_source(makers)
         ours = StreamParameters(credentials=other if stranger == "with others" else None)
-        destination, port = await connected(makers, source, ours, StreamParameters(credentials=server))
+        destination, stream = await connected(makers, source, ours, StreamParameters(credentials=server))
         there, here = Recorder(destination), Recorder(source)
-        await source.migrate(LOOPBACK, port)
+        await send(source, stream)
         assert await here.ending() == "failed"
         await source.resume_if_stopped()
         assert await source.status() is RunState.RUNNING
@@ -466,9 +482,9 @@ def test_post_copy(run: Run) -> None:
     async def scenario(makers: Makers) -> None:
         source = await running_source(makers)
         terms = StreamParameters(bandwidth_bytes_per_s=SLOW, post_copy=True)
-        destination, port = await connected(makers, source, terms)
+        destination, stream = await connected(makers, source, terms)
         there, here = Recorder(destination), Recorder(source)
-        await source.migrate(LOOPBACK, port)
+        await send(source, stream)
         await here.until("migration active")
         await source.start_post_copy()
         await source.set_bandwidth(0)

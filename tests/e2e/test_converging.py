@@ -88,7 +88,7 @@ def test_auto_converge_slows_the_guest_and_lets_it_go_after_a_cancel(hosts: list
 @pytest.mark.long
 def test_auto_converge_brings_it_to_its_end(hosts: list[LabHost], client: LanClient) -> None:
     source, destination = sorted(hosts, key=lambda host: host.vm("web") is None)
-    patient = {"convergence.patience_s": 30, "convergence.max_throttle_percent": 99}
+    patient = {"convergence.patience_s": 60, "convergence.max_throttle_percent": 99}
     with settings(source, {"convergence.auto_converge": True, **patient}):
         seen = list(views(source, source.move("web", destination.name).id))
     assert seen[-1].outcome is Outcome.COMPLETED, seen[-1].fault

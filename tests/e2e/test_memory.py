@@ -29,7 +29,9 @@ from limosa.qemu.protocol import Event, MachineProtocol, MigrationState, RunStat
 from limosa.settings.host import ConvergencePolicy
 from limosa.storage.identity import identify
 from limosa.testing.peer import LocalPeer
-from limosa.wire.peer import Prepare, Running
+from limosa.transport import tcp
+from limosa.transport.channel import Channel, Doorway
+from limosa.wire.peer import Prepare, Prepared, Running
 
 QEMU = Path("/usr/bin/qemu-system-x86_64")
 VERSION = (10, 0, 0)
@@ -147,6 +149,9 @@ class Here:
     def carry_on(self) -> dict[str, str]:
         return {}
 
+    async def connect(self, prepared: Prepared) -> Channel:
+        return await tcp.connect(prepared.address, prepared.port, prepared.token)
+
     def bandwidth(self) -> int:
         return BRAKE_BYTES_PER_S
 
@@ -205,8 +210,8 @@ class There:
         if event.name == "MIGRATION" and event.data["status"] == MigrationState.COMPLETED:
             self.arrived.set()
 
-    async def stream_address(self) -> tuple[str, tuple[int, int]]:
-        return ADDRESS, PORTS
+    async def open_door(self, request: Prepare) -> Doorway:
+        return tcp.TcpDoorway(ADDRESS, PORTS)
 
     async def adopt(self, *, running: bool) -> None:
         assert running

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 
 import pytest
 
@@ -24,7 +25,10 @@ async def pair(
     await source.resume()
     await source.prepare_outgoing(parameters)
     await destination.prepare_incoming(parameters)
-    await source.migrate("::1", await destination.listen("::1", (1, 1)))
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        await destination.receive(theirs)
+        await source.migrate(ours)
     return source, destination
 
 

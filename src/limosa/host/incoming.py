@@ -33,6 +33,7 @@ from limosa.model.finding import Finding, Severity
 from limosa.model.migration import Migration, Outcome, Phase, Progress, Side
 from limosa.qemu.protocol import MachineProtocol
 from limosa.transport import tcp
+from limosa.transport.channel import Doorway
 from limosa.wire.peer import Inspect, Prepare
 
 _log = logging.getLogger(__name__)
@@ -181,14 +182,14 @@ class LandingHere:
         assert self._hosted is not None
         return await self._vms.launch_incoming(self._hosted, request.accelerator, carried_files(request.files))
 
-    async def stream_address(self) -> tuple[str, tuple[int, int]]:
+    async def open_door(self, request: Prepare) -> Doorway:
         """See :class:`limosa.migration.destination.Landing`."""
         addresses = await self._inspector.stream_addresses(self._reached_at)
         if not addresses:
             raise NetworkError(
                 "this host has no address on a network that may carry moves", host=self._header.destination
             )
-        return addresses[0], self._page.now.migration_ports
+        return tcp.TcpDoorway(addresses[0], self._page.now.migration_ports)
 
     async def adopt(self, *, running: bool) -> None:
         """See :class:`limosa.migration.destination.Landing`."""

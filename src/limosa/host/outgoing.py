@@ -34,7 +34,10 @@ from limosa.model.migration import Migration, Outcome, Phase, Progress, Side
 from limosa.model.vm import VmState
 from limosa.security import tls
 from limosa.settings.address import split_address
+from limosa.transport import tcp
+from limosa.transport.channel import Channel
 from limosa.wire.api import CheckReport, CheckRequest, MoveOptions, MoveRequest
+from limosa.wire.peer import Prepared
 
 _log = logging.getLogger(__name__)
 
@@ -333,6 +336,10 @@ class Leaving:
         assert self._hosted is not None
         seed = self._vms.seed_of(self._hosted.config)
         return {"seed.iso": base64.b64encode(seed).decode()} if seed is not None else {}
+
+    async def connect(self, prepared: Prepared) -> Channel:
+        """See :class:`limosa.migration.source.Home`."""
+        return await tcp.connect(prepared.address, prepared.port, prepared.token)
 
     def bandwidth(self) -> int:
         """See :class:`limosa.migration.source.Home`."""

@@ -2,7 +2,7 @@
 
 ::
 
-    prepare      wait for a slot; reserve name and memory; start QEMU with -S; listen
+    prepare      wait for a slot; reserve name and memory; start QEMU with -S; await the stream
     take_over    on the source's word only: continue the guest, then make it durable that it is ours
     abort        destroy everything; the guest never ran here
     abandoned    the session broke: destroy what is incomplete, hold what is whole
@@ -30,6 +30,7 @@ from limosa.migration.ownership import (
 )
 from limosa.model.vm import VmConfig
 from limosa.qemu.protocol import Event, MachineProtocol, MigrationState, RunState, StreamParameters
+from limosa.transport.channel import Doorway
 from limosa.wire.peer import Prepare, Prepared, Running, Standing
 
 #: From the source's word to a whole state here: the tail of the stream that QEMU is still loading.
@@ -47,8 +48,8 @@ class Landing(Protocol):
     async def launch(self, request: Prepare) -> MachineProtocol:
         """Start QEMU with taps and files, waiting for a migration."""
 
-    async def stream_address(self) -> tuple[str, tuple[int, int]]:
-        """The address to listen on and the ports allowed."""
+    async def open_door(self, request: Prepare) -> Doorway:
+        """Where the source is awaited."""
 
     async def adopt(self, *, running: bool) -> None:
         """Make the VM one of this host's, durably. If its QEMU is dead by now, it crashed here."""
@@ -83,6 +84,8 @@ class Destination:
         #: one act at a time: a word, an abort and a lost session may come at once
         self._lock = asyncio.Lock()
         self._watch: asyncio.Task[None] | None = None
+        #: until QEMU has its stream
+        self._admission: asyncio.Task[None] | None = None
         if machine is not None:
             self._follow(machine)
 
@@ -101,7 +104,6 @@ class Destination:
         try:
             await self.landing.reserve(in_line)
             self.journal.record(DestinationStep.RESERVED, time.time(), durable=False)
-            address, ports = await self.landing.stream_address()
             self.machine = await self.landing.launch(request)
             self._follow(self.machine)
             await self.machine.prepare_incoming(
@@ -112,11 +114,12 @@ class Destination:
                     post_copy=request.post_copy,
                 )
             )
-            port = await self.machine.listen(address, ports)
+            door = await self.landing.open_door(request)
+            self._admission = asyncio.ensure_future(self._admit(door, self.machine))
         except BaseException:
             await asyncio.shield(self.abort("it could not be prepared"))
             raise
-        return Prepared(address=address, port=port)
+        return Prepared(address=door.address, port=door.port, token=door.token)
 
     async def take_over(self) -> Running:
         """Continue the guest. The caller says by this that nobody else does, and never will.
@@ -261,7 +264,17 @@ class Destination:
         if await machine.status() is not RunState.RUNNING and self.journal.header.was_running:
             self._resumed_at = await machine.resume()
 
+    async def _admit(self, door: Doorway, machine: MachineProtocol) -> None:
+        """Await the source and give its connection to QEMU."""
+        try:
+            with contextlib.closing(door), await door.accept() as stream:
+                await machine.receive(stream)
+        except LimosaError as error:
+            self._lose("it could not receive the VM", str(error))
+
     async def _destroy(self) -> None:
+        if self._admission is not None:
+            self._admission.cancel()
         self._unfollow()
         await self.landing.release(self.machine)
         self.machine = None
@@ -298,6 +311,9 @@ class Destination:
 
     async def _until_gone(self, machine: MachineProtocol) -> None:
         await machine.gone.wait()
+        self._lose("QEMU ended", machine.exit_text())
+
+    def _lose(self, what: str, why: str) -> None:
         if not self.lost.done():
-            self.lost.set_exception(self._lost("QEMU ended", machine.exit_text()))
+            self.lost.set_exception(self._lost(what, why))
             self.lost.exception()  # it may have no listener

@@ -37,6 +37,7 @@ from limosa.qemu.protocol import Event, MachineProtocol, MigrationState, Migrati
 from limosa.security.stream import make_credentials
 from limosa.settings.host import ConvergencePolicy
 from limosa.transport import tcp
+from limosa.transport.channel import Channel
 from limosa.wire.peer import Prepare, Prepared
 
 LOOK_EVERY_S = 0.2
@@ -65,6 +66,9 @@ class Home(Protocol):
 
     def carry_on(self) -> dict[str, str]:
         """Small files of the VM's own that go along, base64 by name."""
+
+    async def connect(self, prepared: Prepared) -> Channel:
+        """A connection to the destination for the guest's memory. Raises :class:`DestinationLost`."""
 
     def bandwidth(self) -> int:
         """Bytes per second this move may use now, 0: no cap."""
@@ -102,6 +106,7 @@ class SourceMove:
         self.terms = terms
         self.report = report
         self.peer: Peer | None = None
+        self.channel: Channel | None = None
         loop = asyncio.get_running_loop()
         #: done when a person cancels
         self.cancelled: asyncio.Future[None] = loop.create_future()
@@ -124,6 +129,7 @@ class SourceMove:
             await self.tear_down()
         finally:
             unsubscribe()
+            self._close_channel()
 
     async def build_up(self, machine: MachineProtocol, peer: Peer) -> Prepared:
         """Check, then have the destination build everything while QEMU here is set up."""
@@ -166,7 +172,8 @@ class SourceMove:
     async def copy(self, machine: MachineProtocol, prepared: Prepared) -> None:
         """Send memory until QEMU reports that everything was sent and loaded."""
         self.journal.record(SourceStep.MIGRATING, time.time(), durable=False)
-        await machine.migrate(prepared.address, prepared.port)
+        self.channel = await self.home.connect(prepared)
+        await machine.migrate(self.channel.socket)
         watch = asyncio.ensure_future(self._watch(machine))
         try:
             # Looking must not delay the hand-over, so it goes on beside the waiting.
@@ -247,6 +254,12 @@ class SourceMove:
         if self.peer is not None and self.peer.lost.done():
             self.peer.lost.result()
 
+    def _close_channel(self) -> None:
+        """Ours must not outlive QEMU's, whose end is the end of the stream."""
+        if self.channel is not None:
+            self.channel.close()
+            self.channel = None
+
     def _in_line(self, place: int) -> None:
         if place == 0:
             self.report.enter(Phase.BUILD_UP)
@@ -260,6 +273,8 @@ class SourceMove:
                 self.report.enter(Phase.SWITCHOVER, silently=True)
             case "MIGRATION_PASS" if event.data.get("pass", 0) > 1 and self.report.now.phase is Phase.COPY:
                 self.report.enter(Phase.SYNCHRONISE)
+                if self.channel is not None:
+                    self.channel.shorten()
             case "MIGRATION":
                 state = MigrationState(event.data["status"])
                 if state in ENDINGS and not self.sent.done():

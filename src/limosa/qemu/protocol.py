@@ -8,6 +8,7 @@ names of states and statistics end here.
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
@@ -141,11 +142,9 @@ class MachineProtocol(Protocol):
     async def prepare_outgoing(self, parameters: StreamParameters) -> None:
         """Source: set everything up for :meth:`migrate`. May be repeated."""
 
-    async def migrate(self, address: str, port: int) -> None:
-        """Source: start to send the VM. Returns as soon as QEMU has accepted; events tell the rest.
-
-        Raises :class:`DestinationLost` if nobody listens there; the guest is not affected.
-        """
+    async def migrate(self, stream: socket.socket) -> None:
+        """Source: start to send the VM into a connected socket. Returns as soon as QEMU has accepted; events tell the
+        rest. QEMU gets a duplicate of the socket; the caller's must not outlive the move, whose end is the stream's."""
 
     async def cancel_migration(self) -> None:
         """Source: ask QEMU to end the migration. No effect if none runs.
@@ -167,10 +166,11 @@ class MachineProtocol(Protocol):
         """Source: switch over now and send the rest behind. There is no way back."""
 
     async def prepare_incoming(self, parameters: StreamParameters) -> None:
-        """Destination: set everything up for :meth:`listen`."""
+        """Destination: set everything up for :meth:`receive`."""
 
-    async def listen(self, address: str, ports: tuple[int, int]) -> int:
-        """Destination: wait for the source on the first free port of the range; returns the port."""
+    async def receive(self, stream: socket.socket) -> None:
+        """Destination: load the VM from a connected socket, of which QEMU gets a duplicate. Returns as soon as QEMU has
+        accepted; events tell the rest."""
 
     async def migration(self) -> MigrationStatistics:
         """How the migration stands, as seen from this side."""

@@ -7,28 +7,22 @@ round trip instead of many.
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import math
 import socket
-from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
-from limosa.errors import DestinationLost, OutcomeUnknown, QemuError, QemuGone
+from limosa.errors import OutcomeUnknown, QemuError, QemuGone
 from limosa.qemu import credentials, folder, statistics
 from limosa.qemu.monitor import Monitor
 from limosa.qemu.process import QemuProcess
-from limosa.qemu.protocol import Event, MigrationState, MigrationStatistics, StreamParameters
+from limosa.qemu.protocol import MigrationState, MigrationStatistics, StreamParameters
 from limosa.qemu.session import Session
 from limosa.security.stream import SERVER_NAME
 
-_CONNECT_WITHIN_S = 10.0
-#: What may wait in the socket before QEMU has to wait itself (TCP_NOTSENT_LOWAT, tcp(7)).
-_UNSENT_BYTES = 128 * 1024
 _FINAL_FIGURES_LOOKS = 50
 _TLS_ID = "stream-tls"
 _STREAM_FD = "stream"
-_ENDED = (MigrationState.COMPLETED, MigrationState.FAILED, MigrationState.CANCELLED)
 #: On both sides. Return path: the source knows what the destination has loaded. Late activation: the destination keeps
 #: its hands off disks until it is continued.
 _ESSENTIAL = ("events", "return-path", "late-block-activate")
@@ -73,53 +67,9 @@ class Stream(Session):
         }
         await self._prepare("client", parameters, settings, wanted={"auto-converge"})
 
-    async def migrate(self, address: str, port: int) -> None:
-        """Start to send the VM to ``address`` (IPv4 or IPv6). Returns as soon as QEMU has accepted.
-
-        We connect and hand the connection over, because QEMU leaves Nagle's algorithm on: the last small piece of the
-        VM's state then waits for the acknowledgement of the one before, and the guest stands still for up to 40 ms
-        more. Raises :class:`DestinationLost` if there is no connection; nothing is sent then.
-        """
-        connection = await _connected(address, port)
-        with ExitStack() as undo:
-            undo.enter_context(connection)
-            await self._monitor.give_descriptor(_STREAM_FD, connection.fileno())
-            undo.callback(self._shorten_queue_later(connection))
-            try:
-                await self._execute("migrate", {"uri": f"fd:{_STREAM_FD}"})
-            except QemuError:
-                with suppress(QemuError):
-                    await self._monitor.execute("closefd", {"fdname": _STREAM_FD})
-                raise
-            undo.pop_all()
-
-    def _shorten_queue_later(self, connection: socket.socket) -> Callable[[], None]:
-        """Have little wait in the socket from the second pass on. Returns what ends that; it also ends by itself.
-
-        QEMU takes for sent what the kernel took from it. On a link of 1 Gbit/s that is megabytes, which would then be
-        sent while the guest stands still. In the first pass a short queue would cost throughput (a third, with TLS on a
-        fast link) and gain nothing. Our copy of the descriptor must not outlive QEMU's, whose end is the stream's.
-        """
-
-        def end() -> None:
-            unsubscribe()
-            watch.cancel()
-            connection.close()
-
-        async def end_with_qemu() -> None:
-            await self.gone.wait()
-            end()
-
-        def on_event(event: Event) -> None:
-            if event.name == "MIGRATION_PASS" and event.data["pass"] > 1:
-                connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _UNSENT_BYTES)
-                end()
-            elif event.name == "MIGRATION" and event.data["status"] in _ENDED:
-                end()
-
-        unsubscribe = self.on_event(on_event)
-        watch = asyncio.ensure_future(end_with_qemu())
-        return end
+    async def migrate(self, stream: socket.socket) -> None:
+        """Start to send the VM into ``stream``. Returns as soon as QEMU has accepted; nothing is sent if it refuses."""
+        await self._with_descriptor(stream, "migrate")
 
     async def cancel_migration(self) -> None:
         """Ask QEMU to end the migration; its ``cancelled`` event says when that is done."""
@@ -144,22 +94,24 @@ class Stream(Session):
     # --- destination ---
 
     async def prepare_incoming(self, parameters: StreamParameters) -> None:
-        """Set everything up for :meth:`listen`."""
+        """Set everything up for :meth:`receive`."""
         await self._prepare("server", parameters, {}, wanted=set())
 
-    async def listen(self, address: str, ports: tuple[int, int]) -> int:
-        """Wait for the source on the first port of the range that is free; returns it.
-
-        Raises :class:`QemuError` if none is.
-        """
-        first, last = ports
-        await self._execute("migrate-incoming", {"uri": f"tcp:{_host(address)}:{first},to={last}"})
-        for socket_address in (await self._execute("query-migrate")).get("socket-address", []):
-            if socket_address["type"] == "inet":
-                return int(socket_address["port"])
-        raise QemuError("QEMU does not tell on which port it listens")
+    async def receive(self, stream: socket.socket) -> None:
+        """Load the VM from ``stream``. Returns as soon as QEMU has accepted."""
+        await self._with_descriptor(stream, "migrate-incoming")
 
     # --- inside ---
+
+    async def _with_descriptor(self, stream: socket.socket, command: str) -> None:
+        stream.setblocking(True)  # the flag is shared by both descriptors, and QEMU sets it as it needs it
+        await self._monitor.give_descriptor(_STREAM_FD, stream.fileno())
+        try:
+            await self._execute(command, {"uri": f"fd:{_STREAM_FD}"})
+        except QemuError:
+            with suppress(QemuError):
+                await self._monitor.execute("closefd", {"fdname": _STREAM_FD})
+            raise
 
     async def _prepare(
         self,
@@ -213,34 +165,6 @@ class Stream(Session):
             raise
         except QemuError:
             return  # there were none
-
-
-async def _connected(address: str, port: int) -> socket.socket:
-    """A connection without Nagle's algorithm to a destination's QEMU. Raises :class:`DestinationLost`."""
-    family = socket.AF_INET6 if ipaddress.ip_address(address).version == 6 else socket.AF_INET
-    connection = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        connection.setblocking(False)
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        async with asyncio.timeout(_CONNECT_WITHIN_S):
-            await asyncio.get_running_loop().sock_connect(connection, (address, port))
-        connection.setblocking(True)
-    except BaseException as error:
-        connection.close()
-        if isinstance(error, OSError):  # TimeoutError is one
-            why = error.strerror or f"no answer within {_CONNECT_WITHIN_S:.0f} s"
-            raise DestinationLost(f"QEMU at {address} port {port} cannot be reached", why=why) from error
-        raise
-    return connection
-
-
-def _host(address: str) -> str:
-    """An IP address as QEMU's URIs have it. Nothing but an address gets through, so nothing can be smuggled in."""
-    try:
-        parsed = ipaddress.ip_address(address)
-    except ValueError as error:
-        raise QemuError(f"'{address[:64]}' is no IP address to migrate over") from error
-    return f"[{parsed}]" if parsed.version == 6 else str(parsed)
 
 
 def _whole_ms(milliseconds: float) -> int:

@@ -24,7 +24,7 @@ class ConvergencePolicy(Model, frozen=True):
         Meta(
             ge=1, le=2000, description="downtime limit a move starts with; raised step by step up to blackout_budget_ms"
         ),
-    ] = 4
+    ] = 2
     blackout_budget_ms: Annotated[
         float, Meta(ge=1, le=2000, description="the longest blackout a move may plan for, in milliseconds")
     ] = 60

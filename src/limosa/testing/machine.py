@@ -12,9 +12,10 @@ import asyncio
 import contextlib
 import dataclasses
 import math
+import socket
 from collections.abc import Callable, Sequence
 
-from limosa.errors import DestinationLost, QemuError, QemuGone
+from limosa.errors import QemuError, QemuGone
 from limosa.qemu.machine import RESUME_WITHIN_S
 from limosa.qemu.protocol import Event, MigrationState, MigrationStatistics, RunState, StreamParameters
 from limosa.testing.guest import PAGE_BYTES, FakeGuest
@@ -40,6 +41,7 @@ class FakeMachine:
         self._callbacks: list[Callable[[Event], None]] = []
         self._statistics = MigrationStatistics()
         self._stream: asyncio.Task[None] | None = None
+        self._meeting: asyncio.Task[None] | None = None
         self._post_copy = asyncio.Event()
         self._max_throttle = self._throttle_step = 1
         self._exit_text = ""
@@ -108,19 +110,15 @@ class FakeMachine:
         self.parameters = parameters
         self._max_throttle = self._throttle_step = 1
 
-    async def migrate(self, address: str, port: int) -> None:
+    async def migrate(self, stream: socket.socket) -> None:
         """See the protocol."""
         await self._answer()
         if self._stream is not None and not self._stream.done():
             raise QemuError("QEMU refused migrate", why="There's a migration process in progress")
-        destination = self.wire.find(address, port)
-        if destination is None:
-            raise DestinationLost(f"QEMU at {address} port {port} cannot be reached", why="Connection refused")
-        self.wire.hang_up(destination)
         self._post_copy.clear()
         self._statistics = MigrationStatistics()
         self._migration_is(MigrationState.SETUP)
-        self._stream = asyncio.create_task(self._send(destination))
+        self._stream = asyncio.create_task(self._send(stream.dup()))
 
     async def cancel_migration(self) -> None:
         """See the protocol."""
@@ -154,14 +152,13 @@ class FakeMachine:
         await self._answer()
         self.parameters = parameters
 
-    async def listen(self, address: str, ports: tuple[int, int]) -> int:
+    async def receive(self, stream: socket.socket) -> None:
         """See the protocol."""
         await self._answer()
-        port = self.wire.listen(self, address, ports)
-        if port is None:
-            raise QemuError("QEMU refused migrate-incoming", why="Address already in use")
+        if self._meeting is not None:
+            raise QemuError("QEMU refused migrate-incoming", why="The incoming migration has already been started")
         self._migration_is(MigrationState.SETUP)
-        return port
+        self._meeting = asyncio.create_task(self._meet(stream.dup()))
 
     async def migration(self) -> MigrationStatistics:
         """See the protocol."""
@@ -181,17 +178,20 @@ class FakeMachine:
         if self.gone.is_set():
             return
         self._exit_text = words or "ended by SIGKILL"
-        self.wire.hang_up(self)
-        if self._stream is not None:
-            self._stream.cancel()
+        for task in (self._stream, self._meeting):
+            if task is not None:
+                task.cancel()
         self.gone.set()
 
     # --- the migration ---
 
-    async def _send(self, destination: FakeMachine) -> None:
+    async def _send(self, stream: socket.socket) -> None:
         was_running = self._run_state is RunState.RUNNING
         began = self.wire.now
+        destination: FakeMachine | None = None
         try:
+            with stream:
+                destination = await self.wire.call(stream)
             await self._connect(destination)
             await self._copy_until_little_is_left(destination)
             if self._post_copy.is_set():
@@ -270,13 +270,21 @@ class FakeMachine:
             if self._run_state is RunState.RUNNING:
                 self.guest.run(seconds, self._statistics.throttle_percent)
 
-    async def _break_off(self, destination: FakeMachine, error: str, *, was_running: bool) -> None:
+    async def _meet(self, stream: socket.socket) -> None:
+        """Let the sender at the other end of the stream know who is here; its migration does the rest."""
+        try:
+            with stream:
+                await self.wire.answer(self, stream)
+        except StreamBroken as end:
+            self.die(f"load of migration failed: {end}")
+
+    async def _break_off(self, destination: FakeMachine | None, error: str, *, was_running: bool) -> None:
         """The stream ended early. A destination without the whole state ends; here the guest goes on."""
-        if self._statistics.state is MigrationState.POSTCOPY_ACTIVE:
+        if destination is not None and self._statistics.state is MigrationState.POSTCOPY_ACTIVE:
             destination._migration_is(MigrationState.POSTCOPY_PAUSED)
             self._migration_is(MigrationState.POSTCOPY_PAUSED)
             return
-        if destination._run_state is RunState.INMIGRATE:
+        if destination is not None and destination._run_state is RunState.INMIGRATE:
             destination.die("load of migration failed: Input/output error")
         if self.gone.is_set():
             return

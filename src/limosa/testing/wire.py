@@ -8,12 +8,19 @@ So nothing waits for a real clock, and a test that wants to look at a migration 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import socket
 from collections import defaultdict
+from collections.abc import Iterator
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from limosa.testing.machine import FakeMachine
+
+
+#: A caller's number, as it is sent over the stream that the machines were given.
+_NUMBER_BYTES = 8
 
 
 class Stage(StrEnum):
@@ -43,7 +50,7 @@ class Wire:
         self.now = 1_700_000_000.0
         #: makes the next migration that comes to the stage fail with these words
         self.failures: dict[Stage, str] = {}
-        self._listening: dict[tuple[str, int], FakeMachine] = {}
+        self._answers: dict[int, asyncio.Future[FakeMachine]] = {}
         self._held: set[Stage] = set()
         self._released: dict[Stage, asyncio.Event] = defaultdict(asyncio.Event)
         self._reached: dict[Stage, asyncio.Event] = defaultdict(asyncio.Event)
@@ -84,19 +91,40 @@ class Wire:
             self._passed.clear()
             await self._passed.wait()
 
-    def listen(self, machine: FakeMachine, address: str, ports: tuple[int, int]) -> int | None:
-        """The first free port of the range, now the machine's, or None."""
-        first, last = ports
-        for port in range(first, last + 1):
-            if (address, port) not in self._listening:
-                self._listening[address, port] = machine
-                return port
-        return None
+    async def call(self, stream: socket.socket) -> FakeMachine:
+        """The machine at the other end of a real stream. Raises :class:`StreamBroken` if there will be none."""
+        number = len(self._answers)
+        self._answers[number] = answer = asyncio.get_running_loop().create_future()
+        with _broken_streams():
+            stream.setblocking(False)
+            await asyncio.get_running_loop().sock_sendall(stream, number.to_bytes(_NUMBER_BYTES))
+            hung_up = asyncio.ensure_future(asyncio.get_running_loop().sock_recv(stream, 1))
+            try:
+                await asyncio.wait({answer, hung_up}, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                hung_up.cancel()
+            if not answer.done():
+                raise StreamBroken("Unable to write to socket: Broken pipe")
+            machine: FakeMachine = answer.result()
+            return machine
 
-    def find(self, address: str, port: int) -> FakeMachine | None:
-        """Who listens there."""
-        return self._listening.get((address, port))
+    async def answer(self, machine: FakeMachine, stream: socket.socket) -> None:
+        """Wait until the machine at the other end of a real stream calls, and answer for ``machine``.
 
-    def hang_up(self, machine: FakeMachine) -> None:
-        """The machine listens no more."""
-        self._listening = {place: other for place, other in self._listening.items() if other is not machine}
+        Raises :class:`StreamBroken` if something else comes, or nothing any more.
+        """
+        with _broken_streams():
+            stream.setblocking(False)
+            said = await asyncio.get_running_loop().sock_recv(stream, _NUMBER_BYTES)
+        answer = self._answers.get(int.from_bytes(said)) if len(said) == _NUMBER_BYTES else None
+        if answer is None:
+            raise StreamBroken("Not a migration stream")
+        answer.set_result(machine)
+
+
+@contextlib.contextmanager
+def _broken_streams() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise StreamBroken(error.strerror or str(error)) from error

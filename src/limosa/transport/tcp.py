@@ -1,14 +1,144 @@
-"""Plain TCP: one stream, QEMU to QEMU, on an address and port the destination chose."""
+"""Plain TCP: one connection from the source's daemon to an address and port the destination chose.
+
+What was measured for the settings here, with a guest of 1 GiB on a link of 1 Gbit/s with TLS, median blackout:
+
+- With Nagle's algorithm on the last small piece of the VM's state waits for the acknowledgement of the one before, up
+  to 40 ms, and so does a piece of the TLS handshake. So it is off on both ends.
+- What the kernel has taken and not sent yet is sent while the guest stands still. From the second pass on little may
+  wait (``TCP_NOTSENT_LOWAT``): 40 to 11 ms. In the first pass that would cost a third of the throughput with TLS on a
+  fast link and gain nothing.
+- The kernel's usual congestion control fills the queues of the network until something is lost; they, too, are emptied
+  while the guest stands still. BBR keeps them short where the kernel has it: 9.5 to 8 ms.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import hmac
+import ipaddress
+import secrets
 import socket
 from collections.abc import AsyncIterator, Sequence
 
+from limosa.errors import DestinationLost, NetworkError
+
 #: A trial connection that takes longer is blocked for all that matters.
 REACH_WITHIN_S = 3.0
+CONNECT_WITHIN_S = 10.0
+#: Who has connected and does not say the token within this time is sent away.
+TOKEN_WITHIN_S = 5.0
+#: So many callers are asked for the token at once: one who keeps silent delays nobody.
+PORTERS = 8
+
+_TOKEN_BYTES = 16
+#: What may wait in a shortened socket before QEMU has to wait itself (tcp(7)).
+_UNSENT_BYTES = 32 * 1024
+
+
+class TcpChannel:
+    """The source's end of a TCP connection. Made by :func:`connect`."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self.socket = connection
+
+    def shorten(self) -> None:
+        """See :class:`limosa.transport.channel.Channel`."""
+        with contextlib.suppress(OSError):  # also if it is closed: then the stream is at its end
+            self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _UNSENT_BYTES)
+
+    def close(self) -> None:
+        """See :class:`limosa.transport.channel.Channel`."""
+        self.socket.close()
+
+
+class TcpDoorway:
+    """The destination's end: a listener. Raises :class:`NetworkError` if every port of the range is taken."""
+
+    def __init__(self, address: str, ports: tuple[int, int]) -> None:
+        listener = _listen(address, range(ports[0], ports[1] + 1))
+        if listener is None:
+            raise NetworkError(
+                f"no port from {ports[0]} to {ports[1]} of {address} is free to receive guest memory",
+                todo="see what listens there, or change the setting migration_ports",
+            )
+        listener.setblocking(False)
+        self._listener = listener
+        self._token = secrets.token_bytes(_TOKEN_BYTES)
+
+    @property
+    def address(self) -> str:
+        """See :class:`limosa.transport.channel.Doorway`."""
+        return str(self._listener.getsockname()[0])
+
+    @property
+    def port(self) -> int:
+        """See :class:`limosa.transport.channel.Doorway`."""
+        return int(self._listener.getsockname()[1])
+
+    @property
+    def token(self) -> str:
+        """See :class:`limosa.transport.channel.Doorway`."""
+        return self._token.hex()
+
+    async def accept(self) -> socket.socket:
+        """See :class:`limosa.transport.channel.Doorway`."""
+        turn = asyncio.Lock()
+        porters = [asyncio.ensure_future(self._admit(turn)) for _ in range(PORTERS)]
+        try:
+            done, _ = await asyncio.wait(porters, return_when=asyncio.FIRST_COMPLETED)
+            return done.pop().result()
+        finally:
+            for porter in porters:
+                porter.cancel()
+            await asyncio.wait(porters)
+
+    def close(self) -> None:
+        """See :class:`limosa.transport.channel.Doorway`."""
+        self._listener.close()
+
+    async def _admit(self, turn: asyncio.Lock) -> socket.socket:
+        """The first caller who knows the token, of those this porter asks."""
+        while True:
+            async with turn:  # an event loop waits for a listener on behalf of one
+                caller, _ = await asyncio.get_running_loop().sock_accept(self._listener)
+            if await self._is_expected(caller):
+                return caller
+
+    async def _is_expected(self, caller: socket.socket) -> bool:
+        """Whether the caller says the token; otherwise it is hung up on."""
+        try:
+            caller.setblocking(False)
+            if hmac.compare_digest(await _said(caller), self._token):
+                _tune(caller)
+                return True
+        except BaseException as error:
+            caller.close()
+            if isinstance(error, OSError):  # TimeoutError is one
+                return False
+            raise
+        caller.close()
+        return False
+
+
+async def connect(address: str, port: int, token: str) -> TcpChannel:
+    """Call a destination (``address``: IPv4 or IPv6). Raises :class:`DestinationLost` if it cannot be reached."""
+    family = socket.AF_INET6 if ipaddress.ip_address(address).version == 6 else socket.AF_INET
+    connection = socket.socket(family, socket.SOCK_STREAM)
+    loop = asyncio.get_running_loop()
+    try:
+        connection.setblocking(False)
+        _tune(connection)
+        async with asyncio.timeout(CONNECT_WITHIN_S):
+            await loop.sock_connect(connection, (address, port))
+            await loop.sock_sendall(connection, bytes.fromhex(token))
+    except BaseException as error:
+        connection.close()
+        if isinstance(error, OSError):  # TimeoutError is one
+            why = error.strerror or f"no answer within {CONNECT_WITHIN_S:.0f} s"
+            raise DestinationLost(f"the destination at {address} port {port} cannot be reached", why=why) from error
+        raise
+    return TcpChannel(connection)
 
 
 @contextlib.asynccontextmanager
@@ -17,7 +147,8 @@ async def trial(addresses: Sequence[str], ports: tuple[int, int]) -> AsyncIterat
 
     Gives the port, or 0 if there is no address or every port of the range is taken.
     """
-    listener = _listen(addresses[0], ports) if addresses else None
+    # From the end of the range, so that trials do not take the ports that moves would take next.
+    listener = _listen(addresses[0], range(ports[1], ports[0] - 1, -1)) if addresses else None
     try:
         yield listener.getsockname()[1] if listener is not None else 0
     finally:
@@ -36,13 +167,27 @@ async def reachable(address: str, port: int) -> bool:
     return True
 
 
-def _listen(address: str, ports: tuple[int, int]) -> socket.socket | None:
-    # From the end of the range, so that the trial does not take the port QEMU would take next.
-    for port in range(ports[1], ports[0] - 1, -1):
+def _listen(address: str, ports: range) -> socket.socket | None:
+    for port in ports:
         try:
             return socket.create_server(
-                (address, port), family=socket.AF_INET6 if ":" in address else socket.AF_INET, backlog=4
+                (address, port), family=socket.AF_INET6 if ":" in address else socket.AF_INET, backlog=PORTERS
             )
         except OSError:
             continue
     return None
+
+
+async def _said(caller: socket.socket) -> bytes:
+    """As many bytes as a token has, or fewer if the caller ends. Raises ``TimeoutError``, ``OSError``."""
+    loop, said = asyncio.get_running_loop(), b""
+    async with asyncio.timeout(TOKEN_WITHIN_S):
+        while len(said) < _TOKEN_BYTES and (more := await loop.sock_recv(caller, _TOKEN_BYTES - len(said))):
+            said += more
+    return said
+
+
+def _tune(connection: socket.socket) -> None:
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    with contextlib.suppress(OSError):  # not every kernel has it
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"bbr")

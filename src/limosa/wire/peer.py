@@ -7,7 +7,7 @@
                      <-  Welcome
     Inspect          ->                 gather facts for preflight
                      <-  Facts
-    Prepare          ->                 reserve, start QEMU with -S, taps, TLS, listen
+    Prepare          ->                 reserve, start QEMU with -S, taps, TLS; await the stream
                      <-  InLine         (any number, while no slot is free)
                      <-  Prepared
                                         (guest memory flows from QEMU to QEMU)
@@ -108,10 +108,14 @@ class InLine(Message, tag="in-line", frozen=True):
 
 
 class Prepared(Message, tag="prepared", frozen=True):
-    """The destination's QEMU listens."""
+    """The destination waits for the connection on which the guest's memory comes.
+
+    Who connects must say ``token`` (as bytes) first: then the destination's QEMU gets the connection.
+    """
 
     address: str
     port: int
+    token: Annotated[str, Meta(pattern=r"\A[0-9a-f]{32}\Z")]
 
 
 class TakeOver(Message, tag="take-over", frozen=True):
