@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import os
 import signal
@@ -57,6 +58,9 @@ async def _serve(daemon: DaemonSettings) -> None:
     app = application(services)
     servers = [(_Server(_config(app, context)), sock) for sock, context in listeners]
     await recover(services)
+    # What is here now stays. Looking through it for garbage could take milliseconds of a blackout.
+    gc.collect()
+    gc.freeze()
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
