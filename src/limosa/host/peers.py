@@ -1,12 +1,14 @@
 """The source's end of a session with another host: a :class:`limosa.migration.peer.Peer` over one WebSocket.
 
 The session is opened with mutual TLS before anything is asked. A host is called by the name in its certificate; TLS
-refuses another. Pings every second notice a dead network within four.
+refuses another. Pings every second notice a dead network within four seconds; the kernel notices within five that they
+are not acknowledged.
 """
 
 from __future__ import annotations
 
 import asyncio
+import socket
 import ssl
 import time
 from collections.abc import Callable
@@ -33,6 +35,9 @@ CONNECT_WITHIN_S = 3.0
 INSPECT_WITHIN_S = 30.0
 PING_EVERY_S = 1.0
 PONG_WITHIN_S = 3.0
+#: What was sent and is not acknowledged after this long ends the connection, whatever the program is busy with
+#: (TCP_USER_TIMEOUT, tcp(7)).
+UNACKNOWLEDGED_MS = 5000
 MAX_MESSAGE_BYTES = 16 * 1024 * 1024
 
 Answer = TypeVar("Answer")
@@ -205,6 +210,9 @@ async def dial(destination: str, address: str, own_name: str, context: ssl.SSLCo
             todo="see whether 'limosa host serve' runs there, its address in the setting 'peers', and firewalls",
             host=destination,
         ) from error
+    connection.transport.get_extra_info("socket").setsockopt(
+        socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNACKNOWLEDGED_MS
+    )
     remote = RemotePeer(connection, destination)
     try:
         async with asyncio.timeout(CONNECT_WITHIN_S):
