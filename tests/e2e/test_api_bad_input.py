@@ -261,7 +261,7 @@ def test_who_has_no_certificate_of_ours_is_refused(place: Place) -> None:
     old = tls_context(place.pki / "alice", "client")
     old.maximum_version = ssl.TLSVersion.TLSv1_2
     for context in (stranger, other, old):
-        with pytest.raises(OSError, match=r"alert|reset|EOF|closed"):
+        with pytest.raises(OSError, match=r"alert|reset|EOF|closed|Broken pipe"):
             tls_request(place.alpha, context, "GET", "/v1/vms")
 
 
@@ -419,12 +419,22 @@ def test_garbage_after_a_landing_was_prepared_undoes_it(place: Place, message: b
 
 
 @leaves_nothing
-@pytest.mark.parametrize("messages", [[b" " * (17 * 1024 * 1024)], [ATTACH] * 1000], ids=["large", "many"])
-def test_more_than_can_be_answered_ends_the_session(place: Place, messages: list[bytes]) -> None:
+def test_too_large_a_message_ends_the_session(place: Place) -> None:
     with peer_session(place.beta, place.pki / "gamma", "gamma") as session:
         with contextlib.suppress(ConnectionClosed):
-            for message in messages:
-                session.say(message)
+            session.say(b" " * (17 * 1024 * 1024))
+        with pytest.raises(ConnectionClosed):
+            hear_all(session)
+
+
+@leaves_nothing
+def test_more_than_can_be_answered_ends_the_session(place: Place) -> None:
+    with peer_session(place.beta, place.pki / "gamma", "gamma") as session:
+        with contextlib.suppress(ConnectionClosed):
+            # While QEMU is started nothing else is answered; what is answered at once might never pile up.
+            session.say(prepare(place.vm))
+            for _ in range(100):
+                session.say(ATTACH)
         with pytest.raises(ConnectionClosed):
             hear_all(session)
 
