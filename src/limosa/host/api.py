@@ -30,6 +30,7 @@ from limosa.host.session import Session
 from limosa.model.base import Model
 from limosa.model.migration import Side
 from limosa.model.vm import Vm
+from limosa.network.addresses import own_addresses
 from limosa.security.identity import Identity
 from limosa.wire import api, endpoints, versions
 from limosa.wire.endpoints import ENDPOINTS, Endpoint, Role
@@ -93,6 +94,7 @@ class Handlers:
         """The host as it sees itself."""
         services = self._services
         inspector = services.inspector
+        network = await inspector.network()
         return api.HostStatus(
             name=services.name,
             limosa=__version__,
@@ -103,11 +105,12 @@ class Handlers:
             memory_total_mib=meminfo_mib("MemTotal"),
             memory_available_mib=inspector.memory_available_mib(),
             switches=await inspector.switches(),
-            addresses=await inspector.addresses(),
+            addresses=tuple(own.address for own in own_addresses(network.nics) if own.interface != "lo"),
             vms=len(services.vms.all()),
             outgoing=services.outgoing.slots.taken,
             incoming=services.incoming.slots.taken,
             time=time.time(),
+            network=network,
         )
 
     async def settings(self, _: api.Empty, __: dict[str, str]) -> api.SettingsPage:

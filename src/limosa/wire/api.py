@@ -9,6 +9,7 @@ from msgspec import Meta
 from limosa.model.base import AbsolutePath, Mac, Model, Name, SwitchName, Uuid, is_clean_path
 from limosa.model.finding import Finding
 from limosa.model.migration import Migration, Side
+from limosa.model.network import HostNetwork
 from limosa.model.vm import (
     CloudInit,
     CpuModel,
@@ -93,6 +94,7 @@ class HostStatus(Model, forbid_unknown_fields=False, frozen=True):
     outgoing: int
     incoming: int
     time: float
+    network: HostNetwork = HostNetwork()
 
 
 class MoveOptions(Model, frozen=True):
