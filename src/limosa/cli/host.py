@@ -7,7 +7,7 @@ from pathlib import Path
 
 from limosa.cli.arguments import Commands, add_command, add_noun
 from limosa.cli.connection import client_of
-from limosa.cli.output import say, say_json, say_table
+from limosa.cli.output import say, say_findings, say_json, say_table
 from limosa.errors import InvalidInput
 from limosa.model.network import HostNetwork, HostNic
 from limosa.settings.daemon import DEFAULT_FILE
@@ -17,9 +17,16 @@ from limosa.wire.api import HostStatus, SettingsChange
 
 def register(commands: Commands[argparse.ArgumentParser]) -> None:
     """Add ``host`` and its verbs."""
-    verbs = add_noun(commands, "host", "the host daemon: status, settings, serve")
+    verbs = add_noun(commands, "host", "the host daemon: status, advise, settings, serve")
     add_command(
         verbs, "status", "show how the host stands", _status, examples=["host status", "--host host2 host status"]
+    )
+    add_command(
+        verbs,
+        "advise",
+        "say which transport suits the host's NICs, and what is set wrongly",
+        _advise,
+        examples=["host advise", "--host host2 host advise --json"],
     )
     settings = add_command(
         verbs,
@@ -100,6 +107,17 @@ def _kind(nic: HostNic) -> str:
     more = [part for part in (nic.bond_mode, nic.hash_policy) if part]
     members = ["of", *nic.members] if nic.members else []
     return " ".join([nic.kind, *more, *members, *([f"({nic.rdma})"] if nic.rdma else [])])
+
+
+def _advise(arguments: argparse.Namespace) -> int:
+    with client_of(arguments) as client:
+        advice = client.call(endpoints.ADVICE)
+    if arguments.json:
+        say_json(advice)
+    else:
+        say(f"for moves to a host with the same networks: {advice.transport} ({advice.why})")
+        say_findings(advice.findings)
+    return 0
 
 
 def _settings(arguments: argparse.Namespace) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from ipaddress import ip_address
 from pathlib import Path
 
 from limosa.host.memory import available_mib
@@ -13,7 +14,7 @@ from limosa.model.facts import DestinationFacts, FileIdentity, VmFacts
 from limosa.model.network import HostNetwork
 from limosa.model.vm import Accelerator, VmConfig, VmState
 from limosa.network import mptcp
-from limosa.network.addresses import migration_addresses, own_addresses
+from limosa.network.addresses import migration_addresses, own_addresses, shareable
 from limosa.network.netlink import Netlink
 from limosa.network.nics import inventory
 from limosa.network.switches import switches
@@ -49,7 +50,11 @@ class Inspector:
     async def stream_addresses(self, reached_at: str) -> tuple[str, ...]:
         """Our addresses that may carry guest memory, best first."""
         network = await self.network()
-        return migration_addresses(own_addresses(network.nics), network.allowed, reached_at)
+        own = own_addresses(network.nics)
+        best = migration_addresses(own, network.allowed, reached_at)
+        if network.allowed or ip_address(reached_at).is_loopback:
+            return best
+        return tuple(dict.fromkeys((*best, *shareable(own))))
 
     async def switches(self) -> tuple[str, ...]:
         """Names of our virtual switches."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import ssl
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import msgspec
@@ -69,6 +69,10 @@ class RemotePeer:
             if isinstance(answer, say.Prepared):
                 return answer
             in_line(answer.place)
+
+    async def announce(self, addresses: Sequence[str]) -> None:
+        """See :class:`limosa.migration.peer.Peer`."""
+        await self._send(say.Announce(addresses=tuple(addresses)))
 
     async def take_over(self) -> say.Running:
         """See :class:`limosa.migration.peer.Peer`."""

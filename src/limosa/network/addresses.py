@@ -44,6 +44,12 @@ def migration_addresses(
     return tuple(chosen)
 
 
+def shareable(own: Iterable[HostAddress]) -> tuple[str, ...]:
+    """Those of this host's addresses that another host may be able to reach."""
+    parsed = [ipaddress.ip_address(host.address) for host in own]
+    return tuple(str(address) for address in parsed if not (address.is_loopback or address.is_link_local))
+
+
 def _inside(own: Sequence[HostAddress], network: str) -> list[str]:
     allowed = ipaddress.ip_network(network)
     found = [host for host in own if ipaddress.ip_address(host.address) in allowed]

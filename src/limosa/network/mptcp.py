@@ -9,25 +9,25 @@ announced addresses it takes up. Both belong to the network namespace.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from pyroute2.netlink.generic.mptcp import MPTCP
 
 from limosa.network.netlink import attribute, kernel_refusals
 
-#: From linux/mptcp.h.
+# From linux/mptcp.h.
 FLAG_SIGNAL = 1
+#: Made by the kernel itself for an address from which it connected to an announced one; an explicit one replaces it.
+FLAG_IMPLICIT = 16
 #: The most the kernel allows of either limit (MPTCP_PM_ADDR_MAX in net/mptcp).
 MOST = 8
 
 _SWITCH = Path("/proc/sys/net/mptcp/enabled")
-
-Answer = TypeVar("Answer")
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def is_on() -> bool:
 
 
 class PathManager:
-    """The kernel's, of the network namespace in which it is first used. A thread of its own asks: see ``netlink``.
+    """The kernel's, of the network namespace of the caller. A thread of its own asks: see ``netlink``.
 
     Every call raises :class:`NetworkError` if the kernel refuses.
     """
@@ -70,64 +70,52 @@ class PathManager:
 
     async def endpoints(self) -> tuple[Endpoint, ...]:
         """All there are, whoever made them."""
-        return await self._run("list the endpoints of", _endpoints)
+        answers = await self._ask("list the endpoints of", lambda socket: socket.endpoint("show"))
+        found = [attribute(answer, "MPTCP_PM_ATTR_ADDR") for answer in answers]
+        return tuple(_endpoint(one) for one in found if one is not None)
 
     async def announce(self, address: str) -> Endpoint:
         """Make an endpoint that is announced to the other end of all connections."""
-
-        def add(socket: MPTCP) -> Endpoint:
-            socket.endpoint("add", flags=FLAG_SIGNAL, **{_field(address): address})
-            return next(one for one in _endpoints(socket) if one.address == address)
-
-        return await self._run("make an endpoint of", add)
+        arguments = {"flags": FLAG_SIGNAL, _field(address): address}
+        await self._ask("make an endpoint of", lambda socket: socket.endpoint("add", **arguments))
+        return next(one for one in await self.endpoints() if one.address == address)
 
     async def withdraw(self, endpoint: Endpoint) -> None:
         """Remove an endpoint; what runs over it, runs over the others from then on."""
         arguments = {"id": endpoint.number, _field(endpoint.address): endpoint.address}
-        await self._run("remove an endpoint of", lambda socket: socket.endpoint("del", **arguments))
+        await self._ask("remove an endpoint of", lambda socket: socket.endpoint("del", **arguments))
 
     async def limits(self) -> Limits:
         """The limits in force."""
-        return await self._run("read the limits of", _limits)
+        (answer,) = await self._ask("read the limits of", lambda socket: socket.limits("show"))
+        subflows, accepted = (attribute(answer, f"MPTCP_PM_ATTR_{name}") for name in ("SUBFLOWS", "RCV_ADD_ADDRS"))
+        return Limits(subflows or 0, accepted or 0)
 
     async def set_limits(self, limits: Limits) -> None:
         """Set both limits, for connections that begin from now on."""
-        await self._run(
-            "set the limits of",
-            lambda socket: socket.limits("set", subflows=limits.subflows, add_addr_accepted=limits.accepted),
-        )
+        arguments = {"subflows": limits.subflows, "add_addr_accepted": limits.accepted}
+        await self._ask("set the limits of", lambda socket: socket.limits("set", **arguments))
 
-    async def _run(self, what: str, work: Callable[[MPTCP], Answer]) -> Answer:
-        def connect_and_work() -> Answer:
-            # Seldom done, so the socket is not kept; the loop is named because uvloop knows no netlink sockets.
-            loop = asyncio.SelectorEventLoop()
-            try:
-                with kernel_refusals(f"cannot {what} Multipath TCP"), MPTCP(use_event_loop=loop) as socket:
-                    return work(socket)
-            finally:
-                loop.run_until_complete(asyncio.sleep(0))  # the transport closes its descriptor in a callback
-                loop.close()
+    async def _ask(self, what: str, request: Callable[[MPTCP], Iterable[Any]]) -> tuple[Any, ...]:
+        """The answers to one request."""
 
-        return await asyncio.get_running_loop().run_in_executor(self._thread, connect_and_work)
+        def connect_and_ask() -> tuple[Any, ...]:
+            # pyroute2 closes the loop of a generic netlink socket after each request, so each has its own; and it is
+            # named because a daemon may have made uvloop the policy, which knows no netlink sockets.
+            with (
+                kernel_refusals(f"cannot {what} Multipath TCP"),
+                MPTCP(use_event_loop=asyncio.SelectorEventLoop()) as socket,
+            ):
+                return tuple(request(socket))
+
+        return await asyncio.get_running_loop().run_in_executor(self._thread, connect_and_ask)
 
 
 def _field(address: str) -> str:
     return "addr6" if ip_address(address).version == 6 else "addr4"
 
 
-def _endpoints(socket: MPTCP) -> tuple[Endpoint, ...]:
-    found = [attribute(message, "MPTCP_PM_ATTR_ADDR") for message in socket.endpoint("show")]
-    return tuple(_endpoint(one) for one in found if one is not None)
-
-
 def _endpoint(message: Any) -> Endpoint:
     prefix = "MPTCP_PM_ADDR_ATTR_"
     address = attribute(message, f"{prefix}ADDR4") or attribute(message, f"{prefix}ADDR6")
     return Endpoint(address, attribute(message, f"{prefix}ID"), attribute(message, f"{prefix}FLAGS") or 0)
-
-
-def _limits(socket: MPTCP) -> Limits:
-    answer = socket.limits("show")[0]
-    return Limits(
-        attribute(answer, "MPTCP_PM_ATTR_SUBFLOWS") or 0, attribute(answer, "MPTCP_PM_ATTR_RCV_ADD_ADDRS") or 0
-    )
