@@ -71,7 +71,7 @@ def perform(screen: Console, json_file: Path | None, picture_file: Path) -> int:
             screen.print(note, style="dim")
     if moves and play.observed.messages:
         subject = f"{stage.SUBJECT}; QEMU {host.qemu} ({host.accelerator})"
-        picture = draw(subject, moves, play.observed, stage.LAB.speed_mbit_per_s * 1e6 / 8)
+        picture = draw(subject, moves, play.observed, stage.LAB.speeds[0] * 1e6 / 8)
         _write(screen, "picture", picture_file, picture)
     if json_file is not None:
         _write(screen, "JSON", json_file, json.dumps(as_json(host.qemu, moves), indent=2) + "\n")

@@ -42,7 +42,7 @@ MEMORY_MIB = 384
 FILLED_MIB = 192
 RANDOM_MIB = 64
 REWRITTEN_MIB_PER_S = 16
-SUBJECT = f"{VM}, a Linux guest of {MEMORY_MIB} MiB; TLS over {LAB.speed_mbit_per_s} Mbit/s"
+SUBJECT = f"{VM}, a Linux guest of {MEMORY_MIB} MiB; TLS over {LAB.speeds[0]} Mbit/s"
 
 LOCK = Path("/run/limosa-demo.lock")
 UP_WITHIN_S = 180.0
@@ -62,7 +62,7 @@ def lab(screen: Console) -> Iterator[None]:
             lifecycle.down(LAB.name)
         try:
             command = ["lab", "up", "--name", LAB.name, "--hosts", str(LAB.hosts)]
-            limosa(screen, *command, "--speed", str(LAB.speed_mbit_per_s))
+            limosa(screen, *command, "--speed", str(LAB.speeds[0]))
             yield
         finally:
             with _undisturbed():

@@ -7,13 +7,17 @@ A brake on the stream makes sure that pages are sent, written again and sent aga
 from __future__ import annotations
 
 import asyncio
+import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import pytest
+from pyroute2 import IPRoute
 
+from limosa.host.multichannel import Multichannel
+from limosa.lab import namespaces
 from limosa.lab.image import command_line, guest_image
 from limosa.migration.destination import Destination
 from limosa.migration.journal import Header, Journal
@@ -22,7 +26,10 @@ from limosa.migration.report import Report
 from limosa.migration.source import SourceMove, Terms
 from limosa.model.facts import DestinationFacts, FileIdentity, VmFacts
 from limosa.model.migration import Migration, Outcome, Phase, Progress, Side
+from limosa.model.network import HostNetwork, HostNic, NicAddress
+from limosa.model.route import Route
 from limosa.model.vm import DirectBoot, VmConfig
+from limosa.network.mptcp import PathManager
 from limosa.qemu.arguments import Launch
 from limosa.qemu.machine import Machine
 from limosa.qemu.protocol import Event, MachineProtocol, MigrationState, RunState
@@ -36,6 +43,7 @@ from limosa.wire.peer import Prepare, Prepared, Running
 QEMU = Path("/usr/bin/qemu-system-x86_64")
 VERSION = (10, 0, 0)
 ADDRESS, PORTS = "127.0.0.1", (40000, 41000)
+OURS, THEIRS = ("10.78.0.1", "10.79.0.1"), ("10.78.0.2", "10.79.0.2")
 MIB = 1024 * 1024
 PAGE_BYTES = 4096
 MEMORY_MIB = 128
@@ -55,7 +63,28 @@ def test_memory_is_moved_exactly() -> None:
         asyncio.run(rounds(Path(folder)))
 
 
-async def rounds(folder: Path) -> None:
+@pytest.mark.qemu
+@pytest.mark.lab
+def test_memory_is_moved_exactly_over_several_paths() -> None:
+    namespace = f"limosa-memory-{os.getpid()}"
+    namespaces.create(namespace)
+    try:
+        with tempfile.TemporaryDirectory(prefix="limosa-") as folder:
+            namespaces.inside(namespace, lambda: over_several_paths(Path(folder)))
+    finally:
+        namespaces.remove(namespace)
+
+
+def over_several_paths(folder: Path) -> None:
+    """Both ends in one network namespace, whose loopback interface stands for two NICs of each."""
+    with IPRoute() as netlink:
+        netlink.link("set", index=1, state="up")
+        for address in (*OURS, *THEIRS):
+            netlink.addr("add", index=1, address=address, prefixlen=24)
+    asyncio.run(rounds(folder, Multichannel(PathManager(), folder)))
+
+
+async def rounds(folder: Path, multichannel: Multichannel | None = None) -> None:
     """Boot a guest, then move it from QEMU to QEMU, encrypted and not."""
     image = guest_image()
     line = command_line(fill_mib=LOADED_MIB, random_mib=LOADED_MIB, rewrite_mib_per_s=REWRITE_MIB_PER_S)
@@ -76,8 +105,8 @@ async def rounds(folder: Path) -> None:
             while "LIMOSA REWRITES" not in console.read_text(errors="replace"):  # noqa: ASYNC110 - a file tells nobody
                 await asyncio.sleep(0.1)
         await until_it_writes(folder / "ram", machine)
-        for number, encrypt in enumerate(ROUNDS, start=1):
-            machine = await move(folder / str(number), config, machine, encrypt=encrypt)
+        for number, encrypt in enumerate(ROUNDS if multichannel is None else ROUNDS[:2], start=1):
+            machine = await move(folder / str(number), config, machine, multichannel, encrypt=encrypt)
     finally:
         await machine.kill()
 
@@ -131,9 +160,10 @@ async def until_it_writes(scratch: Path, machine: Machine) -> None:
 class Here:
     """The source's :class:`limosa.migration.source.Home`."""
 
-    def __init__(self, config: VmConfig, machine: Machine) -> None:
+    def __init__(self, config: VmConfig, machine: Machine, multichannel: Multichannel | None) -> None:
         self._config = config
         self._machine = machine
+        self._multichannel = multichannel
 
     async def facts(self) -> VmFacts:
         return VmFacts(
@@ -144,13 +174,20 @@ class Here:
             live_migration=True,
             encrypt=True,
             post_copy=False,
+            network=network(OURS),
         )
 
     def carry_on(self) -> dict[str, str]:
         return {}
 
-    async def connect(self, prepared: Prepared) -> Channel:
+    async def connect(self, route: Route, prepared: Prepared) -> Channel:
+        if self._multichannel is not None:
+            return await self._multichannel.connect(route, prepared)
         return await tcp.connect(prepared.address, prepared.port, prepared.token)
+
+    async def networks(self) -> AsyncIterator[HostNetwork]:
+        for network in ():
+            yield network
 
     def bandwidth(self) -> int:
         return BRAKE_BYTES_PER_S
@@ -171,11 +208,12 @@ class Here:
 class There:
     """The destination's :class:`limosa.migration.destination.Landing`."""
 
-    def __init__(self, folder: Path, config: VmConfig) -> None:
+    def __init__(self, folder: Path, config: VmConfig, multichannel: Multichannel | None) -> None:
         self.machine: Machine | None = None
         self.arrived = asyncio.Event()
         self._folder = folder
         self._config = config
+        self._multichannel = multichannel
 
     def facts(self) -> DestinationFacts:
         return DestinationFacts(
@@ -193,9 +231,10 @@ class There:
             files=files_of(self._config),
             firmware_available=True,
             post_copy_possible=False,
-            addresses=(ADDRESS,),
+            addresses=(ADDRESS,) if self._multichannel is None else THEIRS,
             trial_port=0,
             time=0.0,
+            network=network(THEIRS),
         )
 
     async def reserve(self, in_line: Callable[[int], None]) -> None:
@@ -211,7 +250,13 @@ class There:
             self.arrived.set()
 
     async def open_door(self, request: Prepare) -> Doorway:
-        return tcp.TcpDoorway(ADDRESS, PORTS)
+        if self._multichannel is None:
+            return tcp.TcpDoorway(ADDRESS, PORTS)
+
+        async def permitted() -> tuple[str, ...]:
+            return THEIRS
+
+        return await self._multichannel.open_door(request.addresses, PORTS, permitted, request.networks)
 
     async def adopt(self, *, running: bool) -> None:
         assert running
@@ -219,6 +264,23 @@ class There:
     async def release(self, machine: MachineProtocol | None) -> None:
         if machine is not None:
             await machine.kill()
+
+
+def network(addresses: tuple[str, ...]) -> HostNetwork:
+    """A host that has a NIC for each address."""
+    nics = (
+        HostNic(
+            name=f"mig{number}",
+            index=number + 2,
+            kind="veth",
+            up=True,
+            carrier=True,
+            mtu=1500,
+            addresses=(NicAddress(address=address, prefix=24),),
+        )
+        for number, address in enumerate(addresses)
+    )
+    return HostNetwork(nics=tuple(nics), mptcp=True)
 
 
 def files_of(config: VmConfig) -> tuple[FileIdentity, ...]:
@@ -247,19 +309,21 @@ class Witness(LocalPeer):
         return await super().take_over()
 
 
-async def move(folder: Path, config: VmConfig, source: Machine, *, encrypt: bool) -> Machine:
+async def move(
+    folder: Path, config: VmConfig, source: Machine, multichannel: Multichannel | None, *, encrypt: bool
+) -> Machine:
     """Move the VM with the product's scripts and judge what was moved; returns the QEMU it is in now."""
     folder.mkdir()
     scratch = folder / "ram"
-    landing = There(folder / "qemu", config)
+    landing = There(folder / "qemu", config, multichannel)
     headers = [header(config, side) for side in Side]
     destination = Destination(Journal.begin(folder, headers[1]), landing, boot="boot")
     witness = Witness(destination, landing, source, scratch)
     views: list[Migration] = []
-    terms = Terms(ConvergencePolicy(), "tcp", encrypt)
+    terms = Terms(ConvergencePolicy(), "tcp" if multichannel is None else "multichannel", encrypt)
     report = Report(first_view(), views.append)
     script = SourceMove(
-        Journal.begin(folder, headers[0]), source, dialler(witness), Here(config, source), terms, report
+        Journal.begin(folder, headers[0]), source, dialler(witness), Here(config, source, multichannel), terms, report
     )
     passes = released_after(source, ENOUGH_PASSES)
     at_first = await memory(source, scratch)
@@ -269,6 +333,11 @@ async def move(folder: Path, config: VmConfig, source: Machine, *, encrypt: bool
     assert passes[-1] >= ENOUGH_PASSES, "pages were sent, written and sent again"
     assert different_pages(at_first, witness.here) != [], "the guest wrote meanwhile"
     assert views[-1].progress.transferred_bytes > ENOUGH_PASSES * LOADED_MIB * MIB
+    assert views[-1].route is not None
+    used = [path.sent_bytes for path in views[-1].route.paths]
+    assert len(used) == (1 if multichannel is None else 2)
+    assert min(used) > ENOUGH_PASSES * MIB
+    await destination.abandoned()  # the session is over, and with it the door
     flipped = bytearray(witness.there)
     flipped[-1] ^= 1
     assert different_pages(witness.here, bytes(flipped)) == [len(flipped) // PAGE_BYTES - 1], "one bit would be found"

@@ -93,7 +93,7 @@ class LabHost(Host):
 
 
 @contextmanager
-def running_lab(hosts: int = 2, *, nics: int = 1, speed_mbit_per_s: int = 0) -> Iterator[list[LabHost]]:
+def running_lab(hosts: int = 2, *, nics: int = 1, speed_mbit_per_s: int | Sequence[int] = 0) -> Iterator[list[LabHost]]:
     """A lab of its own name, gone afterwards with everything in it."""
     lab = lifecycle.plan(f"t{secrets.token_hex(3)}", hosts, nics, speed_mbit_per_s)
     try:
@@ -112,3 +112,14 @@ def set_links(host: LabHost, state: str) -> None:
                 netlink.link("set", index=netlink.link("get", ifname=name)[0]["index"], state=state)
 
     namespaces.inside(host.lab.namespace(host.name), work)
+
+
+def plug(host: LabHost, nic: str, *, in_: bool) -> None:
+    """Pull the cable out of a migration NIC, or put it in again: at the far end, so that the host sees its link go."""
+
+    def work() -> None:
+        with IPRoute() as netlink:
+            index = netlink.link("get", ifname=f"{nic}-{host.name}")[0]["index"]
+            netlink.link("set", index=index, state="up" if in_ else "down")
+
+    namespaces.inside(host.lab.wire, work)

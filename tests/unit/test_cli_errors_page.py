@@ -9,6 +9,7 @@ from pathlib import Path
 
 from limosa.errors import every_error
 from limosa.migration import preflight
+from limosa.transport import advise
 
 PAGE = Path(__file__).parents[2] / "docs" / "errors.md"
 ROW = re.compile(r"^\| `([a-z-]+)` \| (\d+) \| (\d+) \| (.+) \| (.+) \|$", re.MULTILINE)
@@ -24,8 +25,9 @@ def test_codes_are_unique() -> None:
     assert len(codes) == len(set(codes))
 
 
-def test_every_finding_of_preflight_has_its_row_and_no_row_is_left_over() -> None:
-    calls = [node for node in ast.walk(ast.parse(inspect.getsource(preflight))) if isinstance(node, ast.Call)]
+def test_every_finding_has_its_row_and_no_row_is_left_over() -> None:
+    trees = [ast.parse(inspect.getsource(module)) for module in (preflight, advise)]
+    calls = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Call)]
     made = {
         (call.args[0].value, call.func.id.removeprefix("_"))
         for call in calls

@@ -16,6 +16,8 @@ from limosa.lab.wiring import bucket
 
 def test_everything_of_a_lab_follows_from_its_plan() -> None:
     lab = Lab(name="t1", hosts=2, nics=2)
+    assert lab.speeds == (1000, 1000)
+    assert Lab(name="t1", hosts=2, nics=2, speed_mbit_per_s=(500, 100)).speeds == (500, 100)
     assert lab.namespaces == ("t1-wire", "t1-client", "t1-host1", "t1-host2")
     assert lab.migration_networks == ("10.78.0.0/24", "10.79.0.0/24")
     assert lab.addresses("host2") == ("10.77.0.12", "10.78.0.12", "10.79.0.12")
@@ -42,9 +44,11 @@ def test_the_longest_names_fit_into_sockets_and_interfaces() -> None:
         ("x", 1, 5, 1),
         ("x", 1, 1, -1),
         ("x", 1, 1, 25_001),
+        ("x", 1, 2, [500]),
+        ("x", 1, 2, [500, -1]),
     ],
 )
-def test_a_lab_that_cannot_be_is_refused(name: str, count: int, nics: int, speed: int) -> None:
+def test_a_lab_that_cannot_be_is_refused(name: str, count: int, nics: int, speed: int | list[int]) -> None:
     with pytest.raises(InvalidInput):
         lifecycle.plan(name, count, nics, speed)
 

@@ -17,6 +17,7 @@ from pyroute2 import IPRoute
 from limosa.errors import NetworkError
 from limosa.network.addresses import own_addresses
 from limosa.network.netlink import Netlink
+from limosa.network.nics import inventory
 from limosa.network.switches import switches
 from limosa.network.taps import open_tap
 
@@ -111,7 +112,7 @@ def test_what_is_no_switch_is_refused_and_nothing_is_left(name: str) -> None:
 def test_switches_and_addresses_are_found() -> None:
     async def test(netlink: Netlink) -> None:
         assert await switches(netlink) == ("lan",)
-        found = {host.address: host for host in await own_addresses(netlink)}
+        found = {host.address: host for host in own_addresses(await inventory(netlink))}
         assert found["10.0.0.1"].interface == "lan"
         assert found["10.0.1.1"].speed_mbit_per_s == 10000
 

@@ -7,8 +7,9 @@ from pathlib import Path
 
 from limosa.cli.arguments import Commands, add_command, add_noun
 from limosa.cli.connection import client_of
-from limosa.cli.output import say, say_json
+from limosa.cli.output import say, say_findings, say_json, say_table
 from limosa.errors import InvalidInput
+from limosa.model.network import HostNetwork, HostNic
 from limosa.settings.daemon import DEFAULT_FILE
 from limosa.wire import endpoints
 from limosa.wire.api import HostStatus, SettingsChange
@@ -16,9 +17,16 @@ from limosa.wire.api import HostStatus, SettingsChange
 
 def register(commands: Commands[argparse.ArgumentParser]) -> None:
     """Add ``host`` and its verbs."""
-    verbs = add_noun(commands, "host", "the host daemon: status, settings, serve")
+    verbs = add_noun(commands, "host", "the host daemon: status, advise, settings, serve")
     add_command(
         verbs, "status", "show how the host stands", _status, examples=["host status", "--host host2 host status"]
+    )
+    add_command(
+        verbs,
+        "advise",
+        "say which transport suits the host's NICs, and what is set wrongly",
+        _advise,
+        examples=["host advise", "--host host2 host advise --json"],
     )
     settings = add_command(
         verbs,
@@ -55,6 +63,7 @@ def _status(arguments: argparse.Namespace) -> int:
     else:
         for key, value in _facts(status):
             say(f"{key + ':':<16} {value}")
+        say_nics(status.network)
     return 0
 
 
@@ -71,6 +80,44 @@ def _facts(status: HostStatus) -> list[tuple[str, object]]:
         ("VMs", status.vms),
         ("moves", f"{status.outgoing} outgoing, {status.incoming} incoming"),
     ]
+
+
+def say_nics(network: HostNetwork) -> None:
+    """A table of NICs but for loopback, and whether they can be used together. Nothing if none is known."""
+    rows = [
+        (
+            nic.name,
+            _kind(nic),
+            "up" if nic.carrier else "no link" if nic.up else "down",
+            f"{nic.speed_mbit_per_s} Mbit/s" if nic.speed_mbit_per_s else "-",
+            nic.mtu,
+            " ".join(f"{own.address}/{own.prefix}" for own in nic.addresses) or "-",
+        )
+        for nic in network.nics
+        if nic.kind != "loopback"
+    ]
+    if rows:
+        say("")
+        say_table(("NIC", "KIND", "LINK", "SPEED", "MTU", "ADDRESSES"), rows)
+        say(f"Multipath TCP is {'on' if network.mptcp else 'off'}")
+
+
+def _kind(nic: HostNic) -> str:
+    """``bond 802.3ad layer3+4 of eth0 eth1``."""
+    more = [part for part in (nic.bond_mode, nic.hash_policy) if part]
+    members = ["of", *nic.members] if nic.members else []
+    return " ".join([nic.kind, *more, *members, *([f"({nic.rdma})"] if nic.rdma else [])])
+
+
+def _advise(arguments: argparse.Namespace) -> int:
+    with client_of(arguments) as client:
+        advice = client.call(endpoints.ADVICE)
+    if arguments.json:
+        say_json(advice)
+    else:
+        say(f"for moves to a host with the same networks: {advice.transport} ({advice.why})")
+        say_findings(advice.findings)
+    return 0
 
 
 def _settings(arguments: argparse.Namespace) -> int:

@@ -65,15 +65,25 @@ def _register_up(verbs: Commands[argparse.ArgumentParser]) -> None:
         "up",
         "build a lab and start its daemons",
         _up,
-        examples=["lab up", "lab up --hosts 2 --nics 2 --speed 500", "lab up --name test1 --speed 0"],
+        examples=["lab up", "lab up --hosts 2 --nics 2 --speed 500,100", "lab up --name test1 --speed 0"],
         notes=_NOTES,
     )
     parser.add_argument("--hosts", type=int, default=3, metavar="N", help="how many hosts (3)")
     parser.add_argument("--nics", type=int, default=1, metavar="N", help="migration NICs of each host (1)")
     parser.add_argument(
-        "--speed", type=int, default=1000, metavar="MBIT", help="their speed in Mbit/s, 0 for no limit (1000)"
+        "--speed",
+        type=_speeds,
+        default=1000,
+        metavar="MBIT[,MBIT...]",
+        help="their speed in Mbit/s, or one for each NIC; 0 for no limit (1000)",
     )
     parser.add_argument("--name", metavar="LAB", default=DEFAULT_LAB, help=f"the lab's name ({DEFAULT_LAB})")
+
+
+def _speeds(text: str) -> int | list[int]:
+    """One speed, or one for each NIC. Raises ``ValueError``, which argparse words."""
+    speeds = [int(part) for part in text.split(",")]
+    return speeds[0] if len(speeds) == 1 else speeds
 
 
 def _up(arguments: argparse.Namespace) -> int:
@@ -107,8 +117,9 @@ def _status(arguments: argparse.Namespace) -> int:
 
 
 def _show(state: LabState) -> None:
-    speed = f"{state.speed_mbit_per_s} Mbit/s" if state.speed_mbit_per_s else "no speed limit"
-    nics = f"{state.nics} migration NIC{'' if state.nics == 1 else 's'} each ({speed})"
+    speeds = state.speeds_mbit_per_s[:1] if len(set(state.speeds_mbit_per_s)) == 1 else state.speeds_mbit_per_s
+    speed = ", ".join(f"{one} Mbit/s" if one else "no speed limit" for one in speeds)
+    nics = f"{state.nics} migration NIC{'' if state.nics == 1 else 's'} each" + (f" ({speed})" if speed else "")
     say(f"lab {state.lab}: {len(state.hosts)} hosts, {nics}{'' if state.complete else '; INCOMPLETE, take it down'}")
     rows = [
         (host.host, host.address, " ".join(host.migration_addresses) or "-", _daemon(host.daemon), host.namespace)

@@ -13,6 +13,7 @@ from limosa.cli.connection import client_of
 from limosa.cli.display import display_for, say_summary
 from limosa.cli.follow import Event, exit_code, follow, follow_all
 from limosa.cli.output import report, say, say_findings, say_json, warn
+from limosa.cli.routes import say_route
 from limosa.errors import InvalidInput, LimosaError, PreflightRefused, from_fault
 from limosa.model.migration import Migration
 from limosa.model.vm import VmState
@@ -44,7 +45,7 @@ def register(commands: Commands[argparse.ArgumentParser]) -> None:
     move.add_argument("--to", metavar="HOST", required=True, help="the destination, a host name or address")
     move.add_argument("--all", action="store_true", help="every VM that runs on the host")
     move.add_argument("--detach", action="store_true", help="return as soon as the moves are accepted")
-    move.add_argument("--transport", choices=("auto", "tcp"), help="instead of the host's setting")
+    move.add_argument("--transport", choices=("auto", "tcp", "multichannel"), help="instead of the host's setting")
     move.add_argument("--bandwidth", metavar="MBIT/S", type=int, help="cap for this move, 0: none")
     move.add_argument("--blackout-budget", metavar="MS", type=float, help="the longest blackout it may plan for")
     move.add_argument(
@@ -73,6 +74,8 @@ def _check(arguments: argparse.Namespace) -> int:
     else:
         verdict = "can" if found.possible else "cannot"
         say(f"VM '{found.vm}' {verdict} move from '{found.source}' to '{found.destination}'")
+        if found.route is not None:
+            say_route(found.route)
         say_findings(found.findings)
     return 0 if found.possible else PreflightRefused.exit_code
 

@@ -30,7 +30,9 @@ from limosa.host.session import Session
 from limosa.model.base import Model
 from limosa.model.migration import Side
 from limosa.model.vm import Vm
+from limosa.network.addresses import own_addresses
 from limosa.security.identity import Identity
+from limosa.transport.advise import advise
 from limosa.wire import api, endpoints, versions
 from limosa.wire.endpoints import ENDPOINTS, Endpoint, Role
 from limosa.wire.parsing import parse
@@ -70,6 +72,7 @@ class Handlers:
         """A handler for every endpoint that is no stream."""
         return {
             endpoints.HOST: self.host,
+            endpoints.ADVICE: self.advice,
             endpoints.SETTINGS: self.settings,
             endpoints.CHANGE_SETTINGS: self.change_settings,
             endpoints.LIST_VMS: self.list_vms,
@@ -93,6 +96,7 @@ class Handlers:
         """The host as it sees itself."""
         services = self._services
         inspector = services.inspector
+        network = await inspector.network()
         return api.HostStatus(
             name=services.name,
             limosa=__version__,
@@ -103,12 +107,20 @@ class Handlers:
             memory_total_mib=meminfo_mib("MemTotal"),
             memory_available_mib=inspector.memory_available_mib(),
             switches=await inspector.switches(),
-            addresses=await inspector.addresses(),
+            addresses=tuple(own.address for own in own_addresses(network.nics) if own.interface != "lo"),
             vms=len(services.vms.all()),
             outgoing=services.outgoing.slots.taken,
             incoming=services.incoming.slots.taken,
             time=time.time(),
+            network=network,
         )
+
+    async def advice(self, _: api.Empty, __: dict[str, str]) -> api.Advice:
+        """Which transport suits the host, and what is set wrongly."""
+        services = self._services
+        network = await services.inspector.network()
+        route, findings = advise(services.name, network, post_copy=services.page.now.convergence.post_copy)
+        return api.Advice(name=services.name, transport=route.transport, why=route.why, findings=findings)
 
     async def settings(self, _: api.Empty, __: dict[str, str]) -> api.SettingsPage:
         """The settings page."""

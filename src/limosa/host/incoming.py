@@ -22,6 +22,7 @@ from limosa.errors import (
 )
 from limosa.host.files import Files
 from limosa.host.inspection import Inspector
+from limosa.host.multichannel import Multichannel
 from limosa.host.page import Page
 from limosa.host.slots import Slots
 from limosa.host.vms import HostedVm, Vms
@@ -45,7 +46,16 @@ ADOPT_EVERY_S = 1.0
 class Incoming:
     """All landings of this host."""
 
-    def __init__(self, host: str, vms: Vms, page: Page, files: Files, inspector: Inspector, boot: str) -> None:
+    def __init__(
+        self,
+        host: str,
+        vms: Vms,
+        page: Page,
+        files: Files,
+        inspector: Inspector,
+        multichannel: Multichannel,
+        boot: str,
+    ) -> None:
         self.host = host
         self.slots = Slots(lambda: page.now.max_incoming)
         page.on_change(self.slots.admit)
@@ -53,6 +63,7 @@ class Incoming:
         self._page = page
         self._files = files
         self._inspector = inspector
+        self._multichannel = multichannel
         self._boot = boot
         self._landing: dict[str, Destination] = {}
 
@@ -86,6 +97,7 @@ class Incoming:
             accepted_at=time.time(),
             boot=self._boot,
             was_running=request.running,
+            options={"transport": request.transport},
         )
         if request.migration in self._landing or self._journal_of(request.migration).exists():
             raise Conflict(f"migration {request.migration} is known here already", vm=request.vm.name, host=self.host)
@@ -148,7 +160,9 @@ class Incoming:
         return self._make(Journal.load(path), None) if path.exists() else None
 
     def _make(self, journal: Journal, machine: MachineProtocol | None, reached_at: str = "") -> Destination:
-        landing = LandingHere(journal.header, self._vms, self.slots, self._inspector, self._page, reached_at)
+        landing = LandingHere(
+            journal.header, self._vms, self.slots, self._inspector, self._multichannel, self._page, reached_at
+        )
         return Destination(journal, landing, self._boot, machine)
 
 
@@ -156,12 +170,20 @@ class LandingHere:
     """One VM's landing: a :class:`limosa.migration.destination.Landing`."""
 
     def __init__(
-        self, header: Header, vms: Vms, slots: Slots, inspector: Inspector, page: Page, reached_at: str
+        self,
+        header: Header,
+        vms: Vms,
+        slots: Slots,
+        inspector: Inspector,
+        multichannel: Multichannel,
+        page: Page,
+        reached_at: str,
     ) -> None:
         self._header = header
         self._vms = vms
         self._slots = slots
         self._inspector = inspector
+        self._multichannel = multichannel
         self._page = page
         self._reached_at = reached_at
         self._has_slot = False
@@ -184,12 +206,20 @@ class LandingHere:
 
     async def open_door(self, request: Prepare) -> Doorway:
         """See :class:`limosa.migration.destination.Landing`."""
-        addresses = await self._inspector.stream_addresses(self._reached_at)
-        if not addresses:
+        offered = await self._inspector.stream_addresses(self._reached_at)
+        chosen = [address for address in request.addresses or offered if address in offered]
+        if not chosen:
             raise NetworkError(
                 "this host has no address on a network that may carry moves", host=self._header.destination
             )
-        return tcp.TcpDoorway(addresses[0], self._page.now.migration_ports)
+        ports = self._page.now.migration_ports
+        if request.transport != "multichannel":
+            return tcp.TcpDoorway(chosen[0], ports)
+
+        async def permitted() -> tuple[str, ...]:
+            return await self._inspector.stream_addresses(self._reached_at)
+
+        return await self._multichannel.open_door(chosen, ports, permitted, request.networks)
 
     async def adopt(self, *, running: bool) -> None:
         """See :class:`limosa.migration.destination.Landing`."""
@@ -229,7 +259,7 @@ def view(destination: Destination) -> Migration:
         source=header.source,
         destination=header.destination,
         side=Side.DESTINATION,
-        transport="tcp",
+        transport=str(header.options.get("transport", "")),
         phase=Phase.BUILD_UP if destination.step is None else Phase.COPY,
         outcome=outcomes.get(destination.step, Outcome.UNDER_WAY) if destination.step else Outcome.UNDER_WAY,
         progress=Progress(note="see the source for its progress"),

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import time
+from ipaddress import ip_address
 from pathlib import Path
 
 from limosa.host.memory import available_mib
 from limosa.host.page import Page
 from limosa.host.vms import HostedVm, Vms
 from limosa.model.facts import DestinationFacts, FileIdentity, VmFacts
+from limosa.model.network import HostNetwork
 from limosa.model.vm import Accelerator, VmConfig, VmState
-from limosa.network.addresses import migration_addresses, own_addresses
+from limosa.network import mptcp
+from limosa.network.addresses import migration_addresses, own_addresses, shareable
 from limosa.network.netlink import Netlink
+from limosa.network.nics import inventory
 from limosa.network.switches import switches
 from limosa.qemu.capabilities import QemuCapabilities
 from limosa.settings.daemon import DaemonSettings
@@ -38,18 +42,23 @@ class Inspector:
         self._netlink = netlink
         self._user = user
 
+    async def network(self) -> HostNetwork:
+        """Our NICs, and which networks may carry moves."""
+        nics = await inventory(self._netlink)
+        return HostNetwork(nics=nics, mptcp=mptcp.is_on(), allowed=self._page.now.migration_networks)
+
     async def stream_addresses(self, reached_at: str) -> tuple[str, ...]:
         """Our addresses that may carry guest memory, best first."""
-        own = await own_addresses(self._netlink)
-        return migration_addresses(own, self._page.now.migration_networks, reached_at)
+        network = await self.network()
+        own = own_addresses(network.nics)
+        best = migration_addresses(own, network.allowed, reached_at)
+        if network.allowed or ip_address(reached_at).is_loopback:
+            return best
+        return tuple(dict.fromkeys((*best, *shareable(own))))
 
     async def switches(self) -> tuple[str, ...]:
         """Names of our virtual switches."""
         return await switches(self._netlink)
-
-    async def addresses(self) -> tuple[str, ...]:
-        """Our addresses but for loopback."""
-        return tuple(own.address for own in await own_addresses(self._netlink) if own.interface != "lo")
 
     def memory_available_mib(self) -> int:
         """What a further VM may have."""
@@ -66,13 +75,14 @@ class Inspector:
             live_migration=settings.live_migration,
             encrypt=settings.encrypt,
             post_copy=settings.convergence.post_copy,
+            network=await self.network(),
         )
 
     async def destination_facts(
         self, vm: VmConfig, accelerator: Accelerator, addresses: tuple[str, ...], trial_port: int
     ) -> DestinationFacts:
         """What the destination says about a VM that is to come."""
-        ours, files = await asyncio.gather(self.switches(), self._files(vm))
+        ours, network, files = await asyncio.gather(self.switches(), self.network(), self._files(vm))
         cpu_known, cpu_missing = self.capabilities.supports(vm.cpu, accelerator)
         return DestinationFacts(
             host=self._daemon.name,
@@ -92,6 +102,7 @@ class Inspector:
             addresses=addresses,
             trial_port=trial_port,
             time=time.time(),
+            network=network,
         )
 
     async def _files(self, vm: VmConfig) -> tuple[FileIdentity, ...]:

@@ -17,6 +17,7 @@ import msgspec
 from limosa.errors import Conflict, HostUnreachable, LimosaError, NotFound
 from limosa.host.files import Files
 from limosa.host.inspection import Inspector
+from limosa.host.multichannel import Multichannel
 from limosa.host.page import Page
 from limosa.host.peers import RemotePeer, dial
 from limosa.host.slots import Slots
@@ -31,7 +32,10 @@ from limosa.model.base import is_name
 from limosa.model.facts import VmFacts
 from limosa.model.finding import Finding, Severity
 from limosa.model.migration import Migration, Outcome, Phase, Progress, Side
+from limosa.model.network import HostNetwork
+from limosa.model.route import Route
 from limosa.model.vm import VmState
+from limosa.network.changes import changes
 from limosa.security import tls
 from limosa.settings.address import split_address
 from limosa.transport import tcp
@@ -53,7 +57,15 @@ class Outgoing:
     """All moves from this host."""
 
     def __init__(
-        self, host: str, pki: Path, vms: Vms, page: Page, files: Files, inspector: Inspector, boot: str
+        self,
+        host: str,
+        pki: Path,
+        vms: Vms,
+        page: Page,
+        files: Files,
+        inspector: Inspector,
+        multichannel: Multichannel,
+        boot: str,
     ) -> None:
         self.host = host
         self.slots = Slots(lambda: page.now.max_outgoing)
@@ -62,6 +74,7 @@ class Outgoing:
         self._page = page
         self._files = files
         self._inspector = inspector
+        self._multichannel = multichannel
         self._boot = boot
         self._views: dict[str, Migration] = {}
         self._active: dict[str, SourceMove] = {}
@@ -80,16 +93,19 @@ class Outgoing:
             try:
                 destination = peer.host
                 facts = self._inspector.vm_facts(hosted)
-                findings = await examine(peer, hosted.config, self.host, hosted.accelerator or "tcg", facts)
+                accelerator, transport = hosted.accelerator or "tcg", self._page.now.transport
+                examined = await examine(peer, hosted.config, self.host, accelerator, facts, transport)
+                findings, route = examined.findings, examined.route
             finally:
                 await peer.close()
         except HostUnreachable as error:
             destination = request.destination
             todo = error.todo or "see the logs of both hosts"
             findings = (Finding(code=error.code, severity=Severity.ERROR, what=str(error), todo=todo),)
+            route = None
         possible = all(finding.severity is not Severity.ERROR for finding in findings)
         return CheckReport(
-            vm=request.vm, source=self.host, destination=destination, possible=possible, findings=findings
+            vm=request.vm, source=self.host, destination=destination, possible=possible, findings=findings, route=route
         )
 
     async def move(self, request: MoveRequest) -> Migration:
@@ -182,10 +198,12 @@ class Outgoing:
     def _begin(self, journal: Journal, hosted: HostedVm | None, *, settle: bool = False) -> Migration:
         header = journal.header
         options = msgspec.convert(header.options, MoveOptions)
-        report = Report(self._first_view(header), self._publish)
-        leaving = Leaving(hosted, self._vms, self._inspector, self, (options.bandwidth_mbit_per_s or 0) * MBIT_BYTES)
+        terms = self._terms(options)
+        report = Report(self._first_view(header, terms.transport), self._publish)
+        own_cap = (options.bandwidth_mbit_per_s or 0) * MBIT_BYTES
+        leaving = Leaving(hosted, self._vms, self._inspector, self._multichannel, self, own_cap)
         machine = hosted.machine if hosted is not None else None
-        move = SourceMove(journal, machine, self._dialler(header.address), leaving, self._terms(options), report)
+        move = SourceMove(journal, machine, self._dialler(header.address), leaving, terms, report)
         self._active[header.migration] = move
         self._publish(report.now)
         self._spawn(self._settle(move, None) if settle else self._conduct(move))
@@ -262,7 +280,8 @@ class Outgoing:
             changes["first_downtime_ms"] = min(policy.first_downtime_ms, options.blackout_budget_ms)
         if options.post_copy is not None:
             changes["post_copy"] = options.post_copy
-        return Terms(msgspec.structs.replace(policy, **changes), "tcp", settings.encrypt)
+        transport = options.transport or settings.transport
+        return Terms(msgspec.structs.replace(policy, **changes), transport, settings.encrypt)
 
     def bandwidth_share(self) -> int:
         """Bytes per second each move may use now, 0: no cap."""
@@ -290,14 +309,14 @@ class Outgoing:
         for queue in self._watchers.get(view.id, ()):
             queue.put_nowait(view)
 
-    def _first_view(self, header: Header) -> Migration:
+    def _first_view(self, header: Header, transport: str) -> Migration:
         return Migration(
             id=header.migration,
             vm=header.vm.name,
             source=header.source,
             destination=header.destination,
             side=Side.SOURCE,
-            transport="tcp",
+            transport=transport,
             phase=Phase.WAITING,
             outcome=Outcome.UNDER_WAY,
             progress=Progress(),
@@ -317,11 +336,18 @@ class Leaving:
     """The VM that leaves: a :class:`limosa.migration.source.Home`."""
 
     def __init__(
-        self, hosted: HostedVm | None, vms: Vms, inspector: Inspector, outgoing: Outgoing, own_cap: int
+        self,
+        hosted: HostedVm | None,
+        vms: Vms,
+        inspector: Inspector,
+        multichannel: Multichannel,
+        outgoing: Outgoing,
+        own_cap: int,
     ) -> None:
         self._hosted = hosted
         self._vms = vms
         self._inspector = inspector
+        self._multichannel = multichannel
         self._outgoing = outgoing
         #: bytes per second asked for this move, 0: none
         self._own_cap = own_cap
@@ -337,9 +363,16 @@ class Leaving:
         seed = self._vms.seed_of(self._hosted.config)
         return {"seed.iso": base64.b64encode(seed).decode()} if seed is not None else {}
 
-    async def connect(self, prepared: Prepared) -> Channel:
+    async def connect(self, route: Route, prepared: Prepared) -> Channel:
         """See :class:`limosa.migration.source.Home`."""
-        return await tcp.connect(prepared.address, prepared.port, prepared.token)
+        if route.transport == "multichannel":
+            return await self._multichannel.connect(route, prepared)
+        return await tcp.connect(prepared.address, prepared.port, prepared.token, route.paths[0].here)
+
+    async def networks(self) -> AsyncIterator[HostNetwork]:
+        """See :class:`limosa.migration.source.Home`."""
+        async for _ in changes():
+            yield await self._inspector.network()
 
     def bandwidth(self) -> int:
         """See :class:`limosa.migration.source.Home`."""

@@ -11,7 +11,7 @@ import asyncio
 import socket
 import ssl
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import msgspec
@@ -74,6 +74,10 @@ class RemotePeer:
             if isinstance(answer, say.Prepared):
                 return answer
             in_line(answer.place)
+
+    async def announce(self, addresses: Sequence[str]) -> None:
+        """See :class:`limosa.migration.peer.Peer`."""
+        await self._send(say.Announce(addresses=tuple(addresses)))
 
     async def take_over(self) -> say.Running:
         """See :class:`limosa.migration.peer.Peer`."""

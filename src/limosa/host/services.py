@@ -13,12 +13,14 @@ from limosa.host.files import Files
 from limosa.host.incoming import Incoming
 from limosa.host.inspection import Inspector
 from limosa.host.launching import Launcher, qemu_user
+from limosa.host.multichannel import Multichannel
 from limosa.host.outgoing import Outgoing
 from limosa.host.page import Page
 from limosa.host.vms import Vms
 from limosa.migration.journal import Journal
 from limosa.migration.ownership import DestinationStep, SourceStep
 from limosa.model.migration import Side
+from limosa.network.mptcp import PathManager
 from limosa.network.netlink import Netlink
 from limosa.qemu.capabilities import probe
 from limosa.settings.daemon import DaemonSettings
@@ -52,8 +54,10 @@ async def assemble(daemon: DaemonSettings, files: Files) -> Services:
     for fault in await vms.load():
         _log.error("%s", fault)
     inspector = Inspector(daemon, page, vms, capabilities, netlink, user)
-    incoming = Incoming(daemon.name, vms, page, files, inspector, boot)
-    outgoing = Outgoing(daemon.name, Path(daemon.certificates), vms, page, files, inspector, boot)
+    multichannel = Multichannel(PathManager(), files.run)
+    await multichannel.endpoints.clean()
+    incoming = Incoming(daemon.name, vms, page, files, inspector, multichannel, boot)
+    outgoing = Outgoing(daemon.name, Path(daemon.certificates), vms, page, files, inspector, multichannel, boot)
     return Services(
         name=daemon.name,
         cpus=len(os.sched_getaffinity(0)),

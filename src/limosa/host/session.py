@@ -106,6 +106,8 @@ class Session:
                 await self._send(say.Facts(facts=facts))
             case say.Prepare():
                 await self._prepare(message)
+            case say.Announce(addresses=addresses):
+                self._current().announce(addresses)
             case say.TakeOver():
                 # Not to be torn apart by the end of the connection: the word was given.
                 await asyncio.shield(self._take_over())

@@ -55,14 +55,15 @@ class LabState(Model, frozen=True):
 
     lab: str
     nics: int
-    speed_mbit_per_s: int
+    #: of each migration NIC, 0 if it is not limited
+    speeds_mbit_per_s: tuple[int, ...]
     switch: str
     complete: bool
     hosts: tuple[HostState, ...]
 
 
-def plan(name: str, hosts: int, nics: int, speed_mbit_per_s: int) -> Lab:
-    """A lab as a person asks for it. Raises :class:`InvalidInput`."""
+def plan(name: str, hosts: int, nics: int, speed_mbit_per_s: int | Sequence[int]) -> Lab:
+    """A lab as a person asks for it: one speed for all NICs, or one for each. Raises :class:`InvalidInput`."""
     raw = {"name": name, "hosts": hosts, "nics": nics, "speed_mbit_per_s": speed_mbit_per_s}
     return toml.convert(raw, Lab, where="the lab")
 
@@ -130,7 +131,7 @@ def status(lab: Lab) -> LabState:
     return LabState(
         lab=lab.name,
         nics=lab.nics,
-        speed_mbit_per_s=lab.speed_mbit_per_s,
+        speeds_mbit_per_s=lab.speeds,
         switch=SWITCH,
         complete=set(lab.namespaces) == set(_namespaces_of(lab.name)),
         hosts=tuple(_state_of(lab, host) for host in lab.host_names),

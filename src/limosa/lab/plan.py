@@ -35,6 +35,7 @@ from limosa.model.base import Model
 
 NAME_PATTERN = r"\A[a-z0-9]{1,10}\Z"
 LabName = Annotated[str, Meta(pattern=NAME_PATTERN, description="at most 10 lower-case letters and digits")]
+Speed = Annotated[int, Meta(ge=0, le=25_000)]
 
 SWITCH = "lan"
 UPLINK = "uplink"
@@ -45,12 +46,22 @@ LAN_NETWORK = "10.77.0.0/24"
 
 
 class Lab(Model, frozen=True):
-    """A lab. ``speed_mbit_per_s`` is that of each migration NIC, 0 if it is not limited."""
+    """A lab. ``speed_mbit_per_s`` is that of all migration NICs, or one for each; 0 is not limited."""
 
     name: LabName
     hosts: Annotated[int, Meta(ge=1, le=50)]
     nics: Annotated[int, Meta(ge=0, le=4)] = 1
-    speed_mbit_per_s: Annotated[int, Meta(ge=0, le=25_000)] = 1000
+    speed_mbit_per_s: Speed | tuple[Speed, ...] = 1000
+
+    def __post_init__(self) -> None:
+        if isinstance(self.speed_mbit_per_s, tuple) and len(self.speed_mbit_per_s) != self.nics:
+            raise ValueError(f"{len(self.speed_mbit_per_s)} speeds for {self.nics} migration NICs")
+
+    @property
+    def speeds(self) -> tuple[int, ...]:
+        """That of each migration NIC, in order."""
+        speed = self.speed_mbit_per_s
+        return speed if isinstance(speed, tuple) else (speed,) * self.nics
 
     @property
     def host_names(self) -> tuple[str, ...]:

@@ -55,9 +55,9 @@ def _build_wire(netlink: IPRoute, lab: Lab) -> None:
     _add_cable(netlink, SWITCH, "client", (lab.client, "eth0"))
     for host in lab.host_names:
         _add_cable(netlink, SWITCH, host, (lab.namespace(host), UPLINK))
-        for nic in lab.nic_names:
+        for nic, speed in zip(lab.nic_names, lab.speeds, strict=True):
             index = _add_cable(netlink, nic, host, (lab.namespace(host), nic))
-            _limit(netlink, index, lab.speed_mbit_per_s)
+            _limit(netlink, index, speed)
 
 
 def _build_client(netlink: IPRoute) -> None:
@@ -68,10 +68,10 @@ def _build_host(netlink: IPRoute, lab: Lab, host: str) -> None:
     switch = _add_bridge(netlink, SWITCH, address=_mac(lab.address(host)))
     _set_up(netlink, switch, lab.address(host))
     netlink.link("set", index=_index(netlink, UPLINK), master=switch, state="up")
-    for nic, address in zip(lab.nic_names, lab.migration_addresses(host), strict=True):
+    for nic, address, speed in zip(lab.nic_names, lab.migration_addresses(host), lab.speeds, strict=True):
         index = _index(netlink, nic)
         _set_up(netlink, index, address)
-        _limit(netlink, index, lab.speed_mbit_per_s)
+        _limit(netlink, index, speed)
 
 
 def _add_bridge(netlink: IPRoute, name: str, **attributes: str) -> int:

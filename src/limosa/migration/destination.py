@@ -16,7 +16,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
 from limosa.errors import Conflict, DestinationLost, LimosaError, QemuError, QemuGone, StateError
@@ -80,11 +80,14 @@ class Destination:
         #: all of it, memory too
         self._loaded = asyncio.Event()
         self._durable = asyncio.Event()
+        #: the source will not come again in this session: it has what it needs, or it is gone
+        self._abandoned = asyncio.Event()
         self._resumed_at: float | None = None
         #: one act at a time: a word, an abort and a lost session may come at once
         self._lock = asyncio.Lock()
         self._watch: asyncio.Task[None] | None = None
-        #: until QEMU has its stream
+        #: until QEMU has all of its stream
+        self._door: Doorway | None = None
         self._admission: asyncio.Task[None] | None = None
         if machine is not None:
             self._follow(machine)
@@ -114,12 +117,17 @@ class Destination:
                     post_copy=request.post_copy,
                 )
             )
-            door = await self.landing.open_door(request)
+            door = self._door = await self.landing.open_door(request)
             self._admission = asyncio.ensure_future(self._admit(door, self.machine))
         except BaseException:
             await asyncio.shield(self.abort("it could not be prepared"))
             raise
         return Prepared(address=door.address, port=door.port, token=door.token)
+
+    def announce(self, addresses: Iterable[str]) -> None:
+        """The source has a way to these addresses of ours now."""
+        if self._door is not None:
+            self._door.announce(addresses)
 
     async def take_over(self) -> Running:
         """Continue the guest. The caller says by this that nobody else does, and never will.
@@ -156,7 +164,8 @@ class Destination:
                 await self._destroy()
 
     async def abandoned(self) -> None:
-        """The session with the source broke, or this daemon restarted: do what is safe on one's own."""
+        """The session with the source ended or broke, or this daemon restarted: do what is safe on one's own."""
+        self._abandoned.set()
         async with self._lock:
             if self.step is None:
                 await self._destroy()
@@ -265,12 +274,23 @@ class Destination:
             self._resumed_at = await machine.resume()
 
     async def _admit(self, door: Doorway, machine: MachineProtocol) -> None:
-        """Await the source and give its connection to QEMU."""
+        """Await the source and give its connection to QEMU; close the door when the stream has ended."""
+        over = asyncio.Event()
+        unsubscribe = machine.on_event(lambda event: over.set() if _is_the_end(event) else None)
+        gone = asyncio.ensure_future(machine.gone.wait())
+        gone.add_done_callback(lambda _: over.set())
         try:
-            with contextlib.closing(door), await door.accept() as stream:
-                await machine.receive(stream)
+            with contextlib.closing(door):
+                with await door.accept() as stream:
+                    await machine.receive(stream)
+                await over.wait()
+                # QEMU's last word to the source may still be under way, perhaps over a path that has just died.
+                await self._abandoned.wait()
         except LimosaError as error:
             self._lose("it could not receive the VM", str(error))
+        finally:
+            unsubscribe()
+            gone.cancel()
 
     async def _destroy(self) -> None:
         if self._admission is not None:
@@ -317,3 +337,8 @@ class Destination:
         if not self.lost.done():
             self.lost.set_exception(self._lost(what, why))
             self.lost.exception()  # it may have no listener
+
+
+def _is_the_end(event: Event) -> bool:
+    """Whether all memory is here, or none will come any more."""
+    return event.name == "MIGRATION" and event.data["status"] in (MigrationState.COMPLETED, MigrationState.FAILED)

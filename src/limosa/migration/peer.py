@@ -4,7 +4,7 @@ script in one process both are."""
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from limosa.model.base import MigrationId
@@ -27,6 +27,9 @@ class Peer(Protocol):
 
     async def prepare(self, request: Prepare, in_line: Callable[[int], None]) -> Prepared:
         """Wait for a slot (``in_line`` gets the place), reserve and build everything. On failure nothing is kept."""
+
+    async def announce(self, addresses: Sequence[str]) -> None:
+        """A way to these addresses of the destination has appeared here; the stream may use them, if it can."""
 
     async def take_over(self) -> Running:
         """Give the word: the guest is the destination's, and goes on there."""

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Coroutine
+from collections.abc import AsyncIterator, Coroutine
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
 
@@ -27,17 +27,22 @@ from limosa.migration import convergence, preflight, progress
 from limosa.migration.convergence import Convergence
 from limosa.migration.journal import Journal
 from limosa.migration.ownership import SourceStep
+from limosa.migration.paths import Paths
 from limosa.migration.peer import Dialler, Peer
 from limosa.migration.report import Report
 from limosa.model.facts import VmFacts
 from limosa.model.finding import Finding, Severity
 from limosa.model.migration import Phase
+from limosa.model.network import HostNetwork
+from limosa.model.route import Route
 from limosa.model.vm import Accelerator, VmConfig
 from limosa.qemu.protocol import Event, MachineProtocol, MigrationState, MigrationStatistics, StreamParameters
 from limosa.security.stream import make_credentials
 from limosa.settings.host import ConvergencePolicy
 from limosa.transport import tcp
+from limosa.transport.advise import between
 from limosa.transport.channel import Channel
+from limosa.transport.choice import Ends, choose, connected
 from limosa.wire.peer import Prepare, Prepared
 
 LOOK_EVERY_S = 0.2
@@ -67,8 +72,14 @@ class Home(Protocol):
     def carry_on(self) -> dict[str, str]:
         """Small files of the VM's own that go along, base64 by name."""
 
-    async def connect(self, prepared: Prepared) -> Channel:
-        """A connection to the destination for the guest's memory. Raises :class:`DestinationLost`."""
+    async def connect(self, route: Route, prepared: Prepared) -> Channel:
+        """A connection to the destination for the guest's memory, by the transport of ``route``.
+
+        Raises :class:`DestinationLost` and :class:`NetworkError`.
+        """
+
+    def networks(self) -> AsyncIterator[HostNetwork]:
+        """This host's network, again after each change."""
 
     def bandwidth(self) -> int:
         """Bytes per second this move may use now, 0: no cap."""
@@ -107,6 +118,8 @@ class SourceMove:
         self.report = report
         self.peer: Peer | None = None
         self.channel: Channel | None = None
+        self.examined: Examined | None = None
+        self.paths: Paths | None = None
         loop = asyncio.get_running_loop()
         #: done when a person cancels
         self.cancelled: asyncio.Future[None] = loop.create_future()
@@ -133,14 +146,16 @@ class SourceMove:
 
     async def build_up(self, machine: MachineProtocol, peer: Peer) -> Prepared:
         """Check, then have the destination build everything while QEMU here is set up."""
-        await self.check(peer)
+        examined = await self.check(peer)
         self.journal.record(SourceStep.PREPARING, time.time())
         server, client = make_credentials() if self.terms.encrypt else (None, None)
         request = Prepare(
             migration=self.header.migration,
             vm=self.header.vm,
             accelerator=self.header.accelerator,
-            transport=self.terms.transport,
+            transport=examined.route.transport,
+            addresses=tuple(path.there for path in examined.route.paths),
+            networks=connected(examined.ends.here),
             credentials=server,
             post_copy=self.terms.policy.post_copy,
             running=self.header.was_running,
@@ -155,15 +170,19 @@ class SourceMove:
         prepared, _ = await _both(peer.prepare(request, self._in_line), machine.prepare_outgoing(parameters))
         return prepared
 
-    async def check(self, peer: Peer) -> tuple[Finding, ...]:
+    async def check(self, peer: Peer) -> Examined:
         """Preflight. Raises :class:`PreflightRefused` with all findings if one is an error."""
-        findings = await examine(peer, self.header.vm, self.header.source, self.header.accelerator, self._facts())
+        header = self.header
+        examined = self.examined = await examine(
+            peer, header.vm, header.source, header.accelerator, self._facts(), self.terms.transport
+        )
+        findings = examined.findings
         if any(finding.severity is Severity.ERROR for finding in findings):
             raise PreflightRefused(findings, vm=self.header.vm.name, host=peer.host)
         if any(finding.code == "post-copy-not-possible" for finding in findings):
             self.terms = self.terms.without_post_copy()
-        self.report.change(findings=findings)
-        return findings
+        self.report.change(findings=findings, transport=examined.route.transport, route=examined.route)
+        return examined
 
     async def _facts(self) -> VmFacts:
         # What was asked for this move counts, not what the host's settings say.
@@ -171,10 +190,14 @@ class SourceMove:
 
     async def copy(self, machine: MachineProtocol, prepared: Prepared) -> None:
         """Send memory until QEMU reports that everything was sent and loaded."""
+        assert self.examined is not None
+        assert self.peer is not None
         self.journal.record(SourceStep.MIGRATING, time.time(), durable=False)
-        self.channel = await self.home.connect(prepared)
+        self.channel = await self.home.connect(self.examined.route, prepared)
+        self.paths = Paths(self.examined.route, self.examined.ends, self.channel)
         await machine.migrate(self.channel.socket)
         watch = asyncio.ensure_future(self._watch(machine))
+        follow = asyncio.ensure_future(self.paths.follow(self.home.networks(), self.peer))
         try:
             # Looking must not delay the hand-over, so it goes on beside the waiting.
             waiting: set[asyncio.Future[Any]] = {self.sent, watch}
@@ -183,6 +206,7 @@ class SourceMove:
                 watch.result()
         finally:
             watch.cancel()
+            follow.cancel()
         state = self.sent.result()
         if state not in (MigrationState.COMPLETED, MigrationState.POSTCOPY_ACTIVE):
             raise await self._failure(machine, state)
@@ -295,7 +319,7 @@ class SourceMove:
         self.report.bar = self.report.bar.moved(self.report.now.phase, look)
         note = "" if isinstance(action, convergence.GiveUp) else action.note
         shown = progress.progress(self.report.bar, look, limit_ms=judge.downtime_limit_ms, note=note)
-        self.report.progress(shown)
+        self.report.change(progress=shown, route=self._route())
         return judge
 
     async def _act(self, machine: MachineProtocol, action: convergence.Action) -> None:
@@ -326,7 +350,12 @@ class SourceMove:
     async def _last_figures(self, machine: MachineProtocol) -> None:
         look = await machine.migration()
         shown = progress.progress(self.report.bar, look, limit_ms=0, note="")
-        self.report.change(progress=shown, transfer_s=look.total_s, qemu_downtime_ms=look.downtime_ms)
+        self.report.change(
+            progress=shown, transfer_s=look.total_s, qemu_downtime_ms=look.downtime_ms, route=self._route()
+        )
+
+    def _route(self) -> Route | None:
+        return self.paths.look() if self.paths is not None else self.report.now.route
 
 
 POST_COPY = frozenset(
@@ -347,16 +376,46 @@ ENDINGS = frozenset(
 )
 
 
+@dataclass(frozen=True)
+class Examined:
+    """What stands against a move, and the way it would take between which ends."""
+
+    findings: tuple[Finding, ...]
+    route: Route
+    ends: Ends
+
+
 async def examine(
-    peer: Peer, vm: VmConfig, source: str, accelerator: Accelerator, facts: Coroutine[Any, Any, VmFacts]
-) -> tuple[Finding, ...]:
-    """Ask the destination, try its port, and judge. The same for ``limosa check`` and for the move itself.
+    peer: Peer,
+    vm: VmConfig,
+    source: str,
+    accelerator: Accelerator,
+    facts: Coroutine[Any, Any, VmFacts],
+    transport: str,
+) -> Examined:
+    """Ask the destination, try its ports, choose the way, and judge. The same for ``limosa check`` and for the move.
 
     ``facts`` are gathered here while the destination gathers its own.
     """
     (there, skew), here = await _both(peer.inspect(vm, accelerator), facts)
-    reachable = bool(there.addresses and there.trial_port) and await tcp.reachable(there.addresses[0], there.trial_port)
-    return preflight.check(vm, source, here, there, clock_skew_s=skew, reachable=reachable)
+    ends = Ends(source, there.host, here.network, there.network, there.addresses)
+    route = await _open_route(ends, transport, there.trial_port)
+    findings = preflight.check(vm, source, here, there, clock_skew_s=skew, reachable=bool(route.paths))
+    return Examined((*findings, *between(ends, route)), route, ends)
+
+
+async def _open_route(ends: Ends, transport: str, port: int) -> Route:
+    """The best route of which every path can be connected; one without paths if there is none."""
+    open_: set[str] = set()
+    blocked: set[str] = set() if port else set(ends.offered)
+    while True:
+        route = choose(ends, transport, blocked)
+        untried = [path.there for path in route.paths if path.there not in open_]
+        if not untried:
+            return route
+        answers = await asyncio.gather(*(tcp.reachable(address, port) for address in untried))
+        for address, answer in zip(untried, answers, strict=True):
+            (open_ if answer else blocked).add(address)
 
 
 async def _both(first: Coroutine[Any, Any, T], second: Coroutine[Any, Any, Any]) -> tuple[T, Any]:

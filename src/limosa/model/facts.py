@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from limosa.model.base import Model, Name
+from limosa.model.network import HostNetwork
 from limosa.model.vm import Accelerator
 
 
@@ -36,6 +37,7 @@ class VmFacts(Model, forbid_unknown_fields=False, frozen=True):
     live_migration: bool
     encrypt: bool
     post_copy: bool
+    network: HostNetwork = HostNetwork()
 
 
 class DestinationFacts(Model, forbid_unknown_fields=False, frozen=True):
@@ -64,3 +66,4 @@ class DestinationFacts(Model, forbid_unknown_fields=False, frozen=True):
     trial_port: int
     #: its clock, seconds since the epoch
     time: float
+    network: HostNetwork = HostNetwork()

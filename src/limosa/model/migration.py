@@ -6,6 +6,7 @@ from enum import StrEnum
 
 from limosa.model.base import MigrationId, Model, Name
 from limosa.model.finding import Finding
+from limosa.model.route import Route
 
 
 class Phase(StrEnum):
@@ -79,6 +80,7 @@ class Migration(Model, forbid_unknown_fields=False, frozen=True):
     source: Name
     destination: Name
     side: Side
+    #: which was asked for, until one is chosen (see ``route``)
     transport: str
     phase: Phase
     outcome: Outcome
@@ -96,3 +98,5 @@ class Migration(Model, forbid_unknown_fields=False, frozen=True):
     #: place in line, from 1, while phase is ``WAITING``
     place: int | None = None
     findings: tuple[Finding, ...] = ()
+    #: the way it takes, with what each path has carried so far; null until it is chosen
+    route: Route | None = None

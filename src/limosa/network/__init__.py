@@ -1,5 +1,6 @@
-"""The host's network as a VM sees it: switches (Linux bridges), taps on them, and this host's own addresses.
+"""The host's network: switches (Linux bridges) and taps for VMs, the NICs and addresses moves go through, and the
+kernel's path manager for Multipath TCP.
 
 Everything is asked and set through netlink (``netlink``), by a thread of its own so that the event loop never waits for
-the kernel's big network lock. Nothing here outlives the process that made it, see ``taps``.
+the kernel's big network lock. A tap does not outlive the process that made it, see ``taps``.
 """

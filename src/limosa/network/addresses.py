@@ -1,36 +1,17 @@
-"""This host's own addresses, and which of them may carry guest memory.
-
-Gathering (``own_addresses``) is apart from choosing (``migration_addresses``), which is a pure function.
-"""
+"""Which of this host's addresses may carry guest memory; pure."""
 
 from __future__ import annotations
 
-import array
-import fcntl
 import ipaddress
-import socket as sockets
-import struct
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from pyroute2 import IPRoute
-
-from limosa.network.netlink import Netlink, attribute, kernel_refusals
-
-# From linux/if_addr.h: the address cannot be used yet, or is in use elsewhere.
-IFA_F_DADFAILED = 0x08
-IFA_F_TENTATIVE = 0x40
-
-# From linux/sockios.h and linux/ethtool.h.
-SIOCETHTOOL = 0x8946
-ETHTOOL_GSET = 0x00000001
-_ETHTOOL_CMD = struct.Struct("=IIIHBBBBBBIIHBBIII")
-_SPEED_UNKNOWN = 0xFFFFFFFF
+from limosa.model.network import HostNic
 
 
 @dataclass(frozen=True)
 class HostAddress:
-    """An address of this host. ``speed_mbit_per_s`` is what the NIC says of itself, None if it says nothing."""
+    """An address of this host. ``speed_mbit_per_s`` is its NIC's, None if that says nothing."""
 
     address: str
     prefix: int
@@ -38,27 +19,10 @@ class HostAddress:
     speed_mbit_per_s: int | None = None
 
 
-async def own_addresses(netlink: Netlink) -> tuple[HostAddress, ...]:
-    """All usable addresses of this host, in the kernel's order. Raises :class:`NetworkError`."""
-    return await netlink.run(gather)
-
-
-def gather(socket: IPRoute) -> tuple[HostAddress, ...]:
-    """What :func:`own_addresses` does, for a caller that may block."""
-    with kernel_refusals("cannot list the host's addresses"):
-        names = {link["index"]: attribute(link, "IFLA_IFNAME") for link in socket.get_links()}
-        messages = [message for message in socket.get_addr() if message["index"] in names]
-        speeds = {index: _speed(names[index]) for index in {message["index"] for message in messages}}
+def own_addresses(nics: Iterable[HostNic]) -> tuple[HostAddress, ...]:
+    """All usable addresses of these NICs, in their order."""
     return tuple(
-        HostAddress(
-            # IFA_ADDRESS is the other end's on point-to-point links; IPv6 has no IFA_LOCAL elsewhere.
-            address=attribute(message, "IFA_LOCAL") or attribute(message, "IFA_ADDRESS"),
-            prefix=message["prefixlen"],
-            interface=names[message["index"]],
-            speed_mbit_per_s=speeds[message["index"]],
-        )
-        for message in messages
-        if not (attribute(message, "IFA_FLAGS") or message["flags"]) & (IFA_F_TENTATIVE | IFA_F_DADFAILED)
+        HostAddress(own.address, own.prefix, nic.name, nic.speed_mbit_per_s) for nic in nics for own in nic.addresses
     )
 
 
@@ -80,22 +44,14 @@ def migration_addresses(
     return tuple(chosen)
 
 
+def shareable(own: Iterable[HostAddress]) -> tuple[str, ...]:
+    """Those of this host's addresses that another host may be able to reach."""
+    parsed = [ipaddress.ip_address(host.address) for host in own]
+    return tuple(str(address) for address in parsed if not (address.is_loopback or address.is_link_local))
+
+
 def _inside(own: Sequence[HostAddress], network: str) -> list[str]:
     allowed = ipaddress.ip_network(network)
     found = [host for host in own if ipaddress.ip_address(host.address) in allowed]
     found.sort(key=lambda host: (-(host.speed_mbit_per_s or 0), int(ipaddress.ip_address(host.address))))
     return [host.address for host in found]
-
-
-def _speed(interface: str) -> int | None:
-    """Mbit/s by ethtool; sysfs would answer for the network namespace it was mounted in, not for ours."""
-    command = array.array("B", _ETHTOOL_CMD.pack(ETHTOOL_GSET, *[0] * 17))
-    request = struct.pack("16sP16x", interface.encode(), command.buffer_info()[0])
-    with sockets.socket(sockets.AF_INET, sockets.SOCK_DGRAM) as socket:
-        try:
-            fcntl.ioctl(socket, SIOCETHTOOL, request)
-        except OSError:
-            return None  # loopback and many virtual interfaces have no speed
-    answer = _ETHTOOL_CMD.unpack(command)
-    speed = answer[3] | answer[12] << 16
-    return speed if 0 < speed < _SPEED_UNKNOWN and speed != 0xFFFF else None

@@ -63,7 +63,11 @@ class HostSettings(Model, frozen=True):
         tuple[int, int], Meta(description="first and last TCP port on which this host receives guest memory")
     ] = (49152, 49407)
     transport: Annotated[
-        Literal["auto", "tcp"], Meta(description="how guest memory travels; auto chooses what is fastest here")
+        Literal["auto", "tcp", "multichannel"],
+        Meta(
+            description="how guest memory travels: tcp, one connection; multichannel, all NICs at once; "
+            "auto chooses what is fastest between the two hosts"
+        ),
     ] = "auto"
     encrypt: Annotated[
         bool, Meta(description="TLS on the migration stream; switch it off only on networks nobody else can reach")

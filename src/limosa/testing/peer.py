@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import msgspec
 
@@ -40,6 +40,10 @@ class LocalPeer:
         """See :class:`limosa.migration.peer.Peer`."""
         await self._trial.aclose()
         return await self._destination.prepare(request, in_line)
+
+    async def announce(self, addresses: Sequence[str]) -> None:
+        """See :class:`limosa.migration.peer.Peer`."""
+        self._destination.announce(addresses)
 
     async def take_over(self) -> Running:
         """See :class:`limosa.migration.peer.Peer`."""

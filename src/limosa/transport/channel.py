@@ -9,7 +9,22 @@ source in the session between the daemons.
 from __future__ import annotations
 
 import socket
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Protocol
+
+
+@dataclass(frozen=True)
+class Used:
+    """How much went from one address to another: payload the other end has acknowledged.
+
+    ``alive``: a connection between the two is open.
+    """
+
+    here: str
+    there: str
+    sent_bytes: int
+    alive: bool = True
 
 
 class Channel(Protocol):
@@ -24,6 +39,9 @@ class Channel(Protocol):
 
         QEMU takes for sent what was taken from it. What waits would be sent while the guest stands still.
         """
+
+    def used(self) -> tuple[Used, ...]:
+        """What went which way since the beginning, also over paths that are gone. Never raises."""
 
     def close(self) -> None:
         """Close what is ours; QEMU's duplicate goes on. May be repeated."""
@@ -45,7 +63,10 @@ class Doorway(Protocol):
         """What the caller has to say first, in hexadecimal digits."""
 
     async def accept(self) -> socket.socket:
-        """Wait for the source, however long; others are turned away. The socket is the caller's."""
+        """Wait for the source, however long; others are turned away, then and later. The socket is the caller's."""
+
+    def announce(self, addresses: Iterable[str]) -> None:
+        """The source has a way to these addresses of ours now: let it use them, if the transport can. Never raises."""
 
     def close(self) -> None:
-        """Await nobody any more. May be repeated."""
+        """The stream has ended, or nobody is awaited any more. May be repeated."""

@@ -15,11 +15,14 @@ import asyncio
 import contextlib
 import hmac
 import ipaddress
+import os
 import secrets
 import socket
-from collections.abc import AsyncIterator, Sequence
+import struct
+from collections.abc import AsyncIterator, Iterable, Sequence
 
 from limosa.errors import DestinationLost, NetworkError
+from limosa.transport.channel import Used
 
 #: A trial connection that takes longer is blocked for all that matters.
 REACH_WITHIN_S = 3.0
@@ -30,6 +33,9 @@ TOKEN_WITHIN_S = 5.0
 PORTERS = 8
 
 _TOKEN_BYTES = 16
+#: Where tcpi_bytes_acked lies in struct tcp_info (linux/tcp.h).
+_BYTES_ACKED_AT = 120
+_TCP_INFO_BYTES = 256
 #: What may wait in a shortened socket before QEMU has to wait itself (tcp(7)).
 _UNSENT_BYTES = 128 * 1024
 
@@ -39,11 +45,18 @@ class TcpChannel:
 
     def __init__(self, connection: socket.socket) -> None:
         self.socket = connection
+        self._used: Used | None = None
 
     def shorten(self) -> None:
         """See :class:`limosa.transport.channel.Channel`."""
         with contextlib.suppress(OSError):  # also if it is closed: then the stream is at its end
             self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _UNSENT_BYTES)
+
+    def used(self) -> tuple[Used, ...]:
+        """See :class:`limosa.transport.channel.Channel`."""
+        with contextlib.suppress(OSError):  # also if it is closed
+            self._used = Used(self.socket.getsockname()[0], self.socket.getpeername()[0], acknowledged(self.socket))
+        return (self._used,) if self._used is not None else ()
 
     def close(self) -> None:
         """See :class:`limosa.transport.channel.Channel`."""
@@ -51,16 +64,18 @@ class TcpChannel:
 
 
 class TcpDoorway:
-    """The destination's end: a listener. Raises :class:`NetworkError` if every port of the range is taken."""
+    """The destination's end: a listener. Raises :class:`NetworkError` if every port of the range is taken.
 
-    def __init__(self, address: str, ports: tuple[int, int]) -> None:
-        listener = _listen(address, range(ports[0], ports[1] + 1))
+    ``protocol`` is another than TCP's for Multipath TCP, whose sockets are the same but for it.
+    """
+
+    def __init__(self, address: str, ports: tuple[int, int], protocol: int = socket.IPPROTO_TCP) -> None:
+        listener = _listen(address, range(ports[0], ports[1] + 1), protocol)
         if listener is None:
             raise NetworkError(
                 f"no port from {ports[0]} to {ports[1]} of {address} is free to receive guest memory",
                 todo="see what listens there, or change the setting migration_ports",
             )
-        listener.setblocking(False)
         self._listener = listener
         self._token = secrets.token_bytes(_TOKEN_BYTES)
 
@@ -85,11 +100,19 @@ class TcpDoorway:
         porters = [asyncio.ensure_future(self._admit(turn)) for _ in range(PORTERS)]
         try:
             done, _ = await asyncio.wait(porters, return_when=asyncio.FIRST_COMPLETED)
-            return done.pop().result()
+            source = done.pop().result()
         finally:
             for porter in porters:
                 porter.cancel()
             await asyncio.wait(porters)
+        self._expect_nobody()
+        return source
+
+    def announce(self, addresses: Iterable[str]) -> None:
+        """See :class:`limosa.transport.channel.Doorway`."""
+
+    def _expect_nobody(self) -> None:
+        self._listener.close()
 
     def close(self) -> None:
         """See :class:`limosa.transport.channel.Doorway`."""
@@ -119,16 +142,27 @@ class TcpDoorway:
         return False
 
 
-async def connect(address: str, port: int, token: str) -> TcpChannel:
-    """Call a destination (``address``: IPv4 or IPv6). Raises :class:`DestinationLost` if it cannot be reached."""
-    family = socket.AF_INET6 if ipaddress.ip_address(address).version == 6 else socket.AF_INET
-    connection = socket.socket(family, socket.SOCK_STREAM)
+async def connect(address: str, port: int, token: str, source: str = "") -> TcpChannel:
+    """Call a destination (``address``: IPv4 or IPv6), from ``source`` if that is given.
+
+    Raises :class:`DestinationLost` if it cannot be reached.
+    """
+    return TcpChannel(await call(address, port, token, source))
+
+
+async def call(
+    address: str, port: int, token: str, source: str = "", protocol: int = socket.IPPROTO_TCP
+) -> socket.socket:
+    """The connection of :func:`connect`, of any protocol with TCP's addresses."""
+    connection = socket.socket(_family(address), socket.SOCK_STREAM, protocol)
     loop = asyncio.get_running_loop()
     try:
         connection.setblocking(False)
         _send_at_once(connection)
+        if source:
+            connection.bind((source, 0))
         async with asyncio.timeout(CONNECT_WITHIN_S):
-            await loop.sock_connect(connection, (address, port))
+            await _connect(connection, address, port)
             await loop.sock_sendall(connection, bytes.fromhex(token))
     except BaseException as error:
         connection.close()
@@ -136,22 +170,25 @@ async def connect(address: str, port: int, token: str) -> TcpChannel:
             why = error.strerror or f"no answer within {CONNECT_WITHIN_S:.0f} s"
             raise DestinationLost(f"the destination at {address} port {port} cannot be reached", why=why) from error
         raise
-    return TcpChannel(connection)
+    return connection
 
 
 @contextlib.asynccontextmanager
 async def trial(addresses: Sequence[str], ports: tuple[int, int]) -> AsyncIterator[int]:
-    """Listen on the first of ``addresses`` so that the source can try whether the way is open.
+    """Listen on all of ``addresses`` so that the source can try which ways are open.
 
-    Gives the port, or 0 if there is no address or every port of the range is taken.
+    Gives the port, the same on all, or 0 if there is no address or every port of the range is taken.
     """
     # From the end of the range, so that trials do not take the ports that moves would take next.
-    listener = _listen(addresses[0], range(ports[1], ports[0] - 1, -1)) if addresses else None
+    first = _listen(addresses[0], range(ports[1], ports[0] - 1, -1)) if addresses else None
+    port = first.getsockname()[1] if first is not None else 0
+    others = [_listen(address, range(port, port + 1)) for address in addresses[1:]] if port else []
     try:
-        yield listener.getsockname()[1] if listener is not None else 0
+        yield port
     finally:
-        if listener is not None:
-            listener.close()
+        for listener in (first, *others):
+            if listener is not None:
+                listener.close()
 
 
 async def reachable(address: str, port: int) -> bool:
@@ -165,15 +202,57 @@ async def reachable(address: str, port: int) -> bool:
     return True
 
 
-def _listen(address: str, ports: range) -> socket.socket | None:
+def acknowledged(connection: socket.socket) -> int:
+    """Bytes of payload the other end has acknowledged (tcp(7)). Raises ``OSError``."""
+    info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO_BYTES)
+    return acknowledged_in(info)
+
+
+def acknowledged_in(info: bytes) -> int:
+    """The same from a ``struct tcp_info``."""
+    (count,) = struct.unpack_from("=Q", info, _BYTES_ACKED_AT)
+    return int(count)
+
+
+def listen(address: str, port: int, protocol: int = socket.IPPROTO_TCP) -> socket.socket:
+    """A listener that does not block. Raises ``OSError``."""
+    listener = socket.socket(_family(address), socket.SOCK_STREAM, protocol)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.setblocking(False)
+        listener.bind((address, port))
+        listener.listen(PORTERS)
+    except BaseException:
+        listener.close()
+        raise
+    return listener
+
+
+def _listen(address: str, ports: range, protocol: int = socket.IPPROTO_TCP) -> socket.socket | None:
     for port in ports:
-        try:
-            return socket.create_server(
-                (address, port), family=socket.AF_INET6 if ":" in address else socket.AF_INET, backlog=PORTERS
-            )
-        except OSError:
-            continue
+        with contextlib.suppress(OSError):
+            return listen(address, port, protocol)
     return None
+
+
+def _family(address: str) -> socket.AddressFamily:
+    return socket.AF_INET6 if ipaddress.ip_address(address).version == 6 else socket.AF_INET
+
+
+async def _connect(connection: socket.socket, address: str, port: int) -> None:
+    """What ``sock_connect`` of a loop does, but for its look-up of the address, which knows no Multipath TCP."""
+    loop = asyncio.get_running_loop()
+    try:
+        connection.connect((address, port))
+    except BlockingIOError:
+        writable = asyncio.Event()
+        loop.add_writer(connection, writable.set)
+        try:
+            await writable.wait()
+        finally:
+            loop.remove_writer(connection)
+        if number := connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+            raise OSError(number, os.strerror(number)) from None
 
 
 async def _said(caller: socket.socket) -> bytes:

@@ -9,6 +9,8 @@ from msgspec import Meta
 from limosa.model.base import AbsolutePath, Mac, Model, Name, SwitchName, Uuid, is_clean_path
 from limosa.model.finding import Finding
 from limosa.model.migration import Migration, Side
+from limosa.model.network import HostNetwork
+from limosa.model.route import Route
 from limosa.model.vm import (
     CloudInit,
     CpuModel,
@@ -93,12 +95,22 @@ class HostStatus(Model, forbid_unknown_fields=False, frozen=True):
     outgoing: int
     incoming: int
     time: float
+    network: HostNetwork = HostNetwork()
+
+
+class Advice(Model, forbid_unknown_fields=False, frozen=True):
+    """Which transport suits the NICs of a host, why, and what is set wrongly."""
+
+    name: Name
+    transport: str
+    why: str
+    findings: tuple[Finding, ...]
 
 
 class MoveOptions(Model, frozen=True):
     """What one move may do otherwise than the host's settings say."""
 
-    transport: Literal["auto", "tcp"] | None = None
+    transport: Literal["auto", "tcp", "multichannel"] | None = None
     bandwidth_mbit_per_s: Annotated[int, Meta(ge=0, le=1_000_000)] | None = None
     blackout_budget_ms: Annotated[float, Meta(ge=1, le=2000)] | None = None
     post_copy: bool | None = None
@@ -125,6 +137,8 @@ class CheckReport(Model, forbid_unknown_fields=False, frozen=True):
     destination: str
     possible: bool
     findings: tuple[Finding, ...]
+    #: the way the move would take; null if the destination could not be asked
+    route: Route | None = None
 
 
 class MigrationList(Model, forbid_unknown_fields=False, frozen=True):

@@ -40,6 +40,9 @@ class Endpoint(msgspec.Struct, Generic[Request, Reply], frozen=True):
 
 
 HOST = Endpoint("GET", "/v1/host", api.Empty, api.HostStatus, Role.VIEWER, "The host as it sees itself")
+ADVICE = Endpoint(
+    "GET", "/v1/advice", api.Empty, api.Advice, Role.VIEWER, "Which transport suits the host, and what is set wrongly"
+)
 SETTINGS = Endpoint("GET", "/v1/settings", api.Empty, api.SettingsPage, Role.VIEWER, "The settings page")
 CHANGE_SETTINGS = Endpoint(
     "PATCH", "/v1/settings", api.SettingsChange, api.SettingsPage, Role.OPERATOR, "Change settings, all or none"

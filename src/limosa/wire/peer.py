@@ -11,6 +11,7 @@
                      <-  InLine         (any number, while no slot is free)
                      <-  Prepared
                                         (guest memory flows from QEMU to QEMU)
+    Announce         ->                 (no answer) let the stream use these addresses of yours, if it can
     TakeOver         ->                 continue the guest
                      <-  Running        as soon as it runs
                      <-  Adopted        when it is durable that the VM belongs here
@@ -37,6 +38,7 @@ from limosa.model.facts import DestinationFacts
 from limosa.model.migration import Fault
 from limosa.model.vm import Accelerator, VmConfig
 
+Address = Annotated[str, Meta(max_length=64)]
 Pem = Annotated[str, Meta(max_length=8192)]
 Base64 = Annotated[str, Meta(max_length=8 * 1024 * 1024)]
 
@@ -97,6 +99,10 @@ class Prepare(Message, tag="prepare", frozen=True):
     post_copy: bool
     #: whether the guest is to run here, or was paused and stays so
     running: bool
+    #: addresses of the destination the source has chosen, best first; none: the destination chooses
+    addresses: Annotated[tuple[Address, ...], Meta(max_length=256)] = ()
+    #: networks the source has an address in that may carry moves, for addresses that appear later
+    networks: Annotated[tuple[Address, ...], Meta(max_length=4096)] = ()
     #: small files of the VM's own that the destination must have bit by bit (the cloud-init seed), by name
     files: dict[Name, Base64] = {}
 
@@ -116,6 +122,12 @@ class Prepared(Message, tag="prepared", frozen=True):
     address: str
     port: int
     token: Annotated[str, Meta(pattern=r"\A[0-9a-f]{32}\Z")]
+
+
+class Announce(Message, tag="announce", frozen=True):
+    """A NIC has appeared at the source that leads to these addresses of the destination. There is no answer."""
+
+    addresses: Annotated[tuple[Address, ...], Meta(max_length=64)]
 
 
 class TakeOver(Message, tag="take-over", frozen=True):
@@ -190,5 +202,5 @@ class Lost(Message, frozen=True, tag="lost"):
     fault: Fault
 
 
-FromSource = Hello | Inspect | Prepare | TakeOver | Abort | Attach
+FromSource = Hello | Inspect | Prepare | Announce | TakeOver | Abort | Attach
 FromDestination = Welcome | Facts | InLine | Prepared | Running | Adopted | Gone | Standing | Failed | Lost

@@ -1,0 +1,23 @@
+"""How commands print the way of a move."""
+
+from __future__ import annotations
+
+from limosa.cli.output import say
+from limosa.model.route import Path, Route
+from limosa.model.units import format_bytes
+
+
+def say_route(route: Route) -> None:
+    """The transport with its reason, then a line for each path."""
+    say(f"transport: {route.transport}" + (f" ({route.why})" if route.why else ""))
+    for path in route.paths:
+        say(f"  {_end(path.nic_here, path.here)} to {_end(path.nic_there, path.there)}{_figures(path)}")
+
+
+def _end(nic: str, address: str) -> str:
+    return " ".join(part for part in (nic, address) if part) or "as routed"
+
+
+def _figures(path: Path) -> str:
+    speed = f", {path.speed_mbit_per_s} Mbit/s" if path.speed_mbit_per_s else ""
+    return speed + (f", {format_bytes(path.sent_bytes)} sent" if path.sent_bytes else "")

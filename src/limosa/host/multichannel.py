@@ -1,0 +1,107 @@
+"""Multipath TCP on this host: what both ends of a move have the kernel do, and NICs that come and go meanwhile."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from pathlib import Path
+
+from limosa.errors import LimosaError
+from limosa.model.route import Route
+from limosa.network.changes import changes
+from limosa.transport import multichannel
+from limosa.transport.channel import Channel, Doorway
+from limosa.transport.choice import is_allowed
+from limosa.transport.endpoints import Endpoints, Hold, PathManager
+from limosa.transport.multichannel import MultichannelDoorway
+from limosa.wire.peer import Prepared
+
+_log = logging.getLogger(__name__)
+
+#: Gives this host's addresses on which a move may arrive, as they are now.
+Addresses = Callable[[], Awaitable[Sequence[str]]]
+
+
+class Multichannel:
+    """All multichannel moves of this host."""
+
+    def __init__(self, manager: PathManager, run: Path) -> None:
+        self.endpoints = Endpoints(manager, run / "mptcp.json")
+
+    async def connect(self, route: Route, prepared: Prepared) -> Channel:
+        """The source's end. Raises :class:`DestinationLost` and :class:`NetworkError`."""
+        hold = await self.endpoints.hold()
+        try:
+            return await multichannel.connect(
+                prepared.address, prepared.port, prepared.token, route.paths[0].here, hold.release
+            )
+        except BaseException:
+            hold.release()
+            raise
+
+    async def open_door(
+        self, chosen: Sequence[str], ports: tuple[int, int], permitted: Addresses, networks: Sequence[str]
+    ) -> Doorway:
+        """The destination's end, at the addresses the source has chosen. Raises :class:`NetworkError`.
+
+        An address that appears later is announced if it lies in one of ``networks``, which the source is on, or if
+        the source asks for it.
+        """
+        landing = _Landing(self.endpoints, await self.endpoints.hold(), permitted, networks)
+        try:
+            await landing.open(chosen, ports)
+        except BaseException:
+            landing.close()
+            raise
+        return landing.door
+
+
+class _Landing:
+    """The kernel's part of one door."""
+
+    door: MultichannelDoorway
+
+    def __init__(self, endpoints: Endpoints, hold: Hold, permitted: Addresses, networks: Sequence[str]) -> None:
+        self._endpoints = endpoints
+        self._hold = hold
+        self._permitted = permitted
+        self._networks = networks
+        self._follower: asyncio.Task[None] | None = None
+
+    async def open(self, chosen: Sequence[str], ports: tuple[int, int]) -> None:
+        """Listen, announce, and watch for further addresses."""
+        self.door = MultichannelDoorway(chosen, ports, self._announce_later, self.close)
+        try:
+            await self._announce(chosen)
+        except BaseException:
+            self.door.close()
+            raise
+        self._follower = asyncio.ensure_future(self._follow())
+
+    def close(self) -> None:
+        """Let go of everything."""
+        if self._follower is not None:
+            self._follower.cancel()
+        self._hold.release()
+
+    def _announce_later(self, addresses: Iterable[str]) -> None:
+        wanted = list(addresses)
+        self._endpoints.later(lambda: self._announce(wanted))
+
+    async def _announce(self, addresses: Iterable[str]) -> None:
+        permitted = await self._permitted()
+        wanted = [address for address in addresses if address in permitted and self.door.listen_on(address)]
+        await self._endpoints.announce(self._hold, wanted)
+
+    async def _follow(self) -> None:
+        """Announce addresses that appear. What was there before and was not chosen, was not chosen for a reason."""
+        known: set[str] | None = None
+        try:
+            async for _ in changes():
+                now = {address for address in await self._permitted() if is_allowed(address, self._networks)}
+                if known is not None and (appeared := sorted(now - known)):
+                    await self._announce(appeared)
+                known = now
+        except LimosaError as error:
+            _log.error("addresses that appear are not used: %s", error)

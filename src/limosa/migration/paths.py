@@ -1,0 +1,73 @@
+"""The paths a move really takes: asked of its connection, named by their NICs, and shown with what each has carried.
+
+Which NICs there are may change while the move runs. A NIC that appears here may lead to an address of the destination
+that was announced when nothing led there yet, so the destination is asked to announce it again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator, Iterable
+from dataclasses import replace
+
+import msgspec
+
+from limosa.errors import LimosaError
+from limosa.migration.peer import Peer
+from limosa.model.network import HostNetwork
+from limosa.model.route import Path, Route
+from limosa.transport.channel import Channel, Used
+from limosa.transport.choice import MOST_PATHS, Ends, direct_path
+
+
+class Paths:
+    """The paths of one move."""
+
+    def __init__(self, route: Route, ends: Ends, channel: Channel) -> None:
+        self._route = route
+        self._ends = ends
+        self._channel = channel
+
+    def look(self) -> Route:
+        """The route as it is now; what has carried nothing yet is in it as it was chosen."""
+        paths = {(path.here, path.there): path for path in self._route.paths}
+        used = self._channel.used()
+        routed = [pair for pair in paths if not pair[0] and used]
+        for one in used:
+            paths[one.here, one.there] = self._path(one, paths.get((one.here, one.there)))
+        for pair in routed:
+            del paths[pair]  # by now it is known which address of ours it was
+        self._route = msgspec.structs.replace(self._route, paths=tuple(paths.values()))
+        return self._route
+
+    def _path(self, used: Used, known: Path | None) -> Path:
+        if known is None:
+            direct = direct_path(self._ends.here, self._ends.there, used.there)
+            known = direct if direct is not None and direct.here == used.here else self._named(used)
+        return msgspec.structs.replace(known, sent_bytes=used.sent_bytes)
+
+    def _named(self, used: Used) -> Path:
+        near, far = self._ends.here.nic_of(used.here), self._ends.there.nic_of(used.there)
+        names = [nic.name if nic is not None else "" for nic in (near, far)]
+        return Path(here=used.here, there=used.there, nic_here=names[0], nic_there=names[1])
+
+    async def follow(self, networks: AsyncIterator[HostNetwork], peer: Peer) -> None:
+        """Have NICs used that appear here, until cancelled."""
+        if self._route.transport != "multichannel":
+            return
+        known = self._possible()
+        async for network in networks:
+            self._ends = replace(self._ends, here=network)
+            now = self._possible()
+            alive = {used.there for used in self._channel.used() if used.alive}
+            if appeared := [address for here, address in now - known if address not in alive]:
+                with contextlib.suppress(LimosaError):  # the move itself notices that the session is lost
+                    await peer.announce(appeared[:MOST_PATHS])
+            known = now
+
+    def _possible(self) -> set[tuple[str, str]]:
+        return set(_pairs(direct_path(self._ends.here, self._ends.there, one) for one in self._ends.offered))
+
+
+def _pairs(paths: Iterable[Path | None]) -> Iterable[tuple[str, str]]:
+    return ((path.here, path.there) for path in paths if path is not None)

@@ -1,0 +1,54 @@
+"""A host's network as far as moves are concerned: its NICs with their addresses and speeds, and what is allowed."""
+
+from __future__ import annotations
+
+from limosa.model.base import Model
+
+
+class NicAddress(Model, forbid_unknown_fields=False, frozen=True):
+    """An address of a NIC, with the length of its network's prefix in bits."""
+
+    address: str
+    prefix: int
+
+
+class HostNic(Model, forbid_unknown_fields=False, frozen=True):
+    """A network interface of a host, real or virtual.
+
+    ``kind`` is ``physical``, ``loopback``, or Linux's word for a virtual one: ``bond``, ``team``, ``bridge``, ``vlan``,
+    ``veth``, ``tun``. A team's ``master`` is the interface it is a member of.
+    """
+
+    name: str
+    #: the kernel's number, which stays when the name changes
+    index: int
+    kind: str
+    #: set up by the administrator
+    up: bool
+    #: and has a link
+    carrier: bool
+    mtu: int
+    #: what it says of itself, or what it is shaped to if that is less; null if it says nothing
+    speed_mbit_per_s: int | None = None
+    addresses: tuple[NicAddress, ...] = ()
+    master: str = ""
+    members: tuple[str, ...] = ()
+    #: of a bond, in the kernel's words: ``802.3ad``, ``layer2``
+    bond_mode: str = ""
+    hash_policy: str = ""
+    #: the RDMA device on it
+    rdma: str = ""
+
+
+class HostNetwork(Model, forbid_unknown_fields=False, frozen=True):
+    """What one host brings to the choice of a way to another."""
+
+    nics: tuple[HostNic, ...] = ()
+    #: the kernel has Multipath TCP and it is switched on
+    mptcp: bool = False
+    #: its setting ``migration_networks``
+    allowed: tuple[str, ...] = ()
+
+    def nic_of(self, address: str) -> HostNic | None:
+        """The NIC that has an address."""
+        return next((nic for nic in self.nics if any(own.address == address for own in nic.addresses)), None)

@@ -1,0 +1,30 @@
+"""The way a move takes: which transport, over which NICs, and why."""
+
+from __future__ import annotations
+
+from limosa.model.base import Model
+
+
+class Path(Model, forbid_unknown_fields=False, frozen=True):
+    """From an address of the source to one of the destination, and the NICs that have them.
+
+    ``here`` and ``nic_here`` are empty where the source's routing decides.
+    """
+
+    here: str
+    there: str
+    nic_here: str = ""
+    nic_there: str = ""
+    #: the slower NIC's, null if one of them does not say
+    speed_mbit_per_s: int | None = None
+    #: payload the destination has acknowledged; what another path had to send again counts on both
+    sent_bytes: int = 0
+
+
+class Route(Model, forbid_unknown_fields=False, frozen=True):
+    """What was chosen for a move. ``paths`` are best first, and empty if nothing leads there."""
+
+    transport: str
+    paths: tuple[Path, ...] = ()
+    #: in words
+    why: str = ""

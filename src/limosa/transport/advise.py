@@ -1,0 +1,157 @@
+"""What is worth saying about a host's network before it matters: facts in, findings out; pure.
+
+``advise`` looks at one host by itself, as ``limosa host advise`` shows it; ``between`` at both ends of a route, for
+preflight. ``docs/errors.md`` lists the codes.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from collections import defaultdict
+from collections.abc import Iterator
+
+import msgspec
+
+from limosa.model.finding import Finding, Severity
+from limosa.model.network import HostNetwork, HostNic
+from limosa.model.route import Route
+from limosa.transport.choice import Ends, choose, is_allowed
+
+#: Below it a page that a guest waits for in post-copy comes noticeably late behind those that are sent anyway.
+POST_COPY_MBIT_PER_S = 1000
+#: Modes of a bond that spread connections by a hash.
+HASHING = ("balance-xor", "802.3ad")
+
+
+def advise(name: str, network: HostNetwork, *, post_copy: bool) -> tuple[Route, tuple[Finding, ...]]:
+    """The transport that suits moves to a host alike, with its reason, and what is set wrongly here."""
+    rules = (
+        _networks(network),
+        _links(network),
+        _multipath(network),
+        _same_network(network),
+        *(_team(network, nic) for nic in network.nics),
+        _slow(network) if post_copy else iter(()),
+    )
+    return _suits(name, network), tuple(finding for rule in rules for finding in rule)
+
+
+def between(ends: Ends, route: Route) -> tuple[Finding, ...]:
+    """What is wrong with the paths of a route; none of it keeps a move from succeeding."""
+    return tuple(finding for path in route.paths for finding in _mtus(ends, path.here, path.there))
+
+
+def _suits(name: str, network: HostNetwork) -> Route:
+    """The choice for a move to another host with the same NICs, each on the same network as ours."""
+    twin = msgspec.structs.replace(network, nics=tuple(_twin(nic) for nic in network.nics if nic.kind != "loopback"))
+    offered = [own.address for nic in twin.nics for own in nic.addresses if is_allowed(own.address, network.allowed)]
+    route = choose(Ends(name, "another", network, twin, offered), "auto")
+    return msgspec.structs.replace(route, paths=())
+
+
+def _twin(nic: HostNic) -> HostNic:
+    addresses = (msgspec.structs.replace(own, address=_neighbour(own.address)) for own in nic.addresses)
+    return msgspec.structs.replace(nic, addresses=tuple(addresses))
+
+
+def _neighbour(address: str) -> str:
+    parsed = ipaddress.ip_address(address)
+    return str(type(parsed)(int(parsed) ^ 1))
+
+
+def _usable(network: HostNetwork) -> Iterator[tuple[HostNic, str]]:
+    """NICs that may carry moves, each with the networks its allowed addresses are in."""
+    for nic in network.nics:
+        for own in nic.addresses:
+            parsed = ipaddress.ip_address(own.address)
+            local = parsed.is_loopback or parsed.is_link_local
+            if nic.carrier and not local and is_allowed(own.address, network.allowed):
+                yield nic, str(ipaddress.ip_network(f"{own.address}/{own.prefix}", strict=False))
+
+
+def _networks(network: HostNetwork) -> Iterator[Finding]:
+    own = [address.address for nic in network.nics for address in nic.addresses]
+    for allowed in network.allowed:
+        if not any(is_allowed(address, (allowed,)) for address in own):
+            yield _warning(
+                "network-without-address",
+                f"'migration_networks' allows {allowed}, in which this host has no address",
+                "give a NIC an address there, or take the network out of the setting",
+            )
+
+
+def _links(network: HostNetwork) -> Iterator[Finding]:
+    for nic in network.nics:
+        if nic.up and not nic.carrier and nic.kind != "bridge" and (nic.addresses or nic.master):
+            yield _warning("no-link", f"{nic.name} is up and has no link", "see its cable and the port of its switch")
+
+
+def _multipath(network: HostNetwork) -> Iterator[Finding]:
+    networks = {where: nic.name for nic, where in _usable(network)}
+    if len(set(networks.values())) > 1 and not network.mptcp:
+        yield _warning(
+            "multipath-off",
+            f"this host has NICs on {len(networks)} networks, but Multipath TCP is off in its kernel",
+            "sysctl net.mptcp.enabled=1",
+        )
+
+
+def _same_network(network: HostNetwork) -> Iterator[Finding]:
+    names: defaultdict[str, dict[str, None]] = defaultdict(dict)
+    for nic, where in _usable(network):
+        names[where][nic.name] = None
+    for where, nics in names.items():
+        if len(nics) > 1:
+            yield _warning(
+                "nics-on-one-network",
+                f"{' and '.join(nics)} are all on {where}: the kernel sends through one of them only",
+                "put each on a network of its own, bond them, or set up policy routing",
+            )
+
+
+def _team(network: HostNetwork, nic: HostNic) -> Iterator[Finding]:
+    """Bonds and teams that spread nothing, or spread it wrongly."""
+    if nic.bond_mode in HASHING and nic.hash_policy == "layer2":
+        yield _warning(
+            "bond-hashes-by-host",
+            f"{nic.name} chooses the member by hardware address (layer2): all that goes to one host takes one member",
+            f"ip link set {nic.name} type bond xmit_hash_policy layer3+4",
+        )
+    if nic.bond_mode == "balance-rr":
+        yield _warning(
+            "bond-reorders",
+            f"{nic.name} sends packets in turn (balance-rr): they arrive out of order, and TCP sends many again",
+            "use 802.3ad with layer3+4, or separate networks and multichannel",
+        )
+    rdma = [one.name for one in network.nics if one.name in nic.members and one.rdma]
+    if rdma and nic.kind in ("bond", "team"):
+        yield _warning(
+            "team-of-rdma",
+            f"{nic.name} is made of NICs with RDMA devices ({', '.join(rdma)}), which RDMA does not go through",
+            f"take them out of {nic.name} and give each a network of its own",
+        )
+
+
+def _slow(network: HostNetwork) -> Iterator[Finding]:
+    fastest = max((nic.speed_mbit_per_s or 0 for nic, _ in _usable(network)), default=0)
+    if 0 < fastest < POST_COPY_MBIT_PER_S:
+        yield _warning(
+            "slow-for-post-copy",
+            f"post-copy is allowed, but the fastest NIC has {fastest} Mbit/s: the guest would often wait for memory",
+            "limosa host settings convergence.post_copy off",
+        )
+
+
+def _mtus(ends: Ends, here: str, there: str) -> Iterator[Finding]:
+    near, far = ends.here.nic_of(here), ends.there.nic_of(there)
+    if near is not None and far is not None and near.mtu != far.mtu:
+        yield _warning(
+            "mtu-differs",
+            f"{near.name} on host '{ends.source}' has an MTU of {near.mtu}, {far.name} on host '{ends.destination}' "
+            f"of {far.mtu}",
+            "set the same on both ends and on the switches between",
+        )
+
+
+def _warning(code: str, what: str, todo: str) -> Finding:
+    return Finding(code=code, severity=Severity.WARNING, what=what, todo=todo)

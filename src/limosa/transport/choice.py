@@ -1,0 +1,173 @@
+"""Which transport a move takes, over which NICs, and why: facts of both hosts in, a route out; pure.
+
+A *path* leads from a NIC here to the NIC there that is on the same network, and counts only if both hosts allow that
+network. Several NICs of a host on one network are one path: the kernel sends everything for a network through one of
+them, unless an administrator has set up policy routing.
+
+What guides ``auto``: more NICs are faster as long as the NICs are what a move waits for. One stream of QEMU's fills a
+NIC of some gigabits by itself; beyond that the processor is the limit, and then plain TCP, which costs less of it, is
+the faster one (measured on links without a limit: 006-transports).
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+
+from limosa.model.network import HostNetwork, HostNic
+from limosa.model.route import Path, Route
+
+#: A NIC of this speed is not what one stream waits for.
+FAST_MBIT_PER_S = 10_000
+#: Several NICs have to be this much faster than the fastest alone.
+WORTH = 1.1
+#: The kernel adds eight further connections to the first.
+MOST_PATHS = 9
+
+
+@dataclass(frozen=True)
+class Ends:
+    """Both hosts of a move. ``offered`` are the destination's addresses for guest memory, in its order."""
+
+    source: str
+    destination: str
+    here: HostNetwork
+    there: HostNetwork
+    offered: Sequence[str]
+
+
+def choose(ends: Ends, asked: str, blocked: Collection[str] = ()) -> Route:
+    """The route for ``asked`` (``auto``, ``tcp``, ``multichannel``).
+
+    ``blocked`` are addresses of the destination to which no connection can be made. The route has no path if no
+    address is left.
+    """
+    single, several = _single(ends, blocked), _several(ends, blocked)
+    if not single:
+        return Route(transport="tcp", why=f"nothing leads to host '{ends.destination}'")
+    reason = _against(ends, several) if asked == "multichannel" else ""
+    if asked == "auto":
+        reason = _against(ends, several) or _not_worth(several)
+    if asked == "tcp" or reason:
+        words = reason or "it was asked for"
+        return Route(transport="tcp", paths=single[:1], why=_except(words, blocked))
+    total = sum(path.speed_mbit_per_s or 0 for path in several)
+    gain = f"{len(several)} NICs together have {total} Mbit/s" if asked == "auto" else "it was asked for"
+    return Route(transport="multichannel", paths=several, why=_except(gain, blocked))
+
+
+def _against(ends: Ends, several: Sequence[Path]) -> str:
+    """What makes Multipath TCP impossible, in words; empty if nothing does."""
+    if not several:
+        return f"no NIC here is on a network of host '{ends.destination}'"
+    off = [name for name, side in ((ends.source, ends.here), (ends.destination, ends.there)) if not side.mptcp]
+    hosts = " and ".join(f"host '{name}'" for name in off)
+    return f"Multipath TCP is off on {hosts}" if off else ""
+
+
+def _not_worth(several: Sequence[Path]) -> str:
+    """Why one NIC is as good as all of them, in words; empty if it is not."""
+    if len(several) == 1:
+        return f"{several[0].nic_here} is the only NIC that leads there"
+    speeds = [path.speed_mbit_per_s for path in several if path.speed_mbit_per_s]
+    if len(speeds) < len(several):
+        silent = next(path for path in several if not path.speed_mbit_per_s)
+        return f"the speed of {silent.nic_here} is not known"
+    if max(speeds) >= FAST_MBIT_PER_S:
+        return f"one stream does not fill a NIC of {max(speeds)} Mbit/s"
+    if sum(speeds) < WORTH * max(speeds):
+        return "the other NICs would add less than a tenth"
+    return ""
+
+
+def _except(words: str, blocked: Collection[str]) -> str:
+    return f"{words}; no connection to {', '.join(sorted(blocked))}" if blocked else words
+
+
+def _single(ends: Ends, blocked: Collection[str]) -> tuple[Path, ...]:
+    """Where one stream may go, best first: over a common network, else wherever the source's routing leads."""
+    direct = tuple(_direct(ends, blocked))
+    return direct or tuple(_routed(ends, address) for address in ends.offered if address not in blocked)
+
+
+def _several(ends: Ends, blocked: Collection[str]) -> tuple[Path, ...]:
+    """One path for each network, each with NICs of its own, all of the best one's IP version."""
+    chosen: list[Path] = []
+    for path in _direct(ends, blocked):
+        taken = any(path.nic_here == one.nic_here or path.nic_there == one.nic_there for one in chosen)
+        if not taken and (not chosen or _version(path.there) == _version(chosen[0].there)):
+            chosen.append(path)
+    return tuple(chosen[:MOST_PATHS])
+
+
+def _direct(ends: Ends, blocked: Collection[str]) -> list[Path]:
+    """All paths over common networks: in the order of the destination's networks, the faster ones first in each."""
+    found = [
+        path
+        for address in ends.offered
+        if address not in blocked and (path := direct_path(ends.here, ends.there, address)) is not None
+    ]
+    order = {path.there: place for place, path in enumerate(found)}
+
+    def rank(path: Path) -> tuple[int, int, int]:
+        return _preference(path.there, ends.there.allowed), -(path.speed_mbit_per_s or 0), order[path.there]
+
+    return sorted(found, key=rank)
+
+
+def direct_path(here: HostNetwork, there: HostNetwork, address: str) -> Path | None:
+    """The path to an address of the other host from the fastest NIC here that is on its network; None if none is."""
+    far = there.nic_of(address)
+    if far is None or not far.carrier or not is_allowed(address, here.allowed):
+        return None
+    paths = [_path(near, own, far, address) for near, own in _neighbours(here, address)]
+    return max(paths, key=lambda path: path.speed_mbit_per_s or 0, default=None)
+
+
+def _neighbours(here: HostNetwork, address: str) -> Iterator[tuple[HostNic, str]]:
+    """NICs here that are on the network of an address, each with its own address there."""
+    for nic in here.nics:
+        for own in nic.addresses:
+            network = ipaddress.ip_network(f"{own.address}/{own.prefix}", strict=False)
+            usable = nic.carrier and own.address != address and is_allowed(own.address, here.allowed)
+            if usable and ipaddress.ip_address(address) in network:
+                yield nic, own.address
+
+
+def _path(near: HostNic, own: str, far: HostNic, address: str) -> Path:
+    speeds = near.speed_mbit_per_s, far.speed_mbit_per_s
+    slower = None if None in speeds else min(speed for speed in speeds if speed is not None)
+    return Path(here=own, there=address, nic_here=near.name, nic_there=far.name, speed_mbit_per_s=slower)
+
+
+def _routed(ends: Ends, address: str) -> Path:
+    far = ends.there.nic_of(address)
+    return Path(here="", there=address, nic_there=far.name if far is not None else "")
+
+
+def connected(network: HostNetwork) -> tuple[str, ...]:
+    """Networks that a host has an address in with which it may send or receive a move."""
+    found = {
+        str(ipaddress.ip_network(f"{own.address}/{own.prefix}", strict=False)): None
+        for nic in network.nics
+        for own in nic.addresses
+        if nic.kind != "loopback" and is_allowed(own.address, network.allowed)
+    }
+    return tuple(found)
+
+
+def is_allowed(address: str, networks: Sequence[str]) -> bool:
+    """Whether an address lies in one of these networks; any does if there are none."""
+    return not networks or _preference(address, networks) < len(networks)
+
+
+def _preference(address: str, networks: Sequence[str]) -> int:
+    """The place of the first network an address lies in; their number if in none."""
+    parsed = ipaddress.ip_address(address)
+    places = (place for place, network in enumerate(networks) if parsed in ipaddress.ip_network(network))
+    return next(places, len(networks))
+
+
+def _version(address: str) -> int:
+    return ipaddress.ip_address(address).version

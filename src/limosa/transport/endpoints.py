@@ -1,0 +1,233 @@
+"""What Limosa sets in the kernel's path manager while multichannel moves run, and how it is taken away again.
+
+The rules:
+
+- The first move raises the limits, the last one to end puts them back: never lower than they were, and only if nobody
+  has changed them meanwhile. They are raised to the most there is, because the kernel lets a connection that has
+  reached its limit never use a NIC that appears later.
+- An address is announced by the first move that needs it and withdrawn after the last. One that an administrator has
+  made an endpoint is used as it is and left alone.
+- The kernel itself notes each address from which it has connected to an announced one (an implicit endpoint). Those
+  that came while moves ran go with the last move.
+- What is about to be made is written down first, in the run folder. A daemon that was killed leaves that file, and the
+  next one takes away what it says; a restart of the machine takes away both.
+
+One thing is done after another, by a task of its own, so that whoever lets go does not have to wait.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import Counter
+from collections.abc import Callable, Coroutine, Iterable
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import msgspec
+
+from limosa.errors import LimosaError, StateError
+from limosa.model.base import Model
+from limosa.network.mptcp import FLAG_IMPLICIT, FLAG_SIGNAL, MOST, Endpoint, Limits
+
+_log = logging.getLogger(__name__)
+
+Answer = TypeVar("Answer")
+
+
+class PathManager(Protocol):
+    """What is used of :class:`limosa.network.mptcp.PathManager`."""
+
+    async def endpoints(self) -> tuple[Endpoint, ...]:
+        """All there are, whoever made them."""
+
+    async def announce(self, address: str) -> Endpoint:
+        """Make an endpoint that is announced to the other end of all connections."""
+
+    async def withdraw(self, endpoint: Endpoint) -> None:
+        """Remove an endpoint."""
+
+    async def limits(self) -> Limits:
+        """The limits in force."""
+
+    async def set_limits(self, limits: Limits) -> None:
+        """Set both limits."""
+
+
+class Record(Model, frozen=True):
+    """The file: which addresses were made endpoints, the limits before and after they were raised, and the implicit
+    endpoints there were before the first move. ``before`` is null while no move runs."""
+
+    endpoints: tuple[str, ...] = ()
+    before: tuple[int, int] | None = None
+    raised: tuple[int, int] | None = None
+    implicit: tuple[str, ...] = ()
+
+
+class Hold:
+    """One move's claim. Made by :meth:`Endpoints.hold`."""
+
+    def __init__(self, endpoints: Endpoints) -> None:
+        self.addresses: set[str] = set()
+        self._endpoints = endpoints
+        self.released = False
+
+    def release(self) -> None:
+        """Let go of everything, soon. May be repeated."""
+        if not self.released:
+            self.released = True
+            self._endpoints.let_go(self)
+
+
+class Endpoints:
+    """The endpoints and limits of this host that are Limosa's."""
+
+    def __init__(self, manager: PathManager, file: Path) -> None:
+        self._manager = manager
+        self._file = file
+        self._record = Record()
+        self._moves = 0
+        self._users: Counter[str] = Counter()
+        self._ours: dict[str, Endpoint] = {}
+        self._lock = asyncio.Lock()
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def clean(self) -> None:
+        """Take away what an earlier daemon left. Never raises: what cannot be done is logged."""
+        try:
+            left = msgspec.json.decode(self._file.read_bytes(), type=Record)
+        except FileNotFoundError:
+            return
+        except (OSError, msgspec.MsgspecError) as error:
+            _log.error("%s cannot be read: %s", self._file, error)
+            return
+        await self._undo(left)
+        self._forget()
+
+    async def hold(self, addresses: Iterable[str] = ()) -> Hold:
+        """Have the limits raised and ``addresses`` announced. Raises :class:`NetworkError`; nothing is kept then."""
+        hold = Hold(self)
+        self._moves += 1
+        try:
+            async with self._lock:
+                await self._begin()
+            await self.announce(hold, addresses)
+        except BaseException:
+            hold.release()
+            raise
+        return hold
+
+    async def announce(self, hold: Hold, addresses: Iterable[str]) -> None:
+        """Announce further addresses for a move, or again what it has announced. Raises :class:`NetworkError`.
+
+        The other end connects to an address when it hears of it. If no NIC of its led there at that time, hearing of
+        it again is what makes it try again.
+        """
+        async with self._lock:
+            if hold.released:
+                return
+            explicit = {one.address for one in await self._manager.endpoints() if not one.flags & FLAG_IMPLICIT}
+            foreign = explicit - self._ours.keys()
+            for address in addresses:
+                if address not in hold.addresses:
+                    hold.addresses.add(address)
+                    self._users[address] += 1
+                if address not in foreign:
+                    await self._announce(address)
+
+    def let_go(self, hold: Hold) -> None:
+        """See :meth:`Hold.release`."""
+        self._moves -= 1
+        self._users.subtract(hold.addresses)
+        self._spawn(_logged(self._take_away()))
+
+    async def idle(self) -> None:
+        """Return when everything that was let go of has been taken away."""
+        while self._tasks:
+            await asyncio.wait(self._tasks)
+
+    def later(self, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """Do something with endpoints that nobody waits for; failures are logged."""
+        self._spawn(_logged(work()))
+
+    async def _begin(self) -> None:
+        if self._record.before is not None:
+            return
+        before = await self._manager.limits()
+        raised = before.raised_to(Limits(MOST, MOST))
+        self._write(
+            before=(before.subflows, before.accepted),
+            raised=(raised.subflows, raised.accepted),
+            implicit=tuple(one.address for one in await self._manager.endpoints() if one.flags & FLAG_IMPLICIT),
+        )
+        if raised != before:
+            await self._manager.set_limits(raised)
+
+    async def _announce(self, address: str) -> None:
+        if (old := self._ours.pop(address, None)) is not None:
+            await self._manager.withdraw(old)
+        if address not in self._record.endpoints:
+            self._write(endpoints=(*self._record.endpoints, address))
+        self._ours[address] = await self._manager.announce(address)
+
+    async def _take_away(self) -> None:
+        async with self._lock:
+            unused = [address for address in self._record.endpoints if self._users[address] <= 0]
+            kept = tuple(address for address in self._record.endpoints if address not in unused)
+            over = self._moves == 0
+            await self._undo(self._record if over else Record(endpoints=tuple(unused)))
+            for address in unused:
+                self._ours.pop(address, None)
+                del self._users[address]
+            if over:
+                self._record = Record()
+                self._forget()
+            elif unused:
+                self._write(endpoints=kept)
+
+    async def _undo(self, record: Record) -> None:
+        await _logged(self._withdraw(record))
+        await _logged(self._put_back(record))
+
+    async def _withdraw(self, record: Record) -> None:
+        for one in await self._manager.endpoints():
+            # With other flags it is not the one we made.
+            made = one.address in record.endpoints and one.flags == FLAG_SIGNAL
+            over = record.before is not None
+            if made or (over and one.flags & FLAG_IMPLICIT and one.address not in record.implicit):
+                await self._manager.withdraw(one)
+
+    async def _put_back(self, record: Record) -> None:
+        if record.before is None or record.raised is None or record.before == record.raised:
+            return
+        if await self._manager.limits() == Limits(*record.raised):
+            await self._manager.set_limits(Limits(*record.before))
+
+    def _write(self, **changes: Any) -> None:
+        """Replace the file; it need not outlive the machine. Raises :class:`StateError`."""
+        self._record = msgspec.structs.replace(self._record, **changes)
+        new = self._file.with_name(f".{self._file.name}.new")
+        try:
+            new.write_bytes(msgspec.json.encode(self._record))
+            new.replace(self._file)
+        except OSError as error:
+            raise StateError(f"cannot write {self._file}", why=error.strerror or str(error)) from error
+
+    def _forget(self) -> None:
+        try:
+            self._file.unlink(missing_ok=True)
+        except OSError as error:
+            _log.error("%s cannot be removed: %s", self._file, error)
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
+async def _logged(work: Coroutine[Any, Any, None]) -> None:
+    """Do what nobody could do anything about if it failed."""
+    try:
+        await work
+    except LimosaError as error:
+        _log.error("%s", error)

@@ -1,0 +1,181 @@
+"""Multipath TCP: one connection to QEMU, made of as many TCP connections as there are paths, by the kernel.
+
+The source calls the destination's first address as with TCP. The destination's kernel announces the further ones
+(``endpoints``) over that connection, and the source's kernel connects to each, from whichever NIC leads there. A path
+that dies costs its share of the speed; one that appears is announced and used.
+
+A kernel takes a further connection only where somebody listens, so the door stays open, on every address, as long as
+the move lasts. Such connections never come to us; who does is a stranger and is hung up on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import ipaddress
+import os
+import socket
+import struct
+from collections.abc import Callable, Iterable, Sequence
+
+from limosa.transport import tcp
+from limosa.transport.channel import Used
+
+IPPROTO_MPTCP = 262
+SOL_MPTCP = 284
+
+# From linux/mptcp.h: MPTCP_FULL_INFO fills a struct mptcp_full_info and the two arrays it points to.
+MPTCP_FULL_INFO = 4
+_HEAD = struct.Struct("=6I2Q")
+_HEAD_BYTES = 512  # with the struct mptcp_info that follows, and room for what later kernels add to that
+_TCP_INFO_BYTES = 256
+_SUBFLOW_BYTES = 264
+#: In a struct mptcp_subflow_info: the connection's number, and two sockaddr_storage.
+_LOCAL_AT, _PEER_AT = 8, 136
+_MOST_SUBFLOWS = 16
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+class MultichannelChannel(tcp.TcpChannel):
+    """The source's end. ``release`` is called once when it is closed."""
+
+    def __init__(self, connection: socket.socket, release: Callable[[], None]) -> None:
+        super().__init__(connection)
+        self._release = release
+        #: by the kernel's number of the connection: one that has died is not told any more
+        self._seen: dict[int, Used] = {}
+
+    def shorten(self) -> None:
+        """See :class:`limosa.transport.channel.Channel`: it does nothing.
+
+        What waits, waits in the connections this one is made of, where ``TCP_NOTSENT_LOWAT`` has no effect; and with it
+        Linux 6.18 sent some 2 MiB/s of a stream without TLS, since the writer was woken late.
+        """
+
+    def used(self) -> tuple[Used, ...]:
+        """See :class:`limosa.transport.channel.Channel`."""
+        try:
+            alive = subflows(self.socket)
+        except OSError:
+            # It is closed, or the two ends have agreed on plain TCP because something between them wanted that.
+            if not self._seen:
+                return super().used()
+            alive = {}
+        self._seen.update(alive)
+        sums: dict[tuple[str, str], Used] = {}
+        for number, one in self._seen.items():
+            ends = one.here, one.there
+            before = sums.get(ends, Used(*ends, 0, alive=False))
+            sums[ends] = Used(*ends, before.sent_bytes + one.sent_bytes, before.alive or number in alive)
+        return tuple(sums.values())
+
+    def close(self) -> None:
+        """See :class:`limosa.transport.channel.Channel`."""
+        if self.socket.fileno() != -1:
+            self._release()
+        super().close()
+
+
+class MultichannelDoorway(tcp.TcpDoorway):
+    """The destination's end: listeners of one port on several addresses.
+
+    ``announce`` is called with addresses the source has found a way to, ``release`` once when the door is closed.
+    Raises :class:`NetworkError` if every port of the range is taken.
+    """
+
+    def __init__(
+        self,
+        addresses: Sequence[str],
+        ports: tuple[int, int],
+        announce: Callable[[Iterable[str]], None],
+        release: Callable[[], None],
+    ) -> None:
+        super().__init__(addresses[0], ports, IPPROTO_MPTCP)
+        self._announce = announce
+        self._release = release
+        self._first, self._port = self.address, self.port  # a socket that is closed does not know them any more
+        self._further: dict[str, socket.socket] = {}
+        self._ushers: list[asyncio.Task[None]] = []
+        self._open = True
+        for address in addresses[1:]:
+            self.listen_on(address)
+
+    def announce(self, addresses: Iterable[str]) -> None:
+        """See :class:`limosa.transport.channel.Doorway`."""
+        if self._open:
+            self._announce(addresses)
+
+    def close(self) -> None:
+        """See :class:`limosa.transport.channel.Doorway`."""
+        if self._open:
+            self._open = False
+            self._release()
+        for usher in self._ushers:
+            usher.cancel()
+        for listener in self._further.values():
+            listener.close()
+        super().close()
+
+    def listen_on(self, address: str) -> bool:
+        """Let the source in at a further address too; false if that cannot be."""
+        if not self._open or address == self._first:
+            return False
+        if address in self._further:
+            return True
+        try:
+            listener = tcp.listen(address, self._port, IPPROTO_MPTCP)
+        except OSError:
+            return False  # the address has gone again, or another has the port there: one path less
+        self._further[address] = listener
+        self._ushers.append(asyncio.ensure_future(_turn_away(listener)))
+        return True
+
+    def _expect_nobody(self) -> None:
+        self._ushers.append(asyncio.ensure_future(_turn_away(self._listener)))
+
+
+async def _turn_away(listener: socket.socket) -> None:
+    """Hang up on whoever comes: a queue full of strangers would keep the kernel from taking further connections."""
+    loop = asyncio.get_running_loop()
+    with contextlib.suppress(OSError):  # the listener was closed
+        while True:
+            caller, _ = await loop.sock_accept(listener)
+            caller.close()
+
+
+async def connect(address: str, port: int, token: str, source: str, release: Callable[[], None]) -> MultichannelChannel:
+    """Call a destination, from ``source`` if that is given. Raises :class:`DestinationLost`."""
+    return MultichannelChannel(await tcp.call(address, port, token, source, IPPROTO_MPTCP), release)
+
+
+def subflows(connection: socket.socket) -> dict[int, Used]:
+    """What goes over each TCP connection this one is made of now. Raises ``OSError`` if it is made of none."""
+    head = ctypes.create_string_buffer(_HEAD_BYTES)
+    flows = ctypes.create_string_buffer(_MOST_SUBFLOWS * _SUBFLOW_BYTES)
+    infos = ctypes.create_string_buffer(_MOST_SUBFLOWS * _TCP_INFO_BYTES)
+    arrays = ctypes.addressof(flows), ctypes.addressof(infos)
+    _HEAD.pack_into(head, 0, 0, _TCP_INFO_BYTES, 0, _SUBFLOW_BYTES, 0, _MOST_SUBFLOWS, *arrays)
+    size = ctypes.c_uint32(_HEAD_BYTES)
+    if _libc.getsockopt(connection.fileno(), SOL_MPTCP, MPTCP_FULL_INFO, head, ctypes.byref(size)) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+    count = min(_HEAD.unpack_from(head)[4], _MOST_SUBFLOWS)
+    found = {}
+    for place in range(count):
+        flow = flows.raw[place * _SUBFLOW_BYTES :][:_SUBFLOW_BYTES]
+        info = infos.raw[place * _TCP_INFO_BYTES :][:_TCP_INFO_BYTES]
+        (number,) = struct.unpack_from("=I", flow)
+        here, there = _address(flow[_LOCAL_AT:]), _address(flow[_PEER_AT:])
+        found[number] = Used(here, there, tcp.acknowledged_in(info))
+    return found
+
+
+def _address(sockaddr: bytes) -> str:
+    """The address in a ``struct sockaddr``; IPv4 also where it lies in an IPv6 one."""
+    (family,) = struct.unpack_from("=H", sockaddr)
+    if family == socket.AF_INET:
+        return str(ipaddress.IPv4Address(sockaddr[4:8]))
+    address = ipaddress.IPv6Address(sockaddr[8:24])
+    return str(address.ipv4_mapped or address)

@@ -1,0 +1,241 @@
+"""Moves over several NICs at once: what each carries, and what happens when NICs are cut, come, or change their names.
+
+Everything is judged by the bytes each path has carried, which the kernel counts, never by time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import signal
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from pyroute2 import IPRoute
+
+from harness.commands import limosa
+from harness.hosts import tiny, wait_until
+from harness.labs import LabHost, plug, running_lab
+from harness.steering import follow, settings
+from limosa.lab import daemons, namespaces
+from limosa.model.migration import Migration, Outcome
+from limosa.model.vm import VmState
+from limosa.network.mptcp import FLAG_SIGNAL, Endpoint, Limits, PathManager
+from limosa.wire import api, endpoints
+
+pytestmark = [pytest.mark.qemu, pytest.mark.lab]
+
+MIB = 1024 * 1024
+#: Slow enough to be interfered with; named empty pages alone are 18 MB of a 4 GiB guest.
+SLOW_MBIT_PER_S = 40
+BIG_MIB = 4096
+#: What a path must have carried to be called used: more than chance and retransmissions.
+USED_BYTES = 1 * MIB
+
+
+@pytest.fixture(scope="module")
+def lab() -> Iterator[list[LabHost]]:
+    with running_lab(2, nics=2, speed_mbit_per_s=(SLOW_MBIT_PER_S, SLOW_MBIT_PER_S)) as hosts:
+        yield hosts
+
+
+@pytest.fixture
+def hosts(lab: list[LabHost]) -> Iterator[list[LabHost]]:
+    yield lab
+    for host in lab:
+        host.clean()
+
+
+def big(host: LabHost) -> None:
+    """A VM that takes seconds to move, without a guest that would have to boot."""
+    host.create(api.NewVm(name="vm", memory_mib=BIG_MIB, accelerator="tcg"))
+
+
+def begin(hosts: list[LabHost], transport: str = "multichannel") -> str:
+    first, second = hosts
+    options = api.MoveOptions(transport=transport)  # type: ignore[arg-type]
+    return first.client.call(endpoints.MOVE, api.MoveRequest(vm="vm", destination=second.name, options=options)).id
+
+
+def carried(migration: Migration) -> dict[str, int]:
+    """Bytes by the source's NIC."""
+    assert migration.route is not None
+    return {path.nic_here: path.sent_bytes for path in migration.route.paths}
+
+
+def has_sent(count: int) -> Callable[[Migration], bool]:
+    return lambda view: view.route is not None and sum(carried(view).values()) > count
+
+
+def arrived(hosts: list[LabHost], migration: str) -> Migration:
+    """How the move ended: with the VM on the second host, and nothing set in either kernel any more."""
+    ended = hosts[0].outcome(migration)
+    assert ended.outcome is Outcome.COMPLETED, ended.fault
+    view = hosts[1].vm("vm")
+    assert view is not None
+    assert view.state is VmState.RUNNING
+    wait_until(lambda: all(is_clean(host) for host in hosts), "nothing is left in the kernels")
+    return ended
+
+
+def kernel(host: LabHost) -> tuple[tuple[Endpoint, ...], Limits]:
+    """What is set in the host's path manager."""
+
+    async def look() -> tuple[tuple[Endpoint, ...], Limits]:
+        manager = PathManager()
+        return await manager.endpoints(), await manager.limits()
+
+    return namespaces.inside(host.namespace, lambda: asyncio.run(look()))
+
+
+def reaches(host: LabHost, address: str) -> bool:
+    """Whether packets go to an address and back; nobody listens there."""
+
+    def knock() -> bool:
+        with socket.socket() as caller:
+            caller.settimeout(1)
+            return caller.connect_ex((address, 1)) == errno.ECONNREFUSED
+
+    return namespaces.inside(host.namespace, knock)
+
+
+def is_clean(host: LabHost) -> bool:
+    return kernel(host) == ((), Limits(2, 0)) and not (host.run / "mptcp.json").exists()
+
+
+def in_host(host: LabHost, work: Callable[[IPRoute, int], None], nic: str) -> None:
+    """Do something to a NIC of a host, inside it."""
+
+    def enter() -> None:
+        with IPRoute() as netlink:
+            work(netlink, netlink.link("get", ifname=nic)[0]["index"])
+
+    namespaces.inside(host.namespace, enter)
+
+
+def test_both_nics_carry_the_move_and_nothing_is_left(hosts: list[LabHost]) -> None:
+    big(hosts[0])
+    checked = limosa(hosts[0], "check", "vm", "--to", "host2")
+    assert "transport: multichannel (2 NICs together have 80 Mbit/s)" in checked.out
+    ended = arrived(hosts, begin(hosts, "auto"))
+    used = carried(ended)
+    assert ended.transport == "multichannel"
+    assert min(used.values()) > 0.35 * sum(used.values()), used
+    assert sum(used.values()) >= ended.progress.transferred_bytes
+    shown = limosa(hosts[0], "migration", "show", ended.id).out
+    assert "mig1 10.79.0.11 to mig1 10.79.0.12, 40 Mbit/s, " in shown
+
+
+@pytest.mark.parametrize("side", ["source", pytest.param("destination", marks=pytest.mark.long)])
+@pytest.mark.parametrize("nic", ["mig0", pytest.param("mig1", marks=pytest.mark.long)])
+def test_a_nic_that_is_cut_costs_speed_and_not_the_move(hosts: list[LabHost], side: str, nic: str) -> None:
+    cut = hosts[0] if side == "source" else hosts[1]
+    big(hosts[0])
+    migration = begin(hosts)
+    follow(hosts[0], migration, has_sent(2 * USED_BYTES))
+    plug(cut, nic, in_=False)
+    try:
+        ended = arrived(hosts, migration)
+    finally:
+        plug(cut, nic, in_=True)
+        there = hosts[1].lab.migration_addresses("host2")[int(nic[-1])]
+        wait_until(lambda: reaches(hosts[0], there), "the cable is in again")
+    other = {"mig0": "mig1", "mig1": "mig0"}[nic]
+    assert carried(ended)[other] > 2 * carried(ended)[nic]
+
+
+@pytest.mark.parametrize("side", ["source", "destination"])
+def test_a_nic_that_appears_in_mid_move_is_used(hosts: list[LabHost], side: str) -> None:
+    host = hosts[0] if side == "source" else hosts[1]
+    address = {"address": host.lab.migration_addresses(host.name)[1], "prefixlen": 24}
+    big(hosts[0])
+    in_host(host, lambda netlink, index: netlink.addr("del", index=index, **address), "mig1")
+    migration = begin(hosts)
+    try:
+        view = follow(hosts[0], migration, has_sent(USED_BYTES))
+        assert "mig1" not in carried(view)
+    finally:
+        in_host(host, lambda netlink, index: netlink.addr("add", index=index, **address), "mig1")
+    assert carried(arrived(hosts, migration))["mig1"] > USED_BYTES
+
+
+def test_a_nic_that_is_renamed_in_mid_move_goes_on(hosts: list[LabHost]) -> None:
+    big(hosts[0])
+    migration = begin(hosts)
+    follow(hosts[0], migration, has_sent(USED_BYTES))
+    in_host(hosts[0], lambda netlink, index: netlink.link("set", index=index, ifname="other"), "mig1")
+    try:
+        used = carried(arrived(hosts, migration))
+    finally:
+        in_host(hosts[0], lambda netlink, index: netlink.link("set", index=index, ifname="mig1"), "other")
+    assert min(used.values()) > 0.35 * sum(used.values()), used
+
+
+def test_without_multipath_tcp_at_the_destination_it_is_tcp_and_says_so(hosts: list[LabHost]) -> None:
+    switch = Path("/proc/sys/net/mptcp/enabled")
+    hosts[0].create(tiny("vm"))
+    namespaces.inside(hosts[1].namespace, lambda: switch.write_text("0"))
+    try:
+        ended = arrived(hosts, begin(hosts))
+    finally:
+        namespaces.inside(hosts[1].namespace, lambda: switch.write_text("1"))
+    assert ended.transport == "tcp"
+    assert ended.route is not None
+    assert ended.route.why == "Multipath TCP is off on host 'host2'"
+
+
+def test_what_an_administrator_set_is_used_and_stays(hosts: list[LabHost]) -> None:
+    theirs = hosts[1].lab.migration_addresses("host2")[1]
+
+    async def set_up() -> None:
+        await PathManager().announce(theirs)
+        await PathManager().set_limits(Limits(8, 3))
+
+    async def take_away() -> None:
+        for one in await PathManager().endpoints():
+            await PathManager().withdraw(one)
+        await PathManager().set_limits(Limits(2, 0))
+
+    big(hosts[0])
+    namespaces.inside(hosts[1].namespace, lambda: asyncio.run(set_up()))
+    try:
+        before = kernel(hosts[1])
+        ended = hosts[0].outcome(begin(hosts))
+        wait_until(lambda: not (hosts[1].run / "mptcp.json").exists(), "the move has let go")
+        assert kernel(hosts[1]) == before
+        assert [(one.address, one.flags) for one in before[0]] == [(theirs, FLAG_SIGNAL)]
+    finally:
+        namespaces.inside(hosts[1].namespace, lambda: asyncio.run(take_away()))
+    assert carried(ended)["mig1"] > USED_BYTES
+
+
+@pytest.mark.parametrize("side", ["source", "destination"])
+def test_a_daemon_that_is_killed_leaves_nothing_for_long(hosts: list[LabHost], side: str) -> None:
+    host = hosts[0] if side == "source" else hosts[1]
+    big(hosts[0])
+    with settings(hosts[0], {"bandwidth_mbit_per_s": 8}):
+        migration = begin(hosts)
+        follow(hosts[0], migration, has_sent(USED_BYTES // 4))
+        assert not is_clean(host)
+        pid = daemons.pid_of(host.lab, host.name)
+        assert pid is not None
+        os.kill(pid, signal.SIGKILL)
+        wait_until(lambda: daemons.pid_of(host.lab, host.name) is None, "the daemon is dead")
+        host.start()
+    wait_until(lambda: all(is_clean(one) for one in hosts), "nothing is left in the kernels")
+    wait_until(lambda: running(hosts) == ["host1"], "the VM stays")
+
+
+def running(hosts: list[LabHost]) -> list[str]:
+    views = {host.name: host.vm("vm") for host in hosts}
+    return [name for name, view in views.items() if view is not None and view.state is VmState.RUNNING]
+
+
+def test_networks_that_are_not_allowed_carry_nothing(hosts: list[LabHost]) -> None:
+    big(hosts[0])
+    with settings(hosts[0], {"migration_networks": list(hosts[0].lab.migration_networks[:1])}):
+        ended = arrived(hosts, begin(hosts))
+    assert set(carried(ended)) == {"mig0"}

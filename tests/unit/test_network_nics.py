@@ -1,0 +1,85 @@
+"""What NICs a host has, from the kernel's answers, also of kinds this machine lacks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pyroute2.netlink.rtnl.ifaddrmsg import ifaddrmsg
+from pyroute2.netlink.rtnl.ifinfmsg import ifinfmsg
+
+from limosa.model.network import HostNic, NicAddress
+from limosa.network.nics import IFA_F_TENTATIVE, Answers, describe, rdma_devices
+
+
+def parsed(kind: type[Any], **fields: Any) -> Any:
+    """A message as the kernel would send it: made, encoded, and decoded again."""
+    made = kind()
+    for name, value in fields.items():
+        made[name] = value
+    made.encode()
+    message = kind(made.data)
+    message.decode()
+    return message
+
+
+def link(index: int, name: str, *, kind: str = "", data: Any = None, flags: int = 1, **more: Any) -> Any:
+    attributes: list[Any] = [("IFLA_IFNAME", name), ("IFLA_MTU", 1500)]
+    attributes += [(f"IFLA_{key.upper()}", value) for key, value in more.items()]
+    if kind:
+        info: list[Any] = [("IFLA_INFO_KIND", kind)]
+        attributes.append(("IFLA_LINKINFO", {"attrs": info + ([("IFLA_INFO_DATA", data)] if data else [])}))
+    return parsed(ifinfmsg, index=index, flags=flags, attrs=attributes)
+
+
+def address(index: int, text: str, flags: int = 0) -> Any:
+    attributes = [("IFA_LOCAL", text), ("IFA_ADDRESS", text)]
+    return parsed(ifaddrmsg, family=2, prefixlen=24, index=index, flags=flags, attrs=attributes)
+
+
+def one(nics: tuple[HostNic, ...], name: str) -> HostNic:
+    return next(nic for nic in nics if nic.name == name)
+
+
+@pytest.mark.parametrize(
+    ("mode", "policy", "words"), [(4, 1, ("802.3ad", "layer3+4")), (0, 0, ("balance-rr", "layer2")), (99, 99, ("", ""))]
+)
+def test_a_bond_has_mode_policy_and_members(mode: int, policy: int, words: tuple[str, str]) -> None:
+    data = {"attrs": [("IFLA_BOND_MODE", mode), ("IFLA_BOND_XMIT_HASH_POLICY", policy)]}
+    links = [link(2, "eth0", master=4), link(3, "eth1", master=4), link(4, "bond0", kind="bond", data=data)]
+    nics = describe(Answers(links, [address(4, "10.0.0.1")], speeds={"bond0": 20_000}))
+    bond = one(nics, "bond0")
+    assert (bond.kind, bond.bond_mode, bond.hash_policy) == ("bond", *words)
+    assert bond.members == ("eth0", "eth1")
+    assert bond.addresses == (NicAddress(address="10.0.0.1", prefix=24),)
+    assert bond.speed_mbit_per_s == 20_000
+    assert [one(nics, name).master for name in bond.members] == ["bond0", "bond0"]
+    assert one(nics, "eth0").kind == "physical"
+
+
+def test_a_team_is_told_from_a_bond() -> None:
+    team = one(describe(Answers([link(2, "eth0", master=3), link(3, "team0", kind="team")])), "team0")
+    assert (team.kind, team.members, team.bond_mode) == ("team", ("eth0",), "")
+
+
+def test_down_and_unplugged_are_told_apart() -> None:
+    links = [link(2, "up"), link(3, "unplugged", carrier=0), link(4, "down", flags=0, carrier=0)]
+    nics = describe(Answers(links))
+    assert [(nic.up, nic.carrier) for nic in nics] == [(True, True), (True, False), (False, False)]
+
+
+def test_an_address_that_cannot_be_used_yet_is_none() -> None:
+    (nic,) = describe(Answers([link(2, "eth0")], [address(2, "10.0.0.1", IFA_F_TENTATIVE), address(2, "10.0.0.2")]))
+    assert [own.address for own in nic.addresses] == ["10.0.0.2"]
+
+
+def test_rdma_devices_are_known_by_their_nics(tmp_path: Path) -> None:
+    entries = tmp_path / "mlx5_0" / "ports" / "1" / "gid_attrs" / "ndevs"
+    entries.mkdir(parents=True)
+    (entries / "0").write_text("eth0\n")
+    (entries / "1").mkdir()  # cannot be read, as an empty entry of the kernel's
+    assert rdma_devices(tmp_path) == {"eth0": "mlx5_0"}
+    assert rdma_devices(tmp_path / "none") == {}
+    (nic,) = describe(Answers([link(2, "eth0")], rdma={"eth0": "mlx5_0"}))
+    assert nic.rdma == "mlx5_0"

@@ -1,0 +1,80 @@
+"""What is said about a host's network: each thing that is set wrongly has its finding, and a good host has none."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import pytest
+
+from limosa.model.network import HostNetwork, HostNic, NicAddress
+from limosa.transport.advise import advise, between
+from limosa.transport.choice import Ends, choose
+
+
+def nic(name: str, *addresses: str, **more: Any) -> HostNic:
+    own = tuple(NicAddress(address=address, prefix=24) for address in addresses)
+    values = {"index": 2, "kind": "physical", "up": True, "carrier": True, "mtu": 1500, "speed_mbit_per_s": 1000}
+    return HostNic(name=name, addresses=own, **{**values, **more})
+
+
+LO = nic("lo", "127.0.0.1", kind="loopback", speed_mbit_per_s=None)
+ONE, TWO = nic("eth0", "10.0.1.1"), nic("eth1", "10.0.2.1")
+GOOD = HostNetwork(nics=(LO, ONE, TWO), mptcp=True, allowed=("10.0.1.0/24", "10.0.2.0/24"))
+
+
+def bond(mode: str, policy: str, kind: str = "bond") -> tuple[HostNic, ...]:
+    members = (nic("eth0", master="bond0"), nic("eth1", master="bond0", rdma="mlx5_0"))
+    made = nic("bond0", "10.0.1.1", kind=kind, bond_mode=mode, hash_policy=policy, members=("eth0", "eth1"))
+    return (*members, made)
+
+
+def codes(*, post_copy: bool = False, **changes: Any) -> set[str]:
+    _, findings = advise("host1", msgspec.structs.replace(GOOD, **changes), post_copy=post_copy)
+    assert all(finding.todo for finding in findings)
+    return {finding.code for finding in findings}
+
+
+def test_a_good_host_is_told_nothing_but_its_transport() -> None:
+    route, findings = advise("host1", GOOD, post_copy=True)
+    assert (route.transport, findings) == ("multichannel", ())
+    assert route.why == "2 NICs together have 2000 Mbit/s"
+
+
+@pytest.mark.parametrize(
+    ("changes", "code"),
+    [
+        ({"mptcp": False}, "multipath-off"),
+        ({"nics": (LO, ONE, nic("eth1", "10.0.1.2"))}, "nics-on-one-network"),
+        ({"allowed": ("10.0.1.0/24", "10.9.0.0/24")}, "network-without-address"),
+        ({"nics": (ONE, nic("eth1", "10.0.2.1", carrier=False))}, "no-link"),
+        ({"nics": bond("802.3ad", "layer2")}, "bond-hashes-by-host"),
+        ({"nics": bond("balance-rr", "layer2")}, "bond-reorders"),
+        ({"nics": bond("", "", kind="team")}, "team-of-rdma"),
+        ({"nics": (nic("eth0", "10.0.1.1", speed_mbit_per_s=100),), "post_copy": True}, "slow-for-post-copy"),
+    ],
+)
+def test_each_fault_has_its_finding(changes: dict[str, Any], code: str) -> None:
+    assert code in codes(**changes)
+
+
+def test_what_is_no_fault_has_none() -> None:
+    assert codes(nics=bond("802.3ad", "layer3+4"), allowed=()) == {"team-of-rdma"}
+    assert codes(nics=(ONE,), mptcp=False, allowed=()) == set()
+    assert codes(nics=(nic("eth0", "10.0.1.1", speed_mbit_per_s=100),), allowed=()) == set()
+    # A second address of a NIC is no second NIC, and a NIC that may carry nothing is not looked at.
+    assert codes(nics=(nic("eth0", "10.0.1.1", "10.0.1.2"),), allowed=()) == set()
+    assert codes(nics=(ONE, nic("eth1", "10.0.1.2")), allowed=("10.0.1.1/32",)) == set()
+
+
+def test_a_host_with_nothing_to_go_by_still_gets_an_answer() -> None:
+    route, findings = advise("host1", HostNetwork(), post_copy=True)
+    assert (route.transport, route.why, findings) == ("tcp", "nothing leads to host 'another'", ())
+
+
+def test_different_mtus_at_the_two_ends_are_found() -> None:
+    far = HostNetwork(nics=(nic("eth0", "10.0.1.2", mtu=9000), nic("eth1", "10.0.2.2")), mptcp=True)
+    ends = Ends("host1", "host2", GOOD, far, ["10.0.1.2", "10.0.2.2"])
+    (finding,) = between(ends, choose(ends, "multichannel"))
+    assert finding.code == "mtu-differs"
+    assert "9000" in finding.what

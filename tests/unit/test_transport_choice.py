@@ -1,0 +1,149 @@
+"""Which transport and which NICs a move takes: a pure function of both hosts' facts, with its reason in words."""
+
+from __future__ import annotations
+
+import ipaddress
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from limosa.model.network import HostNetwork, HostNic, NicAddress
+from limosa.model.route import Route
+from limosa.transport.choice import Ends, choose
+
+NETWORKS = ("10.78.0.0/24", "10.79.0.0/24", "10.80.0.0/24")
+
+
+def nic(number: int, host: int, speed: int | None = 1000, *, carrier: bool = True, network: int = -1) -> HostNic:
+    second = 78 + (number if network < 0 else network)
+    own = NicAddress(address=f"10.{second}.0.{host}", prefix=24)
+    return HostNic(
+        name=f"mig{number}",
+        index=number + 2,
+        kind="physical",
+        up=True,
+        carrier=carrier,
+        mtu=1500,
+        speed_mbit_per_s=speed,
+        addresses=(own,),
+    )
+
+
+def ends(
+    here: list[HostNic], there: list[HostNic], *, mptcp: tuple[bool, bool] = (True, True), allowed: bool = True
+) -> Ends:
+    networks = NETWORKS if allowed else ()
+    near = HostNetwork(nics=tuple(here), mptcp=mptcp[0], allowed=networks)
+    far = HostNetwork(nics=tuple(there), mptcp=mptcp[1], allowed=networks)
+    return Ends("host1", "host2", near, far, [own.address for one in there for own in one.addresses])
+
+
+def pair(*speeds: int | None) -> Ends:
+    return ends([nic(i, 1, s) for i, s in enumerate(speeds)], [nic(i, 2, s) for i, s in enumerate(speeds)])
+
+
+def nics(route: Route) -> list[str]:
+    return [path.nic_here for path in route.paths]
+
+
+@pytest.mark.parametrize(
+    ("speeds", "transport", "words"),
+    [
+        ((1000,), "tcp", "only NIC"),
+        ((500, 500), "multichannel", "2 NICs together have 1000 Mbit/s"),
+        ((500, 100), "multichannel", "600 Mbit/s"),
+        ((1000, 50), "tcp", "less than a tenth"),
+        ((10_000, 10_000), "tcp", "does not fill"),
+        ((1000, None), "tcp", "speed of mig1 is not known"),
+        ((100, 200, 300), "multichannel", "3 NICs together"),
+    ],
+)
+def test_auto_takes_all_nics_where_that_is_faster(speeds: tuple[int | None, ...], transport: str, words: str) -> None:
+    route = choose(pair(*speeds), "auto")
+    assert (route.transport, words in route.why) == (transport, True), route.why
+
+
+def test_without_multipath_tcp_on_one_side_it_is_tcp_and_says_so() -> None:
+    here, there = [nic(0, 1), nic(1, 1)], [nic(0, 2), nic(1, 2)]
+    for asked in ("auto", "multichannel"):
+        route = choose(ends(here, there, mptcp=(True, False)), asked)
+        assert (route.transport, route.why) == ("tcp", "Multipath TCP is off on host 'host2'")
+    assert "'host1' and host 'host2'" in choose(ends(here, there, mptcp=(False, False)), "multichannel").why
+
+
+def test_the_first_network_wins_over_the_faster_nic_but_the_faster_nic_within_one() -> None:
+    assert nics(choose(pair(100, 1000), "tcp")) == ["mig0"]
+    far = [nic(0, 2, 100, network=0), nic(1, 3, 1000, network=0)]
+    route = choose(ends([nic(0, 1, 1000)], far), "tcp")
+    assert route.paths[0].there == "10.78.0.3"
+    free = ends([nic(0, 1, 100), nic(1, 1, 1000)], [nic(0, 2, 100), nic(1, 2, 1000)], allowed=False)
+    assert nics(choose(free, "tcp")) == ["mig1"]
+
+
+def test_nics_on_one_network_are_one_path() -> None:
+    here = [nic(0, 1, network=0), nic(1, 11, network=0)]
+    there = [nic(0, 2, network=0), nic(1, 12, network=0)]
+    assert len(choose(ends(here, there), "multichannel").paths) == 1
+
+
+def test_what_is_blocked_or_unplugged_is_no_path() -> None:
+    route = choose(pair(500, 500), "auto", blocked={"10.79.0.2"})
+    assert (route.transport, nics(route)) == ("tcp", ["mig0"])
+    assert route.why.endswith("no connection to 10.79.0.2")
+    unplugged = ends([nic(0, 1), nic(1, 1, carrier=False)], [nic(0, 2), nic(1, 2)])
+    assert nics(choose(unplugged, "multichannel")) == ["mig0"]
+    assert choose(pair(500, 500), "auto", blocked={"10.78.0.2", "10.79.0.2"}).paths == ()
+
+
+def test_hosts_without_a_common_network_are_routed() -> None:
+    route = choose(ends([nic(0, 1)], [nic(1, 2)]), "auto")
+    assert (route.transport, route.paths[0].here, route.paths[0].there) == ("tcp", "", "10.79.0.2")
+
+
+@st.composite
+def hosts(draw: st.DrawFn, number: int) -> list[HostNic]:
+    count = draw(st.integers(0, 4))
+    return [
+        nic(
+            place,
+            10 * number + place,
+            draw(st.none() | st.sampled_from([10, 100, 1000, 25_000])),
+            carrier=draw(st.booleans()),
+            network=draw(st.integers(0, 3)),
+        )
+        for place in range(count)
+    ]
+
+
+@given(
+    hosts(1),
+    hosts(2),
+    st.tuples(st.booleans(), st.booleans()),
+    st.booleans(),
+    st.sampled_from(["auto", "tcp", "multichannel"]),
+    st.data(),
+)
+def test_whatever_the_hosts_have_the_route_is_allowed_open_and_its_own(
+    here: list[HostNic],
+    there: list[HostNic],
+    mptcp: tuple[bool, bool],
+    allowed: bool,
+    asked: str,
+    data: st.DataObject,
+) -> None:
+    both = ends(here, there, mptcp=mptcp, allowed=allowed)
+    blocked = data.draw(st.sets(st.sampled_from(both.offered))) if both.offered else set()
+    route = choose(both, asked, blocked)
+    assert route.why
+    assert route.transport in (("tcp",) if asked == "tcp" or not all(mptcp) else ("tcp", "multichannel"))
+    assert bool(route.paths) == bool(set(both.offered) - blocked)
+    assert len(route.paths) <= 1 or route.transport == "multichannel"
+    assert not blocked & {path.there for path in route.paths}
+    for ends_of in ("here", "there", "nic_here", "nic_there"):
+        values = [getattr(path, ends_of) for path in route.paths]
+        assert len(values) == len(set(values))
+    for path in route.paths:
+        if allowed and path.here:
+            for address in (path.here, path.there):
+                assert any(ipaddress.ip_address(address) in ipaddress.ip_network(one) for one in NETWORKS)

@@ -1,0 +1,168 @@
+"""Multipath TCP with the kernel's own path manager, both ends in one network namespace: what goes over which path, and
+that strangers and addresses that were not announced have no part in it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+from collections.abc import Awaitable, Callable
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+import uvloop
+from pyroute2 import IPRoute
+
+from limosa.host.multichannel import Multichannel
+from limosa.lab import namespaces
+from limosa.model.route import Path as RoutePath
+from limosa.model.route import Route
+from limosa.network.changes import changes
+from limosa.network.mptcp import Limits, PathManager
+from limosa.transport.channel import Channel, Doorway
+from limosa.wire.peer import Prepared
+
+pytestmark = pytest.mark.lab
+
+OURS, THEIRS, LATER = "10.78.0.1", ("10.78.0.2", "10.79.0.2"), "10.80.0.2"
+PORTS = (49152, 49160)
+ROUTE = Route(transport="multichannel", paths=(RoutePath(here=OURS, there=THEIRS[0]),))
+CHUNK = bytes(1024 * 1024)
+
+
+def play(scenario: Callable[[], Awaitable[None]]) -> None:
+    """In a namespace whose loopback interface stands for the NICs of both, in a loop as the daemon's."""
+
+    def inside() -> None:
+        with IPRoute() as netlink:
+            netlink.link("set", index=1, state="up")
+            for address in (OURS, *THEIRS):
+                netlink.addr("add", index=1, address=address, prefixlen=24)
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(asyncio.wait_for(scenario(), 20))
+
+    name = f"limosa-mptcp-{os.getpid()}"
+    namespaces.create(name)
+    try:
+        namespaces.inside(name, inside)
+    finally:
+        namespaces.remove(name)
+
+
+async def add_address(address: str) -> None:
+    def add() -> None:
+        with IPRoute() as netlink:
+            netlink.addr("add", index=1, address=address, prefixlen=24)
+
+    await asyncio.to_thread(add)
+
+
+class Ends:
+    """A connection with both its ends, and who made it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.multichannel = Multichannel(PathManager(), folder)
+        self.permitted = list(THEIRS)
+        self.channel: Channel
+        self.door: Doorway
+        self.stream: socket.socket
+
+    async def connect(self) -> None:
+        async def permitted() -> list[str]:
+            return self.permitted
+
+        self.door = await self.multichannel.open_door(THEIRS, PORTS, permitted, ())
+        accepting = asyncio.ensure_future(self.door.accept())
+        prepared = Prepared(address=self.door.address, port=self.door.port, token=self.door.token)
+        self.channel = await self.multichannel.connect(ROUTE, prepared)
+        self.stream = await accepting
+        self.channel.socket.setblocking(False)
+        self.stream.setblocking(False)
+
+    async def until_used(self, *addresses: str) -> None:
+        """Send until every address has got something."""
+        loop, buffer = asyncio.get_running_loop(), bytearray(len(CHUNK))
+
+        async def drain() -> None:
+            while await loop.sock_recv_into(self.stream, buffer):
+                pass
+
+        draining = asyncio.ensure_future(drain())
+        try:
+            while {used.there for used in self.channel.used() if used.sent_bytes > len(CHUNK)} != set(addresses):
+                await loop.sock_sendall(self.channel.socket, CHUNK)
+        finally:
+            draining.cancel()
+
+    async def close(self) -> None:
+        self.channel.close()
+        self.stream.close()
+        self.door.close()
+        self.door.close()
+        await self.multichannel.endpoints.idle()
+
+
+def test_all_announced_paths_are_used_and_nothing_is_left(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        ends = Ends(tmp_path)
+        await ends.connect()
+        await ends.until_used(*THEIRS)
+        before = ends.channel.used()
+        assert all(used.alive for used in before)
+        await ends.close()
+        assert [(used.there, used.alive) for used in ends.channel.used()] == [(one, False) for one in THEIRS]
+        manager = PathManager()
+        assert (await manager.endpoints(), await manager.limits()) == ((), Limits(2, 0))
+        assert list(tmp_path.iterdir()) == []
+
+    play(scenario)
+
+
+def test_an_address_that_appears_is_used_if_it_is_permitted(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        ends = Ends(tmp_path)
+        await ends.connect()
+        await ends.until_used(*THEIRS)
+        await add_address(LATER)
+        ends.door.announce([LATER])  # not permitted: the source may say what it likes
+        await ends.multichannel.endpoints.idle()
+        assert LATER not in {one.address for one in await PathManager().endpoints()}
+        ends.permitted.append(LATER)
+        ends.door.announce([LATER])
+        await ends.until_used(*THEIRS, LATER)
+        await ends.close()
+
+    play(scenario)
+
+
+def test_strangers_at_the_open_door_are_hung_up_on(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        ends = Ends(tmp_path)
+        await ends.connect()
+        loop = asyncio.get_running_loop()
+        for _ in range(20):  # more than the listener has places for
+            for address in THEIRS:
+                with closing(socket.socket()) as caller:
+                    caller.setblocking(False)
+                    await loop.sock_connect(caller, (address, ends.door.port))
+                    assert await loop.sock_recv(caller, 1) == b""
+        await ends.until_used(*THEIRS)
+        await ends.close()
+
+    play(scenario)
+
+
+def test_changes_of_the_network_are_heard_of(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        word = changes()
+        await anext(word)  # it watches now
+        await add_address(LATER)
+        await anext(word)
+        again = asyncio.ensure_future(anext(word))
+        done, _ = await asyncio.wait({again}, timeout=0.3)
+        assert not done, "one burst is one word"
+        again.cancel()
+        await asyncio.wait({again})
+
+    play(scenario)
