@@ -52,11 +52,11 @@ def nics(route: Route) -> list[str]:
     [
         ((1000,), "tcp", "only NIC"),
         ((500, 500), "multichannel", "2 NICs together have 1000 Mbit/s"),
-        ((500, 100), "multichannel", "600 Mbit/s"),
-        ((1000, 50), "tcp", "less than a tenth"),
+        ((500, 250), "multichannel", "750 Mbit/s"),
+        ((500, 100), "tcp", "more than 2 times slower"),
         ((10_000, 10_000), "tcp", "does not fill"),
         ((1000, None), "tcp", "speed of mig1 is not known"),
-        ((100, 200, 300), "multichannel", "3 NICs together"),
+        ((100, 200, 300), "multichannel", "2 NICs together have 500"),
     ],
 )
 def test_auto_takes_all_nics_where_that_is_faster(speeds: tuple[int | None, ...], transport: str, words: str) -> None:
