@@ -46,9 +46,9 @@ MigrationId = Annotated[str, Meta(pattern=r"\A[a-z0-9]{12}\Z", description="12 l
 
 
 def is_clean_path(path: str) -> bool:
-    """Whether an absolute path has no empty, ``.`` or ``..`` component (so that a prefix test on it is sound)."""
+    """Whether an absolute path has no NUL and no empty, ``.`` or ``..`` component (so a prefix test on it is sound)."""
     parts = path.split("/")[1:]
-    return path.startswith("/") and all(part not in ("", ".", "..") for part in parts)
+    return path.startswith("/") and "\0" not in path and all(part not in ("", ".", "..") for part in parts)
 
 
 def is_name(text: str) -> bool:
