@@ -29,9 +29,9 @@ def test_every_finding_has_its_row_and_no_row_is_left_over() -> None:
     trees = [ast.parse(inspect.getsource(module)) for module in (preflight, advise)]
     calls = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Call)]
     made = {
-        (call.args[0].value, call.func.id.removeprefix("_"))
+        (call.args[0].value, call.func.attr)
         for call in calls
-        if isinstance(call.func, ast.Name) and call.func.id in ("_error", "_warning")
+        if isinstance(call.func, ast.Attribute) and ast.unparse(call.func) in ("Finding.error", "Finding.warning")
         if isinstance(call.args[0], ast.Constant)
     }
     assert set(re.findall(r"^\| `([a-z0-9-]+)` \| (error|warning) \|", PAGE.read_text(), re.MULTILINE)) == made

@@ -41,50 +41,44 @@ def check(
     return tuple(sorted(found, key=lambda finding: finding.severity is not Severity.ERROR))
 
 
-def _error(code: str, what: str, todo: str) -> Finding:
-    return Finding(code=code, severity=Severity.ERROR, what=what, todo=todo)
-
-
-def _warning(code: str, what: str, todo: str) -> Finding:
-    return Finding(code=code, severity=Severity.WARNING, what=what, todo=todo)
-
-
 def _hosts(source: str, here: VmFacts, there: DestinationFacts) -> Iterator[Finding]:
     todo = "limosa --host {} host settings live_migration true"
     if source == there.host:
-        yield _error("same-host", f"the VM is on host '{source}' already", "choose another host")
+        yield Finding.error("same-host", f"the VM is on host '{source}' already", "choose another host")
     if not here.live_migration:
-        yield _error("migration-off", f"live migration is off on host '{source}'", todo.format(source))
+        yield Finding.error("migration-off", f"live migration is off on host '{source}'", todo.format(source))
     if not there.live_migration:
-        yield _error("migration-off", f"live migration is off on host '{there.host}'", todo.format(there.host))
+        yield Finding.error("migration-off", f"live migration is off on host '{there.host}'", todo.format(there.host))
     if not here.running:
-        yield _error("vm-not-running", "the VM does not run", "start it, or move its files while it is stopped")
+        yield Finding.error("vm-not-running", "the VM does not run", "start it, or move its files while it is stopped")
 
 
 def _programs(vm: VmConfig, here: VmFacts, there: DestinationFacts) -> Iterator[Finding]:
     for what, qemu in (("source", here.qemu), (f"host '{there.host}'", there.qemu)):
         if qemu < OLDEST_QEMU:
-            yield _error("qemu-too-old", f"QEMU {_version(qemu)} on {what} is too old", "upgrade to QEMU 7.2 or newer")
+            yield Finding.error(
+                "qemu-too-old", f"QEMU {_version(qemu)} on {what} is too old", "upgrade to QEMU 7.2 or newer"
+            )
         elif here.accelerator == "tcg" and qemu < OLDEST_EMULATING_QEMU:
-            yield _error(
+            yield Finding.error(
                 "emulation-unsafe",
                 f"QEMU {_version(qemu)} on {what} loses guest writes when a guest it emulates moves",
                 "upgrade to QEMU 9.0 or newer, or use hardware virtualisation",
             )
     if there.qemu[:2] < here.qemu[:2]:
-        yield _error(
+        yield Finding.error(
             "qemu-older",
             f"QEMU {_version(there.qemu)} on host '{there.host}' is older than {_version(here.qemu)} here",
             "moves go to the same or a newer QEMU; upgrade the destination",
         )
     if here.accelerator not in there.accelerators:
-        yield _error(
+        yield Finding.error(
             "accelerator-missing",
             f"the VM runs with {here.accelerator}, which host '{there.host}' does not offer",
             "choose a host with it; a running guest cannot change it",
         )
     if not there.machine_known:
-        yield _error(
+        yield Finding.error(
             "machine-unknown",
             f"host '{there.host}' does not know the machine type {vm.machine}",
             "upgrade QEMU there, or recreate the VM with an older machine type",
@@ -94,13 +88,13 @@ def _programs(vm: VmConfig, here: VmFacts, there: DestinationFacts) -> Iterator[
 
 def _processor(vm: VmConfig, there: DestinationFacts) -> Iterator[Finding]:
     if not there.cpu_known:
-        yield _error(
+        yield Finding.error(
             "cpu-unknown",
             f"host '{there.host}' does not know the CPU model {vm.cpu}",
             "use a portable model such as x86-64-v2",
         )
     elif there.cpu_missing:
-        yield _error(
+        yield Finding.error(
             "cpu-features-missing",
             f"host '{there.host}' lacks {', '.join(there.cpu_missing)} of the CPU model {vm.cpu}",
             "choose another host, or give the VM a more modest CPU model",
@@ -109,23 +103,27 @@ def _processor(vm: VmConfig, there: DestinationFacts) -> Iterator[Finding]:
 
 def _places(vm: VmConfig, there: DestinationFacts) -> Iterator[Finding]:
     for switch in there.switches_missing:
-        yield _error(
+        yield Finding.error(
             "switch-missing",
             f"host '{there.host}' has no virtual switch '{switch}'",
             f"create a bridge of that name there: ip link add {switch} type bridge",
         )
     if there.memory_available_mib < vm.memory_mib:
-        yield _error(
+        yield Finding.error(
             "memory-short",
             f"the VM needs {vm.memory_mib} MiB, host '{there.host}' has {there.memory_available_mib} MiB to give",
             "move another VM away from it first, or choose another host",
         )
     if there.name_taken:
-        yield _error("name-taken", f"host '{there.host}' has a VM named '{vm.name}'", "rename or delete one of them")
+        yield Finding.error(
+            "name-taken", f"host '{there.host}' has a VM named '{vm.name}'", "rename or delete one of them"
+        )
     if there.uuid_taken:
-        yield _error("uuid-taken", f"host '{there.host}' has a VM with UUID {vm.uuid}", "delete the copy")
+        yield Finding.error("uuid-taken", f"host '{there.host}' has a VM with UUID {vm.uuid}", "delete the copy")
     if vm.firmware == "uefi" and not there.firmware_available:
-        yield _error("firmware-missing", f"host '{there.host}' has no UEFI firmware", "install the package ovmf there")
+        yield Finding.error(
+            "firmware-missing", f"host '{there.host}' has no UEFI firmware", "install the package ovmf there"
+        )
 
 
 def _files(vm: VmConfig, here: VmFacts, there: DestinationFacts) -> Iterator[Finding]:
@@ -134,19 +132,19 @@ def _files(vm: VmConfig, here: VmFacts, there: DestinationFacts) -> Iterator[Fin
     writable = {disk.path for disk in vm.disks if not disk.read_only}
     for path in vm.host_files():
         if path not in theirs:
-            yield _error(
+            yield Finding.error(
                 "file-not-visible",
                 f"host '{there.host}' does not see {path}",
                 "put it on storage both hosts share, under the same path",
             )
         elif path not in ours or not same_file(ours[path], theirs[path]):
-            yield _error(
+            yield Finding.error(
                 "file-not-same",
                 f"{path} on host '{there.host}' is another file than here",
                 "mount the same storage on both, or name it alike in both hosts' setting 'locations'",
             )
         elif path in writable and not theirs[path].writable:
-            yield _error(
+            yield Finding.error(
                 "file-not-writable",
                 f"host '{there.host}' may not write {path}",
                 "give QEMU's user there the right to write it",
@@ -155,19 +153,19 @@ def _files(vm: VmConfig, here: VmFacts, there: DestinationFacts) -> Iterator[Fin
 
 def _network(there: DestinationFacts, reachable: bool) -> Iterator[Finding]:
     if not there.addresses:
-        yield _error(
+        yield Finding.error(
             "no-migration-network",
             f"host '{there.host}' has no address on a network that may carry moves",
             "see 'migration_networks' in 'limosa host settings' on both hosts",
         )
     elif there.trial_port == 0:
-        yield _error(
+        yield Finding.error(
             "ports-taken",
             f"every port of 'migration_ports' is taken on host '{there.host}'",
             "widen the range, or wait until other moves have ended",
         )
     elif not reachable:
-        yield _error(
+        yield Finding.error(
             "port-blocked",
             f"no connection to {there.addresses[0]} port {there.trial_port} of host '{there.host}'",
             "open 'migration_ports' of that host in the firewall between the two",
@@ -176,7 +174,7 @@ def _network(there: DestinationFacts, reachable: bool) -> Iterator[Finding]:
 
 def _post_copy(here: VmFacts, there: DestinationFacts) -> Iterator[Finding]:
     if here.post_copy and not there.post_copy_possible:
-        yield _warning(
+        yield Finding.warning(
             "post-copy-not-possible",
             f"post-copy is allowed, but host '{there.host}' cannot receive a VM by it; the move goes on without it",
             "let QEMU's user open /dev/userfaultfd there, see packaging/60-limosa-userfaultfd.rules",
@@ -186,7 +184,7 @@ def _post_copy(here: VmFacts, there: DestinationFacts) -> Iterator[Finding]:
 def _clock(there: DestinationFacts, skew_s: float) -> Iterator[Finding]:
     if abs(skew_s) > CLOCK_SKEW_S:
         direction = "ahead of" if skew_s > 0 else "behind"
-        yield _warning(
+        yield Finding.warning(
             "clock-skew",
             f"the clock of host '{there.host}' is {abs(skew_s):.0f} s {direction} this one's",
             "synchronise both with NTP: certificates and logs rely on it",
@@ -195,7 +193,7 @@ def _clock(there: DestinationFacts, skew_s: float) -> Iterator[Finding]:
 
 def _devices(vm: VmConfig) -> Iterator[Finding]:
     for device in vm.host_devices:
-        yield _error(
+        yield Finding.error(
             "local-device",
             f"the VM holds the host's {device.kind.upper()} device {device.address}",
             "detach it; a device of one host cannot move to another",

@@ -21,3 +21,13 @@ class Finding(Model, forbid_unknown_fields=False, frozen=True):
     severity: Severity
     what: str
     todo: str
+
+    @classmethod
+    def error(cls, code: str, what: str, todo: str) -> Finding:
+        """One that refuses the move."""
+        return cls(code=code, severity=Severity.ERROR, what=what, todo=todo)
+
+    @classmethod
+    def warning(cls, code: str, what: str, todo: str) -> Finding:
+        """One that lets the move go on."""
+        return cls(code=code, severity=Severity.WARNING, what=what, todo=todo)

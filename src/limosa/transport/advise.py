@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import msgspec
 
-from limosa.model.finding import Finding, Severity
+from limosa.model.finding import Finding
 from limosa.model.network import HostNetwork, HostNic
 from limosa.model.route import Route
 from limosa.transport.choice import Ends, choose, is_allowed
@@ -73,7 +73,7 @@ def _networks(network: HostNetwork) -> Iterator[Finding]:
     own = [address.address for nic in network.nics for address in nic.addresses]
     for allowed in network.allowed:
         if not any(is_allowed(address, (allowed,)) for address in own):
-            yield _warning(
+            yield Finding.warning(
                 "network-without-address",
                 f"'migration_networks' allows {allowed}, in which this host has no address",
                 "give a NIC an address there, or take the network out of the setting",
@@ -83,13 +83,15 @@ def _networks(network: HostNetwork) -> Iterator[Finding]:
 def _links(network: HostNetwork) -> Iterator[Finding]:
     for nic in network.nics:
         if nic.up and not nic.carrier and nic.kind != "bridge" and (nic.addresses or nic.master):
-            yield _warning("no-link", f"{nic.name} is up and has no link", "see its cable and the port of its switch")
+            yield Finding.warning(
+                "no-link", f"{nic.name} is up and has no link", "see its cable and the port of its switch"
+            )
 
 
 def _multipath(network: HostNetwork) -> Iterator[Finding]:
     networks = {where: nic.name for nic, where in _usable(network)}
     if len(set(networks.values())) > 1 and not network.mptcp:
-        yield _warning(
+        yield Finding.warning(
             "multipath-off",
             f"this host has NICs on {len(networks)} networks, but Multipath TCP is off in its kernel",
             "sysctl net.mptcp.enabled=1",
@@ -102,7 +104,7 @@ def _same_network(network: HostNetwork) -> Iterator[Finding]:
         names[where][nic.name] = None
     for where, nics in names.items():
         if len(nics) > 1:
-            yield _warning(
+            yield Finding.warning(
                 "nics-on-one-network",
                 f"{' and '.join(nics)} are all on {where}: the kernel sends through one of them only",
                 "put each on a network of its own, bond them, or set up policy routing",
@@ -112,20 +114,20 @@ def _same_network(network: HostNetwork) -> Iterator[Finding]:
 def _team(network: HostNetwork, nic: HostNic) -> Iterator[Finding]:
     """Bonds and teams that spread nothing, or spread it wrongly."""
     if nic.bond_mode in HASHING and nic.hash_policy == "layer2":
-        yield _warning(
+        yield Finding.warning(
             "bond-hashes-by-host",
             f"{nic.name} chooses the member by hardware address (layer2): all that goes to one host takes one member",
             f"ip link set {nic.name} type bond xmit_hash_policy layer3+4",
         )
     if nic.bond_mode == "balance-rr":
-        yield _warning(
+        yield Finding.warning(
             "bond-reorders",
             f"{nic.name} sends packets in turn (balance-rr): they arrive out of order, and TCP sends many again",
             "use 802.3ad with layer3+4, or separate networks and multichannel",
         )
     rdma = [one.name for one in network.nics if one.name in nic.members and one.rdma]
     if rdma and nic.kind in ("bond", "team"):
-        yield _warning(
+        yield Finding.warning(
             "team-of-rdma",
             f"{nic.name} is made of NICs with RDMA devices ({', '.join(rdma)}), which RDMA does not go through",
             f"take them out of {nic.name} and give each a network of its own",
@@ -135,7 +137,7 @@ def _team(network: HostNetwork, nic: HostNic) -> Iterator[Finding]:
 def _slow(network: HostNetwork) -> Iterator[Finding]:
     fastest = max((nic.speed_mbit_per_s or 0 for nic, _ in _usable(network)), default=0)
     if 0 < fastest < POST_COPY_MBIT_PER_S:
-        yield _warning(
+        yield Finding.warning(
             "slow-for-post-copy",
             f"post-copy is allowed, but the fastest NIC has {fastest} Mbit/s: the guest would often wait for memory",
             "limosa host settings convergence.post_copy off",
@@ -145,13 +147,9 @@ def _slow(network: HostNetwork) -> Iterator[Finding]:
 def _mtus(ends: Ends, here: str, there: str) -> Iterator[Finding]:
     near, far = ends.here.nic_of(here), ends.there.nic_of(there)
     if near is not None and far is not None and near.mtu != far.mtu:
-        yield _warning(
+        yield Finding.warning(
             "mtu-differs",
             f"{near.name} on host '{ends.source}' has an MTU of {near.mtu}, {far.name} on host '{ends.destination}' "
             f"of {far.mtu}",
             "set the same on both ends and on the switches between",
         )
-
-
-def _warning(code: str, what: str, todo: str) -> Finding:
-    return Finding(code=code, severity=Severity.WARNING, what=what, todo=todo)
