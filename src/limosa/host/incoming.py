@@ -30,8 +30,9 @@ from limosa.migration.destination import Destination
 from limosa.migration.journal import Header, Journal
 from limosa.migration.ownership import DESTINATION_ENDED, DestinationStep
 from limosa.model.facts import DestinationFacts
-from limosa.model.finding import Finding, Severity
+from limosa.model.finding import Finding
 from limosa.model.migration import Migration, Outcome, Phase, Progress, Side
+from limosa.network.addresses import stream_addresses
 from limosa.qemu.protocol import MachineProtocol
 from limosa.transport import tcp
 from limosa.transport.channel import Doorway
@@ -72,18 +73,18 @@ class Incoming:
 
         ``reached_at`` is the address of ours that the source called.
         """
-        addresses = await self._inspector.stream_addresses(reached_at)
+        network = await self._inspector.network()
+        addresses = stream_addresses(network, reached_at)
         port = await trial.enter_async_context(tcp.trial(addresses, self._page.now.migration_ports))
-        return await self._inspector.destination_facts(asked.vm, asked.accelerator, addresses, port)
+        return await self._inspector.destination_facts(asked.vm, asked.accelerator, network, addresses, port)
 
     def begin(self, request: Prepare, source: str, reached_at: str) -> Destination:
         """A landing for a VM, journalled but with nothing reserved yet."""
         if not self._page.now.live_migration:
-            finding = Finding(
-                code="migration-off",
-                severity=Severity.ERROR,
-                what=f"live migration is off on host '{self.host}'",
-                todo="limosa host settings live_migration true",
+            finding = Finding.error(
+                "migration-off",
+                f"live migration is off on host '{self.host}'",
+                "limosa host settings live_migration true",
             )
             raise PreflightRefused((finding,), vm=request.vm.name, host=self.host)
         header = Header(
@@ -206,7 +207,7 @@ class LandingHere:
 
     async def open_door(self, request: Prepare) -> Doorway:
         """See :class:`limosa.migration.destination.Landing`."""
-        offered = await self._inspector.stream_addresses(self._reached_at)
+        offered = await self._offered()
         chosen = [address for address in request.addresses or offered if address in offered]
         if not chosen:
             raise NetworkError(
@@ -215,11 +216,10 @@ class LandingHere:
         ports = self._page.now.migration_ports
         if request.transport != "multichannel":
             return tcp.TcpDoorway(chosen[0], ports)
+        return await self._multichannel.open_door(chosen, ports, self._offered, request.networks)
 
-        async def permitted() -> tuple[str, ...]:
-            return await self._inspector.stream_addresses(self._reached_at)
-
-        return await self._multichannel.open_door(chosen, ports, permitted, request.networks)
+    async def _offered(self) -> tuple[str, ...]:
+        return stream_addresses(await self._inspector.network(), self._reached_at)
 
     async def adopt(self, *, running: bool) -> None:
         """See :class:`limosa.migration.destination.Landing`."""

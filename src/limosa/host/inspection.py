@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from ipaddress import ip_address
 from pathlib import Path
 
 from limosa.host.memory import available_mib
@@ -14,7 +13,6 @@ from limosa.model.facts import DestinationFacts, FileIdentity, VmFacts
 from limosa.model.network import HostNetwork
 from limosa.model.vm import Accelerator, VmConfig, VmState
 from limosa.network import mptcp
-from limosa.network.addresses import migration_addresses, own_addresses, shareable
 from limosa.network.netlink import Netlink
 from limosa.network.nics import inventory
 from limosa.network.switches import switches
@@ -47,15 +45,6 @@ class Inspector:
         nics = await inventory(self._netlink)
         return HostNetwork(nics=nics, mptcp=mptcp.is_on(), allowed=self._page.now.migration_networks)
 
-    async def stream_addresses(self, reached_at: str) -> tuple[str, ...]:
-        """Our addresses that may carry guest memory, best first."""
-        network = await self.network()
-        own = own_addresses(network.nics)
-        best = migration_addresses(own, network.allowed, reached_at)
-        if network.allowed or ip_address(reached_at).is_loopback:
-            return best
-        return tuple(dict.fromkeys((*best, *shareable(own))))
-
     async def switches(self) -> tuple[str, ...]:
         """Names of our virtual switches."""
         return await switches(self._netlink)
@@ -79,10 +68,15 @@ class Inspector:
         )
 
     async def destination_facts(
-        self, vm: VmConfig, accelerator: Accelerator, addresses: tuple[str, ...], trial_port: int
+        self,
+        vm: VmConfig,
+        accelerator: Accelerator,
+        network: HostNetwork,
+        addresses: tuple[str, ...],
+        trial_port: int,
     ) -> DestinationFacts:
         """What the destination says about a VM that is to come."""
-        ours, network, files = await asyncio.gather(self.switches(), self.network(), self._files(vm))
+        ours, files = await asyncio.gather(self.switches(), self._files(vm))
         cpu_known, cpu_missing = self.capabilities.supports(vm.cpu, accelerator)
         return DestinationFacts(
             host=self._daemon.name,

@@ -8,12 +8,13 @@ import contextlib
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
+from limosa.background import Background
 from limosa.errors import Conflict, HostUnreachable, LimosaError, NotFound
 from limosa.host.files import Files
 from limosa.host.inspection import Inspector
@@ -80,7 +81,7 @@ class Outgoing:
         self._active: dict[str, SourceMove] = {}
         self._settling: dict[str, Settlement] = {}
         self._watchers: dict[str, set[asyncio.Queue[Migration]]] = {}
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._background = Background()
         page.on_change(self._on_page)
 
     # What clients ask
@@ -101,7 +102,7 @@ class Outgoing:
         except HostUnreachable as error:
             destination = request.destination
             todo = error.todo or "see the logs of both hosts"
-            findings = (Finding(code=error.code, severity=Severity.ERROR, what=str(error), todo=todo),)
+            findings = (Finding.error(error.code, str(error), todo),)
             route = None
         possible = all(finding.severity is not Severity.ERROR for finding in findings)
         return CheckReport(
@@ -206,7 +207,7 @@ class Outgoing:
         move = SourceMove(journal, machine, self._dialler(header.address), leaving, terms, report)
         self._active[header.migration] = move
         self._publish(report.now)
-        self._spawn(self._settle(move, None) if settle else self._conduct(move))
+        self._background.spawn(self._settle(move, None) if settle else self._conduct(move))
         return report.now
 
     async def _conduct(self, move: SourceMove) -> None:
@@ -256,7 +257,7 @@ class Outgoing:
     def _ended(self, move: SourceMove) -> None:
         if move.peer is not None:
             peer, move.peer = move.peer, None
-            self._spawn(peer.close())
+            self._background.spawn(peer.close())
         move.journal.close()
         self._active.pop(move.header.migration, None)
         if move.report.now.outcome is not Outcome.UNDER_WAY:
@@ -290,12 +291,7 @@ class Outgoing:
 
     def _on_page(self) -> None:
         self.slots.admit()
-        self._spawn(self._share_bandwidth())
-
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.ensure_future(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        self._background.spawn(self._share_bandwidth())
 
     async def _share_bandwidth(self) -> None:
         """Give each move its share of the cap. A machine that refuses is about to end anyway."""

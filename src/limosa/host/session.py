@@ -10,12 +10,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Coroutine
-from typing import Any
 
 import msgspec
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
+from limosa.background import Background
 from limosa.errors import Conflict, InvalidInput, LimosaError, NotPermitted
 from limosa.host.incoming import Incoming
 from limosa.migration.destination import Destination
@@ -42,7 +41,7 @@ class Session:
         self._greeted = False
         self._destination: Destination | None = None
         self._messages: asyncio.Queue[say.FromSource] = asyncio.Queue()
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._background = Background()
         #: the trial listener of the last Inspect, open until the next message
         self._trial = contextlib.AsyncExitStack()
 
@@ -72,8 +71,7 @@ class Session:
         return message
 
     async def _end(self) -> None:
-        for task in self._tasks:
-            task.cancel()
+        self._background.cancel()
         await self._trial.aclose()
         if self._destination is not None:
             try:
@@ -138,7 +136,7 @@ class Session:
             prepared = await self._destination.prepare(request, places.put_nowait)
         finally:
             teller.cancel()
-        self._spawn(self._tell_loss(self._destination))
+        self._background.spawn(self._tell_loss(self._destination))
         await self._send(prepared)
 
     async def _take_over(self) -> None:
@@ -181,11 +179,6 @@ class Session:
             await asyncio.shield(destination.lost)
         except LimosaError as error:
             await self._send(say.Lost(fault=error.fault()))
-
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.ensure_future(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
 
     async def _send(self, message: say.FromDestination) -> None:
         # The source may be gone by now; what it was to hear it will ask again.

@@ -11,10 +11,9 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import Coroutine
 from dataclasses import dataclass, field
-from typing import Any
 
+from limosa.background import Background
 from limosa.errors import Conflict, LimosaError, NotFound, OwnerUnknown, StateError, from_fault
 from limosa.host.files import Files
 from limosa.host.folders import Folders
@@ -67,7 +66,7 @@ class Vms:
         self._folders = Folders(files)
         #: why it is not known of every VM here whether it has left; empty if it is
         self.doubt = ""
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._background = Background()
 
     async def load(self) -> list[LimosaError]:
         """Read every ``vm.toml`` and take up the QEMUs that still run. Returns what could not be read or taken up."""
@@ -322,7 +321,7 @@ class Vms:
         hosted.ending = False
         hosted.reason = ""
         machine.on_event(lambda event: self._on_event(hosted, event))
-        self._spawn(self._until_gone(hosted, machine))
+        self._background.spawn(self._until_gone(hosted, machine))
 
     def _on_event(self, hosted: HostedVm, event: Event) -> None:
         if event.name == "SHUTDOWN":
@@ -397,8 +396,3 @@ class Vms:
                     vm=name,
                     host=self._host,
                 )
-
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.ensure_future(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)

@@ -6,7 +6,7 @@ import ipaddress
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from limosa.model.network import HostNic
+from limosa.model.network import HostNetwork, HostNic
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,18 @@ def own_addresses(nics: Iterable[HostNic]) -> tuple[HostAddress, ...]:
     return tuple(
         HostAddress(own.address, own.prefix, nic.name, nic.speed_mbit_per_s) for nic in nics for own in nic.addresses
     )
+
+
+def stream_addresses(network: HostNetwork, reached_at: str) -> tuple[str, ...]:
+    """This host's addresses that may carry guest memory, best first; ``reached_at``: where the other host reached it.
+
+    Without allowed networks these are all that another host may be able to reach, and ``reached_at`` is the best.
+    """
+    own = own_addresses(network.nics)
+    best = migration_addresses(own, network.allowed, reached_at)
+    if network.allowed or ipaddress.ip_address(reached_at).is_loopback:
+        return best
+    return tuple(dict.fromkeys((*best, *shareable(own))))
 
 
 def migration_addresses(

@@ -26,6 +26,7 @@ from typing import Any, Protocol, TypeVar
 
 import msgspec
 
+from limosa.background import Background
 from limosa.errors import LimosaError, StateError
 from limosa.model.base import Model
 from limosa.network.mptcp import FLAG_IMPLICIT, FLAG_SIGNAL, MOST, Endpoint, Limits
@@ -90,7 +91,7 @@ class Endpoints:
         self._users: Counter[str] = Counter()
         self._ours: dict[str, Endpoint] = {}
         self._lock = asyncio.Lock()
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._background = Background()
 
     async def clean(self) -> None:
         """Take away what an earlier daemon left. Never raises: what cannot be done is logged."""
@@ -139,16 +140,15 @@ class Endpoints:
         """See :meth:`Hold.release`."""
         self._moves -= 1
         self._users.subtract(hold.addresses)
-        self._spawn(_logged(self._take_away()))
+        self._background.spawn(_logged(self._take_away()))
 
     async def idle(self) -> None:
         """Return when everything that was let go of has been taken away."""
-        while self._tasks:
-            await asyncio.wait(self._tasks)
+        await self._background.idle()
 
     def later(self, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
         """Do something with endpoints that nobody waits for; failures are logged."""
-        self._spawn(_logged(work()))
+        self._background.spawn(_logged(work()))
 
     async def _begin(self) -> None:
         if self._record.before is not None:
@@ -218,11 +218,6 @@ class Endpoints:
             self._file.unlink(missing_ok=True)
         except OSError as error:
             _log.error("%s cannot be removed: %s", self._file, error)
-
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.ensure_future(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
 
 
 async def _logged(work: Coroutine[Any, Any, None]) -> None:

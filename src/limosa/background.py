@@ -1,0 +1,30 @@
+"""Work that goes on by itself: asyncio keeps only a weak reference to a task, so somebody has to hold it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from typing import Any
+
+
+class Background:
+    """Tasks that nobody awaits, held until they end."""
+
+    def __init__(self) -> None:
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        """Begin ``work`` as a task of its own."""
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def cancel(self) -> None:
+        """Cancel whatever has not ended."""
+        for task in self._tasks:
+            task.cancel()
+
+    async def idle(self) -> None:
+        """Return when nothing is left, also of what was begun meanwhile."""
+        while self._tasks:
+            await asyncio.wait(self._tasks)
