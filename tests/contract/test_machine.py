@@ -211,6 +211,16 @@ async def running_source(makers: Makers) -> MachineProtocol:
     return source
 
 
+async def in_its_middle(makers: Makers) -> tuple[MachineProtocol, MachineProtocol, Recorder]:
+    """Source and destination of a move that will take long yet, and the source's events."""
+    source = await running_source(makers)
+    destination, stream = await connected(makers, source, StreamParameters(bandwidth_bytes_per_s=SLOW))
+    here = Recorder(source)
+    await send(source, stream)
+    await here.until("migration active")
+    return source, destination, here
+
+
 def test_a_new_machine_waits_and_obeys(run: Run) -> None:
     async def scenario(makers: Makers) -> None:
         machine = await makers.source()
@@ -324,11 +334,7 @@ def test_a_destination_never_runs_by_itself(run: Run) -> None:
 
 def test_cancel_leaves_the_source_as_it_was_and_ends_the_destination(run: Run) -> None:
     async def scenario(makers: Makers) -> None:
-        source = await running_source(makers)
-        destination, stream = await connected(makers, source, StreamParameters(bandwidth_bytes_per_s=SLOW))
-        here = Recorder(source)
-        await send(source, stream)
-        await here.until("migration active")
+        source, destination, here = await in_its_middle(makers)
         with pytest.raises(QemuError):
             await source.migrate(makers.stream()[0])
         await source.cancel_migration()
@@ -345,11 +351,7 @@ def test_cancel_leaves_the_source_as_it_was_and_ends_the_destination(run: Run) -
 
 def test_a_lost_destination_leaves_the_source_as_it_was(run: Run) -> None:
     async def scenario(makers: Makers) -> None:
-        source = await running_source(makers)
-        destination, stream = await connected(makers, source, StreamParameters(bandwidth_bytes_per_s=SLOW))
-        here = Recorder(source)
-        await send(source, stream)
-        await here.until("migration active")
+        source, destination, here = await in_its_middle(makers)
         await destination.kill()
         await source.set_bandwidth(0)
         assert await here.ending() == "failed"
@@ -363,11 +365,7 @@ def test_a_lost_destination_leaves_the_source_as_it_was(run: Run) -> None:
 
 def test_a_destination_lost_during_the_switchover_lets_the_source_run(run: Run) -> None:
     async def scenario(makers: Makers) -> None:
-        source = await running_source(makers)
-        destination, stream = await connected(makers, source, StreamParameters(bandwidth_bytes_per_s=SLOW))
-        here = Recorder(source)
-        await send(source, stream)
-        await here.until("migration active")
+        source, destination, here = await in_its_middle(makers)
         makers.freeze(destination)
         await source.set_downtime_limit(2_000_000)
         await source.set_bandwidth(0)
@@ -383,11 +381,7 @@ def test_a_destination_lost_during_the_switchover_lets_the_source_run(run: Run) 
 
 def test_a_lost_source_ends_a_destination_without_the_whole_state(run: Run) -> None:
     async def scenario(makers: Makers) -> None:
-        source = await running_source(makers)
-        destination, stream = await connected(makers, source, StreamParameters(bandwidth_bytes_per_s=SLOW))
-        here = Recorder(source)
-        await send(source, stream)
-        await here.until("migration active")
+        source, destination, _ = await in_its_middle(makers)
         await source.kill()
         await destination.gone.wait()
 

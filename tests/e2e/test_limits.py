@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -11,7 +10,7 @@ import pytest
 from harness.commands import limosa
 from harness.hosts import wait_until
 from harness.labs import LabHost, running_lab
-from harness.steering import BRAKE, change, follow, remove, settings, slow
+from harness.steering import BRAKE, change, follow, looking, remove, settings, slow
 from limosa.model.migration import Migration, Outcome, Phase
 from limosa.model.vm import VmState
 from limosa.wire import api, endpoints
@@ -65,21 +64,14 @@ def landing(look: list[Migration]) -> list[str]:
 def watched(host: LabHost) -> Iterator[list[list[Migration]]]:
     """Looks at all moves of a host, as many as there is time for, during the block."""
     looks: list[list[Migration]] = []
-    over = threading.Event()
+    with host.client as client:
 
-    def look() -> None:
-        with host.client as client:
-            while not over.is_set():
-                found = client.call(endpoints.LIST_MIGRATIONS).migrations
-                looks.append(sorted(found, key=lambda view: view.accepted_at))
+        def look() -> None:
+            found = client.call(endpoints.LIST_MIGRATIONS).migrations
+            looks.append(sorted(found, key=lambda view: view.accepted_at))
 
-    thread = threading.Thread(target=look)
-    thread.start()
-    try:
-        yield looks
-    finally:
-        over.set()
-        thread.join()
+        with looking(look):
+            yield looks
 
 
 @pytest.mark.parametrize(("outgoing", "incoming"), [(2, 4), (1, 4), (4, 2), (4, 1)])

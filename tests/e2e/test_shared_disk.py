@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +19,7 @@ import pytest
 from harness.guests import LanClient, address_of, linux, wait_until_it_serves
 from harness.hosts import wait_until
 from harness.labs import LabHost, running_lab
-from harness.steering import move, remove
+from harness.steering import looking, move, remove
 from limosa.errors import QemuError
 from limosa.model.vm import VmState
 from limosa.wire import api, endpoints
@@ -79,21 +78,13 @@ def guarded(image: Path, hosts: list[LabHost]) -> Iterator[list[list[int]]]:
     Processes are asked one after another, so two writers count only if the first still is one after the second was.
     """
     looks: list[list[int]] = []
-    over = threading.Event()
 
     def look() -> None:
-        while not over.is_set():
-            found = writers(image, [pid for host in hosts for pid in host.qemus()])
-            looks.append(writers(image, found) if len(found) > 1 else found)
-            over.wait(0.001)  # leave the processor to those that are looked at
+        found = writers(image, [pid for host in hosts for pid in host.qemus()])
+        looks.append(writers(image, found) if len(found) > 1 else found)
 
-    thread = threading.Thread(target=look)
-    thread.start()
-    try:
+    with looking(look, pause_s=0.001):  # leave the processor to those that are looked at
         yield looks
-    finally:
-        over.set()
-        thread.join()
 
 
 def number(client: LanClient) -> int:

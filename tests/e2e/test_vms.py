@@ -18,10 +18,9 @@ from harness.commands import limosa
 from harness.guests import ECHO_PORT, LanClient, address_of, linux, wait_until_it_serves
 from harness.hosts import tiny, wait_until
 from harness.labs import LabHost, running_lab
-from harness.steering import move, remove
+from harness.steering import does_not_fit, move, remove
 from limosa.client.console import open_console
 from limosa.client.route import UnixRoute
-from limosa.errors import Conflict
 from limosa.lab import daemons
 from limosa.model.vm import CloudInit, VmState
 from limosa.wire import endpoints
@@ -139,13 +138,9 @@ class TestRunning:
 
     def test_what_does_not_fit_the_state_is_refused(self, host: LabHost) -> None:
         host.client.call(endpoints.CREATE_VM, tiny("still"))
-        for endpoint in (endpoints.STOP_VM, endpoints.PAUSE_VM, endpoints.SHUTDOWN_VM, endpoints.RESUME_VM):
-            with pytest.raises(Conflict):
-                host.client.call(endpoint, vm="still")
+        does_not_fit(host, "still", endpoints.STOP_VM, endpoints.PAUSE_VM, endpoints.SHUTDOWN_VM, endpoints.RESUME_VM)
         host.client.call(endpoints.START_VM, vm="still")
-        for endpoint in (endpoints.START_VM, endpoints.DELETE_VM):
-            with pytest.raises(Conflict):
-                host.client.call(endpoint, vm="still")
+        does_not_fit(host, "still", endpoints.START_VM, endpoints.DELETE_VM)
         assert state(host, "still") is VmState.RUNNING
 
 

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import msgspec
+import pytest
 
 from harness.hosts import Host, tiny
+from limosa.errors import Conflict
 from limosa.model.migration import Migration, Outcome
 from limosa.wire import api, endpoints
+from limosa.wire.endpoints import Endpoint
 
 #: So slow that a Linux guest would take minutes.
 BRAKE = {"bandwidth_mbit_per_s": 1}
@@ -31,6 +36,32 @@ def settings(host: Host, values: dict[str, object]) -> Iterator[None]:
         yield
     finally:
         change(host, before)
+
+
+@contextmanager
+def looking(look: Callable[[], None], *, pause_s: float = 0.0) -> Iterator[None]:
+    """Calls ``look`` in a thread of its own, as often as there is time for, during the block."""
+    over = threading.Event()
+
+    def look_on() -> None:
+        while not over.is_set():
+            look()
+            over.wait(pause_s)
+
+    thread = threading.Thread(target=look_on)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def does_not_fit(host: Host, vm: str, *acts: Endpoint[Any, Any]) -> None:
+    """Each of these acts is refused in the VM's state."""
+    for act in acts:
+        with pytest.raises(Conflict):
+            host.client.call(act, vm=vm)
 
 
 def views(host: Host, migration: str) -> Iterator[Migration]:
