@@ -9,7 +9,7 @@ from limosa.cli.connection import client_of
 from limosa.cli.display import display_for, say_summary
 from limosa.cli.follow import exit_code, follow
 from limosa.cli.output import report, say, say_json, say_table
-from limosa.cli.routes import say_route
+from limosa.cli.routes import say_disks, say_route
 from limosa.client.host import HostClient
 from limosa.errors import NotFound, from_fault
 from limosa.model.migration import Migration, Outcome, Side
@@ -140,5 +140,6 @@ def _tell(arguments: argparse.Namespace, migration: Migration) -> None:
     say_summary([migration])
     if migration.route is not None:
         say_route(migration.route)
+    say_disks(migration.disks)
     if why := _why(migration):
         say(why)

@@ -23,6 +23,7 @@ NOUNS = {
     "move": "move",
     "check": "move",
     "migration": "migration",
+    "storage": "storage",
     "host": "host",
     "ca": "ca",
     "lab": "lab",

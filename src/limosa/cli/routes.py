@@ -1,9 +1,12 @@
-"""How commands print the way of a move."""
+"""How commands print the way of a move and what becomes of disks."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from limosa.cli.output import say
 from limosa.model.route import Path, Route
+from limosa.model.storage import DiskAction, DiskPlan
 from limosa.model.units import format_bytes
 
 
@@ -12,6 +15,15 @@ def say_route(route: Route) -> None:
     say(f"transport: {route.transport}" + (f" ({route.why})" if route.why else ""))
     for path in route.paths:
         say(f"  {_end(path.nic_here, path.here)} to {_end(path.nic_there, path.there)}{_figures(path)}")
+
+
+def say_disks(plans: Iterable[DiskPlan]) -> None:
+    """A line for each disk."""
+    for plan in plans:
+        if plan.action is DiskAction.STAY:
+            say(f"disk {plan.disk}: stays, {plan.why}")
+        else:
+            say(f"disk {plan.disk}: {plan.why}, about {format_bytes(plan.expected_bytes)}, as {plan.path}")
 
 
 def _end(nic: str, address: str) -> str:

@@ -7,6 +7,7 @@ import base64
 import binascii
 import contextlib
 import logging
+import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -25,8 +26,10 @@ from limosa.host.inspection import Inspector
 from limosa.host.multichannel import Multichannel
 from limosa.host.page import Page
 from limosa.host.slots import Slots
+from limosa.host.storage import Storage
 from limosa.host.vms import HostedVm, Vms
 from limosa.migration.destination import Destination
+from limosa.migration.disks import image_name
 from limosa.migration.journal import Header, Journal
 from limosa.migration.ownership import DESTINATION_ENDED, DestinationStep
 from limosa.model.facts import DestinationFacts
@@ -55,6 +58,7 @@ class Incoming:
         files: Files,
         inspector: Inspector,
         multichannel: Multichannel,
+        storage: Storage,
         boot: str,
     ) -> None:
         self.host = host
@@ -65,6 +69,7 @@ class Incoming:
         self._files = files
         self._inspector = inspector
         self._multichannel = multichannel
+        self._storage = storage
         self._boot = boot
         self._landing: dict[str, Destination] = {}
 
@@ -87,6 +92,7 @@ class Incoming:
                 "limosa host settings live_migration true",
             )
             raise PreflightRefused((finding,), vm=request.vm.name, host=self.host)
+        self._check_images(request)
         header = Header(
             migration=request.migration,
             side=Side.DESTINATION,
@@ -99,12 +105,26 @@ class Incoming:
             boot=self._boot,
             was_running=request.running,
             options={"transport": request.transport},
+            images=tuple(plan.path for plan in request.disks),
         )
         if request.migration in self._landing or self._journal_of(request.migration).exists():
             raise Conflict(f"migration {request.migration} is known here already", vm=request.vm.name, host=self.host)
         destination = self._make(Journal.begin(self._files.migrations, header), None, reached_at)
         self._landing[request.migration] = destination
         return destination
+
+    def _check_images(self, request: Prepare) -> None:
+        """Images are made, and removed again, only where this host has a location and under the name a move gives them.
+
+        Raises :class:`InvalidInput` and :class:`NotFound`.
+        """
+        named = {disk.name: disk for disk in request.vm.disks}
+        for plan in request.disks:
+            name = image_name(request.vm.name, plan.disk, request.migration, plan.format)
+            path = str(self._storage.places.path(plan.location) / name)
+            disk = named.get(plan.disk)
+            if plan.path != path or disk is None or (disk.path, disk.format) != (plan.path, plan.format):
+                raise InvalidInput(f"the image of disk {plan.disk} cannot be {plan.path}", vm=request.vm.name)
 
     def find(self, migration: str, source: str) -> Destination | None:
         """The landing of an earlier migration from ``source``, also one that has ended; None if there was none."""
@@ -162,7 +182,14 @@ class Incoming:
 
     def _make(self, journal: Journal, machine: MachineProtocol | None, reached_at: str = "") -> Destination:
         landing = LandingHere(
-            journal.header, self._vms, self.slots, self._inspector, self._multichannel, self._page, reached_at
+            journal.header,
+            self._vms,
+            self.slots,
+            self._inspector,
+            self._multichannel,
+            self._storage,
+            self._page,
+            reached_at,
         )
         return Destination(journal, landing, self._boot, machine)
 
@@ -177,6 +204,7 @@ class LandingHere:
         slots: Slots,
         inspector: Inspector,
         multichannel: Multichannel,
+        storage: Storage,
         page: Page,
         reached_at: str,
     ) -> None:
@@ -185,6 +213,7 @@ class LandingHere:
         self._slots = slots
         self._inspector = inspector
         self._multichannel = multichannel
+        self._storage = storage
         self._page = page
         self._reached_at = reached_at
         self._has_slot = False
@@ -203,6 +232,8 @@ class LandingHere:
     async def launch(self, request: Prepare) -> MachineProtocol:
         """See :class:`limosa.migration.destination.Landing`."""
         assert self._hosted is not None
+        for plan in request.disks:
+            await self._storage.make(plan)
         return await self._vms.launch_incoming(self._hosted, request.accelerator, carried_files(request.files))
 
     async def open_door(self, request: Prepare) -> Doorway:
@@ -218,12 +249,18 @@ class LandingHere:
             return tcp.TcpDoorway(chosen[0], ports)
         return await self._multichannel.open_door(chosen, ports, self._offered, request.networks)
 
+    def listen_for_disks(self, address: str) -> socket.socket:
+        """See :class:`limosa.migration.destination.Landing`."""
+        return tcp.listen_within(address, self._page.now.migration_ports)
+
     async def _offered(self) -> tuple[str, ...]:
         return stream_addresses(await self._inspector.network(), self._reached_at)
 
     async def adopt(self, *, running: bool) -> None:
         """See :class:`limosa.migration.destination.Landing`."""
         self._vms.adopt(self._vms.get(self._header.vm.name), running=running)
+        for path in self._header.images:
+            self._storage.settle(path)
         self._give_slot()
 
     async def release(self, machine: MachineProtocol | None) -> None:
@@ -231,6 +268,8 @@ class LandingHere:
         hosted = self._hosted or self._vms.find_landing(self._header.vm, self._header.migration)
         if hosted is not None:
             await asyncio.shield(self._vms.discard(hosted))
+        for path in self._header.images:
+            self._storage.remove(path)
         self._give_slot()
 
     def _give_slot(self) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from limosa.host.memory import available_mib
 from limosa.host.page import Page
+from limosa.host.storage import Storage
 from limosa.host.vms import HostedVm, Vms
 from limosa.model.facts import DestinationFacts, FileIdentity, VmFacts
 from limosa.model.network import HostNetwork
@@ -31,9 +32,11 @@ class Inspector:
         vms: Vms,
         capabilities: QemuCapabilities,
         netlink: Netlink,
+        storage: Storage,
         user: str | None,
     ) -> None:
         self._daemon = daemon
+        self._storage = storage
         self._page = page
         self._vms = vms
         self.capabilities = capabilities
@@ -76,7 +79,7 @@ class Inspector:
         trial_port: int,
     ) -> DestinationFacts:
         """What the destination says about a VM that is to come."""
-        ours, files = await asyncio.gather(self.switches(), self._files(vm))
+        ours, files, locations = await asyncio.gather(self.switches(), self._files(vm), self._storage.locations())
         cpu_known, cpu_missing = self.capabilities.supports(vm.cpu, accelerator)
         return DestinationFacts(
             host=self._daemon.name,
@@ -97,16 +100,16 @@ class Inspector:
             trial_port=trial_port,
             time=time.time(),
             network=network,
+            locations=locations,
         )
 
     async def _files(self, vm: VmConfig) -> tuple[FileIdentity, ...]:
         boot = vm.boot.paths() if vm.boot else ()
+        places = self._storage.places
+        shared = places.shared()
 
         def look() -> tuple[FileIdentity, ...]:
-            found = [
-                identify(path, self._page.now.locations, digest=path in boot, user=self._user)
-                for path in vm.host_files()
-            ]
+            found = [identify(path, shared, digest=path in boot, user=self._user, own=places.own) for path in vm.host_files()]
             return tuple(identity for identity in found if identity is not None)
 
         return await asyncio.to_thread(look) if vm.host_files() else ()

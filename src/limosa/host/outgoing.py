@@ -6,36 +6,40 @@ import asyncio
 import base64
 import contextlib
 import logging
-import secrets
+import socket
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from limosa.background import Background
-from limosa.errors import Conflict, HostUnreachable, LimosaError, NotFound
+from limosa.errors import Conflict, HostUnreachable, LimosaError
 from limosa.host.files import Files
 from limosa.host.inspection import Inspector
 from limosa.host.multichannel import Multichannel
 from limosa.host.page import Page
 from limosa.host.peers import RemotePeer, dial
 from limosa.host.slots import Slots
+from limosa.host.storage import Storage
+from limosa.host.views import Views
 from limosa.host.vms import HostedVm, Vms
-from limosa.migration.journal import Header, Journal
+from limosa.migration.examination import Question, examine
+from limosa.migration.journal import Header, Journal, new_identity
 from limosa.migration.ownership import SOURCE_ENDED, SourceStep
 from limosa.migration.peer import Dialler
 from limosa.migration.report import Report
 from limosa.migration.settle import Settlement
-from limosa.migration.source import SourceMove, Terms, examine
+from limosa.migration.source import SourceMove, Terms
 from limosa.model.base import is_name
 from limosa.model.facts import VmFacts
 from limosa.model.finding import Finding, Severity
 from limosa.model.migration import Migration, Outcome, Phase, Progress, Side
 from limosa.model.network import HostNetwork
 from limosa.model.route import Route
-from limosa.model.vm import VmState
+from limosa.model.storage import DiskFacts
+from limosa.model.vm import Disk, VmState
 from limosa.network.changes import changes
 from limosa.security import tls
 from limosa.settings.address import split_address
@@ -48,10 +52,7 @@ _log = logging.getLogger(__name__)
 
 #: Between attempts to settle a move that could not be, because the disk is full for one.
 SETTLE_EVERY_S = 2.0
-#: Ended moves that are remembered for ``limosa migration list``.
-HISTORY = 200
 MBIT_BYTES = 1_000_000 // 8
-_ALPHABET = "abcdefghijklmnopqrstuvwxyz0123456789"
 
 
 class Outgoing:
@@ -66,6 +67,8 @@ class Outgoing:
         files: Files,
         inspector: Inspector,
         multichannel: Multichannel,
+        storage: Storage,
+        views: Views,
         boot: str,
     ) -> None:
         self.host = host
@@ -76,11 +79,11 @@ class Outgoing:
         self._files = files
         self._inspector = inspector
         self._multichannel = multichannel
+        self._storage = storage
         self._boot = boot
-        self._views: dict[str, Migration] = {}
+        self._views = views
         self._active: dict[str, SourceMove] = {}
         self._settling: dict[str, Settlement] = {}
-        self._watchers: dict[str, set[asyncio.Queue[Migration]]] = {}
         self._background = Background()
         page.on_change(self._on_page)
 
@@ -94,19 +97,34 @@ class Outgoing:
             try:
                 destination = peer.host
                 facts = self._inspector.vm_facts(hosted)
-                accelerator, transport = hosted.accelerator or "tcg", self._page.now.transport
-                examined = await examine(peer, hosted.config, self.host, accelerator, facts, transport)
-                findings, route = examined.findings, examined.route
+                examined = await examine(peer, self._question(hosted, request.options), facts, self._storage.facts)
+                findings, route, disks = examined.findings, examined.route, examined.disks
             finally:
                 await peer.close()
         except HostUnreachable as error:
             destination = request.destination
             todo = error.todo or "see the logs of both hosts"
             findings = (Finding.error(error.code, str(error), todo),)
-            route = None
+            route, disks = None, ()
         possible = all(finding.severity is not Severity.ERROR for finding in findings)
         return CheckReport(
-            vm=request.vm, source=self.host, destination=destination, possible=possible, findings=findings, route=route
+            vm=request.vm,
+            source=self.host,
+            destination=destination,
+            possible=possible,
+            findings=findings,
+            route=route,
+            disks=disks,
+        )
+
+    def _question(self, hosted: HostedVm, options: MoveOptions) -> Question:
+        return Question(
+            vm=hosted.config,
+            source=self.host,
+            accelerator=hosted.accelerator or "tcg",
+            transport=options.transport or self._page.now.transport,
+            storage=options.storage,
+            tag=new_identity(),
         )
 
     async def move(self, request: MoveRequest) -> Migration:
@@ -117,7 +135,7 @@ class Outgoing:
         self._vms.check_idle(hosted)
         name = split_address(request.destination)[0]
         header = Header(
-            migration="".join(secrets.choice(_ALPHABET) for _ in range(12)),
+            migration=new_identity(),
             side=Side.SOURCE,
             vm=hosted.config,
             accelerator=hosted.accelerator_in_use,
@@ -137,41 +155,18 @@ class Outgoing:
             raise
         return self._begin(journal, hosted)
 
-    def list(self) -> list[Migration]:
-        """Moves under way and ended, newest first."""
-        return sorted(self._views.values(), key=lambda view: -view.accepted_at)
-
-    def show(self, migration: str) -> Migration:
-        """One move. Raises :class:`NotFound`."""
-        if migration not in self._views:
-            raise NotFound(f"no migration {migration} is known on host '{self.host}'", host=self.host)
-        return self._views[migration]
-
-    async def watch(self, migration: str) -> AsyncIterator[Migration]:
-        """One move as it is, and again at each change, until it has ended."""
-        view = self.show(migration)
-        queue: asyncio.Queue[Migration] = asyncio.Queue()
-        self._watchers.setdefault(migration, set()).add(queue)
-        try:
-            yield view
-            while view.outcome is Outcome.UNDER_WAY:
-                view = await queue.get()
-                yield view
-        finally:
-            self._watchers[migration].discard(queue)
-
     async def cancel(self, migration: str) -> Migration:
         """Cancel a move. Raises :class:`Conflict` if it has ended or is past the hand-over."""
-        view = self.show(migration)
+        view = self._views.show(migration)
         move = self._active.get(migration)
         if move is None or view.outcome is not Outcome.UNDER_WAY or view.phase is Phase.TEAR_DOWN:
             raise Conflict(f"the move of VM '{view.vm}' cannot be cancelled any more", vm=view.vm, host=self.host)
         move.cancel()
-        return [view async for view in self.watch(migration)][-1]
+        return await self._views.ended(migration)
 
     async def resolve(self, migration: str, owner: Side) -> Migration:
         """A person says who owns the VM."""
-        view = self.show(migration)
+        view = self._views.show(migration)
         settlement = self._settling.get(migration)
         if settlement is None or view.outcome is not Outcome.UNRESOLVED:
             raise Conflict(f"the move of VM '{view.vm}' needs no decision", vm=view.vm, host=self.host)
@@ -184,7 +179,7 @@ class Outgoing:
     async def recover(self, journal: Journal) -> None:
         """Take up a move that a restart found: from the line if it waited there, else settle it."""
         if journal.step is not None and SourceStep(journal.step) in SOURCE_ENDED:
-            self._remember(journal)
+            self._views.recall(journal.header.migration)
             return
         hosted = self._vms.find(journal.header.vm.name)
         if hosted is not None and hosted.config.uuid != journal.header.vm.uuid:
@@ -200,13 +195,13 @@ class Outgoing:
         header = journal.header
         options = msgspec.convert(header.options, MoveOptions)
         terms = self._terms(options)
-        report = Report(self._first_view(header, terms.transport), self._publish)
+        report = Report(self._first_view(header, terms.transport), self._views.publish)
         own_cap = (options.bandwidth_mbit_per_s or 0) * MBIT_BYTES
-        leaving = Leaving(hosted, self._vms, self._inspector, self._multichannel, self, own_cap)
+        leaving = Leaving(hosted, self._vms, self._inspector, self._multichannel, self._storage, self, own_cap)
         machine = hosted.machine if hosted is not None else None
         move = SourceMove(journal, machine, self._dialler(header.address), leaving, terms, report)
         self._active[header.migration] = move
-        self._publish(report.now)
+        self._views.publish(report.now)
         self._background.spawn(self._settle(move, None) if settle else self._conduct(move))
         return report.now
 
@@ -261,8 +256,7 @@ class Outgoing:
         move.journal.close()
         self._active.pop(move.header.migration, None)
         if move.report.now.outcome is not Outcome.UNDER_WAY:
-            with contextlib.suppress(OSError):
-                self._view_file(move.header.migration).write_bytes(msgspec.json.encode(move.report.now))
+            self._views.keep(move.report.now)
 
     def _dialler(self, destination: str) -> Dialler:
         async def open_session() -> RemotePeer:
@@ -282,7 +276,8 @@ class Outgoing:
         if options.post_copy is not None:
             changes["post_copy"] = options.post_copy
         transport = options.transport or settings.transport
-        return Terms(msgspec.structs.replace(policy, **changes), transport, settings.encrypt)
+        policy = msgspec.structs.replace(policy, **changes)
+        return Terms(policy, transport, settings.encrypt, options.storage, options.keep)
 
     def bandwidth_share(self) -> int:
         """Bytes per second each move may use now, 0: no cap."""
@@ -300,11 +295,6 @@ class Outgoing:
                 with contextlib.suppress(LimosaError):
                     await move.machine.set_bandwidth(move.home.bandwidth())
 
-    def _publish(self, view: Migration) -> None:
-        self._views[view.id] = view
-        for queue in self._watchers.get(view.id, ()):
-            queue.put_nowait(view)
-
     def _first_view(self, header: Header, transport: str) -> Migration:
         return Migration(
             id=header.migration,
@@ -319,14 +309,6 @@ class Outgoing:
             accepted_at=header.accepted_at,
         )
 
-    def _view_file(self, migration: str) -> Path:
-        return self._files.migrations / f"{migration}.view.json"
-
-    def _remember(self, journal: Journal) -> None:
-        path = self._view_file(journal.header.migration)
-        with contextlib.suppress(OSError, msgspec.MsgspecError):
-            self._views[journal.header.migration] = msgspec.json.decode(path.read_bytes(), type=Migration)
-
 
 class Leaving:
     """The VM that leaves: a :class:`limosa.migration.source.Home`."""
@@ -337,6 +319,7 @@ class Leaving:
         vms: Vms,
         inspector: Inspector,
         multichannel: Multichannel,
+        storage: Storage,
         outgoing: Outgoing,
         own_cap: int,
     ) -> None:
@@ -344,6 +327,7 @@ class Leaving:
         self._vms = vms
         self._inspector = inspector
         self._multichannel = multichannel
+        self._storage = storage
         self._outgoing = outgoing
         #: bytes per second asked for this move, 0: none
         self._own_cap = own_cap
@@ -365,6 +349,18 @@ class Leaving:
             return await self._multichannel.connect(route, prepared)
         return await tcp.connect(prepared.address, prepared.port, prepared.token, route.paths[0].here)
 
+    async def disk_facts(self, disks: Sequence[Disk]) -> tuple[DiskFacts, ...]:
+        """See :class:`limosa.migration.source.Home`."""
+        return await self._storage.facts(disks)
+
+    async def connect_disks(self, route: Route, prepared: Prepared) -> socket.socket:
+        """See :class:`limosa.migration.source.Home`."""
+        return await tcp.call(prepared.address, prepared.disks_port, source=route.paths[0].here)
+
+    def disk_bandwidth(self, disks: int) -> int:
+        """See :class:`limosa.migration.source.Home`."""
+        return self.bandwidth() // max(1, disks)
+
     async def networks(self) -> AsyncIterator[HostNetwork]:
         """See :class:`limosa.migration.source.Home`."""
         async for _ in changes():
@@ -379,10 +375,12 @@ class Leaving:
         if self._hosted is not None:
             await self._vms.end_handed_over(self._hosted)
 
-    async def vm_left(self) -> None:
+    async def vm_left(self, images: Sequence[str]) -> None:
         """See :class:`limosa.migration.source.Home`."""
         if self._hosted is not None:
             self._vms.forget(self._hosted)
+        for path in images:
+            self._storage.remove(path)
 
     async def vm_stays(self) -> None:
         """See :class:`limosa.migration.source.Home`."""

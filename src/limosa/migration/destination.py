@@ -15,11 +15,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
 import time
 from collections.abc import Callable, Iterable
 from typing import Protocol
 
-from limosa.errors import Conflict, DestinationLost, LimosaError, QemuError, QemuGone, StateError
+from limosa.errors import Conflict, DestinationLost, InvalidInput, LimosaError, QemuError, QemuGone, StateError
 from limosa.migration.journal import Journal
 from limosa.migration.ownership import (
     DestinationAction,
@@ -46,16 +47,19 @@ class Landing(Protocol):
         """Wait for a slot; then reserve the VM's name, UUID and memory."""
 
     async def launch(self, request: Prepare) -> MachineProtocol:
-        """Start QEMU with taps and files, waiting for a migration."""
+        """Make the images of disks that come along; start QEMU with taps and files, waiting for a migration."""
 
     async def open_door(self, request: Prepare) -> Doorway:
         """Where the source is awaited."""
+
+    def listen_for_disks(self, address: str) -> socket.socket:
+        """A listener for the disks that come along. Raises :class:`NetworkError`."""
 
     async def adopt(self, *, running: bool) -> None:
         """Make the VM one of this host's, durably. If its QEMU is dead by now, it crashed here."""
 
     async def release(self, machine: MachineProtocol | None) -> None:
-        """Kill QEMU and give back name, memory, slot, files. Never fails."""
+        """Kill QEMU and give back name, memory, slot, files, images that were made. Never fails."""
 
 
 class Destination:
@@ -118,11 +122,20 @@ class Destination:
                 )
             )
             door = self._door = await self.landing.open_door(request)
+            disks_port = await self._export(request, self.machine, door.address) if request.disks else 0
             self._admission = asyncio.ensure_future(self._admit(door, self.machine))
         except BaseException:
             await asyncio.shield(self.abort("it could not be prepared"))
             raise
-        return Prepared(address=door.address, port=door.port, token=door.token)
+        return Prepared(address=door.address, port=door.port, token=door.token, disks_port=disks_port)
+
+    async def _export(self, request: Prepare, machine: MachineProtocol, address: str) -> int:
+        """Have QEMU await the disks that come along. Returns the port."""
+        if request.disk_credentials is None:
+            raise InvalidInput("disks come along without credentials", vm=request.vm.name)
+        with self.landing.listen_for_disks(address) as listener:
+            await machine.export_disks([plan.disk for plan in request.disks], listener, request.disk_credentials)
+            return int(listener.getsockname()[1])
 
     def announce(self, addresses: Iterable[str]) -> None:
         """The source has a way to these addresses of ours now."""
@@ -139,6 +152,8 @@ class Destination:
             if self.step in (DestinationStep.CONTINUING, DestinationStep.OWNED):
                 return Running(resumed_at=self._resumed_at)
             machine = await self._whole()
+            if self.journal.header.images:
+                await machine.end_exports()
             await self._write_continuing()
             if self.journal.header.was_running:
                 self._resumed_at = await self._continue(machine)

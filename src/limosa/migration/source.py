@@ -15,35 +15,38 @@ wherever, ``settle`` brings it to an end; it is also where a restarted daemon be
 from __future__ import annotations
 
 import asyncio
+import socket
 import time
-from collections.abc import AsyncIterator, Coroutine
-from dataclasses import dataclass, replace
+from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeVar
 
 import msgspec
 
 from limosa.errors import Cancelled, LimosaError, MigrationFailed, NotConverging, PreflightRefused, QemuGone
-from limosa.migration import convergence, preflight, progress
+from limosa.migration import convergence, disks, mirrors, progress
 from limosa.migration.convergence import Convergence
+from limosa.migration.examination import Examined, Question, both, examine
 from limosa.migration.journal import Journal
+from limosa.migration.mirrors import Mirrors
 from limosa.migration.ownership import SourceStep
 from limosa.migration.paths import Paths
 from limosa.migration.peer import Dialler, Peer
 from limosa.migration.report import Report
 from limosa.model.facts import VmFacts
-from limosa.model.finding import Finding, Severity
-from limosa.model.migration import Phase
+from limosa.model.finding import Severity
+from limosa.model.migration import Phase, Progress
 from limosa.model.network import HostNetwork
 from limosa.model.route import Route
-from limosa.model.vm import Accelerator, VmConfig
+from limosa.model.storage import DiskFacts, DiskPlan
+from limosa.model.units import MIB
+from limosa.model.vm import Disk
 from limosa.qemu.protocol import Event, MachineProtocol, MigrationState, MigrationStatistics, StreamParameters
 from limosa.security.stream import make_credentials
 from limosa.settings.host import ConvergencePolicy
-from limosa.transport import tcp
-from limosa.transport.advise import between
 from limosa.transport.channel import Channel
-from limosa.transport.choice import Ends, choose, connected
-from limosa.wire.peer import Prepare, Prepared
+from limosa.transport.choice import connected
+from limosa.wire.peer import Prepare, Prepared, StreamCredentials
 
 LOOK_EVERY_S = 0.2
 
@@ -57,6 +60,10 @@ class Terms:
     policy: ConvergencePolicy
     transport: str
     encrypt: bool
+    #: which location of the destination a disk goes to, by the disk's name
+    storage: Mapping[str, str] = field(default_factory=dict)
+    #: whether images the VM leaves behind are kept
+    keep: bool = False
 
     def without_post_copy(self) -> Terms:
         """The same, with post-copy forbidden."""
@@ -71,6 +78,15 @@ class Home(Protocol):
 
     def carry_on(self) -> dict[str, str]:
         """Small files of the VM's own that go along, base64 by name."""
+
+    async def disk_facts(self, disks: Sequence[Disk]) -> tuple[DiskFacts, ...]:
+        """What there is to know about disks that are to be copied. Raises :class:`StorageError`."""
+
+    async def connect_disks(self, route: Route, prepared: Prepared) -> socket.socket:
+        """A connection to the destination for one disk. Raises :class:`DestinationLost`."""
+
+    def disk_bandwidth(self, disks: int) -> int:
+        """Bytes per second each of so many disks may use, 0: no cap."""
 
     async def connect(self, route: Route, prepared: Prepared) -> Channel:
         """A connection to the destination for the guest's memory, by the transport of ``route``.
@@ -87,8 +103,8 @@ class Home(Protocol):
     async def end_qemu(self) -> None:
         """End the VM's QEMU here, which will never run the guest again."""
 
-    async def vm_left(self) -> None:
-        """The VM belongs to the destination, durably: forget it here, durably."""
+    async def vm_left(self, images: Sequence[str]) -> None:
+        """The VM belongs to the destination, durably: forget it here, durably, and delete the images it has left."""
 
     async def vm_stays(self) -> None:
         """The VM goes on here; it may be operated again."""
@@ -125,6 +141,10 @@ class SourceMove:
         self.cancelled: asyncio.Future[None] = loop.create_future()
         #: done with the state in which QEMU's migration ended, or passed the point of no return
         self.sent: asyncio.Future[MigrationState] = loop.create_future()
+        #: done when QEMU waits before the switchover, with the guest stopped
+        self.paused: asyncio.Future[None] = loop.create_future()
+        self.mirrors: Mirrors | None = None
+        self.disk_credentials: StreamCredentials | None = None
         self.stopped_at: float | None = None
         self._latest: MigrationStatistics | None = None
 
@@ -136,6 +156,9 @@ class SourceMove:
             self.report.enter(Phase.BUILD_UP)
             self.peer = await self.guard(self.dial())
             prepared = await self.guard(self.build_up(self.machine, self.peer))
+            if prepared.disks_port:
+                self.report.enter(Phase.STORAGE)
+                await self.guard(self.copy_disks(self.machine, prepared))
             self.report.enter(Phase.COPY)
             await self.guard(self.copy(self.machine, prepared))
             await self.switch_over(self.machine)
@@ -147,11 +170,13 @@ class SourceMove:
     async def build_up(self, machine: MachineProtocol, peer: Peer) -> Prepared:
         """Check, then have the destination build everything while QEMU here is set up."""
         examined = await self.check(peer)
-        self.journal.record(SourceStep.PREPARING, time.time())
+        copies = disks.copies(examined.disks)
+        self.journal.record(SourceStep.PREPARING, time.time(), left=self._left_behind(copies))
         server, client = make_credentials() if self.terms.encrypt else (None, None)
+        disks_server, self.disk_credentials = make_credentials() if copies else (None, None)
         request = Prepare(
             migration=self.header.migration,
-            vm=self.header.vm,
+            vm=disks.landed(self.header.vm, examined.disks),
             accelerator=self.header.accelerator,
             transport=examined.route.transport,
             addresses=tuple(path.there for path in examined.route.paths),
@@ -160,33 +185,68 @@ class SourceMove:
             post_copy=self.terms.policy.post_copy,
             running=self.header.was_running,
             files=self.home.carry_on(),
+            disks=copies,
+            disk_credentials=disks_server,
         )
         parameters = StreamParameters(
             credentials=client,
             downtime_limit_ms=self.terms.policy.first_downtime_ms,
             bandwidth_bytes_per_s=self.home.bandwidth(),
             post_copy=self.terms.policy.post_copy,
+            pause=bool(copies),
         )
-        prepared, _ = await _both(peer.prepare(request, self._in_line), machine.prepare_outgoing(parameters))
+        prepared, _ = await both(peer.prepare(request, self._in_line), machine.prepare_outgoing(parameters))
         return prepared
 
     async def check(self, peer: Peer) -> Examined:
         """Preflight. Raises :class:`PreflightRefused` with all findings if one is an error."""
         header = self.header
-        examined = self.examined = await examine(
-            peer, header.vm, header.source, header.accelerator, self._facts(), self.terms.transport
+        question = Question(
+            vm=header.vm,
+            source=header.source,
+            accelerator=header.accelerator,
+            transport=self.terms.transport,
+            storage=self.terms.storage,
+            tag=header.migration,
         )
+        examined = self.examined = await examine(peer, question, self._facts(), self.home.disk_facts)
         findings = examined.findings
         if any(finding.severity is Severity.ERROR for finding in findings):
             raise PreflightRefused(findings, vm=self.header.vm.name, host=peer.host)
         if any(finding.code == "post-copy-not-possible" for finding in findings):
             self.terms = self.terms.without_post_copy()
-        self.report.change(findings=findings, transport=examined.route.transport, route=examined.route)
+        self.report.change(
+            findings=findings, transport=examined.route.transport, route=examined.route, disks=examined.disks
+        )
         return examined
 
     async def _facts(self) -> VmFacts:
         # What was asked for this move counts, not what the host's settings say.
         return msgspec.structs.replace(await self.home.facts(), post_copy=self.terms.policy.post_copy)
+
+    async def copy_disks(self, machine: MachineProtocol, prepared: Prepared) -> None:
+        """Copy the disks that move along, until the copies keep up with the guest."""
+        assert self.examined is not None
+        assert self.disk_credentials is not None
+        route, copies = self.examined.route, disks.copies(self.examined.disks)
+        await mirrors.send(
+            machine,
+            self.header.migration,
+            copies,
+            lambda: self.home.connect_disks(route, prepared),
+            self.disk_credentials,
+            self.home.disk_bandwidth(len(copies)),
+        )
+        copying = self.mirrors = Mirrors(machine, [plan.disk for plan in copies], self.terms.policy.patience_s)
+        memory = self.header.vm.memory_mib * MIB
+        self.report.bar = self.report.bar.with_disks(sum(plan.expected_bytes for plan in copies), memory)
+        await copying.until_ready(lambda: self._show_disks(copying))
+
+    def _show_disks(self, copying: Mirrors) -> None:
+        self.report.bar, shown = progress.of_disks(
+            self.report.bar, self.report.now.progress, copying.progress(), time.monotonic()
+        )
+        self.report.change(progress=shown)
 
     async def copy(self, machine: MachineProtocol, prepared: Prepared) -> None:
         """Send memory until QEMU reports that everything was sent and loaded."""
@@ -197,19 +257,29 @@ class SourceMove:
         self.paths = Paths(self.examined.route, self.examined.ends, self.channel)
         await machine.migrate(self.channel.socket)
         watch = asyncio.ensure_future(self._watch(machine))
+        finish = asyncio.ensure_future(self._finish_disks(machine))
         follow = asyncio.ensure_future(self.paths.follow(self.home.networks(), self.peer))
         try:
             # Looking must not delay the hand-over, so it goes on beside the waiting.
-            waiting: set[asyncio.Future[Any]] = {self.sent, watch}
-            await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-            if not self.sent.done():
-                watch.result()
+            waiting: set[asyncio.Future[Any]] = {self.sent, watch, finish}
+            while not self.sent.done():
+                done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+                for one in done - {self.sent}:
+                    one.result()
         finally:
             watch.cancel()
+            finish.cancel()
             follow.cancel()
         state = self.sent.result()
         if state not in (MigrationState.COMPLETED, MigrationState.POSTCOPY_ACTIVE):
             raise await self._failure(machine, state)
+
+    async def _finish_disks(self, machine: MachineProtocol) -> None:
+        """When the guest stands still, make the copies of its disks whole, and only then let the last memory go."""
+        await self.paused
+        if self.mirrors is not None:
+            await self.mirrors.finish()
+        await machine.continue_migration()
 
     async def switch_over(self, machine: MachineProtocol) -> None:
         """Give the destination the word. From here on only ``settle`` may let the guest run here again."""
@@ -227,14 +297,24 @@ class SourceMove:
         if self.machine is not None:
             await self._everything_followed(self.machine)
         # The guest runs there, so this copy of its memory is of no use any more; its files are, until that is durable.
-        await _both(self._confirm(), self.home.end_qemu())
-        await self.home.vm_left()
+        await both(self._confirm(), self.home.end_qemu())
+        await self.home.vm_left(self._left())
         self.journal.record(SourceStep.FINISHED, time.time(), durable=False)
 
     async def _confirm(self) -> None:
         if self.peer is not None:
             await self.peer.adopted()
         self.journal.record(SourceStep.CONFIRMED, time.time())
+
+    def _left_behind(self, copies: Sequence[DiskPlan]) -> tuple[str, ...]:
+        if self.terms.keep:
+            return ()
+        copied = {plan.disk for plan in copies}
+        return tuple(disk.path for disk in self.header.vm.disks if disk.name in copied)
+
+    def _left(self) -> tuple[str, ...]:
+        """Images nobody uses here any more, by the journal."""
+        return next((record.left for record in self.journal.records if record.left), ())
 
     async def _everything_followed(self, machine: MachineProtocol) -> None:
         """After a post-copy: QEMU here must live until the destination has fetched all memory."""
@@ -301,6 +381,8 @@ class SourceMove:
                     self.channel.shorten()
             case "MIGRATION":
                 state = MigrationState(event.data["status"])
+                if state is MigrationState.PRE_SWITCHOVER and not self.paused.done():
+                    self.paused.set_result(None)
                 if state in ENDINGS and not self.sent.done():
                     self.sent.set_result(state)
 
@@ -308,6 +390,8 @@ class SourceMove:
         judge = Convergence.begin(self.terms.policy)
         while True:
             judge = await self._look(machine, judge, await machine.migration())
+            if self.mirrors is not None and not self.paused.done():
+                await self.mirrors.look()
             await asyncio.sleep(LOOK_EVERY_S)
 
     async def _look(self, machine: MachineProtocol, judge: Convergence, look: MigrationStatistics) -> Convergence:
@@ -319,8 +403,15 @@ class SourceMove:
         self.report.bar = self.report.bar.moved(self.report.now.phase, look)
         note = "" if isinstance(action, convergence.GiveUp) else action.note
         shown = progress.progress(self.report.bar, look, limit_ms=judge.downtime_limit_ms, note=note)
-        self.report.change(progress=shown, route=self._route())
+        self.report.change(progress=self._with_disks(shown), route=self._route())
         return judge
+
+    def _with_disks(self, shown: Progress) -> Progress:
+        if self.mirrors is None:
+            return shown
+        copies = self.mirrors.progress()
+        sent = shown.transferred_bytes + sum(copy.copied_bytes for copy in copies)
+        return msgspec.structs.replace(shown, transferred_bytes=sent, disks=copies)
 
     async def _act(self, machine: MachineProtocol, action: convergence.Action) -> None:
         match action:
@@ -351,7 +442,10 @@ class SourceMove:
         look = await machine.migration()
         shown = progress.progress(self.report.bar, look, limit_ms=0, note="")
         self.report.change(
-            progress=shown, transfer_s=look.total_s, qemu_downtime_ms=look.downtime_ms, route=self._route()
+            progress=self._with_disks(shown),
+            transfer_s=look.total_s,
+            qemu_downtime_ms=look.downtime_ms,
+            route=self._route(),
         )
 
     def _route(self) -> Route | None:
@@ -374,55 +468,3 @@ ENDINGS = frozenset(
         MigrationState.POSTCOPY_ACTIVE,
     }
 )
-
-
-@dataclass(frozen=True)
-class Examined:
-    """What stands against a move, and the way it would take between which ends."""
-
-    findings: tuple[Finding, ...]
-    route: Route
-    ends: Ends
-
-
-async def examine(
-    peer: Peer,
-    vm: VmConfig,
-    source: str,
-    accelerator: Accelerator,
-    facts: Coroutine[Any, Any, VmFacts],
-    transport: str,
-) -> Examined:
-    """Ask the destination, try its ports, choose the way, and judge. The same for ``limosa check`` and for the move.
-
-    ``facts`` are gathered here while the destination gathers its own.
-    """
-    (there, skew), here = await _both(peer.inspect(vm, accelerator), facts)
-    ends = Ends(source, there.host, here.network, there.network, there.addresses)
-    route = await _open_route(ends, transport, there.trial_port)
-    findings = preflight.check(vm, source, here, there, clock_skew_s=skew, reachable=bool(route.paths))
-    return Examined((*findings, *between(ends, route)), route, ends)
-
-
-async def _open_route(ends: Ends, transport: str, port: int) -> Route:
-    """The best route of which every path can be connected; one without paths if there is none."""
-    open_: set[str] = set()
-    blocked: set[str] = set() if port else set(ends.offered)
-    while True:
-        route = choose(ends, transport, blocked)
-        untried = [path.there for path in route.paths if path.there not in open_]
-        if not untried:
-            return route
-        answers = await asyncio.gather(*(tcp.reachable(address, port) for address in untried))
-        for address, answer in zip(untried, answers, strict=True):
-            (open_ if answer else blocked).add(address)
-
-
-async def _both(first: Coroutine[Any, Any, T], second: Coroutine[Any, Any, Any]) -> tuple[T, Any]:
-    """Do both at once; if one fails, the other is cancelled and the failure raised."""
-    try:
-        async with asyncio.TaskGroup() as group:
-            one, two = group.create_task(first), group.create_task(second)
-    except BaseExceptionGroup as errors:
-        raise errors.exceptions[0] from None
-    return one.result(), two.result()

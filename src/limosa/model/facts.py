@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from limosa.model.base import Model, Name
 from limosa.model.network import HostNetwork
+from limosa.model.storage import Location
 from limosa.model.vm import Accelerator
 
 
@@ -25,6 +26,8 @@ class FileIdentity(Model, forbid_unknown_fields=False, frozen=True):
     location_path: str = ""
     digest: str = ""
     writable: bool = True
+    #: it lies in the host's own folder: another that sees it there, as the hosts of a lab do, has no business with it
+    private: bool = False
 
 
 class VmFacts(Model, forbid_unknown_fields=False, frozen=True):
@@ -67,3 +70,5 @@ class DestinationFacts(Model, forbid_unknown_fields=False, frozen=True):
     #: its clock, seconds since the epoch
     time: float
     network: HostNetwork = HostNetwork()
+    #: where it could put new images
+    locations: tuple[Location, ...] = ()

@@ -10,7 +10,8 @@ from typing import Annotated, Literal
 
 from msgspec import Meta
 
-from limosa.model.base import AbsolutePath, Model, Name
+from limosa.model.base import Model, Name, is_clean_path
+from limosa.model.storage import OWN_LOCATION, Place
 from limosa.settings.address import PeerAddress, parse_address
 
 Cidr = Annotated[str, Meta(max_length=64, description="a network such as 10.0.0.0/24")]
@@ -55,6 +56,10 @@ class HostSettings(Model, frozen=True):
     max_incoming: Annotated[
         int, Meta(ge=1, le=64, description="moves to this host at once; more wait in line. Relates to max_outgoing")
     ] = 2
+    max_storage_moves: Annotated[
+        int,
+        Meta(ge=1, le=64, description="moves that copy disks, on this host or from it, at once; more wait in line"),
+    ] = 2
     migration_networks: Annotated[
         tuple[Cidr, ...],
         Meta(description="networks allowed to carry guest memory, in order of preference; empty: any the hosts share"),
@@ -85,9 +90,16 @@ class HostSettings(Model, frozen=True):
         Meta(description="addresses of other hosts by name; hosts not listed are looked up in DNS"),
     ] = {}
     locations: Annotated[
-        dict[Name, AbsolutePath],
-        Meta(description="shared storage by name; two hosts with a location of one name see the same files below it"),
+        dict[Name, Place],
+        Meta(
+            description="folders for disk images by name; hosts that call a location of one name shared see the same "
+            "files below it. Relates to default_location"
+        ),
     ] = {}
+    default_location: Annotated[
+        Name,
+        Meta(description="where images of VMs that come here go unless another location is asked for"),
+    ] = OWN_LOCATION
 
     def __post_init__(self) -> None:
         for network in self.migration_networks:
@@ -100,6 +112,11 @@ class HostSettings(Model, frozen=True):
                 parse_address(address)
             except ValueError as error:
                 raise ValueError(f"peers.{name}: {error}") from None
+        for name, place in self.locations.items():
+            if not is_clean_path(place.path):
+                raise ValueError(f"locations.{name}: the path has an empty, '.' or '..' component")
+        if self.default_location not in {*self.locations, OWN_LOCATION}:
+            raise ValueError(f"default_location: there is no location '{self.default_location}'")
         first, last = self.migration_ports
         if not 1024 <= first <= last <= 65535:
             raise ValueError("migration_ports: two ports from 1024 to 65535, the lower first")

@@ -14,6 +14,7 @@ import msgspec
 
 from limosa.errors import InvalidInput, StorageError
 from limosa.model.base import Model
+from limosa.model.storage import BackingFile
 from limosa.model.vm import DiskFormat
 from limosa.storage.access import check_kind, grant
 
@@ -34,6 +35,13 @@ class ImageInfo(Model, frozen=True, forbid_unknown_fields=False, rename="kebab")
     backing_filename: str = ""
     full_backing_filename: str = ""
     backing_filename_format: str = ""
+    snapshots: tuple[Snapshot, ...] = ()
+
+
+class Snapshot(Model, frozen=True, forbid_unknown_fields=False):
+    """A snapshot inside a qcow2 image."""
+
+    name: str
 
 
 async def info(path: Path, image_format: DiskFormat) -> ImageInfo:
@@ -88,10 +96,13 @@ def _head(path: Path) -> bytes:
         raise StorageError(f"cannot read {path}", why=error.strerror or str(error)) from error
 
 
-async def create(path: Path, image_format: DiskFormat, size_bytes: int) -> None:
+async def create(
+    path: Path, image_format: DiskFormat, size_bytes: int, backing: BackingFile | None = None, *, thick: bool = False
+) -> None:
     """Make a new, empty image, readable by its owner only. Nothing that exists is overwritten.
 
-    Raises :class:`StorageError` (exists, no such folder, no space); nothing is left then.
+    ``backing``: what shows through where the image has nothing of its own; ``thick``: take all its space now. Raises
+    :class:`StorageError` (exists, no such folder, no space); nothing is left then.
     """
     try:
         os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
@@ -100,7 +111,9 @@ async def create(path: Path, image_format: DiskFormat, size_bytes: int) -> None:
     except OSError as error:
         raise StorageError(f"cannot create {path}", why=error.strerror or str(error)) from error
     try:
-        await _qemu_img("create", "-q", "-f", image_format, str(path), str(size_bytes))
+        below = ["-b", backing.path, "-F", backing.format] if backing is not None else []
+        options = [*below, *(["-o", "preallocation=falloc"] if thick else [])]
+        await _qemu_img("create", "-q", "-f", image_format, *options, str(path), str(size_bytes))
     except BaseException:
         path.unlink(missing_ok=True)
         raise

@@ -36,6 +36,7 @@ from msgspec import Meta
 from limosa.model.base import MigrationId, Model, Name
 from limosa.model.facts import DestinationFacts
 from limosa.model.migration import Fault
+from limosa.model.storage import DiskPlan
 from limosa.model.vm import Accelerator, VmConfig
 
 Address = Annotated[str, Meta(max_length=64)]
@@ -105,6 +106,10 @@ class Prepare(Message, tag="prepare", frozen=True):
     networks: Annotated[tuple[Address, ...], Meta(max_length=4096)] = ()
     #: small files of the VM's own that the destination must have bit by bit (the cloud-init seed), by name
     files: dict[Name, Base64] = {}
+    #: disks that are to be copied into new images; ``vm`` names those
+    disks: Annotated[tuple[DiskPlan, ...], Meta(max_length=26)] = ()
+    #: with which they are copied
+    disk_credentials: StreamCredentials | None = None
 
 
 class InLine(Message, tag="in-line", frozen=True):
@@ -122,6 +127,8 @@ class Prepared(Message, tag="prepared", frozen=True):
     address: str
     port: int
     token: Annotated[str, Meta(pattern=r"\A[0-9a-f]{32}\Z")]
+    #: where QEMU's NBD server awaits the disks, on the same address; 0 if there are none
+    disks_port: int = 0
 
 
 class Announce(Message, tag="announce", frozen=True):
