@@ -29,7 +29,7 @@ def numbers(image: Path, image_format: str = "qcow2") -> list[int]:
 
 def raw_copy(image: Path, image_format: str = "qcow2") -> Path:
     """The image as a guest sees it, as a file beside it."""
-    copy = image.with_suffix(".seen")
+    copy = image.with_suffix(".raw")
     subprocess.run(["qemu-img", "convert", "-f", image_format, "-O", "raw", str(image), str(copy)], check=True)
     return copy
 

@@ -109,7 +109,9 @@ class Inspector:
         shared = places.shared()
 
         def look() -> tuple[FileIdentity, ...]:
-            found = [identify(path, shared, digest=path in boot, user=self._user, own=places.own) for path in vm.host_files()]
+            found = [
+                identify(path, shared, digest=path in boot, user=self._user, own=places.own) for path in vm.host_files()
+            ]
             return tuple(identity for identity in found if identity is not None)
 
         return await asyncio.to_thread(look) if vm.host_files() else ()
