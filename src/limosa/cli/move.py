@@ -72,10 +72,13 @@ def register(commands: Commands[argparse.ArgumentParser]) -> None:
             help="copy disks to these locations of the destination; without it those it does not see are copied to the "
             "location of the same name as here, else its default one",
         )
+        parser.add_argument(
+            "--flatten", action="store_true", help="copy disks in one piece, also where the destination has their base"
+        )
 
 
 def _check(arguments: argparse.Namespace) -> int:
-    raw = {"vm": arguments.vm, "destination": arguments.to, "options": {"storage": _storage(arguments.storage)}}
+    raw = {"vm": arguments.vm, "destination": arguments.to, "options": _disk_options(arguments)}
     request = toml.convert(raw, CheckRequest, where="the request")
     with client_of(arguments) as client:
         found = client.call(endpoints.CHECK, request)
@@ -122,7 +125,7 @@ def _mover(arguments: argparse.Namespace) -> Callable[[str], Iterator[Migration]
         "bandwidth_mbit_per_s": arguments.bandwidth,
         "blackout_budget_ms": arguments.blackout_budget,
         "post_copy": arguments.post_copy,
-        "storage": _storage(arguments.storage),
+        **_disk_options(arguments),
         "keep": arguments.keep,
     }
 
@@ -137,6 +140,10 @@ def _mover(arguments: argparse.Namespace) -> Callable[[str], Iterator[Migration]
                 yield from follow(client, migration)
 
     return begin
+
+
+def _disk_options(arguments: argparse.Namespace) -> dict[str, object]:
+    return {"storage": _storage(arguments.storage), "flatten": arguments.flatten}
 
 
 def _storage(text: str | None) -> dict[str, str]:

@@ -9,7 +9,7 @@ import contextlib
 import logging
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from limosa.errors import (
@@ -35,6 +35,7 @@ from limosa.migration.ownership import DESTINATION_ENDED, DestinationStep
 from limosa.model.facts import DestinationFacts
 from limosa.model.finding import Finding
 from limosa.model.migration import Migration, Outcome, Phase, Progress, Side
+from limosa.model.storage import BackingFile
 from limosa.network.addresses import stream_addresses
 from limosa.qemu.protocol import MachineProtocol
 from limosa.transport import tcp
@@ -83,6 +84,10 @@ class Incoming:
         port = await trial.enter_async_context(tcp.trial(addresses, self._page.now.migration_ports))
         return await self._inspector.destination_facts(asked.vm, asked.accelerator, network, addresses, port)
 
+    async def find_files(self, files: Sequence[BackingFile]) -> tuple[BackingFile | None, ...]:
+        """Where this host has files with these contents; None where it has not."""
+        return tuple([await self._storage.find(file) for file in files])
+
     def begin(self, request: Prepare, source: str, reached_at: str) -> Destination:
         """A landing for a VM, journalled but with nothing reserved yet."""
         if not self._page.now.live_migration:
@@ -125,6 +130,8 @@ class Incoming:
             disk = named.get(plan.disk)
             if plan.path != path or disk is None or (disk.path, disk.format) != (plan.path, plan.format):
                 raise InvalidInput(f"the image of disk {plan.disk} cannot be {plan.path}", vm=request.vm.name)
+            if plan.backing is not None and not self._storage.places.of(plan.backing.path):
+                raise InvalidInput(f"{plan.backing.path} cannot be shown to a guest", vm=request.vm.name)
 
     def find(self, migration: str, source: str) -> Destination | None:
         """The landing of an earlier migration from ``source``, also one that has ended; None if there was none."""

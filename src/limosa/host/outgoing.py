@@ -38,8 +38,7 @@ from limosa.model.finding import Finding, Severity
 from limosa.model.migration import Migration, Outcome, Phase, Progress, Side
 from limosa.model.network import HostNetwork
 from limosa.model.route import Route
-from limosa.model.storage import DiskFacts
-from limosa.model.vm import Disk, VmState
+from limosa.model.vm import VmState
 from limosa.network.changes import changes
 from limosa.security import tls
 from limosa.settings.address import split_address
@@ -97,7 +96,7 @@ class Outgoing:
             try:
                 destination = peer.host
                 facts = self._inspector.vm_facts(hosted)
-                examined = await examine(peer, self._question(hosted, request.options), facts, self._storage.facts)
+                examined = await examine(peer, self._question(hosted, request.options), facts, self._storage)
                 findings, route, disks = examined.findings, examined.route, examined.disks
             finally:
                 await peer.close()
@@ -124,6 +123,7 @@ class Outgoing:
             accelerator=hosted.accelerator or "tcg",
             transport=options.transport or self._page.now.transport,
             storage=options.storage,
+            flatten=options.flatten,
             tag=new_identity(),
         )
 
@@ -277,7 +277,7 @@ class Outgoing:
             changes["post_copy"] = options.post_copy
         transport = options.transport or settings.transport
         policy = msgspec.structs.replace(policy, **changes)
-        return Terms(policy, transport, settings.encrypt, options.storage, options.keep)
+        return Terms(policy, transport, settings.encrypt, options.storage, options.flatten, options.keep)
 
     def bandwidth_share(self) -> int:
         """Bytes per second each move may use now, 0: no cap."""
@@ -327,7 +327,7 @@ class Leaving:
         self._vms = vms
         self._inspector = inspector
         self._multichannel = multichannel
-        self._storage = storage
+        self.disks = storage
         self._outgoing = outgoing
         #: bytes per second asked for this move, 0: none
         self._own_cap = own_cap
@@ -348,10 +348,6 @@ class Leaving:
         if route.transport == "multichannel":
             return await self._multichannel.connect(route, prepared)
         return await tcp.connect(prepared.address, prepared.port, prepared.token, route.paths[0].here)
-
-    async def disk_facts(self, disks: Sequence[Disk]) -> tuple[DiskFacts, ...]:
-        """See :class:`limosa.migration.source.Home`."""
-        return await self._storage.facts(disks)
 
     async def connect_disks(self, route: Route, prepared: Prepared) -> socket.socket:
         """See :class:`limosa.migration.source.Home`."""
@@ -380,7 +376,7 @@ class Leaving:
         if self._hosted is not None:
             self._vms.forget(self._hosted)
         for path in images:
-            self._storage.remove(path)
+            self.disks.remove(path)
 
     async def vm_stays(self) -> None:
         """See :class:`limosa.migration.source.Home`."""

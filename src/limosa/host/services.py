@@ -59,7 +59,7 @@ async def assemble(daemon: DaemonSettings, files: Files) -> Services:
     vms = Vms(daemon.name, files, launcher)
     for fault in await vms.load():
         _log.error("%s", fault)
-    storage = Storage(page, files)
+    storage = Storage(page, files, user)
     views = Views(daemon.name, files.migrations)
     inspector = Inspector(daemon, page, vms, capabilities, netlink, storage, user)
     multichannel = Multichannel(PathManager(), files.run)

@@ -26,7 +26,7 @@ import msgspec
 from limosa.errors import Cancelled, LimosaError, MigrationFailed, NotConverging, PreflightRefused, QemuGone
 from limosa.migration import convergence, disks, mirrors, progress
 from limosa.migration.convergence import Convergence
-from limosa.migration.examination import Examined, Question, both, examine
+from limosa.migration.examination import DisksHere, Examined, Question, both, examine
 from limosa.migration.journal import Journal
 from limosa.migration.mirrors import Mirrors
 from limosa.migration.ownership import SourceStep
@@ -38,9 +38,8 @@ from limosa.model.finding import Severity
 from limosa.model.migration import Phase, Progress
 from limosa.model.network import HostNetwork
 from limosa.model.route import Route
-from limosa.model.storage import DiskFacts, DiskPlan
+from limosa.model.storage import DiskPlan
 from limosa.model.units import MIB
-from limosa.model.vm import Disk
 from limosa.qemu.protocol import Event, MachineProtocol, MigrationState, MigrationStatistics, StreamParameters
 from limosa.security.stream import make_credentials
 from limosa.settings.host import ConvergencePolicy
@@ -62,6 +61,8 @@ class Terms:
     encrypt: bool
     #: which location of the destination a disk goes to, by the disk's name
     storage: Mapping[str, str] = field(default_factory=dict)
+    #: whether disks are copied in one piece, also where the destination has what lies below them
+    flatten: bool = False
     #: whether images the VM leaves behind are kept
     keep: bool = False
 
@@ -79,8 +80,9 @@ class Home(Protocol):
     def carry_on(self) -> dict[str, str]:
         """Small files of the VM's own that go along, base64 by name."""
 
-    async def disk_facts(self, disks: Sequence[Disk]) -> tuple[DiskFacts, ...]:
-        """What there is to know about disks that are to be copied. Raises :class:`StorageError`."""
+    @property
+    def disks(self) -> DisksHere:
+        """What is asked about disks that are to be copied."""
 
     async def connect_disks(self, route: Route, prepared: Prepared) -> socket.socket:
         """A connection to the destination for one disk. Raises :class:`DestinationLost`."""
@@ -207,9 +209,10 @@ class SourceMove:
             accelerator=header.accelerator,
             transport=self.terms.transport,
             storage=self.terms.storage,
+            flatten=self.terms.flatten,
             tag=header.migration,
         )
-        examined = self.examined = await examine(peer, question, self._facts(), self.home.disk_facts)
+        examined = self.examined = await examine(peer, question, self._facts(), self.home.disks)
         findings = examined.findings
         if any(finding.severity is Severity.ERROR for finding in findings):
             raise PreflightRefused(findings, vm=self.header.vm.name, host=peer.host)

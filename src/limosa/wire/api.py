@@ -117,6 +117,8 @@ class MoveOptions(Model, frozen=True):
     post_copy: bool | None = None
     #: which location of the destination a disk is to be copied to, by the disk's name
     storage: dict[DiskName, Name] = {}
+    #: copy disks in one piece, also where the destination has what lies below them
+    flatten: bool = False
     #: keep the images the VM leaves behind
     keep: bool = False
 

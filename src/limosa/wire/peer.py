@@ -7,6 +7,8 @@
                      <-  Welcome
     Inspect          ->                 gather facts for preflight
                      <-  Facts
+    FindFiles        ->                 look for what lies below disks that are to be copied
+                     <-  FoundFiles
     Prepare          ->                 reserve, start QEMU with -S, taps, TLS; await the stream
                      <-  InLine         (any number, while no slot is free)
                      <-  Prepared
@@ -36,7 +38,7 @@ from msgspec import Meta
 from limosa.model.base import MigrationId, Model, Name
 from limosa.model.facts import DestinationFacts
 from limosa.model.migration import Fault
-from limosa.model.storage import DiskPlan
+from limosa.model.storage import BackingFile, DiskPlan
 from limosa.model.vm import Accelerator, VmConfig
 
 Address = Annotated[str, Meta(max_length=64)]
@@ -74,6 +76,18 @@ class Facts(Message, tag="facts", frozen=True):
     """The answer to :class:`Inspect`."""
 
     facts: DestinationFacts
+
+
+class FindFiles(Message, tag="find-files", frozen=True):
+    """Look for files with these contents, which lie below disks that are to be copied."""
+
+    files: Annotated[tuple[BackingFile, ...], Meta(max_length=26)]
+
+
+class FoundFiles(Message, tag="found-files", frozen=True):
+    """The answer to :class:`FindFiles`, in its order: where they are at the destination, null where they are not."""
+
+    files: tuple[BackingFile | None, ...]
 
 
 class StreamCredentials(Model, frozen=True):
@@ -209,5 +223,5 @@ class Lost(Message, frozen=True, tag="lost"):
     fault: Fault
 
 
-FromSource = Hello | Inspect | Prepare | Announce | TakeOver | Abort | Attach
-FromDestination = Welcome | Facts | InLine | Prepared | Running | Adopted | Gone | Standing | Failed | Lost
+FromSource = Hello | Inspect | FindFiles | Prepare | Announce | TakeOver | Abort | Attach
+FromDestination = Welcome | Facts | FoundFiles | InLine | Prepared | Running | Adopted | Gone | Standing | Failed | Lost
