@@ -1,0 +1,134 @@
+"""What of the queue is compressed, and when it is not waited for any longer: the sender's dealings with its worker.
+
+All of it happens under the sender's lock.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+from limosa.transport.relay.carrier import Carrier
+from limosa.transport.relay.control import CompressionStatistics
+from limosa.transport.relay.errors import WorkerLost
+from limosa.transport.relay.pace import Line, Pace, Patience
+from limosa.transport.relay.pump import Interest
+from limosa.transport.relay.queue import Chunk, Queue, State
+from limosa.transport.relay.worker import Worker
+
+_log = logging.getLogger(__name__)
+#: Two: while the worker is at one it need not wait to be told of the next.
+_MOST_OFFERED = 2
+#: A worker that has begun is waited for so long before it is lifted, and after that, before it is given up.
+_BEFORE_LIFT_S = 0.001
+_AFTER_LIFT_S = 2.0
+#: Of the time the carrier is still busy, so much is spent waiting; the rest is for sending what comes then.
+_SAFELY = 0.7
+
+
+class Compression:
+    """Without a ``worker``, and when it is lost, everything goes raw."""
+
+    def __init__(self, queue: Queue, carrier: Carrier, worker: Worker | None) -> None:
+        self._queue, self._carrier, self._worker = queue, carrier, worker
+        self._offered: dict[int, Chunk] = {}
+        self._number = 0
+        self._line, self._pace, self._patience = Line(), Pace(), Patience()
+        self.statistics = CompressionStatistics()
+
+    def interests(self, act: Callable[[], None]) -> Iterator[Interest]:
+        """What the pump has to wait for; ``act`` is to call :meth:`take_results`."""
+        if self._worker is not None:
+            yield Interest(self._worker.fileno(), act)
+
+    def offer(self) -> None:
+        """Offer the worker what is worth it."""
+        self._look()
+        worker = self._ready_worker() if self._patience.allows(time.monotonic()) else None
+        while worker is not None and len(self._offered) < _MOST_OFFERED and (chunk := self._worth()) is not None:
+            self._number += 1
+            try:
+                worker.offer(self._number, self._queue.offset(chunk), chunk.length)
+            except WorkerLost:
+                self._lose_worker()
+                return
+            chunk.state = State.OFFERED
+            self._offered[self._number] = chunk
+
+    def _worth(self) -> Chunk | None:
+        """The next chunk that the worker can do without keeping the carrier waiting."""
+        if not self._line.rate:
+            return None
+        return self._queue.worth(
+            self._line.busy_for_s(), self._line.rate, self._pace.seconds_per_byte, self._pace.ratio
+        )
+
+    def take_results(self) -> None:
+        """Take what the worker has done."""
+        try:
+            while self._worker is not None and (result := self._worker.result()) is not None:
+                chunk = self._offered.pop(result.number)
+                chunk.state, chunk.wire_length, chunk.digest = State.DONE, result.wire_length, result.digest
+                self._pace.note(chunk.length, result.wire_length, result.seconds)
+                self.statistics.cpu_s += result.seconds
+                if not self._worker.lifted:
+                    self._patience.in_time()
+        except WorkerLost:
+            self._lose_worker()
+        self.offer()
+
+    def decide(self, chunk: Chunk, changed: threading.Condition) -> None:
+        """The carrier has reached a chunk that was offered: wait for it as long as that costs nothing, or must be.
+
+        Afterwards the chunk is done, or waits and is to be sent raw. ``changed`` is the lock that is held.
+        """
+
+        def offered() -> bool:
+            return chunk.state is State.OFFERED
+
+        changed.wait_for(lambda: not offered(), _SAFELY * self._line.busy_for_s())
+        while offered() and self._withdraw() not in (None, chunk):
+            pass
+        if offered():
+            changed.wait_for(lambda: not offered(), _BEFORE_LIFT_S)
+        if offered() and self._worker is not None:
+            self._worker.lift()
+            self.statistics.lifts += 1
+            self._patience.late(time.monotonic(), at_least=0.1)  # sooner the kernel may not take the lift back
+            changed.wait_for(lambda: not offered(), _AFTER_LIFT_S)
+        if offered():
+            self._lose_worker()
+
+    def _withdraw(self) -> Chunk | None:
+        """Take the oldest chunk back that the worker has not begun with."""
+        number = self._worker.withdraw() if self._worker is not None else None
+        if number is None:
+            return None
+        chunk = self._offered.pop(number)
+        chunk.state = State.WAITING
+        self.statistics.withdrawn += 1
+        self._patience.late(time.monotonic())
+        return chunk
+
+    def _look(self) -> None:
+        unacknowledged, unsent = self._carrier.unacknowledged()
+        self._line.note(time.monotonic(), self._carrier.sent_bytes, unacknowledged, unsent)
+
+    def _ready_worker(self) -> Worker | None:
+        """The worker, if it is last in line."""
+        if self._worker is not None and self._worker.lifted and not self._offered:
+            self._worker.put_last()
+        return self._worker if self._worker is not None and not self._worker.lifted else None
+
+    def _lose_worker(self) -> None:
+        """It died or does not get on: what it had goes raw, and so does all that follows. What it knew is lost with it,
+        and the next session is the time to begin anew."""
+        if self._worker is not None:
+            _log.warning("lost the process that compresses; going on without")
+            self._worker.end()
+            self._worker = None
+        for chunk in self._offered.values():
+            chunk.state = State.WAITING
+        self._offered.clear()
