@@ -60,9 +60,7 @@ async def pair(
     try:
         await asyncio.gather(
             destination.open_receiver(listener, token=token, credentials=server, window_log=window_log),
-            source.open_sender(
-                forward, backward, token=token, credentials=client, window_log=window_log, level=level
-            ),
+            source.open_sender(forward, backward, token=token, credentials=client, window_log=window_log, level=level),
         )
         yield Pair(source, destination)
     finally:

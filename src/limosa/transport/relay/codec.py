@@ -34,10 +34,13 @@ class Compressor:
             write_content_size=False,
         )
         self._stream = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
+        # This makes zstd set its tables up now, which takes it longer than many a chunk will.
+        self._begun = self._stream.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK)
 
     def compress(self, data: memoryview) -> bytes:
         """The next piece of the stream."""
-        return self._stream.compress(data) + self._stream.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK)
+        begun, self._begun = self._begun, b""
+        return begun + self._stream.compress(data) + self._stream.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK)
 
 
 class Decompressor:

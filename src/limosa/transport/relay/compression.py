@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from limosa.transport.relay.carrier import Carrier
 from limosa.transport.relay.control import CompressionStatistics
 from limosa.transport.relay.errors import WorkerLost
+from limosa.transport.relay.frames import MAX_RAW_BYTES
 from limosa.transport.relay.pace import Line, Pace, Patience
 from limosa.transport.relay.pump import Interest
 from limosa.transport.relay.queue import Chunk, Queue, State
@@ -24,7 +25,9 @@ _MOST_OFFERED = 2
 #: A worker that has begun is waited for so long before it is lifted, and after that, before it is given up.
 _BEFORE_LIFT_S = 0.001
 _AFTER_LIFT_S = 2.0
-#: Of the time the carrier is still busy, so much is spent waiting; the rest is for sending what comes then.
+#: A chunk is what the carrier needs this long for, uncompressed: the worker and other streams wait for no more.
+_CHUNK_S = 0.003
+#: Of the time that waiting for the worker costs nothing, so much is spent on it.
 _SAFELY = 0.7
 
 
@@ -46,23 +49,22 @@ class Compression:
     def offer(self) -> None:
         """Offer the worker what is worth it."""
         self._look()
-        worker = self._ready_worker() if self._patience.allows(time.monotonic()) else None
-        while worker is not None and len(self._offered) < _MOST_OFFERED and (chunk := self._worth()) is not None:
+        if not self._patience.allows(time.monotonic()):
+            return
+        while (
+            (worker := self._ready_worker()) is not None
+            and len(self._offered) < _MOST_OFFERED
+            and (chunk := self._worth()) is not None
+        ):
             self._number += 1
-            try:
-                worker.offer(self._number, self._queue.offset(chunk), chunk.length)
-            except WorkerLost:
-                self._lose_worker()
-                return
-            chunk.state = State.OFFERED
-            self._offered[self._number] = chunk
+            self._give(worker, self._number, chunk)
 
     def _worth(self) -> Chunk | None:
         """The next chunk that the worker can do without keeping the carrier waiting."""
         if not self._line.rate:
             return None
         return self._queue.worth(
-            self._line.busy_for_s(), self._line.rate, self._pace.seconds_per_byte, self._pace.ratio
+            self._line.busy_for_s(), self._line.rate, self._pace.seconds_per_byte, self._pace.remainder
         )
 
     def take_results(self) -> None:
@@ -71,8 +73,8 @@ class Compression:
             while self._worker is not None and (result := self._worker.result()) is not None:
                 chunk = self._offered.pop(result.number)
                 chunk.state, chunk.wire_length, chunk.digest = State.DONE, result.wire_length, result.digest
-                self._pace.note(chunk.length, result.wire_length, result.seconds)
-                self.statistics.cpu_s += result.seconds
+                self._pace.note(chunk.length, result.wire_length, result.seconds, result.cpu_seconds)
+                self.statistics.cpu_s += result.cpu_seconds
                 if not self._worker.lifted:
                     self._patience.in_time()
         except WorkerLost:
@@ -88,33 +90,45 @@ class Compression:
         def offered() -> bool:
             return chunk.state is State.OFFERED
 
-        changed.wait_for(lambda: not offered(), _SAFELY * self._line.busy_for_s())
-        while offered() and self._withdraw() not in (None, chunk):
-            pass
-        if offered():
+        saved = chunk.length * (1 - self._pace.remainder)
+        patience = self._line.busy_for_s() + saved / (self._line.rate or float("inf"))
+        changed.wait_for(lambda: not offered(), _SAFELY * patience)
+        if offered() and not self._withdraw(chunk):
             changed.wait_for(lambda: not offered(), _BEFORE_LIFT_S)
         if offered() and self._worker is not None:
             self._worker.lift()
             self.statistics.lifts += 1
-            self._patience.late(time.monotonic(), at_least=0.1)  # sooner the kernel may not take the lift back
+            self._patience.lifted(time.monotonic())
             changed.wait_for(lambda: not offered(), _AFTER_LIFT_S)
         if offered():
             self._lose_worker()
 
-    def _withdraw(self) -> Chunk | None:
-        """Take the oldest chunk back that the worker has not begun with."""
+    def _withdraw(self, chunk: Chunk) -> bool:
+        """Take the oldest offer back if the worker has not begun with it. False: it has."""
         number = self._worker.withdraw() if self._worker is not None else None
-        if number is None:
-            return None
-        chunk = self._offered.pop(number)
-        chunk.state = State.WAITING
+        if self._worker is None or number is None:
+            return False
+        if self._offered[number] is not chunk:
+            # It is at the chunk and this is the next: what is left to it in the order it was.
+            self._give(self._worker, number, self._offered[number])
+            return False
+        self._offered.pop(number).state = State.WAITING
         self.statistics.withdrawn += 1
-        self._patience.late(time.monotonic())
-        return chunk
+        self._patience.withdrawn(time.monotonic())
+        return True
+
+    def _give(self, worker: Worker, number: int, chunk: Chunk) -> None:
+        chunk.state = State.OFFERED
+        self._offered[number] = chunk
+        try:
+            worker.offer(number, self._queue.offset(chunk), chunk.length)
+        except WorkerLost:
+            self._lose_worker()
 
     def _look(self) -> None:
         unacknowledged, unsent = self._carrier.unacknowledged()
         self._line.note(time.monotonic(), self._carrier.sent_bytes, unacknowledged, unsent)
+        self._queue.set_chunk_limit(self._line.carries(_CHUNK_S) or MAX_RAW_BYTES)
 
     def _ready_worker(self) -> Worker | None:
         """The worker, if it is last in line."""

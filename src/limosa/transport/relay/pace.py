@@ -11,10 +11,11 @@ from __future__ import annotations
 
 _MEASURE_OVER_S = 0.01
 _WEIGHT = 0.3
-#: The worker's processor time is what it takes alone; waking it and telling costs a little more.
-_MARGIN = 1.3
-_PATIENCE_FIRST_S = 0.02
-_PATIENCE_MOST_S = 2.0
+#: A worker that gets less than a quarter of a processor is not planned with, but tried and found late.
+_MOST_SLOWED = 4.0
+_HOPE = 0.75
+_PATIENCE_FIRST_S = 0.01
+_PATIENCE_MOST_S = 0.5
 
 
 class Line:
@@ -42,6 +43,10 @@ class Line:
         elif unsent:
             self.rate += _WEIGHT * (seen - self.rate)
 
+    def carries(self, seconds: float) -> int | None:
+        """How many bytes it carries in that time; None: not known yet."""
+        return int(self.rate * seconds) if self.rate else None
+
     def busy_for_s(self) -> float:
         """How long the carrier will be busy with what was not sent at the last :meth:`note`."""
         return self._unsent / self.rate if self.rate else 0.0
@@ -51,15 +56,23 @@ class Pace:
     """What the worker needs and achieves."""
 
     def __init__(self) -> None:
-        #: seconds a byte; to begin with a careful guess
-        self.seconds_per_byte = _MARGIN / 250e6
-        #: raw bytes for one on the carrier
-        self.ratio = 2.0
+        #: seconds a byte, with the time in which others had the processor; to begin with a careful guess
+        self.seconds_per_byte = 1 / 150e6
+        self._remainder = 0.5
+        self._alone = 1 / 250e6
 
-    def note(self, raw_length: int, wire_length: int, seconds: float) -> None:
-        """The worker took ``seconds`` of processor time for a chunk."""
-        self.seconds_per_byte += _WEIGHT * (_MARGIN * seconds / raw_length - self.seconds_per_byte)
-        self.ratio += _WEIGHT * (raw_length / wire_length - self.ratio)
+    @property
+    def remainder(self) -> float:
+        """What is left of a byte, to be expected. Hopeful, or what was tried and not worth it would never be tried
+        again."""
+        return min(self._remainder, _HOPE)
+
+    def note(self, raw_length: int, wire_length: int, seconds: float, cpu_seconds: float) -> None:
+        """The worker took ``seconds`` for a chunk, ``cpu_seconds`` of it processor time."""
+        self._alone += _WEIGHT * (cpu_seconds / raw_length - self._alone)
+        seen = self.seconds_per_byte + _WEIGHT * (seconds / raw_length - self.seconds_per_byte)
+        self.seconds_per_byte = min(seen, _MOST_SLOWED * self._alone)
+        self._remainder += _WEIGHT * (wire_length / raw_length - self._remainder)
 
 
 class Patience:
@@ -73,15 +86,15 @@ class Patience:
         """Whether the worker may be given a chunk."""
         return now >= self._until
 
-    def remaining(self, now: float) -> float:
-        """Seconds until :meth:`allows`."""
-        return max(0.0, self._until - now)
+    def withdrawn(self, now: float) -> None:
+        """It did not even come to begin, which cost nobody anything: leave it alone for a moment."""
+        self._until = now + _PATIENCE_FIRST_S
 
-    def late(self, now: float, *, at_least: float = 0.0) -> None:
-        """It was too late: leave it alone, longer each time."""
-        self._until = now + max(self._next, at_least)
+    def lifted(self, now: float) -> None:
+        """It got processor time that others wanted: leave it alone, longer each time."""
+        self._until = now + self._next
         self._next = min(2 * self._next, _PATIENCE_MOST_S)
 
     def in_time(self) -> None:
-        """It was not."""
-        self._next = max(_PATIENCE_FIRST_S, self._next / 2)
+        """It was in time."""
+        self._next = _PATIENCE_FIRST_S

@@ -8,9 +8,9 @@ A chunk may be *offered* to the worker. If the worker has begun with it, it must
 the window of the compressed stream contains it from then on; else the offer can be withdrawn and the chunk goes raw.
 Chunks are offered in the order of the queue, which is the order in which the worker makes them.
 
-Which chunk is offered follows from one thought: compressing must never keep the carrier waiting. :meth:`Queue.worth`
-gives the first chunk that the carrier will reach, by its measured rate, later than the worker will be done with it. On
-a fast carrier that is none, or one far back in the queue; on a slow one every chunk.
+Which chunk is offered follows from one thought: no chunk may arrive later because it was compressed. :meth:`Queue.worth`
+gives the first chunk that is over the carrier, by its measured rate, sooner if the worker is waited for than if it goes
+raw. On a fast carrier that is none, or one far back in the queue; on a slow one every chunk.
 """
 
 from __future__ import annotations
@@ -23,10 +23,12 @@ from enum import Enum, auto
 from limosa.transport.relay.frames import MAX_GROWTH_BYTES, MAX_RAW_BYTES, Kind
 
 #: A read that has less room than this waits until there is more.
-_LEAST_READ_BYTES = 16 * 1024
-#: What may wait, and what one chunk may hold, once a guest is about to stand still.
+_LEAST_READ_BYTES = 32 * 1024
+#: What may wait once a guest is about to stand still.
 SHORT_BYTES = 256 * 1024
-_SHORT_CHUNK_BYTES = 128 * 1024
+#: What it takes to wake the worker and to hear from it.
+_TELLING_S = 0.0001
+_LEAST_CHUNK_BYTES = 64 * 1024
 
 
 class State(Enum):
@@ -63,6 +65,7 @@ class Queue:
         self._begin = 0
         self._end = 0
         self._short = False
+        self._chunk_limit = MAX_RAW_BYTES
         self._sending = False
         #: the chunk behind which a read is under way
         self._growing: Chunk | None = None
@@ -80,6 +83,11 @@ class Queue:
     def set_short(self, short: bool) -> None:
         """Whether only a little may wait, from now on; what waits already stays."""
         self._short = short
+
+    def set_chunk_limit(self, limit: int) -> None:
+        """How large a chunk may grow from now on, within reason."""
+        most = SHORT_BYTES // 2 if self._short else MAX_RAW_BYTES
+        self._chunk_limit = max(_LEAST_CHUNK_BYTES, min(limit, most))
 
     # --- filling ---
 
@@ -139,30 +147,34 @@ class Queue:
 
     # --- compressing ---
 
-    def worth(self, idle_after_s: float, rate: float, pace: float, ratio: float) -> Chunk | None:
+    def worth(self, idle_after_s: float, rate: float, pace: float, remainder: float) -> Chunk | None:
         """The next chunk to offer to the worker, or None.
 
         ``idle_after_s``: for so long the carrier is busy with what was sent already. ``rate``: what it carries, bytes a
-        second. ``pace``: seconds the worker takes for a byte. ``ratio``: what compression made of others.
+        second. ``pace``: seconds the worker takes for a byte. ``remainder``: what compression left of a byte of others.
         """
         reached_after_s = idle_after_s
         done_after_s = 0.0
         # The worker's order is the queue's, so nothing before what was offered already may be offered now.
-        behind = max(
-            (place for place, chunk in enumerate(self._chunks) if chunk.state is not State.WAITING), default=-1
-        )
+        offered = [place for place, chunk in enumerate(self._chunks) if chunk.state is not State.WAITING]
         for place, chunk in enumerate(self._chunks):
+            raw_after_s = reached_after_s + chunk.length / rate
+            compressed_after_s = (
+                max(reached_after_s, done_after_s + _TELLING_S + chunk.length * pace) + chunk.length * remainder / rate
+            )
             if chunk.state is State.OFFERED:
-                done_after_s += chunk.length * pace
-                reached_after_s = max(reached_after_s, done_after_s) + chunk.length / ratio / rate
+                done_after_s += _TELLING_S + chunk.length * pace
+                reached_after_s = compressed_after_s
             elif chunk.state is State.DONE:
                 reached_after_s += chunk.wire_length / rate
             elif (
-                place > behind and self._is_free(place, chunk) and done_after_s + chunk.length * pace <= reached_after_s
+                place > (offered[-1] if offered else -1)
+                and self._is_free(place, chunk)
+                and compressed_after_s < raw_after_s
             ):
                 return chunk
             else:
-                reached_after_s += chunk.length / rate
+                reached_after_s = raw_after_s
         return None
 
     def _is_free(self, place: int, chunk: Chunk) -> bool:
@@ -170,10 +182,6 @@ class Queue:
         return chunk.kind is Kind.DATA and chunk is not self._growing and not (place == 0 and self._sending)
 
     # --- inside ---
-
-    @property
-    def _chunk_limit(self) -> int:
-        return _SHORT_CHUNK_BYTES if self._short else MAX_RAW_BYTES
 
     def _room_behind(self, channel: int) -> int:
         """What may be added to the last chunk."""
@@ -200,7 +208,7 @@ class Queue:
         chunk does not run over the end of the ring."""
         start = self._end + MAX_GROWTH_BYTES
         left = self.size - start % self.size
-        return start if left >= MAX_GROWTH_BYTES + 4 * _LEAST_READ_BYTES else start + left
+        return start if left >= MAX_GROWTH_BYTES + 2 * _LEAST_READ_BYTES else start + left
 
     def _free(self, start: int) -> int:
         """How many bytes may be read to ``start``."""

@@ -252,13 +252,14 @@ class Sender:
                 self._obey(channel, header, payload)
 
     def _obey(self, channel: _Channel, header: Header, payload: memoryview) -> None:
+        if header.kind is Kind.CREDIT:
+            self._grant(channel, header.raw_length)
+            return
         try:
             if header.kind is Kind.DATA:
                 channel.plug.write(payload)
             elif header.kind is Kind.END:
                 channel.plug.finish()
-            elif header.kind is Kind.CREDIT:
-                self._grant(channel, header.raw_length)
             else:
                 channel.broken = channel.plug.input_ended = True
         except OSError:
@@ -267,6 +268,9 @@ class Sender:
 
     def _grant(self, channel: _Channel, count: int) -> None:
         with self._changed:
+            stood_still = channel.allowance <= 0
             channel.credit += count
+        if stood_still:
+            self._pump.wake()
         if channel.credit > WINDOW_BYTES:
             raise BrokenStream(f"more credit for channel {channel.plug.number} than there is")

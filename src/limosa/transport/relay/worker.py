@@ -34,8 +34,8 @@ from limosa.transport.relay.frames import MAX_GROWTH_BYTES, digest
 _BEGINNING = struct.Struct("=ii")
 #: number, offset, raw length
 _TICKET = struct.Struct("=QII")
-#: number, compressed length, digest of the raw bytes, nanoseconds of processor time
-_RESULT = struct.Struct("=QIQQ")
+#: number, compressed length, digest of the raw bytes, nanoseconds it took, nanoseconds of processor time
+_RESULT = struct.Struct("=QIQQQ")
 
 
 class Memory:
@@ -55,6 +55,7 @@ class Result(NamedTuple):
     wire_length: int
     digest: int
     seconds: float
+    cpu_seconds: float
 
 
 class Worker:
@@ -125,8 +126,8 @@ class Worker:
             raise WorkerLost(str(error)) from error
         if len(data) != _RESULT.size:
             raise WorkerLost("it ended")
-        number, wire_length, raw_digest, nanoseconds = _RESULT.unpack(data)
-        return Result(number, wire_length, raw_digest, nanoseconds / 1e9)
+        number, wire_length, raw_digest, nanoseconds, cpu_nanoseconds = _RESULT.unpack(data)
+        return Result(number, wire_length, raw_digest, nanoseconds / 1e9, cpu_nanoseconds / 1e9)
 
     def lift(self) -> None:
         """Give it an ordinary share of processor time."""
@@ -152,10 +153,12 @@ def _work(memory: Memory, tickets: socket.socket, results: socket.socket) -> Non
         compressor = Compressor(*_BEGINNING.unpack(beginning)) if beginning else None
         while compressor is not None and (ticket := tickets.recv(_TICKET.size)):
             number, offset, length = _TICKET.unpack(ticket)
-            began = time.thread_time_ns()
+            began, cpu_began = time.monotonic_ns(), time.thread_time_ns()
             raw = memory.raw[offset : offset + length]
             made = compressor.compress(raw)
             if len(made) > length + MAX_GROWTH_BYTES:
                 return  # it would not fit; nothing known to zstd makes that happen
             memory.compressed[offset : offset + len(made)] = made
-            results.send(_RESULT.pack(number, len(made), digest(raw), time.thread_time_ns() - began))
+            raw_digest = digest(raw)
+            took, cpu_took = time.monotonic_ns() - began, time.thread_time_ns() - cpu_began
+            results.send(_RESULT.pack(number, len(made), raw_digest, took, cpu_took))
