@@ -23,7 +23,7 @@ _log = logging.getLogger(__name__)
 #: Two: while the worker is at one it need not wait to be told of the next.
 _MOST_OFFERED = 2
 #: A worker that has begun is waited for so long before it is lifted, and after that, before it is given up.
-_BEFORE_LIFT_S = 0.001
+_BEFORE_LIFT_S = 0.002
 _AFTER_LIFT_S = 2.0
 #: A chunk is what the carrier needs this long for, uncompressed: the worker and other streams wait for no more.
 _CHUNK_S = 0.003
@@ -75,8 +75,7 @@ class Compression:
                 chunk.state, chunk.wire_length, chunk.digest = State.DONE, result.wire_length, result.digest
                 self._pace.note(chunk.length, result.wire_length, result.seconds, result.cpu_seconds)
                 self.statistics.cpu_s += result.cpu_seconds
-                if not self._worker.lifted:
-                    self._patience.in_time()
+                self._patience.served(result.seconds, result.cpu_seconds)
         except WorkerLost:
             self._lose_worker()
         self.offer()

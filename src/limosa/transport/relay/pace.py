@@ -14,6 +14,8 @@ _WEIGHT = 0.3
 #: A worker that gets less than a quarter of a processor is not planned with, but tried and found late.
 _MOST_SLOWED = 4.0
 _HOPE = 0.75
+#: Who had the processor for at least this part of the time did not have to wait for others.
+_SERVED = 0.6
 _PATIENCE_FIRST_S = 0.01
 _PATIENCE_MOST_S = 0.5
 
@@ -95,6 +97,7 @@ class Patience:
         self._until = now + self._next
         self._next = min(2 * self._next, _PATIENCE_MOST_S)
 
-    def in_time(self) -> None:
-        """It was in time."""
-        self._next = _PATIENCE_FIRST_S
+    def served(self, seconds: float, cpu_seconds: float) -> None:
+        """It took ``seconds`` for a chunk, ``cpu_seconds`` of it processor time: was the processor free for it?"""
+        if cpu_seconds >= _SERVED * seconds:
+            self._until, self._next = 0.0, _PATIENCE_FIRST_S

@@ -10,6 +10,7 @@ it, not even a QEMU that runs as the same user and got out of hand.
 
 from __future__ import annotations
 
+import encodings.idna  # noqa: F401 - for server names; once rights are given up it might not be found
 import logging
 import os
 import socket

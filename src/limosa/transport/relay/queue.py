@@ -8,9 +8,9 @@ A chunk may be *offered* to the worker. If the worker has begun with it, it must
 the window of the compressed stream contains it from then on; else the offer can be withdrawn and the chunk goes raw.
 Chunks are offered in the order of the queue, which is the order in which the worker makes them.
 
-Which chunk is offered follows from one thought: no chunk may arrive later because it was compressed. :meth:`Queue.worth`
-gives the first chunk that is over the carrier, by its measured rate, sooner if the worker is waited for than if it goes
-raw. On a fast carrier that is none, or one far back in the queue; on a slow one every chunk.
+Which chunk is offered follows from one thought: no chunk may arrive later because it was compressed.
+:meth:`Queue.worth` gives the first chunk that is over the carrier, by its measured rate, sooner if the worker is waited
+for than if it goes raw. On a fast carrier that is none, or one far back in the queue; on a slow one every chunk.
 """
 
 from __future__ import annotations

@@ -81,8 +81,8 @@ class Sender:
         self._pump = Pump(self._interests)
         self._queue = Queue(memory.size)
         self._compression = Compression(self._queue, forward, worker)
-        #: the pump found no room, and wants to be told of some
-        self._full = False
+        #: the pump found no room, or what keeps a channel from being forgotten, and wants to be told of progress
+        self._held_up = False
 
     def start(self) -> None:
         """Begin; returns at once."""
@@ -127,8 +127,8 @@ class Sender:
 
     def _interests(self) -> list[Interest]:
         with self._changed:
+            self._held_up = False
             self._forget_ended()
-            self._full = False
             interests = list(self._compression.interests(self._on_results))
             for channel in self._channels.values():
                 interests.extend(self._interests_in(channel))
@@ -140,13 +140,17 @@ class Sender:
             if self._queue.has_room(channel.plug.number):
                 yield Interest(descriptor, partial(self._read, channel))
             else:
-                self._full = True
+                self._held_up = True
         if channel.plug.kept_bytes and not channel.broken:
             yield Interest(descriptor, partial(self._flush, channel), writing=True)
 
     def _forget_ended(self) -> None:
         for number, channel in list(self._channels.items()):
-            if channel.over and not any(chunk.channel == number for chunk in self._queue):
+            if not channel.over:
+                continue
+            if any(chunk.channel == number for chunk in self._queue):
+                self._held_up = True
+            else:
                 channel.plug.close()
                 del self._channels[number]
                 self._adjust()
@@ -201,7 +205,7 @@ class Sender:
             with self._changed:
                 self._queue.pop()
                 self._compression.offer()
-                if self._full or chunk.kind is not Kind.DATA:
+                if self._held_up:
                     self._pump.wake()
 
     def _next(self) -> Chunk:
