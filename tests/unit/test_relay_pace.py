@@ -25,7 +25,7 @@ def test_a_line_that_waits_for_us_is_not_slow() -> None:
     line.note(0.01, MB, 0, 0)
     fast = line.rate
     for tick in range(1, 50):
-        line.note(tick, MB + tick * 1000, 0, 0)
+        line.note(tick * 0.05, MB + tick * 1000, 0, 0)
     assert line.rate == fast == pytest.approx(100 * MB)
     assert line.busy_for_s() == 0
 
@@ -57,22 +57,30 @@ def test_what_did_not_compress_is_still_tried() -> None:
     assert pace.remainder == 0.75
 
 
-def test_a_worker_that_took_time_from_others_is_left_alone_longer_each_time() -> None:
+def test_a_worker_that_is_late_is_left_alone_longer_each_time() -> None:
     patience = Patience()
     pauses = []
     for turn in range(8):
         now = turn * 10.0
-        patience.lifted(now)
+        patience.late(now)
         pauses.append(next(ms for ms in range(1000) if patience.allows(now + ms / 1000 + 1e-6)))
     assert pauses == [10, 20, 40, 80, 160, 320, 500, 500]
+    assert not patience.trusts
 
 
-def test_a_worker_that_found_a_free_processor_is_forgiven() -> None:
+def test_a_worker_that_found_a_free_processor_is_forgiven_step_by_step() -> None:
     patience = Patience()
-    for _ in range(4):
-        patience.lifted(0.0)
-    patience.served(0.002, 0.0019)
-    assert patience.allows(0.0)
-    patience.lifted(0.0)
-    patience.served(0.010, 0.0019)
+    for _ in range(3):
+        patience.late(0.0)
+    for trusted in (False, False, True):
+        patience.served(0.002, 0.0019, lifted=False)
+        assert patience.allows(0.0)
+        assert patience.trusts == trusted
+
+
+def test_a_worker_that_had_to_wait_for_others_is_not() -> None:
+    patience = Patience()
+    patience.late(0.0)
+    patience.served(0.010, 0.0019, lifted=False)
+    patience.served(0.010, 0.008, lifted=True)
     assert not patience.allows(0.005)

@@ -48,9 +48,9 @@ class Compression:
 
     def offer(self) -> None:
         """Offer the worker what is worth it."""
-        self._look()
-        if not self._patience.allows(time.monotonic()):
+        if self._worker is None or not self._patience.allows(time.monotonic()):
             return
+        self._look()
         while (
             (worker := self._ready_worker()) is not None
             and len(self._offered) < _MOST_OFFERED
@@ -75,7 +75,7 @@ class Compression:
                 chunk.state, chunk.wire_length, chunk.digest = State.DONE, result.wire_length, result.digest
                 self._pace.note(chunk.length, result.wire_length, result.seconds, result.cpu_seconds)
                 self.statistics.cpu_s += result.cpu_seconds
-                self._patience.served(result.seconds, result.cpu_seconds)
+                self._patience.served(result.seconds, result.cpu_seconds, lifted=self._worker.lifted)
         except WorkerLost:
             self._lose_worker()
         self.offer()
@@ -89,18 +89,22 @@ class Compression:
         def offered() -> bool:
             return chunk.state is State.OFFERED
 
-        saved = chunk.length * (1 - self._pace.remainder)
-        patience = self._line.busy_for_s() + saved / (self._line.rate or float("inf"))
-        changed.wait_for(lambda: not offered(), _SAFELY * patience)
+        changed.wait_for(lambda: not offered(), _SAFELY * self._costs_nothing_for_s(chunk))
         if offered() and not self._withdraw(chunk):
             changed.wait_for(lambda: not offered(), _BEFORE_LIFT_S)
         if offered() and self._worker is not None:
             self._worker.lift()
             self.statistics.lifts += 1
-            self._patience.lifted(time.monotonic())
+            self._patience.late(time.monotonic())
             changed.wait_for(lambda: not offered(), _AFTER_LIFT_S)
         if offered():
             self._lose_worker()
+
+    def _costs_nothing_for_s(self, chunk: Chunk) -> float:
+        """How long to wait for a chunk: until the carrier has nothing to do; and, while the worker can be relied on,
+        for as long as it takes to send what compressing will save."""
+        saved = chunk.length * (1 - self._pace.remainder) if self._patience.trusts else 0.0
+        return self._line.busy_for_s() + saved / (self._line.rate or float("inf"))
 
     def _withdraw(self, chunk: Chunk) -> bool:
         """Take the oldest offer back if the worker has not begun with it. False: it has."""
@@ -113,7 +117,7 @@ class Compression:
             return False
         self._offered.pop(number).state = State.WAITING
         self.statistics.withdrawn += 1
-        self._patience.withdrawn(time.monotonic())
+        self._patience.late(time.monotonic())
         return True
 
     def _give(self, worker: Worker, number: int, chunk: Chunk) -> None:

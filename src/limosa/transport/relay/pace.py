@@ -10,12 +10,15 @@ worker is left alone after it was too late: it had no processor time then, becau
 from __future__ import annotations
 
 _MEASURE_OVER_S = 0.01
+#: After so long without a look nobody knows whether there was always something to drain.
+_LOOKED_AWAY_S = 0.1
 _WEIGHT = 0.3
 #: A worker that gets less than a quarter of a processor is not planned with, but tried and found late.
 _MOST_SLOWED = 4.0
 _HOPE = 0.75
 #: Who had the processor for at least this part of the time did not have to wait for others.
 _SERVED = 0.6
+_SERVED_LIFTED = 0.9
 _PATIENCE_FIRST_S = 0.01
 _PATIENCE_MOST_S = 0.5
 
@@ -37,6 +40,9 @@ class Line:
             return
         elapsed = now - self._since[0]
         if elapsed < _MEASURE_OVER_S:
+            return
+        if elapsed > _LOOKED_AWAY_S:
+            self._since = (now, drained)
             return
         seen = (drained - self._since[1]) / elapsed
         self._since = (now, drained) if unsent else None
@@ -88,16 +94,21 @@ class Patience:
         """Whether the worker may be given a chunk."""
         return now >= self._until
 
-    def withdrawn(self, now: float) -> None:
-        """It did not even come to begin, which cost nobody anything: leave it alone for a moment."""
-        self._until = now + _PATIENCE_FIRST_S
+    @property
+    def trusts(self) -> bool:
+        """Whether the worker found a free processor lately, so that it may be waited for."""
+        return self._next == _PATIENCE_FIRST_S
 
-    def lifted(self, now: float) -> None:
-        """It got processor time that others wanted: leave it alone, longer each time."""
+    def late(self, now: float) -> None:
+        """It did not come to begin, or had to be lifted: leave it alone, longer each time."""
         self._until = now + self._next
         self._next = min(2 * self._next, _PATIENCE_MOST_S)
 
-    def served(self, seconds: float, cpu_seconds: float) -> None:
-        """It took ``seconds`` for a chunk, ``cpu_seconds`` of it processor time: was the processor free for it?"""
-        if cpu_seconds >= _SERVED * seconds:
-            self._until, self._next = 0.0, _PATIENCE_FIRST_S
+    def served(self, seconds: float, cpu_seconds: float, *, lifted: bool) -> None:
+        """It took ``seconds`` for a chunk, ``cpu_seconds`` of it processor time: was the processor free for it?
+
+        One success does not make up for several failures: even on a busy processor the last in line gets a turn now
+        and then.
+        """
+        if cpu_seconds >= (_SERVED_LIFTED if lifted else _SERVED) * seconds:
+            self._until, self._next = 0.0, max(self._next / 2, _PATIENCE_FIRST_S)

@@ -96,7 +96,7 @@ class Worker:
 
     def begin(self, window_log: int, level: int) -> None:
         """Tell it how to compress: zstd's numbers. Before the first offer."""
-        self._offers.send(_BEGINNING.pack(window_log, level))
+        self._results.send(_BEGINNING.pack(window_log, level))
 
     def fileno(self) -> int:
         """Readable when there is a result, or the worker died."""
@@ -140,7 +140,8 @@ class Worker:
 
     def end(self) -> None:
         """End it, whatever it does. Does not wait: a process that is last in line may take its time to die."""
-        with suppress(ProcessLookupError):
+        # One that has not given up its rights yet is not ours to kill; it ends with its sockets, as they all do.
+        with suppress(ProcessLookupError, PermissionError):
             signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
         for sock in (self._offers, self._tickets, self._results):
             sock.close()
@@ -149,7 +150,7 @@ class Worker:
 def _work(memory: Memory, tickets: socket.socket, results: socket.socket) -> None:
     """Compress until the relay is gone."""
     with suppress(BrokenPipeError, ConnectionResetError):
-        beginning = tickets.recv(_BEGINNING.size)
+        beginning = results.recv(_BEGINNING.size)
         compressor = Compressor(*_BEGINNING.unpack(beginning)) if beginning else None
         while compressor is not None and (ticket := tickets.recv(_TICKET.size)):
             number, offset, length = _TICKET.unpack(ticket)
