@@ -25,7 +25,7 @@ _MOST_OFFERED = 2
 #: A worker that has begun is waited for so long before it is lifted, and after that, before it is given up.
 _BEFORE_LIFT_S = 0.002
 _AFTER_LIFT_S = 2.0
-#: A chunk is what the carrier needs this long for, uncompressed: the worker and other streams wait for no more.
+#: A chunk is what the carrier needs this long for: other streams wait for no more, and the worker can be waited for.
 _CHUNK_S = 0.003
 #: Of the time that waiting for the worker costs nothing, so much is spent on it.
 _SAFELY = 0.7
@@ -80,23 +80,23 @@ class Compression:
             self._lose_worker()
         self.offer()
 
-    def decide(self, chunk: Chunk, changed: threading.Condition) -> None:
+    def decide(self, chunk: Chunk, done: threading.Condition) -> None:
         """The carrier has reached a chunk that was offered: wait for it as long as that costs nothing, or must be.
 
-        Afterwards the chunk is done, or waits and is to be sent raw. ``changed`` is the lock that is held.
+        Afterwards the chunk is done, or waits and is to be sent raw. ``done`` is told of results; its lock is held.
         """
 
         def offered() -> bool:
             return chunk.state is State.OFFERED
 
-        changed.wait_for(lambda: not offered(), _SAFELY * self._costs_nothing_for_s(chunk))
+        done.wait_for(lambda: not offered(), _SAFELY * self._costs_nothing_for_s(chunk))
         if offered() and not self._withdraw(chunk):
-            changed.wait_for(lambda: not offered(), _BEFORE_LIFT_S)
+            done.wait_for(lambda: not offered(), _BEFORE_LIFT_S)
         if offered() and self._worker is not None:
             self._worker.lift()
             self.statistics.lifts += 1
             self._patience.late(time.monotonic())
-            changed.wait_for(lambda: not offered(), _AFTER_LIFT_S)
+            done.wait_for(lambda: not offered(), _AFTER_LIFT_S)
         if offered():
             self._lose_worker()
 
@@ -131,7 +131,8 @@ class Compression:
     def _look(self) -> None:
         unacknowledged, unsent = self._carrier.unacknowledged()
         self._line.note(time.monotonic(), self._carrier.sent_bytes, unacknowledged, unsent)
-        self._queue.set_chunk_limit(self._line.carries(_CHUNK_S) or MAX_RAW_BYTES)
+        carried = self._line.carries(_CHUNK_S) or MAX_RAW_BYTES
+        self._queue.set_chunk_limit(int(carried / self._pace.remainder) if self._patience.trusts else carried)
 
     def _ready_worker(self) -> Worker | None:
         """The worker, if it is last in line."""

@@ -36,6 +36,8 @@ from limosa.transport.relay.pump import Interest, Pump
 from limosa.transport.relay.queue import SHORT_BYTES, Chunk, Queue, State
 from limosa.transport.relay.worker import Memory, Worker
 
+#: Of one channel, before others have their turn.
+_READS_AT_ONCE = 4
 #: What may be on its way to a destination's QEMU once its guest is about to stand still.
 _SHORT_WINDOW_BYTES = 4 * SHORT_BYTES
 
@@ -77,7 +79,10 @@ class Sender:
         self._frames = FrameWriter()
         self._channels: dict[int, _Channel] = {}
         self._known: set[int] = set()
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
+        #: the sending thread waits for one of these, and is not woken for the other
+        self._arrived = threading.Condition(self._lock)
+        self._done = threading.Condition(self._lock)
         self._pump = Pump(self._interests)
         self._queue = Queue(memory.size)
         self._compression = Compression(self._queue, forward, worker)
@@ -100,21 +105,21 @@ class Sender:
 
     def open_channel(self, plug: Plug) -> None:
         """Carry another stream."""
-        with self._changed:
+        with self._lock:
             self._known.add(plug.number)
             self._channels[plug.number] = _Channel(plug)
         self._pump.wake()
 
     def shorten(self, number: int) -> None:
         """Have little of this channel wait from now on; no effect if it ended."""
-        with self._changed:
+        with self._lock:
             if number in self._channels:
                 self._channels[number].short = True
                 self._adjust()
 
     def statistics(self) -> Statistics:
         """Of the channels that are open, and of compression."""
-        with self._changed:
+        with self._lock:
             channels = [channel.statistics for channel in self._channels.values()]
             return Statistics(channels=channels, compression=self._compression.statistics)
 
@@ -126,7 +131,7 @@ class Sender:
     # --- the pump ---
 
     def _interests(self) -> list[Interest]:
-        with self._changed:
+        with self._lock:
             self._held_up = False
             self._forget_ended()
             interests = list(self._compression.interests(self._on_results))
@@ -157,24 +162,31 @@ class Sender:
                 self._notices.channel_ended(channel.statistics)
 
     def _read(self, channel: _Channel) -> None:
+        for _ in range(_READS_AT_ONCE):
+            if not self._read_once(channel):
+                return
+
+    def _read_once(self, channel: _Channel) -> bool:
+        """Whether there may be more to read at once."""
         number = channel.plug.number
-        with self._changed:
+        with self._lock:
             offset, length = self._queue.room(number)
             length = min(length, channel.allowance)
         count: int | None = None
-        if length:
+        if length > 0:
             try:
                 count = channel.plug.read_into(self._memory.raw[offset : offset + length])
             except OSError:
                 self._break(channel)
-        with self._changed:
+        with self._lock:
             self._queue.append(number, count or 0)
             if count == 0:
                 channel.plug.input_ended = True
                 self._queue.mark(number, Kind.END)
             channel.credit -= count or 0
             channel.statistics.raw_bytes += count or 0
-            self._changed.notify_all()
+            self._arrived.notify()
+        return bool(count) and count == length
 
     def _flush(self, channel: _Channel) -> None:
         try:
@@ -183,17 +195,17 @@ class Sender:
             self._break(channel)
 
     def _on_results(self) -> None:
-        with self._changed:
+        with self._lock:
             self._compression.take_results()
-            self._changed.notify_all()
+            self._done.notify()
 
     def _break(self, channel: _Channel) -> None:
         """Its QEMU cannot be read or written: tell the other side, and unplug."""
-        with self._changed:
+        with self._lock:
             if not channel.broken:
                 channel.broken = channel.plug.input_ended = True
                 self._queue.mark(channel.plug.number, Kind.ABORT)
-                self._changed.notify_all()
+                self._arrived.notify()
         self._pump.wake()
 
     # --- the sending thread ---
@@ -202,7 +214,7 @@ class Sender:
         while True:
             chunk = self._next()
             self._transmit(chunk)
-            with self._changed:
+            with self._lock:
                 self._queue.pop()
                 self._compression.offer()
                 if self._held_up:
@@ -210,12 +222,12 @@ class Sender:
 
     def _next(self) -> Chunk:
         """The head of the queue, once it is known how it will be sent."""
-        with self._changed:
+        with self._lock:
             while (chunk := self._queue.head()) is None:
-                self._changed.wait()
+                self._arrived.wait()
             self._compression.offer()
             if chunk.state is State.OFFERED:
-                self._compression.decide(chunk, self._changed)
+                self._compression.decide(chunk, self._done)
             return self._queue.begin()
 
     def _transmit(self, chunk: Chunk) -> None:
@@ -271,7 +283,7 @@ class Sender:
         self._pump.wake()
 
     def _grant(self, channel: _Channel, count: int) -> None:
-        with self._changed:
+        with self._lock:
             stood_still = channel.allowance <= 0
             channel.credit += count
         if stood_still:
