@@ -216,7 +216,6 @@ class Sender:
             self._transmit(chunk)
             with self._lock:
                 self._queue.pop()
-                self._compression.offer()
                 if self._held_up:
                     self._pump.wake()
 
