@@ -60,12 +60,19 @@ def test_what_did_not_compress_is_still_tried() -> None:
 def test_a_worker_that_is_late_is_left_alone_longer_each_time() -> None:
     patience = Patience()
     pauses = []
-    for turn in range(8):
+    for turn in range(9):
         now = turn * 10.0
         patience.late(now)
-        pauses.append(next(ms for ms in range(1000) if patience.allows(now + ms / 1000 + 1e-6)))
-    assert pauses == [10, 20, 40, 80, 160, 320, 500, 500]
+        pauses.append(next(ms for ms in range(1001) if patience.allows(now + ms / 1000 + 1e-6)))
+    assert pauses == [10, 20, 40, 80, 160, 320, 640, 1000, 1000]
     assert not patience.trusts
+
+
+def test_a_worker_that_took_time_from_others_is_left_alone_for_longer() -> None:
+    patience = Patience()
+    patience.late(0.0, lifted=True)
+    assert not patience.allows(0.249)
+    assert patience.allows(0.25)
 
 
 def test_a_worker_that_found_a_free_processor_is_forgiven_step_by_step() -> None:

@@ -25,6 +25,7 @@ _MOST_OFFERED = 2
 #: A worker that has begun is waited for so long before it is lifted, and after that, before it is given up.
 _BEFORE_LIFT_S = 0.002
 _AFTER_LIFT_S = 2.0
+_LIFT_AGAIN_S = 0.01
 #: A chunk is what the carrier needs this long for: other streams wait for no more, and the worker can be waited for.
 _CHUNK_S = 0.003
 #: Of the time that waiting for the worker costs nothing, so much is spent on it.
@@ -48,11 +49,14 @@ class Compression:
 
     def offer(self) -> None:
         """Offer the worker what is worth it."""
+        if self._worker is not None and self._worker.lifted and not self._offered:
+            self._worker.put_last()
         if self._worker is None or not self._patience.allows(time.monotonic()):
             return
         self._look()
         while (
-            (worker := self._ready_worker()) is not None
+            (worker := self._worker) is not None
+            and not worker.lifted
             and len(self._offered) < _MOST_OFFERED
             and (chunk := self._worth()) is not None
         ):
@@ -92,13 +96,21 @@ class Compression:
         done.wait_for(lambda: not offered(), _SAFELY * self._costs_nothing_for_s(chunk))
         if offered() and not self._withdraw(chunk):
             done.wait_for(lambda: not offered(), _BEFORE_LIFT_S)
-        if offered() and self._worker is not None:
-            self._worker.lift()
-            self.statistics.lifts += 1
-            self._patience.late(time.monotonic())
-            done.wait_for(lambda: not offered(), _AFTER_LIFT_S)
+        if offered():
+            self._lift(lambda: not offered(), done)
         if offered():
             self._lose_worker()
+
+    def _lift(self, is_done: Callable[[], bool], done: threading.Condition) -> None:
+        """Have the worker get on with what it has begun. The kernel may want to be asked more than once."""
+        self.statistics.lifts += 1
+        self._patience.late(time.monotonic(), lifted=True)
+        for _ in range(int(_AFTER_LIFT_S / _LIFT_AGAIN_S)):
+            if self._worker is None:
+                return
+            self._worker.lift()
+            if done.wait_for(is_done, _LIFT_AGAIN_S):
+                return
 
     def _costs_nothing_for_s(self, chunk: Chunk) -> float:
         """How long to wait for a chunk: until the carrier has nothing to do; and, while the worker can be relied on,
@@ -133,12 +145,6 @@ class Compression:
         self._line.note(time.monotonic(), self._carrier.sent_bytes, unacknowledged, unsent)
         carried = self._line.carries(_CHUNK_S) or MAX_RAW_BYTES
         self._queue.set_chunk_limit(int(carried / self._pace.remainder) if self._patience.trusts else carried)
-
-    def _ready_worker(self) -> Worker | None:
-        """The worker, if it is last in line."""
-        if self._worker is not None and self._worker.lifted and not self._offered:
-            self._worker.put_last()
-        return self._worker if self._worker is not None and not self._worker.lifted else None
 
     def _lose_worker(self) -> None:
         """It died or does not get on: what it had goes raw, and so does all that follows. What it knew is lost with it,

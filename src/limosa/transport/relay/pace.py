@@ -20,7 +20,9 @@ _HOPE = 0.75
 _SERVED = 0.6
 _SERVED_LIFTED = 0.9
 _PATIENCE_FIRST_S = 0.01
-_PATIENCE_MOST_S = 0.5
+#: A session's nice value can be changed ten times a second: down again, and then up again, takes two of them.
+_PATIENCE_LIFTED_S = 0.25
+_PATIENCE_MOST_S = 1.0
 
 
 class Line:
@@ -99,8 +101,10 @@ class Patience:
         """Whether the worker found a free processor lately, so that it may be waited for."""
         return self._next == _PATIENCE_FIRST_S
 
-    def late(self, now: float) -> None:
+    def late(self, now: float, *, lifted: bool = False) -> None:
         """It did not come to begin, or had to be lifted: leave it alone, longer each time."""
+        if lifted:
+            self._next = max(self._next, _PATIENCE_LIFTED_S)
         self._until = now + self._next
         self._next = min(2 * self._next, _PATIENCE_MOST_S)
 

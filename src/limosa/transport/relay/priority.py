@@ -19,25 +19,16 @@ from __future__ import annotations
 import os
 import resource
 from contextlib import suppress
-from pathlib import Path
 
 #: RLIMIT_NICE counts from 20 - nice value: this allows a nice value of 0.
 _NICE_ZERO = 20
 _LAST_NICE = 19
-_PROMPT_NICE = -10
 
 
 def allow_lift() -> None:
     """Allow this process and those it starts to leave ``SCHED_IDLE``; no effect without the right to."""
     with suppress(OSError, ValueError):
         resource.setrlimit(resource.RLIMIT_NICE, (_NICE_ZERO, _NICE_ZERO))
-
-
-def be_prompt() -> None:
-    """Put the calling process, the leader of a session, before ordinary ones; no effect without the right to."""
-    with suppress(OSError):
-        os.setpriority(os.PRIO_PROCESS, 0, _PROMPT_NICE)
-        Path("/proc/self/autogroup").write_text(str(_PROMPT_NICE))
 
 
 class Place:

@@ -24,7 +24,7 @@ from limosa.transport.relay import control
 from limosa.transport.relay.control import FromDaemon, OpenChannel, OpenReceiver, OpenSender, Shorten
 from limosa.transport.relay.notices import Notices
 from limosa.transport.relay.plug import Plug
-from limosa.transport.relay.priority import allow_lift, be_prompt
+from limosa.transport.relay.priority import allow_lift
 from limosa.transport.relay.receiver import Receiver
 from limosa.transport.relay.sender import Sender
 from limosa.transport.relay.session import admit, connect
@@ -142,7 +142,6 @@ def main(arguments: list[str]) -> None:
         _become(owner)
 
     worker = Worker.start(memory, prepare_worker, keeps_rights=not owner)
-    be_prompt()
     _become(owner)
     Relay(sock, memory, worker).run()
 
