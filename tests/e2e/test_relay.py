@@ -203,8 +203,10 @@ def test_a_worker_that_stands_still_is_done_without() -> None:
         async with pair(bytes_per_s=SLOW) as relays:
             await move(relays, TEXT)
             (worker,) = children(relays.source.pid)
+            watched = os.pidfd_open(worker)
             os.kill(worker, signal.SIGSTOP)
             assert (await move(relays, NOISE))[0] == NOISE
+        await ends(watched)
 
     run(work())
 
@@ -235,11 +237,7 @@ def test_relays_and_workers_end_with_a_daemon_that_is_killed() -> None:
         daemon.kill()
         await daemon.wait()
         for pidfd in watched:
-            gone = asyncio.Event()
-            asyncio.get_running_loop().add_reader(pidfd, gone.set)
-            await gone.wait()
-            asyncio.get_running_loop().remove_reader(pidfd)
-            os.close(pidfd)
+            await ends(pidfd)
 
     run(work())
 
@@ -340,6 +338,15 @@ def test_it_gives_up_its_rights_and_lets_nobody_look_into_it() -> None:
             assert (await move(relays, TEXT))[0] == TEXT
 
     run(work())
+
+
+async def ends(pidfd: int) -> None:
+    """Wait until that process has ended."""
+    gone = asyncio.Event()
+    asyncio.get_running_loop().add_reader(pidfd, gone.set)
+    await gone.wait()
+    asyncio.get_running_loop().remove_reader(pidfd)
+    os.close(pidfd)
 
 
 def children(pid: int) -> list[int]:

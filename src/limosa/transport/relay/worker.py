@@ -10,11 +10,12 @@ A chunk is offered by a ticket in a socket, and both processes can take tickets 
 So the relay can withdraw what the worker had no time to begin with, and the kernel decides who was first. A worker
 that began and does not get on is lifted to an ordinary share of processor time until it is done.
 
-The worker ends when the relay does, because then nobody holds the other end of its sockets.
+The worker ends when the relay does: the kernel kills it then, whatever state it is in.
 """
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import os
 import signal
@@ -30,6 +31,7 @@ from limosa.transport.relay.codec import Compressor
 from limosa.transport.relay.errors import WorkerLost
 from limosa.transport.relay.frames import MAX_GROWTH_BYTES, digest
 
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 #: window, level
 _BEGINNING = struct.Struct("=ii")
 #: number, offset, raw length
@@ -80,6 +82,7 @@ class Worker:
         """
         offers, tickets = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         results, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        parent = os.getpid()
         pid = os.fork()
         if pid:
             theirs.close()
@@ -90,6 +93,7 @@ class Worker:
             results.close()
             os.setsid()
             prepare()
+            _die_with(parent)
             _work(memory, tickets, theirs)
         finally:
             os._exit(1)
@@ -145,6 +149,17 @@ class Worker:
             signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
         for sock in (self._offers, self._tickets, self._results):
             sock.close()
+
+
+def _die_with(parent: int) -> None:
+    """Have the kernel kill this process when ``parent`` ends: one that was stopped would not notice by itself.
+
+    To be called after rights were given up, which makes the kernel forget it (PR_SET_PDEATHSIG, prctl(2)).
+    """
+    if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL) != 0:
+        raise OSError(ctypes.get_errno(), "prctl")
+    if os.getppid() != parent:
+        os._exit(1)  # it ended before we asked
 
 
 def _work(memory: Memory, tickets: socket.socket, results: socket.socket) -> None:
