@@ -38,7 +38,7 @@ from limosa.storage.identity import identify
 from limosa.testing.peer import LocalPeer
 from limosa.transport import tcp
 from limosa.transport.channel import Channel, Doorway
-from limosa.wire.peer import Prepare, Prepared, Running
+from limosa.wire.peer import Prepare, Prepared, RelayPlace, Running
 
 QEMU = Path("/usr/bin/qemu-system-x86_64")
 VERSION = (10, 0, 0)
@@ -179,6 +179,12 @@ class Here:
 
     def carry_on(self) -> dict[str, str]:
         return {}
+
+    def seat(self, destination: str, route: Route, *, encrypt: bool) -> RelayPlace | None:
+        return None
+
+    def disconnect(self) -> None:
+        pass
 
     async def connect(self, route: Route, prepared: Prepared) -> Channel:
         if self._multichannel is not None:

@@ -16,10 +16,10 @@ from pathlib import Path
 import pytest
 import uvloop
 
-from harness.relays import WINDOW_LOG, Pair, connected, pair
+from harness.relays import WINDOW_LOG, Pair, carriers, pair
 from limosa.errors import InvalidInput, RelayFailed
 from limosa.security.stream import make_credentials
-from limosa.transport.relay.client import Relay, make_token
+from limosa.transport.relay.client import Relay
 from limosa.transport.relay.control import ChannelStatistics
 from limosa.transport.relay.frames import HELLO_BYTES, Form, FrameWriter, Hello, Way, digest
 
@@ -242,46 +242,60 @@ def test_relays_and_workers_end_with_a_daemon_that_is_killed() -> None:
     run(work())
 
 
-def test_strangers_are_hung_up_on_and_do_not_keep_the_source_out() -> None:
+def test_a_relay_with_other_credentials_is_not_accepted() -> None:
     async def work() -> None:
-        (server, client), (_, stranger) = make_credentials(), make_credentials()
-        token = make_token()
-        listener = socket.create_server(("127.0.0.1", 0))
-        silent, loud = connected(listener), connected(listener)
-        loud.sendall(b"GET / HTTP/1.1\r\n\r\n" * 10)
-        wrong = [connected(listener), connected(listener)]
-        right = [connected(listener), connected(listener)]
-        source, impostor, destination = await asyncio.gather(*[Relay.start() for _ in range(3)])
-        opening = asyncio.ensure_future(
-            destination.open_receiver(listener, token=token, credentials=server, window_log=WINDOW_LOG)
+        (server, _), (_, stranger) = make_credentials(), make_credentials()
+        near, far = carriers()
+        source, destination = await asyncio.gather(Relay.start(), Relay.start())
+        results = await asyncio.gather(
+            destination.open_receiver(far, credentials=server, window_log=WINDOW_LOG),
+            source.open_sender(near, credentials=stranger, window_log=WINDOW_LOG),
+            return_exceptions=True,
         )
-        with pytest.raises(RelayFailed):
-            await impostor.open_sender(*wrong, token=token, credentials=stranger, window_log=WINDOW_LOG)
-        assert not opening.done()
-        assert await source.open_sender(*right, token=token, credentials=client, window_log=30) == WINDOW_LOG
-        assert await opening == WINDOW_LOG
-        for sock in (silent, loud):
-            sock.close()
-        for relay in (source, impostor, destination):
+        assert [type(result) for result in results] == [RelayFailed, RelayFailed]
+        for relay in (source, destination):
             await relay.end()
+        for one in (*near, *far):
+            one.close()
 
     run(work())
 
 
-def test_without_tls_the_token_guards() -> None:
+def test_the_smaller_window_counts() -> None:
     async def work() -> None:
-        listener = socket.create_server(("127.0.0.1", 0))
-        socks = [connected(listener), connected(listener)]
+        near, far = carriers()
         source, destination = await asyncio.gather(Relay.start(), Relay.start())
-        opening = asyncio.ensure_future(
-            destination.open_receiver(listener, token=make_token(), credentials=None, window_log=WINDOW_LOG)
+        agreed = await asyncio.gather(
+            destination.open_receiver(far, credentials=None, window_log=22),
+            source.open_sender(near, credentials=None, window_log=30),
         )
-        with pytest.raises(RelayFailed, match="the connection"):
-            await source.open_sender(*socks, token=make_token(), credentials=None, window_log=WINDOW_LOG)
-        assert not opening.done()
-        await destination.end()
-        with pytest.raises(RelayFailed):
-            await opening
+        assert agreed == [22, 22]
+        for relay in (source, destination):
+            await relay.end()
+        for one in (*near, *far):
+            one.close()
+
+    run(work())
+
+
+def test_a_channel_may_be_known_at_the_destination_before_the_session_is_open() -> None:
+    async def work() -> None:
+        near, far = carriers()
+        source, destination = await asyncio.gather(Relay.start(), Relay.start())
+        there = await destination.open_channel(0)
+        await asyncio.gather(
+            destination.open_receiver(far, credentials=None, window_log=WINDOW_LOG),
+            source.open_sender(near, credentials=None, window_log=WINDOW_LOG),
+        )
+        with await source.open_channel(0) as here, there:
+            here.sendall(b"page")
+            assert await asyncio.to_thread(there.recv, 100) == b"page"
+        with pytest.raises(InvalidInput, match="opened before"):
+            await destination.open_channel(0)
+        for relay in (source, destination):
+            await relay.end()
+        for one in (*near, *far):
+            one.close()
 
     run(work())
 
@@ -289,14 +303,14 @@ def test_without_tls_the_token_guards() -> None:
 @pytest.mark.parametrize("garbage", [b"\0" * 28, os.urandom(4096), b"\x01"], ids=["zeroes", "random", "cut"])
 def test_garbage_on_the_carrier_ends_the_session_and_reaches_no_qemu(garbage: bytes) -> None:
     async def work() -> None:
-        listener = socket.create_server(("127.0.0.1", 0))
-        forward, backward = connected(listener), connected(listener)
-        token = make_token()
+        (forward, backward), far = carriers()
         destination = await Relay.start()
         with forward, backward:
             for sock, way in ((forward, Way.FORWARD), (backward, Way.BACKWARD)):
-                sock.sendall(Hello(way, 24, bytes.fromhex(token)).pack())
-            await destination.open_receiver(listener, token=token, credentials=None, window_log=24)
+                sock.sendall(Hello(way, 24).pack())
+            await destination.open_receiver(far, credentials=None, window_log=24)
+            for one in far:
+                one.close()
             assert len(backward.recv(HELLO_BYTES)) == HELLO_BYTES
             with await destination.open_channel(3) as qemu:
                 forward.sendall(FrameWriter().data(3, Form.RAW, 4, 4, digest(b"good")) + b"good" + garbage)

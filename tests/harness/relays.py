@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 from limosa.security.stream import make_credentials
-from limosa.transport.relay.client import Relay, make_token
+from limosa.transport.relay.client import Relay
 
 WINDOW_LOG = 24
 #: socket(7), asm-generic/socket.h: what TCP sends on this socket, in bytes a second, also on loopback.
@@ -33,13 +33,18 @@ class Pair:
         return here, there
 
 
-def connected(listener: socket.socket, bytes_per_s: int | None = None) -> socket.socket:
-    """A connection to ``listener``, which sends at most so fast."""
-    sock = socket.socket()
-    if bytes_per_s is not None:
-        sock.setsockopt(socket.SOL_SOCKET, SO_MAX_PACING_RATE, bytes_per_s)
-    sock.connect(listener.getsockname())
-    return sock
+def carriers(bytes_per_s: int | None = None) -> tuple[list[socket.socket], list[socket.socket]]:
+    """Two connections, of which the first sends at most so fast: their near ends, and the far ones in another order."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        near, far = [], []
+        for limit in (bytes_per_s, None):
+            sock = socket.socket()
+            if limit is not None:
+                sock.setsockopt(socket.SOL_SOCKET, SO_MAX_PACING_RATE, limit)
+            sock.connect(listener.getsockname())
+            near.append(sock)
+            far.insert(0, listener.accept()[0])
+        return near, far
 
 
 @asynccontextmanager
@@ -53,15 +58,15 @@ async def pair(
 ) -> AsyncIterator[Pair]:
     """Two relays; both are gone afterwards."""
     server, client = make_credentials() if tls else (None, None)
-    token = make_token()
-    listener = socket.create_server(("127.0.0.1", 0))
-    forward, backward = connected(listener, bytes_per_s), connected(listener)
+    near, far = carriers(bytes_per_s)
     source, destination = await asyncio.gather(Relay.start(user=user), Relay.start(user=user))
     try:
         await asyncio.gather(
-            destination.open_receiver(listener, token=token, credentials=server, window_log=window_log),
-            source.open_sender(forward, backward, token=token, credentials=client, window_log=window_log, level=level),
+            destination.open_receiver(far, credentials=server, window_log=window_log),
+            source.open_sender(near, credentials=client, window_log=window_log, level=level),
         )
+        for one in (*near, *far):
+            one.close()
         yield Pair(source, destination)
     finally:
         await asyncio.gather(source.end(), destination.end())

@@ -20,6 +20,7 @@ from limosa.errors import (
     PreflightRefused,
     StateError,
 )
+from limosa.host.compression import Compression
 from limosa.host.files import Files
 from limosa.host.inspection import Inspector
 from limosa.host.multichannel import Multichannel
@@ -55,6 +56,7 @@ class Incoming:
         files: Files,
         inspector: Inspector,
         multichannel: Multichannel,
+        compression: Compression,
         boot: str,
     ) -> None:
         self.host = host
@@ -65,6 +67,7 @@ class Incoming:
         self._files = files
         self._inspector = inspector
         self._multichannel = multichannel
+        self._compression = compression
         self._boot = boot
         self._landing: dict[str, Destination] = {}
 
@@ -162,7 +165,14 @@ class Incoming:
 
     def _make(self, journal: Journal, machine: MachineProtocol | None, reached_at: str = "") -> Destination:
         landing = LandingHere(
-            journal.header, self._vms, self.slots, self._inspector, self._multichannel, self._page, reached_at
+            journal.header,
+            self._vms,
+            self.slots,
+            self._inspector,
+            self._multichannel,
+            self._compression,
+            self._page,
+            reached_at,
         )
         return Destination(journal, landing, self._boot, machine)
 
@@ -177,6 +187,7 @@ class LandingHere:
         slots: Slots,
         inspector: Inspector,
         multichannel: Multichannel,
+        compression: Compression,
         page: Page,
         reached_at: str,
     ) -> None:
@@ -185,6 +196,7 @@ class LandingHere:
         self._slots = slots
         self._inspector = inspector
         self._multichannel = multichannel
+        self._compression = compression
         self._page = page
         self._reached_at = reached_at
         self._has_slot = False
@@ -213,6 +225,9 @@ class LandingHere:
             raise NetworkError(
                 "this host has no address on a network that may carry moves", host=self._header.destination
             )
+        if request.relay is not None:
+            source = self._header.source
+            return await self._compression.open_door(source, request.relay, chosen, self._offered, request.networks)
         ports = self._page.now.migration_ports
         if request.transport != "multichannel":
             return tcp.TcpDoorway(chosen[0], ports)

@@ -19,6 +19,7 @@ from limosa.network.switches import switches
 from limosa.qemu.capabilities import QemuCapabilities
 from limosa.settings.daemon import DaemonSettings
 from limosa.storage.identity import identify
+from limosa.transport.relay.frames import VERSION as RELAY_VERSION
 
 
 class Inspector:
@@ -96,6 +97,7 @@ class Inspector:
             addresses=addresses,
             trial_port=trial_port,
             time=time.time(),
+            relay=RELAY_VERSION,
             network=network,
         )
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from limosa.errors import LimosaError, StateError
+from limosa.host.compression import Compression
 from limosa.host.files import Files
 from limosa.host.incoming import Incoming
 from limosa.host.inspection import Inspector
@@ -56,8 +57,11 @@ async def assemble(daemon: DaemonSettings, files: Files) -> Services:
     inspector = Inspector(daemon, page, vms, capabilities, netlink, user)
     multichannel = Multichannel(PathManager(), files.run)
     await multichannel.endpoints.clean()
-    incoming = Incoming(daemon.name, vms, page, files, inspector, multichannel, boot)
-    outgoing = Outgoing(daemon.name, Path(daemon.certificates), vms, page, files, inspector, multichannel, boot)
+    compression = Compression(multichannel, page, user)
+    incoming = Incoming(daemon.name, vms, page, files, inspector, multichannel, compression, boot)
+    outgoing = Outgoing(
+        daemon.name, Path(daemon.certificates), vms, page, files, inspector, multichannel, compression, boot
+    )
     return Services(
         name=daemon.name,
         cpus=len(os.sched_getaffinity(0)),

@@ -43,7 +43,8 @@ from limosa.transport import tcp
 from limosa.transport.advise import between
 from limosa.transport.channel import Channel
 from limosa.transport.choice import Ends, choose, connected
-from limosa.wire.peer import Prepare, Prepared
+from limosa.transport.relay.frames import VERSION as RELAY_VERSION
+from limosa.wire.peer import Prepare, Prepared, RelayPlace
 
 LOOK_EVERY_S = 0.2
 
@@ -72,11 +73,17 @@ class Home(Protocol):
     def carry_on(self) -> dict[str, str]:
         """Small files of the VM's own that go along, base64 by name."""
 
+    def seat(self, destination: str, route: Route, *, encrypt: bool) -> RelayPlace | None:
+        """The place of this move's stream in a session of relays; None if its route takes no relay."""
+
     async def connect(self, route: Route, prepared: Prepared) -> Channel:
         """A connection to the destination for the guest's memory, by the transport of ``route``.
 
-        Raises :class:`DestinationLost` and :class:`NetworkError`.
+        Raises :class:`DestinationLost`, :class:`RelayFailed` and :class:`NetworkError`.
         """
+
+    def disconnect(self) -> None:
+        """Let go of what :meth:`seat` and :meth:`connect` took. May be repeated."""
 
     def networks(self) -> AsyncIterator[HostNetwork]:
         """This host's network, again after each change."""
@@ -137,7 +144,7 @@ class SourceMove:
             self.peer = await self.guard(self.dial())
             prepared = await self.guard(self.build_up(self.machine, self.peer))
             self.report.enter(Phase.COPY)
-            await self.guard(self.copy(self.machine, prepared))
+            await self._copied(self.machine, prepared)
             await self.switch_over(self.machine)
             await self.tear_down()
         finally:
@@ -148,7 +155,9 @@ class SourceMove:
         """Check, then have the destination build everything while QEMU here is set up."""
         examined = await self.check(peer)
         self.journal.record(SourceStep.PREPARING, time.time())
-        server, client = make_credentials() if self.terms.encrypt else (None, None)
+        relay = self.home.seat(examined.ends.destination, examined.route, encrypt=self.terms.encrypt)
+        # Memory that relays carry leaves the host through their TLS, and is not encrypted twice.
+        server, client = make_credentials() if self.terms.encrypt and relay is None else (None, None)
         request = Prepare(
             migration=self.header.migration,
             vm=self.header.vm,
@@ -156,6 +165,7 @@ class SourceMove:
             transport=examined.route.transport,
             addresses=tuple(path.there for path in examined.route.paths),
             networks=connected(examined.ends.here),
+            relay=relay,
             credentials=server,
             post_copy=self.terms.policy.post_copy,
             running=self.header.was_running,
@@ -210,6 +220,19 @@ class SourceMove:
         state = self.sent.result()
         if state not in (MigrationState.COMPLETED, MigrationState.POSTCOPY_ACTIVE):
             raise await self._failure(machine, state)
+
+    async def _copied(self, machine: MachineProtocol, prepared: Prepared) -> None:
+        """:meth:`copy`, guarded. What carries the stream knows best why it broke."""
+        try:
+            await self.guard(self.copy(machine, prepared))
+        except Cancelled:
+            raise
+        except MigrationFailed as error:
+            fault = await self.channel.fault() if self.channel is not None else None
+            if fault is None:
+                raise
+            fault.vm, fault.host = self.header.vm.name, self.header.destination
+            raise fault from error
 
     async def switch_over(self, machine: MachineProtocol) -> None:
         """Give the destination the word. From here on only ``settle`` may let the guest run here again."""
@@ -283,6 +306,7 @@ class SourceMove:
         if self.channel is not None:
             self.channel.close()
             self.channel = None
+        self.home.disconnect()
 
     def _in_line(self, place: int) -> None:
         if place == 0:
@@ -319,7 +343,7 @@ class SourceMove:
         self.report.bar = self.report.bar.moved(self.report.now.phase, look)
         note = "" if isinstance(action, convergence.GiveUp) else action.note
         shown = progress.progress(self.report.bar, look, limit_ms=judge.downtime_limit_ms, note=note)
-        self.report.change(progress=shown, route=self._route())
+        self.report.change(progress=shown, route=await self._route())
         return judge
 
     async def _act(self, machine: MachineProtocol, action: convergence.Action) -> None:
@@ -351,11 +375,11 @@ class SourceMove:
         look = await machine.migration()
         shown = progress.progress(self.report.bar, look, limit_ms=0, note="")
         self.report.change(
-            progress=shown, transfer_s=look.total_s, qemu_downtime_ms=look.downtime_ms, route=self._route()
+            progress=shown, transfer_s=look.total_s, qemu_downtime_ms=look.downtime_ms, route=await self._route()
         )
 
-    def _route(self) -> Route | None:
-        return self.paths.look() if self.paths is not None else self.report.now.route
+    async def _route(self) -> Route | None:
+        return await self.paths.look() if self.paths is not None else self.report.now.route
 
 
 POST_COPY = frozenset(
@@ -398,7 +422,8 @@ async def examine(
     ``facts`` are gathered here while the destination gathers its own.
     """
     (there, skew), here = await _both(peer.inspect(vm, accelerator), facts)
-    ends = Ends(source, there.host, here.network, there.network, there.addresses)
+    no_relay = "" if there.relay == RELAY_VERSION else f"host '{there.host}' knows another version of it, or none"
+    ends = Ends(source, there.host, here.network, there.network, there.addresses, no_relay)
     route = await _open_route(ends, transport, there.trial_port)
     findings = preflight.check(vm, source, here, there, clock_skew_s=skew, reachable=bool(route.paths))
     return Examined((*findings, *between(ends, route)), route, ends)

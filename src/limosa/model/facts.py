@@ -66,4 +66,6 @@ class DestinationFacts(Model, forbid_unknown_fields=False, frozen=True):
     trial_port: int
     #: its clock, seconds since the epoch
     time: float
+    #: version of what its relay speaks; 0: it has none
+    relay: int = 0
     network: HostNetwork = HostNetwork()

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import secrets
 import socket
 import subprocess
 import sys
@@ -35,17 +34,13 @@ from limosa.wire.parsing import parse
 from limosa.wire.peer import StreamCredentials
 
 A = TypeVar("A", bound=Answer)
+V = TypeVar("V")
 
 _decoder: msgspec.json.Decoder[FromRelay] = msgspec.json.Decoder(FromRelay)
 _DEFAULT_LEVEL = 1
 _SO_SNDBUFFORCE = 32  # socket(7)
 #: A relay is of the same Limosa as its daemon, also where that is not installed.
 _SOURCES = Path(limosa.__file__).parent.parent
-
-
-def make_token() -> str:
-    """A token for a new session; both daemons tell it to their relays."""
-    return secrets.token_hex(16)
 
 
 class Relay:
@@ -64,6 +59,8 @@ class Relay:
         self._process, self._socket = process, sock
         self._asked: deque[asyncio.Future[Answer]] = deque()
         self._loop = asyncio.get_running_loop()
+        #: the window that was agreed on, once the session is up
+        self._opened: asyncio.Future[int] = self._loop.create_future()
         self._pidfd = os.pidfd_open(process.pid)
         self._loop.add_reader(sock.fileno(), self._on_message)
         self._loop.add_reader(self._pidfd, self._on_exit)
@@ -96,39 +93,35 @@ class Relay:
 
     async def open_sender(
         self,
-        forward: socket.socket,
-        backward: socket.socket,
+        connections: Sequence[socket.socket],
         *,
-        token: str,
         credentials: StreamCredentials | None,
         window_log: int,
         level: int | None = _DEFAULT_LEVEL,
     ) -> int:
-        """Be the source's side over two connections to the destination's relay, which the relay takes over.
+        """Be the source's side over two connections to the destination's relay, of which it gets duplicates.
 
         ``level``: zstd's, None for no compression. Returns the window both sides agreed on, as a power of two.
         """
-        wish = control.OpenSender(token=token, credentials=credentials, window_log=window_log, level=level)
-        with forward, backward:
-            answer = await self._ask(control.Opened, wish, (forward.fileno(), backward.fileno()))
-        return answer.window_log
+        return await self._open(
+            control.OpenSender(credentials=credentials, window_log=window_log, level=level), connections
+        )
 
     async def open_receiver(
-        self, listener: socket.socket, *, token: str, credentials: StreamCredentials | None, window_log: int
+        self, connections: Sequence[socket.socket], *, credentials: StreamCredentials | None, window_log: int
     ) -> int:
-        """Be the destination's side: wait on ``listener``, which the relay takes over, for the source's relay.
+        """Be the destination's side. Otherwise as :meth:`open_sender`."""
+        return await self._open(control.OpenReceiver(credentials=credentials, window_log=window_log), connections)
 
-        Returns when it has come, the window both sides agreed on.
-        """
-        wish = control.OpenReceiver(token=token, credentials=credentials, window_log=window_log)
-        with listener:
-            answer = await self._ask(control.Opened, wish, (listener.fileno(),))
-        return answer.window_log
+    async def _open(self, wish: control.Open, connections: Sequence[socket.socket]) -> int:
+        await self._ask(control.Done, wish, [one.fileno() for one in connections])
+        return await self._opened
 
     async def open_channel(self, number: int) -> socket.socket:
         """Carry another stream. Returns the socket for QEMU, which is the caller's to close.
 
-        The destination's relay is to be asked first. A number must not be used twice in a session.
+        The destination's relay is to be asked first, which may be before its session is open. A number must not be
+        used twice in a session.
         """
         ours, theirs = socket.socketpair()
         try:
@@ -189,12 +182,12 @@ class Relay:
     def _take(self, message: FromRelay) -> None:
         if isinstance(message, control.Failed):
             self._why = message.why
+        elif isinstance(message, control.Opened):
+            _set(self._opened, message.window_log)
         elif isinstance(message, control.ChannelEnded):
             self.on_channel_ended(message.statistics)
         elif self._asked:
-            waiting = self._asked.popleft()
-            if not waiting.done():
-                waiting.set_result(message)
+            _set(self._asked.popleft(), message)
 
     def _on_exit(self) -> None:
         self._loop.remove_reader(self._pidfd)
@@ -204,9 +197,9 @@ class Relay:
         self._socket.close()
         self._why = self._why or (f"ended by signal {-code}" if code < 0 else f"exit status {code}")
         self.ended.set()
+        _break(self._opened, self._failed())
         for waiting in self._asked:
-            if not waiting.done():
-                waiting.set_exception(self._failed())
+            _break(waiting, self._failed())
         self._asked.clear()
 
     def _drain(self) -> None:
@@ -218,6 +211,17 @@ class Relay:
 
     def _failed(self) -> RelayFailed:
         return RelayFailed("the relay ended, and with it every stream it carried", why=self._why)
+
+
+def _set(waiting: asyncio.Future[V], value: V) -> None:
+    if not waiting.done():  # who asked may have been cancelled
+        waiting.set_result(value)
+
+
+def _break(waiting: asyncio.Future[V], error: RelayFailed) -> None:
+    if not waiting.done():
+        waiting.set_exception(error)
+        waiting.exception()  # it may have no listener
 
 
 def _widen(sock: socket.socket) -> None:

@@ -78,6 +78,7 @@ class Compression:
                 chunk = self._offered.pop(result.number)
                 chunk.state, chunk.wire_length, chunk.digest = State.DONE, result.wire_length, result.digest
                 self._pace.note(chunk.length, result.wire_length, result.seconds, result.cpu_seconds)
+                chunk.cpu_s = result.cpu_seconds
                 self.statistics.cpu_s += result.cpu_seconds
                 self._patience.served(result.seconds, result.cpu_seconds, lifted=self._worker.lifted)
         except WorkerLost:

@@ -1,7 +1,7 @@
 """What a daemon and its relay say to each other: JSON messages, each one packet of a Unix socket, with descriptors.
 
-The daemon asks, the relay answers in the order asked. Besides, the relay says unasked that a channel ended, and why
-the session failed, as its last words.
+The daemon asks, the relay answers in the order asked. Besides, the relay says unasked that the session is up, that a
+channel ended, and why the session failed, as its last words.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ MAX_DESCRIPTORS = 2
 #: Streams that one relay carries at once.
 MAX_CHANNELS = 64
 
-Token = Annotated[str, Meta(pattern=r"\A[0-9a-f]{32}\Z")]
 Channel = Annotated[int, Meta(ge=0, le=MAX_CHANNEL)]
 WindowLog = Annotated[int, Meta(ge=MIN_WINDOW_LOG, le=MAX_WINDOW_LOG)]
 
@@ -32,35 +31,37 @@ class Message(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, tag_fiel
     """Base of all messages."""
 
 
-class OpenSender(Message, tag="open-sender"):
-    """Be the source's side. Comes with two connected sockets: forward, backward.
+class Open(Message):
+    """Be one side of a session. Comes with two sockets that are connected to the other relay.
 
-    ``token``: what the destination's daemon was told, too. ``credentials``: null for no TLS. ``level``: zstd's; null
-    for no compression.
+    ``credentials``: null for no TLS. ``window_log``: the largest window this side allows, as a power of two.
     """
 
-    token: Token
     credentials: StreamCredentials | None
     window_log: WindowLog
+
+
+class OpenSender(Open, tag="open-sender"):
+    """Be the source's side. ``level``: zstd's; null for no compression."""
+
     level: Annotated[int, Meta(ge=-7, le=3)] | None
 
 
-class OpenReceiver(Message, tag="open-receiver"):
-    """Be the destination's side. Comes with a listening socket, which is closed when both carriers have come."""
-
-    token: Token
-    credentials: StreamCredentials | None
-    window_log: WindowLog
+class OpenReceiver(Open, tag="open-receiver"):
+    """Be the destination's side."""
 
 
 class Opened(Message, tag="opened"):
-    """The session is up. The window is the smaller of what both sides allow."""
+    """Said unasked: the session is up. The window is the smaller of what both sides allow."""
 
     window_log: int
 
 
 class OpenChannel(Message, tag="open-channel"):
-    """Carry a stream. Comes with a socket whose other end QEMU gets. First at the destination, then at the source."""
+    """Carry a stream. Comes with a socket whose other end QEMU gets. First at the destination, then at the source.
+
+    The destination's may come before there is a session, so that no frame of the source's comes before it.
+    """
 
     channel: Channel
 
@@ -94,6 +95,8 @@ class ChannelStatistics(Message, tag="channel-statistics"):
     wire_bytes: int = 0
     raw_chunks: int = 0
     compressed_chunks: int = 0
+    #: processor time that went into compressing it
+    cpu_s: float = 0.0
 
 
 class CompressionStatistics(Message, tag="compression-statistics"):
@@ -127,8 +130,8 @@ class Failed(Message, tag="failed"):
 
 
 FromDaemon = OpenSender | OpenReceiver | OpenChannel | Shorten | AskStatistics
-Answer = Opened | Done | Refused | Statistics
-FromRelay = Answer | ChannelEnded | Failed
+Answer = Done | Refused | Statistics
+FromRelay = Answer | Opened | ChannelEnded | Failed
 
 _encoder = msgspec.json.Encoder()
 

@@ -30,7 +30,7 @@ WINDOW_BYTES = 4 * 1024 * 1024
 MAX_CHANNEL = 2**32 - 1
 
 _MAGIC = b"limosa-relay"
-_HELLO = struct.Struct("!12sHBB16s")
+_HELLO = struct.Struct("!12sHBB")
 _FIELDS = struct.Struct("!BBHIIII")
 _CHECKSUM = struct.Struct("!Q")
 HELLO_BYTES = _HELLO.size
@@ -52,23 +52,22 @@ class Hello(NamedTuple):
 
     way: Way
     window_log: int
-    token: bytes
 
     def pack(self) -> bytes:
         """The bytes to send."""
-        return _HELLO.pack(_MAGIC, VERSION, self.way, self.window_log, self.token)
+        return _HELLO.pack(_MAGIC, VERSION, self.way, self.window_log)
 
     @classmethod
     def parse(cls, data: bytes) -> Hello:
         """Raises :class:`BrokenStream` if it is no hello of a version we know."""
-        magic, version, way, window_log, token = _HELLO.unpack(data)
+        magic, version, way, window_log = _HELLO.unpack(data)
         if magic != _MAGIC:
             raise BrokenStream("what was connected is no relay")
         if version != VERSION:
             raise BrokenStream(f"the other relay speaks version {version}, this one {VERSION}")
         if way not in list(Way):
             raise BrokenStream(f"unknown way {way}")
-        return cls(Way(way), window_log, token)
+        return cls(Way(way), window_log)
 
 
 class Kind(IntEnum):

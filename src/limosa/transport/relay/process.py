@@ -15,7 +15,7 @@ import logging
 import os
 import socket
 from functools import partial
-from threading import Thread
+from threading import Lock, Thread
 
 import msgspec
 
@@ -33,6 +33,8 @@ from limosa.wire.parsing import parse
 
 #: What waits for the carrier. At 1 Gbit/s that is 35 ms of raw data, a third of it compressed.
 RING_BYTES = 4 * 1024 * 1024
+#: One for each way.
+CARRIERS = 2
 
 _decoder: msgspec.json.Decoder[FromDaemon] = msgspec.json.Decoder(FromDaemon)
 
@@ -45,6 +47,9 @@ class Relay:
         self._notices = Notices(sock)
         self._session: Sender | Receiver | None = None
         self._opening = False
+        #: channels that were opened before the session; the lock is held while either changes
+        self._early: list[Plug] = []
+        self._lock = Lock()
 
     def run(self) -> None:
         """Serve the daemon until it is gone; then end the process."""
@@ -60,11 +65,9 @@ class Relay:
                 return
             if not data:
                 return
-            answer = self._answer(data, sockets)
-            if answer is not None:
-                self._notices.say(answer)
+            self._notices.say(self._answer(data, sockets))
 
-    def _answer(self, data: bytes, sockets: list[socket.socket]) -> control.Answer | None:
+    def _answer(self, data: bytes, sockets: list[socket.socket]) -> control.Answer:
         try:
             request = parse(data, _decoder, "the message")
             return self._do(request, sockets)
@@ -73,14 +76,13 @@ class Relay:
                 each.close()
             return control.Refused(why=str(error))
 
-    def _do(self, request: FromDaemon, sockets: list[socket.socket]) -> control.Answer | None:
+    def _do(self, request: FromDaemon, sockets: list[socket.socket]) -> control.Answer:
         if isinstance(request, OpenSender | OpenReceiver):
             self._open(request, sockets)
-            return None
-        if self._session is None:
+        elif isinstance(request, OpenChannel):
+            self._open_channel(request.channel, sockets)
+        elif self._session is None:
             raise InvalidInput("there is no session yet")
-        if isinstance(request, OpenChannel):
-            self._open_channel(self._session, request.channel, sockets)
         elif isinstance(request, Shorten):
             self._session.shorten(request.channel)
         else:
@@ -90,15 +92,15 @@ class Relay:
     def _open(self, wish: OpenSender | OpenReceiver, sockets: list[socket.socket]) -> None:
         if self._opening:
             raise InvalidInput("there is a session already")
-        work = partial(self._send, wish) if isinstance(wish, OpenSender) else partial(self._receive, wish)
-        if len(sockets) != (2 if isinstance(wish, OpenSender) else 1):
+        if len(sockets) != CARRIERS:
             raise InvalidInput("the wrong number of sockets")
         self._opening = True
+        work = partial(self._send, wish) if isinstance(wish, OpenSender) else partial(self._receive, wish)
         # The main thread goes on listening to the daemon, whose end is ours, too.
-        Thread(target=self._notices.guarded(partial(work, *sockets)), daemon=True).start()
+        Thread(target=self._notices.guarded(partial(work, sockets)), daemon=True).start()
 
-    def _send(self, wish: OpenSender, forward: socket.socket, backward: socket.socket) -> None:
-        there, back, window_log = connect(forward, backward, wish)
+    def _send(self, wish: OpenSender, connections: list[socket.socket]) -> None:
+        there, back, window_log = connect(connections, wish)
         if wish.level is None:
             self._worker.end()
         else:
@@ -106,24 +108,33 @@ class Relay:
         worker = None if wish.level is None else self._worker
         self._begin(Sender(there, back, self._memory, worker, self._notices), window_log)
 
-    def _receive(self, wish: OpenReceiver, listener: socket.socket) -> None:
+    def _receive(self, wish: OpenReceiver, connections: list[socket.socket]) -> None:
         self._worker.end()
-        there, back, window_log = admit(listener, wish)
+        there, back, window_log = admit(connections, wish)
         self._begin(Receiver(there, back, window_log, self._notices), window_log)
 
     def _begin(self, session: Sender | Receiver, window_log: int) -> None:
-        self._session = session
+        with self._lock:
+            self._session = session
+            for plug in self._early:
+                session.open_channel(plug)
         session.start()
         self._notices.say(control.Opened(window_log=window_log))
 
-    def _open_channel(self, session: Sender | Receiver, number: int, sockets: list[socket.socket]) -> None:
+    def _open_channel(self, number: int, sockets: list[socket.socket]) -> None:
         if len(sockets) != 1:
             raise InvalidInput("the wrong number of sockets")
-        if session.knows(number):
-            raise InvalidInput(f"channel {number} was opened before")
-        if session.open_channels >= control.MAX_CHANNELS:
-            raise InvalidInput(f"{control.MAX_CHANNELS} channels are open already")
-        session.open_channel(Plug(number, sockets[0]))
+        with self._lock:
+            known = self._session.knows(number) if self._session else any(one.number == number for one in self._early)
+            if known:
+                raise InvalidInput(f"channel {number} was opened before")
+            if (self._session.open_channels if self._session else len(self._early)) >= control.MAX_CHANNELS:
+                raise InvalidInput(f"{control.MAX_CHANNELS} channels are open already")
+            plug = Plug(number, sockets[0])
+            if self._session is None:
+                self._early.append(plug)
+            else:
+                self._session.open_channel(plug)
 
 
 def main(arguments: list[str]) -> None:

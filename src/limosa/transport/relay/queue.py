@@ -52,6 +52,8 @@ class Chunk:
     #: once DONE: the compressed length, and the checksum of the raw bytes
     wire_length: int = 0
     digest: int = 0
+    #: processor time it took
+    cpu_s: float = 0.0
 
 
 class Queue:

@@ -250,6 +250,7 @@ class Sender:
             channel.statistics.wire_bytes += wire_length + HEADER_BYTES
             channel.statistics.compressed_chunks += compressed
             channel.statistics.raw_chunks += not compressed
+            channel.statistics.cpu_s += chunk.cpu_s
 
     # --- the backward thread ---
 
