@@ -21,6 +21,7 @@ from limosa.errors import (
     PreflightRefused,
     StateError,
 )
+from limosa.host.compression import Compression
 from limosa.host.files import Files
 from limosa.host.inspection import Inspector
 from limosa.host.multichannel import Multichannel
@@ -59,6 +60,7 @@ class Incoming:
         files: Files,
         inspector: Inspector,
         multichannel: Multichannel,
+        compression: Compression,
         storage: Storage,
         boot: str,
     ) -> None:
@@ -71,6 +73,7 @@ class Incoming:
         self._inspector = inspector
         self._multichannel = multichannel
         self._storage = storage
+        self._compression = compression
         self._boot = boot
         self._landing: dict[str, Destination] = {}
 
@@ -194,6 +197,7 @@ class Incoming:
             self.slots,
             self._inspector,
             self._multichannel,
+            self._compression,
             self._storage,
             self._page,
             reached_at,
@@ -211,6 +215,7 @@ class LandingHere:
         slots: Slots,
         inspector: Inspector,
         multichannel: Multichannel,
+        compression: Compression,
         storage: Storage,
         page: Page,
         reached_at: str,
@@ -221,6 +226,7 @@ class LandingHere:
         self._inspector = inspector
         self._multichannel = multichannel
         self._storage = storage
+        self._compression = compression
         self._page = page
         self._reached_at = reached_at
         self._has_slot = False
@@ -251,6 +257,9 @@ class LandingHere:
             raise NetworkError(
                 "this host has no address on a network that may carry moves", host=self._header.destination
             )
+        if request.relay is not None:
+            source = self._header.source
+            return await self._compression.open_door(source, request.relay, chosen, self._offered, request.networks)
         ports = self._page.now.migration_ports
         if request.transport != "multichannel":
             return tcp.TcpDoorway(chosen[0], ports)

@@ -23,6 +23,7 @@ from limosa.qemu.capabilities import QemuCapabilities
 from limosa.settings.daemon import DaemonSettings
 from limosa.storage import chains
 from limosa.storage.identity import identify
+from limosa.transport.relay.frames import VERSION as RELAY_VERSION
 
 
 class Inspector:
@@ -102,6 +103,7 @@ class Inspector:
             addresses=addresses,
             trial_port=trial_port,
             time=time.time(),
+            relay=RELAY_VERSION,
             network=network,
             locations=locations,
         )

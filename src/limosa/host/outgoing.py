@@ -16,6 +16,7 @@ import msgspec
 
 from limosa.background import Background
 from limosa.errors import Conflict, HostUnreachable, LimosaError
+from limosa.host.compression import Compression
 from limosa.host.files import Files
 from limosa.host.inspection import Inspector
 from limosa.host.multichannel import Multichannel
@@ -44,8 +45,9 @@ from limosa.security import tls
 from limosa.settings.address import split_address
 from limosa.transport import tcp
 from limosa.transport.channel import Channel
+from limosa.transport.relay.outbound import Seat
 from limosa.wire.api import CheckReport, CheckRequest, MoveOptions, MoveRequest
-from limosa.wire.peer import Prepared
+from limosa.wire.peer import Prepared, RelayPlace
 
 _log = logging.getLogger(__name__)
 
@@ -66,6 +68,7 @@ class Outgoing:
         files: Files,
         inspector: Inspector,
         multichannel: Multichannel,
+        compression: Compression,
         storage: Storage,
         views: Views,
         boot: str,
@@ -79,6 +82,7 @@ class Outgoing:
         self._inspector = inspector
         self._multichannel = multichannel
         self._storage = storage
+        self._compression = compression
         self._boot = boot
         self._views = views
         self._active: dict[str, SourceMove] = {}
@@ -197,7 +201,9 @@ class Outgoing:
         terms = self._terms(options)
         report = Report(self._first_view(header, terms.transport), self._views.publish)
         own_cap = (options.bandwidth_mbit_per_s or 0) * MBIT_BYTES
-        leaving = Leaving(hosted, self._vms, self._inspector, self._multichannel, self._storage, self, own_cap)
+        leaving = Leaving(
+            hosted, self._vms, self._inspector, self._multichannel, self._compression, self._storage, self, own_cap
+        )
         machine = hosted.machine if hosted is not None else None
         move = SourceMove(journal, machine, self._dialler(header.address), leaving, terms, report)
         self._active[header.migration] = move
@@ -319,6 +325,7 @@ class Leaving:
         vms: Vms,
         inspector: Inspector,
         multichannel: Multichannel,
+        compression: Compression,
         storage: Storage,
         outgoing: Outgoing,
         own_cap: int,
@@ -328,6 +335,8 @@ class Leaving:
         self._inspector = inspector
         self._multichannel = multichannel
         self.disks = storage
+        self._compression = compression
+        self._seat: Seat | None = None
         self._outgoing = outgoing
         #: bytes per second asked for this move, 0: none
         self._own_cap = own_cap
@@ -343,8 +352,22 @@ class Leaving:
         seed = self._vms.seed_of(self._hosted.config)
         return {"seed.iso": base64.b64encode(seed).decode()} if seed is not None else {}
 
+    def seat(self, destination: str, route: Route, *, encrypt: bool) -> RelayPlace | None:
+        """See :class:`limosa.migration.source.Home`."""
+        if route.transport != "compression":
+            return None
+        self._seat = self._compression.seat(destination, route, encrypt=encrypt)
+        return self._seat.place
+
+    def disconnect(self) -> None:
+        """See :class:`limosa.migration.source.Home`."""
+        if self._seat is not None:
+            self._seat.release()
+
     async def connect(self, route: Route, prepared: Prepared) -> Channel:
         """See :class:`limosa.migration.source.Home`."""
+        if self._seat is not None:
+            return await self._seat.connect(prepared)
         if route.transport == "multichannel":
             return await self._multichannel.connect(route, prepared)
         return await tcp.connect(prepared.address, prepared.port, prepared.token, route.paths[0].here)

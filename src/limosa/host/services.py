@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from limosa.errors import LimosaError, StateError
+from limosa.host.compression import Compression
 from limosa.host.disk_moves import DiskMoves
 from limosa.host.files import Files
 from limosa.host.incoming import Incoming
@@ -64,9 +65,20 @@ async def assemble(daemon: DaemonSettings, files: Files) -> Services:
     inspector = Inspector(daemon, page, vms, capabilities, netlink, storage, user)
     multichannel = Multichannel(PathManager(), files.run)
     await multichannel.endpoints.clean()
-    incoming = Incoming(daemon.name, vms, page, files, inspector, multichannel, storage, boot)
+    compression = Compression(multichannel, page, user)
+    incoming = Incoming(daemon.name, vms, page, files, inspector, multichannel, compression, storage, boot)
     outgoing = Outgoing(
-        daemon.name, Path(daemon.certificates), vms, page, files, inspector, multichannel, storage, views, boot
+        daemon.name,
+        Path(daemon.certificates),
+        vms,
+        page,
+        files,
+        inspector,
+        multichannel,
+        compression,
+        storage,
+        views,
+        boot,
     )
     return Services(
         name=daemon.name,

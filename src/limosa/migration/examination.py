@@ -17,6 +17,7 @@ from limosa.model.vm import Accelerator, Disk, VmConfig
 from limosa.transport import tcp
 from limosa.transport.advise import between
 from limosa.transport.choice import Ends, choose
+from limosa.transport.relay.frames import VERSION as RELAY_VERSION
 
 T = TypeVar("T")
 
@@ -70,7 +71,8 @@ async def examine(
     """
     vm = question.vm
     (there, skew), here = await both(peer.inspect(vm, question.accelerator), facts)
-    ends = Ends(question.source, there.host, here.network, there.network, there.addresses)
+    no_relay = "" if there.relay == RELAY_VERSION else f"host '{there.host}' knows another version of it, or none"
+    ends = Ends(question.source, there.host, here.network, there.network, there.addresses, no_relay)
     route = await _open_route(ends, question.transport, there.trial_port)
     copied = disks.to_copy(vm, here, there, question.storage)
     of_disks = await disks_here.facts(copied) if copied else ()

@@ -45,7 +45,7 @@ from limosa.security.stream import make_credentials
 from limosa.settings.host import ConvergencePolicy
 from limosa.transport.channel import Channel
 from limosa.transport.choice import connected
-from limosa.wire.peer import Prepare, Prepared, StreamCredentials
+from limosa.wire.peer import Prepare, Prepared, RelayPlace, StreamCredentials
 
 LOOK_EVERY_S = 0.2
 
@@ -90,11 +90,17 @@ class Home(Protocol):
     def disk_bandwidth(self, disks: int) -> int:
         """Bytes per second each of so many disks may use, 0: no cap."""
 
+    def seat(self, destination: str, route: Route, *, encrypt: bool) -> RelayPlace | None:
+        """The place of this move's stream in a session of relays; None if its route takes no relay."""
+
     async def connect(self, route: Route, prepared: Prepared) -> Channel:
         """A connection to the destination for the guest's memory, by the transport of ``route``.
 
-        Raises :class:`DestinationLost` and :class:`NetworkError`.
+        Raises :class:`DestinationLost`, :class:`RelayFailed` and :class:`NetworkError`.
         """
+
+    def disconnect(self) -> None:
+        """Let go of what :meth:`seat` and :meth:`connect` took. May be repeated."""
 
     def networks(self) -> AsyncIterator[HostNetwork]:
         """This host's network, again after each change."""
@@ -162,7 +168,7 @@ class SourceMove:
                 self.report.enter(Phase.STORAGE)
                 await self.guard(self.copy_disks(self.machine, prepared))
             self.report.enter(Phase.COPY)
-            await self.guard(self.copy(self.machine, prepared))
+            await self._copied(self.machine, prepared)
             await self.switch_over(self.machine)
             await self.tear_down()
         finally:
@@ -174,8 +180,10 @@ class SourceMove:
         examined = await self.check(peer)
         copies = disks.copies(examined.disks)
         self.journal.record(SourceStep.PREPARING, time.time(), left=self._left_behind(copies))
-        server, client = make_credentials() if self.terms.encrypt else (None, None)
         disks_server, self.disk_credentials = make_credentials() if copies else (None, None)
+        relay = self.home.seat(examined.ends.destination, examined.route, encrypt=self.terms.encrypt)
+        # Memory that relays carry leaves the host through their TLS, and is not encrypted twice.
+        server, client = make_credentials() if self.terms.encrypt and relay is None else (None, None)
         request = Prepare(
             migration=self.header.migration,
             vm=disks.landed(self.header.vm, examined.disks),
@@ -183,6 +191,7 @@ class SourceMove:
             transport=examined.route.transport,
             addresses=tuple(path.there for path in examined.route.paths),
             networks=connected(examined.ends.here),
+            relay=relay,
             credentials=server,
             post_copy=self.terms.policy.post_copy,
             running=self.header.was_running,
@@ -284,6 +293,19 @@ class SourceMove:
             await self.mirrors.finish()
         await machine.continue_migration()
 
+    async def _copied(self, machine: MachineProtocol, prepared: Prepared) -> None:
+        """:meth:`copy`, guarded. What carries the stream knows best why it broke."""
+        try:
+            await self.guard(self.copy(machine, prepared))
+        except Cancelled:
+            raise
+        except MigrationFailed as error:
+            fault = await self.channel.fault() if self.channel is not None else None
+            if fault is None:
+                raise
+            fault.vm, fault.host = self.header.vm.name, self.header.destination
+            raise fault from error
+
     async def switch_over(self, machine: MachineProtocol) -> None:
         """Give the destination the word. From here on only ``settle`` may let the guest run here again."""
         assert self.peer is not None
@@ -366,6 +388,7 @@ class SourceMove:
         if self.channel is not None:
             self.channel.close()
             self.channel = None
+        self.home.disconnect()
 
     def _in_line(self, place: int) -> None:
         if place == 0:
@@ -406,7 +429,7 @@ class SourceMove:
         self.report.bar = self.report.bar.moved(self.report.now.phase, look)
         note = "" if isinstance(action, convergence.GiveUp) else action.note
         shown = progress.progress(self.report.bar, look, limit_ms=judge.downtime_limit_ms, note=note)
-        self.report.change(progress=self._with_disks(shown), route=self._route())
+        self.report.change(progress=self._with_disks(shown), route=await self._route())
         return judge
 
     def _with_disks(self, shown: Progress) -> Progress:
@@ -448,11 +471,11 @@ class SourceMove:
             progress=self._with_disks(shown),
             transfer_s=look.total_s,
             qemu_downtime_ms=look.downtime_ms,
-            route=self._route(),
+            route=await self._route(),
         )
 
-    def _route(self) -> Route | None:
-        return self.paths.look() if self.paths is not None else self.report.now.route
+    async def _route(self) -> Route | None:
+        return await self.paths.look() if self.paths is not None else self.report.now.route
 
 
 POST_COPY = frozenset(

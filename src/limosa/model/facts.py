@@ -71,6 +71,8 @@ class DestinationFacts(Model, forbid_unknown_fields=False, frozen=True):
     trial_port: int
     #: its clock, seconds since the epoch
     time: float
+    #: version of what its relay speaks; 0: it has none
+    relay: int = 0
     network: HostNetwork = HostNetwork()
     #: where it could put new images
     locations: tuple[Location, ...] = ()

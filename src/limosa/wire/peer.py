@@ -102,14 +102,34 @@ class StreamCredentials(Model, frozen=True):
     key: Pem
 
 
-class Prepare(Message, tag="prepare", frozen=True):
-    """Reserve and build everything the VM needs at the destination."""
+class RelayPlace(Model, frozen=True):
+    """Where a stream goes that relays carry: a channel of a session between the two hosts' relays.
+
+    The source's daemon makes sessions and numbers the channels of each. A destination that does not know the session
+    makes its end of it.
+    """
+
+    session: Annotated[str, Meta(pattern=r"\A[0-9a-f]{32}\Z")]
+    channel: Annotated[int, Meta(ge=0, lt=2**32)]
+    #: the most the source allows for the window of the compressed stream, as a power of two
+    window_log: Annotated[int, Meta(ge=20, le=30)]
+    #: of the session, null: it is not encrypted. QEMU's own stream inside it never is.
+    credentials: StreamCredentials | None
+    #: whether its connections go over several NICs, by Multipath TCP
+    several: bool
+
+
+class Prepare(Message, tag="prepare", frozen=True, omit_defaults=True):
+    """Reserve and build everything the VM needs at the destination.
+
+    What is not used is not sent: a destination of an older version would not know it.
+    """
 
     migration: MigrationId
     vm: VmConfig
     accelerator: Accelerator
     transport: str
-    #: null: the stream is not encrypted
+    #: null: QEMU does not encrypt the stream
     credentials: StreamCredentials | None
     post_copy: bool
     #: whether the guest is to run here, or was paused and stays so
@@ -118,6 +138,8 @@ class Prepare(Message, tag="prepare", frozen=True):
     addresses: Annotated[tuple[Address, ...], Meta(max_length=256)] = ()
     #: networks the source has an address in that may carry moves, for addresses that appear later
     networks: Annotated[tuple[Address, ...], Meta(max_length=4096)] = ()
+    #: with the transport ``compression``
+    relay: RelayPlace | None = None
     #: small files of the VM's own that the destination must have bit by bit (the cloud-init seed), by name
     files: dict[Name, Base64] = {}
     #: disks that are to be copied into new images; ``vm`` names those
