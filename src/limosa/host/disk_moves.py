@@ -37,7 +37,6 @@ from limosa.errors import (
     StateError,
 )
 from limosa.host.page import Page
-from limosa.host.slots import Slots
 from limosa.host.storage import Storage
 from limosa.host.views import Views
 from limosa.host.vms import HostedVm, Vms
@@ -76,8 +75,6 @@ class DiskMoves:
     def __init__(
         self, host: str, vms: Vms, page: Page, storage: Storage, views: Views, user: str | None, folder: Path
     ) -> None:
-        self.slots = Slots(lambda: page.now.max_storage_moves)
-        page.on_change(self.slots.admit)
         self._host = host
         self._vms = vms
         self._page = page
@@ -165,7 +162,7 @@ class DiskMoves:
     async def _conduct(self, move: _Move) -> None:
         has_slot = False
         try:
-            await move.guard(self.slots.acquire(lambda place: _in_line(move.report, place)))
+            await move.guard(self._storage.leaving.acquire(lambda place: _in_line(move.report, place)))
             has_slot = True
             await move.run()
             move.report.end(Outcome.COMPLETED)
@@ -175,7 +172,7 @@ class DiskMoves:
             await self._undo(move, LimosaError("an internal error", why=repr(error), vm=move.record.vm))
         finally:
             if has_slot:
-                self.slots.release()
+                self._storage.leaving.release()
             move.hosted.migration = None
             self._active.pop(move.record.migration, None)
             self._views.keep(move.report.now)

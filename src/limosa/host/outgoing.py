@@ -6,9 +6,8 @@ import asyncio
 import base64
 import contextlib
 import logging
-import socket
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -336,7 +335,9 @@ class Leaving:
         self._multichannel = multichannel
         self.disks = storage
         self._compression = compression
-        self._seat: Seat | None = None
+        #: in a session of relays: of guest memory, then of each disk
+        self._seats: list[Seat] = []
+        self._has_storage_slot = False
         self._outgoing = outgoing
         #: bytes per second asked for this move, 0: none
         self._own_cap = own_cap
@@ -352,29 +353,54 @@ class Leaving:
         seed = self._vms.seed_of(self._hosted.config)
         return {"seed.iso": base64.b64encode(seed).decode()} if seed is not None else {}
 
-    def seat(self, destination: str, route: Route, *, encrypt: bool) -> RelayPlace | None:
+    async def take_storage_slot(self, in_line: Callable[[int], None]) -> None:
         """See :class:`limosa.migration.source.Home`."""
-        if route.transport != "compression":
-            return None
-        self._seat = self._compression.seat(destination, route, encrypt=encrypt)
-        return self._seat.place
+        await self.disks.leaving.acquire(in_line)
+        self._has_storage_slot = True
+
+    async def seats(self, destination: str, route: Route, count: int, *, encrypt: bool) -> list[RelayPlace]:
+        """See :class:`limosa.migration.source.Home`."""
+        if route.transport == "compression":
+            self._seats = [self._compression.seat(destination, route, encrypt=encrypt) for _ in range(count)]
+            for seat in self._seats:
+                await seat.open()
+        return [seat.place for seat in self._seats]
 
     def disconnect(self) -> None:
         """See :class:`limosa.migration.source.Home`."""
-        if self._seat is not None:
-            self._seat.release()
+        for seat in self._seats:
+            seat.release()
+        if self._has_storage_slot:
+            self._has_storage_slot = False
+            self.disks.leaving.release()
 
     async def connect(self, route: Route, prepared: Prepared) -> Channel:
         """See :class:`limosa.migration.source.Home`."""
-        if self._seat is not None:
-            return await self._seat.connect(prepared)
+        if self._seats:
+            return await self._seats[0].connect(prepared)
+        return await self._connect_bare(route, prepared)
+
+    async def connect_disks(self, route: Route, prepared: Prepared, count: int) -> list[Channel]:
+        """See :class:`limosa.migration.source.Home`."""
+        made: list[Channel] = []
+        # QEMU's own server is at that port, which asks for a certificate and not for a token.
+        server = msgspec.structs.replace(prepared, port=prepared.disks_port, token="")
+        try:
+            for number in range(count):
+                if self._seats:
+                    made.append(await self._seats[1 + number].connect(prepared))
+                else:
+                    made.append(await self._connect_bare(route, server))
+        except BaseException:
+            for channel in made:
+                channel.close()
+            raise
+        return made
+
+    async def _connect_bare(self, route: Route, prepared: Prepared) -> Channel:
         if route.transport == "multichannel":
             return await self._multichannel.connect(route, prepared)
         return await tcp.connect(prepared.address, prepared.port, prepared.token, route.paths[0].here)
-
-    async def connect_disks(self, route: Route, prepared: Prepared) -> socket.socket:
-        """See :class:`limosa.migration.source.Home`."""
-        return await tcp.call(prepared.address, prepared.disks_port, source=route.paths[0].here)
 
     def disk_bandwidth(self, disks: int) -> int:
         """See :class:`limosa.migration.source.Home`."""

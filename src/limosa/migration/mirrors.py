@@ -7,9 +7,8 @@ while the guest stands still before the last of its memory goes. A copy that fai
 from __future__ import annotations
 
 import asyncio
-import socket
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -17,6 +16,7 @@ from typing import Protocol
 from limosa.errors import LimosaError, MigrationFailed, NotConverging, QemuError
 from limosa.model.storage import DiskAction, DiskPlan, DiskProgress
 from limosa.qemu.protocol import CopyState, CopyStatistics, MachineProtocol
+from limosa.transport.channel import Channel
 from limosa.wire.peer import StreamCredentials
 
 LOOK_EVERY_S = 0.2
@@ -131,16 +131,17 @@ async def send(
     machine: MachineProtocol,
     tag: str,
     plans: Sequence[DiskPlan],
-    connect: Callable[[], Awaitable[socket.socket]],
-    credentials: StreamCredentials,
+    channels: Sequence[Channel],
+    credentials: StreamCredentials | None,
     bytes_per_s: int,
 ) -> None:
-    """Begin to copy disks to a destination, over one connection each. ``bytes_per_s``: a cap for each, or 0."""
-    await machine.trust_disks(credentials)
-    for plan in plans:
-        with await connect() as stream:
-            whole = plan.action is DiskAction.COPY
-            await machine.copy_to_host(plan.disk, tag, stream, bytes_per_s, whole=whole)
+    """Begin to copy disks to a destination, over a channel each. ``bytes_per_s``: a cap for each, or 0."""
+    if credentials is not None:
+        await machine.trust_disks(credentials)
+    for plan, channel in zip(plans, channels, strict=True):
+        whole = plan.action is DiskAction.COPY
+        encrypt = credentials is not None
+        await machine.copy_to_host(plan.disk, tag, channel.socket, bytes_per_s, whole=whole, encrypt=encrypt)
 
 
 async def drop(machine: CopyingMachine, tag: str, disks: Sequence[str]) -> None:
