@@ -188,9 +188,8 @@ class SourceMove:
         self.journal.record(SourceStep.PREPARING, time.time(), left=self._left_behind(copies))
         if copies:
             await self.home.take_storage_slot(self._in_storage_line)
-        relays = await self.home.seats(
-            examined.ends.destination, examined.route, 1 + len(copies), encrypt=self.terms.encrypt
-        )
+        there, encrypt = examined.ends.destination, self.terms.encrypt
+        relays = await self.home.seats(there, examined.route, 1 + len(copies), encrypt=encrypt)
         # Memory that relays carry leaves the host through their TLS, and is not encrypted twice.
         server, client = make_credentials() if encrypt and not relays else (None, None)
         # A disk is encrypted whatever is said of memory: else whoever finds the port could write into it.
