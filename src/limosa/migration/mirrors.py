@@ -54,6 +54,9 @@ class CopyingMachine(Protocol):
     async def block_writes(self, disk: str) -> None:
         """From now on a write of the guest is done when it is in the copy too."""
 
+    async def cap_copy(self, disk: str, bytes_per_s: int) -> None:
+        """Cap what is copied; 0: no cap."""
+
     async def end_copy(self, disk: str) -> None:
         """Make a copy that is ready whole, flush and end it."""
 
@@ -92,6 +95,11 @@ class Mirrors:
                 why = copy.error if copy is not None else "QEMU has ended it"
                 raise MigrationFailed(f"disk {disk} could not be copied", why=why, todo="see the logs of both hosts")
         self.latest = {disk: copies[disk] for disk in self._keeping}
+
+    async def cap(self, bytes_per_s: int) -> None:
+        """Cap what all copies together send; 0: no cap."""
+        for disk in self._keeping:
+            await self._machine.cap_copy(disk, bytes_per_s // len(self._keeping))
 
     async def finish(self) -> None:
         """The guest stands still: make all whole and flush them. Raises :class:`StorageError`."""

@@ -86,9 +86,6 @@ class Home(Protocol):
     async def connect_disks(self, route: Route, prepared: Prepared, count: int) -> list[Channel]:
         """As :meth:`connect`, for so many disks."""
 
-    def disk_bandwidth(self, disks: int) -> int:
-        """Bytes per second each of so many disks may use, 0: no cap."""
-
     async def take_storage_slot(self, in_line: Callable[[int], None]) -> None:
         """Wait for a place for a move that copies disks; :meth:`disconnect` gives it back."""
 
@@ -112,6 +109,12 @@ class Home(Protocol):
 
     def bandwidth(self) -> int:
         """Bytes per second this move may use now, 0: no cap."""
+
+    async def sending(self) -> None:
+        """Other than before is sent from now on: share what may be used anew."""
+
+    #: bytes per second asked for this move, 0: none
+    own_cap: int
 
     async def end_qemu(self) -> None:
         """End the VM's QEMU here, which will never run the guest again."""
@@ -250,10 +253,11 @@ class SourceMove:
     async def copy_disks(self, machine: MachineProtocol, prepared: Prepared) -> None:
         """Copy the disks that move along, until the copies keep up with the guest."""
         assert self.examined is not None
+        await self.home.sending()
         route, copies = self.examined.route, disks.copies(self.examined.disks)
         self.disk_channels = await self.home.connect_disks(route, prepared, len(copies))
         self.paths = Paths(route, self.examined.ends, self.disk_channels)
-        bandwidth = self.home.disk_bandwidth(len(copies))
+        bandwidth = self.home.bandwidth() // len(copies)
         await mirrors.send(machine, self.header.migration, copies, self.disk_channels, self.disk_credentials, bandwidth)
         copying = self.mirrors = Mirrors(machine, [plan.disk for plan in copies], self.terms.policy.patience_s)
         memory = self.header.vm.memory_mib * MIB
@@ -268,6 +272,8 @@ class SourceMove:
 
     async def copy(self, machine: MachineProtocol, prepared: Prepared) -> None:
         """Send memory until QEMU reports that everything was sent and loaded."""
+        if self.mirrors is not None:
+            await self.home.sending()
         assert self.examined is not None
         assert self.peer is not None
         self.journal.record(SourceStep.MIGRATING, time.time(), durable=False)
