@@ -45,13 +45,20 @@ def register(commands: Commands[argparse.ArgumentParser]) -> None:
     move.add_argument("--to", metavar="HOST", required=True, help="the destination, a host name or address")
     move.add_argument("--all", action="store_true", help="every VM that runs on the host")
     move.add_argument("--detach", action="store_true", help="return as soon as the moves are accepted")
-    move.add_argument("--transport", choices=("auto", "tcp", "multichannel"), help="instead of the host's setting")
+    move.add_argument(
+        "--transport", choices=("auto", "tcp", "multichannel", "rdma"), help="instead of the host's setting"
+    )
     move.add_argument("--bandwidth", metavar="MBIT/S", type=int, help="cap for this move, 0: none")
     move.add_argument("--blackout-budget", metavar="MS", type=float, help="the longest blackout it may plan for")
     move.add_argument(
         "--post-copy",
         action=argparse.BooleanOptionalAction,
         help="allow post-copy as the last step; no way back from it",
+    )
+    move.add_argument(
+        "--rdma-pin-all",
+        action=argparse.BooleanOptionalAction,
+        help="with RDMA, lock all of the VM's memory at once on both hosts",
     )
     check = add_command(
         commands,
@@ -111,6 +118,7 @@ def _mover(arguments: argparse.Namespace) -> Callable[[str], Iterator[Migration]
         "bandwidth_mbit_per_s": arguments.bandwidth,
         "blackout_budget_ms": arguments.blackout_budget,
         "post_copy": arguments.post_copy,
+        "rdma_pin_all": arguments.rdma_pin_all,
     }
 
     def begin(name: str) -> Iterator[Migration]:

@@ -34,7 +34,7 @@ from limosa.model.finding import Finding
 from limosa.model.migration import Migration, Outcome, Phase, Progress, Side
 from limosa.network.addresses import stream_addresses
 from limosa.qemu.protocol import MachineProtocol
-from limosa.transport import tcp
+from limosa.transport import rdma, tcp
 from limosa.transport.channel import Doorway
 from limosa.wire.peer import Inspect, Prepare
 
@@ -100,11 +100,22 @@ class Incoming:
             was_running=request.running,
             options={"transport": request.transport},
         )
-        if request.migration in self._landing or self._journal_of(request.migration).exists():
-            raise Conflict(f"migration {request.migration} is known here already", vm=request.vm.name, host=self.host)
+        self._forget_earlier_try(request, source)
         destination = self._make(Journal.begin(self._files.migrations, header), None, reached_at)
         self._landing[request.migration] = destination
         return destination
+
+    def _forget_earlier_try(self, request: Prepare, source: str) -> None:
+        """A source may begin a migration again that was destroyed here; any other raises :class:`Conflict`."""
+        path = self._journal_of(request.migration)
+        if request.migration not in self._landing:
+            if not path.exists():
+                return
+            earlier = Journal.load(path)
+            if earlier.header.source == source and earlier.step == DestinationStep.GONE:
+                path.unlink()
+                return
+        raise Conflict(f"migration {request.migration} is known here already", vm=request.vm.name, host=self.host)
 
     def find(self, migration: str, source: str) -> Destination | None:
         """The landing of an earlier migration from ``source``, also one that has ended; None if there was none."""
@@ -128,7 +139,9 @@ class Incoming:
         """Forget a landing that has ended; its journal goes on answering for it."""
         if destination.step in DESTINATION_ENDED:
             destination.journal.close()
-            self._landing.pop(destination.journal.header.migration, None)
+            migration = destination.journal.header.migration
+            if self._landing.get(migration) is destination:  # and not its second try, which has begun since
+                del self._landing[migration]
 
     async def resolve(self, migration: str, owner: Side) -> Migration:
         """A person says who owns a VM that is held here."""
@@ -205,7 +218,7 @@ class LandingHere:
         assert self._hosted is not None
         return await self._vms.launch_incoming(self._hosted, request.accelerator, carried_files(request.files))
 
-    async def open_door(self, request: Prepare) -> Doorway:
+    async def open_door(self, request: Prepare, machine: MachineProtocol) -> Doorway:
         """See :class:`limosa.migration.destination.Landing`."""
         offered = await self._offered()
         chosen = [address for address in request.addresses or offered if address in offered]
@@ -214,9 +227,20 @@ class LandingHere:
                 "this host has no address on a network that may carry moves", host=self._header.destination
             )
         ports = self._page.now.migration_ports
-        if request.transport != "multichannel":
-            return tcp.TcpDoorway(chosen[0], ports)
-        return await self._multichannel.open_door(chosen, ports, self._offered, request.networks)
+        match request.transport:
+            case "multichannel":
+                streams = dict(zip(request.addresses, request.streams, strict=False))
+                return await self._multichannel.open_door(chosen, ports, self._offered, request.networks, streams)
+            case "rdma":
+                self._check_unencrypted()
+                return await rdma.open_door(machine, chosen[0], ports)
+            case _:
+                return tcp.TcpDoorway(chosen[0], ports)
+
+    def _check_unencrypted(self) -> None:
+        if self._page.now.encrypt:
+            host = self._header.destination
+            raise Conflict(f"RDMA is not encrypted, and 'encrypt' is on on host '{host}'", host=host)
 
     async def _offered(self) -> tuple[str, ...]:
         return stream_addresses(await self._inspector.network(), self._reached_at)

@@ -37,9 +37,10 @@ from limosa.model.network import HostNetwork
 from limosa.model.route import Route
 from limosa.model.vm import VmState
 from limosa.network.changes import changes
+from limosa.qemu.protocol import RdmaAddress
 from limosa.security import tls
 from limosa.settings.address import split_address
-from limosa.transport import tcp
+from limosa.transport import rdma, tcp
 from limosa.transport.channel import Channel
 from limosa.wire.api import CheckReport, CheckRequest, MoveOptions, MoveRequest
 from limosa.wire.peer import Prepared
@@ -282,7 +283,8 @@ class Outgoing:
         if options.post_copy is not None:
             changes["post_copy"] = options.post_copy
         transport = options.transport or settings.transport
-        return Terms(msgspec.structs.replace(policy, **changes), transport, settings.encrypt)
+        pin_all = settings.rdma_pin_all if options.rdma_pin_all is None else options.rdma_pin_all
+        return Terms(msgspec.structs.replace(policy, **changes), transport, settings.encrypt, pin_all)
 
     def bandwidth_share(self) -> int:
         """Bytes per second each move may use now, 0: no cap."""
@@ -363,6 +365,8 @@ class Leaving:
         """See :class:`limosa.migration.source.Home`."""
         if route.transport == "multichannel":
             return await self._multichannel.connect(route, prepared)
+        if route.transport == "rdma":
+            return rdma.RdmaChannel(RdmaAddress(route.paths[0].there, prepared.port))
         return await tcp.connect(prepared.address, prepared.port, prepared.token, route.paths[0].here)
 
     async def networks(self) -> AsyncIterator[HostNetwork]:

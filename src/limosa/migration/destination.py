@@ -48,8 +48,8 @@ class Landing(Protocol):
     async def launch(self, request: Prepare) -> MachineProtocol:
         """Start QEMU with taps and files, waiting for a migration."""
 
-    async def open_door(self, request: Prepare) -> Doorway:
-        """Where the source is awaited."""
+    async def open_door(self, request: Prepare, machine: MachineProtocol) -> Doorway:
+        """Where the source is awaited; by ``machine`` itself where no socket can be handed over."""
 
     async def adopt(self, *, running: bool) -> None:
         """Make the VM one of this host's, durably. If its QEMU is dead by now, it crashed here."""
@@ -115,9 +115,11 @@ class Destination:
                     downtime_limit_ms=1,
                     bandwidth_bytes_per_s=0,
                     post_copy=request.post_copy,
+                    rdma=request.transport == "rdma",
+                    rdma_pin_all=request.rdma_pin_all,
                 )
             )
-            door = self._door = await self.landing.open_door(request)
+            door = self._door = await self.landing.open_door(request, self.machine)
             self._admission = asyncio.ensure_future(self._admit(door, self.machine))
         except BaseException:
             await asyncio.shield(self.abort("it could not be prepared"))
@@ -281,8 +283,9 @@ class Destination:
         gone.add_done_callback(lambda _: over.set())
         try:
             with contextlib.closing(door):
-                with await door.accept() as stream:
-                    await machine.receive(stream)
+                if (stream := await door.accept()) is not None:
+                    with stream:
+                        await machine.receive(stream)
                 await over.wait()
                 # QEMU's last word to the source may still be under way, perhaps over a path that has just died.
                 await self._abandoned.wait()

@@ -23,7 +23,7 @@ from typing import Any, Protocol, TypeVar
 import msgspec
 
 from limosa.errors import Cancelled, LimosaError, MigrationFailed, NotConverging, PreflightRefused, QemuGone
-from limosa.migration import convergence, preflight, progress
+from limosa.migration import again, convergence, preflight, progress
 from limosa.migration.convergence import Convergence
 from limosa.migration.journal import Journal
 from limosa.migration.ownership import SourceStep
@@ -40,7 +40,7 @@ from limosa.qemu.protocol import Event, MachineProtocol, MigrationState, Migrati
 from limosa.security.stream import make_credentials
 from limosa.settings.host import ConvergencePolicy
 from limosa.transport import tcp
-from limosa.transport.advise import between
+from limosa.transport.advise import between, not_by_rdma
 from limosa.transport.channel import Channel
 from limosa.transport.choice import Ends, choose, connected
 from limosa.wire.peer import Prepare, Prepared
@@ -57,6 +57,9 @@ class Terms:
     policy: ConvergencePolicy
     transport: str
     encrypt: bool
+    rdma_pin_all: bool = False
+    #: why RDMA, by which the move began, is not to be tried again; empty if it was not tried
+    rdma_failed: str = ""
 
     def without_post_copy(self) -> Terms:
         """The same, with post-copy forbidden."""
@@ -133,16 +136,38 @@ class SourceMove:
         assert self.machine is not None
         unsubscribe = self.machine.on_event(self._on_event)
         try:
-            self.report.enter(Phase.BUILD_UP)
-            self.peer = await self.guard(self.dial())
-            prepared = await self.guard(self.build_up(self.machine, self.peer))
-            self.report.enter(Phase.COPY)
-            await self.guard(self.copy(self.machine, prepared))
+            try:
+                await self.send(self.machine)
+            except LimosaError as failure:
+                if not again.may_follow(self, failure):
+                    raise
+                await self._without_rdma(self.machine, failure)
+                await self.send(self.machine)
             await self.switch_over(self.machine)
             await self.tear_down()
         finally:
             unsubscribe()
             self._close_channel()
+
+    async def send(self, machine: MachineProtocol) -> None:
+        """Everything before the switchover."""
+        self.report.enter(Phase.BUILD_UP)
+        self.peer = await self.guard(self.dial())
+        prepared = await self.guard(self.build_up(machine, self.peer))
+        self.report.enter(Phase.COPY)
+        await self.guard(self.copy(machine, prepared))
+
+    async def _without_rdma(self, machine: MachineProtocol, failure: LimosaError) -> None:
+        """Put everything back to where it was before RDMA was tried."""
+        self.report.note(f"RDMA failed ({failure}); it begins again by another way")
+        self._close_channel()
+        if self.peer is not None:
+            peer, self.peer = self.peer, None  # its loss, if it comes, is not to interrupt what follows
+            await peer.close()
+        await self.guard(again.undo(self, machine, failure))
+        self.terms = replace(self.terms, rdma_failed=str(failure))
+        self.sent = asyncio.get_running_loop().create_future()
+        self.stopped_at = None
 
     async def build_up(self, machine: MachineProtocol, peer: Peer) -> Prepared:
         """Check, then have the destination build everything while QEMU here is set up."""
@@ -158,6 +183,8 @@ class SourceMove:
             networks=connected(examined.ends.here),
             credentials=server,
             post_copy=self.terms.policy.post_copy,
+            streams=tuple(path.streams for path in examined.route.paths),
+            rdma_pin_all=self.terms.rdma_pin_all,
             running=self.header.was_running,
             files=self.home.carry_on(),
         )
@@ -166,6 +193,8 @@ class SourceMove:
             downtime_limit_ms=self.terms.policy.first_downtime_ms,
             bandwidth_bytes_per_s=self.home.bandwidth(),
             post_copy=self.terms.policy.post_copy,
+            rdma=examined.route.transport == "rdma",
+            rdma_pin_all=self.terms.rdma_pin_all,
         )
         prepared, _ = await _both(peer.prepare(request, self._in_line), machine.prepare_outgoing(parameters))
         return prepared
@@ -174,19 +203,28 @@ class SourceMove:
         """Preflight. Raises :class:`PreflightRefused` with all findings if one is an error."""
         header = self.header
         examined = self.examined = await examine(
-            peer, header.vm, header.source, header.accelerator, self._facts(), self.terms.transport
+            peer,
+            header.vm,
+            header.source,
+            header.accelerator,
+            self._facts(),
+            self.terms.transport,
+            self.terms.rdma_failed,
         )
         findings = examined.findings
         if any(finding.severity is Severity.ERROR for finding in findings):
             raise PreflightRefused(findings, vm=self.header.vm.name, host=peer.host)
-        if any(finding.code == "post-copy-not-possible" for finding in findings):
+        # QEMU's post-copy by RDMA is not relied on: a page that is lost on the way would be lost for good.
+        if examined.route.transport == "rdma" or any(one.code == "post-copy-not-possible" for one in findings):
             self.terms = self.terms.without_post_copy()
         self.report.change(findings=findings, transport=examined.route.transport, route=examined.route)
         return examined
 
     async def _facts(self) -> VmFacts:
         # What was asked for this move counts, not what the host's settings say.
-        return msgspec.structs.replace(await self.home.facts(), post_copy=self.terms.policy.post_copy)
+        facts = await self.home.facts()
+        network = msgspec.structs.replace(facts.network, encrypt=self.terms.encrypt)
+        return msgspec.structs.replace(facts, post_copy=self.terms.policy.post_copy, network=network)
 
     async def copy(self, machine: MachineProtocol, prepared: Prepared) -> None:
         """Send memory until QEMU reports that everything was sent and loaded."""
@@ -195,7 +233,7 @@ class SourceMove:
         self.journal.record(SourceStep.MIGRATING, time.time(), durable=False)
         self.channel = await self.home.connect(self.examined.route, prepared)
         self.paths = Paths(self.examined.route, self.examined.ends, self.channel)
-        await machine.migrate(self.channel.socket)
+        await machine.migrate(self.channel.stream)
         watch = asyncio.ensure_future(self._watch(machine))
         follow = asyncio.ensure_future(self.paths.follow(self.home.networks(), self.peer))
         try:
@@ -392,24 +430,26 @@ async def examine(
     accelerator: Accelerator,
     facts: Coroutine[Any, Any, VmFacts],
     transport: str,
+    rdma_failed: str = "",
 ) -> Examined:
     """Ask the destination, try its ports, choose the way, and judge. The same for ``limosa check`` and for the move.
 
-    ``facts`` are gathered here while the destination gathers its own.
+    ``facts`` are gathered here while the destination gathers its own. ``rdma_failed``: see :func:`choose`.
     """
     (there, skew), here = await _both(peer.inspect(vm, accelerator), facts)
-    ends = Ends(source, there.host, here.network, there.network, there.addresses)
-    route = await _open_route(ends, transport, there.trial_port)
+    ends = Ends(source, there.host, here.network, there.network, there.addresses, vm.memory_mib)
+    route = await _open_route(ends, transport, there.trial_port, rdma_failed)
     findings = preflight.check(vm, source, here, there, clock_skew_s=skew, reachable=bool(route.paths))
-    return Examined((*findings, *between(ends, route)), route, ends)
+    wanted = (not_by_rdma(route),) if route.transport != "rdma" and (transport == "rdma" or rdma_failed) else ()
+    return Examined((*findings, *wanted, *between(ends, route)), route, ends)
 
 
-async def _open_route(ends: Ends, transport: str, port: int) -> Route:
+async def _open_route(ends: Ends, transport: str, port: int, rdma_failed: str) -> Route:
     """The best route of which every path can be connected; one without paths if there is none."""
     open_: set[str] = set()
     blocked: set[str] = set() if port else set(ends.offered)
     while True:
-        route = choose(ends, transport, blocked)
+        route = choose(ends, transport, blocked, rdma_failed=rdma_failed)
         untried = [path.there for path in route.paths if path.there not in open_]
         if not untried:
             return route

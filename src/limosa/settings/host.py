@@ -63,12 +63,17 @@ class HostSettings(Model, frozen=True):
         tuple[int, int], Meta(description="first and last TCP port on which this host receives guest memory")
     ] = (49152, 49407)
     transport: Annotated[
-        Literal["auto", "tcp", "multichannel"],
+        Literal["auto", "tcp", "multichannel", "rdma"],
         Meta(
             description="how guest memory travels: tcp, one connection; multichannel, all NICs at once; "
+            "rdma, by RDMA devices, which needs encrypt off on both hosts; "
             "auto chooses what is fastest between the two hosts"
         ),
     ] = "auto"
+    rdma_pin_all: Annotated[
+        bool,
+        Meta(description="with rdma, lock all memory of a VM at once: faster, and both hosts must have that much free"),
+    ] = False
     encrypt: Annotated[
         bool, Meta(description="TLS on the migration stream; switch it off only on networks nobody else can reach")
     ] = True

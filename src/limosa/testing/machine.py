@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 
 from limosa.errors import QemuError, QemuGone
 from limosa.qemu.machine import RESUME_WITHIN_S
-from limosa.qemu.protocol import Event, MigrationState, MigrationStatistics, RunState, StreamParameters
+from limosa.qemu.protocol import Event, MigrationState, MigrationStatistics, RdmaAddress, RunState, StreamParameters
 from limosa.testing.guest import PAGE_BYTES, FakeGuest
 from limosa.testing.wire import Stage, StreamBroken, Wire
 
@@ -110,7 +110,7 @@ class FakeMachine:
         self.parameters = parameters
         self._max_throttle = self._throttle_step = 1
 
-    async def migrate(self, stream: socket.socket) -> None:
+    async def migrate(self, stream: socket.socket | RdmaAddress) -> None:
         """See the protocol."""
         await self._answer()
         if self._stream is not None and not self._stream.done():
@@ -118,7 +118,12 @@ class FakeMachine:
         self._post_copy.clear()
         self._statistics = MigrationStatistics()
         self._migration_is(MigrationState.SETUP)
-        self._stream = asyncio.create_task(self._send(stream.dup()))
+        try:
+            connection = self.wire.dial(stream)
+        except QemuError:
+            self._migration_is(MigrationState.FAILED)
+            raise
+        self._stream = asyncio.create_task(self._send(connection))
 
     async def cancel_migration(self) -> None:
         """See the protocol."""
@@ -152,11 +157,13 @@ class FakeMachine:
         await self._answer()
         self.parameters = parameters
 
-    async def receive(self, stream: socket.socket) -> None:
+    async def receive(self, stream: socket.socket | RdmaAddress) -> None:
         """See the protocol."""
         await self._answer()
         if self._meeting is not None:
             raise QemuError("QEMU refused migrate-incoming", why="The incoming migration has already been started")
+        if isinstance(stream, RdmaAddress):
+            stream = self.wire.listen(stream)
         self._migration_is(MigrationState.SETUP)
         self._meeting = asyncio.create_task(self._meet(stream.dup()))
 

@@ -19,7 +19,7 @@ import os
 import secrets
 import socket
 import struct
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 
 from limosa.errors import DestinationLost, NetworkError
 from limosa.transport.channel import Used
@@ -46,6 +46,11 @@ class TcpChannel:
     def __init__(self, connection: socket.socket) -> None:
         self.socket = connection
         self._used: Used | None = None
+
+    @property
+    def stream(self) -> socket.socket:
+        """See :class:`limosa.transport.channel.Channel`."""
+        return self.socket
 
     def shorten(self) -> None:
         """See :class:`limosa.transport.channel.Channel`."""
@@ -226,6 +231,14 @@ def listen(address: str, port: int, protocol: int = socket.IPPROTO_TCP) -> socke
         listener.close()
         raise
     return listener
+
+
+def free_ports(address: str, ports: Iterable[int]) -> Iterator[int]:
+    """Those of the ports on which one could listen, each looked at when it is asked for."""
+    for port in ports:
+        with contextlib.suppress(OSError):
+            listen(address, port).close()
+            yield port
 
 
 def _listen(address: str, ports: range, protocol: int = socket.IPPROTO_TCP) -> socket.socket | None:

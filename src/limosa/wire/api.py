@@ -110,10 +110,11 @@ class Advice(Model, forbid_unknown_fields=False, frozen=True):
 class MoveOptions(Model, frozen=True):
     """What one move may do otherwise than the host's settings say."""
 
-    transport: Literal["auto", "tcp", "multichannel"] | None = None
+    transport: Literal["auto", "tcp", "multichannel", "rdma"] | None = None
     bandwidth_mbit_per_s: Annotated[int, Meta(ge=0, le=1_000_000)] | None = None
     blackout_budget_ms: Annotated[float, Meta(ge=1, le=2000)] | None = None
     post_copy: bool | None = None
+    rdma_pin_all: bool | None = None
 
 
 class CheckRequest(Model, frozen=True):

@@ -1,0 +1,207 @@
+"""Limosa on lab VMs: a host daemon in each, used by its own command line, and a guest whose memory can be compared.
+
+The guest is a program of a few bytes that fills its memory with numbers that look like chance and halts. So it runs, to
+Limosa and QEMU, and its memory is the same whenever it is looked at.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+import limosa
+from harness.labvm.vm import LabVm, running_vms
+from limosa.model.migration import Migration, Outcome
+from limosa.security import ca
+from limosa.settings import toml
+from limosa.settings.daemon import DaemonSettings
+from limosa.settings.host import HostSettings
+
+#: The command, which is to use the package these tests use.
+LIMOSA = str(Path(sys.executable).with_name("limosa"))
+READY_WITHIN_S = 120
+MOVED_WITHIN_S = 240.0
+FILLED_WITHIN_S = 120.0
+#: Where the guest's program lies, and from where on it fills its memory.
+_CODE_AT, _FILL_FROM = 0x100000, 0x200000
+
+
+class VmHost:
+    """A host daemon in a lab VM."""
+
+    def __init__(self, vm: LabVm, folder: Path) -> None:
+        self.vm = vm
+        self.name = vm.name
+        self._folder = folder
+
+    def limosa(self, *words: str) -> str:
+        """What the command line prints, inside. Raises :class:`harness.labvm.vm.CommandFailed`."""
+        source = Path(limosa.__file__).parents[1]
+        socket = self._folder / "run" / "api.sock"
+        return self.vm.run("env", f"PYTHONPATH={source}", f"LIMOSA_SOCKET={socket}", LIMOSA, *words)
+
+    def ask(self, *words: str) -> Any:
+        """The same, as plain data."""
+        return json.loads(self.limosa(*words, "--json"))
+
+    def start(self) -> None:
+        """Start the daemon; :meth:`wait` says when it answers."""
+        source, log = Path(limosa.__file__).parents[1], self._folder / "daemon.log"
+        serve = f"{LIMOSA} host serve --settings {self._folder}/host.toml"
+        self.vm.run(f"PYTHONPATH={source} setsid {serve} >{log} 2>&1 </dev/null & echo $! >{self._folder}/pid")
+
+    def wait(self) -> None:
+        """Return when the daemon answers."""
+        socket = self._folder / "run" / "api.sock"
+        over = f"[ -S {socket} ] || ! kill -0 $(cat {self._folder}/pid)"
+        self.vm.run(
+            f"for i in $(seq {READY_WITHIN_S}0); do if {over}; then break; fi; sleep 0.1; done; "
+            f"[ -S {socket} ] || {{ cat {self._folder}/daemon.log; false; }}"
+        )
+
+    def create(self, name: str, memory_mib: int, fill_mib: int) -> None:
+        """A guest with that much in its memory, when it has it."""
+        kernel = self._folder.parent / "filler"
+        self.limosa(
+            "vm",
+            "create",
+            name,
+            "--memory",
+            f"{memory_mib}M",
+            "--kernel",
+            str(kernel),
+            "--accelerator",
+            "tcg",
+            "--start",
+        )
+        console = self._folder / "state" / "vms" / name / "console.log"
+        count = int(FILLED_WITHIN_S * 10)
+        self.vm.run(
+            f"for i in $(seq {count}); do grep -q FILLED {console} && exit; sleep 0.1; done; cat {console}; false"
+        )
+
+    def memory(self, memory_mib: int) -> str:
+        """Digest of the memory of the one guest here."""
+        return self.vm.run(sys.executable, "-c", _DIGEST, str(memory_mib)).strip()
+
+    def begin(self, name: str, to: VmHost, *options: str) -> None:
+        """Have a move begin; :meth:`migration` tells of it."""
+        self.limosa("move", name, "--to", to.name, "--detach", *options)
+
+    def migration(self) -> Migration:
+        """The newest move."""
+        found = self.ask("migration", "list")
+        return msgspec.convert(found["migrations"][0], Migration)
+
+    def until(self, what: Callable[[Migration], bool], within_s: float = MOVED_WITHIN_S) -> Migration:
+        """The newest move as soon as that is so."""
+        deadline = time.monotonic() + within_s
+        while not what(migration := self.migration()):
+            assert migration.outcome is Outcome.UNDER_WAY, migration
+            assert time.monotonic() < deadline, migration
+        return migration
+
+    def moved(self) -> Migration:
+        """The newest move when it has arrived."""
+        migration = self.until(lambda view: view.outcome is not Outcome.UNDER_WAY)
+        assert migration.outcome is Outcome.COMPLETED, migration
+        return migration
+
+    def log(self) -> str:
+        """What the daemon wrote."""
+        return self.vm.run("cat", str(self._folder / "daemon.log"))
+
+
+@contextmanager
+def running_vm_hosts(
+    wire: Callable[[LabVm, int], dict[str, Any]], *, cables: int = 2, fill_mib: int = 48
+) -> Iterator[tuple[VmHost, VmHost]]:
+    """Two lab VMs, ``host1`` and ``host2``, with daemons.
+
+    ``wire`` sets up the network of a VM, the first or second, and gives its settings. The daemons know each other by
+    10.7.0.1 and 10.7.0.2, which it has to give them.
+    """
+    with tempfile.TemporaryDirectory(prefix="labhosts-") as place, running_vms("host1", "host2", cables=cables) as vms:
+        folder = Path(place)
+        folder.chmod(0o755)
+        (folder / "filler").write_bytes(filler(fill_mib))
+        ca.create_authority(folder / "ca")
+        hosts = []
+        for number, vm in enumerate(vms, 1):
+            settings = wire(vm, number)
+            hosts.append(_furnish(folder, vm, number, settings))
+        for host in hosts:
+            host.start()
+        for host in hosts:
+            host.wait()
+        yield hosts[0], hosts[1]
+
+
+def _furnish(folder: Path, vm: LabVm, number: int, settings: dict[str, Any]) -> VmHost:
+    own, address = folder / vm.name, f"10.7.0.{number}"
+    for path in (own, own / "state", own / "run"):
+        path.mkdir(mode=0o711)
+    ca.issue_host(folder / "ca", vm.name, [address], own / "pki")
+    daemon = DaemonSettings(
+        name=vm.name,
+        listen=(address,),
+        certificates=str(own / "pki"),
+        state_dir=str(own / "state"),
+        run_dir=str(own / "run"),
+    )
+    toml.write(own / "host.toml", daemon)
+    peers = {"host1": "10.7.0.1", "host2": "10.7.0.2"}
+    page = {"peers": peers, "reserved_memory_mib": 0, **settings}
+    toml.write(own / "state" / "settings.toml", msgspec.convert(page, HostSettings))
+    return VmHost(vm, own)
+
+
+def filler(fill_mib: int) -> bytes:
+    """The guest: a multiboot kernel (flags bit 16: its addresses are in the header)."""
+    count = fill_mib * 1024 * 1024 // 4
+    code = bytes.fromhex(
+        f"bf {struct.pack('<I', _FILL_FROM).hex()}"  # edi = where to fill
+        f"b9 {struct.pack('<I', count).hex()}"  # ecx = how many words
+        "b8 78563412"  # eax = seed
+        "89c2 c1e20d 31d0  89c2 c1ea11 31d0  89c2 c1e205 31d0"  # eax = the next one (xorshift)
+        "ab e2e8"  # store it, repeat
+        "66baf803"  # dx = the serial port
+        + "".join(f"b0{letter:02x}ee" for letter in b"FILLED\n")  # say so
+        + "fa f4 ebfd"  # halt for ever
+    )
+    magic, flags = 0x1BADB002, 1 << 16
+    end = _CODE_AT + 32 + len(code)
+    addresses = (_CODE_AT, _CODE_AT, end, end, _CODE_AT + 32)
+    return struct.pack("<8I", magic, flags, -(magic + flags) & 0xFFFFFFFF, *addresses) + code
+
+
+#: The guest's memory is the one stretch of anonymous memory of QEMU's that is exactly as long.
+_DIGEST = """
+import hashlib, pathlib, re, sys
+wanted = int(sys.argv[1]) * 1024 * 1024
+(qemu,) = [p for p in pathlib.Path("/proc").glob("[0-9]*") if (p / "cmdline").read_bytes().startswith(b"/usr/bin/qemu")]
+runs = []
+for line in (qemu / "maps").read_text().splitlines():
+    first, last = (int(end, 16) for end in line.split()[0].split("-"))
+    if line.split()[1] != "rw-p" or len(line.split()) > 5:
+        continue
+    if runs and runs[-1][1] == first:
+        runs[-1][1] = last
+    else:
+        runs.append([first, last])
+((first, last),) = [run for run in runs if run[1] - run[0] == wanted]
+with open(qemu / "mem", "rb", buffering=0) as memory:
+    memory.seek(first)
+    data = memory.read(wanted)
+assert len(data) == wanted and data.count(0) < wanted // 2
+print(hashlib.sha256(data).hexdigest())
+"""
