@@ -31,13 +31,16 @@ class Kernel:
     async def endpoints(self) -> tuple[Endpoint, ...]:
         return tuple(self.there.values())
 
-    async def announce(self, address: str) -> Endpoint:
-        old = self.there.get(address)
+    async def announce(self, address: str, port: int = 0) -> Endpoint:
+        place = f"{address} port {port}" if port else address
+        old = self.there.get(place)
         if self.refuses or (old is not None and not old.flags & FLAG_IMPLICIT):
             raise NetworkError("refused")
-        self.there[address] = Endpoint(address, next(self._numbers), FLAG_SIGNAL)
-        self.acts.append(f"announce {address}")
-        return self.there[address]
+        if len(self.there) == 8:
+            raise NetworkError("the kernel has room for 8")
+        self.there[place] = Endpoint(address, next(self._numbers), FLAG_SIGNAL, port)
+        self.acts.append(f"announce {place}")
+        return self.there[place]
 
     async def withdraw(self, endpoint: Endpoint) -> None:
         assert self.there.pop(endpoint.address) == endpoint

@@ -198,7 +198,8 @@ class MachineProtocol(Protocol):
         """Destination: load the VM from a connected socket, of which QEMU gets a duplicate. Returns as soon as QEMU has
         accepted; events tell the rest.
 
-        With an address QEMU listens there itself, by RDMA, when this returns. May be repeated if it was refused."""
+        With an address QEMU listens there itself, by RDMA, when this returns. A QEMU that could not is of no
+        further use: it refuses all other streams too (migration_incoming_state_setup in migration/migration.c)."""
 
     async def migration(self) -> MigrationStatistics:
         """How the migration stands, as seen from this side."""

@@ -160,11 +160,11 @@ class FakeMachine:
     async def receive(self, stream: socket.socket | RdmaAddress) -> None:
         """See the protocol."""
         await self._answer()
-        if self._meeting is not None:
+        if self._meeting is not None or self._statistics.state is not MigrationState.NONE:
             raise QemuError("QEMU refused migrate-incoming", why="The incoming migration has already been started")
+        self._migration_is(MigrationState.SETUP)
         if isinstance(stream, RdmaAddress):
             stream = self.wire.listen(stream)
-        self._migration_is(MigrationState.SETUP)
         self._meeting = asyncio.create_task(self._meet(stream.dup()))
 
     async def migration(self) -> MigrationStatistics:

@@ -11,17 +11,17 @@ on by another way.
 from __future__ import annotations
 
 import ipaddress
+import itertools
 import secrets
 from collections.abc import Iterable, Iterator, Sequence
 
-from limosa.errors import QemuError
 from limosa.model.network import HostNetwork, HostNic
 from limosa.model.route import Path
 from limosa.qemu.protocol import MachineProtocol, RdmaAddress
 from limosa.transport.channel import Used
 
-#: QEMU does not tell a port that is taken from other failures; among hundreds of ports chance finds a free one.
-_PORTS_TRIED = 3
+#: A QEMU tries one port, so each gets another: RDMA's are their own, and none but our QEMUs listen on them.
+_turn = itertools.count()
 _TOKEN_BYTES = 16
 
 
@@ -62,14 +62,8 @@ class RdmaDoorway:
 
 async def open_door(machine: MachineProtocol, address: str, ports: tuple[int, int]) -> RdmaDoorway:
     """Have the destination's QEMU listen. Raises :class:`QemuError`."""
-    for attempt in range(_PORTS_TRIED):
-        stream = RdmaAddress(address, ports[0] + secrets.randbelow(ports[1] - ports[0] + 1))
-        try:
-            await machine.receive(stream)
-            break
-        except QemuError:
-            if attempt == _PORTS_TRIED - 1:
-                raise
+    stream = RdmaAddress(address, ports[0] + next(_turn) % (ports[1] - ports[0] + 1))
+    await machine.receive(stream)
     return RdmaDoorway(stream)
 
 

@@ -68,8 +68,8 @@ class VmHost:
             f"[ -S {socket} ] || {{ cat {self._folder}/daemon.log; false; }}"
         )
 
-    def create(self, name: str, memory_mib: int, fill_mib: int) -> None:
-        """A guest with that much in its memory, when it has it."""
+    def create(self, name: str, memory_mib: int) -> None:
+        """A guest, when it has filled its memory."""
         kernel = self._folder.parent / "filler"
         self.limosa(
             "vm",
