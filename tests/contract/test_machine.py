@@ -8,6 +8,7 @@ import signal
 import socket
 import tempfile
 from collections.abc import Awaitable, Callable, Iterator
+from ipaddress import AddressValueError
 from pathlib import Path
 
 import pytest
@@ -525,7 +526,7 @@ def test_rdma_where_nobody_has_it_is_refused_and_harms_nobody(run: Run) -> None:
 
 def test_an_rdma_address_is_nothing_but_that() -> None:
     for words in ("host1", "10.0.0.1:1,ipv6=on", "fd00::1", ""):
-        with pytest.raises(ValueError, match=r"IPv4|octets|permitted"):
+        with pytest.raises(AddressValueError):
             RdmaAddress(words, 1)
 
 
