@@ -249,7 +249,7 @@ class There:
         if event.name == "MIGRATION" and event.data["status"] == MigrationState.COMPLETED:
             self.arrived.set()
 
-    async def open_door(self, request: Prepare) -> Doorway:
+    async def open_door(self, request: Prepare, machine: MachineProtocol) -> Doorway:
         if self._multichannel is None:
             return tcp.TcpDoorway(ADDRESS, PORTS)
 

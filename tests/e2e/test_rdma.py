@@ -39,7 +39,7 @@ def lab() -> Iterator[tuple[VmHost, VmHost]]:
 def ends(lab: tuple[VmHost, VmHost]) -> tuple[VmHost, VmHost]:
     """Where the VM is, and the other one."""
     here, there = lab
-    return (here, there) if here.ask("vm", "list")["vms"] else (there, here)
+    return (here, there) if here.ask("vm", "list") else (there, here)
 
 
 def moved(source: VmHost, destination: VmHost, *options: str) -> Migration:
@@ -71,7 +71,7 @@ def test_encryption_keeps_rdma_away(ends: tuple[VmHost, VmHost]) -> None:
     source, destination = ends
     destination.limosa("host", "settings", "encrypt=true")
     try:
-        found = source.ask("check", "vm", "--to", destination.name)
+        (found,) = source.ask("check", "vm", "--to", destination.name)
     finally:
         destination.limosa("host", "settings", "encrypt=false")
     assert found["route"]["transport"] != "rdma"

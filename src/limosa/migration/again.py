@@ -52,7 +52,7 @@ async def _destroyed_there(move: SourceMove, reason: str) -> None:
     peer = await move.dial()
     try:
         standing = await peer.attach(move.header.migration)
-        if standing.state not in (DestinationState.GONE, DestinationState.UNKNOWN):
-            await peer.abort(reason)
+        if standing.state is not DestinationState.UNKNOWN:
+            await peer.abort(reason)  # also if its QEMU is gone by itself: there is more to give back than that
     finally:
         await peer.close()

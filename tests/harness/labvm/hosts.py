@@ -20,7 +20,7 @@ import msgspec
 
 import limosa
 from harness.labvm.vm import LabVm, running_vms
-from limosa.model.migration import Migration, Outcome
+from limosa.model.migration import Migration, Outcome, Side
 from limosa.security import ca
 from limosa.settings import toml
 from limosa.settings.daemon import DaemonSettings
@@ -49,9 +49,9 @@ class VmHost:
         socket = self._folder / "run" / "api.sock"
         return self.vm.run("env", f"PYTHONPATH={source}", f"LIMOSA_SOCKET={socket}", LIMOSA, *words)
 
-    def ask(self, *words: str) -> Any:
-        """The same, as plain data."""
-        return json.loads(self.limosa(*words, "--json"))
+    def ask(self, *words: str) -> list[Any]:
+        """The same, as plain data: the objects it prints."""
+        return [json.loads(line) for line in self.limosa(*words, "--json").splitlines()]
 
     def start(self) -> None:
         """Start the daemon; :meth:`wait` says when it answers."""
@@ -98,9 +98,9 @@ class VmHost:
         self.limosa("move", name, "--to", to.name, "--detach", *options)
 
     def migration(self) -> Migration:
-        """The newest move."""
-        found = self.ask("migration", "list")
-        return msgspec.convert(found["migrations"][0], Migration)
+        """The newest move from here."""
+        found = [msgspec.convert(one, Migration) for one in self.ask("migration", "list")]
+        return next(one for one in found if one.side is Side.SOURCE)
 
     def until(self, what: Callable[[Migration], bool], within_s: float = MOVED_WITHIN_S) -> Migration:
         """The newest move as soon as that is so."""
