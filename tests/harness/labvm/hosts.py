@@ -33,6 +33,7 @@ MOVED_WITHIN_S = 240.0
 FILLED_WITHIN_S = 120.0
 #: Where the guest's program lies, and from where on it fills its memory.
 _CODE_AT, _FILL_FROM = 0x100000, 0x200000
+_SEED = 0x12345678
 
 
 class VmHost:
@@ -91,7 +92,8 @@ class VmHost:
 
     def memory(self, memory_mib: int) -> str:
         """Digest of the memory of the one guest here."""
-        return self.vm.run(sys.executable, "-c", _DIGEST, str(memory_mib)).strip()
+        head, first_word = filler(1)[:32], struct.pack("<I", _next_word(_SEED))
+        return self.vm.run(sys.executable, "-c", _DIGEST, str(memory_mib), head.hex(), first_word.hex()).strip()
 
     def begin(self, name: str, to: VmHost, *options: str) -> None:
         """Have a move begin; :meth:`migration` tells of it."""
@@ -171,7 +173,7 @@ def filler(fill_mib: int) -> bytes:
     code = bytes.fromhex(
         f"bf {struct.pack('<I', _FILL_FROM).hex()}"  # edi = where to fill
         f"b9 {struct.pack('<I', count).hex()}"  # ecx = how many words
-        "b8 78563412"  # eax = seed
+        f"b8 {struct.pack('<I', _SEED).hex()}"  # eax = seed
         "89c2 c1e20d 31d0  89c2 c1ea11 31d0  89c2 c1e205 31d0"  # eax = the next one (xorshift)
         "ab e2e8"  # store it, repeat
         "66baf803"  # dx = the serial port
@@ -184,24 +186,37 @@ def filler(fill_mib: int) -> bytes:
     return struct.pack("<8I", magic, flags, -(magic + flags) & 0xFFFFFFFF, *addresses) + code
 
 
-#: The guest's memory is the one stretch of anonymous memory of QEMU's that is exactly as long.
+def _next_word(word: int) -> int:
+    """What the guest's xorshift makes of a word."""
+    word ^= word << 13 & 0xFFFFFFFF
+    word ^= word >> 17
+    return word ^ (word << 5 & 0xFFFFFFFF)
+
+
+#: The guest's memory is the stretch of QEMU's own, aligned to 2 MiB, that has the guest's program where that was loaded
+#: and is filled from where the filling begins. What lies beside it, and how the kernel splits it up, is chance.
 _DIGEST = """
-import hashlib, pathlib, re, sys
-wanted = int(sys.argv[1]) * 1024 * 1024
+import hashlib, pathlib, sys
+wanted = int(sys.argv[1]) << 20
+head, first_word = bytes.fromhex(sys.argv[2]), bytes.fromhex(sys.argv[3])
 (qemu,) = [p for p in pathlib.Path("/proc").glob("[0-9]*") if (p / "cmdline").read_bytes().startswith(b"/usr/bin/qemu")]
 runs = []
 for line in (qemu / "maps").read_text().splitlines():
-    first, last = (int(end, 16) for end in line.split()[0].split("-"))
-    if line.split()[1] != "rw-p" or len(line.split()) > 5:
+    start, end = (int(one, 16) for one in line.split()[0].split("-"))
+    if line.split()[1] != "rw-p":
         continue
-    if runs and runs[-1][1] == first:
-        runs[-1][1] = last
+    if runs and runs[-1][1] == start:
+        runs[-1][1] = end
     else:
-        runs.append([first, last])
-((first, last),) = [run for run in runs if run[1] - run[0] == wanted]
+        runs.append([start, end])
 with open(qemu / "mem", "rb", buffering=0) as memory:
-    memory.seek(first)
-    data = memory.read(wanted)
-assert len(data) == wanted and data.count(0) < wanted // 2
+    def at(address, count):
+        memory.seek(address)
+        return memory.read(count)
+    big = 0x200000
+    places = [place for start, end in runs for place in range(-(-start // big) * big, end - wanted + 1, big)]
+    (place,) = [p for p in places if at(p + 0x100000, len(head)) == head and at(p + 0x200000, 4) == first_word]
+    data = at(place, wanted)
+assert len(data) == wanted
 print(hashlib.sha256(data).hexdigest())
 """
