@@ -57,6 +57,11 @@ def register(commands: Commands[argparse.ArgumentParser]) -> None:
         help="allow post-copy as the last step; no way back from it",
     )
     move.add_argument("--keep", action="store_true", help="keep the disk images the VM leaves behind")
+    move.add_argument(
+        "--rdma-pin-all",
+        action=argparse.BooleanOptionalAction,
+        help="with RDMA, lock all of the VM's memory at once on both hosts",
+    )
     check = add_command(
         commands,
         "check",
@@ -133,6 +138,7 @@ def _mover(arguments: argparse.Namespace) -> Callable[[str], Iterator[Migration]
         "blackout_budget_ms": arguments.blackout_budget,
         "post_copy": arguments.post_copy,
         "keep": arguments.keep,
+        "rdma_pin_all": arguments.rdma_pin_all,
     }
 
     def begin(name: str) -> Iterator[Migration]:

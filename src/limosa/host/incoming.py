@@ -40,7 +40,7 @@ from limosa.model.migration import Migration, Outcome, Phase, Progress, Side
 from limosa.model.storage import BackingFile
 from limosa.network.addresses import stream_addresses
 from limosa.qemu.protocol import MachineProtocol
-from limosa.transport import tcp
+from limosa.transport import rdma, tcp
 from limosa.transport.channel import Doorway
 from limosa.wire.peer import Inspect, Prepare, RelayPlace
 
@@ -116,8 +116,7 @@ class Incoming:
             options={"transport": request.transport},
             images=tuple(plan.path for plan in request.disks),
         )
-        if request.migration in self._landing or self._journal_of(request.migration).exists():
-            raise Conflict(f"migration {request.migration} is known here already", vm=request.vm.name, host=self.host)
+        self._forget_earlier_try(request, source)
         destination = self._make(Journal.begin(self._files.migrations, header), None, reached_at)
         self._landing[request.migration] = destination
         return destination
@@ -136,6 +135,18 @@ class Incoming:
                 raise InvalidInput(f"the image of disk {plan.disk} cannot be {plan.path}", vm=request.vm.name)
             if plan.backing is not None and not self._storage.places.of(plan.backing.path):
                 raise InvalidInput(f"{plan.backing.path} cannot be shown to a guest", vm=request.vm.name)
+
+    def _forget_earlier_try(self, request: Prepare, source: str) -> None:
+        """A source may begin a migration again that was destroyed here; any other raises :class:`Conflict`."""
+        path = self._journal_of(request.migration)
+        if request.migration not in self._landing:
+            if not path.exists():
+                return
+            earlier = Journal.load(path)
+            if earlier.header.source == source and earlier.step == DestinationStep.GONE:
+                path.unlink()
+                return
+        raise Conflict(f"migration {request.migration} is known here already", vm=request.vm.name, host=self.host)
 
     def find(self, migration: str, source: str) -> Destination | None:
         """The landing of an earlier migration from ``source``, also one that has ended; None if there was none."""
@@ -159,7 +170,9 @@ class Incoming:
         """Forget a landing that has ended; its journal goes on answering for it."""
         if destination.step in DESTINATION_ENDED:
             destination.journal.close()
-            self._landing.pop(destination.journal.header.migration, None)
+            migration = destination.journal.header.migration
+            if self._landing.get(migration) is destination:  # and not its second try, which has begun since
+                del self._landing[migration]
 
     async def resolve(self, migration: str, owner: Side) -> Migration:
         """A person says who owns a VM that is held here."""
@@ -255,11 +268,14 @@ class LandingHere:
             await self._storage.make(plan)
         return await self._vms.launch_incoming(self._hosted, request.accelerator, carried_files(request.files))
 
-    async def open_door(self, request: Prepare) -> Doorway:
+    async def open_door(self, request: Prepare, machine: MachineProtocol) -> Doorway:
         """See :class:`limosa.migration.destination.Landing`."""
         if request.relay is not None:
             chosen, source = await self._chosen(request), self._header.source
             return await self._compression.open_door(source, request.relay, chosen, self._offered, request.networks)
+        if request.transport == "rdma":
+            self._check_unencrypted()
+            return await rdma.open_door(machine, (await self._chosen(request))[0], self._page.now.migration_ports)
         return await self._open_bare(request)
 
     async def open_disks(self, request: Prepare, machine: MachineProtocol) -> Doorway | None:
@@ -294,7 +310,8 @@ class LandingHere:
         chosen = await self._chosen(request)
         if request.transport != "multichannel":
             return tcp.TcpDoorway(chosen[0], ports)
-        return await self._multichannel.open_door(chosen, ports, self._offered, request.networks)
+        streams = dict(zip(request.addresses, request.streams, strict=False))
+        return await self._multichannel.open_door(chosen, ports, self._offered, request.networks, streams)
 
     async def _chosen(self, request: Prepare) -> list[str]:
         """The addresses the source wants, of those we offer. Raises :class:`NetworkError` if none is left."""
@@ -305,6 +322,11 @@ class LandingHere:
                 "this host has no address on a network that may carry moves", host=self._header.destination
             )
         return chosen
+
+    def _check_unencrypted(self) -> None:
+        if self._page.now.encrypt:
+            host = self._header.destination
+            raise Conflict(f"RDMA is not encrypted, and 'encrypt' is on on host '{host}'", host=host)
 
     async def _offered(self) -> tuple[str, ...]:
         return stream_addresses(await self._inspector.network(), self._reached_at)

@@ -41,12 +41,12 @@ from limosa.model.network import HostNetwork
 from limosa.model.route import Route
 from limosa.model.vm import VmState
 from limosa.network.changes import changes
-from limosa.qemu.protocol import MachineProtocol
+from limosa.qemu.protocol import MachineProtocol, RdmaAddress
 from limosa.security import tls
 from limosa.settings.address import split_address
 from limosa.settings.host import HostSettings
-from limosa.transport import shares, tcp
-from limosa.transport.channel import Channel
+from limosa.transport import rdma, shares, tcp
+from limosa.transport.channel import Channel, SocketChannel
 from limosa.transport.relay.outbound import Seat
 from limosa.transport.shares import Caps, Claim, Kind
 from limosa.wire.api import CheckReport, CheckRequest, MoveOptions, MoveRequest
@@ -293,8 +293,15 @@ class Outgoing:
         if options.post_copy is not None:
             changes["post_copy"] = options.post_copy
         transport = options.transport or settings.transport
-        policy = msgspec.structs.replace(policy, **changes)
-        return Terms(policy, transport, settings.encrypt, options.storage, options.flatten, options.keep)
+        return Terms(
+            policy=msgspec.structs.replace(policy, **changes),
+            transport=transport,
+            encrypt=settings.encrypt,
+            storage=options.storage,
+            flatten=options.flatten,
+            keep=options.keep,
+            rdma_pin_all=settings.rdma_pin_all if options.rdma_pin_all is None else options.rdma_pin_all,
+        )
 
     def allowance(self, migration: str) -> int:
         """Bytes per second a move may use now, 0: no cap."""
@@ -403,11 +410,13 @@ class Leaving:
         """See :class:`limosa.migration.source.Home`."""
         if self._seats:
             return await self._seats[0].connect(prepared)
+        if route.transport == "rdma":
+            return rdma.RdmaChannel(RdmaAddress(route.paths[0].there, prepared.port))
         return await self._connect_bare(route, prepared)
 
-    async def connect_disks(self, route: Route, prepared: Prepared, count: int) -> list[Channel]:
+    async def connect_disks(self, route: Route, prepared: Prepared, count: int) -> list[SocketChannel]:
         """See :class:`limosa.migration.source.Home`."""
-        made: list[Channel] = []
+        made: list[SocketChannel] = []
         # QEMU's own server is at that port, which asks for a certificate and not for a token.
         server = msgspec.structs.replace(prepared, port=prepared.disks_port, token="")
         try:
@@ -422,7 +431,7 @@ class Leaving:
             raise
         return made
 
-    async def _connect_bare(self, route: Route, prepared: Prepared) -> Channel:
+    async def _connect_bare(self, route: Route, prepared: Prepared) -> SocketChannel:
         if route.transport == "multichannel":
             return await self._multichannel.connect(route, prepared)
         return await tcp.connect(prepared.address, prepared.port, prepared.token, route.paths[0].here)

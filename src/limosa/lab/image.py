@@ -103,7 +103,7 @@ def guest_image(cache: Path = CACHE) -> GuestImage:
     folder = cache / recipe_digest()
     image = GuestImage(kernel=folder / "kernel", initrd=folder / "initrd")
     if not folder.exists():
-        with _locked(cache):
+        with locked(cache):
             if not folder.exists():
                 _build(folder)
     return image
@@ -127,7 +127,7 @@ def recipe_digest() -> str:
 def _build(folder: Path) -> None:
     """Make ``folder``, all at once."""
     with tempfile.TemporaryDirectory(prefix=".new-", dir=folder.parent) as scratch:
-        tree = _unpacked_kernel(Path(scratch))
+        tree = unpacked_kernel(KERNEL_PACKAGE, Path(scratch))
         new = Path(scratch) / "image"
         new.mkdir()
         shutil.copyfile(_only(tree.glob("boot/vmlinuz-*")), new / "kernel")
@@ -138,13 +138,13 @@ def _build(folder: Path) -> None:
         new.rename(folder)
 
 
-def _unpacked_kernel(scratch: Path) -> Path:
-    """The files of Debian's current cloud kernel."""
+def unpacked_kernel(package: str, scratch: Path) -> Path:
+    """The files of Debian's current kernel of that kind, below ``scratch``."""
     # The meta package has nothing but a dependency on the current kernel's package.
-    record = _run(["apt-cache", "show", "--no-all-versions", KERNEL_PACKAGE], scratch)
+    record = _run(["apt-cache", "show", "--no-all-versions", package], scratch)
     match = re.search(r"^Depends: (linux-image-[a-z0-9.+-]+)", record, re.MULTILINE)
     if match is None:
-        raise NotFound(f"Debian's package {KERNEL_PACKAGE} is not known", todo="run 'apt-get update' as root")
+        raise NotFound(f"Debian's package {package} is not known", todo="run 'apt-get update' as root")
     _run(["apt-get", "download", "-o", "APT::Sandbox::User=root", match[1]], scratch)
     _run(["dpkg-deb", "-x", str(_only(scratch.glob("linux-image-*.deb"))), "tree"], scratch)
     return scratch / "tree"
@@ -197,7 +197,8 @@ def _only(found: Iterator[Path]) -> Path:
 
 
 @contextmanager
-def _locked(cache: Path) -> Iterator[None]:
+def locked(cache: Path) -> Iterator[None]:
+    """Be the only builder in a cache, which is made if it is missing."""
     try:
         cache.mkdir(mode=0o755, parents=True, exist_ok=True)
         lock = (cache / "lock").open("w")

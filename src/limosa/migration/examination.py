@@ -15,7 +15,7 @@ from limosa.model.route import Route
 from limosa.model.storage import BackingFile, DiskFacts, DiskPlan
 from limosa.model.vm import Accelerator, Disk, VmConfig
 from limosa.transport import tcp
-from limosa.transport.advise import between
+from limosa.transport.advise import between, not_by_rdma
 from limosa.transport.choice import Ends, choose
 from limosa.transport.relay.frames import VERSION as RELAY_VERSION
 
@@ -36,6 +36,8 @@ class Question:
     flatten: bool
     #: the identity of the move
     tag: str
+    #: why RDMA, which was tried, is not to be tried again; empty if it was not
+    rdma_failed: str = ""
 
 
 class DisksHere(Protocol):
@@ -72,8 +74,8 @@ async def examine(
     vm = question.vm
     (there, skew), here = await both(peer.inspect(vm, question.accelerator), facts)
     no_relay = "" if there.relay == RELAY_VERSION else f"host '{there.host}' knows another version of it, or none"
-    ends = Ends(question.source, there.host, here.network, there.network, there.addresses, no_relay)
-    route = await _open_route(ends, question.transport, there.trial_port)
+    ends = Ends(question.source, there.host, here.network, there.network, there.addresses, vm.memory_mib, no_relay)
+    route = await _open_route(ends, question.transport, there.trial_port, question.rdma_failed)
     copied = disks.to_copy(vm, here, there, question.storage)
     of_disks = await disks_here.facts(copied) if copied else ()
     bases = {} if question.flatten else await _bases(peer, disks_here, of_disks)
@@ -87,7 +89,9 @@ async def examine(
         reachable=bool(route.paths),
         copied={disk.path for disk in copied},
     )
-    return Examined((*against, *findings, *between(ends, route)), route, ends, plans)
+    by_rdma = question.transport == "rdma" or question.rdma_failed
+    wanted = (not_by_rdma(route),) if by_rdma and route.transport != "rdma" else ()
+    return Examined((*against, *findings, *wanted, *between(ends, route)), route, ends, plans)
 
 
 async def _bases(peer: Peer, disks_here: DisksHere, facts: Sequence[DiskFacts]) -> dict[str, BackingFile]:
@@ -100,12 +104,12 @@ async def _bases(peer: Peer, disks_here: DisksHere, facts: Sequence[DiskFacts]) 
     return {fact.name: base for fact, base in zip(overlays, found, strict=True) if base is not None}
 
 
-async def _open_route(ends: Ends, transport: str, port: int) -> Route:
+async def _open_route(ends: Ends, transport: str, port: int, rdma_failed: str) -> Route:
     """The best route of which every path can be connected; one without paths if there is none."""
     open_: set[str] = set()
     blocked: set[str] = set() if port else set(ends.offered)
     while True:
-        route = choose(ends, transport, blocked)
+        route = choose(ends, transport, blocked, rdma_failed=rdma_failed)
         untried = [path.there for path in route.paths if path.there not in open_]
         if not untried:
             return route

@@ -16,7 +16,7 @@ from typing import Protocol
 from limosa.errors import LimosaError, MigrationFailed, NotConverging, QemuError
 from limosa.model.storage import DiskAction, DiskPlan, DiskProgress
 from limosa.qemu.protocol import CopyState, CopyStatistics, MachineProtocol
-from limosa.transport.channel import Channel
+from limosa.transport.channel import SocketChannel
 from limosa.wire.peer import StreamCredentials
 
 LOOK_EVERY_S = 0.2
@@ -139,7 +139,7 @@ async def send(
     machine: MachineProtocol,
     tag: str,
     plans: Sequence[DiskPlan],
-    channels: Sequence[Channel],
+    channels: Sequence[SocketChannel],
     credentials: StreamCredentials | None,
     bytes_per_s: int,
 ) -> None:
@@ -149,7 +149,7 @@ async def send(
     for plan, channel in zip(plans, channels, strict=True):
         whole = plan.action is DiskAction.COPY
         encrypt = credentials is not None
-        await machine.copy_to_host(plan.disk, tag, channel.socket, bytes_per_s, whole=whole, encrypt=encrypt)
+        await machine.copy_to_host(plan.disk, tag, channel.stream, bytes_per_s, whole=whole, encrypt=encrypt)
 
 
 async def drop(machine: CopyingMachine, tag: str, disks: Sequence[str]) -> None:

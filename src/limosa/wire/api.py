@@ -121,6 +121,7 @@ class MoveOptions(Model, frozen=True):
     flatten: bool = False
     #: keep the images the VM leaves behind
     keep: bool = False
+    rdma_pin_all: bool | None = None
 
 
 class CheckRequest(Model, frozen=True):

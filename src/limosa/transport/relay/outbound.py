@@ -22,7 +22,7 @@ from limosa.background import Background
 from limosa.errors import LimosaError, RelayFailed
 from limosa.model.route import Compressed
 from limosa.security.stream import make_credentials
-from limosa.transport.channel import Channel, Used
+from limosa.transport.channel import SocketChannel, Used
 from limosa.transport.relay.client import Relay
 from limosa.transport.relay.control import ChannelStatistics
 from limosa.wire.peer import Prepared, RelayPlace, StreamCredentials
@@ -35,7 +35,7 @@ ANSWER_WITHIN_S = 1.0
 ENDS_WITHIN_S = 0.3
 
 #: Connects both carriers to the destination that is prepared.
-Dial = Callable[[Prepared], Awaitable[Sequence[Channel]]]
+Dial = Callable[[Prepared], Awaitable[Sequence[SocketChannel]]]
 
 
 class Outbound:
@@ -53,7 +53,7 @@ class Outbound:
         self._user = user
         self._numbers = itertools.count()
         self._seats: set[Seat] = set()
-        self._carriers: Sequence[Channel] = ()
+        self._carriers: Sequence[SocketChannel] = ()
         self._starting: asyncio.Task[Relay] | None = None
         self._opening: asyncio.Task[Relay] | None = None
         self._relay: Relay | None = None
@@ -111,7 +111,7 @@ class Outbound:
             self._ending = True
             self._background.spawn(self._relay.end())
 
-    def carriers(self) -> Sequence[Channel]:
+    def carriers(self) -> Sequence[SocketChannel]:
         """The connections to the other host, forward and backward; none while the session is not open."""
         return self._carriers
 
@@ -126,7 +126,7 @@ class Outbound:
         try:
             carriers = await self._dial(prepared)
             try:
-                sockets = [one.socket for one in carriers]
+                sockets = [one.stream for one in carriers]
                 await relay.open_sender(sockets, credentials=self._client, window_log=self._window_log)
             except BaseException:
                 _close(carriers)
@@ -182,7 +182,7 @@ class RelayChannel:
     """One VM's stream: a :class:`limosa.transport.channel.Channel` whose socket leads to the relay."""
 
     def __init__(self, session: Outbound, relay: Relay, number: int, connection: socket.socket) -> None:
-        self.socket = connection
+        self.stream = connection
         self._session = session
         self._relay = relay
         self._number = number
@@ -235,7 +235,7 @@ class RelayChannel:
 
     def close(self) -> None:
         """See :class:`limosa.transport.channel.Channel`."""
-        self.socket.close()
+        self.stream.close()
 
     def _figures(self) -> ChannelStatistics:
         return self._session.figures.get(self._number, ChannelStatistics(channel=self._number))
@@ -254,6 +254,6 @@ def _look_at(task: asyncio.Task[Relay]) -> None:
         task.exception()
 
 
-def _close(carriers: Sequence[Channel]) -> None:
+def _close(carriers: Sequence[SocketChannel]) -> None:
     for carrier in carriers:
         carrier.close()
