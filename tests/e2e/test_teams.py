@@ -17,8 +17,8 @@ from limosa.model.migration import Migration, Outcome, Phase
 
 pytestmark = [pytest.mark.qemu, pytest.mark.labvm, pytest.mark.long]
 
-MEMORY_MIB, FILLED_MIB = 64, 40
-LINK_MBIT_PER_S = 20
+MEMORY_MIB, FILLED_MIB = 64, 24
+LINK_MBIT_PER_S = 10
 MEMBERS = ("eth0", "eth1")
 MODES = ("balance-xor", "802.3ad")
 AGGREGATED_WITHIN_S = 60
