@@ -117,7 +117,7 @@ class SourceMove:
         self.machine = machine
         self.dial = dial
         self.home = home
-        self.terms = terms
+        self.terms = self._asked = terms
         self.report = report
         self.peer: Peer | None = None
         self.channel: Channel | None = None
@@ -165,7 +165,7 @@ class SourceMove:
             peer, self.peer = self.peer, None  # its loss, if it comes, is not to interrupt what follows
             await peer.close()
         await self.guard(again.undo(self, machine, failure))
-        self.terms = replace(self.terms, rdma_failed=str(failure))
+        self.terms = replace(self._asked, rdma_failed=str(failure))
         self.sent = asyncio.get_running_loop().create_future()
         self.stopped_at = None
 
