@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import msgspec
@@ -62,6 +63,12 @@ def test_what_keeps_rdma_away_is_said(here: HostNetwork, there: HostNetwork, wor
     route = choose(between(here, there), "rdma")
     assert route.transport in ("tcp", "multichannel")
     assert words in route.why
+
+
+@pytest.mark.parametrize("asked", ["auto", "rdma"])
+def test_a_cap_keeps_rdma_away_since_qemu_would_not_keep_it(asked: str) -> None:
+    route = choose(dataclasses.replace(between(host(1), host(2)), capped=True), asked)
+    assert (route.transport, "cap on bandwidth" in route.why) == ("tcp", True)
 
 
 def test_auto_speaks_of_rdma_only_where_there_might_be_some() -> None:

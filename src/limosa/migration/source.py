@@ -224,7 +224,9 @@ class SourceMove:
         # What was asked for this move counts, not what the host's settings say.
         facts = await self.home.facts()
         network = msgspec.structs.replace(facts.network, encrypt=self.terms.encrypt)
-        return msgspec.structs.replace(facts, post_copy=self.terms.policy.post_copy, network=network)
+        return msgspec.structs.replace(
+            facts, post_copy=self.terms.policy.post_copy, network=network, capped=self.home.bandwidth() > 0
+        )
 
     async def copy(self, machine: MachineProtocol, prepared: Prepared) -> None:
         """Send memory until QEMU reports that everything was sent and loaded."""
@@ -437,7 +439,7 @@ async def examine(
     ``facts`` are gathered here while the destination gathers its own. ``rdma_failed``: see :func:`choose`.
     """
     (there, skew), here = await _both(peer.inspect(vm, accelerator), facts)
-    ends = Ends(source, there.host, here.network, there.network, there.addresses, vm.memory_mib)
+    ends = Ends(source, there.host, here.network, there.network, there.addresses, vm.memory_mib, here.capped)
     route = await _open_route(ends, transport, there.trial_port, rdma_failed)
     findings = preflight.check(vm, source, here, there, clock_skew_s=skew, reachable=bool(route.paths))
     wanted = (not_by_rdma(route),) if route.transport != "rdma" and (transport == "rdma" or rdma_failed) else ()

@@ -38,7 +38,7 @@ STREAMS = 8
 class Ends:
     """Both hosts of a move. ``offered`` are the destination's addresses for guest memory, in its order.
 
-    ``memory_mib`` is the VM's, 0 where none is meant.
+    ``memory_mib`` is the VM's, 0 where none is meant; ``capped``: there is a cap on bandwidth.
     """
 
     source: str
@@ -47,6 +47,7 @@ class Ends:
     there: HostNetwork
     offered: Sequence[str]
     memory_mib: int = 0
+    capped: bool = False
 
 
 def choose(ends: Ends, asked: str, blocked: Collection[str] = (), *, rdma_failed: str = "") -> Route:
@@ -61,6 +62,8 @@ def choose(ends: Ends, asked: str, blocked: Collection[str] = (), *, rdma_failed
     ways = rdma.paths(ends.here, ends.there, direct)
     sides = ends.source, ends.destination, ends.here, ends.there
     reason = rdma_failed or rdma.against(*sides, direct, ends.memory_mib)
+    if ends.capped and not reason:
+        reason = "a cap on bandwidth is set, which QEMU does not keep by RDMA"
     if asked == "auto" and not reason and rdma.is_emulated(ends.here, ends.there, ways[0]):
         reason = "the kernel emulates the RDMA device, and TCP costs less"
     if not reason:
