@@ -7,17 +7,19 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator
+from typing import get_args
 
 from limosa.cli.arguments import Commands, add_command
 from limosa.cli.connection import client_of
 from limosa.cli.display import display_for, say_summary
 from limosa.cli.follow import Event, exit_code, follow, follow_all
 from limosa.cli.output import report, say, say_findings, say_json, warn
-from limosa.cli.routes import say_route
+from limosa.cli.routes import say_disks, say_route
 from limosa.errors import InvalidInput, LimosaError, PreflightRefused, from_fault
 from limosa.model.migration import Migration
 from limosa.model.vm import VmState
 from limosa.settings import toml
+from limosa.settings.host import Transport
 from limosa.wire import endpoints
 from limosa.wire.api import CheckRequest, MoveRequest
 
@@ -34,6 +36,7 @@ def register(commands: Commands[argparse.ArgumentParser]) -> None:
             "--host host1 move web1 db1 --to host2",
             "move --all --to host2 --json",
             "move web1 --to host2 --blackout-budget 20 --no-post-copy --detach",
+            "move db1 --to host2 --storage vda=fast,vdb=bulk",
         ],
         notes="Preflight, then the move, with a live display. Moves over a host's limits wait in line.\n"
         "Ctrl-C ends the display, not the moves: 'limosa migration watch' shows them again and\n"
@@ -45,9 +48,7 @@ def register(commands: Commands[argparse.ArgumentParser]) -> None:
     move.add_argument("--to", metavar="HOST", required=True, help="the destination, a host name or address")
     move.add_argument("--all", action="store_true", help="every VM that runs on the host")
     move.add_argument("--detach", action="store_true", help="return as soon as the moves are accepted")
-    move.add_argument(
-        "--transport", choices=("auto", "tcp", "multichannel", "rdma"), help="instead of the host's setting"
-    )
+    _add_transport(move)
     move.add_argument("--bandwidth", metavar="MBIT/S", type=int, help="cap for this move, 0: none")
     move.add_argument("--blackout-budget", metavar="MS", type=float, help="the longest blackout it may plan for")
     move.add_argument(
@@ -60,20 +61,37 @@ def register(commands: Commands[argparse.ArgumentParser]) -> None:
         action=argparse.BooleanOptionalAction,
         help="with RDMA, lock all of the VM's memory at once on both hosts",
     )
+    move.add_argument("--keep", action="store_true", help="keep the disk images the VM leaves behind")
     check = add_command(
         commands,
         "check",
         "say everything that stands against a move, without moving",
         _check,
-        examples=["check web1 --to host2", "check web1 --to host2 --json"],
+        examples=["check web1 --to host2", "check web1 --to host2 --transport compression --json"],
         notes="Exit code 6 if the move would be refused. The move runs the same checks.",
     )
     check.add_argument("vm", metavar="VM")
     check.add_argument("--to", metavar="HOST", required=True, help="the destination, a host name or address")
+    for parser in (move, check):
+        parser.add_argument(
+            "--storage",
+            metavar="DISK=LOCATION,...",
+            help="copy disks to these locations of the destination; without it those it does not see are copied to the "
+            "location of the same name as here, else its default one",
+        )
+        parser.add_argument(
+            "--flatten", action="store_true", help="copy disks in one piece, also where the destination has their base"
+        )
+    _add_transport(check)
+
+
+def _add_transport(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--transport", choices=get_args(Transport), help="instead of the host's setting")
 
 
 def _check(arguments: argparse.Namespace) -> int:
-    request = toml.convert({"vm": arguments.vm, "destination": arguments.to}, CheckRequest, where="the request")
+    raw = {"vm": arguments.vm, "destination": arguments.to, "options": _options(arguments)}
+    request = toml.convert(raw, CheckRequest, where="the request")
     with client_of(arguments) as client:
         found = client.call(endpoints.CHECK, request)
     if arguments.json:
@@ -83,6 +101,7 @@ def _check(arguments: argparse.Namespace) -> int:
         say(f"VM '{found.vm}' {verdict} move from '{found.source}' to '{found.destination}'")
         if found.route is not None:
             say_route(found.route)
+        say_disks(found.disks)
         say_findings(found.findings)
     return 0 if found.possible else PreflightRefused.exit_code
 
@@ -114,11 +133,12 @@ def _names(arguments: argparse.Namespace) -> list[str]:
 def _mover(arguments: argparse.Namespace) -> Callable[[str], Iterator[Migration]]:
     """What a thread does for each VM: ask for the move and, unless detached, follow it."""
     values = {
-        "transport": arguments.transport,
+        **_options(arguments),
         "bandwidth_mbit_per_s": arguments.bandwidth,
         "blackout_budget_ms": arguments.blackout_budget,
         "post_copy": arguments.post_copy,
         "rdma_pin_all": arguments.rdma_pin_all,
+        "keep": arguments.keep,
     }
 
     def begin(name: str) -> Iterator[Migration]:
@@ -132,6 +152,26 @@ def _mover(arguments: argparse.Namespace) -> Callable[[str], Iterator[Migration]
                 yield from follow(client, migration)
 
     return begin
+
+
+def _options(arguments: argparse.Namespace) -> dict[str, object]:
+    """Those that a check and a move have in common."""
+    return {
+        "transport": arguments.transport,
+        "storage": _storage(arguments.storage),
+        "flatten": arguments.flatten,
+    }
+
+
+def _storage(text: str | None) -> dict[str, str]:
+    """Locations by disk, from ``vda=fast,vdb=bulk``. Raises :class:`InvalidInput`."""
+    wishes = {}
+    for part in (text or "").split(",") if text else ():
+        disk, equals, location = part.partition("=")
+        if not equals:
+            raise InvalidInput(f"--storage has no '{part}'", why="it wants a disk and a location", todo="vda=fast")
+        wishes[disk.strip()] = location.strip()
+    return wishes
 
 
 def _consume_quietly(events: Iterator[tuple[str, Event]]) -> dict[str, Event]:

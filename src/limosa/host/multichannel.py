@@ -11,7 +11,7 @@ from limosa.errors import LimosaError
 from limosa.model.route import Route
 from limosa.network.changes import changes
 from limosa.transport import multichannel, tcp
-from limosa.transport.channel import Channel, Doorway
+from limosa.transport.channel import SocketChannel
 from limosa.transport.choice import is_allowed
 from limosa.transport.endpoints import Endpoints, Hold, PathManager
 from limosa.transport.multichannel import MultichannelDoorway
@@ -29,7 +29,7 @@ class Multichannel:
     def __init__(self, manager: PathManager, run: Path) -> None:
         self.endpoints = Endpoints(manager, run / "mptcp.json")
 
-    async def connect(self, route: Route, prepared: Prepared) -> Channel:
+    async def connect(self, route: Route, prepared: Prepared) -> SocketChannel:
         """The source's end. Raises :class:`DestinationLost` and :class:`NetworkError`."""
         hold = await self.endpoints.hold()
         try:
@@ -47,7 +47,7 @@ class Multichannel:
         permitted: Addresses,
         networks: Sequence[str],
         streams: Mapping[str, int] | None = None,
-    ) -> Doorway:
+    ) -> MultichannelDoorway:
         """The destination's end, at the addresses the source has chosen. Raises :class:`NetworkError`.
 
         An address that appears later is announced if it lies in one of ``networks``, which the source is on, or if

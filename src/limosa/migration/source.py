@@ -16,34 +16,35 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Coroutine
-from dataclasses import dataclass, replace
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeVar
 
 import msgspec
 
 from limosa.errors import Cancelled, LimosaError, MigrationFailed, NotConverging, PreflightRefused, QemuGone
-from limosa.migration import again, convergence, preflight, progress
+from limosa.migration import again, convergence, disks, mirrors, progress
 from limosa.migration.convergence import Convergence
+from limosa.migration.examination import DisksHere, Examined, Question, both, examine
 from limosa.migration.journal import Journal
+from limosa.migration.mirrors import Mirrors
 from limosa.migration.ownership import SourceStep
 from limosa.migration.paths import Paths
 from limosa.migration.peer import Dialler, Peer
 from limosa.migration.report import Report
 from limosa.model.facts import VmFacts
-from limosa.model.finding import Finding, Severity
-from limosa.model.migration import Phase
+from limosa.model.finding import Severity
+from limosa.model.migration import Phase, Progress
 from limosa.model.network import HostNetwork
 from limosa.model.route import Route
-from limosa.model.vm import Accelerator, VmConfig
+from limosa.model.storage import DiskPlan
+from limosa.model.units import MIB
 from limosa.qemu.protocol import Event, MachineProtocol, MigrationState, MigrationStatistics, StreamParameters
 from limosa.security.stream import make_credentials
 from limosa.settings.host import ConvergencePolicy
-from limosa.transport import tcp
-from limosa.transport.advise import between, not_by_rdma
-from limosa.transport.channel import Channel
-from limosa.transport.choice import Ends, choose, connected
-from limosa.wire.peer import Prepare, Prepared
+from limosa.transport.channel import Channel, SocketChannel
+from limosa.transport.choice import connected
+from limosa.wire.peer import Prepare, Prepared, RelayPlace, StreamCredentials
 
 LOOK_EVERY_S = 0.2
 
@@ -57,6 +58,12 @@ class Terms:
     policy: ConvergencePolicy
     transport: str
     encrypt: bool
+    #: which location of the destination a disk goes to, by the disk's name
+    storage: Mapping[str, str] = field(default_factory=dict)
+    #: whether disks are copied in one piece, also where the destination has what lies below them
+    flatten: bool = False
+    #: whether images the VM leaves behind are kept
+    keep: bool = False
     rdma_pin_all: bool = False
     #: why RDMA, by which the move began, is not to be tried again; empty if it was not tried
     rdma_failed: str = ""
@@ -75,11 +82,30 @@ class Home(Protocol):
     def carry_on(self) -> dict[str, str]:
         """Small files of the VM's own that go along, base64 by name."""
 
+    @property
+    def disks(self) -> DisksHere:
+        """What is asked about disks that are to be copied."""
+
+    async def connect_disks(self, route: Route, prepared: Prepared, count: int) -> list[SocketChannel]:
+        """As :meth:`connect`, for so many disks."""
+
+    async def take_storage_slot(self, in_line: Callable[[int], None]) -> None:
+        """Wait for a place for a move that copies disks; :meth:`disconnect` gives it back."""
+
+    async def seats(self, destination: str, route: Route, count: int, *, encrypt: bool) -> list[RelayPlace]:
+        """Places in a session of relays for so many streams of this move; none if its route takes no relay.
+
+        Raises :class:`RelayFailed`.
+        """
+
     async def connect(self, route: Route, prepared: Prepared) -> Channel:
         """A connection to the destination for the guest's memory, by the transport of ``route``.
 
-        Raises :class:`DestinationLost` and :class:`NetworkError`.
+        Raises :class:`DestinationLost`, :class:`RelayFailed` and :class:`NetworkError`.
         """
+
+    def disconnect(self) -> None:
+        """Let go of what :meth:`take_storage_slot`, :meth:`seats` and :meth:`connect` took. May be repeated."""
 
     def networks(self) -> AsyncIterator[HostNetwork]:
         """This host's network, again after each change."""
@@ -87,11 +113,17 @@ class Home(Protocol):
     def bandwidth(self) -> int:
         """Bytes per second this move may use now, 0: no cap."""
 
+    async def sending(self) -> None:
+        """Other than before is sent from now on: share what may be used anew."""
+
+    #: bytes per second asked for this move, 0: none
+    own_cap: int
+
     async def end_qemu(self) -> None:
         """End the VM's QEMU here, which will never run the guest again."""
 
-    async def vm_left(self) -> None:
-        """The VM belongs to the destination, durably: forget it here, durably."""
+    async def vm_left(self, images: Sequence[str]) -> None:
+        """The VM belongs to the destination, durably: forget it here, durably, and delete the images it has left."""
 
     async def vm_stays(self) -> None:
         """The VM goes on here; it may be operated again."""
@@ -128,6 +160,11 @@ class SourceMove:
         self.cancelled: asyncio.Future[None] = loop.create_future()
         #: done with the state in which QEMU's migration ended, or passed the point of no return
         self.sent: asyncio.Future[MigrationState] = loop.create_future()
+        #: done when QEMU waits before the switchover, with the guest stopped
+        self.paused: asyncio.Future[None] = loop.create_future()
+        self.mirrors: Mirrors | None = None
+        self.disk_credentials: StreamCredentials | None = None
+        self.disk_channels: list[SocketChannel] = []
         self.stopped_at: float | None = None
         self._latest: MigrationStatistics | None = None
 
@@ -154,8 +191,11 @@ class SourceMove:
         self.report.enter(Phase.BUILD_UP)
         self.peer = await self.guard(self.dial())
         prepared = await self.guard(self.build_up(machine, self.peer))
+        if disks.copies(self.report.now.disks):
+            self.report.enter(Phase.STORAGE)
+            await self.guard(self.copy_disks(machine, prepared))
         self.report.enter(Phase.COPY)
-        await self.guard(self.copy(machine, prepared))
+        await self._copied(machine, prepared)
 
     async def _without_rdma(self, machine: MachineProtocol, failure: LimosaError) -> None:
         """Put everything back to where it was before RDMA was tried."""
@@ -166,90 +206,151 @@ class SourceMove:
             await peer.close()
         await self.guard(again.undo(self, machine, failure))
         self.terms = replace(self._asked, rdma_failed=str(failure))
-        self.sent = asyncio.get_running_loop().create_future()
+        self.sent, self.paused = [asyncio.get_running_loop().create_future() for _ in range(2)]
         self.stopped_at = None
 
     async def build_up(self, machine: MachineProtocol, peer: Peer) -> Prepared:
         """Check, then have the destination build everything while QEMU here is set up."""
         examined = await self.check(peer)
-        self.journal.record(SourceStep.PREPARING, time.time())
-        server, client = make_credentials() if self.terms.encrypt else (None, None)
+        copies = disks.copies(examined.disks)
+        self.journal.record(SourceStep.PREPARING, time.time(), left=self._left_behind(copies))
+        if copies:
+            await self.home.take_storage_slot(self._in_storage_line)
+        there, encrypt = examined.ends.destination, self.terms.encrypt
+        relays = await self.home.seats(there, examined.route, 1 + len(copies), encrypt=encrypt)
+        # Memory that relays carry leaves the host through their TLS, and is not encrypted twice.
+        server, client = make_credentials() if encrypt and not relays else (None, None)
+        # A disk is encrypted whatever is said of memory: else whoever finds the port could write into it.
+        disks_server, self.disk_credentials = make_credentials() if copies and not relays else (None, None)
         request = Prepare(
             migration=self.header.migration,
-            vm=self.header.vm,
+            vm=disks.landed(self.header.vm, examined.disks),
             accelerator=self.header.accelerator,
             transport=examined.route.transport,
             addresses=tuple(path.there for path in examined.route.paths),
             networks=connected(examined.ends.here),
+            relay=relays[0] if relays else None,
             credentials=server,
             post_copy=self.terms.policy.post_copy,
             streams=tuple(path.streams for path in examined.route.paths),
             rdma_pin_all=self.terms.rdma_pin_all,
             running=self.header.was_running,
             files=self.home.carry_on(),
+            disks=copies,
+            disk_credentials=disks_server,
+            disk_relays=tuple(relays[1:]),
         )
         parameters = StreamParameters(
             credentials=client,
             downtime_limit_ms=self.terms.policy.first_downtime_ms,
             bandwidth_bytes_per_s=self.home.bandwidth(),
             post_copy=self.terms.policy.post_copy,
+            pause=bool(copies),
             rdma=examined.route.transport == "rdma",
             rdma_pin_all=self.terms.rdma_pin_all,
         )
-        prepared, _ = await _both(peer.prepare(request, self._in_line), machine.prepare_outgoing(parameters))
+        prepared, _ = await both(peer.prepare(request, self._in_line), machine.prepare_outgoing(parameters))
         return prepared
 
     async def check(self, peer: Peer) -> Examined:
         """Preflight. Raises :class:`PreflightRefused` with all findings if one is an error."""
         header = self.header
-        examined = self.examined = await examine(
-            peer,
-            header.vm,
-            header.source,
-            header.accelerator,
-            self._facts(),
-            self.terms.transport,
-            self.terms.rdma_failed,
+        question = Question(
+            vm=header.vm,
+            source=header.source,
+            accelerator=header.accelerator,
+            transport=self.terms.transport,
+            storage=self.terms.storage,
+            flatten=self.terms.flatten,
+            tag=header.migration,
+            rdma_failed=self.terms.rdma_failed,
         )
+        examined = self.examined = await examine(peer, question, self._facts(), self.home.disks)
         findings = examined.findings
         if any(finding.severity is Severity.ERROR for finding in findings):
             raise PreflightRefused(findings, vm=self.header.vm.name, host=peer.host)
         # Post-copy by RDMA is a way of QEMU's that hardly anybody goes, and a guest is lost with it if it fails.
         if examined.route.transport == "rdma" or any(one.code == "post-copy-not-possible" for one in findings):
             self.terms = self.terms.without_post_copy()
-        self.report.change(findings=findings, transport=examined.route.transport, route=examined.route)
+        self.report.change(
+            findings=findings, transport=examined.route.transport, route=examined.route, disks=examined.disks
+        )
         return examined
 
     async def _facts(self) -> VmFacts:
         # What was asked for this move counts, not what the host's settings say.
         facts = await self.home.facts()
         network = msgspec.structs.replace(facts.network, encrypt=self.terms.encrypt)
-        return msgspec.structs.replace(
-            facts, post_copy=self.terms.policy.post_copy, network=network, capped=self.home.bandwidth() > 0
+        capped = facts.capped or self.home.own_cap > 0
+        return msgspec.structs.replace(facts, post_copy=self.terms.policy.post_copy, network=network, capped=capped)
+
+    async def copy_disks(self, machine: MachineProtocol, prepared: Prepared) -> None:
+        """Copy the disks that move along, until the copies keep up with the guest."""
+        assert self.examined is not None
+        await self.home.sending()
+        route, copies = self.examined.route, disks.copies(self.examined.disks)
+        self.disk_channels = await self.home.connect_disks(route, prepared, len(copies))
+        self.paths = Paths(route, self.examined.ends, self.disk_channels)
+        bandwidth = self.home.bandwidth() // len(copies)
+        await mirrors.send(machine, self.header.migration, copies, self.disk_channels, self.disk_credentials, bandwidth)
+        copying = self.mirrors = Mirrors(machine, [plan.disk for plan in copies], self.terms.policy.patience_s)
+        memory = self.header.vm.memory_mib * MIB
+        self.report.bar = self.report.bar.with_disks(sum(plan.expected_bytes for plan in copies), memory)
+        await copying.until_ready(lambda: self._show_disks(copying))
+
+    def _show_disks(self, copying: Mirrors) -> None:
+        self.report.bar, shown = progress.of_disks(
+            self.report.bar, self.report.now.progress, copying.progress(), time.monotonic()
         )
+        self.report.change(progress=shown)
 
     async def copy(self, machine: MachineProtocol, prepared: Prepared) -> None:
         """Send memory until QEMU reports that everything was sent and loaded."""
+        if self.mirrors is not None:
+            await self.home.sending()
         assert self.examined is not None
         assert self.peer is not None
         self.journal.record(SourceStep.MIGRATING, time.time(), durable=False)
         self.channel = await self.home.connect(self.examined.route, prepared)
-        self.paths = Paths(self.examined.route, self.examined.ends, self.channel)
+        self.paths = Paths(self.examined.route, self.examined.ends, [self.channel, *self.disk_channels])
         await machine.migrate(self.channel.stream)
         watch = asyncio.ensure_future(self._watch(machine))
+        finish = asyncio.ensure_future(self._finish_disks(machine))
         follow = asyncio.ensure_future(self.paths.follow(self.home.networks(), self.peer))
         try:
             # Looking must not delay the hand-over, so it goes on beside the waiting.
-            waiting: set[asyncio.Future[Any]] = {self.sent, watch}
-            await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-            if not self.sent.done():
-                watch.result()
+            waiting: set[asyncio.Future[Any]] = {self.sent, watch, finish}
+            while not self.sent.done():
+                done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+                for one in done - {self.sent}:
+                    one.result()
         finally:
             watch.cancel()
+            finish.cancel()
             follow.cancel()
         state = self.sent.result()
         if state not in (MigrationState.COMPLETED, MigrationState.POSTCOPY_ACTIVE):
             raise await self._failure(machine, state)
+
+    async def _finish_disks(self, machine: MachineProtocol) -> None:
+        """When the guest stands still, make the copies of its disks whole, and only then let the last memory go."""
+        await self.paused
+        if self.mirrors is not None:
+            await self.mirrors.finish()
+        await machine.continue_migration()
+
+    async def _copied(self, machine: MachineProtocol, prepared: Prepared) -> None:
+        """:meth:`copy`, guarded. What carries the stream knows best why it broke."""
+        try:
+            await self.guard(self.copy(machine, prepared))
+        except Cancelled:
+            raise
+        except MigrationFailed as error:
+            fault = await self.channel.fault() if self.channel is not None else None
+            if fault is None:
+                raise
+            fault.vm, fault.host = self.header.vm.name, self.header.destination
+            raise fault from error
 
     async def switch_over(self, machine: MachineProtocol) -> None:
         """Give the destination the word. From here on only ``settle`` may let the guest run here again."""
@@ -267,14 +368,24 @@ class SourceMove:
         if self.machine is not None:
             await self._everything_followed(self.machine)
         # The guest runs there, so this copy of its memory is of no use any more; its files are, until that is durable.
-        await _both(self._confirm(), self.home.end_qemu())
-        await self.home.vm_left()
+        await both(self._confirm(), self.home.end_qemu())
+        await self.home.vm_left(self._left())
         self.journal.record(SourceStep.FINISHED, time.time(), durable=False)
 
     async def _confirm(self) -> None:
         if self.peer is not None:
             await self.peer.adopted()
         self.journal.record(SourceStep.CONFIRMED, time.time())
+
+    def _left_behind(self, copies: Sequence[DiskPlan]) -> tuple[str, ...]:
+        if self.terms.keep:
+            return ()
+        copied = {plan.disk for plan in copies}
+        return tuple(disk.path for disk in self.header.vm.disks if disk.name in copied)
+
+    def _left(self) -> tuple[str, ...]:
+        """Images nobody uses here any more, by the journal."""
+        return next((record.left for record in self.journal.records if record.left), ())
 
     async def _everything_followed(self, machine: MachineProtocol) -> None:
         """After a post-copy: QEMU here must live until the destination has fetched all memory."""
@@ -320,9 +431,17 @@ class SourceMove:
 
     def _close_channel(self) -> None:
         """Ours must not outlive QEMU's, whose end is the end of the stream."""
-        if self.channel is not None:
-            self.channel.close()
-            self.channel = None
+        for channel in (self.channel, *self.disk_channels):
+            if channel is not None:
+                channel.close()
+        self.channel, self.disk_channels = None, []
+        self.home.disconnect()
+
+    def _in_storage_line(self, place: int) -> None:
+        if place == 0:
+            self.report.enter(Phase.BUILD_UP)
+        else:
+            self.report.wait_in_line(place, "other moves of disks from this host")
 
     def _in_line(self, place: int) -> None:
         if place == 0:
@@ -341,6 +460,8 @@ class SourceMove:
                     self.channel.shorten()
             case "MIGRATION":
                 state = MigrationState(event.data["status"])
+                if state is MigrationState.PRE_SWITCHOVER and not self.paused.done():
+                    self.paused.set_result(None)
                 if state in ENDINGS and not self.sent.done():
                     self.sent.set_result(state)
 
@@ -348,6 +469,8 @@ class SourceMove:
         judge = Convergence.begin(self.terms.policy)
         while True:
             judge = await self._look(machine, judge, await machine.migration())
+            if self.mirrors is not None and not self.paused.done():
+                await self.mirrors.look()
             await asyncio.sleep(LOOK_EVERY_S)
 
     async def _look(self, machine: MachineProtocol, judge: Convergence, look: MigrationStatistics) -> Convergence:
@@ -359,8 +482,15 @@ class SourceMove:
         self.report.bar = self.report.bar.moved(self.report.now.phase, look)
         note = "" if isinstance(action, convergence.GiveUp) else action.note
         shown = progress.progress(self.report.bar, look, limit_ms=judge.downtime_limit_ms, note=note)
-        self.report.change(progress=shown, route=self._route())
+        self.report.change(progress=self._with_disks(shown), route=await self._route())
         return judge
+
+    def _with_disks(self, shown: Progress) -> Progress:
+        if self.mirrors is None:
+            return shown
+        copies = self.mirrors.progress()
+        sent = shown.transferred_bytes + sum(copy.copied_bytes for copy in copies)
+        return msgspec.structs.replace(shown, transferred_bytes=sent, disks=copies)
 
     async def _act(self, machine: MachineProtocol, action: convergence.Action) -> None:
         match action:
@@ -391,11 +521,14 @@ class SourceMove:
         look = await machine.migration()
         shown = progress.progress(self.report.bar, look, limit_ms=0, note="")
         self.report.change(
-            progress=shown, transfer_s=look.total_s, qemu_downtime_ms=look.downtime_ms, route=self._route()
+            progress=self._with_disks(shown),
+            transfer_s=look.total_s,
+            qemu_downtime_ms=look.downtime_ms,
+            route=await self._route(),
         )
 
-    def _route(self) -> Route | None:
-        return self.paths.look() if self.paths is not None else self.report.now.route
+    async def _route(self) -> Route | None:
+        return await self.paths.look() if self.paths is not None else self.report.now.route
 
 
 POST_COPY = frozenset(
@@ -414,57 +547,3 @@ ENDINGS = frozenset(
         MigrationState.POSTCOPY_ACTIVE,
     }
 )
-
-
-@dataclass(frozen=True)
-class Examined:
-    """What stands against a move, and the way it would take between which ends."""
-
-    findings: tuple[Finding, ...]
-    route: Route
-    ends: Ends
-
-
-async def examine(
-    peer: Peer,
-    vm: VmConfig,
-    source: str,
-    accelerator: Accelerator,
-    facts: Coroutine[Any, Any, VmFacts],
-    transport: str,
-    rdma_failed: str = "",
-) -> Examined:
-    """Ask the destination, try its ports, choose the way, and judge. The same for ``limosa check`` and for the move.
-
-    ``facts`` are gathered here while the destination gathers its own. ``rdma_failed``: see :func:`choose`.
-    """
-    (there, skew), here = await _both(peer.inspect(vm, accelerator), facts)
-    ends = Ends(source, there.host, here.network, there.network, there.addresses, vm.memory_mib, here.capped)
-    route = await _open_route(ends, transport, there.trial_port, rdma_failed)
-    findings = preflight.check(vm, source, here, there, clock_skew_s=skew, reachable=bool(route.paths))
-    wanted = (not_by_rdma(route),) if route.transport != "rdma" and (transport == "rdma" or rdma_failed) else ()
-    return Examined((*findings, *wanted, *between(ends, route)), route, ends)
-
-
-async def _open_route(ends: Ends, transport: str, port: int, rdma_failed: str) -> Route:
-    """The best route of which every path can be connected; one without paths if there is none."""
-    open_: set[str] = set()
-    blocked: set[str] = set() if port else set(ends.offered)
-    while True:
-        route = choose(ends, transport, blocked, rdma_failed=rdma_failed)
-        untried = [path.there for path in route.paths if path.there not in open_]
-        if not untried:
-            return route
-        answers = await asyncio.gather(*(tcp.reachable(address, port) for address in untried))
-        for address, answer in zip(untried, answers, strict=True):
-            (open_ if answer else blocked).add(address)
-
-
-async def _both(first: Coroutine[Any, Any, T], second: Coroutine[Any, Any, Any]) -> tuple[T, Any]:
-    """Do both at once; if one fails, the other is cancelled and the failure raised."""
-    try:
-        async with asyncio.TaskGroup() as group:
-            one, two = group.create_task(first), group.create_task(second)
-    except BaseExceptionGroup as errors:
-        raise errors.exceptions[0] from None
-    return one.result(), two.result()

@@ -15,6 +15,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
+from limosa.errors import LimosaError
+from limosa.model.route import Compressed
 from limosa.qemu.protocol import RdmaAddress
 
 
@@ -47,8 +49,22 @@ class Channel(Protocol):
     def used(self) -> tuple[Used, ...]:
         """What went which way since the beginning, also over paths that are gone. Never raises."""
 
+    async def compressed(self) -> Compressed | None:
+        """What compression has made of it so far; None if nobody compresses. Never raises."""
+
+    async def fault(self) -> LimosaError | None:
+        """What broke the stream, if it was something between the two QEMUs that can say so. Waits for it a moment."""
+
     def close(self) -> None:
         """Close what is ours; QEMU's duplicate goes on. May be repeated."""
+
+
+class SocketChannel(Channel, Protocol):
+    """One that is a socket, as all are but RDMA's."""
+
+    @property
+    def socket(self) -> socket.socket:
+        """The same as ``stream``."""
 
 
 class Doorway(Protocol):

@@ -38,6 +38,12 @@ class RdmaChannel:
         """See :class:`limosa.transport.channel.Channel`: nobody counts what the device has carried for one QEMU."""
         return ()
 
+    async def compressed(self) -> None:
+        """See :class:`limosa.transport.channel.Channel`: nobody compresses."""
+
+    async def fault(self) -> None:
+        """See :class:`limosa.transport.channel.Channel`: nothing of ours is between."""
+
     def close(self) -> None:
         """See :class:`limosa.transport.channel.Channel`: it is QEMU's."""
 

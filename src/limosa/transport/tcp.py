@@ -21,7 +21,8 @@ import socket
 import struct
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 
-from limosa.errors import DestinationLost, NetworkError
+from limosa.errors import DestinationLost, LimosaError, NetworkError
+from limosa.model.route import Compressed
 from limosa.transport.channel import Used
 
 #: A trial connection that takes longer is blocked for all that matters.
@@ -63,6 +64,14 @@ class TcpChannel:
             self._used = Used(self.socket.getsockname()[0], self.socket.getpeername()[0], acknowledged(self.socket))
         return (self._used,) if self._used is not None else ()
 
+    async def compressed(self) -> Compressed | None:
+        """See :class:`limosa.transport.channel.Channel`: nobody does."""
+        return None
+
+    async def fault(self) -> LimosaError | None:
+        """See :class:`limosa.transport.channel.Channel`: QEMU says what the kernel knows."""
+        return None
+
     def close(self) -> None:
         """See :class:`limosa.transport.channel.Channel`."""
         self.socket.close()
@@ -75,19 +84,18 @@ class TcpDoorway:
     """
 
     def __init__(self, address: str, ports: tuple[int, int], protocol: int = socket.IPPROTO_TCP) -> None:
-        listener = _listen(address, range(ports[0], ports[1] + 1), protocol)
-        if listener is None:
-            raise NetworkError(
-                f"no port from {ports[0]} to {ports[1]} of {address} is free to receive guest memory",
-                todo="see what listens there, or change the setting migration_ports",
-            )
-        self._listener = listener
+        self._listener = listen_within(address, ports, protocol)
         self._token = secrets.token_bytes(_TOKEN_BYTES)
 
     @property
     def address(self) -> str:
         """See :class:`limosa.transport.channel.Doorway`."""
         return str(self._listener.getsockname()[0])
+
+    @property
+    def listener(self) -> socket.socket:
+        """The listener itself, for a server that asks its callers for certificates instead of the token."""
+        return self._listener
 
     @property
     def port(self) -> int:
@@ -101,17 +109,28 @@ class TcpDoorway:
 
     async def accept(self) -> socket.socket:
         """See :class:`limosa.transport.channel.Doorway`."""
+        return (await self.accept_several(1))[0]
+
+    async def accept_several(self, count: int) -> list[socket.socket]:
+        """Wait for so many connections of the source, at most :data:`PORTERS`. Otherwise as :meth:`accept`."""
         turn = asyncio.Lock()
         porters = [asyncio.ensure_future(self._admit(turn)) for _ in range(PORTERS)]
+        came: list[socket.socket] = []
         try:
-            done, _ = await asyncio.wait(porters, return_when=asyncio.FIRST_COMPLETED)
-            source = done.pop().result()
+            waiting = set(porters)
+            while len(came) < count:
+                done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+                came += [porter.result() for porter in done]
+        except BaseException:
+            for source in came:
+                source.close()
+            raise
         finally:
             for porter in porters:
                 porter.cancel()
             await asyncio.wait(porters)
         self._expect_nobody()
-        return source
+        return came
 
     def announce(self, addresses: Iterable[str]) -> None:
         """See :class:`limosa.transport.channel.Doorway`."""
@@ -156,7 +175,7 @@ async def connect(address: str, port: int, token: str, source: str = "") -> TcpC
 
 
 async def call(
-    address: str, port: int, token: str, source: str = "", protocol: int = socket.IPPROTO_TCP
+    address: str, port: int, token: str = "", source: str = "", protocol: int = socket.IPPROTO_TCP
 ) -> socket.socket:
     """The connection of :func:`connect`, of any protocol with TCP's addresses."""
     connection = socket.socket(_family(address), socket.SOCK_STREAM, protocol)
@@ -230,6 +249,17 @@ def listen(address: str, port: int, protocol: int = socket.IPPROTO_TCP) -> socke
     except BaseException:
         listener.close()
         raise
+    return listener
+
+
+def listen_within(address: str, ports: tuple[int, int], protocol: int = socket.IPPROTO_TCP) -> socket.socket:
+    """A listener on the first free port of a range. Raises :class:`NetworkError` if every one is taken."""
+    listener = _listen(address, range(ports[0], ports[1] + 1), protocol)
+    if listener is None:
+        raise NetworkError(
+            f"no port from {ports[0]} to {ports[1]} of {address} is free to receive a VM",
+            todo="see what listens there, or change the setting migration_ports",
+        )
     return listener
 
 
