@@ -11,13 +11,12 @@ import os
 import socket
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 
 import pytest
 from pyroute2 import IPRoute
 
-from harness.homes import BareHome
 from harness.relays import SO_MAX_PACING_RATE
 from limosa.host.compression import Compression
 from limosa.host.multichannel import Multichannel
@@ -110,13 +109,13 @@ class Plain:
     ours: tuple[str, ...] = OURS
     theirs: tuple[str, ...] = (ADDRESS,)
 
-    async def seats(self, *, encrypt: bool) -> list[RelayPlace]:
-        return []
+    def seat(self, *, encrypt: bool) -> RelayPlace | None:
+        return None
 
     async def connect(self, route: Route, prepared: Prepared) -> Channel:
         return await tcp.connect(prepared.address, prepared.port, prepared.token)
 
-    async def open_door(self, request: Prepare) -> Doorway:
+    async def open_door(self, request: Prepare, machine: MachineProtocol) -> Doorway:
         return tcp.TcpDoorway(ADDRESS, PORTS)
 
 
@@ -132,7 +131,7 @@ class Several(Plain):
     async def connect(self, route: Route, prepared: Prepared) -> Channel:
         return await self._multichannel.connect(route, prepared)
 
-    async def open_door(self, request: Prepare) -> Doorway:
+    async def open_door(self, request: Prepare, machine: MachineProtocol) -> Doorway:
         return await self._multichannel.open_door(request.addresses, PORTS, self._permitted, request.networks)
 
     async def _permitted(self) -> tuple[str, ...]:
@@ -149,16 +148,15 @@ class Relayed(Plain):
         self._seat: Seat | None = None
         self.made: list[Compressed] = []
 
-    async def seats(self, *, encrypt: bool) -> list[RelayPlace]:
+    def seat(self, *, encrypt: bool) -> RelayPlace | None:
         self._seat = Outbound(self._dial, encrypt=encrypt, several=False, window_log=24, user=None).seat()
-        await self._seat.open()
-        return [self._seat.place]
+        return self._seat.place
 
     async def connect(self, route: Route, prepared: Prepared) -> Channel:
         assert self._seat is not None
         return await self._seat.connect(prepared)
 
-    async def open_door(self, request: Prepare) -> Doorway:
+    async def open_door(self, request: Prepare, machine: MachineProtocol) -> Doorway:
         assert request.relay is not None
         return await self._relays.open_door("here", request.relay, (ADDRESS,), self._permitted, ())
 
@@ -244,12 +242,12 @@ async def until_it_writes(scratch: Path, machine: Machine) -> None:
             before, now = now, await memory(machine, scratch)
 
 
-class Here(BareHome):
+class Here:
     """The source's :class:`limosa.migration.source.Home`."""
 
     def __init__(self, config: VmConfig, machine: Machine, way: Plain) -> None:
-        super().__init__(machine)
         self._config = config
+        self._machine = machine
         self._way = way
 
     async def facts(self) -> VmFacts:
@@ -264,14 +262,36 @@ class Here(BareHome):
             network=network(self._way.ours),
         )
 
-    async def seats(self, destination: str, route: Route, count: int, *, encrypt: bool) -> list[RelayPlace]:
-        return await self._way.seats(encrypt=encrypt)
+    def carry_on(self) -> dict[str, str]:
+        return {}
+
+    def seat(self, destination: str, route: Route, *, encrypt: bool) -> RelayPlace | None:
+        return self._way.seat(encrypt=encrypt)
+
+    def disconnect(self) -> None:
+        pass
 
     async def connect(self, route: Route, prepared: Prepared) -> Channel:
         return await self._way.connect(route, prepared)
 
+    async def networks(self) -> AsyncIterator[HostNetwork]:
+        for network in ():
+            yield network
+
     def bandwidth(self) -> int:
         return BRAKE_BYTES_PER_S
+
+    async def end_qemu(self) -> None:
+        await self._machine.kill()
+
+    async def vm_left(self) -> None:
+        pass
+
+    async def vm_stays(self) -> None:
+        raise AssertionError("the move failed")
+
+    async def vm_crashed(self) -> None:
+        raise AssertionError("the source's QEMU died")
 
 
 class There:
@@ -320,10 +340,7 @@ class There:
             self.arrived.set()
 
     async def open_door(self, request: Prepare, machine: MachineProtocol) -> Doorway:
-        return await self._way.open_door(request)
-
-    async def open_disks(self, request: Prepare, machine: MachineProtocol) -> Doorway | None:
-        raise NotImplementedError
+        return await self._way.open_door(request, machine)
 
     async def adopt(self, *, running: bool) -> None:
         assert running

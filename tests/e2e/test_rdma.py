@@ -15,6 +15,7 @@ from limosa.model.migration import Migration
 
 pytestmark = [pytest.mark.qemu, pytest.mark.labvm, pytest.mark.long]
 
+MIB = 1024 * 1024
 MEMORY_MIB, FILLED_MIB = 64, 48
 ADD_DEVICE = "rdma link add rxe0 type rxe netdev eth1"
 CONTRACT = Path(__file__).parents[1] / "contract" / "test_machine.py"
@@ -92,10 +93,9 @@ def test_a_cable_that_is_cut_in_mid_move_costs_time_and_not_the_move(ends: tuple
     """QEMU notices after some 19 s; then it begins again over the other network."""
     source, destination = ends
     before = source.memory(MEMORY_MIB)
-    sent = "cat /sys/class/net/eth1/statistics/tx_bytes"
-    enough = int(source.vm.run(sent)) + FILLED_MIB * 1024 * 1024 // 8
+    so_far = source.sent("eth1")["eth1"]
     source.begin("vm", destination)
-    source.vm.run(f"while [ $({sent}) -lt {enough} ]; do sleep 0.05; done")
+    source.until_sent("eth1", so_far + FILLED_MIB * MIB // 8)
     source.vm.plug("eth1", in_=False)
     try:
         ended = source.moved()

@@ -144,10 +144,10 @@ def test_options_reach_the_host(host: Host) -> None:
         "bandwidth_mbit_per_s": 500,
         "blackout_budget_ms": 20,
         "post_copy": False,
+        "rdma_pin_all": True,
         "storage": {"vda": "fast", "vdb": "bulk"},
         "flatten": False,
         "keep": True,
-        "rdma_pin_all": True,
     }
     assert [endpoint for endpoint, _, _ in host.seen] == [MOVE]
 

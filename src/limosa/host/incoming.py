@@ -270,12 +270,13 @@ class LandingHere:
 
     async def open_door(self, request: Prepare, machine: MachineProtocol) -> Doorway:
         """See :class:`limosa.migration.destination.Landing`."""
+        if request.transport == "rdma":
+            self._check_unencrypted()
+            chosen = await self._chosen(request)
+            return await rdma.open_door(machine, chosen[0], self._page.now.migration_ports)
         if request.relay is not None:
             chosen, source = await self._chosen(request), self._header.source
             return await self._compression.open_door(source, request.relay, chosen, self._offered, request.networks)
-        if request.transport == "rdma":
-            self._check_unencrypted()
-            return await rdma.open_door(machine, (await self._chosen(request))[0], self._page.now.migration_ports)
         return await self._open_bare(request)
 
     async def open_disks(self, request: Prepare, machine: MachineProtocol) -> Doorway | None:
@@ -313,6 +314,11 @@ class LandingHere:
         streams = dict(zip(request.addresses, request.streams, strict=False))
         return await self._multichannel.open_door(chosen, ports, self._offered, request.networks, streams)
 
+    def _check_unencrypted(self) -> None:
+        if self._page.now.encrypt:
+            host = self._header.destination
+            raise Conflict(f"RDMA is not encrypted, and 'encrypt' is on on host '{host}'", host=host)
+
     async def _chosen(self, request: Prepare) -> list[str]:
         """The addresses the source wants, of those we offer. Raises :class:`NetworkError` if none is left."""
         offered = await self._offered()
@@ -322,11 +328,6 @@ class LandingHere:
                 "this host has no address on a network that may carry moves", host=self._header.destination
             )
         return chosen
-
-    def _check_unencrypted(self) -> None:
-        if self._page.now.encrypt:
-            host = self._header.destination
-            raise Conflict(f"RDMA is not encrypted, and 'encrypt' is on on host '{host}'", host=host)
 
     async def _offered(self) -> tuple[str, ...]:
         return stream_addresses(await self._inspector.network(), self._reached_at)

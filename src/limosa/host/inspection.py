@@ -80,6 +80,7 @@ class Inspector:
             encrypt=settings.encrypt,
             post_copy=settings.convergence.post_copy,
             network=await self.network(),
+            capped=settings.bandwidth_mbit_per_s > 0 or bool(settings.network_bandwidth_mbit_per_s),
         )
 
     async def destination_facts(

@@ -293,15 +293,9 @@ class Outgoing:
         if options.post_copy is not None:
             changes["post_copy"] = options.post_copy
         transport = options.transport or settings.transport
-        return Terms(
-            policy=msgspec.structs.replace(policy, **changes),
-            transport=transport,
-            encrypt=settings.encrypt,
-            storage=options.storage,
-            flatten=options.flatten,
-            keep=options.keep,
-            rdma_pin_all=settings.rdma_pin_all if options.rdma_pin_all is None else options.rdma_pin_all,
-        )
+        policy = msgspec.structs.replace(policy, **changes)
+        pin_all = settings.rdma_pin_all if options.rdma_pin_all is None else options.rdma_pin_all
+        return Terms(policy, transport, settings.encrypt, options.storage, options.flatten, options.keep, pin_all)
 
     def allowance(self, migration: str) -> int:
         """Bytes per second a move may use now, 0: no cap."""

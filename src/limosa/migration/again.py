@@ -15,7 +15,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from limosa.errors import DestinationLost, LimosaError, MigrationFailed, NotConverging, QemuError, QemuGone
-from limosa.migration import mirrors
 from limosa.migration.stop import stop_stream
 from limosa.qemu.protocol import MachineProtocol, MigrationState
 from limosa.wire.peer import DestinationState
@@ -39,7 +38,6 @@ async def undo(move: SourceMove, machine: MachineProtocol, failure: LimosaError)
     await stop_stream(machine)
     if (await machine.migration()).state is MigrationState.COMPLETED:
         raise failure  # everything was sent before the cancel arrived
-    await mirrors.drop(machine, move.header.migration, [disk.name for disk in move.header.vm.disks])
     await machine.forget_stream()
     if move.header.was_running:
         await machine.resume_if_stopped()

@@ -36,7 +36,7 @@ class Question:
     flatten: bool
     #: the identity of the move
     tag: str
-    #: why RDMA, which was tried, is not to be tried again; empty if it was not
+    #: why RDMA, by which the move began, is not to be tried again; empty if it was not tried
     rdma_failed: str = ""
 
 
@@ -74,9 +74,19 @@ async def examine(
     vm = question.vm
     (there, skew), here = await both(peer.inspect(vm, question.accelerator), facts)
     no_relay = "" if there.relay == RELAY_VERSION else f"host '{there.host}' knows another version of it, or none"
-    ends = Ends(question.source, there.host, here.network, there.network, there.addresses, vm.memory_mib, no_relay)
-    route = await _open_route(ends, question.transport, there.trial_port, question.rdma_failed)
     copied = disks.to_copy(vm, here, there, question.storage)
+    ends = Ends(
+        question.source,
+        there.host,
+        here.network,
+        there.network,
+        there.addresses,
+        no_relay,
+        _no_rdma(question, here, disks_move=bool(copied)),
+        vm.memory_mib,
+    )
+    asked = "rdma" if question.rdma_failed else question.transport
+    route = await _open_route(ends, asked, there.trial_port)
     of_disks = await disks_here.facts(copied) if copied else ()
     bases = {} if question.flatten else await _bases(peer, disks_here, of_disks)
     plans, against = disks.plan(vm, of_disks, there, question.storage, question.tag, bases)
@@ -89,9 +99,17 @@ async def examine(
         reachable=bool(route.paths),
         copied={disk.path for disk in copied},
     )
-    by_rdma = question.transport == "rdma" or question.rdma_failed
-    wanted = (not_by_rdma(route),) if by_rdma and route.transport != "rdma" else ()
-    return Examined((*against, *findings, *wanted, *between(ends, route)), route, ends, plans)
+    instead = (not_by_rdma(route),) if asked == "rdma" and route.transport != "rdma" else ()
+    return Examined((*against, *findings, *instead, *between(ends, route)), route, ends, plans)
+
+
+def _no_rdma(question: Question, here: VmFacts, *, disks_move: bool) -> str:
+    """What keeps this move from RDMA, whatever devices there are; empty if nothing does."""
+    if question.rdma_failed:
+        return question.rdma_failed
+    if disks_move:
+        return "disks move along, which RDMA does not carry"
+    return "a cap on bandwidth is set, which QEMU does not keep by RDMA" if here.capped else ""
 
 
 async def _bases(peer: Peer, disks_here: DisksHere, facts: Sequence[DiskFacts]) -> dict[str, BackingFile]:
@@ -104,12 +122,12 @@ async def _bases(peer: Peer, disks_here: DisksHere, facts: Sequence[DiskFacts]) 
     return {fact.name: base for fact, base in zip(overlays, found, strict=True) if base is not None}
 
 
-async def _open_route(ends: Ends, transport: str, port: int, rdma_failed: str) -> Route:
+async def _open_route(ends: Ends, transport: str, port: int) -> Route:
     """The best route of which every path can be connected; one without paths if there is none."""
     open_: set[str] = set()
     blocked: set[str] = set() if port else set(ends.offered)
     while True:
-        route = choose(ends, transport, blocked, rdma_failed=rdma_failed)
+        route = choose(ends, transport, blocked)
         untried = [path.there for path in route.paths if path.there not in open_]
         if not untried:
             return route

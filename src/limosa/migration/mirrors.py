@@ -149,7 +149,7 @@ async def send(
     for plan, channel in zip(plans, channels, strict=True):
         whole = plan.action is DiskAction.COPY
         encrypt = credentials is not None
-        await machine.copy_to_host(plan.disk, tag, channel.stream, bytes_per_s, whole=whole, encrypt=encrypt)
+        await machine.copy_to_host(plan.disk, tag, channel.socket, bytes_per_s, whole=whole, encrypt=encrypt)
 
 
 async def drop(machine: CopyingMachine, tag: str, disks: Sequence[str]) -> None:

@@ -149,7 +149,7 @@ class SourceMove:
         self.machine = machine
         self.dial = dial
         self.home = home
-        self.terms = terms
+        self.terms = self._asked = terms
         self.report = report
         self.peer: Peer | None = None
         self.channel: Channel | None = None
@@ -205,10 +205,8 @@ class SourceMove:
             peer, self.peer = self.peer, None  # its loss, if it comes, is not to interrupt what follows
             await peer.close()
         await self.guard(again.undo(self, machine, failure))
-        self.mirrors = None
-        self.terms = replace(self.terms, rdma_failed=str(failure))
-        loop = asyncio.get_running_loop()
-        self.sent, self.paused = loop.create_future(), loop.create_future()
+        self.terms = replace(self._asked, rdma_failed=str(failure))
+        self.sent, self.paused = [asyncio.get_running_loop().create_future() for _ in range(2)]
         self.stopped_at = None
 
     async def build_up(self, machine: MachineProtocol, peer: Peer) -> Prepared:
@@ -283,7 +281,8 @@ class SourceMove:
         # What was asked for this move counts, not what the host's settings say.
         facts = await self.home.facts()
         network = msgspec.structs.replace(facts.network, encrypt=self.terms.encrypt)
-        return msgspec.structs.replace(facts, post_copy=self.terms.policy.post_copy, network=network)
+        capped = facts.capped or self.home.own_cap > 0
+        return msgspec.structs.replace(facts, post_copy=self.terms.policy.post_copy, network=network, capped=capped)
 
     async def copy_disks(self, machine: MachineProtocol, prepared: Prepared) -> None:
         """Copy the disks that move along, until the copies keep up with the guest."""

@@ -60,11 +60,11 @@ class Channel(Protocol):
 
 
 class SocketChannel(Channel, Protocol):
-    """The source's end where it is a socket, as for disks always."""
+    """One that is a socket, as all are but RDMA's."""
 
     @property
-    def stream(self) -> socket.socket:
-        """Connected to the destination; QEMU is to get a duplicate."""
+    def socket(self) -> socket.socket:
+        """The same as ``stream``."""
 
 
 class Doorway(Protocol):

@@ -36,33 +36,33 @@ STREAMS = 8
 
 @dataclass(frozen=True)
 class Ends:
-    """Both hosts of a move. ``offered`` are the destination's addresses for guest memory, in its order.
-
-    ``memory_mib`` is the VM's, 0 where none is meant.
-    """
+    """Both hosts of a move. ``offered`` are the destination's addresses for guest memory, in its order."""
 
     source: str
     destination: str
     here: HostNetwork
     there: HostNetwork
     offered: Sequence[str]
-    memory_mib: int = 0
     #: what keeps relays from working together, in words; empty if nothing does
     no_relay: str = ""
+    #: what keeps this move from RDMA, whatever devices there are; empty if nothing does
+    no_rdma: str = ""
+    #: the VM's, 0 where none is meant
+    memory_mib: int = 0
 
 
-def choose(ends: Ends, asked: str, blocked: Collection[str] = (), *, rdma_failed: str = "") -> Route:
+def choose(ends: Ends, asked: str, blocked: Collection[str] = ()) -> Route:
     """The route for ``asked`` (``auto``, ``tcp``, ``multichannel``, ``compression``, ``rdma``).
 
     ``blocked`` are addresses of the destination to which no connection can be made. The route has no path if no
-    address is left. ``rdma_failed`` says why RDMA, which had been chosen before, is not to be chosen again.
+    address is left.
     """
     if asked not in ("auto", "rdma"):
         return _by_sockets(ends, asked, blocked)
     direct = _direct(ends, blocked)
     ways = rdma.paths(ends.here, ends.there, direct)
     sides = ends.source, ends.destination, ends.here, ends.there
-    reason = rdma_failed or rdma.against(*sides, direct, ends.memory_mib)
+    reason = ends.no_rdma or rdma.against(*sides, direct, ends.memory_mib)
     if asked == "auto" and not reason and rdma.is_emulated(ends.here, ends.there, ways[0]):
         reason = "the kernel emulates the RDMA device, and TCP costs less"
     if not reason:
@@ -70,7 +70,7 @@ def choose(ends: Ends, asked: str, blocked: Collection[str] = (), *, rdma_failed
         return Route(transport="rdma", paths=ways[:1], why=_except(words, blocked))
     other = _by_sockets(ends, "auto", blocked)
     # Most hosts have no RDMA and need not hear of it.
-    tell = asked == "rdma" or rdma_failed or ways
+    tell = asked == "rdma" or ways
     return msgspec.structs.replace(other, why=f"{other.why}; not rdma: {reason}") if tell else other
 
 
@@ -93,14 +93,6 @@ def _by_sockets(ends: Ends, asked: str, blocked: Collection[str]) -> Route:
     return Route(transport="multichannel", paths=several, why=_except(gain, blocked))
 
 
-def _compression(ends: Ends, blocked: Collection[str]) -> Route:
-    """Relays over what would be chosen without them; only that if they are not possible."""
-    bare = _by_sockets(ends, "auto", blocked)
-    if ends.no_relay:
-        return msgspec.structs.replace(bare, why=f"compression is not possible: {ends.no_relay}; {bare.why}")
-    return Route(transport="compression", paths=bare.paths, why=_except("it was asked for", blocked))
-
-
 def _gain(several: Sequence[Path]) -> str:
     total = sum(path.speed_mbit_per_s or 0 for path in several)
     if len(several) > 1:
@@ -117,6 +109,14 @@ def _with_streams(ends: Ends, several: Sequence[Path]) -> tuple[Path, ...]:
 def _has_team(ends: Ends, path: Path) -> bool:
     near, far = ends.here.nic_of(path.here), ends.there.nic_of(path.there)
     return (near is not None and spreads(ends.here, near)) or (far is not None and spreads(ends.there, far))
+
+
+def _compression(ends: Ends, blocked: Collection[str]) -> Route:
+    """Relays over what would be chosen without them; only that if they are not possible."""
+    bare = _by_sockets(ends, "auto", blocked)
+    if ends.no_relay:
+        return msgspec.structs.replace(bare, why=f"compression is not possible: {ends.no_relay}; {bare.why}")
+    return Route(transport="compression", paths=bare.paths, why=_except("it was asked for", blocked))
 
 
 def _against(ends: Ends, several: Sequence[Path]) -> str:

@@ -39,10 +39,10 @@ class RdmaChannel:
         return ()
 
     async def compressed(self) -> None:
-        """See :class:`limosa.transport.channel.Channel`."""
+        """See :class:`limosa.transport.channel.Channel`: nobody compresses."""
 
     async def fault(self) -> None:
-        """See :class:`limosa.transport.channel.Channel`: QEMU itself says what broke."""
+        """See :class:`limosa.transport.channel.Channel`: nothing of ours is between."""
 
     def close(self) -> None:
         """See :class:`limosa.transport.channel.Channel`: it is QEMU's."""

@@ -118,9 +118,13 @@ class VmHost:
         assert migration.outcome is Outcome.COMPLETED, migration
         return migration
 
-    def log(self) -> str:
-        """What the daemon wrote."""
-        return self.vm.run("cat", str(self._folder / "daemon.log"))
+    def sent(self, *nics: str) -> dict[str, int]:
+        """Bytes that each NIC has sent since the VM was started."""
+        return {nic: int(self.vm.run(f"cat /sys/class/net/{nic}/statistics/tx_bytes")) for nic in nics}
+
+    def until_sent(self, nic: str, total: int) -> None:
+        """Return as soon as a NIC has sent so many bytes since the VM was started: sooner than a move can be asked."""
+        self.vm.run(f"while [ $(cat /sys/class/net/{nic}/statistics/tx_bytes) -lt {total} ]; do sleep 0.05; done")
 
 
 @contextmanager

@@ -126,7 +126,7 @@ class Outbound:
         try:
             carriers = await self._dial(prepared)
             try:
-                sockets = [one.stream for one in carriers]
+                sockets = [one.socket for one in carriers]
                 await relay.open_sender(sockets, credentials=self._client, window_log=self._window_log)
             except BaseException:
                 _close(carriers)
@@ -182,7 +182,7 @@ class RelayChannel:
     """One VM's stream: a :class:`limosa.transport.channel.Channel` whose socket leads to the relay."""
 
     def __init__(self, session: Outbound, relay: Relay, number: int, connection: socket.socket) -> None:
-        self.stream = connection
+        self.socket = connection
         self._session = session
         self._relay = relay
         self._number = number
@@ -190,6 +190,11 @@ class RelayChannel:
         self._carriers = session.carriers()
         #: what the session had sent over each path before this stream began
         self._before = {(one.here, one.there): one.sent_bytes for one in self._carried()}
+
+    @property
+    def stream(self) -> socket.socket:
+        """See :class:`limosa.transport.channel.Channel`."""
+        return self.socket
 
     def shorten(self) -> None:
         """See :class:`limosa.transport.channel.Channel`."""
@@ -235,7 +240,7 @@ class RelayChannel:
 
     def close(self) -> None:
         """See :class:`limosa.transport.channel.Channel`."""
-        self.stream.close()
+        self.socket.close()
 
     def _figures(self) -> ChannelStatistics:
         return self._session.figures.get(self._number, ChannelStatistics(channel=self._number))
