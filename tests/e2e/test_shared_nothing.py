@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import msgspec
 import pytest
 
+from harness.crashes import disks_of, images
 from harness.disks import assert_sound
 from harness.guests import LanClient, address_of, linux, wait_until_it_serves
 from harness.hosts import wait_until
@@ -43,17 +43,6 @@ def number(client: LanClient) -> int:
     return int(client.facts()["number"])
 
 
-def images(host: LabHost) -> list[Path]:
-    """Every image below the host's state."""
-    return sorted(host.state.rglob("*.qcow2")) + sorted(host.state.rglob("*.raw"))
-
-
-def disk_of(host: LabHost, vm: str) -> Path:
-    view = host.vm(vm)
-    assert view is not None
-    return Path(view.config.disks[0].path)
-
-
 def test_the_disk_goes_along_there_and_back(hosts: list[LabHost], client: LanClient) -> None:
     with client.talking() as conversation:
         for source, destination in ((hosts[0], hosts[1]), (hosts[1], hosts[0])):
@@ -62,7 +51,7 @@ def test_the_disk_goes_along_there_and_back(hosts: list[LabHost], client: LanCli
             assert ended.phases[Phase.STORAGE] > 0
             before = number(client)
             wait_until(lambda before=before: number(client) > before + 3, "the guest goes on numbering")
-            assert images(destination) == [disk_of(destination, "web")]
+            assert images(destination) == disks_of(destination, "web")
             assert images(source) == [], "what the VM has left is gone"
     assert conversation.faults == []
 
@@ -71,7 +60,7 @@ def test_nothing_is_lost(hosts: list[LabHost], client: LanClient) -> None:
     """Both ways and then the image as it is on the disk, without the guest having been asked to flush."""
     move(hosts[0], "web", hosts[1])
     last = number(client)
-    image = disk_of(hosts[1], "web")
+    (image,) = disks_of(hosts[1], "web")
     hosts[1].client.call(endpoints.STOP_VM, vm="web")
     assert_sound(image, last)
     hosts[1].client.call(endpoints.START_VM, vm="web")
