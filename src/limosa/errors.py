@@ -13,6 +13,7 @@
     ├── MigrationFailed       the VM stays where it was                  exit 8   HTTP 500
     │   ├── NotConverging     the guest writes faster than can be sent
     │   ├── DestinationLost   the other side died or cannot be reached
+    │   ├── RelayFailed       the process that carries and compresses died
     │   └── Cancelled         a person stopped it                        exit 9
     ├── OwnerUnknown          paused on both sides; a person decides     exit 10  HTTP 409
     ├── QemuError             QEMU did not start, died or refused        exit 11  HTTP 500
@@ -147,6 +148,12 @@ class DestinationLost(MigrationFailed):
     """The destination died or became unreachable before it owned the VM."""
 
     code = "destination-lost"
+
+
+class RelayFailed(MigrationFailed):
+    """The relay process that carries and compresses guest memory did not start, or ended."""
+
+    code = "relay-failed"
 
 
 class Cancelled(MigrationFailed):

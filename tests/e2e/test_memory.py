@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 
 import pytest
 from pyroute2 import IPRoute
 
+from harness.relays import SO_MAX_PACING_RATE
+from limosa.host.compression import Compression
 from limosa.host.multichannel import Multichannel
+from limosa.host.page import Page
 from limosa.lab import namespaces
 from limosa.lab.image import command_line, guest_image
 from limosa.migration.destination import Destination
@@ -27,7 +31,7 @@ from limosa.migration.source import SourceMove, Terms
 from limosa.model.facts import DestinationFacts, FileIdentity, VmFacts
 from limosa.model.migration import Migration, Outcome, Phase, Progress, Side
 from limosa.model.network import HostNetwork, HostNic, NicAddress
-from limosa.model.route import Route
+from limosa.model.route import Compressed, Route
 from limosa.model.vm import DirectBoot, VmConfig
 from limosa.network.mptcp import PathManager
 from limosa.qemu.arguments import Launch
@@ -38,7 +42,9 @@ from limosa.storage.identity import identify
 from limosa.testing.peer import LocalPeer
 from limosa.transport import tcp
 from limosa.transport.channel import Channel, Doorway
-from limosa.wire.peer import Prepare, Prepared, Running
+from limosa.transport.relay.frames import VERSION as RELAY_VERSION
+from limosa.transport.relay.outbound import Outbound, Seat
+from limosa.wire.peer import Prepare, Prepared, RelayPlace, Running
 
 QEMU = Path("/usr/bin/qemu-system-x86_64")
 VERSION = (10, 0, 0)
@@ -60,7 +66,7 @@ ROUNDS = (True, False, True, False)
 @pytest.mark.qemu
 def test_memory_is_moved_exactly() -> None:
     with tempfile.TemporaryDirectory(prefix="limosa-") as folder:
-        asyncio.run(rounds(Path(folder)))
+        asyncio.run(rounds(Path(folder), Plain()))
 
 
 @pytest.mark.qemu
@@ -81,10 +87,89 @@ def over_several_paths(folder: Path) -> None:
         netlink.link("set", index=1, state="up")
         for address in (*OURS, *THEIRS):
             netlink.addr("add", index=1, address=address, prefixlen=24)
-    asyncio.run(rounds(folder, Multichannel(PathManager(), folder)))
+    asyncio.run(rounds(folder, Several(folder), ROUNDS[:2]))
 
 
-async def rounds(folder: Path, multichannel: Multichannel | None = None) -> None:
+@pytest.mark.qemu
+def test_memory_is_moved_exactly_through_the_relays() -> None:
+    with tempfile.TemporaryDirectory(prefix="limosa-") as folder:
+        asyncio.run(through_the_relays(Path(folder)))
+
+
+async def through_the_relays(folder: Path) -> None:
+    relays = Relayed(folder)
+    await rounds(folder, relays, ROUNDS[:2])
+    assert sum(made.cpu_s for made in relays.made) > 0, "some of it was compressed"
+
+
+class Plain:
+    """How the memory travels: over one TCP connection."""
+
+    transport = "tcp"
+    ours: tuple[str, ...] = OURS
+    theirs: tuple[str, ...] = (ADDRESS,)
+
+    def seat(self, *, encrypt: bool) -> RelayPlace | None:
+        return None
+
+    async def connect(self, route: Route, prepared: Prepared) -> Channel:
+        return await tcp.connect(prepared.address, prepared.port, prepared.token)
+
+    async def open_door(self, request: Prepare) -> Doorway:
+        return tcp.TcpDoorway(ADDRESS, PORTS)
+
+
+class Several(Plain):
+    """Over two NICs of each host."""
+
+    transport = "multichannel"
+    theirs = THEIRS
+
+    def __init__(self, folder: Path) -> None:
+        self._multichannel = Multichannel(PathManager(), folder)
+
+    async def connect(self, route: Route, prepared: Prepared) -> Channel:
+        return await self._multichannel.connect(route, prepared)
+
+    async def open_door(self, request: Prepare) -> Doorway:
+        return await self._multichannel.open_door(request.addresses, PORTS, self._permitted, request.networks)
+
+    async def _permitted(self) -> tuple[str, ...]:
+        return THEIRS
+
+
+class Relayed(Plain):
+    """Through relays whose connection is slow enough for there to be time to compress."""
+
+    transport = "compression"
+
+    def __init__(self, folder: Path) -> None:
+        self._relays = Compression(Multichannel(PathManager(), folder), Page(folder / "settings.toml"), None)
+        self._seat: Seat | None = None
+        self.made: list[Compressed] = []
+
+    def seat(self, *, encrypt: bool) -> RelayPlace | None:
+        self._seat = Outbound(self._dial, encrypt=encrypt, several=False, window_log=24, user=None).seat()
+        return self._seat.place
+
+    async def connect(self, route: Route, prepared: Prepared) -> Channel:
+        assert self._seat is not None
+        return await self._seat.connect(prepared)
+
+    async def open_door(self, request: Prepare) -> Doorway:
+        assert request.relay is not None
+        return await self._relays.open_door("here", request.relay, (ADDRESS,), self._permitted, ())
+
+    async def _permitted(self) -> tuple[str, ...]:
+        return (ADDRESS,)
+
+    async def _dial(self, prepared: Prepared) -> list[tcp.TcpChannel]:
+        carriers = [await tcp.connect(prepared.address, prepared.port, prepared.token) for _ in range(2)]
+        carriers[0].socket.setsockopt(socket.SOL_SOCKET, SO_MAX_PACING_RATE, BRAKE_BYTES_PER_S)
+        return carriers
+
+
+async def rounds(folder: Path, way: Plain, rounds: Sequence[bool] = ROUNDS) -> None:
     """Boot a guest, then move it from QEMU to QEMU, encrypted and not."""
     image = guest_image()
     line = command_line(fill_mib=LOADED_MIB, random_mib=LOADED_MIB, rewrite_mib_per_s=REWRITE_MIB_PER_S)
@@ -105,8 +190,8 @@ async def rounds(folder: Path, multichannel: Multichannel | None = None) -> None
             while "LIMOSA REWRITES" not in console.read_text(errors="replace"):  # noqa: ASYNC110 - a file tells nobody
                 await asyncio.sleep(0.1)
         await until_it_writes(folder / "ram", machine)
-        for number, encrypt in enumerate(ROUNDS if multichannel is None else ROUNDS[:2], start=1):
-            machine = await move(folder / str(number), config, machine, multichannel, encrypt=encrypt)
+        for number, encrypt in enumerate(rounds, start=1):
+            machine = await move(folder / str(number), config, machine, way, encrypt=encrypt)
     finally:
         await machine.kill()
 
@@ -160,10 +245,10 @@ async def until_it_writes(scratch: Path, machine: Machine) -> None:
 class Here:
     """The source's :class:`limosa.migration.source.Home`."""
 
-    def __init__(self, config: VmConfig, machine: Machine, multichannel: Multichannel | None) -> None:
+    def __init__(self, config: VmConfig, machine: Machine, way: Plain) -> None:
         self._config = config
         self._machine = machine
-        self._multichannel = multichannel
+        self._way = way
 
     async def facts(self) -> VmFacts:
         return VmFacts(
@@ -174,16 +259,20 @@ class Here:
             live_migration=True,
             encrypt=True,
             post_copy=False,
-            network=network(OURS),
+            network=network(self._way.ours),
         )
 
     def carry_on(self) -> dict[str, str]:
         return {}
 
+    def seat(self, destination: str, route: Route, *, encrypt: bool) -> RelayPlace | None:
+        return self._way.seat(encrypt=encrypt)
+
+    def disconnect(self) -> None:
+        pass
+
     async def connect(self, route: Route, prepared: Prepared) -> Channel:
-        if self._multichannel is not None:
-            return await self._multichannel.connect(route, prepared)
-        return await tcp.connect(prepared.address, prepared.port, prepared.token)
+        return await self._way.connect(route, prepared)
 
     async def networks(self) -> AsyncIterator[HostNetwork]:
         for network in ():
@@ -208,12 +297,12 @@ class Here:
 class There:
     """The destination's :class:`limosa.migration.destination.Landing`."""
 
-    def __init__(self, folder: Path, config: VmConfig, multichannel: Multichannel | None) -> None:
+    def __init__(self, folder: Path, config: VmConfig, way: Plain) -> None:
         self.machine: Machine | None = None
         self.arrived = asyncio.Event()
         self._folder = folder
         self._config = config
-        self._multichannel = multichannel
+        self._way = way
 
     def facts(self) -> DestinationFacts:
         return DestinationFacts(
@@ -231,9 +320,10 @@ class There:
             files=files_of(self._config),
             firmware_available=True,
             post_copy_possible=False,
-            addresses=(ADDRESS,) if self._multichannel is None else THEIRS,
+            addresses=self._way.theirs,
             trial_port=0,
             time=0.0,
+            relay=RELAY_VERSION,
             network=network(THEIRS),
         )
 
@@ -250,13 +340,7 @@ class There:
             self.arrived.set()
 
     async def open_door(self, request: Prepare) -> Doorway:
-        if self._multichannel is None:
-            return tcp.TcpDoorway(ADDRESS, PORTS)
-
-        async def permitted() -> tuple[str, ...]:
-            return THEIRS
-
-        return await self._multichannel.open_door(request.addresses, PORTS, permitted, request.networks)
+        return await self._way.open_door(request)
 
     async def adopt(self, *, running: bool) -> None:
         assert running
@@ -309,21 +393,19 @@ class Witness(LocalPeer):
         return await super().take_over()
 
 
-async def move(
-    folder: Path, config: VmConfig, source: Machine, multichannel: Multichannel | None, *, encrypt: bool
-) -> Machine:
+async def move(folder: Path, config: VmConfig, source: Machine, way: Plain, *, encrypt: bool) -> Machine:
     """Move the VM with the product's scripts and judge what was moved; returns the QEMU it is in now."""
     folder.mkdir()
     scratch = folder / "ram"
-    landing = There(folder / "qemu", config, multichannel)
+    landing = There(folder / "qemu", config, way)
     headers = [header(config, side) for side in Side]
     destination = Destination(Journal.begin(folder, headers[1]), landing, boot="boot")
     witness = Witness(destination, landing, source, scratch)
     views: list[Migration] = []
-    terms = Terms(ConvergencePolicy(), "tcp" if multichannel is None else "multichannel", encrypt)
+    terms = Terms(ConvergencePolicy(), way.transport, encrypt)
     report = Report(first_view(), views.append)
     script = SourceMove(
-        Journal.begin(folder, headers[0]), source, dialler(witness), Here(config, source, multichannel), terms, report
+        Journal.begin(folder, headers[0]), source, dialler(witness), Here(config, source, way), terms, report
     )
     passes = released_after(source, ENOUGH_PASSES)
     at_first = await memory(source, scratch)
@@ -335,8 +417,11 @@ async def move(
     assert views[-1].progress.transferred_bytes > ENOUGH_PASSES * LOADED_MIB * MIB
     assert views[-1].route is not None
     used = [path.sent_bytes for path in views[-1].route.paths]
-    assert len(used) == (1 if multichannel is None else 2)
+    assert len(used) == len(way.theirs)
     assert min(used) > ENOUGH_PASSES * MIB
+    if isinstance(way, Relayed):
+        assert views[-1].route.compressed is not None
+        way.made.append(views[-1].route.compressed)
     await destination.abandoned()  # the session is over, and with it the door
     flipped = bytearray(witness.there)
     flipped[-1] ^= 1

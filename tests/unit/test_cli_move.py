@@ -145,6 +145,7 @@ def test_options_reach_the_host(host: Host) -> None:
         "blackout_budget_ms": 20,
         "post_copy": False,
         "storage": {"vda": "fast", "vdb": "bulk"},
+        "flatten": False,
         "keep": True,
     }
     assert [endpoint for endpoint, _, _ in host.seen] == [MOVE]

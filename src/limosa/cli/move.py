@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator
+from typing import get_args
 
 from limosa.cli.arguments import Commands, add_command
 from limosa.cli.connection import client_of
@@ -18,6 +19,7 @@ from limosa.errors import InvalidInput, LimosaError, PreflightRefused, from_faul
 from limosa.model.migration import Migration
 from limosa.model.vm import VmState
 from limosa.settings import toml
+from limosa.settings.host import Transport
 from limosa.wire import endpoints
 from limosa.wire.api import CheckRequest, MoveRequest
 
@@ -46,7 +48,7 @@ def register(commands: Commands[argparse.ArgumentParser]) -> None:
     move.add_argument("--to", metavar="HOST", required=True, help="the destination, a host name or address")
     move.add_argument("--all", action="store_true", help="every VM that runs on the host")
     move.add_argument("--detach", action="store_true", help="return as soon as the moves are accepted")
-    move.add_argument("--transport", choices=("auto", "tcp", "multichannel"), help="instead of the host's setting")
+    _add_transport(move)
     move.add_argument("--bandwidth", metavar="MBIT/S", type=int, help="cap for this move, 0: none")
     move.add_argument("--blackout-budget", metavar="MS", type=float, help="the longest blackout it may plan for")
     move.add_argument(
@@ -60,7 +62,7 @@ def register(commands: Commands[argparse.ArgumentParser]) -> None:
         "check",
         "say everything that stands against a move, without moving",
         _check,
-        examples=["check web1 --to host2", "check web1 --to host2 --json"],
+        examples=["check web1 --to host2", "check web1 --to host2 --transport compression --json"],
         notes="Exit code 6 if the move would be refused. The move runs the same checks.",
     )
     check.add_argument("vm", metavar="VM")
@@ -72,10 +74,18 @@ def register(commands: Commands[argparse.ArgumentParser]) -> None:
             help="copy disks to these locations of the destination; without it those it does not see are copied to the "
             "location of the same name as here, else its default one",
         )
+        parser.add_argument(
+            "--flatten", action="store_true", help="copy disks in one piece, also where the destination has their base"
+        )
+    _add_transport(check)
+
+
+def _add_transport(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--transport", choices=get_args(Transport), help="instead of the host's setting")
 
 
 def _check(arguments: argparse.Namespace) -> int:
-    raw = {"vm": arguments.vm, "destination": arguments.to, "options": {"storage": _storage(arguments.storage)}}
+    raw = {"vm": arguments.vm, "destination": arguments.to, "options": _options(arguments)}
     request = toml.convert(raw, CheckRequest, where="the request")
     with client_of(arguments) as client:
         found = client.call(endpoints.CHECK, request)
@@ -118,11 +128,10 @@ def _names(arguments: argparse.Namespace) -> list[str]:
 def _mover(arguments: argparse.Namespace) -> Callable[[str], Iterator[Migration]]:
     """What a thread does for each VM: ask for the move and, unless detached, follow it."""
     values = {
-        "transport": arguments.transport,
+        **_options(arguments),
         "bandwidth_mbit_per_s": arguments.bandwidth,
         "blackout_budget_ms": arguments.blackout_budget,
         "post_copy": arguments.post_copy,
-        "storage": _storage(arguments.storage),
         "keep": arguments.keep,
     }
 
@@ -137,6 +146,15 @@ def _mover(arguments: argparse.Namespace) -> Callable[[str], Iterator[Migration]
                 yield from follow(client, migration)
 
     return begin
+
+
+def _options(arguments: argparse.Namespace) -> dict[str, object]:
+    """Those that a check and a move have in common."""
+    return {
+        "transport": arguments.transport,
+        "storage": _storage(arguments.storage),
+        "flatten": arguments.flatten,
+    }
 
 
 def _storage(text: str | None) -> dict[str, str]:

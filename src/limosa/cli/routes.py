@@ -5,16 +5,25 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from limosa.cli.output import say
-from limosa.model.route import Path, Route
+from limosa.model.route import Compressed, Path, Route
 from limosa.model.storage import DiskAction, DiskPlan
 from limosa.model.units import format_bytes
 
 
 def say_route(route: Route) -> None:
-    """The transport with its reason, then a line for each path."""
+    """The transport with its reason, a line for each path, and what was compressed."""
     say(f"transport: {route.transport}" + (f" ({route.why})" if route.why else ""))
     for path in route.paths:
         say(f"  {_end(path.nic_here, path.here)} to {_end(path.nic_there, path.there)}{_figures(path)}")
+
+    if route.compressed is not None:
+        say(f"  {_compressed(route.compressed)}")
+
+
+def _compressed(made: Compressed) -> str:
+    ratio = f" (1 to {made.ratio:.1f})" if made.ratio else ""
+    sizes = f"{format_bytes(made.raw_bytes)} sent as {format_bytes(made.sent_bytes)}{ratio}"
+    return f"{sizes}, {made.cpu_s:.1f} s of processor time to compress, {made.connections} connections"
 
 
 def say_disks(plans: Iterable[DiskPlan]) -> None:

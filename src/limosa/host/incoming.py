@@ -9,7 +9,7 @@ import contextlib
 import logging
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from limosa.errors import (
@@ -21,6 +21,7 @@ from limosa.errors import (
     PreflightRefused,
     StateError,
 )
+from limosa.host.compression import Compression
 from limosa.host.files import Files
 from limosa.host.inspection import Inspector
 from limosa.host.multichannel import Multichannel
@@ -35,6 +36,7 @@ from limosa.migration.ownership import DESTINATION_ENDED, DestinationStep
 from limosa.model.facts import DestinationFacts
 from limosa.model.finding import Finding
 from limosa.model.migration import Migration, Outcome, Phase, Progress, Side
+from limosa.model.storage import BackingFile
 from limosa.network.addresses import stream_addresses
 from limosa.qemu.protocol import MachineProtocol
 from limosa.transport import tcp
@@ -58,6 +60,7 @@ class Incoming:
         files: Files,
         inspector: Inspector,
         multichannel: Multichannel,
+        compression: Compression,
         storage: Storage,
         boot: str,
     ) -> None:
@@ -70,6 +73,7 @@ class Incoming:
         self._inspector = inspector
         self._multichannel = multichannel
         self._storage = storage
+        self._compression = compression
         self._boot = boot
         self._landing: dict[str, Destination] = {}
 
@@ -82,6 +86,10 @@ class Incoming:
         addresses = stream_addresses(network, reached_at)
         port = await trial.enter_async_context(tcp.trial(addresses, self._page.now.migration_ports))
         return await self._inspector.destination_facts(asked.vm, asked.accelerator, network, addresses, port)
+
+    async def find_files(self, files: Sequence[BackingFile]) -> tuple[BackingFile | None, ...]:
+        """Where this host has files with these contents; None where it has not."""
+        return tuple([await self._storage.find(file) for file in files])
 
     def begin(self, request: Prepare, source: str, reached_at: str) -> Destination:
         """A landing for a VM, journalled but with nothing reserved yet."""
@@ -125,6 +133,8 @@ class Incoming:
             disk = named.get(plan.disk)
             if plan.path != path or disk is None or (disk.path, disk.format) != (plan.path, plan.format):
                 raise InvalidInput(f"the image of disk {plan.disk} cannot be {plan.path}", vm=request.vm.name)
+            if plan.backing is not None and not self._storage.places.of(plan.backing.path):
+                raise InvalidInput(f"{plan.backing.path} cannot be shown to a guest", vm=request.vm.name)
 
     def find(self, migration: str, source: str) -> Destination | None:
         """The landing of an earlier migration from ``source``, also one that has ended; None if there was none."""
@@ -187,6 +197,7 @@ class Incoming:
             self.slots,
             self._inspector,
             self._multichannel,
+            self._compression,
             self._storage,
             self._page,
             reached_at,
@@ -204,6 +215,7 @@ class LandingHere:
         slots: Slots,
         inspector: Inspector,
         multichannel: Multichannel,
+        compression: Compression,
         storage: Storage,
         page: Page,
         reached_at: str,
@@ -214,6 +226,7 @@ class LandingHere:
         self._inspector = inspector
         self._multichannel = multichannel
         self._storage = storage
+        self._compression = compression
         self._page = page
         self._reached_at = reached_at
         self._has_slot = False
@@ -244,6 +257,9 @@ class LandingHere:
             raise NetworkError(
                 "this host has no address on a network that may carry moves", host=self._header.destination
             )
+        if request.relay is not None:
+            source = self._header.source
+            return await self._compression.open_door(source, request.relay, chosen, self._offered, request.networks)
         ports = self._page.now.migration_ports
         if request.transport != "multichannel":
             return tcp.TcpDoorway(chosen[0], ports)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from pathlib import Path
 
+from limosa.errors import StorageError
 from limosa.host.memory import available_mib
 from limosa.host.page import Page
 from limosa.host.storage import Storage
@@ -19,7 +21,9 @@ from limosa.network.nics import inventory
 from limosa.network.switches import switches
 from limosa.qemu.capabilities import QemuCapabilities
 from limosa.settings.daemon import DaemonSettings
+from limosa.storage import chains
 from limosa.storage.identity import identify
+from limosa.transport.relay.frames import VERSION as RELAY_VERSION
 
 
 class Inspector:
@@ -99,6 +103,7 @@ class Inspector:
             addresses=addresses,
             trial_port=trial_port,
             time=time.time(),
+            relay=RELAY_VERSION,
             network=network,
             locations=locations,
         )
@@ -109,9 +114,20 @@ class Inspector:
         shared = places.shared()
 
         def look() -> tuple[FileIdentity, ...]:
+            seen = [(path, "") for path in vm.host_files()] + _below(vm)
             found = [
-                identify(path, shared, digest=path in boot, user=self._user, own=places.own) for path in vm.host_files()
+                identify(path, shared, digest=path in boot, user=self._user, own=places.own, below=above)
+                for path, above in seen
             ]
             return tuple(identity for identity in found if identity is not None)
 
         return await asyncio.to_thread(look) if vm.host_files() else ()
+
+
+def _below(vm: VmConfig) -> list[tuple[str, str]]:
+    """Each file below a disk, with the path of that disk. What cannot be read is told elsewhere: it is not visible."""
+    found = []
+    for disk in vm.disks:
+        with contextlib.suppress(StorageError):
+            found += [(path, disk.path) for path, _ in chains.below(disk.path, disk.format)]
+    return found

@@ -11,7 +11,7 @@ from limosa.errors import LimosaError
 from limosa.model.route import Route
 from limosa.network.changes import changes
 from limosa.transport import multichannel
-from limosa.transport.channel import Channel, Doorway
+from limosa.transport.channel import Channel
 from limosa.transport.choice import is_allowed
 from limosa.transport.endpoints import Endpoints, Hold, PathManager
 from limosa.transport.multichannel import MultichannelDoorway
@@ -42,7 +42,7 @@ class Multichannel:
 
     async def open_door(
         self, chosen: Sequence[str], ports: tuple[int, int], permitted: Addresses, networks: Sequence[str]
-    ) -> Doorway:
+    ) -> MultichannelDoorway:
         """The destination's end, at the addresses the source has chosen. Raises :class:`NetworkError`.
 
         An address that appears later is announced if it lies in one of ``networks``, which the source is on, or if

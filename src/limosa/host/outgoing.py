@@ -16,6 +16,7 @@ import msgspec
 
 from limosa.background import Background
 from limosa.errors import Conflict, HostUnreachable, LimosaError
+from limosa.host.compression import Compression
 from limosa.host.files import Files
 from limosa.host.inspection import Inspector
 from limosa.host.multichannel import Multichannel
@@ -38,15 +39,15 @@ from limosa.model.finding import Finding, Severity
 from limosa.model.migration import Migration, Outcome, Phase, Progress, Side
 from limosa.model.network import HostNetwork
 from limosa.model.route import Route
-from limosa.model.storage import DiskFacts
-from limosa.model.vm import Disk, VmState
+from limosa.model.vm import VmState
 from limosa.network.changes import changes
 from limosa.security import tls
 from limosa.settings.address import split_address
 from limosa.transport import tcp
 from limosa.transport.channel import Channel
+from limosa.transport.relay.outbound import Seat
 from limosa.wire.api import CheckReport, CheckRequest, MoveOptions, MoveRequest
-from limosa.wire.peer import Prepared
+from limosa.wire.peer import Prepared, RelayPlace
 
 _log = logging.getLogger(__name__)
 
@@ -67,6 +68,7 @@ class Outgoing:
         files: Files,
         inspector: Inspector,
         multichannel: Multichannel,
+        compression: Compression,
         storage: Storage,
         views: Views,
         boot: str,
@@ -80,6 +82,7 @@ class Outgoing:
         self._inspector = inspector
         self._multichannel = multichannel
         self._storage = storage
+        self._compression = compression
         self._boot = boot
         self._views = views
         self._active: dict[str, SourceMove] = {}
@@ -97,7 +100,7 @@ class Outgoing:
             try:
                 destination = peer.host
                 facts = self._inspector.vm_facts(hosted)
-                examined = await examine(peer, self._question(hosted, request.options), facts, self._storage.facts)
+                examined = await examine(peer, self._question(hosted, request.options), facts, self._storage)
                 findings, route, disks = examined.findings, examined.route, examined.disks
             finally:
                 await peer.close()
@@ -124,6 +127,7 @@ class Outgoing:
             accelerator=hosted.accelerator or "tcg",
             transport=options.transport or self._page.now.transport,
             storage=options.storage,
+            flatten=options.flatten,
             tag=new_identity(),
         )
 
@@ -197,7 +201,9 @@ class Outgoing:
         terms = self._terms(options)
         report = Report(self._first_view(header, terms.transport), self._views.publish)
         own_cap = (options.bandwidth_mbit_per_s or 0) * MBIT_BYTES
-        leaving = Leaving(hosted, self._vms, self._inspector, self._multichannel, self._storage, self, own_cap)
+        leaving = Leaving(
+            hosted, self._vms, self._inspector, self._multichannel, self._compression, self._storage, self, own_cap
+        )
         machine = hosted.machine if hosted is not None else None
         move = SourceMove(journal, machine, self._dialler(header.address), leaving, terms, report)
         self._active[header.migration] = move
@@ -277,7 +283,7 @@ class Outgoing:
             changes["post_copy"] = options.post_copy
         transport = options.transport or settings.transport
         policy = msgspec.structs.replace(policy, **changes)
-        return Terms(policy, transport, settings.encrypt, options.storage, options.keep)
+        return Terms(policy, transport, settings.encrypt, options.storage, options.flatten, options.keep)
 
     def bandwidth_share(self) -> int:
         """Bytes per second each move may use now, 0: no cap."""
@@ -319,6 +325,7 @@ class Leaving:
         vms: Vms,
         inspector: Inspector,
         multichannel: Multichannel,
+        compression: Compression,
         storage: Storage,
         outgoing: Outgoing,
         own_cap: int,
@@ -327,7 +334,9 @@ class Leaving:
         self._vms = vms
         self._inspector = inspector
         self._multichannel = multichannel
-        self._storage = storage
+        self.disks = storage
+        self._compression = compression
+        self._seat: Seat | None = None
         self._outgoing = outgoing
         #: bytes per second asked for this move, 0: none
         self._own_cap = own_cap
@@ -343,15 +352,25 @@ class Leaving:
         seed = self._vms.seed_of(self._hosted.config)
         return {"seed.iso": base64.b64encode(seed).decode()} if seed is not None else {}
 
+    def seat(self, destination: str, route: Route, *, encrypt: bool) -> RelayPlace | None:
+        """See :class:`limosa.migration.source.Home`."""
+        if route.transport != "compression":
+            return None
+        self._seat = self._compression.seat(destination, route, encrypt=encrypt)
+        return self._seat.place
+
+    def disconnect(self) -> None:
+        """See :class:`limosa.migration.source.Home`."""
+        if self._seat is not None:
+            self._seat.release()
+
     async def connect(self, route: Route, prepared: Prepared) -> Channel:
         """See :class:`limosa.migration.source.Home`."""
+        if self._seat is not None:
+            return await self._seat.connect(prepared)
         if route.transport == "multichannel":
             return await self._multichannel.connect(route, prepared)
         return await tcp.connect(prepared.address, prepared.port, prepared.token, route.paths[0].here)
-
-    async def disk_facts(self, disks: Sequence[Disk]) -> tuple[DiskFacts, ...]:
-        """See :class:`limosa.migration.source.Home`."""
-        return await self._storage.facts(disks)
 
     async def connect_disks(self, route: Route, prepared: Prepared) -> socket.socket:
         """See :class:`limosa.migration.source.Home`."""
@@ -380,7 +399,7 @@ class Leaving:
         if self._hosted is not None:
             self._vms.forget(self._hosted)
         for path in images:
-            self._storage.remove(path)
+            self.disks.remove(path)
 
     async def vm_stays(self) -> None:
         """See :class:`limosa.migration.source.Home`."""

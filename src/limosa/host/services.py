@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from limosa.errors import LimosaError, StateError
+from limosa.host.compression import Compression
 from limosa.host.disk_moves import DiskMoves
 from limosa.host.files import Files
 from limosa.host.incoming import Incoming
@@ -59,14 +60,25 @@ async def assemble(daemon: DaemonSettings, files: Files) -> Services:
     vms = Vms(daemon.name, files, launcher)
     for fault in await vms.load():
         _log.error("%s", fault)
-    storage = Storage(page, files)
+    storage = Storage(page, files, user)
     views = Views(daemon.name, files.migrations)
     inspector = Inspector(daemon, page, vms, capabilities, netlink, storage, user)
     multichannel = Multichannel(PathManager(), files.run)
     await multichannel.endpoints.clean()
-    incoming = Incoming(daemon.name, vms, page, files, inspector, multichannel, storage, boot)
+    compression = Compression(multichannel, page, user)
+    incoming = Incoming(daemon.name, vms, page, files, inspector, multichannel, compression, storage, boot)
     outgoing = Outgoing(
-        daemon.name, Path(daemon.certificates), vms, page, files, inspector, multichannel, storage, views, boot
+        daemon.name,
+        Path(daemon.certificates),
+        vms,
+        page,
+        files,
+        inspector,
+        multichannel,
+        compression,
+        storage,
+        views,
+        boot,
     )
     return Services(
         name=daemon.name,

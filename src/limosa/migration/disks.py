@@ -13,7 +13,7 @@ import msgspec
 
 from limosa.model.facts import DestinationFacts, VmFacts
 from limosa.model.finding import Finding
-from limosa.model.storage import DiskAction, DiskFacts, DiskPlan, Location
+from limosa.model.storage import BackingFile, DiskAction, DiskFacts, DiskPlan, Location
 from limosa.model.units import format_bytes
 from limosa.model.vm import Disk, DiskFormat, VmConfig
 from limosa.storage.identity import same_file
@@ -44,9 +44,17 @@ def image_name(vm: str, disk: str, tag: str, image_format: str) -> str:
 
 
 def plan(
-    vm: VmConfig, facts: Sequence[DiskFacts], there: DestinationFacts, wishes: Mapping[str, str], tag: str
+    vm: VmConfig,
+    facts: Sequence[DiskFacts],
+    there: DestinationFacts,
+    wishes: Mapping[str, str],
+    tag: str,
+    bases: Mapping[str, BackingFile],
 ) -> tuple[tuple[DiskPlan, ...], tuple[Finding, ...]]:
-    """The plan for every disk, and what stands against it. ``facts``: of those :func:`to_copy` names."""
+    """The plan for every disk, and what stands against it.
+
+    ``facts``: of those :func:`to_copy` names; ``bases``: what lies below them, by disk, where the destination has it.
+    """
     known = {fact.name: fact for fact in facts}
     locations = {location.name: location for location in there.locations}
     plans: list[DiskPlan] = []
@@ -61,7 +69,8 @@ def plan(
         if location is None:
             findings.append(_no_location(disk, wishes.get(disk.name, ""), there))
         else:
-            plans.append(copied(vm.name, fact, location, tag))
+            whole = copied(vm.name, fact, location, tag)
+            plans.append(_above(whole, fact, bases[disk.name]) if disk.name in bases else whole)
     findings += _unknown_disks(vm, wishes)
     findings += space(plans, locations, there.host)
     return tuple(plans), tuple(findings)
@@ -118,6 +127,17 @@ def copied(
     )
 
 
+def _above(whole: DiskPlan, fact: DiskFacts, base: BackingFile) -> DiskPlan:
+    """The plan for a disk of which only the overlay is copied."""
+    return msgspec.structs.replace(
+        whole,
+        action=DiskAction.COPY_OVERLAY,
+        expected_bytes=fact.allocated_bytes,
+        backing=base,
+        why=f"{whole.why}, without what lies below it, which is there as {base.path}",
+    )
+
+
 def _location(fact: DiskFacts, locations: Mapping[str, Location], wish: str) -> Location | None:
     if wish:
         return locations.get(wish)
@@ -152,8 +172,8 @@ def against_copying(fact: DiskFacts) -> list[Finding]:
     return [
         Finding.error(
             "disk-snapshots",
-            f"disk {fact.name} holds the snapshots {', '.join(fact.snapshots)}, which a copy would lose",
-            f"delete them with qemu-img snapshot -d NAME {fact.path} while the VM is stopped, or share the storage",
+            f"disk {fact.name} holds {fact.snapshots} snapshots, which a copy would lose",
+            f"see qemu-img snapshot -l {fact.path}; delete them while the VM is stopped, or share the storage",
         )
     ]
 

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from limosa.migration import disks, preflight
 from limosa.migration.peer import Peer
 from limosa.model.facts import VmFacts
 from limosa.model.finding import Finding
 from limosa.model.route import Route
-from limosa.model.storage import DiskFacts, DiskPlan
+from limosa.model.storage import BackingFile, DiskFacts, DiskPlan
 from limosa.model.vm import Accelerator, Disk, VmConfig
 from limosa.transport import tcp
 from limosa.transport.advise import between
 from limosa.transport.choice import Ends, choose
+from limosa.transport.relay.frames import VERSION as RELAY_VERSION
 
 T = TypeVar("T")
 
@@ -31,8 +32,20 @@ class Question:
     transport: str
     #: which location of the destination a disk goes to, by the disk's name
     storage: Mapping[str, str]
+    #: whether disks are copied in one piece, also where the destination has what lies below them
+    flatten: bool
     #: the identity of the move
     tag: str
+
+
+class DisksHere(Protocol):
+    """What is asked of this host about disks that must be copied. Raises :class:`StorageError`."""
+
+    async def facts(self, disks: Iterable[Disk]) -> tuple[DiskFacts, ...]:
+        """What there is to know about them."""
+
+    async def digest(self, backing: BackingFile) -> BackingFile:
+        """The same file with the digest of its contents."""
 
 
 @dataclass(frozen=True)
@@ -49,19 +62,22 @@ async def examine(
     peer: Peer,
     question: Question,
     facts: Coroutine[Any, Any, VmFacts],
-    disk_facts: Callable[[Sequence[Disk]], Awaitable[tuple[DiskFacts, ...]]],
+    disks_here: DisksHere,
 ) -> Examined:
     """Ask the destination, try its ports, choose the way, plan for the disks, and judge.
 
-    ``facts`` are gathered here while the destination gathers its own; ``disk_facts`` only of disks that must be copied.
+    ``facts`` are gathered here while the destination gathers its own; ``disks_here`` is asked about disks that must be
+    copied.
     """
     vm = question.vm
     (there, skew), here = await both(peer.inspect(vm, question.accelerator), facts)
-    ends = Ends(question.source, there.host, here.network, there.network, there.addresses)
+    no_relay = "" if there.relay == RELAY_VERSION else f"host '{there.host}' knows another version of it, or none"
+    ends = Ends(question.source, there.host, here.network, there.network, there.addresses, no_relay)
     route = await _open_route(ends, question.transport, there.trial_port)
     copied = disks.to_copy(vm, here, there, question.storage)
-    of_disks = await disk_facts(copied) if copied else ()
-    plans, against = disks.plan(vm, of_disks, there, question.storage, question.tag)
+    of_disks = await disks_here.facts(copied) if copied else ()
+    bases = {} if question.flatten else await _bases(peer, disks_here, of_disks)
+    plans, against = disks.plan(vm, of_disks, there, question.storage, question.tag, bases)
     findings = preflight.check(
         vm,
         question.source,
@@ -72,6 +88,16 @@ async def examine(
         copied={disk.path for disk in copied},
     )
     return Examined((*against, *findings, *between(ends, route)), route, ends, plans)
+
+
+async def _bases(peer: Peer, disks_here: DisksHere, facts: Sequence[DiskFacts]) -> dict[str, BackingFile]:
+    """What lies below disks here, where the destination has it too; by disk."""
+    overlays = [fact for fact in facts if fact.backing is not None]
+    if not overlays:
+        return {}
+    wanted = [await disks_here.digest(fact.backing) for fact in overlays if fact.backing is not None]
+    found = await peer.find_files(wanted)
+    return {fact.name: base for fact, base in zip(overlays, found, strict=True) if base is not None}
 
 
 async def _open_route(ends: Ends, transport: str, port: int) -> Route:

@@ -28,8 +28,9 @@ class Paths:
         self._ends = ends
         self._channel = channel
 
-    def look(self) -> Route:
+    async def look(self) -> Route:
         """The route as it is now; what has carried nothing yet is in it as it was chosen."""
+        compressed = await self._channel.compressed()
         paths = {(path.here, path.there): path for path in self._route.paths}
         used = self._channel.used()
         routed = [pair for pair in paths if not pair[0] and used]
@@ -37,7 +38,7 @@ class Paths:
             paths[one.here, one.there] = self._path(one, paths.get((one.here, one.there)))
         for pair in routed:
             del paths[pair]  # by now it is known which address of ours it was
-        self._route = msgspec.structs.replace(self._route, paths=tuple(paths.values()))
+        self._route = msgspec.structs.replace(self._route, paths=tuple(paths.values()), compressed=compressed)
         return self._route
 
     def _path(self, used: Used, known: Path | None) -> Path:
@@ -53,7 +54,7 @@ class Paths:
 
     async def follow(self, networks: AsyncIterator[HostNetwork], peer: Peer) -> None:
         """Have NICs used that appear here, until cancelled."""
-        if self._route.transport != "multichannel":
+        if self._route.transport not in ("multichannel", "compression"):
             return
         known = self._possible()
         async for network in networks:

@@ -137,8 +137,9 @@ def _files(vm: VmConfig, here: VmFacts, there: DestinationFacts, copied: Collect
     ours = {identity.path: identity for identity in here.files}
     theirs = {identity.path: identity for identity in there.files}
     writable = {disk.path for disk in vm.disks if not disk.read_only}
-    for path in vm.host_files():
-        if path in copied:
+    below = {identity.path: identity.below for identity in here.files if identity.below}
+    for path in dict.fromkeys([*vm.host_files(), *below]):
+        if path in copied or below.get(path) in copied:
             continue
         if path not in theirs:
             yield Finding.error(

@@ -26,7 +26,7 @@ import msgspec
 from limosa.errors import Cancelled, LimosaError, MigrationFailed, NotConverging, PreflightRefused, QemuGone
 from limosa.migration import convergence, disks, mirrors, progress
 from limosa.migration.convergence import Convergence
-from limosa.migration.examination import Examined, Question, both, examine
+from limosa.migration.examination import DisksHere, Examined, Question, both, examine
 from limosa.migration.journal import Journal
 from limosa.migration.mirrors import Mirrors
 from limosa.migration.ownership import SourceStep
@@ -38,15 +38,14 @@ from limosa.model.finding import Severity
 from limosa.model.migration import Phase, Progress
 from limosa.model.network import HostNetwork
 from limosa.model.route import Route
-from limosa.model.storage import DiskFacts, DiskPlan
+from limosa.model.storage import DiskPlan
 from limosa.model.units import MIB
-from limosa.model.vm import Disk
 from limosa.qemu.protocol import Event, MachineProtocol, MigrationState, MigrationStatistics, StreamParameters
 from limosa.security.stream import make_credentials
 from limosa.settings.host import ConvergencePolicy
 from limosa.transport.channel import Channel
 from limosa.transport.choice import connected
-from limosa.wire.peer import Prepare, Prepared, StreamCredentials
+from limosa.wire.peer import Prepare, Prepared, RelayPlace, StreamCredentials
 
 LOOK_EVERY_S = 0.2
 
@@ -62,6 +61,8 @@ class Terms:
     encrypt: bool
     #: which location of the destination a disk goes to, by the disk's name
     storage: Mapping[str, str] = field(default_factory=dict)
+    #: whether disks are copied in one piece, also where the destination has what lies below them
+    flatten: bool = False
     #: whether images the VM leaves behind are kept
     keep: bool = False
 
@@ -79,8 +80,9 @@ class Home(Protocol):
     def carry_on(self) -> dict[str, str]:
         """Small files of the VM's own that go along, base64 by name."""
 
-    async def disk_facts(self, disks: Sequence[Disk]) -> tuple[DiskFacts, ...]:
-        """What there is to know about disks that are to be copied. Raises :class:`StorageError`."""
+    @property
+    def disks(self) -> DisksHere:
+        """What is asked about disks that are to be copied."""
 
     async def connect_disks(self, route: Route, prepared: Prepared) -> socket.socket:
         """A connection to the destination for one disk. Raises :class:`DestinationLost`."""
@@ -88,11 +90,17 @@ class Home(Protocol):
     def disk_bandwidth(self, disks: int) -> int:
         """Bytes per second each of so many disks may use, 0: no cap."""
 
+    def seat(self, destination: str, route: Route, *, encrypt: bool) -> RelayPlace | None:
+        """The place of this move's stream in a session of relays; None if its route takes no relay."""
+
     async def connect(self, route: Route, prepared: Prepared) -> Channel:
         """A connection to the destination for the guest's memory, by the transport of ``route``.
 
-        Raises :class:`DestinationLost` and :class:`NetworkError`.
+        Raises :class:`DestinationLost`, :class:`RelayFailed` and :class:`NetworkError`.
         """
+
+    def disconnect(self) -> None:
+        """Let go of what :meth:`seat` and :meth:`connect` took. May be repeated."""
 
     def networks(self) -> AsyncIterator[HostNetwork]:
         """This host's network, again after each change."""
@@ -160,7 +168,7 @@ class SourceMove:
                 self.report.enter(Phase.STORAGE)
                 await self.guard(self.copy_disks(self.machine, prepared))
             self.report.enter(Phase.COPY)
-            await self.guard(self.copy(self.machine, prepared))
+            await self._copied(self.machine, prepared)
             await self.switch_over(self.machine)
             await self.tear_down()
         finally:
@@ -172,8 +180,10 @@ class SourceMove:
         examined = await self.check(peer)
         copies = disks.copies(examined.disks)
         self.journal.record(SourceStep.PREPARING, time.time(), left=self._left_behind(copies))
-        server, client = make_credentials() if self.terms.encrypt else (None, None)
         disks_server, self.disk_credentials = make_credentials() if copies else (None, None)
+        relay = self.home.seat(examined.ends.destination, examined.route, encrypt=self.terms.encrypt)
+        # Memory that relays carry leaves the host through their TLS, and is not encrypted twice.
+        server, client = make_credentials() if self.terms.encrypt and relay is None else (None, None)
         request = Prepare(
             migration=self.header.migration,
             vm=disks.landed(self.header.vm, examined.disks),
@@ -181,6 +191,7 @@ class SourceMove:
             transport=examined.route.transport,
             addresses=tuple(path.there for path in examined.route.paths),
             networks=connected(examined.ends.here),
+            relay=relay,
             credentials=server,
             post_copy=self.terms.policy.post_copy,
             running=self.header.was_running,
@@ -207,9 +218,10 @@ class SourceMove:
             accelerator=header.accelerator,
             transport=self.terms.transport,
             storage=self.terms.storage,
+            flatten=self.terms.flatten,
             tag=header.migration,
         )
-        examined = self.examined = await examine(peer, question, self._facts(), self.home.disk_facts)
+        examined = self.examined = await examine(peer, question, self._facts(), self.home.disks)
         findings = examined.findings
         if any(finding.severity is Severity.ERROR for finding in findings):
             raise PreflightRefused(findings, vm=self.header.vm.name, host=peer.host)
@@ -280,6 +292,19 @@ class SourceMove:
         if self.mirrors is not None:
             await self.mirrors.finish()
         await machine.continue_migration()
+
+    async def _copied(self, machine: MachineProtocol, prepared: Prepared) -> None:
+        """:meth:`copy`, guarded. What carries the stream knows best why it broke."""
+        try:
+            await self.guard(self.copy(machine, prepared))
+        except Cancelled:
+            raise
+        except MigrationFailed as error:
+            fault = await self.channel.fault() if self.channel is not None else None
+            if fault is None:
+                raise
+            fault.vm, fault.host = self.header.vm.name, self.header.destination
+            raise fault from error
 
     async def switch_over(self, machine: MachineProtocol) -> None:
         """Give the destination the word. From here on only ``settle`` may let the guest run here again."""
@@ -363,6 +388,7 @@ class SourceMove:
         if self.channel is not None:
             self.channel.close()
             self.channel = None
+        self.home.disconnect()
 
     def _in_line(self, place: int) -> None:
         if place == 0:
@@ -403,7 +429,7 @@ class SourceMove:
         self.report.bar = self.report.bar.moved(self.report.now.phase, look)
         note = "" if isinstance(action, convergence.GiveUp) else action.note
         shown = progress.progress(self.report.bar, look, limit_ms=judge.downtime_limit_ms, note=note)
-        self.report.change(progress=self._with_disks(shown), route=self._route())
+        self.report.change(progress=self._with_disks(shown), route=await self._route())
         return judge
 
     def _with_disks(self, shown: Progress) -> Progress:
@@ -445,11 +471,11 @@ class SourceMove:
             progress=self._with_disks(shown),
             transfer_s=look.total_s,
             qemu_downtime_ms=look.downtime_ms,
-            route=self._route(),
+            route=await self._route(),
         )
 
-    def _route(self) -> Route | None:
-        return self.paths.look() if self.paths is not None else self.report.now.route
+    async def _route(self) -> Route | None:
+        return await self.paths.look() if self.paths is not None else self.report.now.route
 
 
 POST_COPY = frozenset(

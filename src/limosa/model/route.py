@@ -21,6 +21,21 @@ class Path(Model, forbid_unknown_fields=False, frozen=True):
     sent_bytes: int = 0
 
 
+class Compressed(Model, forbid_unknown_fields=False, frozen=True):
+    """What the relays made of a VM's memory so far."""
+
+    #: as QEMU sent it
+    raw_bytes: int
+    #: as it went over the network, less what TLS and TCP add
+    sent_bytes: int
+    #: the one over the other; null while nothing was sent
+    ratio: float | None
+    #: processor time spent on compressing it
+    cpu_s: float
+    #: TCP connections between the two relays, which all VMs share that move this way meanwhile
+    connections: int
+
+
 class Route(Model, forbid_unknown_fields=False, frozen=True):
     """What was chosen for a move. ``paths`` are best first, and empty if nothing leads there."""
 
@@ -28,3 +43,5 @@ class Route(Model, forbid_unknown_fields=False, frozen=True):
     paths: tuple[Path, ...] = ()
     #: in words
     why: str = ""
+    #: null if no relay carries it
+    compressed: Compressed | None = None

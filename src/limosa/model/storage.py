@@ -44,12 +44,15 @@ class Location(Model, forbid_unknown_fields=False, frozen=True):
 
 
 class BackingFile(Model, forbid_unknown_fields=False, frozen=True):
-    """The file below an overlay. ``digest``: SHA-256 of its contents, hex; empty if it has one below it itself."""
+    """The one file below an overlay. ``digest``: SHA-256 of its bytes, hex; empty until it was asked for."""
 
-    path: str
+    path: AbsolutePath
     format: DiskFormat
     size: Bytes
     digest: str = ""
+    #: where it lies in the location of that name; empty if in none
+    location: str = ""
+    location_path: str = ""
 
 
 class DiskFacts(Model, forbid_unknown_fields=False, frozen=True):
@@ -64,9 +67,10 @@ class DiskFacts(Model, forbid_unknown_fields=False, frozen=True):
     allocated_bytes: Bytes
     #: of it and all below it
     chain_bytes: Bytes = 0
+    #: null also if more than one file lies below
     backing: BackingFile | None = None
-    #: names of snapshots inside the image
-    snapshots: tuple[str, ...] = ()
+    #: how many snapshots are inside the image
+    snapshots: int = 0
     #: name of the location it lies in, if in one
     location: str = ""
 

@@ -2,11 +2,14 @@
 
 A caller gives the host's name, or the IP address it calls, as ``server_hostname``; OpenSSL then accepts only a
 certificate that was issued for it and may serve. Who the caller is, the server reads with ``identity``.
+
+:func:`stream_context` is for the throw-away credentials of one stream (``stream``), which are never files.
 """
 
 from __future__ import annotations
 
 import datetime
+import os
 import shlex
 import ssl
 import stat
@@ -14,6 +17,7 @@ from pathlib import Path
 from typing import Literal
 
 from limosa.errors import LimosaError, StateError
+from limosa.wire.peer import StreamCredentials
 
 Kind = Literal["host", "client"]
 _REFUSED = "it ended the connection when it had seen the certificate"
@@ -69,6 +73,28 @@ def client_context(pki: Path, kind: Kind) -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.sslsocket_class = ClientSocket
     _load(context, pki, kind)
+    return context
+
+
+def stream_context(credentials: StreamCredentials, *, server: bool) -> ssl.SSLContext:
+    """For one end of a stream of our own: only the other end of the same pair is accepted.
+
+    The server sends no session tickets: a stream that is used one way never reads them. Raises :class:`StateError`.
+    """
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if server else ssl.PROTOCOL_TLS_CLIENT)
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    context.verify_mode = ssl.CERT_REQUIRED
+    if server:
+        context.num_tickets = 0
+    # OpenSSL takes a certificate and its key from files only. This one is memory, and gone with its descriptor.
+    with os.fdopen(os.memfd_create("limosa-stream"), "w") as pair:
+        pair.write(credentials.certificate + credentials.key)
+        pair.flush()
+        try:
+            context.load_verify_locations(cadata=credentials.authority)
+            context.load_cert_chain(f"/proc/self/fd/{pair.fileno()}", password=lambda: "")
+        except (ssl.SSLError, OSError, ValueError) as fault:
+            raise _damaged("the credentials of a stream are no certificate and its key", fault) from fault
     return context
 
 
@@ -134,5 +160,5 @@ def _check_private(key: Path) -> None:
         )
 
 
-def _damaged(what: str, fault: OSError) -> LimosaError:
+def _damaged(what: str, fault: OSError | ValueError) -> LimosaError:
     return StateError(what, why=str(fault), todo="issue it again with 'limosa ca issue'")

@@ -14,6 +14,7 @@ from limosa.model.base import Model, Name, is_clean_path
 from limosa.model.storage import OWN_LOCATION, Place
 from limosa.settings.address import PeerAddress, parse_address
 
+Transport = Literal["auto", "tcp", "multichannel", "compression"]
 Cidr = Annotated[str, Meta(max_length=64, description="a network such as 10.0.0.0/24")]
 
 
@@ -68,15 +69,24 @@ class HostSettings(Model, frozen=True):
         tuple[int, int], Meta(description="first and last TCP port on which this host receives guest memory")
     ] = (49152, 49407)
     transport: Annotated[
-        Literal["auto", "tcp", "multichannel"],
+        Transport,
         Meta(
             description="how guest memory travels: tcp, one connection; multichannel, all NICs at once; "
-            "auto chooses what is fastest between the two hosts"
+            "compression, compressed with idle processor time; auto chooses what is fastest between the two hosts"
         ),
     ] = "auto"
     encrypt: Annotated[
         bool, Meta(description="TLS on the migration stream; switch it off only on networks nobody else can reach")
     ] = True
+    compression_window_mib: Annotated[
+        int,
+        Meta(
+            ge=1,
+            le=1024,
+            description="memory, a power of two, in which compression finds what an earlier VM has sent already; "
+            "taken on both hosts while VMs move with it. The smaller of both hosts' counts",
+        ),
+    ] = 512
     bandwidth_mbit_per_s: Annotated[
         int,
         Meta(ge=0, le=1_000_000, description="cap for guest memory sent by this host, shared by its moves; 0: none"),
@@ -107,6 +117,8 @@ class HostSettings(Model, frozen=True):
                 ipaddress.ip_network(network)
             except ValueError as error:
                 raise ValueError(f"migration_networks: {error}") from None
+        if self.compression_window_mib.bit_count() != 1:
+            raise ValueError("compression_window_mib: a power of two, such as 256 or 512")
         for name, address in self.peers.items():
             try:
                 parse_address(address)

@@ -49,12 +49,13 @@ def same_file(one: FileIdentity, other: FileIdentity) -> bool:
 
 
 def identify(
-    path: str, locations: dict[str, str], *, digest: bool, user: str | None = None, own: str = ""
+    path: str, locations: dict[str, str], *, digest: bool, user: str | None = None, own: str = "", below: str = ""
 ) -> FileIdentity | None:
     """What is to know about the file on this host, or None if it is not there or cannot be opened.
 
     ``locations`` are the paths of the host's shared ones by name; ``digest`` asks for one over the contents;
-    ``writable`` is as ``user`` (None: we ourselves) finds it; ``own`` is the folder that is this host's alone.
+    ``writable`` is as ``user`` (None: we ourselves) finds it; ``own`` is the folder that is this host's alone,
+    ``below`` the disk the file lies below.
     """
     try:
         # Opening first makes a network file system ask its server, so that the size is not an old one.
@@ -82,6 +83,7 @@ def identify(
         location_path=location_path,
         digest=contents,
         writable=access.may(Path(path), user, write=True),
+        below=below,
         private=own != "" and PurePosixPath(path).is_relative_to(own) and not mount.share,
     )
 
@@ -98,6 +100,11 @@ def _place(path: str, locations: dict[str, str]) -> tuple[str, str]:
         return "", ""
     root, name = max(inside, key=lambda pair: (len(pair[0]), pair[1]))
     return name, str(pure.relative_to(root))
+
+
+def digest_of(path: str) -> str:
+    """SHA-256 over the contents, hex, for which all of it is read unless it was before. Raises ``OSError``."""
+    return _digest(path, *_version(os.stat(path)))
 
 
 @functools.lru_cache(maxsize=64)

@@ -17,11 +17,11 @@ from limosa.model.base import Model
 from limosa.model.storage import BackingFile
 from limosa.model.vm import DiskFormat
 from limosa.storage.access import check_kind, grant
+from limosa.storage.qcow2 import MAGIC
 
 __all__ = ["ImageInfo", "create", "detect_format", "grant", "info"]
 
 _QEMU_IMG = "/usr/bin/qemu-img"
-_QCOW2_MAGIC = b"QFI\xfb"
 _NAMES: dict[str, DiskFormat] = {".qcow2": "qcow2", ".raw": "raw", ".img": "raw"}
 
 
@@ -35,13 +35,6 @@ class ImageInfo(Model, frozen=True, forbid_unknown_fields=False, rename="kebab")
     backing_filename: str = ""
     full_backing_filename: str = ""
     backing_filename_format: str = ""
-    snapshots: tuple[Snapshot, ...] = ()
-
-
-class Snapshot(Model, frozen=True, forbid_unknown_fields=False):
-    """A snapshot inside a qcow2 image."""
-
-    name: str
 
 
 async def info(path: Path, image_format: DiskFormat) -> ImageInfo:
@@ -71,7 +64,7 @@ async def detect_format(path: Path) -> DiskFormat:
 
     Raises :class:`InvalidInput` where they do not, :class:`StorageError` if it cannot be read.
     """
-    by_contents: DiskFormat = "qcow2" if _head(path) == _QCOW2_MAGIC else "raw"
+    by_contents: DiskFormat = "qcow2" if _head(path) == MAGIC else "raw"
     by_name = _NAMES.get(path.suffix.lower(), "raw" if path.is_block_device() else None)
     if by_name != by_contents:
         raise InvalidInput(
@@ -89,7 +82,7 @@ def _head(path: Path) -> bytes:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a FIFO would keep us waiting
         try:
             check_kind(path, os.fstat(descriptor))
-            return os.read(descriptor, len(_QCOW2_MAGIC))
+            return os.read(descriptor, len(MAGIC))
         finally:
             os.close(descriptor)
     except OSError as error:

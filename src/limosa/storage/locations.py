@@ -28,6 +28,11 @@ class Locations:
             raise NotFound(f"there is no location '{name}'", todo=f"choose one of {names}")
         return Path(self._places[name].path)
 
+    @property
+    def names(self) -> frozenset[str]:
+        """The names there are."""
+        return frozenset(self._places)
+
     def of(self, path: str) -> str:
         """The innermost location a file is in; empty if it is in none."""
         pure = PurePosixPath(path)

@@ -13,6 +13,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
+from limosa.errors import LimosaError
+from limosa.model.route import Compressed
+
 
 @dataclass(frozen=True)
 class Used:
@@ -42,6 +45,12 @@ class Channel(Protocol):
 
     def used(self) -> tuple[Used, ...]:
         """What went which way since the beginning, also over paths that are gone. Never raises."""
+
+    async def compressed(self) -> Compressed | None:
+        """What compression has made of it so far; None if nobody compresses. Never raises."""
+
+    async def fault(self) -> LimosaError | None:
+        """What broke the stream, if it was something between the two QEMUs that can say so. Waits for it a moment."""
 
     def close(self) -> None:
         """Close what is ours; QEMU's duplicate goes on. May be repeated."""

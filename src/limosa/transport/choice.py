@@ -15,6 +15,8 @@ import ipaddress
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
+import msgspec
+
 from limosa.model.network import HostNetwork, HostNic
 from limosa.model.route import Path, Route
 
@@ -36,10 +38,12 @@ class Ends:
     here: HostNetwork
     there: HostNetwork
     offered: Sequence[str]
+    #: what keeps relays from working together, in words; empty if nothing does
+    no_relay: str = ""
 
 
 def choose(ends: Ends, asked: str, blocked: Collection[str] = ()) -> Route:
-    """The route for ``asked`` (``auto``, ``tcp``, ``multichannel``).
+    """The route for ``asked`` (``auto``, ``tcp``, ``multichannel``, ``compression``).
 
     ``blocked`` are addresses of the destination to which no connection can be made. The route has no path if no
     address is left.
@@ -47,6 +51,8 @@ def choose(ends: Ends, asked: str, blocked: Collection[str] = ()) -> Route:
     single, several = _single(ends, blocked), _several(ends, blocked)
     if not single:
         return Route(transport="tcp", why=f"nothing leads to host '{ends.destination}'")
+    if asked == "compression":
+        return _compression(ends, blocked)
     reason = _against(ends, several) if asked == "multichannel" else ""
     if asked == "auto":
         reason = _against(ends, several) or _not_worth(several)
@@ -57,6 +63,14 @@ def choose(ends: Ends, asked: str, blocked: Collection[str] = ()) -> Route:
     total = sum(path.speed_mbit_per_s or 0 for path in several)
     gain = f"{len(several)} NICs together have {total} Mbit/s" if asked == "auto" else "it was asked for"
     return Route(transport="multichannel", paths=several, why=_except(gain, blocked))
+
+
+def _compression(ends: Ends, blocked: Collection[str]) -> Route:
+    """Relays over what would be chosen without them; only that if they are not possible."""
+    bare = choose(ends, "auto", blocked)
+    if ends.no_relay:
+        return msgspec.structs.replace(bare, why=f"compression is not possible: {ends.no_relay}; {bare.why}")
+    return Route(transport="compression", paths=bare.paths, why=_except("it was asked for", blocked))
 
 
 def _against(ends: Ends, several: Sequence[Path]) -> str:

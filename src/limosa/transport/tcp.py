@@ -21,7 +21,8 @@ import socket
 import struct
 from collections.abc import AsyncIterator, Iterable, Sequence
 
-from limosa.errors import DestinationLost, NetworkError
+from limosa.errors import DestinationLost, LimosaError, NetworkError
+from limosa.model.route import Compressed
 from limosa.transport.channel import Used
 
 #: A trial connection that takes longer is blocked for all that matters.
@@ -58,6 +59,14 @@ class TcpChannel:
             self._used = Used(self.socket.getsockname()[0], self.socket.getpeername()[0], acknowledged(self.socket))
         return (self._used,) if self._used is not None else ()
 
+    async def compressed(self) -> Compressed | None:
+        """See :class:`limosa.transport.channel.Channel`: nobody does."""
+        return None
+
+    async def fault(self) -> LimosaError | None:
+        """See :class:`limosa.transport.channel.Channel`: QEMU says what the kernel knows."""
+        return None
+
     def close(self) -> None:
         """See :class:`limosa.transport.channel.Channel`."""
         self.socket.close()
@@ -90,17 +99,28 @@ class TcpDoorway:
 
     async def accept(self) -> socket.socket:
         """See :class:`limosa.transport.channel.Doorway`."""
+        return (await self.accept_several(1))[0]
+
+    async def accept_several(self, count: int) -> list[socket.socket]:
+        """Wait for so many connections of the source, at most :data:`PORTERS`. Otherwise as :meth:`accept`."""
         turn = asyncio.Lock()
         porters = [asyncio.ensure_future(self._admit(turn)) for _ in range(PORTERS)]
+        came: list[socket.socket] = []
         try:
-            done, _ = await asyncio.wait(porters, return_when=asyncio.FIRST_COMPLETED)
-            source = done.pop().result()
+            waiting = set(porters)
+            while len(came) < count:
+                done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+                came += [porter.result() for porter in done]
+        except BaseException:
+            for source in came:
+                source.close()
+            raise
         finally:
             for porter in porters:
                 porter.cancel()
             await asyncio.wait(porters)
         self._expect_nobody()
-        return source
+        return came
 
     def announce(self, addresses: Iterable[str]) -> None:
         """See :class:`limosa.transport.channel.Doorway`."""

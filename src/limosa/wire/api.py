@@ -25,7 +25,7 @@ from limosa.model.vm import (
     MemoryMib,
     Vm,
 )
-from limosa.settings.host import HostSettings
+from limosa.settings.host import HostSettings, Transport
 
 
 class Empty(Model, frozen=True):
@@ -111,12 +111,14 @@ class Advice(Model, forbid_unknown_fields=False, frozen=True):
 class MoveOptions(Model, frozen=True):
     """What one move may do otherwise than the host's settings say."""
 
-    transport: Literal["auto", "tcp", "multichannel"] | None = None
+    transport: Transport | None = None
     bandwidth_mbit_per_s: Annotated[int, Meta(ge=0, le=1_000_000)] | None = None
     blackout_budget_ms: Annotated[float, Meta(ge=1, le=2000)] | None = None
     post_copy: bool | None = None
     #: which location of the destination a disk is to be copied to, by the disk's name
     storage: dict[DiskName, Name] = {}
+    #: copy disks in one piece, also where the destination has what lies below them
+    flatten: bool = False
     #: keep the images the VM leaves behind
     keep: bool = False
 

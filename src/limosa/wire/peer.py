@@ -7,6 +7,8 @@
                      <-  Welcome
     Inspect          ->                 gather facts for preflight
                      <-  Facts
+    FindFiles        ->                 look for what lies below disks that are to be copied
+                     <-  FoundFiles
     Prepare          ->                 reserve, start QEMU with -S, taps, TLS; await the stream
                      <-  InLine         (any number, while no slot is free)
                      <-  Prepared
@@ -36,7 +38,7 @@ from msgspec import Meta
 from limosa.model.base import MigrationId, Model, Name
 from limosa.model.facts import DestinationFacts
 from limosa.model.migration import Fault
-from limosa.model.storage import DiskPlan
+from limosa.model.storage import BackingFile, DiskPlan
 from limosa.model.vm import Accelerator, VmConfig
 
 Address = Annotated[str, Meta(max_length=64)]
@@ -76,6 +78,18 @@ class Facts(Message, tag="facts", frozen=True):
     facts: DestinationFacts
 
 
+class FindFiles(Message, tag="find-files", frozen=True):
+    """Look for files with these contents, which lie below disks that are to be copied."""
+
+    files: Annotated[tuple[BackingFile, ...], Meta(max_length=26)]
+
+
+class FoundFiles(Message, tag="found-files", frozen=True):
+    """The answer to :class:`FindFiles`, in its order: where they are at the destination, null where they are not."""
+
+    files: tuple[BackingFile | None, ...]
+
+
 class StreamCredentials(Model, frozen=True):
     """TLS credentials made for one migration stream by the source and thrown away after it.
 
@@ -88,14 +102,34 @@ class StreamCredentials(Model, frozen=True):
     key: Pem
 
 
-class Prepare(Message, tag="prepare", frozen=True):
-    """Reserve and build everything the VM needs at the destination."""
+class RelayPlace(Model, frozen=True):
+    """Where a stream goes that relays carry: a channel of a session between the two hosts' relays.
+
+    The source's daemon makes sessions and numbers the channels of each. A destination that does not know the session
+    makes its end of it.
+    """
+
+    session: Annotated[str, Meta(pattern=r"\A[0-9a-f]{32}\Z")]
+    channel: Annotated[int, Meta(ge=0, lt=2**32)]
+    #: the most the source allows for the window of the compressed stream, as a power of two
+    window_log: Annotated[int, Meta(ge=20, le=30)]
+    #: of the session, null: it is not encrypted. QEMU's own stream inside it never is.
+    credentials: StreamCredentials | None
+    #: whether its connections go over several NICs, by Multipath TCP
+    several: bool
+
+
+class Prepare(Message, tag="prepare", frozen=True, omit_defaults=True):
+    """Reserve and build everything the VM needs at the destination.
+
+    What is not used is not sent: a destination of an older version would not know it.
+    """
 
     migration: MigrationId
     vm: VmConfig
     accelerator: Accelerator
     transport: str
-    #: null: the stream is not encrypted
+    #: null: QEMU does not encrypt the stream
     credentials: StreamCredentials | None
     post_copy: bool
     #: whether the guest is to run here, or was paused and stays so
@@ -104,6 +138,8 @@ class Prepare(Message, tag="prepare", frozen=True):
     addresses: Annotated[tuple[Address, ...], Meta(max_length=256)] = ()
     #: networks the source has an address in that may carry moves, for addresses that appear later
     networks: Annotated[tuple[Address, ...], Meta(max_length=4096)] = ()
+    #: with the transport ``compression``
+    relay: RelayPlace | None = None
     #: small files of the VM's own that the destination must have bit by bit (the cloud-init seed), by name
     files: dict[Name, Base64] = {}
     #: disks that are to be copied into new images; ``vm`` names those
@@ -209,5 +245,5 @@ class Lost(Message, frozen=True, tag="lost"):
     fault: Fault
 
 
-FromSource = Hello | Inspect | Prepare | Announce | TakeOver | Abort | Attach
-FromDestination = Welcome | Facts | InLine | Prepared | Running | Adopted | Gone | Standing | Failed | Lost
+FromSource = Hello | Inspect | FindFiles | Prepare | Announce | TakeOver | Abort | Attach
+FromDestination = Welcome | Facts | FoundFiles | InLine | Prepared | Running | Adopted | Gone | Standing | Failed | Lost

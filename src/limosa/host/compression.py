@@ -1,0 +1,109 @@
+"""The relays of this host: one session for each host and way that VMs move to or from, shared by those that do.
+
+A relay ends with its daemon, so nothing is found again after a restart and nothing is left to clean up.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+from limosa.host.multichannel import Addresses, Multichannel
+from limosa.host.page import Page
+from limosa.model.route import Route
+from limosa.transport import tcp
+from limosa.transport.channel import Channel, Doorway
+from limosa.transport.relay.client import Relay
+from limosa.transport.relay.inbound import CarrierDoorway, Inbound
+from limosa.transport.relay.outbound import Outbound, Seat
+from limosa.transport.relay.process import CARRIERS
+from limosa.wire.peer import Prepared, RelayPlace
+
+
+class Compression:
+    """All sessions of this host. Relays run as ``user``, as QEMU does."""
+
+    def __init__(self, multichannel: Multichannel, page: Page, user: str | None) -> None:
+        self._multichannel = multichannel
+        self._page = page
+        self._user = user
+        self._outbound: dict[tuple[object, ...], Outbound] = {}
+        self._inbound: dict[tuple[str, str], asyncio.Task[Inbound]] = {}
+
+    def seat(self, destination: str, route: Route, *, encrypt: bool) -> Seat:
+        """The part of a move to ``destination`` in the session that takes this route."""
+        way = tuple((path.here, path.there) for path in route.paths)
+        key = (destination, way, encrypt)
+        session = self._outbound.get(key)
+        if session is None or session.is_over:
+            session = self._outbound[key] = self._session(route, encrypt=encrypt)
+        return session.seat()
+
+    async def open_door(
+        self,
+        source: str,
+        place: RelayPlace,
+        chosen: Sequence[str],
+        permitted: Addresses,
+        networks: Sequence[str],
+    ) -> Doorway:
+        """The door for a VM that comes from host ``source``, at the addresses that has chosen.
+
+        Raises :class:`RelayFailed` and :class:`NetworkError`.
+        """
+        key = (source, place.session)
+        starting = self._inbound.get(key)
+        if starting is None:
+            starting = self._inbound[key] = asyncio.ensure_future(self._await(place, chosen, permitted, networks))
+            starting.add_done_callback(lambda done: self._forget_later(key, done))
+        return await (await asyncio.shield(starting)).doorway(place)
+
+    def _session(self, route: Route, *, encrypt: bool) -> Outbound:
+        async def dial(prepared: Prepared) -> Sequence[Channel]:
+            made: list[Channel] = []
+            try:
+                for _ in range(CARRIERS):
+                    made.append(await self._connect(route, prepared))
+            except BaseException:
+                for one in made:
+                    one.close()
+                raise
+            return made
+
+        several = len(route.paths) > 1
+        return Outbound(dial, encrypt=encrypt, several=several, window_log=self._window_log(), user=self._user)
+
+    async def _connect(self, route: Route, prepared: Prepared) -> Channel:
+        if len(route.paths) > 1:
+            return await self._multichannel.connect(route, prepared)
+        return await tcp.connect(prepared.address, prepared.port, prepared.token, route.paths[0].here)
+
+    async def _await(
+        self, place: RelayPlace, chosen: Sequence[str], permitted: Addresses, networks: Sequence[str]
+    ) -> Inbound:
+        relay = await Relay.start(user=self._user)
+        try:
+            ports = self._page.now.migration_ports
+            door: CarrierDoorway
+            if place.several:
+                door = await self._multichannel.open_door(chosen, ports, permitted, networks)
+            else:
+                door = tcp.TcpDoorway(chosen[0], ports)
+        except BaseException:
+            await asyncio.shield(relay.end())
+            raise
+        return Inbound(relay, door, place, self._window_log())
+
+    def _forget_later(self, key: tuple[str, str], started: asyncio.Task[Inbound]) -> None:
+        """A session that has ended, or did not come about, is not to be joined."""
+        if started.cancelled() or started.exception() is not None:
+            self._forget(key, started)
+        else:
+            started.result().ended.add_done_callback(lambda _: self._forget(key, started))
+
+    def _forget(self, key: tuple[str, str], started: asyncio.Task[Inbound]) -> None:
+        if self._inbound.get(key) is started:
+            del self._inbound[key]
+
+    def _window_log(self) -> int:
+        return (self._page.now.compression_window_mib * 1024 * 1024).bit_length() - 1

@@ -1,0 +1,126 @@
+"""One connection between two relays, used one way after its first words.
+
+Python's SSL sockets must not be read by one thread while another writes. So a session has two carriers, and each is
+only written or only read once its handshake and :class:`~limosa.transport.relay.frames.Hello` are done. The server
+sends no session tickets, which would otherwise wait to be read on the carrier that the client only writes.
+
+What the connection is made of (TCP, Multipath TCP) is its maker's choice.
+"""
+
+from __future__ import annotations
+
+import array
+import fcntl
+import socket
+import ssl
+import termios
+from contextlib import suppress
+from typing import Any
+
+from limosa.security.stream import SERVER_NAME
+from limosa.transport.relay.errors import BrokenStream
+
+#: What the kernel may hold of a carrier's data before it sends it (TCP_NOTSENT_LOWAT, tcp(7)): in general, and when
+#: a guest is about to stand still. More would only be waited for.
+UNSENT_BYTES = 1024 * 1024
+SHORT_UNSENT_BYTES = 128 * 1024
+_SIOCOUTQ = termios.TIOCOUTQ
+_SIOCOUTQNSD = 0x894B  # linux/sockios.h
+#: Below this a header is sent together with its payload; above, putting them together costs more than it saves.
+_TOGETHER_BYTES = 32 * 1024
+_PORTION_BYTES = 128 * 1024
+
+
+class Carrier:
+    """A connection, encrypted if ``context`` is given. Making it does the TLS handshake, within ``timeout_s``.
+
+    Raises :class:`BrokenStream` if the handshake fails; the connection is closed then.
+    """
+
+    def __init__(
+        self, connection: socket.socket, context: ssl.SSLContext | None, *, server: bool, timeout_s: float
+    ) -> None:
+        self._socket = connection
+        #: what the kernel took so far, less what TLS adds
+        self.sent_bytes = 0
+        connection.settimeout(timeout_s)
+        with suppress(OSError):  # not every kind of connection has them
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_BYTES)
+        if context is not None:
+            name = None if server else SERVER_NAME
+            try:
+                self._socket = context.wrap_socket(connection, server_side=server, server_hostname=name)
+            except (OSError, ValueError) as error:
+                connection.close()
+                raise BrokenStream(f"TLS handshake failed: {error}") from error
+
+    def settle(self) -> None:
+        """From now on wait as long as it takes."""
+        self._socket.settimeout(None)
+
+    def set_short(self, short: bool) -> None:
+        """Whether only a little may wait in the kernel, from now on."""
+        limit = SHORT_UNSENT_BYTES if short else UNSENT_BYTES
+        with suppress(OSError):
+            self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, limit)
+
+    def send(self, header: bytes, payload: memoryview | bytes = b"") -> None:
+        """Send a frame whole; one thread at a time. Raises :class:`BrokenStream`."""
+        together = len(payload) <= _TOGETHER_BYTES
+        try:
+            if together:
+                self._send(memoryview(header + bytes(payload)))
+            else:
+                self._send(memoryview(header))
+                self._send(memoryview(payload))
+        except OSError as error:
+            raise _broken(error) from error
+
+    def _send(self, data: memoryview) -> None:
+        # In portions, so that other threads can follow how fast the carrier drains.
+        while len(data):
+            count = self._socket.send(data[:_PORTION_BYTES])
+            self.sent_bytes += count
+            data = data[count:]
+
+    def receive_into(self, view: memoryview) -> None:
+        """Fill ``view``. Raises :class:`BrokenStream`, also if the connection ends."""
+        while len(view):
+            try:
+                count = self._socket.recv_into(view)
+            except OSError as error:
+                raise _broken(error) from error
+            if count == 0:
+                raise BrokenStream("the connection was closed")
+            view = view[count:]
+
+    def receive(self, count: int) -> bytes:
+        """Exactly ``count`` bytes. Raises :class:`BrokenStream`."""
+        data = bytearray(count)
+        self.receive_into(memoryview(data))
+        return bytes(data)
+
+    def unacknowledged(self) -> tuple[int, int]:
+        """Bytes the kernel holds: all that the other side has not acknowledged, and of these, those not sent yet."""
+        return self._ask(_SIOCOUTQ), self._ask(_SIOCOUTQNSD)
+
+    def close(self) -> None:
+        """End the connection, also for a thread that waits for it."""
+        with suppress(OSError):
+            socket.socket.shutdown(self._socket, socket.SHUT_RDWR)
+        self._socket.close()
+
+    def _ask(self, request: int) -> int:
+        answer: array.array[Any] = array.array("i", [0])
+        try:
+            fcntl.ioctl(self._socket.fileno(), request, answer)
+        except OSError:
+            return 0
+        return int(answer[0])
+
+
+def _broken(error: OSError) -> BrokenStream:
+    if isinstance(error, TimeoutError):
+        return BrokenStream("the other relay says nothing")
+    return BrokenStream(f"the connection broke: {error.strerror or error}")

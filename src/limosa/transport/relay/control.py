@@ -1,0 +1,153 @@
+"""What a daemon and its relay say to each other: JSON messages, each one packet of a Unix socket, with descriptors.
+
+The daemon asks, the relay answers in the order asked. Besides, the relay says unasked that the session is up, that a
+channel ended, and why the session failed, as its last words.
+"""
+
+from __future__ import annotations
+
+import array
+import socket
+from collections.abc import Sequence
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta
+
+from limosa.transport.relay.codec import MAX_WINDOW_LOG, MIN_WINDOW_LOG
+from limosa.transport.relay.frames import MAX_CHANNEL
+from limosa.wire.peer import StreamCredentials
+
+MAX_MESSAGE_BYTES = 64 * 1024
+MAX_DESCRIPTORS = 2
+#: Streams that one relay carries at once.
+MAX_CHANNELS = 64
+
+Channel = Annotated[int, Meta(ge=0, le=MAX_CHANNEL)]
+WindowLog = Annotated[int, Meta(ge=MIN_WINDOW_LOG, le=MAX_WINDOW_LOG)]
+
+
+class Message(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, tag_field="type"):
+    """Base of all messages."""
+
+
+class Open(Message):
+    """Be one side of a session. Comes with two sockets that are connected to the other relay.
+
+    ``credentials``: null for no TLS. ``window_log``: the largest window this side allows, as a power of two.
+    """
+
+    credentials: StreamCredentials | None
+    window_log: WindowLog
+
+
+class OpenSender(Open, tag="open-sender"):
+    """Be the source's side. ``level``: zstd's; null for no compression."""
+
+    level: Annotated[int, Meta(ge=-7, le=3)] | None
+
+
+class OpenReceiver(Open, tag="open-receiver"):
+    """Be the destination's side."""
+
+
+class Opened(Message, tag="opened"):
+    """Said unasked: the session is up. The window is the smaller of what both sides allow."""
+
+    window_log: int
+
+
+class OpenChannel(Message, tag="open-channel"):
+    """Carry a stream. Comes with a socket whose other end QEMU gets. First at the destination, then at the source.
+
+    The destination's may come before there is a session, so that no frame of the source's comes before it.
+    """
+
+    channel: Channel
+
+
+class Shorten(Message, tag="shorten"):
+    """This channel's guest is about to stand still: have little wait from now on."""
+
+    channel: Channel
+
+
+class Done(Message, tag="done"):
+    """The answer to what needs no other."""
+
+
+class Refused(Message, tag="refused"):
+    """The answer to what makes no sense. Nothing was changed."""
+
+    why: str
+
+
+class AskStatistics(Message, tag="ask-statistics"):
+    """How is it going?"""
+
+
+class ChannelStatistics(Message, tag="channel-statistics"):
+    """Of one channel, in the direction of guest memory. At the destination nothing is counted."""
+
+    channel: int
+    raw_bytes: int = 0
+    #: less what TLS adds
+    wire_bytes: int = 0
+    raw_chunks: int = 0
+    compressed_chunks: int = 0
+    #: processor time that went into compressing it
+    cpu_s: float = 0.0
+
+
+class CompressionStatistics(Message, tag="compression-statistics"):
+    """Of the worker of a session."""
+
+    #: processor time
+    cpu_s: float = 0.0
+    #: chunks it was given and did not come to begin with
+    withdrawn: int = 0
+    #: times it had to be given an ordinary share of processor time
+    lifts: int = 0
+
+
+class Statistics(Message, tag="statistics"):
+    """The answer to :class:`AskStatistics`: the open channels."""
+
+    channels: list[ChannelStatistics]
+    compression: CompressionStatistics
+
+
+class ChannelEnded(Message, tag="channel-ended"):
+    """Both QEMUs are done with the channel, or it broke. Its last figures."""
+
+    statistics: ChannelStatistics
+
+
+class Failed(Message, tag="failed"):
+    """The session failed, and the relay ends."""
+
+    why: str
+
+
+FromDaemon = OpenSender | OpenReceiver | OpenChannel | Shorten | AskStatistics
+Answer = Done | Refused | Statistics
+FromRelay = Answer | Opened | ChannelEnded | Failed
+
+_encoder = msgspec.json.Encoder()
+
+
+def send(sock: socket.socket, message: Message, descriptors: Sequence[int] = ()) -> None:
+    """Send a message. Raises ``OSError``."""
+    ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))] if descriptors else []
+    sock.sendmsg([_encoder.encode(message)], ancillary, socket.MSG_NOSIGNAL)
+
+
+def receive(sock: socket.socket) -> tuple[bytes, list[socket.socket]]:
+    """The next packet, empty at the end, and the sockets that came with it. Raises ``OSError``."""
+    data, descriptors, flags, _ = socket.recv_fds(sock, MAX_MESSAGE_BYTES, MAX_DESCRIPTORS)
+    sockets = [socket.socket(fileno=descriptor) for descriptor in descriptors]
+    if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
+        for each in sockets:
+            each.close()
+        raise OSError("a message is too long")
+    return data, sockets

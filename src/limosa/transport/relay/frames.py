@@ -1,0 +1,176 @@
+"""What two relays say to each other, byte by byte. Pure; ``docs/relay-format.md`` is the page about it.
+
+After the TLS handshake, if there is one, the source's relay says a :class:`Hello` on each of its two connections, and
+the destination's answers with one on the backward connection. From then on each connection is used one way, for frames:
+a header of 28 bytes and, for data, a payload.
+
+A header is numbered and covered by the frame's checksum, so a frame that was cut, repeated, left out, exchanged or
+changed is noticed. Whatever is noticed raises :class:`BrokenStream`: nothing behind it can be trusted, and the session
+ends.
+"""
+
+from __future__ import annotations
+
+import struct
+from enum import IntEnum
+from typing import NamedTuple
+
+import xxhash
+
+from limosa.transport.relay.errors import BrokenStream
+
+VERSION = 1
+#: The most one frame carries, before compression.
+MAX_RAW_BYTES = 512 * 1024
+#: What compression may add to data that cannot be compressed.
+MAX_GROWTH_BYTES = 512
+#: How much of one channel may be on its way until the destination's QEMU has taken it.
+WINDOW_BYTES = 4 * 1024 * 1024
+#: Channels are numbered by the source's daemon, upwards, and no number is used twice in a session.
+MAX_CHANNEL = 2**32 - 1
+
+_MAGIC = b"limosa-relay"
+_HELLO = struct.Struct("!12sHBB")
+_FIELDS = struct.Struct("!BBHIIII")
+_CHECKSUM = struct.Struct("!Q")
+HELLO_BYTES = _HELLO.size
+HEADER_BYTES = _FIELDS.size + _CHECKSUM.size
+_SEQUENCE_MASK = 0xFFFFFFFF
+_NOTHING = xxhash.xxh3_64_intdigest(b"")
+
+
+class Way(IntEnum):
+    """What a connection is for, as its :class:`Hello` says."""
+
+    FORWARD = 1
+    BACKWARD = 2
+    ANSWER = 3
+
+
+class Hello(NamedTuple):
+    """First words on a connection. ``window_log`` is what is wished for, and in the answer what will be used."""
+
+    way: Way
+    window_log: int
+
+    def pack(self) -> bytes:
+        """The bytes to send."""
+        return _HELLO.pack(_MAGIC, VERSION, self.way, self.window_log)
+
+    @classmethod
+    def parse(cls, data: bytes) -> Hello:
+        """Raises :class:`BrokenStream` if it is no hello of a version we know."""
+        magic, version, way, window_log = _HELLO.unpack(data)
+        if magic != _MAGIC:
+            raise BrokenStream("what was connected is no relay")
+        if version != VERSION:
+            raise BrokenStream(f"the other relay speaks version {version}, this one {VERSION}")
+        if way not in list(Way):
+            raise BrokenStream(f"unknown way {way}")
+        return cls(Way(way), window_log)
+
+
+class Kind(IntEnum):
+    """What a frame means."""
+
+    #: bytes of a channel
+    DATA = 1
+    #: this side's QEMU sends no more on the channel
+    END = 2
+    #: the channel broke on this side; nothing of it will be sent or taken any more
+    ABORT = 3
+    #: the destination's QEMU has taken ``raw_length`` more bytes
+    CREDIT = 4
+
+
+class Form(IntEnum):
+    """How the payload of a frame is written."""
+
+    RAW = 0
+    #: the next piece of the session's zstd stream
+    COMPRESSED = 1
+
+
+class Header(NamedTuple):
+    """A frame without its payload."""
+
+    kind: Kind
+    form: Form
+    channel: int
+    raw_length: int
+    wire_length: int
+    checksum: int
+
+    def verify(self, raw_digest: int) -> None:
+        """Raises :class:`BrokenStream` if ``raw_digest`` (of the payload, decompressed) is not what was sent."""
+        if raw_digest != self.checksum:
+            raise BrokenStream(f"data of channel {self.channel} is not what was sent: checksum differs")
+
+
+def digest(data: bytes | bytearray | memoryview) -> int:
+    """The checksum of a payload, before compression."""
+    return xxhash.xxh3_64_intdigest(data)
+
+
+class FrameWriter:
+    """Makes the headers of one direction, in order."""
+
+    def __init__(self) -> None:
+        self._sequence = 0
+
+    def data(self, channel: int, form: Form, raw_length: int, wire_length: int, raw_digest: int) -> bytes:
+        """The header of a payload that follows it."""
+        return self._header(Kind.DATA, form, channel, raw_length, wire_length, raw_digest)
+
+    def sign(self, kind: Kind, channel: int, count: int = 0) -> bytes:
+        """A frame without payload; ``count`` is the bytes of a credit."""
+        return self._header(kind, Form.RAW, channel, count, 0, _NOTHING)
+
+    def _header(self, kind: Kind, form: Form, channel: int, raw: int, wire: int, raw_digest: int) -> bytes:
+        fields = _FIELDS.pack(kind, form, 0, channel, self._sequence, raw, wire)
+        self._sequence = (self._sequence + 1) & _SEQUENCE_MASK
+        return fields + _CHECKSUM.pack(raw_digest ^ xxhash.xxh3_64_intdigest(fields))
+
+
+class FrameReader:
+    """Checks the headers of one direction, in order."""
+
+    def __init__(self) -> None:
+        self._sequence = 0
+
+    def header(self, data: bytes | bytearray | memoryview) -> Header:
+        """The next header. Raises :class:`BrokenStream` if it is not valid.
+
+        Frames without payload are verified then; for data, call :meth:`Header.verify` before anything is passed on.
+        """
+        fields = bytes(data[: _FIELDS.size])
+        kind, form, reserved, channel, sequence, raw_length, wire_length = _FIELDS.unpack(fields)
+        if sequence != self._sequence:
+            raise BrokenStream(f"frame {sequence} came where {self._sequence} was due")
+        self._sequence = (self._sequence + 1) & _SEQUENCE_MASK
+        if kind not in _KINDS or form not in _FORMS or reserved:
+            raise BrokenStream(f"unknown frame: kind {kind}, form {form}, {reserved}")
+        (checksum,) = _CHECKSUM.unpack(data[_FIELDS.size : HEADER_BYTES])
+        expected = checksum ^ xxhash.xxh3_64_intdigest(fields)
+        header = Header(Kind(kind), Form(form), channel, raw_length, wire_length, expected)
+        _check_lengths(header)
+        if header.kind is not Kind.DATA:
+            header.verify(_NOTHING)
+        return header
+
+
+_KINDS = frozenset(Kind)
+_FORMS = frozenset(Form)
+
+
+def _check_lengths(header: Header) -> None:
+    if header.kind is Kind.DATA:
+        limit = header.raw_length + (MAX_GROWTH_BYTES if header.form is not Form.RAW else 0)
+        sound = 0 < header.raw_length <= MAX_RAW_BYTES and 0 < header.wire_length <= limit
+        sound = sound and (header.form is not Form.RAW or header.wire_length == header.raw_length)
+    elif header.kind is Kind.CREDIT:
+        sound = header.form is Form.RAW and 0 < header.raw_length <= WINDOW_BYTES and header.wire_length == 0
+    else:
+        sound = header.form is Form.RAW and header.raw_length == 0 and header.wire_length == 0
+    if not sound:
+        raise BrokenStream(f"impossible lengths: {header.raw_length} raw, {header.wire_length} on the wire")

@@ -1,0 +1,104 @@
+"""The destination's daemon and a session from another host: its door, its relay, and the VMs that come by it.
+
+The source's daemon names the session. The first landing that names one has its relay started and its door opened, and
+the relay knows a VM's channel before the source hears that it may connect, so no frame of a channel can come too early.
+A session that was never connected ends with its last landing; an open one ends when the source ends it or is gone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Iterable
+from typing import Protocol
+
+from limosa.errors import RelayFailed
+from limosa.transport.channel import Doorway
+from limosa.transport.relay.client import Relay
+from limosa.transport.relay.process import CARRIERS
+from limosa.wire.peer import RelayPlace
+
+
+class CarrierDoorway(Doorway, Protocol):
+    """A door through which several connections of the source may come."""
+
+    async def accept_several(self, count: int) -> list[socket.socket]:
+        """Wait for so many connections of the source, in any order. The sockets are the caller's."""
+
+
+class Inbound:
+    """A session, with the door at which its carriers are awaited. ``window_log``: the most this host allows."""
+
+    def __init__(self, relay: Relay, door: CarrierDoorway, place: RelayPlace, window_log: int) -> None:
+        self.relay = relay
+        self.door = door
+        # A door that is closed does not know these any more.
+        self.address, self.port, self.token = door.address, door.port, door.token
+        self._landings = 0
+        self.opened = asyncio.ensure_future(self._open(place, window_log))
+        self.ended = asyncio.ensure_future(self._until_ended())
+
+    async def doorway(self, place: RelayPlace) -> RelayDoorway:
+        """Another landing. Raises :class:`RelayFailed`."""
+        self._landings += 1
+        try:
+            return RelayDoorway(self, await self.relay.open_channel(place.channel))
+        except BaseException:
+            self.leave()
+            raise
+
+    def leave(self) -> None:
+        """A landing has ended, or its stream has."""
+        self._landings -= 1
+        if self._landings == 0 and not self.opened.done():
+            self.opened.cancel()
+
+    async def _open(self, place: RelayPlace, window_log: int) -> None:
+        try:
+            connections = await self.door.accept_several(CARRIERS)
+            try:
+                log = min(window_log, place.window_log)
+                await self.relay.open_receiver(connections, credentials=place.credentials, window_log=log)
+            finally:
+                # The relay has its own, so that they end with it.
+                for one in connections:
+                    one.close()
+        except BaseException:
+            await asyncio.shield(self.relay.end())
+            raise
+
+    async def _until_ended(self) -> None:
+        await self.relay.ended.wait()
+        self.opened.cancel()
+        self.door.close()
+
+
+class RelayDoorway:
+    """One VM's door: a :class:`limosa.transport.channel.Doorway`. ``connection`` leads to the relay."""
+
+    def __init__(self, session: Inbound, connection: socket.socket) -> None:
+        self.address, self.port, self.token = session.address, session.port, session.token
+        self._session = session
+        self._connection: socket.socket | None = connection
+        self._open = True
+
+    async def accept(self) -> socket.socket:
+        """See :class:`limosa.transport.channel.Doorway`. Raises :class:`RelayFailed`."""
+        await asyncio.wait({self._session.opened})
+        if self._session.opened.cancelled() or self._session.opened.exception() is not None:
+            raise RelayFailed("the relay could not be reached by the source's", why=self._session.relay.why())
+        assert self._connection is not None
+        connection, self._connection = self._connection, None
+        return connection
+
+    def announce(self, addresses: Iterable[str]) -> None:
+        """See :class:`limosa.transport.channel.Doorway`."""
+        self._session.door.announce(addresses)
+
+    def close(self) -> None:
+        """See :class:`limosa.transport.channel.Doorway`."""
+        if self._connection is not None:
+            self._connection.close()
+        if self._open:
+            self._open = False
+            self._session.leave()

@@ -1,0 +1,235 @@
+"""The source's daemon and a session to another host: who takes part, when it is opened, when it ends.
+
+A session is opened by the first move that has come so far, shared by all that follow the same way meanwhile, and kept
+for some seconds after the last, so that a row of moves keeps its window. A move takes a :class:`Seat` before it asks
+the destination to prepare, and then connects through it. If the relay ends, its moves fail; a move that connects
+after that opens the session anew.
+
+The daemon keeps duplicates of the carriers to see what each path has carried, and closes them as soon as the relay has
+ended: the other side is to see the end of a session when it comes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import secrets
+import socket
+from collections.abc import Awaitable, Callable, Sequence
+
+from limosa.background import Background
+from limosa.errors import LimosaError, RelayFailed
+from limosa.model.route import Compressed
+from limosa.security.stream import make_credentials
+from limosa.transport.channel import Channel, Used
+from limosa.transport.relay.client import Relay
+from limosa.transport.relay.control import ChannelStatistics
+from limosa.wire.peer import Prepared, RelayPlace, StreamCredentials
+
+#: After its last move a session is kept for so long.
+LINGER_S = 10.0
+#: A relay that does not answer within this is not waited for to show figures.
+ANSWER_WITHIN_S = 1.0
+#: When a stream broke, its relay is about to end, or has nothing to do with it.
+ENDS_WITHIN_S = 0.3
+
+#: Connects both carriers to the destination that is prepared.
+Dial = Callable[[Prepared], Awaitable[Sequence[Channel]]]
+
+
+class Outbound:
+    """A session, and its relay while there is one. ``dial`` connects its carriers, forward and backward."""
+
+    def __init__(self, dial: Dial, *, encrypt: bool, several: bool, window_log: int, user: str | None) -> None:
+        self._dial = dial
+        self._token = secrets.token_hex(16)
+        self._server: StreamCredentials | None = None
+        self._client: StreamCredentials | None = None
+        if encrypt:
+            self._server, self._client = make_credentials()
+        self._several = several
+        self._window_log = window_log
+        self._user = user
+        self._numbers = itertools.count()
+        self._seats: set[Seat] = set()
+        self._carriers: Sequence[Channel] = ()
+        self._opening: asyncio.Task[Relay] | None = None
+        self._relay: Relay | None = None
+        self._linger: asyncio.TimerHandle | None = None
+        self._ending = False
+        self._background = Background()
+        #: the last figures of channels
+        self.figures: dict[int, ChannelStatistics] = {}
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nobody takes part any more and nothing is kept, so that a new session is as good."""
+        return self._ending or (not self._seats and self._relay is None)
+
+    def seat(self) -> Seat:
+        """A place for another move, to be released when that has ended."""
+        place = RelayPlace(
+            session=self._token,
+            channel=next(self._numbers),
+            window_log=self._window_log,
+            credentials=self._server,
+            several=self._several,
+        )
+        seat = Seat(self, place)
+        self._seats.add(seat)
+        if self._linger is not None:
+            self._linger.cancel()
+        return seat
+
+    async def relay(self, prepared: Prepared) -> Relay:
+        """The relay of the open session; the first who asks has it opened. Raises :class:`LimosaError`."""
+        if self._relay is not None and not self._relay.ended.is_set():
+            return self._relay
+        if self._opening is None:
+            self._opening = asyncio.ensure_future(self._open(prepared))
+            self._opening.add_done_callback(self._has_opened)
+        return await asyncio.shield(self._opening)
+
+    def leave(self, seat: Seat) -> None:
+        """A move has ended; after the last one the session is kept for a while."""
+        self._seats.discard(seat)
+        self.figures.pop(seat.place.channel, None)
+        if not self._seats:
+            self._linger = asyncio.get_running_loop().call_later(LINGER_S, self.end)
+
+    def end(self) -> None:
+        """End the session for good, unless somebody takes part."""
+        if self._relay is not None and not self._seats:
+            self._ending = True
+            self._background.spawn(self._relay.end())
+
+    def carriers(self) -> Sequence[Channel]:
+        """The connections to the other host, forward and backward; none while the session is not open."""
+        return self._carriers
+
+    async def _open(self, prepared: Prepared) -> Relay:
+        relay = await Relay.start(user=self._user)
+        try:
+            carriers = await self._dial(prepared)
+            try:
+                sockets = [one.socket for one in carriers]
+                await relay.open_sender(sockets, credentials=self._client, window_log=self._window_log)
+            except BaseException:
+                _close(carriers)
+                raise
+        except BaseException:
+            await asyncio.shield(relay.end())
+            raise
+        relay.on_channel_ended = self._keep_last
+        self._relay, self._carriers = relay, carriers
+        self._background.spawn(self._until_ended(relay))
+        return relay
+
+    def _has_opened(self, opening: asyncio.Task[Relay]) -> None:
+        self._opening = None
+        if not opening.cancelled():
+            opening.exception()  # whoever asked has it, if anybody still waits
+
+    def _keep_last(self, statistics: ChannelStatistics) -> None:
+        if statistics.channel in self.figures:
+            self.figures[statistics.channel] = statistics
+
+    async def _until_ended(self, relay: Relay) -> None:
+        await relay.ended.wait()
+        _close(self._carriers)
+        self._relay, self._carriers = None, ()
+
+
+class Seat:
+    """One move's part in a session. Made by :meth:`Outbound.seat`."""
+
+    def __init__(self, session: Outbound, place: RelayPlace) -> None:
+        self.place = place
+        self._session = session
+
+    async def connect(self, prepared: Prepared) -> RelayChannel:
+        """The connection for QEMU. Raises :class:`RelayFailed`, :class:`DestinationLost`, :class:`NetworkError`."""
+        relay = await self._session.relay(prepared)
+        number = self.place.channel
+        self._session.figures[number] = ChannelStatistics(channel=number)
+        return RelayChannel(self._session, relay, number, await relay.open_channel(number))
+
+    def release(self) -> None:
+        """The move has ended. May be repeated."""
+        self._session.leave(self)
+
+
+class RelayChannel:
+    """One VM's stream: a :class:`limosa.transport.channel.Channel` whose socket leads to the relay."""
+
+    def __init__(self, session: Outbound, relay: Relay, number: int, connection: socket.socket) -> None:
+        self.socket = connection
+        self._session = session
+        self._relay = relay
+        self._number = number
+        self._background = Background()
+        self._carriers = session.carriers()
+        #: what the session had sent over each path before this stream began
+        self._before = {(one.here, one.there): one.sent_bytes for one in self._carried()}
+
+    def shorten(self) -> None:
+        """See :class:`limosa.transport.channel.Channel`."""
+        self._background.spawn(self._shorten())
+
+    def used(self) -> tuple[Used, ...]:
+        """See :class:`limosa.transport.channel.Channel`: the VM's part of what each path of the session has carried."""
+        since = [
+            Used(one.here, one.there, max(0, one.sent_bytes - self._before.get((one.here, one.there), 0)), one.alive)
+            for one in self._carried()
+        ]
+        whole, own = sum(one.sent_bytes for one in since), self._figures().wire_bytes
+        return tuple(Used(one.here, one.there, own * one.sent_bytes // max(1, whole), one.alive) for one in since)
+
+    async def compressed(self) -> Compressed | None:
+        """See :class:`limosa.transport.channel.Channel`."""
+        with contextlib.suppress(LimosaError, TimeoutError):  # then what was known last has to do
+            async with asyncio.timeout(ANSWER_WITHIN_S):
+                for statistics in (await self._relay.statistics()).channels:
+                    if statistics.channel == self._number:
+                        self._session.figures[self._number] = statistics
+        figures = self._figures()
+        return Compressed(
+            raw_bytes=figures.raw_bytes,
+            sent_bytes=figures.wire_bytes,
+            ratio=round(figures.raw_bytes / figures.wire_bytes, 3) if figures.wire_bytes else None,
+            cpu_s=round(figures.cpu_s, 3),
+            connections=sum(one.alive for carrier in self._carriers for one in carrier.used()),
+        )
+
+    async def fault(self) -> LimosaError | None:
+        """See :class:`limosa.transport.channel.Channel`."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(ENDS_WITHIN_S):
+                await self._relay.ended.wait()
+        if not self._relay.ended.is_set():
+            return None
+        return RelayFailed(
+            "the relay that carried the VM's memory ended",
+            why=self._relay.why(),
+            todo="move the VM again; if this repeats, choose another transport and see the logs of both hosts",
+        )
+
+    def close(self) -> None:
+        """See :class:`limosa.transport.channel.Channel`."""
+        self.socket.close()
+
+    def _figures(self) -> ChannelStatistics:
+        return self._session.figures.get(self._number, ChannelStatistics(channel=self._number))
+
+    def _carried(self) -> tuple[Used, ...]:
+        return self._carriers[0].used() if self._carriers else ()
+
+    async def _shorten(self) -> None:
+        with contextlib.suppress(LimosaError):  # it ended, and so does the move
+            await self._relay.shorten(self._number)
+
+
+def _close(carriers: Sequence[Channel]) -> None:
+    for carrier in carriers:
+        carrier.close()

@@ -1,0 +1,118 @@
+"""What the relay knows about its carrier and its worker, learned while it runs. Pure: times come in as numbers.
+
+:class:`Line` measures how fast the carrier drains, so that the queue can tell when it will reach a chunk. Only times
+in which there was always something to drain count; while there was not, the carrier is at least as fast as it was fed.
+
+:class:`Pace` remembers what the worker needs for a byte and what is left of it, and :class:`Patience` for how long the
+worker is left alone after it was too late: it had no processor time then, because others wanted it.
+"""
+
+from __future__ import annotations
+
+_MEASURE_OVER_S = 0.01
+#: After so long without a look nobody knows whether there was always something to drain.
+_LOOKED_AWAY_S = 0.1
+_WEIGHT = 0.3
+#: A worker that gets less than a quarter of a processor is not planned with, but tried and found late.
+_MOST_SLOWED = 4.0
+_HOPE = 0.75
+#: Who had the processor for at least this part of the time did not have to wait for others.
+_SERVED = 0.6
+_SERVED_LIFTED = 0.9
+_PATIENCE_FIRST_S = 0.01
+#: A session's nice value can be changed ten times a second: down again, and then up again, takes two of them.
+_PATIENCE_LIFTED_S = 0.25
+_PATIENCE_MOST_S = 1.0
+
+
+class Line:
+    """How fast a carrier drains, in bytes a second."""
+
+    def __init__(self) -> None:
+        self.rate: float | None = None
+        self._unsent = 0
+        self._since: tuple[float, int] | None = None
+
+    def note(self, now: float, sent: int, unacknowledged: int, unsent: int) -> None:
+        """At ``now`` the socket had taken ``sent`` bytes in all; so many of them were not acknowledged or not sent."""
+        drained = sent - unacknowledged
+        self._unsent = unsent
+        if self._since is None or drained < self._since[1]:
+            self._since = (now, drained)
+            return
+        elapsed = now - self._since[0]
+        if elapsed < _MEASURE_OVER_S:
+            return
+        if elapsed > _LOOKED_AWAY_S:
+            self._since = (now, drained)
+            return
+        seen = (drained - self._since[1]) / elapsed
+        self._since = (now, drained) if unsent else None
+        if self.rate is None or (not unsent and seen > self.rate):
+            self.rate = seen
+        elif unsent:
+            self.rate += _WEIGHT * (seen - self.rate)
+
+    def carries(self, seconds: float) -> int | None:
+        """How many bytes it carries in that time; None: not known yet."""
+        return int(self.rate * seconds) if self.rate else None
+
+    def busy_for_s(self) -> float:
+        """How long the carrier will be busy with what was not sent at the last :meth:`note`."""
+        return self._unsent / self.rate if self.rate else 0.0
+
+
+class Pace:
+    """What the worker needs and achieves."""
+
+    def __init__(self) -> None:
+        #: seconds a byte, with the time in which others had the processor; to begin with a careful guess
+        self.seconds_per_byte = 1 / 150e6
+        self._remainder = 0.5
+        self._alone = 1 / 250e6
+
+    @property
+    def remainder(self) -> float:
+        """What is left of a byte, to be expected. Hopeful, or what was tried and not worth it would never be tried
+        again."""
+        return min(self._remainder, _HOPE)
+
+    def note(self, raw_length: int, wire_length: int, seconds: float, cpu_seconds: float) -> None:
+        """The worker took ``seconds`` for a chunk, ``cpu_seconds`` of it processor time."""
+        self._alone += _WEIGHT * (cpu_seconds / raw_length - self._alone)
+        seen = self.seconds_per_byte + _WEIGHT * (seconds / raw_length - self.seconds_per_byte)
+        self.seconds_per_byte = min(seen, _MOST_SLOWED * self._alone)
+        self._remainder += _WEIGHT * (wire_length / raw_length - self._remainder)
+
+
+class Patience:
+    """When the worker may be given more, after it came too late."""
+
+    def __init__(self) -> None:
+        self._until = 0.0
+        self._next = _PATIENCE_FIRST_S
+
+    def allows(self, now: float) -> bool:
+        """Whether the worker may be given a chunk."""
+        return now >= self._until
+
+    @property
+    def trusts(self) -> bool:
+        """Whether the worker found a free processor lately, so that it may be waited for."""
+        return self._next == _PATIENCE_FIRST_S
+
+    def late(self, now: float, *, lifted: bool = False) -> None:
+        """It did not come to begin, or had to be lifted: leave it alone, longer each time."""
+        if lifted:
+            self._next = max(self._next, _PATIENCE_LIFTED_S)
+        self._until = now + self._next
+        self._next = min(2 * self._next, _PATIENCE_MOST_S)
+
+    def served(self, seconds: float, cpu_seconds: float, *, lifted: bool) -> None:
+        """It took ``seconds`` for a chunk, ``cpu_seconds`` of it processor time: was the processor free for it?
+
+        One success does not make up for several failures: even on a busy processor the last in line gets a turn now
+        and then.
+        """
+        if cpu_seconds >= (_SERVED_LIFTED if lifted else _SERVED) * seconds:
+            self._until, self._next = 0.0, max(self._next / 2, _PATIENCE_FIRST_S)

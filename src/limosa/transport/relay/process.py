@@ -1,0 +1,166 @@
+"""The relay's main thread: it does what the daemon asks, and ends with it.
+
+The control socket is the relay's life. When the daemon closes it, or dies, the process exits at once, and with it
+everything: carriers, streams, the worker.
+
+A relay that is started by root gives up root's rights as soon as it is loaded and has forked its worker, before it
+hears a word. (An unprivileged user might not even be able to read this program.) The kernel then lets nobody look into
+it, not even a QEMU that runs as the same user and got out of hand.
+"""
+
+from __future__ import annotations
+
+import encodings.idna  # noqa: F401 - for server names; once rights are given up it might not be found
+import logging
+import os
+import socket
+from functools import partial
+from threading import Lock, Thread
+
+import msgspec
+
+from limosa.errors import InvalidInput
+from limosa.transport.relay import control
+from limosa.transport.relay.control import FromDaemon, OpenChannel, OpenReceiver, OpenSender, Shorten
+from limosa.transport.relay.notices import Notices
+from limosa.transport.relay.plug import Plug
+from limosa.transport.relay.priority import allow_lift
+from limosa.transport.relay.receiver import Receiver
+from limosa.transport.relay.sender import Sender
+from limosa.transport.relay.session import admit, connect
+from limosa.transport.relay.worker import Memory, Worker
+from limosa.wire.parsing import parse
+
+#: What waits for the carrier. At 1 Gbit/s that is 35 ms of raw data, a third of it compressed.
+RING_BYTES = 4 * 1024 * 1024
+#: One for each way.
+CARRIERS = 2
+
+_decoder: msgspec.json.Decoder[FromDaemon] = msgspec.json.Decoder(FromDaemon)
+
+
+class Relay:
+    """One relay: first nothing, then one side of one session."""
+
+    def __init__(self, sock: socket.socket, memory: Memory, worker: Worker) -> None:
+        self._socket, self._memory, self._worker = sock, memory, worker
+        self._notices = Notices(sock)
+        self._session: Sender | Receiver | None = None
+        self._opening = False
+        #: channels that were opened before the session; the lock is held while either changes
+        self._early: list[Plug] = []
+        self._lock = Lock()
+
+    def run(self) -> None:
+        """Serve the daemon until it is gone; then end the process."""
+        self._notices.guarded(self._serve)()
+        # Without waiting for any thread: most of them wait for a socket.
+        os._exit(0)
+
+    def _serve(self) -> None:
+        while True:
+            try:
+                data, sockets = control.receive(self._socket)
+            except ConnectionResetError:
+                return
+            if not data:
+                return
+            self._notices.say(self._answer(data, sockets))
+
+    def _answer(self, data: bytes, sockets: list[socket.socket]) -> control.Answer:
+        try:
+            request = parse(data, _decoder, "the message")
+            return self._do(request, sockets)
+        except InvalidInput as error:
+            for each in sockets:
+                each.close()
+            return control.Refused(why=str(error))
+
+    def _do(self, request: FromDaemon, sockets: list[socket.socket]) -> control.Answer:
+        if isinstance(request, OpenSender | OpenReceiver):
+            self._open(request, sockets)
+        elif isinstance(request, OpenChannel):
+            self._open_channel(request.channel, sockets)
+        elif self._session is None:
+            raise InvalidInput("there is no session yet")
+        elif isinstance(request, Shorten):
+            self._session.shorten(request.channel)
+        else:
+            return self._session.statistics()
+        return control.Done()
+
+    def _open(self, wish: OpenSender | OpenReceiver, sockets: list[socket.socket]) -> None:
+        if self._opening:
+            raise InvalidInput("there is a session already")
+        if len(sockets) != CARRIERS:
+            raise InvalidInput("the wrong number of sockets")
+        self._opening = True
+        work = partial(self._send, wish) if isinstance(wish, OpenSender) else partial(self._receive, wish)
+        # The main thread goes on listening to the daemon, whose end is ours, too.
+        Thread(target=self._notices.guarded(partial(work, sockets)), daemon=True).start()
+
+    def _send(self, wish: OpenSender, connections: list[socket.socket]) -> None:
+        there, back, window_log = connect(connections, wish)
+        if wish.level is None:
+            self._worker.end()
+        else:
+            self._worker.begin(window_log, wish.level)
+        worker = None if wish.level is None else self._worker
+        self._begin(Sender(there, back, self._memory, worker, self._notices), window_log)
+
+    def _receive(self, wish: OpenReceiver, connections: list[socket.socket]) -> None:
+        self._worker.end()
+        there, back, window_log = admit(connections, wish)
+        self._begin(Receiver(there, back, window_log, self._notices), window_log)
+
+    def _begin(self, session: Sender | Receiver, window_log: int) -> None:
+        with self._lock:
+            self._session = session
+            for plug in self._early:
+                session.open_channel(plug)
+        session.start()
+        self._notices.say(control.Opened(window_log=window_log))
+
+    def _open_channel(self, number: int, sockets: list[socket.socket]) -> None:
+        if len(sockets) != 1:
+            raise InvalidInput("the wrong number of sockets")
+        with self._lock:
+            known = self._session.knows(number) if self._session else any(one.number == number for one in self._early)
+            if known:
+                raise InvalidInput(f"channel {number} was opened before")
+            if (self._session.open_channels if self._session else len(self._early)) >= control.MAX_CHANNELS:
+                raise InvalidInput(f"{control.MAX_CHANNELS} channels are open already")
+            plug = Plug(number, sockets[0])
+            if self._session is None:
+                self._early.append(plug)
+            else:
+                self._session.open_channel(plug)
+
+
+def main(arguments: list[str]) -> None:
+    """Be a relay. Does not return.
+
+    ``arguments``: the descriptor of the control socket; and, if root's rights are to be given up, a uid and a gid.
+    """
+    logging.basicConfig(format="relay: %(message)s", level=logging.WARNING)
+    descriptor, *owner = map(int, arguments)
+    sock = socket.socket(fileno=descriptor)
+    memory = Memory(RING_BYTES)
+    allow_lift()
+
+    def prepare_worker() -> None:
+        sock.close()
+        _become(owner)
+
+    worker = Worker.start(memory, prepare_worker, keeps_rights=not owner)
+    _become(owner)
+    Relay(sock, memory, worker).run()
+
+
+def _become(owner: list[int]) -> None:
+    """Be that user, for ever; nothing for an empty list."""
+    if owner:
+        uid, gid = owner
+        os.setgroups([])
+        os.setresgid(gid, gid, gid)
+        os.setresuid(uid, uid, uid)

@@ -1,0 +1,180 @@
+"""The process that compresses, and the relay's handle of it.
+
+It is a process and not a thread because of its priority: a thread that is last in line and holds Python's lock when
+somebody else wants the processor would stop the whole relay.
+
+Raw chunks lie in the ring, which both processes share; what becomes of a chunk is written to the same place in a second
+mapping, so that a worker which dies or is given up at any moment leaves the raw chunk as it was.
+
+A chunk is offered by a ticket in a socket, and both processes can take tickets out of it: whoever does has the chunk.
+So the relay can withdraw what the worker had no time to begin with, and the kernel decides who was first. A worker
+that began and does not get on is lifted to an ordinary share of processor time until it is done.
+
+The worker ends when the relay does: the kernel kills it then, whatever state it is in.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import signal
+import socket
+import struct
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from typing import NamedTuple
+
+from limosa.transport.relay import priority
+from limosa.transport.relay.codec import Compressor
+from limosa.transport.relay.errors import WorkerLost
+from limosa.transport.relay.frames import MAX_GROWTH_BYTES, digest
+
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+#: window, level
+_BEGINNING = struct.Struct("=ii")
+#: number, offset, raw length
+_TICKET = struct.Struct("=QII")
+#: number, compressed length, digest of the raw bytes, nanoseconds it took, nanoseconds of processor time
+_RESULT = struct.Struct("=QIQQQ")
+
+
+class Memory:
+    """The ring, and its twin for what was compressed, shared with every process forked later."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._map = mmap.mmap(-1, 2 * size)
+        self.raw = memoryview(self._map)[:size]
+        self.compressed = memoryview(self._map)[size:]
+
+
+class Result(NamedTuple):
+    """What the worker made of the chunk with ticket ``number``."""
+
+    number: int
+    wire_length: int
+    digest: int
+    seconds: float
+    cpu_seconds: float
+
+
+class Worker:
+    """A compressing process with one stream. Made by :meth:`start`."""
+
+    def __init__(
+        self, place: priority.Place, pidfd: int, offers: socket.socket, tickets: socket.socket, results: socket.socket
+    ) -> None:
+        # Both ends of the tickets stay here: one to give them, the other to take them back.
+        self._offers, self._tickets, self._results = offers, tickets, results
+        self._place, self._pidfd = place, pidfd
+        #: whether it has an ordinary share of processor time, as it is born with
+        self.lifted = True
+
+    @classmethod
+    def start(cls, memory: Memory, prepare: Callable[[], None], *, keeps_rights: bool) -> Worker:
+        """Fork a worker, which first calls ``prepare`` and then waits for :meth:`begin`.
+
+        It is to be called before there are threads, since a process that is forked from one with threads may find
+        locks that nobody will ever open. ``prepare`` closes what the worker must not hold and gives up rights;
+        ``keeps_rights`` tells whether the caller will keep its own.
+        """
+        offers, tickets = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        results, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        parent = os.getpid()
+        pid = os.fork()
+        if pid:
+            theirs.close()
+            place = priority.Place(pid, keeps_rights=keeps_rights)
+            return cls(place, os.pidfd_open(pid), offers, tickets, results)
+        try:
+            offers.close()
+            results.close()
+            os.setsid()
+            prepare()
+            _die_with(parent)
+            _work(memory, tickets, theirs)
+        finally:
+            os._exit(1)
+
+    def begin(self, window_log: int, level: int) -> None:
+        """Tell it how to compress: zstd's numbers. Before the first offer."""
+        self._results.send(_BEGINNING.pack(window_log, level))
+
+    def fileno(self) -> int:
+        """Readable when there is a result, or the worker died."""
+        return self._results.fileno()
+
+    def offer(self, number: int, offset: int, length: int) -> None:
+        """Let it compress a chunk, if it comes to it. Raises :class:`WorkerLost`."""
+        try:
+            self._offers.send(_TICKET.pack(number, offset, length), socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+        except OSError as error:
+            raise WorkerLost(str(error)) from error
+
+    def withdraw(self) -> int | None:
+        """Take the oldest ticket back with which it has not begun; None: it has begun with all."""
+        try:
+            return int(_TICKET.unpack(self._tickets.recv(_TICKET.size, socket.MSG_DONTWAIT))[0])
+        except BlockingIOError:
+            return None
+
+    def result(self) -> Result | None:
+        """The next result, or None if there is none yet. Raises :class:`WorkerLost`."""
+        try:
+            data = self._results.recv(_RESULT.size, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return None
+        except OSError as error:
+            raise WorkerLost(str(error)) from error
+        if len(data) != _RESULT.size:
+            raise WorkerLost("it ended")
+        number, wire_length, raw_digest, nanoseconds, cpu_nanoseconds = _RESULT.unpack(data)
+        return Result(number, wire_length, raw_digest, nanoseconds / 1e9, cpu_nanoseconds / 1e9)
+
+    def lift(self) -> None:
+        """Give it an ordinary share of processor time."""
+        self.lifted = True
+        self._place.lift()
+
+    def put_last(self) -> None:
+        """Put it last in line again. If the kernel does not take that yet, :attr:`lifted` stays."""
+        self.lifted = not self._place.put_last()
+
+    def end(self) -> None:
+        """End it, whatever it does. Does not wait: a process that is last in line may take its time to die."""
+        # One that has not given up its rights yet is not ours to kill; it ends with its sockets, as they all do.
+        with suppress(ProcessLookupError, PermissionError):
+            signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+        for sock in (self._offers, self._tickets, self._results):
+            sock.close()
+
+
+def _die_with(parent: int) -> None:
+    """Have the kernel kill this process when ``parent`` ends: one that was stopped would not notice by itself.
+
+    To be called after rights were given up, which makes the kernel forget it (PR_SET_PDEATHSIG, prctl(2)).
+    """
+    if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL) != 0:
+        raise OSError(ctypes.get_errno(), "prctl")
+    if os.getppid() != parent:
+        os._exit(1)  # it ended before we asked
+
+
+def _work(memory: Memory, tickets: socket.socket, results: socket.socket) -> None:
+    """Compress until the relay is gone."""
+    with suppress(BrokenPipeError, ConnectionResetError):
+        beginning = results.recv(_BEGINNING.size)
+        compressor = Compressor(*_BEGINNING.unpack(beginning)) if beginning else None
+        while compressor is not None and (ticket := tickets.recv(_TICKET.size)):
+            number, offset, length = _TICKET.unpack(ticket)
+            began, cpu_began = time.monotonic_ns(), time.thread_time_ns()
+            raw = memory.raw[offset : offset + length]
+            made = compressor.compress(raw)
+            if len(made) > length + MAX_GROWTH_BYTES:
+                return  # it would not fit; nothing known to zstd makes that happen
+            memory.compressed[offset : offset + len(made)] = made
+            raw_digest = digest(raw)
+            took, cpu_took = time.monotonic_ns() - began, time.thread_time_ns() - cpu_began
+            results.send(_RESULT.pack(number, len(made), raw_digest, took, cpu_took))

@@ -1,0 +1,252 @@
+"""Moves through the relays that compress: what arrives, what is shared, and what is left when something breaks."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from harness.commands import limosa
+from harness.hosts import runners, settled, wait_until
+from harness.labs import LabHost, running_lab
+from harness.steering import follow, remove, settings
+from limosa.lab import daemons
+from limosa.model.migration import Migration, Outcome
+from limosa.model.route import Compressed
+from limosa.transport.relay.outbound import LINGER_S
+from limosa.wire import api, endpoints
+
+pytestmark = [pytest.mark.qemu, pytest.mark.lab]
+
+MIB = 1024 * 1024
+SLOW_MBIT_PER_S = 100
+#: Even its empty pages must be named, in 9 bytes each: 10 MB, which compress well.
+BIG_MIB = 4096
+#: Makes a move last for ten seconds.
+BRAKE = {"bandwidth_mbit_per_s": 8}
+CANCEL_WITHIN_S = 2.0
+
+
+@pytest.fixture(scope="module")
+def lab() -> Iterator[list[LabHost]]:
+    with running_lab(2, nics=2, speed_mbit_per_s=(SLOW_MBIT_PER_S, SLOW_MBIT_PER_S)) as hosts:
+        yield hosts
+
+
+@pytest.fixture
+def hosts(lab: list[LabHost]) -> Iterator[list[LabHost]]:
+    """Two hosts with two NICs, of which the settings allow one."""
+    first = list(lab[0].lab.migration_networks[:1])
+    with settings(lab[0], {"migration_networks": first}), settings(lab[1], {"migration_networks": first}):
+        yield lab
+        for host in lab:
+            host.clean()
+            end_relays(host)
+
+
+def end_relays(host: LabHost) -> None:
+    """Not to wait until they do it by themselves."""
+    for pid in relays(host):
+        os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: relay_processes(host) == [], "its relays are gone")
+
+
+def big(name: str = "vm") -> api.NewVm:
+    """A VM that takes seconds to move, without a guest that would have to boot."""
+    return api.NewVm(name=name, memory_mib=BIG_MIB, accelerator="tcg")
+
+
+def begin(hosts: list[LabHost], vm: str = "vm") -> str:
+    options = api.MoveOptions(transport="compression")
+    request = api.MoveRequest(vm=vm, destination=hosts[1].name, options=options)
+    return hosts[0].client.call(endpoints.MOVE, request).id
+
+
+def arrived(hosts: list[LabHost], migration: str, vm: str = "vm") -> Migration:
+    ended = hosts[0].outcome(migration)
+    assert ended.outcome is Outcome.COMPLETED, ended.fault
+    assert runners(hosts, vm) == ["host2"]
+    return ended
+
+
+def compressed(view: Migration) -> Compressed | None:
+    return view.route.compressed if view.route is not None else None
+
+
+def has_sent(view: Migration) -> bool:
+    return (made := compressed(view)) is not None and made.sent_bytes > 0
+
+
+def relays(host: LabHost) -> list[int]:
+    """The relays of a host, without the processes that compress for them."""
+    daemon = daemons.pid_of(host.lab, host.name)
+    return [pid for pid in relay_processes(host) if parent(pid) == daemon]
+
+
+def relay_processes(host: LabHost) -> list[int]:
+    found = [int(one.split()[-1]) for one in host.bystanders() if one.startswith("process ")]
+    return [pid for pid in found if b"limosa.transport.relay" in command(pid)]
+
+
+def command(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
+def parent(pid: int) -> int:
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:
+        return 0
+
+
+@contextmanager
+def under_way(hosts: list[LabHost]) -> Iterator[str]:
+    """A slow move during the block."""
+    hosts[0].create(big())
+    with settings(hosts[0], BRAKE):
+        migration = begin(hosts)
+        follow(hosts[0], migration, has_sent)
+        yield migration
+
+
+def stays(hosts: list[LabHost], *, session: bool = False) -> None:
+    """The VM is at the source as if nothing had been, and the destination has nothing of it.
+
+    ``session``: whether the relays are kept for a while.
+    """
+    wait_until(lambda: settled(list(hosts)), "every journal has come to its end")
+    assert runners(hosts, "vm") == ["host1"]
+    kept = relay_processes(hosts[1]) if session else []
+    wait_until(lambda: hosts[1].bystanders() == [f"process {pid}" for pid in kept], "the destination keeps nothing")
+    wait_until(lambda: session or relay_processes(hosts[0]) == [], "no relay is left")
+
+
+def test_a_move_is_compressed_and_says_so(hosts: list[LabHost]) -> None:
+    hosts[0].create(big())
+    checked = limosa(hosts[0], "check", "vm", "--to", "host2", "--transport", "compression")
+    assert "transport: compression (it was asked for)" in checked.out
+    ended = arrived(hosts, begin(hosts))
+    made = compressed(ended)
+    assert ended.transport == "compression"
+    assert made is not None
+    assert made.raw_bytes >= ended.progress.transferred_bytes
+    assert made.ratio is not None
+    assert made.ratio > 1.5
+    assert made.cpu_s > 0
+    assert made.connections == 2
+    shown = limosa(hosts[0], "migration", "show", ended.id).out
+    assert "mig0 10.78.0.11 to mig0 10.78.0.12, 100 Mbit/s, " in shown
+    assert "processor time to compress, 2 connections" in shown
+    assert (
+        limosa(hosts[0], "migration", "show", ended.id, "--json").object["route"]["compressed"]["ratio"] == made.ratio
+    )
+
+
+def test_the_relays_use_all_nics_where_that_is_faster(lab: list[LabHost]) -> None:
+    lab[0].create(big())
+    ended = arrived(lab, begin(lab))
+    assert ended.route is not None
+    assert [path.nic_here for path in ended.route.paths if path.sent_bytes > 0] == ["mig0", "mig1"]
+    made = compressed(ended)
+    assert made is not None
+    assert made.connections == 4
+    for host in lab:
+        host.clean()
+        end_relays(host)
+
+
+def test_moves_at_the_same_time_share_one_session(hosts: list[LabHost]) -> None:
+    hosts[0].create(big("other"))
+    try:
+        with under_way(hosts) as first:
+            session = [relays(host) for host in hosts]
+            second = begin(hosts, "other")
+            follow(hosts[0], second, has_sent)
+            assert [relays(host) for host in hosts] == session
+        arrived(hosts, first)
+        arrived(hosts, second, "other")
+        assert [relays(host) for host in hosts] == session
+        assert [len(pids) for pids in session] == [1, 1]
+    finally:
+        for host in hosts:
+            if host.vm("other") is not None:
+                remove(host, "other")
+    wait_until(lambda: not any(relay_processes(host) for host in hosts), "they end after the last", LINGER_S + 10)
+
+
+@pytest.mark.parametrize("side", ["source", "destination"])
+def test_when_a_relay_is_killed_the_move_fails_and_names_it(hosts: list[LabHost], side: str) -> None:
+    with under_way(hosts) as migration:
+        (relay,) = relays(hosts[0] if side == "source" else hosts[1])
+        os.kill(relay, signal.SIGKILL)
+        ended = hosts[0].outcome(migration)
+    assert ended.outcome is Outcome.FAILED
+    assert ended.fault is not None
+    assert ended.fault.code == "relay-failed", ended.fault
+    stays(hosts)
+    arrived(hosts, begin(hosts))
+
+
+def test_a_cancelled_move_never_was(hosts: list[LabHost]) -> None:
+    with under_way(hosts) as migration:
+        cancels_at_once(hosts, migration)
+    stays(hosts, session=True)
+
+
+def test_a_destination_that_stops_reading_is_cancelled_as_fast(hosts: list[LabHost]) -> None:
+    with under_way(hosts) as migration:
+        (qemu,) = [pid for pid in hosts[1].qemus() if b"guest=vm" in command(pid)]
+        os.kill(qemu, signal.SIGSTOP)
+        with settings(hosts[0], {"bandwidth_mbit_per_s": 0}):
+            follow(hosts[0], migration, stands_still())
+            cancels_at_once(hosts, migration)
+    stays(hosts, session=True)
+
+
+def stands_still() -> Callable[[Migration], bool]:
+    """Whether as much had been sent ten views before."""
+    seen: list[int] = []
+
+    def look(view: Migration) -> bool:
+        made = compressed(view)
+        seen.append(made.sent_bytes if made is not None else 0)
+        return len(seen) > 10 and seen[-1] == seen[-10]
+
+    return look
+
+
+def cancels_at_once(hosts: list[LabHost], migration: str) -> None:
+    begun = time.monotonic()
+    ended = hosts[0].client.call(endpoints.CANCEL_MIGRATION, migration=migration)
+    assert time.monotonic() - begun < CANCEL_WITHIN_S
+    assert ended.outcome is Outcome.CANCELLED
+
+
+@pytest.mark.parametrize("side", ["source", "destination"])
+def test_a_daemon_that_is_killed_takes_its_relay_with_it(hosts: list[LabHost], side: str) -> None:
+    host = hosts[0] if side == "source" else hosts[1]
+    with under_way(hosts):
+        pid = daemons.pid_of(host.lab, host.name)
+        assert pid is not None
+        os.kill(pid, signal.SIGKILL)
+        wait_until(lambda: daemons.pid_of(host.lab, host.name) is None, "the daemon is dead")
+        wait_until(lambda: relay_processes(host) == [], "and so is its relay")
+        host.start()
+    stays(hosts)
+
+
+def test_a_window_that_is_no_power_of_two_is_refused(hosts: list[LabHost]) -> None:
+    said = limosa(hosts[0], "host", "settings", "compression_window_mib=300")
+    assert said.code == 2
+    assert "a power of two" in said.error
+    page = hosts[0].client.call(endpoints.SETTINGS).settings
+    assert msgspec.to_builtins(page)["compression_window_mib"] == 512

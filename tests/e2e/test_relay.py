@@ -1,0 +1,367 @@
+"""Two relay processes on loopback, with sockets in place of QEMUs: what goes in comes out, or nothing does."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Coroutine
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import uvloop
+
+from harness.relays import WINDOW_LOG, Pair, carriers, pair
+from limosa.errors import InvalidInput, RelayFailed
+from limosa.security.stream import make_credentials
+from limosa.transport.relay.client import Relay
+from limosa.transport.relay.control import ChannelStatistics
+from limosa.transport.relay.frames import HELLO_BYTES, Form, FrameWriter, Hello, Way, digest
+
+MIB = 1024 * 1024
+NOISE = random.Random(5).randbytes(8 * MIB)
+TEXT = b"".join(b"line %d of a program's heap\n" % number for number in range(300_000))[: 6 * MIB]
+SLOW = 60 * MIB
+WITHIN_S = 60
+
+
+def run(work: Coroutine[None, None, None]) -> None:
+    async def limited() -> None:
+        async with asyncio.timeout(WITHIN_S):
+            await work
+
+    uvloop.run(limited())
+
+
+def write(sock: socket.socket, data: bytes) -> None:
+    with suppress(OSError), sock:
+        sock.sendall(data)
+        sock.shutdown(socket.SHUT_WR)
+        while sock.recv(65536):
+            pass
+
+
+def read(sock: socket.socket, into: list[bytes]) -> None:
+    with suppress(OSError), sock:
+        while data := sock.recv(MIB):
+            into.append(data)
+
+
+async def move(relays: Pair, data: bytes) -> tuple[bytes, ChannelStatistics]:
+    """One stream from beginning to end: what came out, and the source's figures."""
+    figures: asyncio.Future[ChannelStatistics] = asyncio.get_running_loop().create_future()
+    number = len(relays.numbers)
+    before = relays.source.on_channel_ended
+
+    def on_ended(statistics: ChannelStatistics) -> None:
+        before(statistics)
+        if statistics.channel == number and not figures.done():
+            figures.set_result(statistics)
+
+    relays.source.on_channel_ended = on_ended
+    here, there = await relays.channel()
+    came: list[bytes] = []
+    await asyncio.gather(asyncio.to_thread(read, there, came), asyncio.to_thread(write, here, data))
+    return b"".join(came), await figures
+
+
+@pytest.mark.parametrize("tls", [True, False])
+def test_what_goes_in_comes_out(tls: bool) -> None:
+    async def work() -> None:
+        async with pair(tls=tls) as relays:
+            for data in (NOISE, TEXT, b"x"):
+                came, figures = await move(relays, data)
+                assert came == data
+                assert figures.raw_bytes == len(data)
+
+    run(work())
+
+
+def test_on_a_slow_line_alike_streams_cost_almost_nothing() -> None:
+    async def work() -> None:
+        async with pair(bytes_per_s=SLOW) as relays:
+            while True:  # until a processor was free for it, as often as others let it
+                came, figures = await move(relays, NOISE)
+                assert came == NOISE
+                if figures.wire_bytes < figures.raw_bytes / 4:  # noise, of which only what was sent before is left out
+                    break
+            assert figures.compressed_chunks > 0
+            assert (await relays.source.statistics()).compression.cpu_s > 0
+
+    run(work())
+
+
+def test_without_compression_everything_goes_raw() -> None:
+    async def work() -> None:
+        async with pair(bytes_per_s=SLOW, level=None) as relays:
+            came, figures = await move(relays, TEXT)
+            assert came == TEXT
+            assert figures.compressed_chunks == 0
+
+    run(work())
+
+
+def test_several_streams_share_a_session_and_the_return_path_works() -> None:
+    async def work() -> None:
+        async with pair() as relays:
+            parts = [bytes([number]) * MIB + NOISE[: number * 100_000] for number in range(1, 6)]
+            assert [came for came, _ in await asyncio.gather(*[move(relays, part) for part in parts])] == parts
+            here, there = await relays.channel()
+            with here, there:
+                here.sendall(b"page")
+                assert await asyncio.to_thread(there.recv, 100) == b"page"
+                there.sendall(b"taken")
+                assert await asyncio.to_thread(here.recv, 100) == b"taken"
+                here.shutdown(socket.SHUT_WR)
+                assert await asyncio.to_thread(there.recv, 100) == b""
+                there.sendall(b"bye")
+                assert await asyncio.to_thread(here.recv, 100) == b"bye"
+
+    run(work())
+
+
+def test_shortened_streams_come_out_too() -> None:
+    async def work() -> None:
+        async with pair(bytes_per_s=SLOW) as relays:
+            here, there = await relays.channel()
+            await relays.source.shorten(0)
+            came: list[bytes] = []
+            await asyncio.gather(asyncio.to_thread(read, there, came), asyncio.to_thread(write, here, TEXT + NOISE))
+            assert b"".join(came) == TEXT + NOISE
+
+    run(work())
+
+
+def test_a_qemu_that_does_not_read_stops_its_own_stream_only() -> None:
+    async def work() -> None:
+        async with pair() as relays:
+            here, there = await relays.channel()
+            stuck = threading.Thread(target=write, args=(here, NOISE * 2))
+            stuck.start()
+            for _ in range(3):
+                assert (await move(relays, TEXT))[0] == TEXT
+            assert stuck.is_alive()
+            came: list[bytes] = []
+            await asyncio.to_thread(read, there, came)
+            assert b"".join(came) == NOISE * 2
+            await asyncio.to_thread(stuck.join)
+
+    run(work())
+
+
+def test_when_the_destinations_qemu_dies_the_sources_sees_the_end_and_others_go_on() -> None:
+    async def work() -> None:
+        async with pair() as relays:
+            here, there = await relays.channel()
+            there.close()
+            with here, suppress(BrokenPipeError, ConnectionResetError):
+                assert await asyncio.to_thread(here.recv, 100) == b""
+                await asyncio.to_thread(here.sendall, NOISE * 4)
+                pytest.fail("somebody took it")
+            assert (await move(relays, TEXT))[0] == TEXT
+
+    run(work())
+
+
+@pytest.mark.parametrize("victim", ["source", "destination"])
+def test_when_a_relay_is_killed_every_stream_ends_and_both_daemons_know(victim: str) -> None:
+    async def work() -> None:
+        async with pair() as relays:
+            here, there = await relays.channel()
+            os.kill(getattr(relays, victim).pid, signal.SIGKILL)
+            with here, there:
+                assert await asyncio.to_thread(there.recv, 100) == b""
+                assert await asyncio.to_thread(here.recv, 100) == b""
+            await asyncio.gather(relays.source.ended.wait(), relays.destination.ended.wait())
+            assert getattr(relays, victim).why() == "ended by signal 9"
+            survivor = relays.source if victim == "destination" else relays.destination
+            assert "the connection" in survivor.why()
+            with pytest.raises(RelayFailed):
+                await survivor.open_channel(9)
+
+    run(work())
+
+
+def test_a_worker_that_is_killed_costs_compression_only() -> None:
+    async def work() -> None:
+        async with pair(bytes_per_s=SLOW) as relays:
+            await move(relays, TEXT)
+            (worker,) = children(relays.source.pid)
+            os.kill(worker, signal.SIGKILL)
+            assert (await move(relays, TEXT + NOISE))[0] == TEXT + NOISE
+
+    run(work())
+
+
+def test_a_worker_that_stands_still_is_done_without() -> None:
+    async def work() -> None:
+        async with pair(bytes_per_s=SLOW) as relays:
+            await move(relays, TEXT)
+            (worker,) = children(relays.source.pid)
+            watched = os.pidfd_open(worker)
+            os.kill(worker, signal.SIGSTOP)
+            assert (await move(relays, NOISE))[0] == NOISE
+        await ends(watched)
+
+    run(work())
+
+
+DAEMON = """
+import asyncio, socket, sys
+from limosa.transport.relay.client import Relay
+from harness.relays import pair
+async def main():
+    async with pair(tls=False) as relays:
+        await relays.channel()
+        print(relays.source.pid, relays.destination.pid, flush=True)
+        await asyncio.sleep(600)
+asyncio.run(main())
+"""
+
+
+def test_relays_and_workers_end_with_a_daemon_that_is_killed() -> None:
+    async def work() -> None:
+        daemon = await asyncio.create_subprocess_exec(
+            *[sys.executable, "-c", DAEMON],
+            stdout=asyncio.subprocess.PIPE,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        )
+        assert daemon.stdout is not None
+        pids = [int(word) for word in (await daemon.stdout.readline()).split()]
+        watched = [os.pidfd_open(pid) for pid in [*pids, *[child for pid in pids for child in children(pid)]]]
+        daemon.kill()
+        await daemon.wait()
+        for pidfd in watched:
+            await ends(pidfd)
+
+    run(work())
+
+
+def test_a_relay_with_other_credentials_is_not_accepted() -> None:
+    async def work() -> None:
+        (server, _), (_, stranger) = make_credentials(), make_credentials()
+        near, far = carriers()
+        source, destination = await asyncio.gather(Relay.start(), Relay.start())
+        results = await asyncio.gather(
+            destination.open_receiver(far, credentials=server, window_log=WINDOW_LOG),
+            source.open_sender(near, credentials=stranger, window_log=WINDOW_LOG),
+            return_exceptions=True,
+        )
+        assert [type(result) for result in results] == [RelayFailed, RelayFailed]
+        for relay in (source, destination):
+            await relay.end()
+        for one in (*near, *far):
+            one.close()
+
+    run(work())
+
+
+def test_the_smaller_window_counts() -> None:
+    async def work() -> None:
+        near, far = carriers()
+        source, destination = await asyncio.gather(Relay.start(), Relay.start())
+        agreed = await asyncio.gather(
+            destination.open_receiver(far, credentials=None, window_log=22),
+            source.open_sender(near, credentials=None, window_log=30),
+        )
+        assert agreed == [22, 22]
+        for relay in (source, destination):
+            await relay.end()
+        for one in (*near, *far):
+            one.close()
+
+    run(work())
+
+
+def test_a_channel_may_be_known_at_the_destination_before_the_session_is_open() -> None:
+    async def work() -> None:
+        near, far = carriers()
+        source, destination = await asyncio.gather(Relay.start(), Relay.start())
+        there = await destination.open_channel(0)
+        await asyncio.gather(
+            destination.open_receiver(far, credentials=None, window_log=WINDOW_LOG),
+            source.open_sender(near, credentials=None, window_log=WINDOW_LOG),
+        )
+        with await source.open_channel(0) as here, there:
+            here.sendall(b"page")
+            assert await asyncio.to_thread(there.recv, 100) == b"page"
+        with pytest.raises(InvalidInput, match="opened before"):
+            await destination.open_channel(0)
+        for relay in (source, destination):
+            await relay.end()
+        for one in (*near, *far):
+            one.close()
+
+    run(work())
+
+
+@pytest.mark.parametrize("garbage", [b"\0" * 28, os.urandom(4096), b"\x01"], ids=["zeroes", "random", "cut"])
+def test_garbage_on_the_carrier_ends_the_session_and_reaches_no_qemu(garbage: bytes) -> None:
+    async def work() -> None:
+        (forward, backward), far = carriers()
+        destination = await Relay.start()
+        with forward, backward:
+            for sock, way in ((forward, Way.FORWARD), (backward, Way.BACKWARD)):
+                sock.sendall(Hello(way, 24).pack())
+            await destination.open_receiver(far, credentials=None, window_log=24)
+            for one in far:
+                one.close()
+            assert len(backward.recv(HELLO_BYTES)) == HELLO_BYTES
+            with await destination.open_channel(3) as qemu:
+                forward.sendall(FrameWriter().data(3, Form.RAW, 4, 4, digest(b"good")) + b"good" + garbage)
+                forward.shutdown(socket.SHUT_WR)
+                assert await asyncio.to_thread(qemu.recv, 100) == b"good"
+                assert await asyncio.to_thread(qemu.recv, 100) == b""
+            await destination.ended.wait()
+            assert destination.why()
+
+    run(work())
+
+
+def test_requests_that_make_no_sense_are_refused() -> None:
+    async def work() -> None:
+        relay = await Relay.start()
+        with pytest.raises(InvalidInput, match="no session yet"):
+            await relay.statistics()
+        await relay.end()
+        async with pair() as relays:
+            here, there = await relays.channel()
+            with here, there, pytest.raises(InvalidInput, match="opened before"):
+                await relays.source.open_channel(0)
+
+    run(work())
+
+
+def test_it_gives_up_its_rights_and_lets_nobody_look_into_it() -> None:
+    if os.geteuid() != 0:
+        pytest.skip("only root has rights to give up")
+
+    async def work() -> None:
+        async with pair(user="nobody", bytes_per_s=SLOW) as relays:
+            for pid in (relays.source.pid, relays.destination.pid, *children(relays.source.pid)):
+                status = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+                assert set(status["Uid"].split()) == {"65534"}
+                assert int(status["CapEff"], 16) == 0
+                assert status["Groups"].strip() == ""
+                assert os.stat(f"/proc/{pid}/mem").st_uid == 0
+            assert (await move(relays, TEXT))[0] == TEXT
+
+    run(work())
+
+
+async def ends(pidfd: int) -> None:
+    """Wait until that process has ended."""
+    gone = asyncio.Event()
+    asyncio.get_running_loop().add_reader(pidfd, gone.set)
+    await gone.wait()
+    asyncio.get_running_loop().remove_reader(pidfd)
+    os.close(pidfd)
+
+
+def children(pid: int) -> list[int]:
+    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]

@@ -1,0 +1,72 @@
+"""Two relays on loopback, with sockets in place of QEMUs."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+from limosa.security.stream import make_credentials
+from limosa.transport.relay.client import Relay
+
+WINDOW_LOG = 24
+#: socket(7), asm-generic/socket.h: what TCP sends on this socket, in bytes a second, also on loopback.
+SO_MAX_PACING_RATE = 47
+
+
+@dataclass
+class Pair:
+    """A source's and a destination's relay with a session between them."""
+
+    source: Relay
+    destination: Relay
+    numbers: list[int] = field(default_factory=list)
+
+    async def channel(self) -> tuple[socket.socket, socket.socket]:
+        """A new channel: what the source's QEMU would hold, and the destination's. Blocking sockets, to be closed."""
+        number = len(self.numbers)
+        self.numbers.append(number)
+        there = await self.destination.open_channel(number)
+        here = await self.source.open_channel(number)
+        return here, there
+
+
+def carriers(bytes_per_s: int | None = None) -> tuple[list[socket.socket], list[socket.socket]]:
+    """Two connections, of which the first sends at most so fast: their near ends, and the far ones in another order."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        near, far = [], []
+        for limit in (bytes_per_s, None):
+            sock = socket.socket()
+            if limit is not None:
+                sock.setsockopt(socket.SOL_SOCKET, SO_MAX_PACING_RATE, limit)
+            sock.connect(listener.getsockname())
+            near.append(sock)
+            far.insert(0, listener.accept()[0])
+        return near, far
+
+
+@asynccontextmanager
+async def pair(
+    *,
+    tls: bool = True,
+    bytes_per_s: int | None = None,
+    window_log: int = WINDOW_LOG,
+    level: int | None = 1,
+    user: str | None = None,
+) -> AsyncIterator[Pair]:
+    """Two relays; both are gone afterwards."""
+    server, client = make_credentials() if tls else (None, None)
+    near, far = carriers(bytes_per_s)
+    source, destination = await asyncio.gather(Relay.start(user=user), Relay.start(user=user))
+    try:
+        await asyncio.gather(
+            destination.open_receiver(far, credentials=server, window_log=window_log),
+            source.open_sender(near, credentials=client, window_log=window_log, level=level),
+        )
+        for one in (*near, *far):
+            one.close()
+        yield Pair(source, destination)
+    finally:
+        await asyncio.gather(source.end(), destination.end())

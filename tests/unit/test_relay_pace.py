@@ -1,0 +1,93 @@
+"""What is learned about carrier and worker."""
+
+from __future__ import annotations
+
+import pytest
+
+from limosa.transport.relay.pace import Line, Pace, Patience
+
+MB = 1_000_000
+
+
+def test_a_line_that_is_kept_busy_is_measured() -> None:
+    line = Line()
+    for tick in range(40):
+        sent = tick * 2 * MB + MB
+        line.note(tick * 0.02, sent, MB, MB // 2)
+    assert line.rate == pytest.approx(100 * MB)
+    assert line.busy_for_s() == pytest.approx(0.005)
+    assert line.carries(0.01) == pytest.approx(MB)
+
+
+def test_a_line_that_waits_for_us_is_not_slow() -> None:
+    line = Line()
+    line.note(0, MB, MB, MB)
+    line.note(0.01, MB, 0, 0)
+    fast = line.rate
+    for tick in range(1, 50):
+        line.note(tick * 0.05, MB + tick * 1000, 0, 0)
+    assert line.rate == fast == pytest.approx(100 * MB)
+    assert line.busy_for_s() == 0
+
+
+def test_a_line_that_becomes_slow_is_noticed() -> None:
+    line = Line()
+    sent = 0
+    for tick in range(100):
+        sent += 2 * MB if tick < 50 else MB // 10
+        line.note(tick * 0.02, sent, MB, MB)
+    assert line.rate == pytest.approx(5 * MB, rel=0.01)
+
+
+def test_a_worker_that_is_held_up_is_expected_to_take_longer_but_not_for_ever() -> None:
+    pace = Pace()
+    for _ in range(50):
+        pace.note(MB, MB // 4, 0.008, 0.004)
+    assert pace.seconds_per_byte == pytest.approx(8e-9, rel=0.01)
+    for _ in range(50):
+        pace.note(MB, MB // 4, 10, 0.004)
+    assert pace.seconds_per_byte == pytest.approx(16e-9, rel=0.01)
+    assert pace.remainder == pytest.approx(0.25, rel=0.01)
+
+
+def test_what_did_not_compress_is_still_tried() -> None:
+    pace = Pace()
+    for _ in range(50):
+        pace.note(MB, MB, 0.004, 0.004)
+    assert pace.remainder == 0.75
+
+
+def test_a_worker_that_is_late_is_left_alone_longer_each_time() -> None:
+    patience = Patience()
+    pauses = []
+    for turn in range(9):
+        now = turn * 10.0
+        patience.late(now)
+        pauses.append(next(ms for ms in range(1001) if patience.allows(now + ms / 1000 + 1e-6)))
+    assert pauses == [10, 20, 40, 80, 160, 320, 640, 1000, 1000]
+    assert not patience.trusts
+
+
+def test_a_worker_that_took_time_from_others_is_left_alone_for_longer() -> None:
+    patience = Patience()
+    patience.late(0.0, lifted=True)
+    assert not patience.allows(0.249)
+    assert patience.allows(0.25)
+
+
+def test_a_worker_that_found_a_free_processor_is_forgiven_step_by_step() -> None:
+    patience = Patience()
+    for _ in range(3):
+        patience.late(0.0)
+    for trusted in (False, False, True):
+        patience.served(0.002, 0.0019, lifted=False)
+        assert patience.allows(0.0)
+        assert patience.trusts == trusted
+
+
+def test_a_worker_that_had_to_wait_for_others_is_not() -> None:
+    patience = Patience()
+    patience.late(0.0)
+    patience.served(0.010, 0.0019, lifted=False)
+    patience.served(0.010, 0.008, lifted=True)
+    assert not patience.allows(0.005)
