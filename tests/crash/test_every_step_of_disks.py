@@ -7,14 +7,13 @@ steps of the journals there are those of the copy (``harness/daemon.py``).
 from __future__ import annotations
 
 import contextlib
-import json
-import subprocess
 from collections.abc import Iterator
 
 import msgspec
 import pytest
 
 from harness.crashes import clean, disks_of, images, nothing_else_is_left, place
+from harness.disks import assert_clean
 from harness.hosts import Host, running_hosts, settled, tiny, wait_until
 from harness.qmp import assert_no_copies
 from limosa.errors import LimosaError
@@ -88,15 +87,6 @@ def with_disk(host: Host) -> api.NewVm:
     return msgspec.structs.replace(tiny("vm"), disks=(api.NewDisk(path=str(path), size_mib=SIZE_MIB),))
 
 
-def assert_one_whole_disk(owner: Host) -> None:
-    """The image its description names is there and nothing is wrong with it."""
-    (image,) = disks_of(owner, "vm")
-    report = json.loads(
-        subprocess.check_output(["qemu-img", "check", "-U", "-f", "qcow2", "--output=json", str(image)])
-    )
-    assert [report.get(key, 0) for key in ("corruptions", "leaks", "check-errors")] == [0, 0, 0]
-
-
 @pytest.mark.parametrize(
     ("plan", "expected"),
     [pytest.param(*case, id=case[0], marks=[] if case[0] in QUICK else pytest.mark.long) for case in plans()],
@@ -117,7 +107,7 @@ def test_one_host_has_the_vm_and_its_disk(hosts: list[Host], plan: str, expected
         wait_until(lambda: place(hosts) == expected, expected)
         wait_until(lambda: nothing_else_is_left(hosts), "nothing is left elsewhere")
         owner = alpha if expected.endswith("alpha") else beta
-        assert_one_whole_disk(owner)
+        assert_clean(*disks_of(owner, "vm"))
         if expected.startswith("running"):
             assert_no_copies(owner)
         else:
@@ -140,6 +130,6 @@ def test_without_a_crash_the_disk_moves(hosts: list[Host]) -> None:
         assert place(hosts) == "running at beta"
         assert nothing_else_is_left(hosts)
         assert images(beta) == disks_of(beta, "vm")
-        assert_one_whole_disk(beta)
+        assert_clean(*disks_of(beta, "vm"))
     finally:
         clean(hosts)

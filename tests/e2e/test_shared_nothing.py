@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -13,7 +12,7 @@ import pytest
 
 from harness.commands import limosa
 from harness.crashes import disks_of, images
-from harness.disks import assert_sound, raw_copy
+from harness.disks import assert_sound, goes_on, number, raw_copy
 from harness.guests import LanClient, address_of, linux, wait_until_it_serves
 from harness.hosts import wait_until
 from harness.labs import LabHost, running_lab
@@ -44,18 +43,13 @@ def client(hosts: list[LabHost]) -> LanClient:
     return client
 
 
-def number(client: LanClient) -> int:
-    return int(client.facts()["number"])
-
-
 def test_the_disk_goes_along_there_and_back(hosts: list[LabHost], client: LanClient) -> None:
     with client.talking() as conversation:
         for source, destination in ((hosts[0], hosts[1]), (hosts[1], hosts[0])):
             ended = move(source, "web", destination)
             assert ended.outcome is Outcome.COMPLETED
             assert ended.phases[Phase.STORAGE] > 0
-            before = number(client)
-            wait_until(lambda before=before: number(client) > before + 3, "the guest goes on numbering")
+            goes_on(client)
             assert images(destination) == disks_of(destination, "web")
             assert images(source) == [], "what the VM has left is gone"
     assert conversation.faults == []
