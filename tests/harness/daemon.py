@@ -3,8 +3,8 @@
 The plan comes in LIMOSA_TEST_BREAK as ``SIDE:STEP:MOMENT:VICTIM``, for example ``source:migrating:after:daemon``: when
 the journal of that side is about to write (``before``) or has written (``after``) that step. Disks have further steps
 that no journal tells, the calls in ``CALLS``; the side ``host`` is a host whose own disks move. Victims are ``daemon``,
-``qemu``, ``both``, ``network`` (the links named in LIMOSA_TEST_LINKS go down) and ``disk`` (from then on the daemon
-cannot write to any file). It happens once.
+``qemu``, ``both``, ``hang`` (its QEMU does nothing any more), ``network`` (the links named in LIMOSA_TEST_LINKS go
+down) and ``disk`` (from then on the daemon cannot write to any file). It happens once.
 """
 
 from __future__ import annotations
@@ -60,11 +60,12 @@ def break_at(plan: Plan, vms: Path) -> None:
         if struck or (journal_side, journal_step, now) != (side, step, moment):
             return
         struck.append(True)
-        if victim in ("qemu", "both"):
+        if victim in ("qemu", "both", "hang"):
             for record in vms.glob(f"{vm}/process.json"):
                 # At the last steps the source ends its QEMU by itself, and may have done so already.
                 with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-                    os.kill(json.loads(record.read_bytes())["pid"], signal.SIGKILL)
+                    pid = json.loads(record.read_bytes())["pid"]
+                    os.kill(pid, signal.SIGSTOP if victim == "hang" else signal.SIGKILL)
         if victim == "network":
             for link in os.environ["LIMOSA_TEST_LINKS"].split(","):
                 subprocess.run(["ip", "link", "set", link, "down"], check=True)
