@@ -17,7 +17,8 @@ from harness.guests import LanClient, address_of, linux, wait_until_it_serves
 from harness.hosts import wait_until
 from harness.labs import LabHost, running_lab
 from harness.steering import move, remove
-from limosa.model.migration import Outcome, Phase
+from limosa.model.migration import Migration, Outcome, Phase
+from limosa.settings.host import Transport
 from limosa.wire import api, endpoints
 
 pytestmark = [pytest.mark.qemu, pytest.mark.lab]
@@ -27,7 +28,7 @@ SIZE_MIB = 256
 
 @pytest.fixture(scope="module")
 def hosts() -> Iterator[list[LabHost]]:
-    with running_lab() as made:
+    with running_lab(nics=2, speed_mbit_per_s=1000) as made:
         yield made
 
 
@@ -43,16 +44,25 @@ def client(hosts: list[LabHost]) -> LanClient:
     return client
 
 
-def test_the_disk_goes_along_there_and_back(hosts: list[LabHost], client: LanClient) -> None:
+@pytest.mark.parametrize("transport", ["tcp", "multichannel", "compression"])
+def test_the_disk_goes_along_there_and_back(hosts: list[LabHost], client: LanClient, transport: Transport) -> None:
     with client.talking() as conversation:
         for source, destination in ((hosts[0], hosts[1]), (hosts[1], hosts[0])):
-            ended = move(source, "web", destination)
-            assert ended.outcome is Outcome.COMPLETED
+            ended = move_over(transport, source, destination)
+            assert ended.outcome is Outcome.COMPLETED, ended.fault
+            assert ended.transport == transport
             assert ended.phases[Phase.STORAGE] > 0
+            assert (ended.route is not None and ended.route.compressed is not None) is (transport == "compression")
             goes_on(client)
             assert images(destination) == disks_of(destination, "web")
             assert images(source) == [], "what the VM has left is gone"
     assert conversation.faults == []
+
+
+def move_over(transport: Transport, source: LabHost, destination: LabHost) -> Migration:
+    options = api.MoveOptions(transport=transport)
+    request = api.MoveRequest(vm="web", destination=destination.name, options=options)
+    return source.outcome(source.client.call(endpoints.MOVE, request).id)
 
 
 def test_nothing_is_lost(hosts: list[LabHost], client: LanClient) -> None:

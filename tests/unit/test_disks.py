@@ -95,9 +95,7 @@ class TestThePlan:
             ((msgspec.structs.replace(IMAGES, fault="No such file or directory"),), {}, "location-unusable"),
         ],
     )
-    def test_what_stands_against_it(
-        self, locations: tuple[Location, ...], wishes: dict[str, str], code: str
-    ) -> None:
+    def test_what_stands_against_it(self, locations: tuple[Location, ...], wishes: dict[str, str], code: str) -> None:
         there = msgspec.structs.replace(THERE, locations=locations)
         _, findings = disks.plan(VM, [FACT], there, wishes, "abc", {})
         assert [finding.code for finding in findings] == [code]
@@ -145,9 +143,7 @@ class TestKeeping:
         patience=st.floats(1, 1000),
         looks=st.lists(st.tuples(st.floats(0, 300), st.integers(0, 1000)), max_size=100),
     )
-    def test_the_guest_waits_before_anything_is_given_up(
-        self, patience: float, looks: list[tuple[float, int]]
-    ) -> None:
+    def test_the_guest_waits_before_anything_is_given_up(self, patience: float, looks: list[tuple[float, int]]) -> None:
         keeping, now, told = Keeping(patience, 0.0), 0.0, []
         for pause, remaining in looks:
             now += pause
@@ -178,9 +174,7 @@ class TestTheBar:
         looks=st.lists(st.tuples(st.integers(0, 10**9), st.integers(0, 10**9)), max_size=30),
         passes=st.lists(st.integers(0, 10**9), max_size=30),
     )
-    def test_it_never_goes_back(
-        self, share: tuple[int, int], looks: list[tuple[int, int]], passes: list[int]
-    ) -> None:
+    def test_it_never_goes_back(self, share: tuple[int, int], looks: list[tuple[int, int]], passes: list[int]) -> None:
         bar, shown = Bar().entered(Phase.BUILD_UP).entered(Phase.STORAGE).with_disks(*share), Progress()
         seen = [bar.percent]
         for at, (copied, more) in enumerate(looks):

@@ -50,7 +50,8 @@ def _parse(key: str, text: str) -> Any:
     table, _, entry = key.partition(".")
     kind = known[table][0] if entry and table in known else None
     if isinstance(kind, inspect.DictType):
-        return _place(text) if isinstance(kind.value_type, inspect.StructType) else text
+        value = kind.value_type.type if isinstance(kind.value_type, inspect.Metadata) else kind.value_type
+        return _place(text) if isinstance(value, inspect.StructType) else _parse_as(value, key, text)
     raise InvalidInput(f"there is no setting '{key[:80]}'", todo="'limosa host settings' lists them")
 
 

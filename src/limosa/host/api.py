@@ -91,6 +91,7 @@ class Handlers:
             endpoints.LIST_MIGRATIONS: self.list_migrations,
             endpoints.SHOW_MIGRATION: self.show_migration,
             endpoints.CANCEL_MIGRATION: self.cancel_migration,
+            endpoints.LIMIT_MIGRATION: self.limit_migration,
             endpoints.RESOLVE_MIGRATION: self.resolve_migration,
         }
 
@@ -191,6 +192,13 @@ class Handlers:
         """Cancel a move."""
         of_disks = await self._services.disk_moves.cancel(path["migration"])
         return of_disks or await self._services.outgoing.cancel(path["migration"])
+
+    async def limit_migration(self, request: api.LimitRequest, path: dict[str, str]) -> Migration:
+        """Cap a move that is under way."""
+        migration, cap = path["migration"], request.bandwidth_mbit_per_s
+        return await self._services.disk_moves.limit(migration, cap) or await self._services.outgoing.limit(
+            migration, cap
+        )
 
     async def resolve_migration(self, request: api.ResolveRequest, path: dict[str, str]) -> Model:
         """A person's word."""

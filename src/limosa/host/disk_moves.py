@@ -37,7 +37,6 @@ from limosa.errors import (
     StateError,
 )
 from limosa.host.page import Page
-from limosa.host.slots import Slots
 from limosa.host.storage import Storage
 from limosa.host.views import Views
 from limosa.host.vms import HostedVm, Vms
@@ -76,8 +75,6 @@ class DiskMoves:
     def __init__(
         self, host: str, vms: Vms, page: Page, storage: Storage, views: Views, user: str | None, folder: Path
     ) -> None:
-        self.slots = Slots(lambda: page.now.max_storage_moves)
-        page.on_change(self.slots.admit)
         self._host = host
         self._vms = vms
         self._page = page
@@ -115,6 +112,14 @@ class DiskMoves:
             return None
         move.cancel()
         return await self._views.ended(migration)
+
+    async def limit(self, migration: str, mbit_per_s: int) -> Migration | None:
+        """Cap a move of disks; None if none of that identity is under way."""
+        move = self._active.get(migration)
+        if move is None:
+            return None
+        await move.limit(mbit_per_s * MBIT_BYTES)
+        return move.report.now
 
     async def recover(self) -> None:
         """Bring to an end what an earlier daemon left."""
@@ -165,7 +170,7 @@ class DiskMoves:
     async def _conduct(self, move: _Move) -> None:
         has_slot = False
         try:
-            await move.guard(self.slots.acquire(lambda place: _in_line(move.report, place)))
+            await move.guard(self._storage.leaving.acquire(lambda place: _in_line(move.report, place)))
             has_slot = True
             await move.run()
             move.report.end(Outcome.COMPLETED)
@@ -175,7 +180,7 @@ class DiskMoves:
             await self._undo(move, LimosaError("an internal error", why=repr(error), vm=move.record.vm))
         finally:
             if has_slot:
-                self.slots.release()
+                self._storage.leaving.release()
             move.hosted.migration = None
             self._active.pop(move.record.migration, None)
             self._views.keep(move.report.now)
@@ -281,6 +286,7 @@ class _Move:
         self._moves = moves
         #: bytes per second for all disks together, 0: none
         self._cap = cap
+        self._copying: Mirrors | None = None
         self._cancelled: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     async def run(self) -> None:
@@ -300,6 +306,12 @@ class _Move:
             raise Conflict(f"the disks of VM '{self.record.vm}' have moved already", vm=self.record.vm)
         if not self._cancelled.done():
             self._cancelled.set_result(None)
+
+    async def limit(self, bytes_per_s: int) -> None:
+        """Cap all disks together, 0: no cap."""
+        self._cap = bytes_per_s
+        if self._copying is not None:
+            await self._copying.cap(bytes_per_s)
 
     async def guard(self, work: Coroutine[Any, Any, None]) -> None:
         """Do ``work`` unless a person cancels or QEMU dies, which raises."""
@@ -324,7 +336,7 @@ class _Move:
         for plan in plans:
             image = ImageFile(plan.path, plan.format, direct=does_direct_io(plan.path), thick=plan.thick)
             await self.machine.copy_to_file(plan.disk, self.record.migration, image, self._cap // len(plans))
-        copying = Mirrors(self.machine, [plan.disk for plan in plans], self._moves.patience_s)
+        copying = self._copying = Mirrors(self.machine, [plan.disk for plan in plans], self._moves.patience_s)
         self.report.bar = self.report.bar.with_disks(1, 0)
         await copying.until_ready(lambda: self._show(copying))
 

@@ -8,6 +8,7 @@ import binascii
 import contextlib
 import logging
 import socket
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -41,7 +42,7 @@ from limosa.network.addresses import stream_addresses
 from limosa.qemu.protocol import MachineProtocol
 from limosa.transport import tcp
 from limosa.transport.channel import Doorway
-from limosa.wire.peer import Inspect, Prepare
+from limosa.wire.peer import Inspect, Prepare, RelayPlace
 
 _log = logging.getLogger(__name__)
 
@@ -229,17 +230,22 @@ class LandingHere:
         self._compression = compression
         self._page = page
         self._reached_at = reached_at
-        self._has_slot = False
+        self._taken: list[Slots] = []
         self._hosted: HostedVm | None = None
 
     async def reserve(self, in_line: Callable[[int], None]) -> None:
         """See :class:`limosa.migration.destination.Landing`."""
-        await self._slots.acquire(in_line)
-        self._has_slot = True
+        for slots in (self._slots, *([self._storage.arriving] if self._header.images else [])):
+            try:
+                await slots.acquire(in_line)
+            except BaseException:
+                self._give_slots()
+                raise
+            self._taken.append(slots)
         try:
             self._hosted = self._vms.reserve(self._header.vm, self._header.migration)
         except LimosaError:
-            self._give_slot()
+            self._give_slots()
             raise
 
     async def launch(self, request: Prepare) -> MachineProtocol:
@@ -251,23 +257,54 @@ class LandingHere:
 
     async def open_door(self, request: Prepare) -> Doorway:
         """See :class:`limosa.migration.destination.Landing`."""
+        if request.relay is not None:
+            chosen, source = await self._chosen(request), self._header.source
+            return await self._compression.open_door(source, request.relay, chosen, self._offered, request.networks)
+        return await self._open_bare(request)
+
+    async def open_disks(self, request: Prepare, machine: MachineProtocol) -> Doorway | None:
+        """See :class:`limosa.migration.destination.Landing`."""
+        names = [plan.disk for plan in request.disks]
+        if request.disk_relays:
+            await self._join_relays(request.disk_relays, machine, names)
+            return None
+        if request.disk_credentials is None:
+            raise InvalidInput("disks come along without credentials", vm=request.vm.name)
+        door = await self._open_bare(request)
+        try:
+            await machine.export_disks(names, door.listener, request.disk_credentials)
+        except BaseException:
+            door.close()
+            raise
+        return door
+
+    async def _join_relays(self, places: Sequence[RelayPlace], machine: MachineProtocol, names: Sequence[str]) -> None:
+        """Connect a channel of the relays with QEMU's server for each disk, over a socket that nobody else can call."""
+        with tempfile.TemporaryDirectory(prefix="limosa-") as folder, socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(f"{folder}/disks.sock")
+            listener.listen(len(places))
+            await machine.export_disks(names, listener, None)
+            for place in places:
+                with socket.socket(socket.AF_UNIX) as stream:
+                    stream.connect(listener.getsockname())
+                    await self._compression.carry(self._header.source, place, stream)
+
+    async def _open_bare(self, request: Prepare) -> tcp.TcpDoorway:
+        ports = self._page.now.migration_ports
+        chosen = await self._chosen(request)
+        if request.transport != "multichannel":
+            return tcp.TcpDoorway(chosen[0], ports)
+        return await self._multichannel.open_door(chosen, ports, self._offered, request.networks)
+
+    async def _chosen(self, request: Prepare) -> list[str]:
+        """The addresses the source wants, of those we offer. Raises :class:`NetworkError` if none is left."""
         offered = await self._offered()
         chosen = [address for address in request.addresses or offered if address in offered]
         if not chosen:
             raise NetworkError(
                 "this host has no address on a network that may carry moves", host=self._header.destination
             )
-        if request.relay is not None:
-            source = self._header.source
-            return await self._compression.open_door(source, request.relay, chosen, self._offered, request.networks)
-        ports = self._page.now.migration_ports
-        if request.transport != "multichannel":
-            return tcp.TcpDoorway(chosen[0], ports)
-        return await self._multichannel.open_door(chosen, ports, self._offered, request.networks)
-
-    def listen_for_disks(self, address: str) -> socket.socket:
-        """See :class:`limosa.migration.destination.Landing`."""
-        return tcp.listen_within(address, self._page.now.migration_ports)
+        return chosen
 
     async def _offered(self) -> tuple[str, ...]:
         return stream_addresses(await self._inspector.network(), self._reached_at)
@@ -277,7 +314,7 @@ class LandingHere:
         self._vms.adopt(self._vms.get(self._header.vm.name), running=running)
         for path in self._header.images:
             self._storage.settle(path)
-        self._give_slot()
+        self._give_slots()
 
     async def release(self, machine: MachineProtocol | None) -> None:
         """See :class:`limosa.migration.destination.Landing`."""
@@ -286,12 +323,11 @@ class LandingHere:
             await asyncio.shield(self._vms.discard(hosted))
         for path in self._header.images:
             self._storage.remove(path)
-        self._give_slot()
+        self._give_slots()
 
-    def _give_slot(self) -> None:
-        if self._has_slot:
-            self._has_slot = False
-            self._slots.release()
+    def _give_slots(self) -> None:
+        while self._taken:
+            self._taken.pop().release()
 
 
 def carried_files(files: dict[str, str]) -> dict[str, bytes]:

@@ -6,9 +6,8 @@ import asyncio
 import base64
 import contextlib
 import logging
-import socket
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from limosa.host.slots import Slots
 from limosa.host.storage import Storage
 from limosa.host.views import Views
 from limosa.host.vms import HostedVm, Vms
+from limosa.migration import disks
 from limosa.migration.examination import Question, examine
 from limosa.migration.journal import Header, Journal, new_identity
 from limosa.migration.ownership import SOURCE_ENDED, SourceStep
@@ -41,11 +41,14 @@ from limosa.model.network import HostNetwork
 from limosa.model.route import Route
 from limosa.model.vm import VmState
 from limosa.network.changes import changes
+from limosa.qemu.protocol import MachineProtocol
 from limosa.security import tls
 from limosa.settings.address import split_address
-from limosa.transport import tcp
+from limosa.settings.host import HostSettings
+from limosa.transport import shares, tcp
 from limosa.transport.channel import Channel
 from limosa.transport.relay.outbound import Seat
+from limosa.transport.shares import Caps, Claim, Kind
 from limosa.wire.api import CheckReport, CheckRequest, MoveOptions, MoveRequest
 from limosa.wire.peer import Prepared, RelayPlace
 
@@ -202,7 +205,15 @@ class Outgoing:
         report = Report(self._first_view(header, terms.transport), self._views.publish)
         own_cap = (options.bandwidth_mbit_per_s or 0) * MBIT_BYTES
         leaving = Leaving(
-            hosted, self._vms, self._inspector, self._multichannel, self._compression, self._storage, self, own_cap
+            hosted,
+            self._vms,
+            self._inspector,
+            self._multichannel,
+            self._compression,
+            self._storage,
+            self,
+            header.migration,
+            own_cap,
         )
         machine = hosted.machine if hosted is not None else None
         move = SourceMove(journal, machine, self._dialler(header.address), leaving, terms, report)
@@ -216,7 +227,7 @@ class Outgoing:
         try:
             await move.guard(self.slots.acquire(lambda place: _in_line(move.report, place)))
             has_slot = True
-            await self._share_bandwidth()
+            await self.share_bandwidth()
             await move.run()
             move.report.end(Outcome.COMPLETED)
         except LimosaError as error:
@@ -227,7 +238,7 @@ class Outgoing:
             if has_slot:
                 self.slots.release()
             self._ended(move)
-            await self._share_bandwidth()
+            await self.share_bandwidth()
 
     async def _settle(self, move: SourceMove, cause: LimosaError | None) -> None:
         settlement = Settlement(move, cause or LimosaError("the host daemon restarted during the move"))
@@ -285,21 +296,32 @@ class Outgoing:
         policy = msgspec.structs.replace(policy, **changes)
         return Terms(policy, transport, settings.encrypt, options.storage, options.flatten, options.keep)
 
-    def bandwidth_share(self) -> int:
-        """Bytes per second each move may use now, 0: no cap."""
-        cap = self._page.now.bandwidth_mbit_per_s * MBIT_BYTES
-        return max(1, cap // max(1, self.slots.taken)) if cap else 0
+    def allowance(self, migration: str) -> int:
+        """Bytes per second a move may use now, 0: no cap."""
+        claims = {name: claim for name, move in self._active.items() if (claim := _claim(move)) is not None}
+        mine = claims.get(migration)
+        return shares.allowance(mine, list(claims.values()), _caps(self._page.now)) if mine is not None else 0
+
+    async def limit(self, migration: str, mbit_per_s: int) -> Migration:
+        """Cap a move that is under way, 0: no cap of its own. Raises :class:`Conflict` if it has ended."""
+        view = self._views.show(migration)
+        move = self._active.get(migration)
+        if move is None or view.outcome is not Outcome.UNDER_WAY:
+            raise Conflict(f"the move of VM '{view.vm}' has ended", vm=view.vm, host=self.host)
+        move.home.own_cap = mbit_per_s * MBIT_BYTES
+        await self.share_bandwidth()
+        return self._views.show(migration)
 
     def _on_page(self) -> None:
         self.slots.admit()
-        self._background.spawn(self._share_bandwidth())
+        self._background.spawn(self.share_bandwidth())
 
-    async def _share_bandwidth(self) -> None:
-        """Give each move its share of the cap. A machine that refuses is about to end anyway."""
+    async def share_bandwidth(self) -> None:
+        """Give each move its share. A machine that refuses is about to end anyway."""
         for move in list(self._active.values()):
-            if move.machine is not None and move.report.now.phase in (Phase.BUILD_UP, Phase.COPY, Phase.SYNCHRONISE):
+            if move.machine is not None and move.report.now.phase in _SENDING:
                 with contextlib.suppress(LimosaError):
-                    await move.machine.set_bandwidth(move.home.bandwidth())
+                    await _cap(move, move.machine)
 
     def _first_view(self, header: Header, transport: str) -> Migration:
         return Migration(
@@ -328,6 +350,7 @@ class Leaving:
         compression: Compression,
         storage: Storage,
         outgoing: Outgoing,
+        migration: str,
         own_cap: int,
     ) -> None:
         self._hosted = hosted
@@ -336,10 +359,13 @@ class Leaving:
         self._multichannel = multichannel
         self.disks = storage
         self._compression = compression
-        self._seat: Seat | None = None
+        #: in a session of relays: of guest memory, then of each disk
+        self._seats: list[Seat] = []
+        self._has_storage_slot = False
         self._outgoing = outgoing
+        self._migration = migration
         #: bytes per second asked for this move, 0: none
-        self._own_cap = own_cap
+        self.own_cap = own_cap
 
     async def facts(self) -> VmFacts:
         """See :class:`limosa.migration.source.Home`."""
@@ -352,33 +378,54 @@ class Leaving:
         seed = self._vms.seed_of(self._hosted.config)
         return {"seed.iso": base64.b64encode(seed).decode()} if seed is not None else {}
 
-    def seat(self, destination: str, route: Route, *, encrypt: bool) -> RelayPlace | None:
+    async def take_storage_slot(self, in_line: Callable[[int], None]) -> None:
         """See :class:`limosa.migration.source.Home`."""
-        if route.transport != "compression":
-            return None
-        self._seat = self._compression.seat(destination, route, encrypt=encrypt)
-        return self._seat.place
+        await self.disks.leaving.acquire(in_line)
+        self._has_storage_slot = True
+
+    async def seats(self, destination: str, route: Route, count: int, *, encrypt: bool) -> list[RelayPlace]:
+        """See :class:`limosa.migration.source.Home`."""
+        if route.transport == "compression":
+            self._seats = [self._compression.seat(destination, route, encrypt=encrypt) for _ in range(count)]
+            for seat in self._seats:
+                await seat.open()
+        return [seat.place for seat in self._seats]
 
     def disconnect(self) -> None:
         """See :class:`limosa.migration.source.Home`."""
-        if self._seat is not None:
-            self._seat.release()
+        for seat in self._seats:
+            seat.release()
+        if self._has_storage_slot:
+            self._has_storage_slot = False
+            self.disks.leaving.release()
 
     async def connect(self, route: Route, prepared: Prepared) -> Channel:
         """See :class:`limosa.migration.source.Home`."""
-        if self._seat is not None:
-            return await self._seat.connect(prepared)
+        if self._seats:
+            return await self._seats[0].connect(prepared)
+        return await self._connect_bare(route, prepared)
+
+    async def connect_disks(self, route: Route, prepared: Prepared, count: int) -> list[Channel]:
+        """See :class:`limosa.migration.source.Home`."""
+        made: list[Channel] = []
+        # QEMU's own server is at that port, which asks for a certificate and not for a token.
+        server = msgspec.structs.replace(prepared, port=prepared.disks_port, token="")
+        try:
+            for number in range(count):
+                if self._seats:
+                    made.append(await self._seats[1 + number].connect(prepared))
+                else:
+                    made.append(await self._connect_bare(route, server))
+        except BaseException:
+            for channel in made:
+                channel.close()
+            raise
+        return made
+
+    async def _connect_bare(self, route: Route, prepared: Prepared) -> Channel:
         if route.transport == "multichannel":
             return await self._multichannel.connect(route, prepared)
         return await tcp.connect(prepared.address, prepared.port, prepared.token, route.paths[0].here)
-
-    async def connect_disks(self, route: Route, prepared: Prepared) -> socket.socket:
-        """See :class:`limosa.migration.source.Home`."""
-        return await tcp.call(prepared.address, prepared.disks_port, source=route.paths[0].here)
-
-    def disk_bandwidth(self, disks: int) -> int:
-        """See :class:`limosa.migration.source.Home`."""
-        return self.bandwidth() // max(1, disks)
 
     async def networks(self) -> AsyncIterator[HostNetwork]:
         """See :class:`limosa.migration.source.Home`."""
@@ -387,7 +434,11 @@ class Leaving:
 
     def bandwidth(self) -> int:
         """See :class:`limosa.migration.source.Home`."""
-        return min([cap for cap in (self._own_cap, self._outgoing.bandwidth_share()) if cap], default=0)
+        return self._outgoing.allowance(self._migration)
+
+    async def sending(self) -> None:
+        """See :class:`limosa.migration.source.Home`."""
+        await self._outgoing.share_bandwidth()
 
     async def end_qemu(self) -> None:
         """See :class:`limosa.migration.source.Home`."""
@@ -411,6 +462,35 @@ class Leaving:
         if self._hosted is not None:
             self._hosted.migration = None
             await self._vms.crashed(self._hosted)
+
+
+#: Phases in which a cap means something.
+_SENDING = (Phase.BUILD_UP, Phase.STORAGE, Phase.COPY, Phase.SYNCHRONISE)
+
+
+def _claim(move: SourceMove) -> Claim | None:
+    """What a move sends now; None if it does not."""
+    view = move.report.now
+    if view.phase not in _SENDING:
+        return None
+    copies = disks.copies(view.disks) and view.phase in (Phase.BUILD_UP, Phase.STORAGE)
+    addresses = tuple(path.there for path in view.route.paths) if view.route is not None else ()
+    return Claim(Kind.STORAGE if copies else Kind.MEMORY, addresses, move.home.own_cap)
+
+
+def _caps(settings: HostSettings) -> Caps:
+    kinds = {Kind.MEMORY: settings.bandwidth_mbit_per_s, Kind.STORAGE: settings.storage_bandwidth_mbit_per_s}
+    return Caps(
+        kinds={kind: cap * MBIT_BYTES for kind, cap in kinds.items()},
+        networks={network: cap * MBIT_BYTES for network, cap in settings.network_bandwidth_mbit_per_s.items()},
+    )
+
+
+async def _cap(move: SourceMove, machine: MachineProtocol) -> None:
+    allowed = move.home.bandwidth()
+    await machine.set_bandwidth(allowed)
+    if move.mirrors is not None:
+        await move.mirrors.cap(allowed)
 
 
 def _in_line(report: Report, place: int) -> None:

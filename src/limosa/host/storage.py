@@ -15,6 +15,7 @@ import msgspec
 from limosa.errors import StorageError
 from limosa.host.files import Files
 from limosa.host.page import Page
+from limosa.host.slots import Slots
 from limosa.model.base import is_clean_path
 from limosa.model.storage import BackingFile, DiskFacts, DiskPlan, Location
 from limosa.model.vm import Disk, DiskFormat
@@ -32,6 +33,12 @@ class Storage:
         self._page = page
         self._files = files
         self._user = user
+        #: places for moves that copy disks on this host or from it, and for those that bring disks; two lines, so that
+        #: two hosts cannot wait for each other
+        self.leaving = Slots(lambda: page.now.max_storage_moves)
+        self.arriving = Slots(lambda: page.now.max_storage_moves)
+        for slots in (self.leaving, self.arriving):
+            page.on_change(slots.admit)
         #: what copies under way will still need, by the path of the image
         self._held: dict[str, int] = {}
 

@@ -15,12 +15,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import socket
 import time
 from collections.abc import Callable, Iterable
 from typing import Protocol
 
-from limosa.errors import Conflict, DestinationLost, InvalidInput, LimosaError, QemuError, QemuGone, StateError
+from limosa.errors import Conflict, DestinationLost, LimosaError, QemuError, QemuGone, StateError
 from limosa.migration.journal import Journal
 from limosa.migration.ownership import (
     DestinationAction,
@@ -52,8 +51,8 @@ class Landing(Protocol):
     async def open_door(self, request: Prepare) -> Doorway:
         """Where the source is awaited."""
 
-    def listen_for_disks(self, address: str) -> socket.socket:
-        """A listener for the disks that come along. Raises :class:`NetworkError`."""
+    async def open_disks(self, request: Prepare, machine: MachineProtocol) -> Doorway | None:
+        """Have QEMU await the disks that come along. Returns the door at which it does, None if relays bring them."""
 
     async def adopt(self, *, running: bool) -> None:
         """Make the VM one of this host's, durably. If its QEMU is dead by now, it crashed here."""
@@ -93,6 +92,8 @@ class Destination:
         #: until QEMU has all of its stream
         self._door: Doorway | None = None
         self._admission: asyncio.Task[None] | None = None
+        #: until QEMU has whole disks
+        self._disks_door: Doorway | None = None
         if machine is not None:
             self._follow(machine)
 
@@ -122,20 +123,14 @@ class Destination:
                 )
             )
             door = self._door = await self.landing.open_door(request)
-            disks_port = await self._export(request, self.machine, door.address) if request.disks else 0
+            if request.disks:
+                self._disks_door = await self.landing.open_disks(request, self.machine)
             self._admission = asyncio.ensure_future(self._admit(door, self.machine))
         except BaseException:
             await asyncio.shield(self.abort("it could not be prepared"))
             raise
+        disks_port = self._disks_door.port if self._disks_door is not None else 0
         return Prepared(address=door.address, port=door.port, token=door.token, disks_port=disks_port)
-
-    async def _export(self, request: Prepare, machine: MachineProtocol, address: str) -> int:
-        """Have QEMU await the disks that come along. Returns the port."""
-        if request.disk_credentials is None:
-            raise InvalidInput("disks come along without credentials", vm=request.vm.name)
-        with self.landing.listen_for_disks(address) as listener:
-            await machine.export_disks([plan.disk for plan in request.disks], listener, request.disk_credentials)
-            return int(listener.getsockname()[1])
 
     def announce(self, addresses: Iterable[str]) -> None:
         """The source has a way to these addresses of ours now."""
@@ -154,6 +149,7 @@ class Destination:
             machine = await self._whole()
             if self.journal.header.images:
                 await machine.end_exports()
+                self._close_disks()
             await self._write_continuing()
             if self.journal.header.was_running:
                 self._resumed_at = await self._continue(machine)
@@ -307,9 +303,15 @@ class Destination:
             unsubscribe()
             gone.cancel()
 
+    def _close_disks(self) -> None:
+        if self._disks_door is not None:
+            self._disks_door.close()
+            self._disks_door = None
+
     async def _destroy(self) -> None:
         if self._admission is not None:
             self._admission.cancel()
+        self._close_disks()
         self._unfollow()
         await self.landing.release(self.machine)
         self.machine = None

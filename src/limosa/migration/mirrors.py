@@ -7,9 +7,8 @@ while the guest stands still before the last of its memory goes. A copy that fai
 from __future__ import annotations
 
 import asyncio
-import socket
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -17,6 +16,7 @@ from typing import Protocol
 from limosa.errors import LimosaError, MigrationFailed, NotConverging, QemuError
 from limosa.model.storage import DiskAction, DiskPlan, DiskProgress
 from limosa.qemu.protocol import CopyState, CopyStatistics, MachineProtocol
+from limosa.transport.channel import Channel
 from limosa.wire.peer import StreamCredentials
 
 LOOK_EVERY_S = 0.2
@@ -54,6 +54,9 @@ class CopyingMachine(Protocol):
     async def block_writes(self, disk: str) -> None:
         """From now on a write of the guest is done when it is in the copy too."""
 
+    async def cap_copy(self, disk: str, bytes_per_s: int) -> None:
+        """Cap what is copied; 0: no cap."""
+
     async def end_copy(self, disk: str) -> None:
         """Make a copy that is ready whole, flush and end it."""
 
@@ -89,9 +92,14 @@ class Mirrors:
         for disk in self._keeping:
             copy = copies.get(disk)
             if copy is None or copy.error or copy.state is CopyState.ENDED:
-                why = copy.error if copy is not None else "QEMU has ended it"
+                why = (copy.error if copy is not None else "") or "QEMU has ended it"
                 raise MigrationFailed(f"disk {disk} could not be copied", why=why, todo="see the logs of both hosts")
         self.latest = {disk: copies[disk] for disk in self._keeping}
+
+    async def cap(self, bytes_per_s: int) -> None:
+        """Cap what all copies together send; 0: no cap."""
+        for disk in self._keeping:
+            await self._machine.cap_copy(disk, bytes_per_s // len(self._keeping))
 
     async def finish(self) -> None:
         """The guest stands still: make all whole and flush them. Raises :class:`StorageError`."""
@@ -131,16 +139,17 @@ async def send(
     machine: MachineProtocol,
     tag: str,
     plans: Sequence[DiskPlan],
-    connect: Callable[[], Awaitable[socket.socket]],
-    credentials: StreamCredentials,
+    channels: Sequence[Channel],
+    credentials: StreamCredentials | None,
     bytes_per_s: int,
 ) -> None:
-    """Begin to copy disks to a destination, over one connection each. ``bytes_per_s``: a cap for each, or 0."""
-    await machine.trust_disks(credentials)
-    for plan in plans:
-        with await connect() as stream:
-            whole = plan.action is DiskAction.COPY
-            await machine.copy_to_host(plan.disk, tag, stream, bytes_per_s, whole=whole)
+    """Begin to copy disks to a destination, over a channel each. ``bytes_per_s``: a cap for each, or 0."""
+    if credentials is not None:
+        await machine.trust_disks(credentials)
+    for plan, channel in zip(plans, channels, strict=True):
+        whole = plan.action is DiskAction.COPY
+        encrypt = credentials is not None
+        await machine.copy_to_host(plan.disk, tag, channel.socket, bytes_per_s, whole=whole, encrypt=encrypt)
 
 
 async def drop(machine: CopyingMachine, tag: str, disks: Sequence[str]) -> None:

@@ -15,9 +15,8 @@ wherever, ``settle`` brings it to an end; it is also where a restarted daemon be
 from __future__ import annotations
 
 import asyncio
-import socket
 import time
-from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeVar
 
@@ -84,14 +83,17 @@ class Home(Protocol):
     def disks(self) -> DisksHere:
         """What is asked about disks that are to be copied."""
 
-    async def connect_disks(self, route: Route, prepared: Prepared) -> socket.socket:
-        """A connection to the destination for one disk. Raises :class:`DestinationLost`."""
+    async def connect_disks(self, route: Route, prepared: Prepared, count: int) -> list[Channel]:
+        """As :meth:`connect`, for so many disks."""
 
-    def disk_bandwidth(self, disks: int) -> int:
-        """Bytes per second each of so many disks may use, 0: no cap."""
+    async def take_storage_slot(self, in_line: Callable[[int], None]) -> None:
+        """Wait for a place for a move that copies disks; :meth:`disconnect` gives it back."""
 
-    def seat(self, destination: str, route: Route, *, encrypt: bool) -> RelayPlace | None:
-        """The place of this move's stream in a session of relays; None if its route takes no relay."""
+    async def seats(self, destination: str, route: Route, count: int, *, encrypt: bool) -> list[RelayPlace]:
+        """Places in a session of relays for so many streams of this move; none if its route takes no relay.
+
+        Raises :class:`RelayFailed`.
+        """
 
     async def connect(self, route: Route, prepared: Prepared) -> Channel:
         """A connection to the destination for the guest's memory, by the transport of ``route``.
@@ -100,13 +102,19 @@ class Home(Protocol):
         """
 
     def disconnect(self) -> None:
-        """Let go of what :meth:`seat` and :meth:`connect` took. May be repeated."""
+        """Let go of what :meth:`take_storage_slot`, :meth:`seats` and :meth:`connect` took. May be repeated."""
 
     def networks(self) -> AsyncIterator[HostNetwork]:
         """This host's network, again after each change."""
 
     def bandwidth(self) -> int:
         """Bytes per second this move may use now, 0: no cap."""
+
+    async def sending(self) -> None:
+        """Other than before is sent from now on: share what may be used anew."""
+
+    #: bytes per second asked for this move, 0: none
+    own_cap: int
 
     async def end_qemu(self) -> None:
         """End the VM's QEMU here, which will never run the guest again."""
@@ -153,6 +161,7 @@ class SourceMove:
         self.paused: asyncio.Future[None] = loop.create_future()
         self.mirrors: Mirrors | None = None
         self.disk_credentials: StreamCredentials | None = None
+        self.disk_channels: list[Channel] = []
         self.stopped_at: float | None = None
         self._latest: MigrationStatistics | None = None
 
@@ -164,7 +173,7 @@ class SourceMove:
             self.report.enter(Phase.BUILD_UP)
             self.peer = await self.guard(self.dial())
             prepared = await self.guard(self.build_up(self.machine, self.peer))
-            if prepared.disks_port:
+            if disks.copies(self.report.now.disks):
                 self.report.enter(Phase.STORAGE)
                 await self.guard(self.copy_disks(self.machine, prepared))
             self.report.enter(Phase.COPY)
@@ -180,10 +189,14 @@ class SourceMove:
         examined = await self.check(peer)
         copies = disks.copies(examined.disks)
         self.journal.record(SourceStep.PREPARING, time.time(), left=self._left_behind(copies))
-        disks_server, self.disk_credentials = make_credentials() if copies else (None, None)
-        relay = self.home.seat(examined.ends.destination, examined.route, encrypt=self.terms.encrypt)
+        if copies:
+            await self.home.take_storage_slot(self._in_storage_line)
+        there, encrypt = examined.ends.destination, self.terms.encrypt
+        relays = await self.home.seats(there, examined.route, 1 + len(copies), encrypt=encrypt)
         # Memory that relays carry leaves the host through their TLS, and is not encrypted twice.
-        server, client = make_credentials() if self.terms.encrypt and relay is None else (None, None)
+        server, client = make_credentials() if encrypt and not relays else (None, None)
+        # A disk is encrypted whatever is said of memory: else whoever finds the port could write into it.
+        disks_server, self.disk_credentials = make_credentials() if copies and not relays else (None, None)
         request = Prepare(
             migration=self.header.migration,
             vm=disks.landed(self.header.vm, examined.disks),
@@ -191,13 +204,14 @@ class SourceMove:
             transport=examined.route.transport,
             addresses=tuple(path.there for path in examined.route.paths),
             networks=connected(examined.ends.here),
-            relay=relay,
+            relay=relays[0] if relays else None,
             credentials=server,
             post_copy=self.terms.policy.post_copy,
             running=self.header.was_running,
             files=self.home.carry_on(),
             disks=copies,
             disk_credentials=disks_server,
+            disk_relays=tuple(relays[1:]),
         )
         parameters = StreamParameters(
             credentials=client,
@@ -239,16 +253,12 @@ class SourceMove:
     async def copy_disks(self, machine: MachineProtocol, prepared: Prepared) -> None:
         """Copy the disks that move along, until the copies keep up with the guest."""
         assert self.examined is not None
-        assert self.disk_credentials is not None
+        await self.home.sending()
         route, copies = self.examined.route, disks.copies(self.examined.disks)
-        await mirrors.send(
-            machine,
-            self.header.migration,
-            copies,
-            lambda: self.home.connect_disks(route, prepared),
-            self.disk_credentials,
-            self.home.disk_bandwidth(len(copies)),
-        )
+        self.disk_channels = await self.home.connect_disks(route, prepared, len(copies))
+        self.paths = Paths(route, self.examined.ends, self.disk_channels)
+        bandwidth = self.home.bandwidth() // len(copies)
+        await mirrors.send(machine, self.header.migration, copies, self.disk_channels, self.disk_credentials, bandwidth)
         copying = self.mirrors = Mirrors(machine, [plan.disk for plan in copies], self.terms.policy.patience_s)
         memory = self.header.vm.memory_mib * MIB
         self.report.bar = self.report.bar.with_disks(sum(plan.expected_bytes for plan in copies), memory)
@@ -262,11 +272,13 @@ class SourceMove:
 
     async def copy(self, machine: MachineProtocol, prepared: Prepared) -> None:
         """Send memory until QEMU reports that everything was sent and loaded."""
+        if self.mirrors is not None:
+            await self.home.sending()
         assert self.examined is not None
         assert self.peer is not None
         self.journal.record(SourceStep.MIGRATING, time.time(), durable=False)
         self.channel = await self.home.connect(self.examined.route, prepared)
-        self.paths = Paths(self.examined.route, self.examined.ends, self.channel)
+        self.paths = Paths(self.examined.route, self.examined.ends, [self.channel, *self.disk_channels])
         await machine.migrate(self.channel.socket)
         watch = asyncio.ensure_future(self._watch(machine))
         finish = asyncio.ensure_future(self._finish_disks(machine))
@@ -385,10 +397,17 @@ class SourceMove:
 
     def _close_channel(self) -> None:
         """Ours must not outlive QEMU's, whose end is the end of the stream."""
-        if self.channel is not None:
-            self.channel.close()
-            self.channel = None
+        for channel in (self.channel, *self.disk_channels):
+            if channel is not None:
+                channel.close()
+        self.channel, self.disk_channels = None, []
         self.home.disconnect()
+
+    def _in_storage_line(self, place: int) -> None:
+        if place == 0:
+            self.report.enter(Phase.BUILD_UP)
+        else:
+            self.report.wait_in_line(place, "other moves of disks from this host")
 
     def _in_line(self, place: int) -> None:
         if place == 0:

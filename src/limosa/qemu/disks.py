@@ -65,10 +65,13 @@ class Disks(Session):
             raise
         await self._begin(disk, name, bytes_per_s, whole=True, pivots=True)
 
-    async def copy_to_host(self, disk: str, tag: str, stream: socket.socket, bytes_per_s: int, *, whole: bool) -> None:
+    async def copy_to_host(
+        self, disk: str, tag: str, stream: socket.socket, bytes_per_s: int, *, whole: bool, encrypt: bool
+    ) -> None:
         """Begin to copy a disk to the export of its name at the other end of ``stream``; QEMU gets a duplicate of that.
 
-        ``whole``: with what is below an overlay; otherwise the other end has that. Needs :meth:`trust_disks`.
+        ``whole``: with what is below an overlay; otherwise the other end has that. ``encrypt`` needs
+        :meth:`trust_disks`.
         """
         stream.setblocking(True)  # the flag is shared by both descriptors, and QEMU sets it as it needs it
         name = f"disk-{disk}"
@@ -78,8 +81,7 @@ class Disks(Session):
             "node-name": f"{disk}.{tag}",
             "server": {"type": "fd", "str": name},
             "export": disk,
-            "tls-creds": _TLS_ID,
-            "tls-hostname": SERVER_NAME,
+            **({"tls-creds": _TLS_ID, "tls-hostname": SERVER_NAME} if encrypt else {}),
             "discard": "unmap",
             "detect-zeroes": "unmap",
         }
@@ -159,17 +161,20 @@ class Disks(Session):
 
     # --- where copies are made to ---
 
-    async def export_disks(self, disks: Iterable[str], listener: socket.socket, credentials: StreamCredentials) -> None:
+    async def export_disks(
+        self, disks: Iterable[str], listener: socket.socket, credentials: StreamCredentials | None
+    ) -> None:
         """Let whoever has the other half of ``credentials`` write these disks, at ``listener``, of which QEMU gets a
-        duplicate. The guest must not have run here."""
-        await self._hold_credentials(_TLS_ID, folder.DISKS, credentials, "server")
+        duplicate. Without credentials that must be one that nobody else can call. The guest must not have run here."""
+        if credentials is not None:
+            await self._hold_credentials(_TLS_ID, folder.DISKS, credentials, "server")
         await self._monitor.give_descriptor(_LISTENER_FD, listener.fileno())
         names = list(disks)
         address = {"type": "fd", "data": {"str": _LISTENER_FD}}
-        await self._execute(
-            "nbd-server-start",
-            {"addr": address, "tls-creds": _TLS_ID, "max-connections": len(names) + SPARE_CONNECTIONS},
-        )
+        server = {"addr": address, "max-connections": len(names) + SPARE_CONNECTIONS}
+        if credentials is not None:
+            server["tls-creds"] = _TLS_ID
+        await self._execute("nbd-server-start", server)
         for disk in names:
             export = {"type": "nbd", "id": f"export-{disk}", "node-name": disk, "name": disk, "writable": True}
             await self._execute("block-export-add", export)

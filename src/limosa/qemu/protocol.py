@@ -223,10 +223,13 @@ class MachineProtocol(Protocol):
     async def trust_disks(self, credentials: StreamCredentials) -> None:
         """Source: take the credentials with which copies go to a host."""
 
-    async def copy_to_host(self, disk: str, tag: str, stream: socket.socket, bytes_per_s: int, *, whole: bool) -> None:
+    async def copy_to_host(
+        self, disk: str, tag: str, stream: socket.socket, bytes_per_s: int, *, whole: bool, encrypt: bool
+    ) -> None:
         """Source: begin to copy a disk into ``stream``, to the export of its name; ``tag`` names the copy.
 
-        ``whole``: with what is below an overlay. ``bytes_per_s``: a cap, 0 for none.
+        ``whole``: with what is below an overlay. ``bytes_per_s``: a cap, 0 for none. ``encrypt`` needs
+        :meth:`trust_disks`.
         """
 
     async def copies(self) -> dict[str, CopyStatistics]:
@@ -244,8 +247,11 @@ class MachineProtocol(Protocol):
     async def drop_copy(self, disk: str, tag: str) -> None:
         """Give a copy up, or close one that has ended. The disk is as it was. May be repeated."""
 
-    async def export_disks(self, disks: Iterable[str], listener: socket.socket, credentials: StreamCredentials) -> None:
-        """Destination: let whoever has the other half of ``credentials`` write these disks, through ``listener``."""
+    async def export_disks(
+        self, disks: Iterable[str], listener: socket.socket, credentials: StreamCredentials | None
+    ) -> None:
+        """Destination: let whoever has the other half of ``credentials`` write these disks, through ``listener``;
+        without credentials whoever can call that."""
 
     async def end_exports(self) -> None:
         """Destination: let nobody write disks from elsewhere any more. May be repeated."""

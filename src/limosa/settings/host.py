@@ -89,8 +89,20 @@ class HostSettings(Model, frozen=True):
     ] = 512
     bandwidth_mbit_per_s: Annotated[
         int,
-        Meta(ge=0, le=1_000_000, description="cap for guest memory sent by this host, shared by its moves; 0: none"),
+        Meta(
+            ge=0,
+            le=1_000_000,
+            description="cap for guest memory sent by this host, shared by its moves; 0: none. Relates to "
+            "storage_bandwidth_mbit_per_s and network_bandwidth_mbit_per_s",
+        ),
     ] = 0
+    storage_bandwidth_mbit_per_s: Annotated[
+        int, Meta(ge=0, le=1_000_000, description="the same for disks that move along with their VMs")
+    ] = 0
+    network_bandwidth_mbit_per_s: Annotated[
+        dict[Cidr, Annotated[int, Meta(ge=1, le=1_000_000)]],
+        Meta(description="caps by network for everything that moves from this host over it, shared by the moves"),
+    ] = {}
     convergence: ConvergencePolicy = ConvergencePolicy()
     reserved_memory_mib: Annotated[
         int, Meta(ge=0, le=16 * 1024 * 1024, description="memory kept for the host itself, never given to VMs")
@@ -112,11 +124,15 @@ class HostSettings(Model, frozen=True):
     ] = OWN_LOCATION
 
     def __post_init__(self) -> None:
-        for network in self.migration_networks:
-            try:
-                ipaddress.ip_network(network)
-            except ValueError as error:
-                raise ValueError(f"migration_networks: {error}") from None
+        for name, networks in (
+            ("migration_networks", self.migration_networks),
+            ("network_bandwidth_mbit_per_s", self.network_bandwidth_mbit_per_s),
+        ):
+            for network in networks:
+                try:
+                    ipaddress.ip_network(network)
+                except ValueError as error:
+                    raise ValueError(f"{name}: {error}") from None
         if self.compression_window_mib.bit_count() != 1:
             raise ValueError("compression_window_mib: a power of two, such as 256 or 512")
         for name, address in self.peers.items():

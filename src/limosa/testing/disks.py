@@ -31,12 +31,14 @@ class FakeDisks:
         await self._answer()
         self._disks_trusted = True
 
-    async def copy_to_host(self, disk: str, tag: str, stream: socket.socket, bytes_per_s: int, *, whole: bool) -> None:
+    async def copy_to_host(
+        self, disk: str, tag: str, stream: socket.socket, bytes_per_s: int, *, whole: bool, encrypt: bool
+    ) -> None:
         """See the protocol."""
         await self._answer()
         if disk in self.copying:
             raise QemuError("QEMU refused blockdev-mirror", why=f"Job ID 'copy-{disk}' already in use")
-        if not self._disks_trusted:
+        if encrypt and not self._disks_trusted:
             raise QemuError("QEMU refused blockdev-add", why="No TLS credentials with id 'disks-tls'")
         self.copying[disk] = CopyStatistics(CopyState.READY, _SIZE, _SIZE)
 
@@ -66,7 +68,9 @@ class FakeDisks:
         await self._answer()
         self.copying.pop(disk, None)
 
-    async def export_disks(self, disks: Iterable[str], listener: socket.socket, credentials: StreamCredentials) -> None:
+    async def export_disks(
+        self, disks: Iterable[str], listener: socket.socket, credentials: StreamCredentials | None
+    ) -> None:
         """See the protocol."""
         await self._answer()
         self.exported |= set(disks)

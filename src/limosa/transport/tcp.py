@@ -88,6 +88,11 @@ class TcpDoorway:
         return str(self._listener.getsockname()[0])
 
     @property
+    def listener(self) -> socket.socket:
+        """The listener itself, for a server that asks its callers for certificates instead of the token."""
+        return self._listener
+
+    @property
     def port(self) -> int:
         """See :class:`limosa.transport.channel.Doorway`."""
         return int(self._listener.getsockname()[1])

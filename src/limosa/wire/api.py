@@ -176,6 +176,12 @@ class MigrationList(Model, forbid_unknown_fields=False, frozen=True):
     migrations: tuple[Migration, ...]
 
 
+class LimitRequest(Model, frozen=True):
+    """A cap for a move that is under way; 0: none of its own."""
+
+    bandwidth_mbit_per_s: Annotated[int, Meta(ge=0, le=1_000_000)]
+
+
 class ResolveRequest(Model, frozen=True):
     """A person's word on who owns a VM whose owner nobody can know."""
 

@@ -92,6 +92,14 @@ WATCH_MIGRATION = Endpoint(
 CANCEL_MIGRATION = Endpoint(
     "POST", "/v1/migrations/{migration}/cancel", api.Empty, Migration, Role.OPERATOR, "Cancel a move; the VM stays"
 )
+LIMIT_MIGRATION = Endpoint(
+    "POST",
+    "/v1/migrations/{migration}/limit",
+    api.LimitRequest,
+    Migration,
+    Role.OPERATOR,
+    "Cap the bandwidth of a move that is under way",
+)
 RESOLVE_MIGRATION = Endpoint(
     "POST",
     "/v1/migrations/{migration}/resolve",

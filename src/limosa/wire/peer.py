@@ -144,8 +144,10 @@ class Prepare(Message, tag="prepare", frozen=True, omit_defaults=True):
     files: dict[Name, Base64] = {}
     #: disks that are to be copied into new images; ``vm`` names those
     disks: Annotated[tuple[DiskPlan, ...], Meta(max_length=26)] = ()
-    #: with which they are copied
+    #: with which they are copied; null where relays carry them
     disk_credentials: StreamCredentials | None = None
+    #: for each of them its place in the session of relays; none: without relays
+    disk_relays: Annotated[tuple[RelayPlace, ...], Meta(max_length=26)] = ()
 
 
 class InLine(Message, tag="in-line", frozen=True):
@@ -163,7 +165,7 @@ class Prepared(Message, tag="prepared", frozen=True):
     address: str
     port: int
     token: Annotated[str, Meta(pattern=r"\A[0-9a-f]{32}\Z")]
-    #: where QEMU's NBD server awaits the disks, on the same address; 0 if there are none
+    #: where QEMU's NBD server awaits the disks, on the same address; 0 if there are none, or relays carry them
     disks_port: int = 0
 
 
