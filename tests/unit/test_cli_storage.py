@@ -32,7 +32,7 @@ FAST = Location(
     free_bytes=2 * GIB,
 )
 GONE = Location(name="nas", path="/mnt/nas", shared=True, fault="No such file or directory")
-PLAN = DiskPlan(disk="vda", action=DiskAction.COPY, path="/srv/fast/web1-vda.a1b2c3d4e5f6.raw", format="raw", location="fast")
+PLAN = DiskPlan(disk="vda", action=DiskAction.COPY, path=f"/srv/fast/web1-vda.{ID}.raw", format="raw", location="fast")
 VIEW = Migration(
     id=ID,
     vm="web1",
