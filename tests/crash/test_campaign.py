@@ -40,11 +40,7 @@ def hosts() -> Iterator[list[LabHost]]:
 
 
 def kill_daemon(host: LabHost) -> None:
-    pid = daemons.pid_of(host.lab, host.name)
-    if pid is None:
-        return
-    os.kill(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)  # this process started it
+    host.kill()
 
 
 def kill_qemu(host: LabHost) -> None:

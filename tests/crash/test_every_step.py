@@ -10,11 +10,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from harness.hosts import Host, runners, running_hosts, settled, tiny, wait_until
+from harness.crashes import clean, nothing_else_is_left, place
+from harness.hosts import Host, running_hosts, settled, tiny, wait_until
 from limosa.errors import LimosaError
 from limosa.model.migration import Outcome
-from limosa.model.vm import VmState
-from limosa.wire import endpoints
 
 pytestmark = [pytest.mark.qemu, pytest.mark.lab]
 
@@ -97,40 +96,6 @@ def test_one_host_has_the_vm_and_nothing_is_left(hosts: list[Host], plan: str, e
         assert view.migration is None
     finally:
         clean(hosts)
-
-
-def place(hosts: list[Host]) -> str:
-    """Where the VM is, in the words of the expectations."""
-    running = runners(hosts, "vm")
-    if running:
-        return "running at " + " and ".join(running)
-    views = [(host.name, view) for host in hosts if (view := host.vm("vm")) is not None]
-    return " and ".join(f"{view.state} at {name}" for name, view in views) or "nowhere"
-
-
-def nothing_else_is_left(hosts: list[Host]) -> bool:
-    """No QEMU, run folder or VM folder but those of VMs that are on the host."""
-    for host in hosts:
-        view = host.vm("vm")
-        runs = view is not None and view.state is VmState.RUNNING
-        if len(host.qemus()) != int(runs) or len(list((host.run / "vm").iterdir())) != int(runs):
-            return False
-        if len(list((host.state / "vms").iterdir())) != int(view is not None):
-            return False
-    return True
-
-
-def clean(hosts: list[Host]) -> None:
-    """Leave both hosts without VMs, whatever the case did to them."""
-    for host in hosts:
-        if host.process is None or host.process.poll() is not None:
-            host.start()
-        view = host.vm("vm")
-        if view is None:
-            continue
-        if view.state in (VmState.RUNNING, VmState.PAUSED):
-            host.client.call(endpoints.STOP_VM, vm="vm")
-        host.client.call(endpoints.DELETE_VM, vm="vm")
 
 
 def test_without_a_crash_the_move_completes(hosts: list[Host]) -> None:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import subprocess
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
 
 from harness.commands import limosa
-from harness.disks import assert_sound, raw_copy
+from harness.crashes import disks_of, images
+from harness.disks import assert_sound, goes_on, number, raw_copy
 from harness.guests import LanClient, address_of, linux, wait_until_it_serves
 from harness.hosts import wait_until
 from harness.labs import LabHost, running_lab
@@ -44,21 +44,6 @@ def client(hosts: list[LabHost]) -> LanClient:
     return client
 
 
-def number(client: LanClient) -> int:
-    return int(client.facts()["number"])
-
-
-def images(host: LabHost) -> list[Path]:
-    """Every image below the host's state."""
-    return sorted(host.state.rglob("*.qcow2")) + sorted(host.state.rglob("*.raw"))
-
-
-def disk_of(host: LabHost, vm: str) -> Path:
-    view = host.vm(vm)
-    assert view is not None
-    return Path(view.config.disks[0].path)
-
-
 @pytest.mark.parametrize("transport", ["tcp", "multichannel", "compression"])
 def test_the_disk_goes_along_there_and_back(hosts: list[LabHost], client: LanClient, transport: Transport) -> None:
     with client.talking() as conversation:
@@ -68,9 +53,8 @@ def test_the_disk_goes_along_there_and_back(hosts: list[LabHost], client: LanCli
             assert ended.transport == transport
             assert ended.phases[Phase.STORAGE] > 0
             assert (ended.route is not None and ended.route.compressed is not None) is (transport == "compression")
-            before = number(client)
-            wait_until(lambda before=before: number(client) > before + 3, "the guest goes on numbering")
-            assert images(destination) == [disk_of(destination, "web")]
+            goes_on(client)
+            assert images(destination) == disks_of(destination, "web")
             assert images(source) == [], "what the VM has left is gone"
     assert conversation.faults == []
 
@@ -85,7 +69,7 @@ def test_nothing_is_lost(hosts: list[LabHost], client: LanClient) -> None:
     """Both ways and then the image as it is on the disk, without the guest having been asked to flush."""
     move(hosts[0], "web", hosts[1])
     last = number(client)
-    image = disk_of(hosts[1], "web")
+    image = disks_of(hosts[1], "web")[0]
     hosts[1].client.call(endpoints.STOP_VM, vm="web")
     assert_sound(image, last)
     hosts[1].client.call(endpoints.START_VM, vm="web")
@@ -110,7 +94,7 @@ class TestOverlay:
         yield "thin"
         for host in hosts:
             if host.vm("thin") is not None:
-                disk_of(host, "thin").unlink()
+                disks_of(host, "thin")[0].unlink()
                 remove(host, "thin")
             (host.state / "images" / "golden.raw").unlink()
 
@@ -118,7 +102,7 @@ class TestOverlay:
         assert planned(hosts[0], overlay)["action"] == "copy-overlay"
         moved = move(hosts[0], overlay, hosts[1])
         assert moved.disks[0].expected_bytes < 1024 * 1024
-        image = disk_of(hosts[1], overlay)
+        image = disks_of(hosts[1], overlay)[0]
         info = json.loads(subprocess.check_output(["qemu-img", "info", "-U", "--output=json", str(image)]))
         assert info["full-backing-filename"] == str(hosts[1].state / "images" / "golden.raw")
         assert seen_by_guest(hosts[1], overlay) == expected()
@@ -143,7 +127,7 @@ def expected() -> bytes:
 
 
 def seen_by_guest(host: LabHost, vm: str) -> bytes:
-    image = disk_of(host, vm)
+    image = disks_of(host, vm)[0]
     host.client.call(endpoints.STOP_VM, vm=vm)
     copy = raw_copy(image)
     try:

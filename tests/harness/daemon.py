@@ -1,30 +1,54 @@
 """A host daemon that dies, or kills its QEMU, at a chosen step of a journal.
 
 The plan comes in LIMOSA_TEST_BREAK as ``SIDE:STEP:MOMENT:VICTIM``, for example ``source:migrating:after:daemon``: when
-the journal of that side is about to write (``before``) or has written (``after``) that step. Victims are ``daemon``,
-``qemu``, ``both``, ``network`` (the links named in LIMOSA_TEST_LINKS go down) and ``disk`` (from then on the daemon
-cannot write to any file). It happens once.
+the journal of that side is about to write (``before``) or has written (``after``) that step. Disks have further steps
+that no journal tells, the calls in ``CALLS``; the side ``host`` is a host whose own disks move. Victims are ``daemon``,
+``qemu``, ``both``, ``hang`` (its QEMU does nothing any more), ``network`` (the links named in LIMOSA_TEST_LINKS go
+down) and ``disk`` (from then on the daemon cannot write to any file). It happens once.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import inspect
 import json
 import os
 import resource
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from limosa.host import vms
+from limosa.host.disk_moves import DiskMoves
 from limosa.host.serve import serve
+from limosa.host.storage import Storage
 from limosa.migration.journal import Header, Journal
+from limosa.migration.mirrors import Mirrors
+from limosa.qemu.machine import Machine
 from limosa.settings import toml
 from limosa.settings.daemon import DaemonSettings
 
 Plan = tuple[str, str, str, str]
+#: Steps of moves of disks, by what is called to take them.
+CALLS: dict[tuple[str, str], tuple[type, str]] = {
+    ("source", "copied"): (Mirrors, "until_ready"),
+    ("source", "whole"): (Mirrors, "finish"),
+    ("source", "dropped"): (Machine, "drop_copy"),
+    ("source", "removed"): (Storage, "remove"),
+    ("destination", "made"): (Storage, "make"),
+    ("destination", "exported"): (Machine, "export_disks"),
+    ("destination", "closed"): (Machine, "end_exports"),
+    ("host", "made"): (DiskMoves, "make_images"),
+    ("host", "copied"): (Mirrors, "until_ready"),
+    ("host", "settled"): (Machine, "settle_copy"),
+    ("host", "committed"): (DiskMoves, "commit"),
+    ("host", "pivoted"): (Machine, "pivot"),
+    ("host", "removed"): (Storage, "remove"),
+}
 
 
 def break_at(plan: Plan, vms: Path) -> None:
@@ -32,15 +56,16 @@ def break_at(plan: Plan, vms: Path) -> None:
     side, step, moment, victim = plan
     struck: list[bool] = []
 
-    def strike(journal_side: str, journal_step: str, now: str, vm: str) -> None:
+    def strike(journal_side: str, journal_step: str, now: str, vm: str = "*") -> None:
         if struck or (journal_side, journal_step, now) != (side, step, moment):
             return
         struck.append(True)
-        if victim in ("qemu", "both"):
-            # At the last steps the source ends its QEMU by itself, and may have done so already.
-            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-                record = json.loads((vms / vm / "process.json").read_bytes())
-                os.kill(record["pid"], signal.SIGKILL)
+        if victim in ("qemu", "both", "hang"):
+            for record in vms.glob(f"{vm}/process.json"):
+                # At the last steps the source ends its QEMU by itself, and may have done so already.
+                with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                    pid = json.loads(record.read_bytes())["pid"]
+                    os.kill(pid, signal.SIGSTOP if victim == "hang" else signal.SIGKILL)
         if victim == "network":
             for link in os.environ["LIMOSA_TEST_LINKS"].split(","):
                 subprocess.run(["ip", "link", "set", link, "down"], check=True)
@@ -64,6 +89,29 @@ def break_at(plan: Plan, vms: Path) -> None:
 
     Journal.begin = classmethod(begin_and_break)  # type: ignore[assignment]
     Journal.record = record_and_break  # type: ignore[method-assign]
+    if (side, step) in CALLS:
+        _break_call(*CALLS[side, step], lambda now: strike(side, step, now))
+
+
+def _break_call(owner: type, name: str, strike: Callable[[str], None]) -> None:
+    """Have ``strike`` told before and after each call of a method."""
+    whole = getattr(owner, name)
+
+    @functools.wraps(whole)
+    async def broken_later(*words: Any, **named: Any) -> Any:
+        strike("before")
+        result = await whole(*words, **named)
+        strike("after")
+        return result
+
+    @functools.wraps(whole)
+    def broken(*words: Any, **named: Any) -> Any:
+        strike("before")
+        result = whole(*words, **named)
+        strike("after")
+        return result
+
+    setattr(owner, name, broken_later if inspect.iscoroutinefunction(whole) else broken)
 
 
 def main() -> None:

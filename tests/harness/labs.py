@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,7 +12,7 @@ from pathlib import Path
 
 from pyroute2 import IPRoute
 
-from harness.hosts import Host
+from harness.hosts import Host, wait_until
 from limosa.lab import daemons, lifecycle, namespaces
 from limosa.lab.plan import UPLINK, Lab
 from limosa.model.vm import VmState
@@ -38,6 +39,18 @@ class LabHost(Host):
         """End the daemon and start one with these variables."""
         daemons.stop(self.lab, self.name)
         self._start(environment)
+
+    def wait_for_death(self, within_s: float = 20.0) -> None:
+        """Wait until the daemon, which this process has started, has died of its plan."""
+        pid = daemons.pid_of(self.lab, self.name)
+        wait_until(lambda: pid is None or os.waitpid(pid, os.WNOHANG) != (0, 0), "the daemon dies", within_s)
+
+    def kill(self) -> None:
+        """kill -9, as a crash does."""
+        pid = daemons.pid_of(self.lab, self.name)
+        if pid is not None:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
 
     def restart_as(self, command: Sequence[str]) -> None:
         """End the daemon and start one with another command, up to its settings file."""

@@ -130,10 +130,14 @@ def _add(arguments: argparse.Namespace) -> int:
     if arguments.default:
         values["default_location"] = arguments.name
     with client_of(arguments) as client:
+        before = client.call(endpoints.SETTINGS).settings
         client.call(endpoints.CHANGE_SETTINGS, toml.convert({"values": values}, SettingsChange, where="the request"))
         found = next(one for one in client.call(endpoints.LOCATIONS).locations if one.name == arguments.name)
         if found.fault:
-            client.call(endpoints.CHANGE_SETTINGS, SettingsChange(values=dict.fromkeys(values)))
+            old: dict[str, object] = {f"locations.{arguments.name}": before.locations.get(arguments.name)}
+            if arguments.default:
+                old["default_location"] = before.default_location
+            client.call(endpoints.CHANGE_SETTINGS, SettingsChange(values=old))
             raise InvalidInput(f"{path} cannot be a location", why=found.fault, todo="name a folder that exists there")
     if arguments.json:
         say_json(found)

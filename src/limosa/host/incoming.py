@@ -7,6 +7,7 @@ import base64
 import binascii
 import contextlib
 import logging
+import os
 import socket
 import tempfile
 import time
@@ -21,6 +22,7 @@ from limosa.errors import (
     NotFound,
     PreflightRefused,
     StateError,
+    StorageError,
 )
 from limosa.host.compression import Compression
 from limosa.host.files import Files
@@ -122,9 +124,10 @@ class Incoming:
         return destination
 
     def _check_images(self, request: Prepare) -> None:
-        """Images are made, and removed again, only where this host has a location and under the name a move gives them.
+        """Images are made, and removed again, only where this host has a location and under the name a move gives them;
+        one that is there already is somebody's.
 
-        Raises :class:`InvalidInput` and :class:`NotFound`.
+        Raises :class:`InvalidInput`, :class:`NotFound` and :class:`Conflict`.
         """
         named = {disk.name: disk for disk in request.vm.disks}
         for plan in request.disks:
@@ -133,6 +136,8 @@ class Incoming:
             disk = named.get(plan.disk)
             if plan.path != path or disk is None or (disk.path, disk.format) != (plan.path, plan.format):
                 raise InvalidInput(f"the image of disk {plan.disk} cannot be {plan.path}", vm=request.vm.name)
+            if os.path.lexists(path):
+                raise Conflict(f"{path} exists already", vm=request.vm.name, host=self.host)
             if plan.backing is not None and not self._storage.places.of(plan.backing.path):
                 raise InvalidInput(f"{plan.backing.path} cannot be shown to a guest", vm=request.vm.name)
 
@@ -265,6 +270,8 @@ class LandingHere:
         """See :class:`limosa.migration.destination.Landing`."""
         assert self._hosted is not None
         for plan in request.disks:
+            if plan.backing is not None and await self._storage.find(plan.backing) != plan.backing:
+                raise StorageError(f"{plan.backing.path} is not what was asked for any more")
             await self._storage.make(plan)
         return await self._vms.launch_incoming(self._hosted, request.accelerator, carried_files(request.files))
 

@@ -18,6 +18,7 @@ from limosa.host.page import Page
 from limosa.host.slots import Slots
 from limosa.model.base import is_clean_path
 from limosa.model.storage import BackingFile, DiskFacts, DiskPlan, Location
+from limosa.model.units import format_bytes
 from limosa.model.vm import Disk, DiskFormat
 from limosa.settings.toml import sync_folder
 from limosa.storage import access, chains, identity, images, qcow2
@@ -91,15 +92,30 @@ class Storage:
         return list(dict.fromkeys(str(path) for path in found if places.of(str(path))))
 
     async def make(self, plan: DiskPlan) -> None:
-        """Create the image of a copy, durably, and hold space for it. Raises :class:`StorageError`; nothing is left
+        """Hold space for the image of a copy and create it, durably. Raises :class:`StorageError`; nothing is left
         then."""
         path = Path(plan.path)
-        await images.create(path, plan.format, plan.virtual_bytes, plan.backing, thick=plan.thick)
+        await self._hold(plan)
         try:
-            await asyncio.to_thread(sync_folder, path.parent)
-        except OSError as error:
-            path.unlink(missing_ok=True)
-            raise StorageError(f"cannot write {path.parent}", why=error.strerror or str(error)) from error
+            await images.create(path, plan.format, plan.virtual_bytes, plan.backing, thick=plan.thick)
+            try:
+                await asyncio.to_thread(sync_folder, path.parent)
+            except OSError as error:
+                path.unlink(missing_ok=True)
+                raise StorageError(f"cannot write {path.parent}", why=error.strerror or str(error)) from error
+        except BaseException:
+            self.settle(plan.path)
+            raise
+
+    async def _hold(self, plan: DiskPlan) -> None:
+        """Between plan and deed another copy may have taken the space, so it is looked at again."""
+        free = next((one.free_bytes for one in await self.locations() if one.name == plan.location), 0)
+        if free < plan.expected_bytes:
+            raise StorageError(
+                f"location '{plan.location}' has no room for disk {plan.disk}",
+                why=f"{format_bytes(free)} are free, {format_bytes(plan.expected_bytes)} are needed",
+                todo="free space there, or choose another location",
+            )
         self._held[plan.path] = plan.expected_bytes
 
     def settle(self, path: str) -> None:
@@ -145,7 +161,8 @@ class Storage:
             device = os.stat(folder).st_dev
         except OSError:
             return 0
-        return sum(_still_needed(path, total) for path, total in self._held.items() if _device(path) == device)
+        held = ((path, total) for path, total in self._held.items() if _device(Path(path).parent) == device)
+        return sum(_still_needed(path, total) for path, total in held)
 
 
 def _allocated(path: str) -> int:
@@ -166,7 +183,7 @@ def _size(path: str) -> int:
         raise StorageError(f"cannot read {path}", why=error.strerror or str(error)) from error
 
 
-def _device(path: str) -> int:
+def _device(path: Path) -> int:
     try:
         return os.stat(path).st_dev
     except OSError:
@@ -177,4 +194,4 @@ def _still_needed(path: str, total: int) -> int:
     try:
         return max(0, total - os.stat(path).st_blocks * 512)
     except OSError:
-        return 0
+        return total  # it is about to be made

@@ -314,6 +314,8 @@ class Destination:
     async def _destroy(self) -> None:
         if self._admission is not None:
             self._admission.cancel()
+        elif self._door is not None:
+            self._door.close()  # nobody was awaited at it yet
         self._close_disks()
         self._unfollow()
         await self.landing.release(self.machine)

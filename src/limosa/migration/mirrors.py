@@ -92,7 +92,7 @@ class Mirrors:
         for disk in self._keeping:
             copy = copies.get(disk)
             if copy is None or copy.error or copy.state is CopyState.ENDED:
-                why = copy.error if copy is not None else "QEMU has ended it"
+                why = (copy.error if copy is not None else "") or "QEMU has ended it"
                 raise MigrationFailed(f"disk {disk} could not be copied", why=why, todo="see the logs of both hosts")
         self.latest = {disk: copies[disk] for disk in self._keeping}
 

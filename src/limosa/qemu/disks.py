@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
@@ -29,6 +30,9 @@ _TLS_ID = "disks-tls"
 _LISTENER_FD = "disks-listener"
 #: A job that QEMU was told to end ends when its last request does; a request over a dead network may take long.
 END_WITHIN_S = 60.0
+LOOK_EVERY_S = 1.0
+#: QEMU's main loop, and with it the guest's I/O, stands still until the other end has greeted it.
+GREETED_WITHIN_S = 5.0
 
 _STATES = {
     "created": CopyState.COPYING,
@@ -82,7 +86,13 @@ class Disks(Session):
             "detect-zeroes": "unmap",
         }
         try:
-            await self._execute("blockdev-add", node)
+            with _hung_up_in_time(stream):
+                async with asyncio.timeout(GREETED_WITHIN_S):
+                    await self._execute("blockdev-add", node)
+        except TimeoutError:
+            raise StorageError(
+                f"disk {disk} could not be copied", why="the destination's QEMU does not answer"
+            ) from None
         except QemuError:
             with suppress(QemuError):
                 await self._monitor.execute("closefd", {"fdname": name})
@@ -129,6 +139,7 @@ class Disks(Session):
 
     async def drop_copy(self, disk: str, tag: str) -> None:
         """Give a copy up, if there is one, and close it. The disk is as it was. May be repeated, in every state."""
+        await self._hang_up(f"{disk}.{tag}")
         if disk in await self.copies():
             with suppress(QemuError):  # it may be over by now
                 await self._execute("job-cancel", {"id": f"copy-{disk}"})
@@ -196,18 +207,19 @@ class Disks(Session):
     async def _reaches(self, disk: str, states: set[CopyState]) -> None:
         """Wait until a copy is in one of the states. Raises :class:`StorageError` if it failed."""
         changed = asyncio.Event()
+        deadline = time.monotonic() + END_WITHIN_S
         with self._when(f"copy-{disk}", changed.set):
-            async with asyncio.timeout(END_WITHIN_S):
-                while True:
-                    changed.clear()
-                    copy = (await self.copies()).get(disk)
-                    if copy is None or copy.error:
-                        raise StorageError(
-                            f"disk {disk} could not be copied", why=copy.error if copy else "it was ended"
-                        )
-                    if copy.state in states:
-                        return
-                    await changed.wait()
+            while time.monotonic() < deadline:
+                changed.clear()
+                copy = (await self.copies()).get(disk)
+                if copy is None or copy.error:
+                    raise StorageError(f"disk {disk} could not be copied", why=copy.error if copy else "it was ended")
+                if copy.state in states:
+                    return
+                # A QEMU that has died says nothing: it is asked again.
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(changed.wait(), LOOK_EVERY_S)
+        raise StorageError(f"disk {disk} could not be copied", why=f"its copy did not end in {END_WITHIN_S:.0f} s")
 
     @contextmanager
     def _when(self, job: str, call: Any) -> Iterator[None]:
@@ -223,6 +235,16 @@ class Disks(Session):
         with suppress(QemuError):
             await self._execute("job-dismiss", {"id": f"copy-{disk}"})
 
+    async def _hang_up(self, node: str) -> None:
+        """End the connection of a copy to a host, if it is one: over a dead network its job would not end before TCP
+        gives up, which takes a quarter of an hour."""
+        try:
+            await self._execute("yank", {"instances": [{"type": "block-node", "node-name": node}]})
+        except (QemuGone, OutcomeUnknown):
+            raise
+        except QemuError:
+            return  # it has no connection
+
     async def _close(self, node: str) -> None:
         """Close an image: its format node and the file below it. What is not open is none."""
         for name in (node, f"{node}-file"):
@@ -232,6 +254,17 @@ class Disks(Session):
                 raise
             except QemuError:
                 continue
+
+
+@contextmanager
+def _hung_up_in_time(stream: socket.socket) -> Iterator[None]:
+    """Whatever ends the block early ends the connection too: QEMU waits for it with all else standing still."""
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):  # it has ended
+            stream.shutdown(socket.SHUT_RDWR)
+        raise
 
 
 #: Strangers at the port must not use up the places of the source's connections.

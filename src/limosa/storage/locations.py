@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 
 from limosa.errors import NotFound
+from limosa.model.base import is_clean_path
 from limosa.model.storage import OWN_LOCATION, Location, Place
 from limosa.storage import mounts
 
@@ -34,7 +35,10 @@ class Locations:
         return frozenset(self._places)
 
     def of(self, path: str) -> str:
-        """The innermost location a file is in; empty if it is in none."""
+        """The innermost location a file is in; empty if it is in none, or a path with ``..`` does not let that be
+        told."""
+        if not is_clean_path(path):
+            return ""
         pure = PurePosixPath(path)
         inside = [(len(place.path), name) for name, place in self._places.items() if pure.is_relative_to(place.path)]
         return max(inside)[1] if inside else ""

@@ -1,0 +1,60 @@
+"""Two hosts and one VM ``vm`` after something has died: where the VM is, what else is left, and a clean slate."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from harness.hosts import Host, runners
+from limosa.model.vm import VmState
+from limosa.wire import endpoints
+
+
+def place(hosts: list[Host]) -> str:
+    """Where the VM is: ``running at``, ``crashed at`` or another state and host."""
+    running = runners(hosts, "vm")
+    if running:
+        return "running at " + " and ".join(running)
+    views = [(host.name, view) for host in hosts if (view := host.vm("vm")) is not None]
+    return " and ".join(f"{view.state} at {name}" for name, view in views) or "nowhere"
+
+
+def nothing_else_is_left(hosts: list[Host]) -> bool:
+    """No QEMU, run folder, VM folder or image but those of VMs that are on the host."""
+    for host in hosts:
+        view = host.vm("vm")
+        runs = view is not None and view.state is VmState.RUNNING
+        if len(host.qemus()) != int(runs) or len(list((host.run / "vm").iterdir())) != int(runs):
+            return False
+        if len(list((host.state / "vms").iterdir())) != int(view is not None):
+            return False
+        own = {Path(disk.path) for disk in view.config.disks} if view is not None else set()
+        if not set(images(host)) <= own:
+            return False
+    return True
+
+
+def images(host: Host) -> list[Path]:
+    """Every image below the host's state."""
+    return sorted(host.state.rglob("*.qcow2")) + sorted(host.state.rglob("*.raw"))
+
+
+def disks_of(host: Host, vm: str) -> list[Path]:
+    """The images the VM's description names."""
+    view = host.vm(vm)
+    assert view is not None
+    return [Path(disk.path) for disk in view.config.disks]
+
+
+def clean(hosts: list[Host]) -> None:
+    """Leave both hosts without VMs and images, whatever the case did to them."""
+    for host in hosts:
+        if host.process is None or host.process.poll() is not None:
+            host.start()
+        view = host.vm("vm")
+        if view is not None:
+            if view.state in (VmState.RUNNING, VmState.PAUSED):
+                host.client.call(endpoints.STOP_VM, vm="vm")
+            host.client.call(endpoints.DELETE_VM, vm="vm")
+    for host in hosts:
+        for image in images(host):
+            image.unlink()

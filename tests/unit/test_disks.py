@@ -1,0 +1,291 @@
+"""What becomes of the disks of a VM that moves: pure plans, and when a copy is told that it does not end."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from test_preflight import HERE, THERE, VM
+
+from limosa.errors import MigrationFailed, NotConverging, StorageError
+from limosa.migration import disks, mirrors
+from limosa.migration.mirrors import Keeping, Mirrors
+from limosa.migration.progress import Bar, of_disks
+from limosa.model.migration import Phase, Progress
+from limosa.model.storage import BackingFile, DiskAction, DiskFacts, DiskProgress, Location
+from limosa.model.vm import Disk
+from limosa.qemu.protocol import CopyState, CopyStatistics, MigrationStatistics
+from limosa.testing.disks import FakeDisks
+
+GIB = 1 << 30
+FACT = DiskFacts(
+    name="vda",
+    path="/vm/web1.qcow2",
+    format="qcow2",
+    virtual_bytes=8 * GIB,
+    allocated_bytes=GIB,
+    chain_bytes=2 * GIB,
+    location="fast",
+)
+IMAGES = Location(name="images", path="/var/images", default=True, total_bytes=100 * GIB, free_bytes=50 * GIB)
+FAST = Location(name="fast", path="/srv/fast", total_bytes=100 * GIB, free_bytes=50 * GIB)
+PRIVATE = msgspec.structs.replace(HERE, files=(msgspec.structs.replace(HERE.files[0], private=True),))
+
+
+def planned(
+    *locations: Location,
+    fact: DiskFacts = FACT,
+    wishes: dict[str, str] | None = None,
+    bases: dict[str, BackingFile] | None = None,
+) -> tuple[disks.DiskPlan, list[str]]:
+    there = msgspec.structs.replace(THERE, locations=locations)
+    (plan, *others), findings = disks.plan(VM, [fact] if fact else [], there, wishes or {}, "abc", bases or {})
+    assert others == []
+    return plan, [finding.code for finding in findings]
+
+
+class TestWhatIsCopied:
+    """Only what the destination does not see, or was asked to go elsewhere."""
+
+    def test_what_both_see_stays(self) -> None:
+        assert disks.to_copy(VM, HERE, THERE, {}) == ()
+
+    def test_what_only_the_source_sees_goes(self) -> None:
+        unseen = msgspec.structs.replace(THERE, files=())
+        assert disks.to_copy(VM, HERE, unseen, {}) == VM.disks
+        assert disks.to_copy(VM, PRIVATE, THERE, {}) == VM.disks
+
+    def test_what_was_asked_for_goes(self) -> None:
+        assert disks.to_copy(VM, HERE, THERE, {"vda": "fast"}) == VM.disks
+
+    def test_what_is_only_read_never_goes(self) -> None:
+        cd = msgspec.structs.replace(VM.disks[0], read_only=True)
+        vm = msgspec.structs.replace(VM, disks=(cd,))
+        assert disks.to_copy(vm, PRIVATE, THERE, {"vda": "fast"}) == ()
+
+
+class TestThePlan:
+    """Where a copy goes, and what stands against it."""
+
+    def test_to_the_location_of_the_same_name(self) -> None:
+        plan, against = planned(IMAGES, FAST)
+        assert against == []
+        assert (plan.action, plan.location) == (DiskAction.COPY, "fast")
+        assert plan.path == "/srv/fast/web1-vda.abc.qcow2"
+        assert 2 * GIB < plan.expected_bytes < 2.01 * GIB
+
+    def test_else_to_the_default(self) -> None:
+        plan, against = planned(IMAGES)
+        assert (plan.location, against) == ("images", [])
+
+    def test_where_it_was_asked_to_go(self) -> None:
+        plan, against = planned(IMAGES, FAST, wishes={"vda": "images"})
+        assert (plan.location, against) == ("images", [])
+
+    @pytest.mark.parametrize(
+        ("locations", "wishes", "code"),
+        [
+            ((IMAGES,), {"vda": "fast"}, "location-unknown"),
+            ((IMAGES,), {"vdb": "images"}, "disk-unknown"),
+            ((msgspec.structs.replace(IMAGES, free_bytes=GIB),), {}, "space-short"),
+            ((msgspec.structs.replace(IMAGES, fault="No such file or directory"),), {}, "location-unusable"),
+        ],
+    )
+    def test_what_stands_against_it(self, locations: tuple[Location, ...], wishes: dict[str, str], code: str) -> None:
+        there = msgspec.structs.replace(THERE, locations=locations)
+        _, findings = disks.plan(VM, [FACT], there, wishes, "abc", {})
+        assert [finding.code for finding in findings] == [code]
+
+    def test_no_location_at_all(self) -> None:
+        there = msgspec.structs.replace(THERE, locations=(FAST,))
+        elsewhere = msgspec.structs.replace(FACT, location="")
+        plans, findings = disks.plan(VM, [elsewhere], there, {}, "abc", {})
+        assert (plans, [finding.code for finding in findings]) == ((), ["location-unknown"])
+
+    def test_snapshots_are_not_lost(self) -> None:
+        _, against = planned(IMAGES, fact=msgspec.structs.replace(FACT, snapshots=2))
+        assert against == ["disk-snapshots"]
+
+    def test_several_disks_share_what_is_free(self) -> None:
+        plans = [disks.copied("web1", msgspec.structs.replace(FACT, name=name), FAST, "abc") for name in ("vda", "vdb")]
+        tight = msgspec.structs.replace(FAST, free_bytes=3 * GIB)
+        assert [finding.code for finding in disks.space(plans, {"fast": tight}, "host2")] == ["space-short"]
+        assert disks.space(plans[:1], {"fast": tight}, "host2") == []
+
+    def test_of_an_overlay_only_its_own_is_sent(self) -> None:
+        base = BackingFile(path="/var/images/golden.qcow2", format="qcow2", size=GIB, digest="d")
+        plan, against = planned(IMAGES, bases={"vda": base})
+        assert (plan.action, plan.backing, plan.expected_bytes, against) == (DiskAction.COPY_OVERLAY, base, GIB, [])
+
+    def test_thick_takes_all_it_may(self) -> None:
+        assert disks.copied("web1", FACT, FAST, "abc", "raw", thick=True).expected_bytes == 8 * GIB
+
+    def test_a_disk_never_costs_more_than_it_shows(self) -> None:
+        full = msgspec.structs.replace(FACT, chain_bytes=100 * GIB)
+        assert disks.copied("web1", full, FAST, "abc", "raw").expected_bytes == 8 * GIB
+
+    def test_the_vm_as_it_lands(self) -> None:
+        stays = Disk(name="vdb", path="/mnt/b.raw", format="raw", read_only=True)
+        vm = msgspec.structs.replace(VM, disks=(*VM.disks, stays))
+        landed = disks.landed(vm, [disks.copied("web1", FACT, FAST, "abc", "raw")])
+        assert landed.disks == (Disk(name="vda", path="/srv/fast/web1-vda.abc.raw", format="raw"), stays)
+        assert msgspec.structs.replace(landed, disks=vm.disks) == vm
+
+
+class TestKeeping:
+    """When the guest has to wait for its writes, and when a copy is given up."""
+
+    @given(
+        patience=st.floats(1, 1000),
+        looks=st.lists(st.tuples(st.floats(0, 300), st.integers(0, 1000)), max_size=100),
+    )
+    def test_the_guest_waits_before_anything_is_given_up(self, patience: float, looks: list[tuple[float, int]]) -> None:
+        keeping, now, told = Keeping(patience, 0.0), 0.0, []
+        for pause, remaining in looks:
+            now += pause
+            keeping, what = keeping.judge(now, remaining)
+            told.append((now, what))
+        acts = [what for _, what in told if what]
+        assert acts[:1] in ([], ["block-writes"])
+        assert acts.count("block-writes") <= 1
+        if "give-up" in acts:
+            blocked = next(at for at, what in told if what == "block-writes")
+            given_up = next(at for at, what in told if what == "give-up")
+            assert given_up - blocked >= patience
+
+    @given(st.lists(st.integers(1, 3), min_size=1, max_size=50))
+    def test_one_that_comes_nearer_is_left_alone(self, steps: list[int]) -> None:
+        keeping, remaining = Keeping(10.0, 0.0), 1000
+        for number, step in enumerate(steps):
+            remaining -= step
+            keeping, what = keeping.judge(100.0 * number, remaining)
+            assert what == ""
+
+
+class TestTheBar:
+    """It never goes back, with disks before the memory."""
+
+    @given(
+        share=st.tuples(st.integers(0, 10**12), st.integers(0, 10**12)),
+        looks=st.lists(st.tuples(st.integers(0, 10**9), st.integers(0, 10**9)), max_size=30),
+        passes=st.lists(st.integers(0, 10**9), max_size=30),
+    )
+    def test_it_never_goes_back(self, share: tuple[int, int], looks: list[tuple[int, int]], passes: list[int]) -> None:
+        bar, shown = Bar().entered(Phase.BUILD_UP).entered(Phase.STORAGE).with_disks(*share), Progress()
+        seen = [bar.percent]
+        for at, (copied, more) in enumerate(looks):
+            disk = DiskProgress(disk="vda", copied_bytes=copied, total_bytes=copied + more)
+            bar, shown = of_disks(bar, shown, [disk], float(at))
+            assert shown.rate_bytes_per_s >= 0
+            seen.append(bar.percent)
+        bar = bar.entered(Phase.COPY)
+        for phase in (Phase.COPY, Phase.SYNCHRONISE):
+            bar = bar.entered(phase)
+            for remaining in passes:
+                bar = bar.moved(phase, MigrationStatistics(remaining_bytes=remaining, total_bytes=10**9))
+                seen.append(bar.percent)
+        assert seen == sorted(seen)
+        assert all(0 <= percent < 100 for percent in seen)
+
+    def test_disks_take_their_share_of_it(self) -> None:
+        bar = Bar().entered(Phase.STORAGE).with_disks(3 * GIB, GIB)
+        assert 60 < bar.copied(1.0).percent < 65
+        assert bar.copied(1.0).entered(Phase.COPY).percent == bar.copied(1.0).percent
+
+
+class Copying(FakeDisks):
+    """A QEMU whose copies stand as a test says, one word for each look."""
+
+    def __init__(self, *looks: CopyStatistics) -> None:
+        super().__init__()
+        self.gone = asyncio.Event()
+        self._looks = list(looks)
+        self.dropped: list[str] = []
+
+    async def copies(self) -> dict[str, CopyStatistics]:
+        if self._looks:
+            self.copying["vda"] = self._looks.pop(0)
+        return dict(self.copying)
+
+    async def drop_copy(self, disk: str, tag: str) -> None:
+        self.dropped.append(disk)
+        if disk == "vdb":
+            raise StorageError("vdb")
+
+    async def _answer(self) -> None:
+        await asyncio.sleep(0)
+
+
+def at(copied: int, state: CopyState = CopyState.COPYING, error: str = "") -> CopyStatistics:
+    return CopyStatistics(state, copied, 100, error)
+
+
+@pytest.fixture(autouse=True)
+def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mirrors, "LOOK_EVERY_S", 0.0)
+
+
+class TestMirrors:
+    """Looking at copies."""
+
+    def test_until_it_keeps_up(self) -> None:
+        async def scenario() -> None:
+            copying = Mirrors(Copying(at(0), at(50), at(100, CopyState.READY)), ["vda"], 100)
+            shown: list[int] = []
+            await copying.until_ready(lambda: shown.append(copying.progress()[0].copied_bytes))
+            assert shown == [0, 50, 100]
+            assert copying.progress()[0].ready
+
+        asyncio.run(scenario())
+
+    @pytest.mark.parametrize(
+        ("last", "why"), [(at(50, error="No space left on device"), "No space"), (at(100, CopyState.ENDED), "ended it")]
+    )
+    def test_one_that_fails_fails_the_move(self, last: CopyStatistics, why: str) -> None:
+        async def scenario() -> None:
+            copying = Mirrors(Copying(at(0), last), ["vda"], 100)
+            with pytest.raises(MigrationFailed, match="vda") as caught:
+                await copying.until_ready(lambda: None)
+            assert why in caught.value.why
+
+        asyncio.run(scenario())
+
+    def test_one_that_qemu_does_not_know_fails_the_move(self) -> None:
+        async def scenario() -> None:
+            with pytest.raises(MigrationFailed):
+                await Mirrors(Copying(), ["vda"], 100).look()
+
+        asyncio.run(scenario())
+
+    def test_a_guest_that_is_too_fast_waits_and_is_told(self) -> None:
+        async def scenario() -> None:
+            machine = Copying(*[at(50)] * 1000)
+            copying = Mirrors(machine, ["vda"], 0.02)
+            with pytest.raises(NotConverging):
+                await copying.until_ready(lambda: None)
+            assert machine.blocking == {"vda"}
+            assert copying.progress()[0].write_blocking
+
+        asyncio.run(scenario())
+
+    def test_all_are_dropped_although_one_refuses(self) -> None:
+        async def scenario() -> None:
+            machine = Copying()
+            with pytest.raises(StorageError, match="vdb"):
+                await mirrors.drop(machine, "abc", ["vda", "vdb", "vdc"])
+            assert machine.dropped == ["vda", "vdb", "vdc"]
+
+        asyncio.run(scenario())
+
+    def test_the_end_of_one_that_failed_is_no_success(self) -> None:
+        async def scenario() -> None:
+            machine = Copying()
+            machine.copying["vda"] = dataclasses.replace(at(100, CopyState.READY), error="Input/output error")
+            with pytest.raises(StorageError):
+                await Mirrors(machine, ["vda"], 1).finish()
+
+        asyncio.run(scenario())

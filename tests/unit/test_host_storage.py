@@ -1,0 +1,227 @@
+"""Locations, the ledger of what copies will need, and images that a source may not name."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any, cast
+
+import msgspec
+import pytest
+from test_preflight import VM
+
+from limosa.errors import Conflict, InvalidInput, LimosaError, NotFound, StorageError
+from limosa.host.files import Files
+from limosa.host.incoming import Incoming
+from limosa.host.page import Page
+from limosa.host.storage import Storage
+from limosa.model.storage import BackingFile, DiskAction, DiskPlan, Place
+from limosa.model.vm import Disk
+from limosa.storage.locations import Locations
+from limosa.wire.peer import Prepare
+
+MIB = 1024 * 1024
+TAG = "abcdefabcdef"
+
+
+@pytest.fixture
+def storage(tmp_path: Path) -> Storage:
+    """A host with its own location and another, ``fast``."""
+    files = Files(tmp_path / "state", tmp_path / "run")
+    for folder in (files.images, files.migrations, tmp_path / "fast"):
+        folder.mkdir(parents=True)
+    page = Page(files.settings)
+    page.change({"locations.fast": {"path": str(tmp_path / "fast")}})
+    return Storage(page, files, None)
+
+
+def plan(storage: Storage, name: str = "vda", location: str = "fast", expected: int = 0, **changes: Any) -> DiskPlan:
+    path = storage.places.path(location) / f"web1-{name}.{TAG}.qcow2"
+    return DiskPlan(
+        disk=name,
+        action=DiskAction.COPY,
+        path=str(path),
+        format="qcow2",
+        virtual_bytes=8 * MIB,
+        expected_bytes=expected,
+        location=location,
+        **changes,
+    )
+
+
+class TestLocations:
+    """Named folders."""
+
+    PLACES = Locations(
+        {"fast": Place(path="/srv/fast"), "inner": Place(path="/srv/fast/inner", shared=True)}, "fast", Path("/own")
+    )
+
+    @pytest.mark.parametrize(
+        ("path", "name"),
+        [
+            ("/srv/fast/a.raw", "fast"),
+            ("/srv/fast/deep/a.raw", "fast"),
+            ("/srv/fast/inner/a.raw", "inner"),
+            ("/srv/faster/a.raw", ""),
+            ("/own/a.raw", "images"),
+            ("/etc/shadow", ""),
+            ("/srv/fast/../../etc/shadow", ""),
+            ("/srv/fast/./a.raw", ""),
+            ("srv/fast/a.raw", ""),
+        ],
+    )
+    def test_where_a_file_lies(self, path: str, name: str) -> None:
+        assert self.PLACES.of(path) == name
+
+    def test_which_there_are(self) -> None:
+        assert self.PLACES.path("inner") == Path("/srv/fast/inner")
+        assert self.PLACES.names == {"fast", "images", "inner"}
+        assert self.PLACES.shared() == {"inner": "/srv/fast/inner"}
+        with pytest.raises(NotFound) as caught:
+            self.PLACES.path("nowhere")
+        assert "fast, images, inner" in caught.value.todo
+
+    def test_a_host_may_have_its_own_elsewhere(self) -> None:
+        assert Locations({"images": Place(path="/big")}, "images", Path("/own")).own == "/big"
+
+    def test_what_the_kernel_says(self, tmp_path: Path) -> None:
+        here, gone = Locations({"gone": Place(path="/nowhere")}, "images", tmp_path).look()[::-1]
+        assert (here.name, here.default, here.fault) == ("images", True, "")
+        assert 0 < here.free_bytes <= here.total_bytes
+        assert here.file_system
+        assert (gone.free_bytes, gone.default, gone.fault) == (0, False, "No such file or directory")
+
+
+class TestTheLedger:
+    """What copies under way will still need is not free."""
+
+    def free(self, storage: Storage, name: str = "fast") -> int:
+        return next(one.free_bytes for one in asyncio.run(storage.locations()) if one.name == name)
+
+    def test_it_is_held_and_given_back(self, storage: Storage) -> None:
+        before = self.free(storage)
+        image = plan(storage, expected=before // 2)
+        asyncio.run(storage.make(image))
+        assert Path(image.path).stat().st_mode & 0o777 == 0o600
+        # Both locations are on one file system, and others use it too.
+        assert self.free(storage) < before * 0.6
+        assert self.free(storage, "images") < before * 0.6
+        storage.settle(image.path)
+        assert self.free(storage) > before * 0.9
+        storage.remove(image.path)
+        storage.remove(image.path)
+        assert not Path(image.path).exists()
+
+    def test_what_has_been_written_counts_once(self, storage: Storage) -> None:
+        image = plan(storage, expected=64 * MIB)
+        asyncio.run(storage.make(image))
+        held = storage._needed_in(str(storage.places.path("fast")))
+        with Path(image.path).open("ab") as stream:
+            stream.write(bytes(range(1, 256)) * (16 * MIB // 255))
+        assert held - storage._needed_in(str(storage.places.path("fast"))) >= 15 * MIB
+
+    def test_two_that_fit_one_by_one_do_not_fit_together(self, storage: Storage) -> None:
+        async def scenario() -> list[object]:
+            half = self.free_of(await storage.locations()) * 2 // 3
+            images = [plan(storage, name, expected=half) for name in ("vda", "vdb")]
+            return list(await asyncio.gather(*(storage.make(one) for one in images), return_exceptions=True))
+
+        made = asyncio.run(scenario())
+        assert sorted(type(one).__name__ for one in made) == ["NoneType", "StorageError"]
+        assert len(list(storage.places.path("fast").iterdir())) == 1
+
+    @staticmethod
+    def free_of(locations: Any) -> int:
+        return int(next(one.free_bytes for one in locations if one.name == "fast"))
+
+    def test_nothing_is_held_for_what_could_not_be_made(self, storage: Storage) -> None:
+        image = plan(storage, expected=MIB)
+        Path(image.path).write_bytes(b"precious")
+        with pytest.raises(StorageError, match="exists"):
+            asyncio.run(storage.make(image))
+        assert storage._needed_in(str(storage.places.path("fast"))) == 0
+        assert Path(image.path).read_bytes() == b"precious"
+
+    def test_a_location_that_has_gone(self, storage: Storage) -> None:
+        image = plan(storage)
+        storage.places.path("fast").rmdir()
+        with pytest.raises(StorageError):
+            asyncio.run(storage.make(image))
+
+
+class TestWhatASourceMayName:
+    """Images are made and deleted for a source only where nobody else's can be."""
+
+    def incoming(self, storage: Storage) -> Incoming:
+        """A host that takes VMs, as far as it looks at what it is asked."""
+        page, files, nobody = storage._page, storage._files, cast(Any, None)
+        return Incoming("host2", nobody, page, files, nobody, nobody, nobody, storage, "boot")
+
+    def request(self, image: DiskPlan, *, named: str | None = None) -> Prepare:
+        disk = Disk(name=image.disk, path=named or image.path, format=image.format)
+        return Prepare(
+            migration=TAG,
+            vm=msgspec.structs.replace(VM, disks=(disk,)),
+            accelerator="tcg",
+            transport="tcp",
+            credentials=None,
+            post_copy=False,
+            running=True,
+            disks=(image,),
+        )
+
+    def refusal(self, storage: Storage, request: Prepare) -> LimosaError:
+        with pytest.raises(LimosaError) as caught:
+            self.incoming(storage).begin(request, "host1", "10.0.0.2")
+        assert list(storage._files.migrations.iterdir()) == [], "it has left a journal"
+        return caught.value
+
+    def test_what_a_move_makes(self, storage: Storage) -> None:
+        async def scenario() -> None:
+            begun = self.incoming(storage).begin(self.request(plan(storage)), "host1", "10.0.0.2")
+            assert begun.journal.header.images == (plan(storage).path,)
+
+        asyncio.run(scenario())
+
+    @pytest.mark.parametrize(
+        "path",
+        [
+            "/etc/shadow",
+            "{fast}/other.qcow2",
+            "{fast}/web1-vda.otherothero.qcow2",
+            "{fast}/web1-vdb.abcdefabcdef.qcow2",
+            "{images}/web1-vda.abcdefabcdef.qcow2",
+        ],
+    )
+    def test_another_path(self, storage: Storage, path: str) -> None:
+        places = {name: storage.places.path(name) for name in storage.places.names}
+        image = msgspec.structs.replace(plan(storage), path=path.format(**places))
+        assert isinstance(self.refusal(storage, self.request(image)), InvalidInput)
+
+    def test_a_location_nobody_has(self, storage: Storage) -> None:
+        image = msgspec.structs.replace(plan(storage), location="nowhere")
+        assert isinstance(self.refusal(storage, self.request(image)), NotFound)
+
+    def test_an_image_the_vm_does_not_use(self, storage: Storage) -> None:
+        assert isinstance(self.refusal(storage, self.request(plan(storage), named="/other")), InvalidInput)
+
+    def test_an_image_that_is_somebodys(self, storage: Storage) -> None:
+        """One that another move has brought here; it must be there when this one is given up, too."""
+        image = Path(plan(storage).path)
+        image.write_bytes(b"precious")
+        assert isinstance(self.refusal(storage, self.request(plan(storage))), Conflict)
+        assert image.read_bytes() == b"precious"
+
+    @pytest.mark.parametrize("path", ["/etc/shadow", "{fast}/../../../../../../../etc/shadow"])
+    def test_a_secret_below_it(self, storage: Storage, path: str) -> None:
+        base = BackingFile(path=path.format(fast=storage.places.path("fast")), format="raw", size=1, digest="d")
+        assert isinstance(self.refusal(storage, self.request(plan(storage, backing=base))), InvalidInput)
+
+    def test_the_same_move_twice(self, storage: Storage) -> None:
+        async def scenario() -> None:
+            incoming = self.incoming(storage)
+            incoming.begin(self.request(plan(storage)), "host1", "10.0.0.2")
+            with pytest.raises(Conflict):
+                incoming.begin(self.request(plan(storage)), "host1", "10.0.0.2")
+
+        asyncio.run(scenario())
