@@ -69,12 +69,17 @@ class Ground:
 
     def bytes_on_wire(self, host: str) -> int:
         """Bytes that have passed a host's migration NICs in both directions so far, frames' headers included."""
+        return self._counted(host, "rx_bytes", "tx_bytes")
 
+    def bytes_sent(self, host: str) -> int:
+        """The same of what the host has sent."""
+        return self._counted(host, "tx_bytes")
+
+    def _counted(self, host: str, *counters: str) -> int:
         def count() -> int:
             with IPRoute() as netlink:
                 links = [netlink.link("get", ifname=nic)[0] for nic in self.lab.nic_names]
-                counters = [link.get_attr("IFLA_STATS64") for link in links]
-                return sum(int(counter["rx_bytes"] + counter["tx_bytes"]) for counter in counters)
+                return sum(int(link.get_attr("IFLA_STATS64")[name]) for link in links for name in counters)
 
         return self.inside(host, count)
 

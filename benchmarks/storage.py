@@ -167,17 +167,17 @@ def _awake(system: System, work: Callable[[], float]) -> float:
 def _move_golden(place: Ground, golden: Limosa, number: int) -> OverlaySent:
     overlay, host = disk.allocated(golden.image), golden.host
     golden.wake()
-    wire = place.bytes_on_wire(host)
+    sent = place.bytes_sent(host)
     moved = golden.move(encrypted=True, transport="tcp")
-    wire = place.bytes_on_wire(host) - wire
+    sent = place.bytes_sent(host) - sent
     golden.pause()
     progress = golden.told["progress"]
     memory = progress["transferred_bytes"] - sum(copy["copied_bytes"] for copy in progress["disks"])
     say(
-        f"overlay, round {number + 1}: {moved.wall_s:.2f} s, {wire / 1e6:.0f} MB on the wire, "
+        f"overlay, round {number + 1}: {moved.wall_s:.2f} s, {sent / 1e6:.0f} MB sent, "
         f"{memory / 1e6:.0f} MB of it memory; the overlay has {overlay / 1e6:.0f} MB"
     )
-    return OverlaySent(round=number, wall_s=moved.wall_s, overlay_bytes=overlay, wire_bytes=wire, memory_bytes=memory)
+    return OverlaySent(round=number, wall_s=moved.wall_s, overlay_bytes=overlay, sent_bytes=sent, memory_bytes=memory)
 
 
 if __name__ == "__main__":

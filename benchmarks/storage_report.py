@@ -22,7 +22,7 @@ Where guests are emulated on the few cores that also carry the copy, ranges are 
 - *Link used*: bytes that passed the migration NICs, in both directions with all headers, of those that plain TCP
   streams brought over them in that time before the run.
 - *Disk above an image that both hosts have*: an overlay of 256 MiB above 2 GiB; what QEMU says it has sent of memory is
-  taken off the bytes on the wire.
+  taken off the bytes that the source sent.
 """
 
 
@@ -43,7 +43,7 @@ def page(report: Report) -> str:
 
 def _measured(report: Report) -> Iterator[str]:
     for link in dict.fromkeys(move.link for move in report.moves):
-        moves = by_label(move for move in report.moves if move.link == link)
+        moves = by_label([move for move in report.moves if move.link == link])
         yield from pages.columns(f"To another host, {link}", moves, FIGURES)
     copies = {
         by: [copy for copy in report.copies if copy.by == by] for by in dict.fromkeys(c.by for c in report.copies)

@@ -51,7 +51,9 @@ class OverlaySent(Model, frozen=True):
     round: int
     wall_s: float
     overlay_bytes: int
-    wire_bytes: int
+    #: by the source over its migration NIC, frames' headers included
+    sent_bytes: int
+    #: of it memory, by QEMU
     memory_bytes: int
 
 
@@ -62,7 +64,7 @@ def _of_link(move: DiskMeasured) -> float:
 LINK = Figure[DiskMeasured]("link used over the transfer", "%", lambda move: _of_link(move) / move.transfer_s)
 LINK_OF_WALL = Figure[DiskMeasured]("link used over the wall time", "%", lambda move: _of_link(move) / move.wall_s)
 COPY_WALL = Figure[Copied]("wall time", "s", lambda copy: copy.wall_s)
-SENT = Figure[OverlaySent]("bytes sent", "MB", lambda sent: (sent.wire_bytes - sent.memory_bytes) / 1e6)
+SENT = Figure[OverlaySent]("bytes sent", "MB", lambda sent: (sent.sent_bytes - sent.memory_bytes) / 1e6)
 OVERLAY = Figure[OverlaySent]("its overlay", "MB", lambda sent: sent.overlay_bytes / 1e6)
 
 FIGURES: tuple[Figure[DiskMeasured], ...] = (
@@ -79,7 +81,7 @@ def rows(moves: Sequence[DiskMeasured], copies: Sequence[Copied], sent: Sequence
     return [*found, *_local(copies), *_overlay(sent)]
 
 
-def by_label(moves: Iterable[DiskMeasured]) -> dict[str, list[DiskMeasured]]:
+def by_label(moves: Sequence[DiskMeasured]) -> dict[str, list[DiskMeasured]]:
     """The moves by who made them, and how."""
     found: dict[str, list[DiskMeasured]] = {}
     for (system, transport), label in LABELS.items():
