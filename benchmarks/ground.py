@@ -111,7 +111,7 @@ class Ground:
     def group(self, name: str) -> Path:
         """The control group of a system."""
         if name not in self._groups:
-            path = _control_groups() / f"limosa-benchmark-{name}"
+            path = _control_groups() / f"limosa-benchmark-{self.lab.name}-{name}"
             path.mkdir(exist_ok=True)
             self._groups[name] = path
         return self._groups[name]
