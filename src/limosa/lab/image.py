@@ -4,8 +4,8 @@ The kernel comes from Debian's own archive with ``apt-get download`` and is unpa
 busybox, the virtio modules and ``guest/init``; it boots in a few seconds also where QEMU emulates the processor. The
 guest serves HTTP on port 80 (``/``: a page with its name, uptime and a counter; ``/ok``: two bytes from memory), echoes
 on TCP port 7, answers pings, and has a shell on the serial console, where it says ``LIMOSA READY`` when the network
-serves, ``LIMOSA FILLED`` when its memory is loaded and ``LIMOSA REWRITES`` when it begins to rewrite that. The power
-button turns it off.
+serves, ``LIMOSA FILLED`` when its memory is loaded, ``LIMOSA REWRITES`` when it begins to rewrite that and ``LIMOSA
+WRITES`` when it begins to load its disk. The power button turns it off.
 
 An image lies in a folder named after the recipe's digest and appears there in one step, so that two builders do no harm
 and a new release of Limosa builds its own::
@@ -65,19 +65,23 @@ def command_line(
     random_mib: int = 0,
     rewrite_mib_per_s: int = 0,
     disk: str = "",
+    write_mib_per_s: int = 0,
 ) -> str:
     """The kernel command line of a guest.
 
     ``address`` (``10.77.0.101/24``) is given to its network card. ``fill_mib`` of its memory are filled, of which
     ``random_mib`` cannot be compressed and the rest can; of the random part ``rewrite_mib_per_s`` are overwritten
     evenly, with other content each time. On ``disk`` (``vda``) a number is written ten times a second, each durable
-    before the next, into the first 2048 blocks of 4 KiB in turn. Raises :class:`InvalidInput`.
+    before the next, into the first 2048 blocks of 4 KiB in turn; the 64 MiB that follow are overwritten evenly with
+    ``write_mib_per_s`` of random bytes, past the guest's cache. Raises :class:`InvalidInput`.
     """
     _check(is_name(name), "name", name)
     _check(disk == "" or re.fullmatch(r"[a-z]{2,8}", disk) is not None, "disk", disk)
     _check(0 <= random_mib <= fill_mib, "random_mib", f"{random_mib} of {fill_mib}")
     # A step is one twentieth of a second's writing and must fit both the random part and the pool it copies from.
     _check(0 <= rewrite_mib_per_s <= min(200, 20 * random_mib), "rewrite_mib_per_s", str(rewrite_mib_per_s))
+    # A step is one tenth of a second's writing and must fit the pool it copies from.
+    _check(0 <= write_mib_per_s <= (100 if disk else 0), "write_mib_per_s", str(write_mib_per_s))
     try:
         words = {
             "name": name,
@@ -87,6 +91,7 @@ def command_line(
             "random_mib": random_mib,
             "rewrite_mib_s": rewrite_mib_per_s,
             "disk": disk,
+            "write_mib_s": write_mib_per_s,
         }
     except ValueError as fault:
         raise InvalidInput("the guest's address is not valid", why=str(fault)) from fault
