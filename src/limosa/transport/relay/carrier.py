@@ -25,6 +25,16 @@ from limosa.transport.relay.errors import BrokenStream
 UNSENT_BYTES = 1024 * 1024
 SHORT_UNSENT_BYTES = 128 * 1024
 _LEAST_UNSENT_BYTES = 64 * 1024
+_OPTIONS = (
+    (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
+    (socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_BYTES),
+    # A host that is gone without a word is noticed after a minute, so that its session's memory is free again.
+    (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 30),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 10),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3),
+    (socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 60_000),
+)
 _SIOCOUTQ = termios.TIOCOUTQ
 _SIOCOUTQNSD = 0x894B  # linux/sockios.h
 #: Below this a header is sent together with its payload; above, putting them together costs more than it saves.
@@ -46,9 +56,9 @@ class Carrier:
         self.sent_bytes = 0
         self._unsent_limit, self._unsent_most = UNSENT_BYTES, UNSENT_BYTES
         connection.settimeout(timeout_s)
-        with suppress(OSError):  # not every kind of connection has them
-            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_BYTES)
+        for level, option, value in _OPTIONS:
+            with suppress(OSError):  # not every kind of connection has them all
+                connection.setsockopt(level, option, value)
         if context is not None:
             name = None if server else SERVER_NAME
             try:
