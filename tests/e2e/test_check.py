@@ -226,28 +226,37 @@ class TestFiles:
         remove(source, "disky")
 
     def test_the_same_file_may_be_used(self, hosts: tuple[LabHost, LabHost], disk: Path) -> None:
-        assert codes(check(hosts[0], "disky", "host2")) == set()
+        report = check(hosts[0], "disky", "host2")
+        assert codes(report) == set()
+        assert actions(report) == ["stay"]
 
     def test_only_one_host_sees_it(self, hosts: tuple[LabHost, LabHost], disk: Path) -> None:
         source, destination = hosts
         with own_folder(destination, disk.parent, ":"):
-            assert codes(check(source, "disky", "host2")) == {"file-not-visible"}
+            report = check(source, "disky", "host2")
+            assert codes(report) == set()
+            (plan,) = report.object["disks"]
+            assert (plan["action"], plan["location"]) == ("copy", "images")
+            assert plan["expected_bytes"] <= plan["virtual_bytes"] == 1024 * 1024
 
     def test_the_other_host_has_another_of_that_name(self, hosts: tuple[LabHost, LabHost], disk: Path) -> None:
         source, destination = hosts
         with own_folder(destination, disk.parent, f"truncate -s 1M {disk.name}"):
-            assert codes(check(source, "disky", "host2")) == {"file-not-same"}
-            said = limosa(source, "move", "disky", "--to", "host2", "--json")
+            assert actions(check(source, "disky", "host2")) == ["copy"]
+            wish = limosa(source, "check", "disky", "--to", "host2", "--storage", "vda=nowhere", "--json")
+            assert codes(wish) == {"location-unknown"}
+            said = limosa(source, "move", "disky", "--to", "host2", "--storage", "vda=nowhere,vdx=images", "--json")
             assert (said.code, said.object["fault"]["code"]) == (6, "preflight-refused")
+            assert "disk-unknown" in said.object["fault"]["why"]
         assert source.vm("disky").state is VmState.RUNNING
 
     def test_locations_do_not_make_two_files_one(self, hosts: tuple[LabHost, LabHost], disk: Path) -> None:
         """Both say that they share it, but it is one machine, whose kernel knows better."""
         source, destination = hosts
-        place = {"locations": {"store": str(disk.parent)}}
+        place = {"locations": {"store": {"path": str(disk.parent), "shared": True}}}
         another = own_folder(destination, disk.parent, f"truncate -s 1M {disk.name}")
         with another, settings(source, place), settings(destination, place):
-            assert codes(check(source, "disky", "host2")) == {"file-not-same"}
+            assert actions(check(source, "disky", "host2")) == ["copy"]
 
     def test_a_kernel_may_be_a_copy(self, hosts: tuple[LabHost, LabHost], disk: Path) -> None:
         source, destination = hosts
@@ -262,6 +271,11 @@ class TestFiles:
         with own_folder(destination, disk.parent, f"{image}; echo more >>{kernel.name}"):
             assert codes(check(source, "direct", "host2")) == {"vm-not-running", "file-not-same"}
         source.client.call(endpoints.DELETE_VM, vm="direct")
+
+
+def actions(said: Said) -> list[str]:
+    """What becomes of each disk."""
+    return [plan["action"] for plan in said.object["disks"]]
 
 
 @contextmanager

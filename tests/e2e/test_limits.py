@@ -157,6 +157,22 @@ def test_a_changed_cap_works_at_once_and_is_shared(hosts: list[LabHost]) -> None
     assert source.outcome(ids[1]).outcome is Outcome.COMPLETED
 
 
+def test_a_network_has_its_cap_whoever_uses_it(hosts: list[LabHost]) -> None:
+    source, destination = hosts
+    migration = source.move(NAMES[0], destination.name).id
+    follow(source, migration, lambda view: view.phase is Phase.COPY)
+    network = {"network_bandwidth_mbit_per_s": {"10.78.0.0/24": 24}, "bandwidth_mbit_per_s": 0}
+    change(source, network)
+    follow(source, migration, lambda view: 12 < rate(view) < 28)
+    assert limosa(source, "migration", "limit", NAMES[0], "8").code == 0
+    follow(source, migration, lambda view: rate(view) < 12)
+    change(source, {"network_bandwidth_mbit_per_s": {}})
+    assert limosa(source, "migration", "limit", NAMES[0], "0").code == 0
+    assert source.outcome(migration).outcome is Outcome.COMPLETED
+    refused = limosa(source, "migration", "limit", migration, "8", "--json")
+    assert (refused.code, refused.object["error"]["code"]) == (5, "conflict")
+
+
 def rate(view: Migration) -> float:
     """Mbit/s."""
     return view.progress.rate_bytes_per_s * 8 / 1e6

@@ -8,6 +8,7 @@ import msgspec
 from hypothesis import strategies as st
 
 from limosa.model.base import NAME_PATTERN, is_clean_path
+from limosa.model.storage import Place
 from limosa.model.vm import CloudInit, DirectBoot, Disk, HostDevice, Nic, VmConfig
 from limosa.settings.host import ConvergencePolicy, HostSettings
 
@@ -87,7 +88,7 @@ def host_settings(draw: st.DrawFn) -> HostSettings:
             first_downtime_ms=least, blackout_budget_ms=most, patience_s=draw(st.floats(1, 86400))
         ),
         peers=draw(st.dictionaries(NAMES, ADDRESSES, max_size=3)),
-        locations=draw(st.dictionaries(NAMES, PATHS, max_size=3)),
+        locations=draw(st.dictionaries(NAMES, st.builds(Place, path=PATHS, shared=st.booleans()), max_size=3)),
     )
 
 

@@ -76,7 +76,17 @@ def test_help_names_every_noun(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    "words", [[], ["nope"], ["vm"], ["vm", "nope"], ["--host"], ["move", "web1"], ["vm", "list", "--jso"]]
+    "words",
+    [
+        [],
+        ["nope"],
+        ["vm"],
+        ["vm", "nope"],
+        ["--host"],
+        ["move", "web1"],
+        ["vm", "list", "--jso"],
+        ["vm", "create", "web1", "--disk=--"],
+    ],
 )
 def test_what_does_not_parse_is_invalid_input(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(words) == 2

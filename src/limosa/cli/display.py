@@ -127,7 +127,7 @@ def _figures(event: Event | None) -> str:
     """Rate, dirty rate, pass and remaining time, as far as they are known."""
     if not isinstance(event, Migration) or event.outcome is not Outcome.UNDER_WAY:
         return ""
-    if event.phase not in (Phase.COPY, Phase.SYNCHRONISE):
+    if event.phase not in (Phase.STORAGE, Phase.COPY, Phase.SYNCHRONISE):
         return ""
     progress = event.progress
     parts = []
@@ -155,13 +155,16 @@ def in_words(migration: Migration) -> str:
     return ", ".join(parts)
 
 
-_COLUMNS = (Phase.BUILD_UP, Phase.COPY, Phase.SYNCHRONISE, Phase.SWITCHOVER, Phase.TEAR_DOWN)
-_PHASES = tuple(phase.value.upper() for phase in _COLUMNS)
+#: Phases that have a column also where no move had them.
+_ALWAYS = (Phase.BUILD_UP, Phase.COPY, Phase.SYNCHRONISE, Phase.SWITCHOVER, Phase.TEAR_DOWN)
 
 
 def say_summary(migrations: Iterable[Migration]) -> None:
     """A table of moves: total, phases, blackout, bytes; sentences on a terminal too narrow for it. Nothing if none."""
-    head = ("VM", "SOURCE", "DESTINATION", "OUTCOME", "TOTAL", *_PHASES, "BLACKOUT", "SENT")
+    moves = list(migrations)
+    phases = [phase for phase in Phase if phase in _ALWAYS or _had(moves, phase)]
+    names = (phase.value.upper() for phase in phases)
+    head = ("VM", "SOURCE", "DESTINATION", "OUTCOME", "TOTAL", *names, "BLACKOUT", "SENT")
     rows = [
         (
             one.vm,
@@ -169,17 +172,21 @@ def say_summary(migrations: Iterable[Migration]) -> None:
             one.destination,
             one.outcome.value,
             _duration(one.total_s),
-            *(_duration(one.phases.get(phase.value)) for phase in _COLUMNS),
+            *(_duration(one.phases.get(phase.value)) for phase in phases),
             _duration(None if one.blackout_ms is None else one.blackout_ms / 1000),
             format_bytes(one.progress.transferred_bytes),
         )
-        for one in migrations
+        for one in moves
     ]
     columns = _terminal_columns()
     if rows and columns and table_width(head, *rows) > columns:
         _say_sentences(head, rows, columns)
     elif rows:
         say_table(head, rows)
+
+
+def _had(moves: Iterable[Migration], phase: Phase) -> bool:
+    return phase is not Phase.WAITING and any(phase.value in move.phases for move in moves)
 
 
 def _say_sentences(head: Sequence[str], rows: Iterable[Sequence[str]], columns: int) -> None:

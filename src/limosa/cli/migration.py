@@ -9,12 +9,13 @@ from limosa.cli.connection import client_of
 from limosa.cli.display import display_for, say_summary
 from limosa.cli.follow import exit_code, follow
 from limosa.cli.output import report, say, say_json, say_table
-from limosa.cli.routes import say_route
+from limosa.cli.routes import say_disks, say_route
 from limosa.client.host import HostClient
 from limosa.errors import NotFound, from_fault
 from limosa.model.migration import Migration, Outcome, Side
+from limosa.settings import toml
 from limosa.wire import endpoints
-from limosa.wire.api import ResolveRequest
+from limosa.wire.api import LimitRequest, ResolveRequest
 
 
 def register(commands: Commands[argparse.ArgumentParser]) -> None:
@@ -46,6 +47,14 @@ def register(commands: Commands[argparse.ArgumentParser]) -> None:
         examples=["migration cancel web1", "migration cancel 3f9c0a1b2c3d 8e2d4c6b0a19"],
         notes="Possible in every phase before the hand-over.",
     )
+    limit = add_command(
+        verbs,
+        "limit",
+        "cap the bandwidth of a move that is under way",
+        _limit,
+        examples=["migration limit web1 500", "migration limit 3f9c0a1b2c3d 0"],
+        notes="0: no cap of its own; those of the host's settings hold all the same.",
+    )
     resolve = add_command(
         verbs,
         "resolve",
@@ -55,8 +64,9 @@ def register(commands: Commands[argparse.ArgumentParser]) -> None:
         notes="Only needed when the network failed in the one moment in which nobody can know who owns the\n"
         "VM. First make sure that the VM does not run on the other side; then say it to both hosts.",
     )
-    for parser in (show, watch, resolve):
+    for parser in (show, watch, limit, resolve):
         parser.add_argument("migration", metavar="ID|VM", help="the move, or the VM whose newest move is meant")
+    limit.add_argument("bandwidth", metavar="MBIT/S", type=int, help="megabits per second")
     cancel.add_argument("migrations", metavar="ID|VM", nargs="+")
     resolve.add_argument("--owner", required=True, choices=[side.value for side in Side])
 
@@ -112,6 +122,14 @@ def _cancel(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _limit(arguments: argparse.Namespace) -> int:
+    request = toml.convert({"bandwidth_mbit_per_s": arguments.bandwidth}, LimitRequest, where="the request")
+    with client_of(arguments) as client:
+        migration = find(client, arguments.migration)
+        _tell(arguments, client.call(endpoints.LIMIT_MIGRATION, request, migration=migration.id))
+    return 0
+
+
 def _resolve(arguments: argparse.Namespace) -> int:
     with client_of(arguments) as client:
         migration = find(client, arguments.migration)
@@ -140,5 +158,6 @@ def _tell(arguments: argparse.Namespace, migration: Migration) -> None:
     say_summary([migration])
     if migration.route is not None:
         say_route(migration.route)
+    say_disks(migration.disks)
     if why := _why(migration):
         say(why)

@@ -14,7 +14,7 @@ from limosa.cli.connection import client_of
 from limosa.cli.display import display_for, say_summary
 from limosa.cli.follow import Event, exit_code, follow, follow_all
 from limosa.cli.output import report, say, say_findings, say_json, warn
-from limosa.cli.routes import say_route
+from limosa.cli.routes import say_disks, say_route
 from limosa.errors import InvalidInput, LimosaError, PreflightRefused, from_fault
 from limosa.model.migration import Migration
 from limosa.model.vm import VmState
@@ -36,6 +36,7 @@ def register(commands: Commands[argparse.ArgumentParser]) -> None:
             "--host host1 move web1 db1 --to host2",
             "move --all --to host2 --json",
             "move web1 --to host2 --blackout-budget 20 --no-post-copy --detach",
+            "move db1 --to host2 --storage vda=fast,vdb=bulk",
         ],
         notes="Preflight, then the move, with a live display. Moves over a host's limits wait in line.\n"
         "Ctrl-C ends the display, not the moves: 'limosa migration watch' shows them again and\n"
@@ -55,6 +56,7 @@ def register(commands: Commands[argparse.ArgumentParser]) -> None:
         action=argparse.BooleanOptionalAction,
         help="allow post-copy as the last step; no way back from it",
     )
+    move.add_argument("--keep", action="store_true", help="keep the disk images the VM leaves behind")
     check = add_command(
         commands,
         "check",
@@ -65,6 +67,16 @@ def register(commands: Commands[argparse.ArgumentParser]) -> None:
     )
     check.add_argument("vm", metavar="VM")
     check.add_argument("--to", metavar="HOST", required=True, help="the destination, a host name or address")
+    for parser in (move, check):
+        parser.add_argument(
+            "--storage",
+            metavar="DISK=LOCATION,...",
+            help="copy disks to these locations of the destination; without it those it does not see are copied to the "
+            "location of the same name as here, else its default one",
+        )
+        parser.add_argument(
+            "--flatten", action="store_true", help="copy disks in one piece, also where the destination has their base"
+        )
     _add_transport(check)
 
 
@@ -73,7 +85,7 @@ def _add_transport(parser: argparse.ArgumentParser) -> None:
 
 
 def _check(arguments: argparse.Namespace) -> int:
-    raw = {"vm": arguments.vm, "destination": arguments.to, "options": {"transport": arguments.transport}}
+    raw = {"vm": arguments.vm, "destination": arguments.to, "options": _options(arguments)}
     request = toml.convert(raw, CheckRequest, where="the request")
     with client_of(arguments) as client:
         found = client.call(endpoints.CHECK, request)
@@ -84,6 +96,7 @@ def _check(arguments: argparse.Namespace) -> int:
         say(f"VM '{found.vm}' {verdict} move from '{found.source}' to '{found.destination}'")
         if found.route is not None:
             say_route(found.route)
+        say_disks(found.disks)
         say_findings(found.findings)
     return 0 if found.possible else PreflightRefused.exit_code
 
@@ -115,10 +128,11 @@ def _names(arguments: argparse.Namespace) -> list[str]:
 def _mover(arguments: argparse.Namespace) -> Callable[[str], Iterator[Migration]]:
     """What a thread does for each VM: ask for the move and, unless detached, follow it."""
     values = {
-        "transport": arguments.transport,
+        **_options(arguments),
         "bandwidth_mbit_per_s": arguments.bandwidth,
         "blackout_budget_ms": arguments.blackout_budget,
         "post_copy": arguments.post_copy,
+        "keep": arguments.keep,
     }
 
     def begin(name: str) -> Iterator[Migration]:
@@ -132,6 +146,26 @@ def _mover(arguments: argparse.Namespace) -> Callable[[str], Iterator[Migration]
                 yield from follow(client, migration)
 
     return begin
+
+
+def _options(arguments: argparse.Namespace) -> dict[str, object]:
+    """Those that a check and a move have in common."""
+    return {
+        "transport": arguments.transport,
+        "storage": _storage(arguments.storage),
+        "flatten": arguments.flatten,
+    }
+
+
+def _storage(text: str | None) -> dict[str, str]:
+    """Locations by disk, from ``vda=fast,vdb=bulk``. Raises :class:`InvalidInput`."""
+    wishes = {}
+    for part in (text or "").split(",") if text else ():
+        disk, equals, location = part.partition("=")
+        if not equals:
+            raise InvalidInput(f"--storage has no '{part}'", why="it wants a disk and a location", todo="vda=fast")
+        wishes[disk.strip()] = location.strip()
+    return wishes
 
 
 def _consume_quietly(events: Iterator[tuple[str, Event]]) -> dict[str, Event]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import itertools
 import os
 import sys
 from collections.abc import Iterable, Sequence
@@ -22,6 +23,7 @@ NOUNS = {
     "move": "move",
     "check": "move",
     "migration": "migration",
+    "storage": "storage",
     "host": "host",
     "ca": "ca",
     "lab": "lab",
@@ -65,7 +67,13 @@ def build_parser(nouns: Iterable[str] = tuple(NOUNS)) -> argparse.ArgumentParser
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """The command that is asked for. Raises ``SystemExit`` after printing help, version or what is wrong."""
     noun = _noun_of(arguments)
-    return build_parser([noun] if noun in NOUNS else NOUNS).parse_args(arguments)
+    parser = build_parser([noun] if noun in NOUNS else NOUNS)
+    for word in itertools.takewhile(lambda word: word != "--", arguments):
+        option, _, value = word.partition("=")
+        if option.startswith("--") and value == "--":
+            # Before Python 3.13 argparse would take it for the mark that ends the options, and hand on a list.
+            parser.error(f"argument {option}: '--' is no value")
+    return parser.parse_args(arguments)
 
 
 def execute(parsed: argparse.Namespace) -> int:

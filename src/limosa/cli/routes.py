@@ -1,9 +1,12 @@
-"""How commands print the way of a move."""
+"""How commands print the way of a move and what becomes of disks."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from limosa.cli.output import say
 from limosa.model.route import Compressed, Path, Route
+from limosa.model.storage import DiskAction, DiskPlan
 from limosa.model.units import format_bytes
 
 
@@ -21,6 +24,15 @@ def _compressed(made: Compressed) -> str:
     ratio = f" (1 to {made.ratio:.1f})" if made.ratio else ""
     sizes = f"{format_bytes(made.raw_bytes)} sent as {format_bytes(made.sent_bytes)}{ratio}"
     return f"{sizes}, {made.cpu_s:.1f} s of processor time to compress, {made.connections} connections"
+
+
+def say_disks(plans: Iterable[DiskPlan]) -> None:
+    """A line for each disk."""
+    for plan in plans:
+        if plan.action is DiskAction.STAY:
+            say(f"disk {plan.disk}: stays, {plan.why}")
+        else:
+            say(f"disk {plan.disk}: {plan.why}, about {format_bytes(plan.expected_bytes)}, as {plan.path}")
 
 
 def _end(nic: str, address: str) -> str:

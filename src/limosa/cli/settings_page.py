@@ -48,9 +48,19 @@ def _parse(key: str, text: str) -> Any:
     if key in known:
         return _parse_as(known[key][0], key, text)
     table, _, entry = key.partition(".")
-    if entry and table in known and isinstance(known[table][0], inspect.DictType):
-        return text
+    kind = known[table][0] if entry and table in known else None
+    if isinstance(kind, inspect.DictType):
+        value = kind.value_type.type if isinstance(kind.value_type, inspect.Metadata) else kind.value_type
+        return _place(text) if isinstance(value, inspect.StructType) else _parse_as(value, key, text)
     raise InvalidInput(f"there is no setting '{key[:80]}'", todo="'limosa host settings' lists them")
+
+
+def _place(text: str) -> dict[str, Any]:
+    """A location: ``/srv/fast`` or ``/srv/fast,shared``."""
+    path, _, word = text.partition(",")
+    if word not in ("", "shared"):
+        raise InvalidInput(f"a location has no '{word}'", why="after the comma may stand 'shared'")
+    return {"path": path, "shared": bool(word)}
 
 
 def _parse_as(kind: inspect.Type, key: str, text: str) -> Any:

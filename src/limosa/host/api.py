@@ -28,7 +28,7 @@ from limosa.host.openapi import document
 from limosa.host.services import Services
 from limosa.host.session import Session
 from limosa.model.base import Model
-from limosa.model.migration import Side
+from limosa.model.migration import Migration, Side
 from limosa.model.vm import Vm
 from limosa.network.addresses import own_addresses
 from limosa.security.identity import Identity
@@ -75,6 +75,8 @@ class Handlers:
             endpoints.ADVICE: self.advice,
             endpoints.SETTINGS: self.settings,
             endpoints.CHANGE_SETTINGS: self.change_settings,
+            endpoints.LOCATIONS: self.locations,
+            endpoints.MOVE_DISKS: self.move_disks,
             endpoints.LIST_VMS: self.list_vms,
             endpoints.CREATE_VM: self.create_vm,
             endpoints.SHOW_VM: self.show_vm,
@@ -89,6 +91,7 @@ class Handlers:
             endpoints.LIST_MIGRATIONS: self.list_migrations,
             endpoints.SHOW_MIGRATION: self.show_migration,
             endpoints.CANCEL_MIGRATION: self.cancel_migration,
+            endpoints.LIMIT_MIGRATION: self.limit_migration,
             endpoints.RESOLVE_MIGRATION: self.resolve_migration,
         }
 
@@ -130,6 +133,14 @@ class Handlers:
         """Change settings, all or none."""
         return api.SettingsPage(settings=self._services.page.change(change.values))
 
+    async def locations(self, _: api.Empty, __: dict[str, str]) -> api.LocationList:
+        """Where images can lie."""
+        return api.LocationList(locations=await self._services.storage.locations())
+
+    async def move_disks(self, request: api.DiskMoveRequest, _: dict[str, str]) -> Migration:
+        """Move disks to another location."""
+        return await self._services.disk_moves.move(request)
+
     async def list_vms(self, _: api.Empty, __: dict[str, str]) -> api.VmList:
         """All VMs."""
         vms = self._services.vms
@@ -167,7 +178,7 @@ class Handlers:
 
     async def list_migrations(self, _: api.Empty, __: dict[str, str]) -> api.MigrationList:
         """Moves from here, and landings that have not ended."""
-        leaving, landing = self._services.outgoing.list(), self._services.incoming.migrations()
+        leaving, landing = self._services.views.list(), self._services.incoming.migrations()
         return api.MigrationList(migrations=tuple(landing + leaving))
 
     async def show_migration(self, _: api.Empty, path: dict[str, str]) -> Model:
@@ -175,11 +186,19 @@ class Handlers:
         for view in self._services.incoming.migrations():
             if view.id == path["migration"]:
                 return view
-        return self._services.outgoing.show(path["migration"])
+        return self._services.views.show(path["migration"])
 
     async def cancel_migration(self, _: api.Empty, path: dict[str, str]) -> Model:
         """Cancel a move."""
-        return await self._services.outgoing.cancel(path["migration"])
+        of_disks = await self._services.disk_moves.cancel(path["migration"])
+        return of_disks or await self._services.outgoing.cancel(path["migration"])
+
+    async def limit_migration(self, request: api.LimitRequest, path: dict[str, str]) -> Migration:
+        """Cap a move that is under way."""
+        migration, cap = path["migration"], request.bandwidth_mbit_per_s
+        return await self._services.disk_moves.limit(migration, cap) or await self._services.outgoing.limit(
+            migration, cap
+        )
 
     async def resolve_migration(self, request: api.ResolveRequest, path: dict[str, str]) -> Model:
         """A person's word."""
@@ -192,10 +211,10 @@ class Handlers:
         """One move, a line at each change."""
         _authorise(request.scope, Role.VIEWER)
         migration = request.path_params["migration"]
-        self._services.outgoing.show(migration)
+        self._services.views.show(migration)
 
         async def lines() -> AsyncIterator[bytes]:
-            async for view in self._services.outgoing.watch(migration):
+            async for view in self._services.views.watch(migration):
                 yield msgspec.json.encode(view) + b"\n"
 
         return StreamingResponse(lines(), media_type="application/x-ndjson")

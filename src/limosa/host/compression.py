@@ -6,8 +6,10 @@ A relay ends with its daemon, so nothing is found again after a restart and noth
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import Sequence
 
+from limosa.errors import RelayFailed
 from limosa.host.multichannel import Addresses, Multichannel
 from limosa.host.page import Page
 from limosa.model.route import Route
@@ -57,6 +59,16 @@ class Compression:
             starting = self._inbound[key] = asyncio.ensure_future(self._await(place, chosen, permitted, networks))
             starting.add_done_callback(lambda done: self._forget_later(key, done))
         return await (await asyncio.shield(starting)).doorway(place)
+
+    async def carry(self, source: str, place: RelayPlace, stream: socket.socket) -> None:
+        """Have a further stream of a VM, for which the door was opened before, come into ``stream``.
+
+        Raises :class:`RelayFailed`.
+        """
+        starting = self._inbound.get((source, place.session))
+        if starting is None:
+            raise RelayFailed("the relay ended before the VM's disks could come")
+        await (await asyncio.shield(starting)).carry(place, stream)
 
     def _session(self, route: Route, *, encrypt: bool) -> Outbound:
         async def dial(prepared: Prepared) -> Sequence[Channel]:

@@ -7,6 +7,7 @@
                          process.json      its QEMU, while one runs
                          console.log  seed.iso  nvram.fd  qemu.log
                 migrations/ID.SIDE.jsonl   journals
+                images/                    disk images: the location every host has
                 lock                       held by the daemon as long as it lives
     <run_dir>/api.sock                     the API for people on the host
               vm/ID/                       sockets and stream credentials of a VM's QEMU
@@ -48,6 +49,11 @@ class Files:
         return self.state / "migrations"
 
     @property
+    def images(self) -> Path:
+        """Disk images, of the location that every host has."""
+        return self.state / "images"
+
+    @property
     def socket(self) -> Path:
         """The API's Unix socket."""
         return self.run / "api.sock"
@@ -63,7 +69,7 @@ class Files:
     def make(self) -> None:
         """Create the folders, for the daemon's eyes only (QEMU's user may pass through). Raises :class:`StateError`."""
         try:
-            for folder in (self.state, self.run, self.run / "vm", self.vms):
+            for folder in (self.state, self.run, self.run / "vm", self.vms, self.images):
                 passable(folder)
             self.migrations.mkdir(mode=0o700, exist_ok=True)
         except OSError as error:

@@ -7,8 +7,10 @@ import base64
 import binascii
 import contextlib
 import logging
+import socket
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from limosa.errors import (
@@ -26,18 +28,21 @@ from limosa.host.inspection import Inspector
 from limosa.host.multichannel import Multichannel
 from limosa.host.page import Page
 from limosa.host.slots import Slots
+from limosa.host.storage import Storage
 from limosa.host.vms import HostedVm, Vms
 from limosa.migration.destination import Destination
+from limosa.migration.disks import image_name
 from limosa.migration.journal import Header, Journal
 from limosa.migration.ownership import DESTINATION_ENDED, DestinationStep
 from limosa.model.facts import DestinationFacts
 from limosa.model.finding import Finding
 from limosa.model.migration import Migration, Outcome, Phase, Progress, Side
+from limosa.model.storage import BackingFile
 from limosa.network.addresses import stream_addresses
 from limosa.qemu.protocol import MachineProtocol
 from limosa.transport import tcp
 from limosa.transport.channel import Doorway
-from limosa.wire.peer import Inspect, Prepare
+from limosa.wire.peer import Inspect, Prepare, RelayPlace
 
 _log = logging.getLogger(__name__)
 
@@ -57,6 +62,7 @@ class Incoming:
         inspector: Inspector,
         multichannel: Multichannel,
         compression: Compression,
+        storage: Storage,
         boot: str,
     ) -> None:
         self.host = host
@@ -67,6 +73,7 @@ class Incoming:
         self._files = files
         self._inspector = inspector
         self._multichannel = multichannel
+        self._storage = storage
         self._compression = compression
         self._boot = boot
         self._landing: dict[str, Destination] = {}
@@ -81,6 +88,10 @@ class Incoming:
         port = await trial.enter_async_context(tcp.trial(addresses, self._page.now.migration_ports))
         return await self._inspector.destination_facts(asked.vm, asked.accelerator, network, addresses, port)
 
+    async def find_files(self, files: Sequence[BackingFile]) -> tuple[BackingFile | None, ...]:
+        """Where this host has files with these contents; None where it has not."""
+        return tuple([await self._storage.find(file) for file in files])
+
     def begin(self, request: Prepare, source: str, reached_at: str) -> Destination:
         """A landing for a VM, journalled but with nothing reserved yet."""
         if not self._page.now.live_migration:
@@ -90,6 +101,7 @@ class Incoming:
                 "limosa host settings live_migration true",
             )
             raise PreflightRefused((finding,), vm=request.vm.name, host=self.host)
+        self._check_images(request)
         header = Header(
             migration=request.migration,
             side=Side.DESTINATION,
@@ -102,12 +114,28 @@ class Incoming:
             boot=self._boot,
             was_running=request.running,
             options={"transport": request.transport},
+            images=tuple(plan.path for plan in request.disks),
         )
         if request.migration in self._landing or self._journal_of(request.migration).exists():
             raise Conflict(f"migration {request.migration} is known here already", vm=request.vm.name, host=self.host)
         destination = self._make(Journal.begin(self._files.migrations, header), None, reached_at)
         self._landing[request.migration] = destination
         return destination
+
+    def _check_images(self, request: Prepare) -> None:
+        """Images are made, and removed again, only where this host has a location and under the name a move gives them.
+
+        Raises :class:`InvalidInput` and :class:`NotFound`.
+        """
+        named = {disk.name: disk for disk in request.vm.disks}
+        for plan in request.disks:
+            name = image_name(request.vm.name, plan.disk, request.migration, plan.format)
+            path = str(self._storage.places.path(plan.location) / name)
+            disk = named.get(plan.disk)
+            if plan.path != path or disk is None or (disk.path, disk.format) != (plan.path, plan.format):
+                raise InvalidInput(f"the image of disk {plan.disk} cannot be {plan.path}", vm=request.vm.name)
+            if plan.backing is not None and not self._storage.places.of(plan.backing.path):
+                raise InvalidInput(f"{plan.backing.path} cannot be shown to a guest", vm=request.vm.name)
 
     def find(self, migration: str, source: str) -> Destination | None:
         """The landing of an earlier migration from ``source``, also one that has ended; None if there was none."""
@@ -171,6 +199,7 @@ class Incoming:
             self._inspector,
             self._multichannel,
             self._compression,
+            self._storage,
             self._page,
             reached_at,
         )
@@ -188,6 +217,7 @@ class LandingHere:
         inspector: Inspector,
         multichannel: Multichannel,
         compression: Compression,
+        storage: Storage,
         page: Page,
         reached_at: str,
     ) -> None:
@@ -196,42 +226,85 @@ class LandingHere:
         self._slots = slots
         self._inspector = inspector
         self._multichannel = multichannel
+        self._storage = storage
         self._compression = compression
         self._page = page
         self._reached_at = reached_at
-        self._has_slot = False
+        self._taken: list[Slots] = []
         self._hosted: HostedVm | None = None
 
     async def reserve(self, in_line: Callable[[int], None]) -> None:
         """See :class:`limosa.migration.destination.Landing`."""
-        await self._slots.acquire(in_line)
-        self._has_slot = True
+        for slots in (self._slots, *([self._storage.arriving] if self._header.images else [])):
+            try:
+                await slots.acquire(in_line)
+            except BaseException:
+                self._give_slots()
+                raise
+            self._taken.append(slots)
         try:
             self._hosted = self._vms.reserve(self._header.vm, self._header.migration)
         except LimosaError:
-            self._give_slot()
+            self._give_slots()
             raise
 
     async def launch(self, request: Prepare) -> MachineProtocol:
         """See :class:`limosa.migration.destination.Landing`."""
         assert self._hosted is not None
+        for plan in request.disks:
+            await self._storage.make(plan)
         return await self._vms.launch_incoming(self._hosted, request.accelerator, carried_files(request.files))
 
     async def open_door(self, request: Prepare) -> Doorway:
         """See :class:`limosa.migration.destination.Landing`."""
+        if request.relay is not None:
+            chosen, source = await self._chosen(request), self._header.source
+            return await self._compression.open_door(source, request.relay, chosen, self._offered, request.networks)
+        return await self._open_bare(request)
+
+    async def open_disks(self, request: Prepare, machine: MachineProtocol) -> Doorway | None:
+        """See :class:`limosa.migration.destination.Landing`."""
+        names = [plan.disk for plan in request.disks]
+        if request.disk_relays:
+            await self._join_relays(request.disk_relays, machine, names)
+            return None
+        if request.disk_credentials is None:
+            raise InvalidInput("disks come along without credentials", vm=request.vm.name)
+        door = await self._open_bare(request)
+        try:
+            await machine.export_disks(names, door.listener, request.disk_credentials)
+        except BaseException:
+            door.close()
+            raise
+        return door
+
+    async def _join_relays(self, places: Sequence[RelayPlace], machine: MachineProtocol, names: Sequence[str]) -> None:
+        """Connect a channel of the relays with QEMU's server for each disk, over a socket that nobody else can call."""
+        with tempfile.TemporaryDirectory(prefix="limosa-") as folder, socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(f"{folder}/disks.sock")
+            listener.listen(len(places))
+            await machine.export_disks(names, listener, None)
+            for place in places:
+                with socket.socket(socket.AF_UNIX) as stream:
+                    stream.connect(listener.getsockname())
+                    await self._compression.carry(self._header.source, place, stream)
+
+    async def _open_bare(self, request: Prepare) -> tcp.TcpDoorway:
+        ports = self._page.now.migration_ports
+        chosen = await self._chosen(request)
+        if request.transport != "multichannel":
+            return tcp.TcpDoorway(chosen[0], ports)
+        return await self._multichannel.open_door(chosen, ports, self._offered, request.networks)
+
+    async def _chosen(self, request: Prepare) -> list[str]:
+        """The addresses the source wants, of those we offer. Raises :class:`NetworkError` if none is left."""
         offered = await self._offered()
         chosen = [address for address in request.addresses or offered if address in offered]
         if not chosen:
             raise NetworkError(
                 "this host has no address on a network that may carry moves", host=self._header.destination
             )
-        if request.relay is not None:
-            source = self._header.source
-            return await self._compression.open_door(source, request.relay, chosen, self._offered, request.networks)
-        ports = self._page.now.migration_ports
-        if request.transport != "multichannel":
-            return tcp.TcpDoorway(chosen[0], ports)
-        return await self._multichannel.open_door(chosen, ports, self._offered, request.networks)
+        return chosen
 
     async def _offered(self) -> tuple[str, ...]:
         return stream_addresses(await self._inspector.network(), self._reached_at)
@@ -239,19 +312,22 @@ class LandingHere:
     async def adopt(self, *, running: bool) -> None:
         """See :class:`limosa.migration.destination.Landing`."""
         self._vms.adopt(self._vms.get(self._header.vm.name), running=running)
-        self._give_slot()
+        for path in self._header.images:
+            self._storage.settle(path)
+        self._give_slots()
 
     async def release(self, machine: MachineProtocol | None) -> None:
         """See :class:`limosa.migration.destination.Landing`."""
         hosted = self._hosted or self._vms.find_landing(self._header.vm, self._header.migration)
         if hosted is not None:
             await asyncio.shield(self._vms.discard(hosted))
-        self._give_slot()
+        for path in self._header.images:
+            self._storage.remove(path)
+        self._give_slots()
 
-    def _give_slot(self) -> None:
-        if self._has_slot:
-            self._has_slot = False
-            self._slots.release()
+    def _give_slots(self) -> None:
+        while self._taken:
+            self._taken.pop().release()
 
 
 def carried_files(files: dict[str, str]) -> dict[str, bytes]:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from pathlib import Path
 
+from limosa.errors import StorageError
 from limosa.host.memory import available_mib
 from limosa.host.page import Page
+from limosa.host.storage import Storage
 from limosa.host.vms import HostedVm, Vms
 from limosa.model.facts import DestinationFacts, FileIdentity, VmFacts
 from limosa.model.network import HostNetwork
@@ -18,6 +21,7 @@ from limosa.network.nics import inventory
 from limosa.network.switches import switches
 from limosa.qemu.capabilities import QemuCapabilities
 from limosa.settings.daemon import DaemonSettings
+from limosa.storage import chains
 from limosa.storage.identity import identify
 from limosa.transport.relay.frames import VERSION as RELAY_VERSION
 
@@ -32,9 +36,11 @@ class Inspector:
         vms: Vms,
         capabilities: QemuCapabilities,
         netlink: Netlink,
+        storage: Storage,
         user: str | None,
     ) -> None:
         self._daemon = daemon
+        self._storage = storage
         self._page = page
         self._vms = vms
         self.capabilities = capabilities
@@ -77,7 +83,7 @@ class Inspector:
         trial_port: int,
     ) -> DestinationFacts:
         """What the destination says about a VM that is to come."""
-        ours, files = await asyncio.gather(self.switches(), self._files(vm))
+        ours, files, locations = await asyncio.gather(self.switches(), self._files(vm), self._storage.locations())
         cpu_known, cpu_missing = self.capabilities.supports(vm.cpu, accelerator)
         return DestinationFacts(
             host=self._daemon.name,
@@ -99,16 +105,29 @@ class Inspector:
             time=time.time(),
             relay=RELAY_VERSION,
             network=network,
+            locations=locations,
         )
 
     async def _files(self, vm: VmConfig) -> tuple[FileIdentity, ...]:
         boot = vm.boot.paths() if vm.boot else ()
+        places = self._storage.places
+        shared = places.shared()
 
         def look() -> tuple[FileIdentity, ...]:
+            seen = [(path, "") for path in vm.host_files()] + _below(vm)
             found = [
-                identify(path, self._page.now.locations, digest=path in boot, user=self._user)
-                for path in vm.host_files()
+                identify(path, shared, digest=path in boot, user=self._user, own=places.own, below=above)
+                for path, above in seen
             ]
             return tuple(identity for identity in found if identity is not None)
 
         return await asyncio.to_thread(look) if vm.host_files() else ()
+
+
+def _below(vm: VmConfig) -> list[tuple[str, str]]:
+    """Each file below a disk, with the path of that disk. What cannot be read is told elsewhere: it is not visible."""
+    found = []
+    for disk in vm.disks:
+        with contextlib.suppress(StorageError):
+            found += [(path, disk.path) for path, _ in chains.below(disk.path, disk.format)]
+    return found

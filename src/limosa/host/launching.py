@@ -33,7 +33,7 @@ from limosa.qemu.capabilities import QemuCapabilities
 from limosa.qemu.machine import Machine
 from limosa.settings import toml
 from limosa.settings.daemon import DaemonSettings
-from limosa.storage import access, images, seed
+from limosa.storage import access, chains, images, seed
 from limosa.wire.api import NewDisk, NewNic, NewVm
 from limosa.wire.parsing import parse
 
@@ -244,6 +244,8 @@ class Launcher:
     def _grant(self, config: VmConfig) -> None:
         for disk in config.disks:
             access.grant(Path(disk.path), self.user, read_only=disk.read_only)
+            for path, _ in chains.below(disk.path, disk.format):
+                access.grant(Path(path), self.user, read_only=True)
         for path in config.boot.paths() if config.boot else ():
             access.grant(Path(path), self.user, read_only=True)
 

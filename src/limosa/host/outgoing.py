@@ -6,16 +6,15 @@ import asyncio
 import base64
 import contextlib
 import logging
-import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from limosa.background import Background
-from limosa.errors import Conflict, HostUnreachable, LimosaError, NotFound
+from limosa.errors import Conflict, HostUnreachable, LimosaError
 from limosa.host.compression import Compression
 from limosa.host.files import Files
 from limosa.host.inspection import Inspector
@@ -23,13 +22,17 @@ from limosa.host.multichannel import Multichannel
 from limosa.host.page import Page
 from limosa.host.peers import RemotePeer, dial
 from limosa.host.slots import Slots
+from limosa.host.storage import Storage
+from limosa.host.views import Views
 from limosa.host.vms import HostedVm, Vms
-from limosa.migration.journal import Header, Journal
+from limosa.migration import disks
+from limosa.migration.examination import Question, examine
+from limosa.migration.journal import Header, Journal, new_identity
 from limosa.migration.ownership import SOURCE_ENDED, SourceStep
 from limosa.migration.peer import Dialler
 from limosa.migration.report import Report
 from limosa.migration.settle import Settlement
-from limosa.migration.source import SourceMove, Terms, examine
+from limosa.migration.source import SourceMove, Terms
 from limosa.model.base import is_name
 from limosa.model.facts import VmFacts
 from limosa.model.finding import Finding, Severity
@@ -38,11 +41,14 @@ from limosa.model.network import HostNetwork
 from limosa.model.route import Route
 from limosa.model.vm import VmState
 from limosa.network.changes import changes
+from limosa.qemu.protocol import MachineProtocol
 from limosa.security import tls
 from limosa.settings.address import split_address
-from limosa.transport import tcp
+from limosa.settings.host import HostSettings
+from limosa.transport import shares, tcp
 from limosa.transport.channel import Channel
 from limosa.transport.relay.outbound import Seat
+from limosa.transport.shares import Caps, Claim, Kind
 from limosa.wire.api import CheckReport, CheckRequest, MoveOptions, MoveRequest
 from limosa.wire.peer import Prepared, RelayPlace
 
@@ -50,10 +56,7 @@ _log = logging.getLogger(__name__)
 
 #: Between attempts to settle a move that could not be, because the disk is full for one.
 SETTLE_EVERY_S = 2.0
-#: Ended moves that are remembered for ``limosa migration list``.
-HISTORY = 200
 MBIT_BYTES = 1_000_000 // 8
-_ALPHABET = "abcdefghijklmnopqrstuvwxyz0123456789"
 
 
 class Outgoing:
@@ -69,6 +72,8 @@ class Outgoing:
         inspector: Inspector,
         multichannel: Multichannel,
         compression: Compression,
+        storage: Storage,
+        views: Views,
         boot: str,
     ) -> None:
         self.host = host
@@ -79,12 +84,12 @@ class Outgoing:
         self._files = files
         self._inspector = inspector
         self._multichannel = multichannel
+        self._storage = storage
         self._compression = compression
         self._boot = boot
-        self._views: dict[str, Migration] = {}
+        self._views = views
         self._active: dict[str, SourceMove] = {}
         self._settling: dict[str, Settlement] = {}
-        self._watchers: dict[str, set[asyncio.Queue[Migration]]] = {}
         self._background = Background()
         page.on_change(self._on_page)
 
@@ -98,22 +103,35 @@ class Outgoing:
             try:
                 destination = peer.host
                 facts = self._inspector.vm_facts(hosted)
-                accelerator, transport = (
-                    hosted.accelerator or "tcg",
-                    request.options.transport or self._page.now.transport,
-                )
-                examined = await examine(peer, hosted.config, self.host, accelerator, facts, transport)
-                findings, route = examined.findings, examined.route
+                examined = await examine(peer, self._question(hosted, request.options), facts, self._storage)
+                findings, route, disks = examined.findings, examined.route, examined.disks
             finally:
                 await peer.close()
         except HostUnreachable as error:
             destination = request.destination
             todo = error.todo or "see the logs of both hosts"
             findings = (Finding.error(error.code, str(error), todo),)
-            route = None
+            route, disks = None, ()
         possible = all(finding.severity is not Severity.ERROR for finding in findings)
         return CheckReport(
-            vm=request.vm, source=self.host, destination=destination, possible=possible, findings=findings, route=route
+            vm=request.vm,
+            source=self.host,
+            destination=destination,
+            possible=possible,
+            findings=findings,
+            route=route,
+            disks=disks,
+        )
+
+    def _question(self, hosted: HostedVm, options: MoveOptions) -> Question:
+        return Question(
+            vm=hosted.config,
+            source=self.host,
+            accelerator=hosted.accelerator or "tcg",
+            transport=options.transport or self._page.now.transport,
+            storage=options.storage,
+            flatten=options.flatten,
+            tag=new_identity(),
         )
 
     async def move(self, request: MoveRequest) -> Migration:
@@ -124,7 +142,7 @@ class Outgoing:
         self._vms.check_idle(hosted)
         name = split_address(request.destination)[0]
         header = Header(
-            migration="".join(secrets.choice(_ALPHABET) for _ in range(12)),
+            migration=new_identity(),
             side=Side.SOURCE,
             vm=hosted.config,
             accelerator=hosted.accelerator_in_use,
@@ -144,41 +162,18 @@ class Outgoing:
             raise
         return self._begin(journal, hosted)
 
-    def list(self) -> list[Migration]:
-        """Moves under way and ended, newest first."""
-        return sorted(self._views.values(), key=lambda view: -view.accepted_at)
-
-    def show(self, migration: str) -> Migration:
-        """One move. Raises :class:`NotFound`."""
-        if migration not in self._views:
-            raise NotFound(f"no migration {migration} is known on host '{self.host}'", host=self.host)
-        return self._views[migration]
-
-    async def watch(self, migration: str) -> AsyncIterator[Migration]:
-        """One move as it is, and again at each change, until it has ended."""
-        view = self.show(migration)
-        queue: asyncio.Queue[Migration] = asyncio.Queue()
-        self._watchers.setdefault(migration, set()).add(queue)
-        try:
-            yield view
-            while view.outcome is Outcome.UNDER_WAY:
-                view = await queue.get()
-                yield view
-        finally:
-            self._watchers[migration].discard(queue)
-
     async def cancel(self, migration: str) -> Migration:
         """Cancel a move. Raises :class:`Conflict` if it has ended or is past the hand-over."""
-        view = self.show(migration)
+        view = self._views.show(migration)
         move = self._active.get(migration)
         if move is None or view.outcome is not Outcome.UNDER_WAY or view.phase is Phase.TEAR_DOWN:
             raise Conflict(f"the move of VM '{view.vm}' cannot be cancelled any more", vm=view.vm, host=self.host)
         move.cancel()
-        return [view async for view in self.watch(migration)][-1]
+        return await self._views.ended(migration)
 
     async def resolve(self, migration: str, owner: Side) -> Migration:
         """A person says who owns the VM."""
-        view = self.show(migration)
+        view = self._views.show(migration)
         settlement = self._settling.get(migration)
         if settlement is None or view.outcome is not Outcome.UNRESOLVED:
             raise Conflict(f"the move of VM '{view.vm}' needs no decision", vm=view.vm, host=self.host)
@@ -191,7 +186,7 @@ class Outgoing:
     async def recover(self, journal: Journal) -> None:
         """Take up a move that a restart found: from the line if it waited there, else settle it."""
         if journal.step is not None and SourceStep(journal.step) in SOURCE_ENDED:
-            self._remember(journal)
+            self._views.recall(journal.header.migration)
             return
         hosted = self._vms.find(journal.header.vm.name)
         if hosted is not None and hosted.config.uuid != journal.header.vm.uuid:
@@ -207,13 +202,23 @@ class Outgoing:
         header = journal.header
         options = msgspec.convert(header.options, MoveOptions)
         terms = self._terms(options)
-        report = Report(self._first_view(header, terms.transport), self._publish)
+        report = Report(self._first_view(header, terms.transport), self._views.publish)
         own_cap = (options.bandwidth_mbit_per_s or 0) * MBIT_BYTES
-        leaving = Leaving(hosted, self._vms, self._inspector, self._multichannel, self._compression, self, own_cap)
+        leaving = Leaving(
+            hosted,
+            self._vms,
+            self._inspector,
+            self._multichannel,
+            self._compression,
+            self._storage,
+            self,
+            header.migration,
+            own_cap,
+        )
         machine = hosted.machine if hosted is not None else None
         move = SourceMove(journal, machine, self._dialler(header.address), leaving, terms, report)
         self._active[header.migration] = move
-        self._publish(report.now)
+        self._views.publish(report.now)
         self._background.spawn(self._settle(move, None) if settle else self._conduct(move))
         return report.now
 
@@ -222,7 +227,7 @@ class Outgoing:
         try:
             await move.guard(self.slots.acquire(lambda place: _in_line(move.report, place)))
             has_slot = True
-            await self._share_bandwidth()
+            await self.share_bandwidth()
             await move.run()
             move.report.end(Outcome.COMPLETED)
         except LimosaError as error:
@@ -233,7 +238,7 @@ class Outgoing:
             if has_slot:
                 self.slots.release()
             self._ended(move)
-            await self._share_bandwidth()
+            await self.share_bandwidth()
 
     async def _settle(self, move: SourceMove, cause: LimosaError | None) -> None:
         settlement = Settlement(move, cause or LimosaError("the host daemon restarted during the move"))
@@ -268,8 +273,7 @@ class Outgoing:
         move.journal.close()
         self._active.pop(move.header.migration, None)
         if move.report.now.outcome is not Outcome.UNDER_WAY:
-            with contextlib.suppress(OSError):
-                self._view_file(move.header.migration).write_bytes(msgspec.json.encode(move.report.now))
+            self._views.keep(move.report.now)
 
     def _dialler(self, destination: str) -> Dialler:
         async def open_session() -> RemotePeer:
@@ -289,28 +293,35 @@ class Outgoing:
         if options.post_copy is not None:
             changes["post_copy"] = options.post_copy
         transport = options.transport or settings.transport
-        return Terms(msgspec.structs.replace(policy, **changes), transport, settings.encrypt)
+        policy = msgspec.structs.replace(policy, **changes)
+        return Terms(policy, transport, settings.encrypt, options.storage, options.flatten, options.keep)
 
-    def bandwidth_share(self) -> int:
-        """Bytes per second each move may use now, 0: no cap."""
-        cap = self._page.now.bandwidth_mbit_per_s * MBIT_BYTES
-        return max(1, cap // max(1, self.slots.taken)) if cap else 0
+    def allowance(self, migration: str) -> int:
+        """Bytes per second a move may use now, 0: no cap."""
+        claims = {name: claim for name, move in self._active.items() if (claim := _claim(move)) is not None}
+        mine = claims.get(migration)
+        return shares.allowance(mine, list(claims.values()), _caps(self._page.now)) if mine is not None else 0
+
+    async def limit(self, migration: str, mbit_per_s: int) -> Migration:
+        """Cap a move that is under way, 0: no cap of its own. Raises :class:`Conflict` if it has ended."""
+        view = self._views.show(migration)
+        move = self._active.get(migration)
+        if move is None or view.outcome is not Outcome.UNDER_WAY:
+            raise Conflict(f"the move of VM '{view.vm}' has ended", vm=view.vm, host=self.host)
+        move.home.own_cap = mbit_per_s * MBIT_BYTES
+        await self.share_bandwidth()
+        return self._views.show(migration)
 
     def _on_page(self) -> None:
         self.slots.admit()
-        self._background.spawn(self._share_bandwidth())
+        self._background.spawn(self.share_bandwidth())
 
-    async def _share_bandwidth(self) -> None:
-        """Give each move its share of the cap. A machine that refuses is about to end anyway."""
+    async def share_bandwidth(self) -> None:
+        """Give each move its share. A machine that refuses is about to end anyway."""
         for move in list(self._active.values()):
-            if move.machine is not None and move.report.now.phase in (Phase.BUILD_UP, Phase.COPY, Phase.SYNCHRONISE):
+            if move.machine is not None and move.report.now.phase in _SENDING:
                 with contextlib.suppress(LimosaError):
-                    await move.machine.set_bandwidth(move.home.bandwidth())
-
-    def _publish(self, view: Migration) -> None:
-        self._views[view.id] = view
-        for queue in self._watchers.get(view.id, ()):
-            queue.put_nowait(view)
+                    await _cap(move, move.machine)
 
     def _first_view(self, header: Header, transport: str) -> Migration:
         return Migration(
@@ -326,14 +337,6 @@ class Outgoing:
             accepted_at=header.accepted_at,
         )
 
-    def _view_file(self, migration: str) -> Path:
-        return self._files.migrations / f"{migration}.view.json"
-
-    def _remember(self, journal: Journal) -> None:
-        path = self._view_file(journal.header.migration)
-        with contextlib.suppress(OSError, msgspec.MsgspecError):
-            self._views[journal.header.migration] = msgspec.json.decode(path.read_bytes(), type=Migration)
-
 
 class Leaving:
     """The VM that leaves: a :class:`limosa.migration.source.Home`."""
@@ -345,18 +348,24 @@ class Leaving:
         inspector: Inspector,
         multichannel: Multichannel,
         compression: Compression,
+        storage: Storage,
         outgoing: Outgoing,
+        migration: str,
         own_cap: int,
     ) -> None:
         self._hosted = hosted
         self._vms = vms
         self._inspector = inspector
         self._multichannel = multichannel
+        self.disks = storage
         self._compression = compression
-        self._seat: Seat | None = None
+        #: in a session of relays: of guest memory, then of each disk
+        self._seats: list[Seat] = []
+        self._has_storage_slot = False
         self._outgoing = outgoing
+        self._migration = migration
         #: bytes per second asked for this move, 0: none
-        self._own_cap = own_cap
+        self.own_cap = own_cap
 
     async def facts(self) -> VmFacts:
         """See :class:`limosa.migration.source.Home`."""
@@ -369,22 +378,51 @@ class Leaving:
         seed = self._vms.seed_of(self._hosted.config)
         return {"seed.iso": base64.b64encode(seed).decode()} if seed is not None else {}
 
-    def seat(self, destination: str, route: Route, *, encrypt: bool) -> RelayPlace | None:
+    async def take_storage_slot(self, in_line: Callable[[int], None]) -> None:
         """See :class:`limosa.migration.source.Home`."""
-        if route.transport != "compression":
-            return None
-        self._seat = self._compression.seat(destination, route, encrypt=encrypt)
-        return self._seat.place
+        await self.disks.leaving.acquire(in_line)
+        self._has_storage_slot = True
+
+    async def seats(self, destination: str, route: Route, count: int, *, encrypt: bool) -> list[RelayPlace]:
+        """See :class:`limosa.migration.source.Home`."""
+        if route.transport == "compression":
+            self._seats = [self._compression.seat(destination, route, encrypt=encrypt) for _ in range(count)]
+            for seat in self._seats:
+                await seat.open()
+        return [seat.place for seat in self._seats]
 
     def disconnect(self) -> None:
         """See :class:`limosa.migration.source.Home`."""
-        if self._seat is not None:
-            self._seat.release()
+        for seat in self._seats:
+            seat.release()
+        if self._has_storage_slot:
+            self._has_storage_slot = False
+            self.disks.leaving.release()
 
     async def connect(self, route: Route, prepared: Prepared) -> Channel:
         """See :class:`limosa.migration.source.Home`."""
-        if self._seat is not None:
-            return await self._seat.connect(prepared)
+        if self._seats:
+            return await self._seats[0].connect(prepared)
+        return await self._connect_bare(route, prepared)
+
+    async def connect_disks(self, route: Route, prepared: Prepared, count: int) -> list[Channel]:
+        """See :class:`limosa.migration.source.Home`."""
+        made: list[Channel] = []
+        # QEMU's own server is at that port, which asks for a certificate and not for a token.
+        server = msgspec.structs.replace(prepared, port=prepared.disks_port, token="")
+        try:
+            for number in range(count):
+                if self._seats:
+                    made.append(await self._seats[1 + number].connect(prepared))
+                else:
+                    made.append(await self._connect_bare(route, server))
+        except BaseException:
+            for channel in made:
+                channel.close()
+            raise
+        return made
+
+    async def _connect_bare(self, route: Route, prepared: Prepared) -> Channel:
         if route.transport == "multichannel":
             return await self._multichannel.connect(route, prepared)
         return await tcp.connect(prepared.address, prepared.port, prepared.token, route.paths[0].here)
@@ -396,17 +434,23 @@ class Leaving:
 
     def bandwidth(self) -> int:
         """See :class:`limosa.migration.source.Home`."""
-        return min([cap for cap in (self._own_cap, self._outgoing.bandwidth_share()) if cap], default=0)
+        return self._outgoing.allowance(self._migration)
+
+    async def sending(self) -> None:
+        """See :class:`limosa.migration.source.Home`."""
+        await self._outgoing.share_bandwidth()
 
     async def end_qemu(self) -> None:
         """See :class:`limosa.migration.source.Home`."""
         if self._hosted is not None:
             await self._vms.end_handed_over(self._hosted)
 
-    async def vm_left(self) -> None:
+    async def vm_left(self, images: Sequence[str]) -> None:
         """See :class:`limosa.migration.source.Home`."""
         if self._hosted is not None:
             self._vms.forget(self._hosted)
+        for path in images:
+            self.disks.remove(path)
 
     async def vm_stays(self) -> None:
         """See :class:`limosa.migration.source.Home`."""
@@ -418,6 +462,35 @@ class Leaving:
         if self._hosted is not None:
             self._hosted.migration = None
             await self._vms.crashed(self._hosted)
+
+
+#: Phases in which a cap means something.
+_SENDING = (Phase.BUILD_UP, Phase.STORAGE, Phase.COPY, Phase.SYNCHRONISE)
+
+
+def _claim(move: SourceMove) -> Claim | None:
+    """What a move sends now; None if it does not."""
+    view = move.report.now
+    if view.phase not in _SENDING:
+        return None
+    copies = disks.copies(view.disks) and view.phase in (Phase.BUILD_UP, Phase.STORAGE)
+    addresses = tuple(path.there for path in view.route.paths) if view.route is not None else ()
+    return Claim(Kind.STORAGE if copies else Kind.MEMORY, addresses, move.home.own_cap)
+
+
+def _caps(settings: HostSettings) -> Caps:
+    kinds = {Kind.MEMORY: settings.bandwidth_mbit_per_s, Kind.STORAGE: settings.storage_bandwidth_mbit_per_s}
+    return Caps(
+        kinds={kind: cap * MBIT_BYTES for kind, cap in kinds.items()},
+        networks={network: cap * MBIT_BYTES for network, cap in settings.network_bandwidth_mbit_per_s.items()},
+    )
+
+
+async def _cap(move: SourceMove, machine: MachineProtocol) -> None:
+    allowed = move.home.bandwidth()
+    await machine.set_bandwidth(allowed)
+    if move.mirrors is not None:
+        await move.mirrors.cap(allowed)
 
 
 def _in_line(report: Report, place: int) -> None:

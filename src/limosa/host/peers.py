@@ -21,6 +21,7 @@ from websockets.exceptions import InvalidHandshake, WebSocketException
 from limosa.errors import HostNotTrusted, HostUnreachable, InvalidInput, from_fault
 from limosa.model.base import MigrationId
 from limosa.model.facts import DestinationFacts
+from limosa.model.storage import BackingFile
 from limosa.model.vm import Accelerator, VmConfig
 from limosa.security.identity import from_peer_certificate
 from limosa.settings.address import split_address
@@ -65,6 +66,10 @@ class RemotePeer:
         except TimeoutError as error:
             raise self._lose(f"it told no facts within {INSPECT_WITHIN_S:.0f} s") from error
         return answer.facts, answer.facts.time - (asked + time.time()) / 2
+
+    async def find_files(self, files: Sequence[BackingFile]) -> tuple[BackingFile | None, ...]:
+        """See :class:`limosa.migration.peer.Peer`."""
+        return (await self._ask(say.FindFiles(files=tuple(files)), say.FoundFiles)).files
 
     async def prepare(self, request: say.Prepare, in_line: Callable[[int], None]) -> say.Prepared:
         """See :class:`limosa.migration.peer.Peer`."""

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from limosa.errors import LimosaError, StateError
 from limosa.host.compression import Compression
+from limosa.host.disk_moves import DiskMoves
 from limosa.host.files import Files
 from limosa.host.incoming import Incoming
 from limosa.host.inspection import Inspector
@@ -17,6 +18,8 @@ from limosa.host.launching import Launcher, qemu_user
 from limosa.host.multichannel import Multichannel
 from limosa.host.outgoing import Outgoing
 from limosa.host.page import Page
+from limosa.host.storage import Storage
+from limosa.host.views import Views
 from limosa.host.vms import Vms
 from limosa.migration.journal import Journal
 from limosa.migration.ownership import DestinationStep, SourceStep
@@ -38,9 +41,12 @@ class Services:
     files: Files
     page: Page
     vms: Vms
+    storage: Storage
     inspector: Inspector
     outgoing: Outgoing
     incoming: Incoming
+    disk_moves: DiskMoves
+    views: Views
 
 
 async def assemble(daemon: DaemonSettings, files: Files) -> Services:
@@ -54,13 +60,25 @@ async def assemble(daemon: DaemonSettings, files: Files) -> Services:
     vms = Vms(daemon.name, files, launcher)
     for fault in await vms.load():
         _log.error("%s", fault)
-    inspector = Inspector(daemon, page, vms, capabilities, netlink, user)
+    storage = Storage(page, files, user)
+    views = Views(daemon.name, files.migrations)
+    inspector = Inspector(daemon, page, vms, capabilities, netlink, storage, user)
     multichannel = Multichannel(PathManager(), files.run)
     await multichannel.endpoints.clean()
     compression = Compression(multichannel, page, user)
-    incoming = Incoming(daemon.name, vms, page, files, inspector, multichannel, compression, boot)
+    incoming = Incoming(daemon.name, vms, page, files, inspector, multichannel, compression, storage, boot)
     outgoing = Outgoing(
-        daemon.name, Path(daemon.certificates), vms, page, files, inspector, multichannel, compression, boot
+        daemon.name,
+        Path(daemon.certificates),
+        vms,
+        page,
+        files,
+        inspector,
+        multichannel,
+        compression,
+        storage,
+        views,
+        boot,
     )
     return Services(
         name=daemon.name,
@@ -68,14 +86,18 @@ async def assemble(daemon: DaemonSettings, files: Files) -> Services:
         files=files,
         page=page,
         vms=vms,
+        storage=storage,
         inspector=inspector,
         outgoing=outgoing,
         incoming=incoming,
+        disk_moves=DiskMoves(daemon.name, vms, page, storage, views, user, files.migrations),
+        views=views,
     )
 
 
 async def recover(services: Services) -> None:
     """Bring every migration that an earlier daemon left to its end, or begin to."""
+    await services.disk_moves.recover()
     journals: list[Journal] = []
     for path in sorted(services.files.migrations.glob("*.jsonl")):
         try:

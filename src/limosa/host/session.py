@@ -102,6 +102,8 @@ class Session:
             case say.Inspect():
                 facts = await self._incoming.inspect(message, self._reached_at, self._trial)
                 await self._send(say.Facts(facts=facts))
+            case say.FindFiles(files=files):
+                await self._send(say.FoundFiles(files=await self._incoming.find_files(files)))
             case say.Prepare():
                 await self._prepare(message)
             case say.Announce(addresses=addresses):

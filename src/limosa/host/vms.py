@@ -13,12 +13,14 @@ import time
 import uuid
 from dataclasses import dataclass, field
 
+import msgspec
+
 from limosa.background import Background
 from limosa.errors import Conflict, LimosaError, NotFound, OwnerUnknown, StateError, from_fault
 from limosa.host.files import Files
 from limosa.host.folders import Folders
 from limosa.host.launching import Launcher
-from limosa.model.vm import Accelerator, Vm, VmConfig, VmState
+from limosa.model.vm import Accelerator, Disk, Vm, VmConfig, VmState
 from limosa.qemu.machine import Machine
 from limosa.qemu.protocol import Event, RunState
 from limosa.settings import toml
@@ -291,6 +293,12 @@ class Vms:
         """The VM's QEMU died in a migration; do what ``on_crash`` says."""
         if hosted.config.on_crash == "restart" and hosted.machine is None:
             await self.start(hosted)
+
+    def change_disks(self, hosted: HostedVm, disks: tuple[Disk, ...]) -> None:
+        """The VM uses these images from now on, durably. Raises :class:`StateError`; it does not then."""
+        config = msgspec.structs.replace(hosted.config, disks=disks)
+        self._folders.keep(config)
+        hosted.config = config
 
     def find_landing(self, config: VmConfig, migration: str) -> HostedVm | None:
         """The VM that is landing here by that migration, if it is; by another it is none of its business."""

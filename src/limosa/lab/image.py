@@ -70,8 +70,8 @@ def command_line(
 
     ``address`` (``10.77.0.101/24``) is given to its network card. ``fill_mib`` of its memory are filled, of which
     ``random_mib`` cannot be compressed and the rest can; of the random part ``rewrite_mib_per_s`` are overwritten
-    evenly, with other content each time. ``disk`` (``vda``) is a disk whose first block gets the next number, durably,
-    ten times a second. Raises :class:`InvalidInput`.
+    evenly, with other content each time. On ``disk`` (``vda``) a number is written ten times a second, each durable
+    before the next, into the first 2048 blocks of 4 KiB in turn. Raises :class:`InvalidInput`.
     """
     _check(is_name(name), "name", name)
     _check(disk == "" or re.fullmatch(r"[a-z]{2,8}", disk) is not None, "disk", disk)

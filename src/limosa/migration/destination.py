@@ -46,16 +46,19 @@ class Landing(Protocol):
         """Wait for a slot; then reserve the VM's name, UUID and memory."""
 
     async def launch(self, request: Prepare) -> MachineProtocol:
-        """Start QEMU with taps and files, waiting for a migration."""
+        """Make the images of disks that come along; start QEMU with taps and files, waiting for a migration."""
 
     async def open_door(self, request: Prepare) -> Doorway:
         """Where the source is awaited."""
+
+    async def open_disks(self, request: Prepare, machine: MachineProtocol) -> Doorway | None:
+        """Have QEMU await the disks that come along. Returns the door at which it does, None if relays bring them."""
 
     async def adopt(self, *, running: bool) -> None:
         """Make the VM one of this host's, durably. If its QEMU is dead by now, it crashed here."""
 
     async def release(self, machine: MachineProtocol | None) -> None:
-        """Kill QEMU and give back name, memory, slot, files. Never fails."""
+        """Kill QEMU and give back name, memory, slot, files, images that were made. Never fails."""
 
 
 class Destination:
@@ -89,6 +92,8 @@ class Destination:
         #: until QEMU has all of its stream
         self._door: Doorway | None = None
         self._admission: asyncio.Task[None] | None = None
+        #: until QEMU has whole disks
+        self._disks_door: Doorway | None = None
         if machine is not None:
             self._follow(machine)
 
@@ -118,11 +123,14 @@ class Destination:
                 )
             )
             door = self._door = await self.landing.open_door(request)
+            if request.disks:
+                self._disks_door = await self.landing.open_disks(request, self.machine)
             self._admission = asyncio.ensure_future(self._admit(door, self.machine))
         except BaseException:
             await asyncio.shield(self.abort("it could not be prepared"))
             raise
-        return Prepared(address=door.address, port=door.port, token=door.token)
+        disks_port = self._disks_door.port if self._disks_door is not None else 0
+        return Prepared(address=door.address, port=door.port, token=door.token, disks_port=disks_port)
 
     def announce(self, addresses: Iterable[str]) -> None:
         """The source has a way to these addresses of ours now."""
@@ -139,6 +147,9 @@ class Destination:
             if self.step in (DestinationStep.CONTINUING, DestinationStep.OWNED):
                 return Running(resumed_at=self._resumed_at)
             machine = await self._whole()
+            if self.journal.header.images:
+                await machine.end_exports()
+                self._close_disks()
             await self._write_continuing()
             if self.journal.header.was_running:
                 self._resumed_at = await self._continue(machine)
@@ -292,9 +303,15 @@ class Destination:
             unsubscribe()
             gone.cancel()
 
+    def _close_disks(self) -> None:
+        if self._disks_door is not None:
+            self._disks_door.close()
+            self._disks_door = None
+
     async def _destroy(self) -> None:
         if self._admission is not None:
             self._admission.cancel()
+        self._close_disks()
         self._unfollow()
         await self.landing.release(self.machine)
         self.machine = None

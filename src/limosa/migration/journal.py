@@ -14,6 +14,7 @@ is a :class:`StateError`, and the file is left for a person.
 from __future__ import annotations
 
 import os
+import secrets
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,13 @@ from limosa.model.base import MigrationId, Model, Name
 from limosa.model.migration import Fault, Side
 from limosa.model.vm import Accelerator, VmConfig
 from limosa.settings.toml import sync_folder
+
+_ALPHABET = "abcdefghijklmnopqrstuvwxyz0123456789"
+
+
+def new_identity() -> str:
+    """The identity of a new move."""
+    return "".join(secrets.choice(_ALPHABET) for _ in range(12))
 
 
 class Header(Model, frozen=True, forbid_unknown_fields=False):
@@ -45,6 +53,8 @@ class Header(Model, frozen=True, forbid_unknown_fields=False):
     options: dict[str, Any] = {}
     #: whether the guest ran (was not paused) when the move was accepted
     was_running: bool = True
+    #: destination: paths of images this move makes here, which are nobody's until the VM is this host's
+    images: tuple[str, ...] = ()
 
 
 class Record(Model, frozen=True, forbid_unknown_fields=False):
@@ -54,6 +64,8 @@ class Record(Model, frozen=True, forbid_unknown_fields=False):
     at: float
     fault: Fault | None = None
     resumed_at: float | None = None
+    #: source, with PREPARING: paths of images the VM leaves behind
+    left: tuple[str, ...] = ()
 
 
 class Journal:

@@ -7,7 +7,7 @@ that was announced when nothing led there yet, so the destination is asked to an
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Sequence
 from dataclasses import replace
 
 import msgspec
@@ -15,7 +15,7 @@ import msgspec
 from limosa.errors import LimosaError
 from limosa.migration.peer import Peer
 from limosa.model.network import HostNetwork
-from limosa.model.route import Path, Route
+from limosa.model.route import Compressed, Path, Route
 from limosa.transport.channel import Channel, Used
 from limosa.transport.choice import MOST_PATHS, Ends, direct_path
 
@@ -23,16 +23,16 @@ from limosa.transport.choice import MOST_PATHS, Ends, direct_path
 class Paths:
     """The paths of one move."""
 
-    def __init__(self, route: Route, ends: Ends, channel: Channel) -> None:
+    def __init__(self, route: Route, ends: Ends, channels: Sequence[Channel]) -> None:
         self._route = route
         self._ends = ends
-        self._channel = channel
+        self._channels = channels
 
     async def look(self) -> Route:
         """The route as it is now; what has carried nothing yet is in it as it was chosen."""
-        compressed = await self._channel.compressed()
+        compressed = together([await channel.compressed() for channel in self._channels])
         paths = {(path.here, path.there): path for path in self._route.paths}
-        used = self._channel.used()
+        used = self._used()
         routed = [pair for pair in paths if not pair[0] and used]
         for one in used:
             paths[one.here, one.there] = self._path(one, paths.get((one.here, one.there)))
@@ -40,6 +40,15 @@ class Paths:
             del paths[pair]  # by now it is known which address of ours it was
         self._route = msgspec.structs.replace(self._route, paths=tuple(paths.values()), compressed=compressed)
         return self._route
+
+    def _used(self) -> list[Used]:
+        """What all streams of the move have sent over each path."""
+        sums: dict[tuple[str, str], Used] = {}
+        for one in (used for channel in self._channels for used in channel.used()):
+            ends = one.here, one.there
+            before = sums.get(ends, Used(*ends, 0, alive=False))
+            sums[ends] = Used(*ends, before.sent_bytes + one.sent_bytes, before.alive or one.alive)
+        return list(sums.values())
 
     def _path(self, used: Used, known: Path | None) -> Path:
         if known is None:
@@ -60,7 +69,7 @@ class Paths:
         async for network in networks:
             self._ends = replace(self._ends, here=network)
             now = self._possible()
-            alive = {used.there for used in self._channel.used() if used.alive}
+            alive = {used.there for used in self._used() if used.alive}
             if appeared := [address for here, address in now - known if address not in alive]:
                 with contextlib.suppress(LimosaError):  # the move itself notices that the session is lost
                     await peer.announce(appeared[:MOST_PATHS])
@@ -68,6 +77,21 @@ class Paths:
 
     def _possible(self) -> set[tuple[str, str]]:
         return set(_pairs(direct_path(self._ends.here, self._ends.there, one) for one in self._ends.offered))
+
+
+def together(parts: Iterable[Compressed | None]) -> Compressed | None:
+    """The figures of several streams as one; None if none was compressed."""
+    known = [part for part in parts if part is not None]
+    if not known:
+        return None
+    raw, sent = sum(part.raw_bytes for part in known), sum(part.sent_bytes for part in known)
+    return Compressed(
+        raw_bytes=raw,
+        sent_bytes=sent,
+        ratio=round(raw / sent, 3) if sent else None,
+        cpu_s=round(sum(part.cpu_s for part in known), 3),
+        connections=max(part.connections for part in known),
+    )
 
 
 def _pairs(paths: Iterable[Path | None]) -> Iterable[tuple[str, str]]:

@@ -9,6 +9,7 @@ from typing import Protocol
 
 from limosa.model.base import MigrationId
 from limosa.model.facts import DestinationFacts
+from limosa.model.storage import BackingFile
 from limosa.model.vm import Accelerator, VmConfig
 from limosa.wire.peer import Prepare, Prepared, Running, Standing
 
@@ -24,6 +25,9 @@ class Peer(Protocol):
 
     async def inspect(self, vm: VmConfig, accelerator: Accelerator) -> tuple[DestinationFacts, float]:
         """Facts for preflight, and the destination's clock less ours in seconds."""
+
+    async def find_files(self, files: Sequence[BackingFile]) -> tuple[BackingFile | None, ...]:
+        """Where the destination has files with the same contents, in the order asked; None where it has not."""
 
     async def prepare(self, request: Prepare, in_line: Callable[[int], None]) -> Prepared:
         """Wait for a slot (``in_line`` gets the place), reserve and build everything. On failure nothing is kept."""

@@ -5,7 +5,7 @@ All rules are asked, so that an administrator sees everything at once. ``docs/er
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from limosa.model.facts import DestinationFacts, VmFacts
 from limosa.model.finding import Finding, Severity
@@ -20,18 +20,25 @@ CLOCK_SKEW_S = 5.0
 
 
 def check(
-    vm: VmConfig, source: str, here: VmFacts, there: DestinationFacts, *, clock_skew_s: float, reachable: bool
+    vm: VmConfig,
+    source: str,
+    here: VmFacts,
+    there: DestinationFacts,
+    *,
+    clock_skew_s: float,
+    reachable: bool,
+    copied: Collection[str] = (),
 ) -> tuple[Finding, ...]:
     """Everything that stands against moving ``vm``, errors first.
 
     ``clock_skew_s``: the destination's clock less the source's; ``reachable``: whether a trial connection to the
-    destination's first address succeeded.
+    destination's first address succeeded; ``copied``: files that need not be seen there, because they are copied.
     """
     rules = (
         _hosts(source, here, there),
         _programs(vm, here, there),
         _places(vm, there),
-        _files(vm, here, there),
+        _files(vm, here, there, copied),
         _network(there, reachable),
         _post_copy(here, there),
         _clock(there, clock_skew_s),
@@ -126,11 +133,14 @@ def _places(vm: VmConfig, there: DestinationFacts) -> Iterator[Finding]:
         )
 
 
-def _files(vm: VmConfig, here: VmFacts, there: DestinationFacts) -> Iterator[Finding]:
+def _files(vm: VmConfig, here: VmFacts, there: DestinationFacts, copied: Collection[str]) -> Iterator[Finding]:
     ours = {identity.path: identity for identity in here.files}
     theirs = {identity.path: identity for identity in there.files}
     writable = {disk.path for disk in vm.disks if not disk.read_only}
-    for path in vm.host_files():
+    below = {identity.path: identity.below for identity in here.files if identity.below}
+    for path in dict.fromkeys([*vm.host_files(), *below]):
+        if path in copied or below.get(path) in copied:
+            continue
         if path not in theirs:
             yield Finding.error(
                 "file-not-visible",
@@ -141,7 +151,7 @@ def _files(vm: VmConfig, here: VmFacts, there: DestinationFacts) -> Iterator[Fin
             yield Finding.error(
                 "file-not-same",
                 f"{path} on host '{there.host}' is another file than here",
-                "mount the same storage on both, or name it alike in both hosts' setting 'locations'",
+                "mount the same storage on both, or name it alike with 'limosa storage add NAME PATH --shared'",
             )
         elif path in writable and not theirs[path].writable:
             yield Finding.error(

@@ -7,15 +7,20 @@ that ever remained is what counts.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import msgspec
+
 from limosa.model.migration import Phase, Progress
+from limosa.model.storage import DiskProgress
 from limosa.qemu.protocol import MigrationStatistics
 
-#: Where each phase begins on the bar, percent.
+#: Where each phase begins on the bar, percent. Where disks move along the copy of memory begins later.
 BEGINS = {
     Phase.WAITING: 0.0,
     Phase.BUILD_UP: 0.0,
+    Phase.STORAGE: 2.0,
     Phase.COPY: 2.0,
     Phase.SYNCHRONISE: 85.0,
     Phase.SWITCHOVER: 98.0,
@@ -31,16 +36,32 @@ class Bar:
     #: what remained when the first pass ended, and the least since
     leftover: int = 0
     least: int = 0
+    #: where the copy of memory begins, percent
+    memory_begins: float = BEGINS[Phase.COPY]
+    #: when how much of the disks had been copied
+    looks: tuple[tuple[float, int], ...] = ()
 
     def entered(self, phase: Phase) -> Bar:
         """The bar at the beginning of a phase."""
-        return replace(self, percent=max(self.percent, BEGINS[phase]))
+        begin = self.memory_begins if phase is Phase.COPY else BEGINS[phase]
+        return replace(self, percent=max(self.percent, begin))
+
+    def with_disks(self, disk_bytes: int, memory_bytes: int) -> Bar:
+        """The bar of a move that copies so many bytes of disks first."""
+        span = BEGINS[Phase.SYNCHRONISE] - BEGINS[Phase.STORAGE]
+        share = disk_bytes / max(1, disk_bytes + memory_bytes)
+        return replace(self, memory_begins=BEGINS[Phase.STORAGE] + share * span)
+
+    def copied(self, share: float) -> Bar:
+        """The bar when this share of the disks has been copied, 0 to 1."""
+        begin = BEGINS[Phase.STORAGE]
+        return self._at_least(begin + min(1.0, share) * (self.memory_begins - begin))
 
     def moved(self, phase: Phase, look: MigrationStatistics) -> Bar:
         """The bar after a look at QEMU."""
         if phase is Phase.COPY and look.total_bytes > 0:
             share = 1 - min(1.0, look.remaining_bytes / look.total_bytes)
-            return self._at_least(BEGINS[Phase.COPY] + share * (BEGINS[Phase.SYNCHRONISE] - BEGINS[Phase.COPY]))
+            return self._at_least(self.memory_begins + share * (BEGINS[Phase.SYNCHRONISE] - self.memory_begins))
         if phase is Phase.SYNCHRONISE:
             leftover = self.leftover or look.remaining_bytes
             least = min(self.least or leftover, look.remaining_bytes)
@@ -48,6 +69,17 @@ class Bar:
             span = BEGINS[Phase.SWITCHOVER] - BEGINS[Phase.SYNCHRONISE]
             return replace(self, leftover=leftover, least=least)._at_least(BEGINS[Phase.SYNCHRONISE] + share * span)
         return self
+
+    def seen(self, at: float, copied: int) -> Bar:
+        """Remember how much of the disks was copied at ``at``, seconds; a rate is taken over about two seconds."""
+        looks = (*(look for look in self.looks if look[0] > at - 2), (at, copied))
+        return replace(self, looks=looks)
+
+    def rate(self, at: float, copied: int) -> float:
+        """Bytes per second since the oldest look remembered; 0 if it cannot be told."""
+        if not self.looks or at <= self.looks[0][0]:
+            return 0.0
+        return max(0.0, (copied - self.looks[0][1]) / (at - self.looks[0][0]))
 
     def _at_least(self, percent: float) -> Bar:
         return replace(self, percent=max(self.percent, min(percent, 99.0)))
@@ -59,6 +91,25 @@ def remaining_s(look: MigrationStatistics) -> float | None:
     if look.rate_bytes_per_s <= 0 or gain <= 0:
         return None
     return look.remaining_bytes / gain
+
+
+def of_disks(bar: Bar, shown: Progress, disks: Sequence[DiskProgress], at: float) -> tuple[Bar, Progress]:
+    """The bar and the progress after a look at copies of disks, at ``at`` seconds of a monotonic clock."""
+    total, copied = sum(disk.total_bytes for disk in disks), sum(disk.copied_bytes for disk in disks)
+    bar = bar.copied(copied / total if total else 1.0)
+    rate = bar.rate(at, copied)
+    slowed = [disk.disk for disk in disks if disk.write_blocking and not disk.ready]
+    return bar.seen(at, copied), msgspec.structs.replace(
+        shown,
+        percent=round(bar.percent, 1),
+        transferred_bytes=copied,
+        remaining_bytes=total - copied,
+        total_bytes=total,
+        rate_bytes_per_s=rate,
+        remaining_s=(total - copied) / rate if rate else None,
+        disks=tuple(disks),
+        note=f"the guest waits for its writes to disk {', '.join(slowed)} to be copied" if slowed else "",
+    )
 
 
 def progress(bar: Bar, look: MigrationStatistics, *, limit_ms: float, note: str) -> Progress:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 
 from limosa.errors import Cancelled, HostUnreachable, LimosaError, OwnerUnknown, QemuError
+from limosa.migration import mirrors
 from limosa.migration.ownership import SOURCE_ENDED, SourceAction, SourceQemu, SourceStep, decide_source
 from limosa.migration.source import POST_COPY, SourceMove
 from limosa.model.migration import Outcome, Phase, Side
@@ -129,6 +130,7 @@ class Settlement:
 
     async def _home(self, machine: MachineProtocol) -> None:
         """The guest runs here as before; people may operate it again."""
+        await mirrors.drop(machine, self.move.header.migration, [disk.name for disk in self.move.header.vm.disks])
         await machine.forget_stream()
         if self.move.header.was_running:
             await machine.resume_if_stopped()

@@ -16,35 +16,35 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Coroutine
-from dataclasses import dataclass, replace
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeVar
 
 import msgspec
 
 from limosa.errors import Cancelled, LimosaError, MigrationFailed, NotConverging, PreflightRefused, QemuGone
-from limosa.migration import convergence, preflight, progress
+from limosa.migration import convergence, disks, mirrors, progress
 from limosa.migration.convergence import Convergence
+from limosa.migration.examination import DisksHere, Examined, Question, both, examine
 from limosa.migration.journal import Journal
+from limosa.migration.mirrors import Mirrors
 from limosa.migration.ownership import SourceStep
 from limosa.migration.paths import Paths
 from limosa.migration.peer import Dialler, Peer
 from limosa.migration.report import Report
 from limosa.model.facts import VmFacts
-from limosa.model.finding import Finding, Severity
-from limosa.model.migration import Phase
+from limosa.model.finding import Severity
+from limosa.model.migration import Phase, Progress
 from limosa.model.network import HostNetwork
 from limosa.model.route import Route
-from limosa.model.vm import Accelerator, VmConfig
+from limosa.model.storage import DiskPlan
+from limosa.model.units import MIB
 from limosa.qemu.protocol import Event, MachineProtocol, MigrationState, MigrationStatistics, StreamParameters
 from limosa.security.stream import make_credentials
 from limosa.settings.host import ConvergencePolicy
-from limosa.transport import tcp
-from limosa.transport.advise import between
 from limosa.transport.channel import Channel
-from limosa.transport.choice import Ends, choose, connected
-from limosa.transport.relay.frames import VERSION as RELAY_VERSION
-from limosa.wire.peer import Prepare, Prepared, RelayPlace
+from limosa.transport.choice import connected
+from limosa.wire.peer import Prepare, Prepared, RelayPlace, StreamCredentials
 
 LOOK_EVERY_S = 0.2
 
@@ -58,6 +58,12 @@ class Terms:
     policy: ConvergencePolicy
     transport: str
     encrypt: bool
+    #: which location of the destination a disk goes to, by the disk's name
+    storage: Mapping[str, str] = field(default_factory=dict)
+    #: whether disks are copied in one piece, also where the destination has what lies below them
+    flatten: bool = False
+    #: whether images the VM leaves behind are kept
+    keep: bool = False
 
     def without_post_copy(self) -> Terms:
         """The same, with post-copy forbidden."""
@@ -73,8 +79,21 @@ class Home(Protocol):
     def carry_on(self) -> dict[str, str]:
         """Small files of the VM's own that go along, base64 by name."""
 
-    def seat(self, destination: str, route: Route, *, encrypt: bool) -> RelayPlace | None:
-        """The place of this move's stream in a session of relays; None if its route takes no relay."""
+    @property
+    def disks(self) -> DisksHere:
+        """What is asked about disks that are to be copied."""
+
+    async def connect_disks(self, route: Route, prepared: Prepared, count: int) -> list[Channel]:
+        """As :meth:`connect`, for so many disks."""
+
+    async def take_storage_slot(self, in_line: Callable[[int], None]) -> None:
+        """Wait for a place for a move that copies disks; :meth:`disconnect` gives it back."""
+
+    async def seats(self, destination: str, route: Route, count: int, *, encrypt: bool) -> list[RelayPlace]:
+        """Places in a session of relays for so many streams of this move; none if its route takes no relay.
+
+        Raises :class:`RelayFailed`.
+        """
 
     async def connect(self, route: Route, prepared: Prepared) -> Channel:
         """A connection to the destination for the guest's memory, by the transport of ``route``.
@@ -83,7 +102,7 @@ class Home(Protocol):
         """
 
     def disconnect(self) -> None:
-        """Let go of what :meth:`seat` and :meth:`connect` took. May be repeated."""
+        """Let go of what :meth:`take_storage_slot`, :meth:`seats` and :meth:`connect` took. May be repeated."""
 
     def networks(self) -> AsyncIterator[HostNetwork]:
         """This host's network, again after each change."""
@@ -91,11 +110,17 @@ class Home(Protocol):
     def bandwidth(self) -> int:
         """Bytes per second this move may use now, 0: no cap."""
 
+    async def sending(self) -> None:
+        """Other than before is sent from now on: share what may be used anew."""
+
+    #: bytes per second asked for this move, 0: none
+    own_cap: int
+
     async def end_qemu(self) -> None:
         """End the VM's QEMU here, which will never run the guest again."""
 
-    async def vm_left(self) -> None:
-        """The VM belongs to the destination, durably: forget it here, durably."""
+    async def vm_left(self, images: Sequence[str]) -> None:
+        """The VM belongs to the destination, durably: forget it here, durably, and delete the images it has left."""
 
     async def vm_stays(self) -> None:
         """The VM goes on here; it may be operated again."""
@@ -132,6 +157,11 @@ class SourceMove:
         self.cancelled: asyncio.Future[None] = loop.create_future()
         #: done with the state in which QEMU's migration ended, or passed the point of no return
         self.sent: asyncio.Future[MigrationState] = loop.create_future()
+        #: done when QEMU waits before the switchover, with the guest stopped
+        self.paused: asyncio.Future[None] = loop.create_future()
+        self.mirrors: Mirrors | None = None
+        self.disk_credentials: StreamCredentials | None = None
+        self.disk_channels: list[Channel] = []
         self.stopped_at: float | None = None
         self._latest: MigrationStatistics | None = None
 
@@ -143,6 +173,9 @@ class SourceMove:
             self.report.enter(Phase.BUILD_UP)
             self.peer = await self.guard(self.dial())
             prepared = await self.guard(self.build_up(self.machine, self.peer))
+            if disks.copies(self.report.now.disks):
+                self.report.enter(Phase.STORAGE)
+                await self.guard(self.copy_disks(self.machine, prepared))
             self.report.enter(Phase.COPY)
             await self._copied(self.machine, prepared)
             await self.switch_over(self.machine)
@@ -154,72 +187,123 @@ class SourceMove:
     async def build_up(self, machine: MachineProtocol, peer: Peer) -> Prepared:
         """Check, then have the destination build everything while QEMU here is set up."""
         examined = await self.check(peer)
-        self.journal.record(SourceStep.PREPARING, time.time())
-        relay = self.home.seat(examined.ends.destination, examined.route, encrypt=self.terms.encrypt)
+        copies = disks.copies(examined.disks)
+        self.journal.record(SourceStep.PREPARING, time.time(), left=self._left_behind(copies))
+        if copies:
+            await self.home.take_storage_slot(self._in_storage_line)
+        there, encrypt = examined.ends.destination, self.terms.encrypt
+        relays = await self.home.seats(there, examined.route, 1 + len(copies), encrypt=encrypt)
         # Memory that relays carry leaves the host through their TLS, and is not encrypted twice.
-        server, client = make_credentials() if self.terms.encrypt and relay is None else (None, None)
+        server, client = make_credentials() if encrypt and not relays else (None, None)
+        # A disk is encrypted whatever is said of memory: else whoever finds the port could write into it.
+        disks_server, self.disk_credentials = make_credentials() if copies and not relays else (None, None)
         request = Prepare(
             migration=self.header.migration,
-            vm=self.header.vm,
+            vm=disks.landed(self.header.vm, examined.disks),
             accelerator=self.header.accelerator,
             transport=examined.route.transport,
             addresses=tuple(path.there for path in examined.route.paths),
             networks=connected(examined.ends.here),
-            relay=relay,
+            relay=relays[0] if relays else None,
             credentials=server,
             post_copy=self.terms.policy.post_copy,
             running=self.header.was_running,
             files=self.home.carry_on(),
+            disks=copies,
+            disk_credentials=disks_server,
+            disk_relays=tuple(relays[1:]),
         )
         parameters = StreamParameters(
             credentials=client,
             downtime_limit_ms=self.terms.policy.first_downtime_ms,
             bandwidth_bytes_per_s=self.home.bandwidth(),
             post_copy=self.terms.policy.post_copy,
+            pause=bool(copies),
         )
-        prepared, _ = await _both(peer.prepare(request, self._in_line), machine.prepare_outgoing(parameters))
+        prepared, _ = await both(peer.prepare(request, self._in_line), machine.prepare_outgoing(parameters))
         return prepared
 
     async def check(self, peer: Peer) -> Examined:
         """Preflight. Raises :class:`PreflightRefused` with all findings if one is an error."""
         header = self.header
-        examined = self.examined = await examine(
-            peer, header.vm, header.source, header.accelerator, self._facts(), self.terms.transport
+        question = Question(
+            vm=header.vm,
+            source=header.source,
+            accelerator=header.accelerator,
+            transport=self.terms.transport,
+            storage=self.terms.storage,
+            flatten=self.terms.flatten,
+            tag=header.migration,
         )
+        examined = self.examined = await examine(peer, question, self._facts(), self.home.disks)
         findings = examined.findings
         if any(finding.severity is Severity.ERROR for finding in findings):
             raise PreflightRefused(findings, vm=self.header.vm.name, host=peer.host)
         if any(finding.code == "post-copy-not-possible" for finding in findings):
             self.terms = self.terms.without_post_copy()
-        self.report.change(findings=findings, transport=examined.route.transport, route=examined.route)
+        self.report.change(
+            findings=findings, transport=examined.route.transport, route=examined.route, disks=examined.disks
+        )
         return examined
 
     async def _facts(self) -> VmFacts:
         # What was asked for this move counts, not what the host's settings say.
         return msgspec.structs.replace(await self.home.facts(), post_copy=self.terms.policy.post_copy)
 
+    async def copy_disks(self, machine: MachineProtocol, prepared: Prepared) -> None:
+        """Copy the disks that move along, until the copies keep up with the guest."""
+        assert self.examined is not None
+        await self.home.sending()
+        route, copies = self.examined.route, disks.copies(self.examined.disks)
+        self.disk_channels = await self.home.connect_disks(route, prepared, len(copies))
+        self.paths = Paths(route, self.examined.ends, self.disk_channels)
+        bandwidth = self.home.bandwidth() // len(copies)
+        await mirrors.send(machine, self.header.migration, copies, self.disk_channels, self.disk_credentials, bandwidth)
+        copying = self.mirrors = Mirrors(machine, [plan.disk for plan in copies], self.terms.policy.patience_s)
+        memory = self.header.vm.memory_mib * MIB
+        self.report.bar = self.report.bar.with_disks(sum(plan.expected_bytes for plan in copies), memory)
+        await copying.until_ready(lambda: self._show_disks(copying))
+
+    def _show_disks(self, copying: Mirrors) -> None:
+        self.report.bar, shown = progress.of_disks(
+            self.report.bar, self.report.now.progress, copying.progress(), time.monotonic()
+        )
+        self.report.change(progress=shown)
+
     async def copy(self, machine: MachineProtocol, prepared: Prepared) -> None:
         """Send memory until QEMU reports that everything was sent and loaded."""
+        if self.mirrors is not None:
+            await self.home.sending()
         assert self.examined is not None
         assert self.peer is not None
         self.journal.record(SourceStep.MIGRATING, time.time(), durable=False)
         self.channel = await self.home.connect(self.examined.route, prepared)
-        self.paths = Paths(self.examined.route, self.examined.ends, self.channel)
+        self.paths = Paths(self.examined.route, self.examined.ends, [self.channel, *self.disk_channels])
         await machine.migrate(self.channel.socket)
         watch = asyncio.ensure_future(self._watch(machine))
+        finish = asyncio.ensure_future(self._finish_disks(machine))
         follow = asyncio.ensure_future(self.paths.follow(self.home.networks(), self.peer))
         try:
             # Looking must not delay the hand-over, so it goes on beside the waiting.
-            waiting: set[asyncio.Future[Any]] = {self.sent, watch}
-            await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-            if not self.sent.done():
-                watch.result()
+            waiting: set[asyncio.Future[Any]] = {self.sent, watch, finish}
+            while not self.sent.done():
+                done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+                for one in done - {self.sent}:
+                    one.result()
         finally:
             watch.cancel()
+            finish.cancel()
             follow.cancel()
         state = self.sent.result()
         if state not in (MigrationState.COMPLETED, MigrationState.POSTCOPY_ACTIVE):
             raise await self._failure(machine, state)
+
+    async def _finish_disks(self, machine: MachineProtocol) -> None:
+        """When the guest stands still, make the copies of its disks whole, and only then let the last memory go."""
+        await self.paused
+        if self.mirrors is not None:
+            await self.mirrors.finish()
+        await machine.continue_migration()
 
     async def _copied(self, machine: MachineProtocol, prepared: Prepared) -> None:
         """:meth:`copy`, guarded. What carries the stream knows best why it broke."""
@@ -250,14 +334,24 @@ class SourceMove:
         if self.machine is not None:
             await self._everything_followed(self.machine)
         # The guest runs there, so this copy of its memory is of no use any more; its files are, until that is durable.
-        await _both(self._confirm(), self.home.end_qemu())
-        await self.home.vm_left()
+        await both(self._confirm(), self.home.end_qemu())
+        await self.home.vm_left(self._left())
         self.journal.record(SourceStep.FINISHED, time.time(), durable=False)
 
     async def _confirm(self) -> None:
         if self.peer is not None:
             await self.peer.adopted()
         self.journal.record(SourceStep.CONFIRMED, time.time())
+
+    def _left_behind(self, copies: Sequence[DiskPlan]) -> tuple[str, ...]:
+        if self.terms.keep:
+            return ()
+        copied = {plan.disk for plan in copies}
+        return tuple(disk.path for disk in self.header.vm.disks if disk.name in copied)
+
+    def _left(self) -> tuple[str, ...]:
+        """Images nobody uses here any more, by the journal."""
+        return next((record.left for record in self.journal.records if record.left), ())
 
     async def _everything_followed(self, machine: MachineProtocol) -> None:
         """After a post-copy: QEMU here must live until the destination has fetched all memory."""
@@ -303,10 +397,17 @@ class SourceMove:
 
     def _close_channel(self) -> None:
         """Ours must not outlive QEMU's, whose end is the end of the stream."""
-        if self.channel is not None:
-            self.channel.close()
-            self.channel = None
+        for channel in (self.channel, *self.disk_channels):
+            if channel is not None:
+                channel.close()
+        self.channel, self.disk_channels = None, []
         self.home.disconnect()
+
+    def _in_storage_line(self, place: int) -> None:
+        if place == 0:
+            self.report.enter(Phase.BUILD_UP)
+        else:
+            self.report.wait_in_line(place, "other moves of disks from this host")
 
     def _in_line(self, place: int) -> None:
         if place == 0:
@@ -325,6 +426,8 @@ class SourceMove:
                     self.channel.shorten()
             case "MIGRATION":
                 state = MigrationState(event.data["status"])
+                if state is MigrationState.PRE_SWITCHOVER and not self.paused.done():
+                    self.paused.set_result(None)
                 if state in ENDINGS and not self.sent.done():
                     self.sent.set_result(state)
 
@@ -332,6 +435,8 @@ class SourceMove:
         judge = Convergence.begin(self.terms.policy)
         while True:
             judge = await self._look(machine, judge, await machine.migration())
+            if self.mirrors is not None and not self.paused.done():
+                await self.mirrors.look()
             await asyncio.sleep(LOOK_EVERY_S)
 
     async def _look(self, machine: MachineProtocol, judge: Convergence, look: MigrationStatistics) -> Convergence:
@@ -343,8 +448,15 @@ class SourceMove:
         self.report.bar = self.report.bar.moved(self.report.now.phase, look)
         note = "" if isinstance(action, convergence.GiveUp) else action.note
         shown = progress.progress(self.report.bar, look, limit_ms=judge.downtime_limit_ms, note=note)
-        self.report.change(progress=shown, route=await self._route())
+        self.report.change(progress=self._with_disks(shown), route=await self._route())
         return judge
+
+    def _with_disks(self, shown: Progress) -> Progress:
+        if self.mirrors is None:
+            return shown
+        copies = self.mirrors.progress()
+        sent = shown.transferred_bytes + sum(copy.copied_bytes for copy in copies)
+        return msgspec.structs.replace(shown, transferred_bytes=sent, disks=copies)
 
     async def _act(self, machine: MachineProtocol, action: convergence.Action) -> None:
         match action:
@@ -375,7 +487,10 @@ class SourceMove:
         look = await machine.migration()
         shown = progress.progress(self.report.bar, look, limit_ms=0, note="")
         self.report.change(
-            progress=shown, transfer_s=look.total_s, qemu_downtime_ms=look.downtime_ms, route=await self._route()
+            progress=self._with_disks(shown),
+            transfer_s=look.total_s,
+            qemu_downtime_ms=look.downtime_ms,
+            route=await self._route(),
         )
 
     async def _route(self) -> Route | None:
@@ -398,56 +513,3 @@ ENDINGS = frozenset(
         MigrationState.POSTCOPY_ACTIVE,
     }
 )
-
-
-@dataclass(frozen=True)
-class Examined:
-    """What stands against a move, and the way it would take between which ends."""
-
-    findings: tuple[Finding, ...]
-    route: Route
-    ends: Ends
-
-
-async def examine(
-    peer: Peer,
-    vm: VmConfig,
-    source: str,
-    accelerator: Accelerator,
-    facts: Coroutine[Any, Any, VmFacts],
-    transport: str,
-) -> Examined:
-    """Ask the destination, try its ports, choose the way, and judge. The same for ``limosa check`` and for the move.
-
-    ``facts`` are gathered here while the destination gathers its own.
-    """
-    (there, skew), here = await _both(peer.inspect(vm, accelerator), facts)
-    no_relay = "" if there.relay == RELAY_VERSION else f"host '{there.host}' knows another version of it, or none"
-    ends = Ends(source, there.host, here.network, there.network, there.addresses, no_relay)
-    route = await _open_route(ends, transport, there.trial_port)
-    findings = preflight.check(vm, source, here, there, clock_skew_s=skew, reachable=bool(route.paths))
-    return Examined((*findings, *between(ends, route)), route, ends)
-
-
-async def _open_route(ends: Ends, transport: str, port: int) -> Route:
-    """The best route of which every path can be connected; one without paths if there is none."""
-    open_: set[str] = set()
-    blocked: set[str] = set() if port else set(ends.offered)
-    while True:
-        route = choose(ends, transport, blocked)
-        untried = [path.there for path in route.paths if path.there not in open_]
-        if not untried:
-            return route
-        answers = await asyncio.gather(*(tcp.reachable(address, port) for address in untried))
-        for address, answer in zip(untried, answers, strict=True):
-            (open_ if answer else blocked).add(address)
-
-
-async def _both(first: Coroutine[Any, Any, T], second: Coroutine[Any, Any, Any]) -> tuple[T, Any]:
-    """Do both at once; if one fails, the other is cancelled and the failure raised."""
-    try:
-        async with asyncio.TaskGroup() as group:
-            one, two = group.create_task(first), group.create_task(second)
-    except BaseExceptionGroup as errors:
-        raise errors.exceptions[0] from None
-    return one.result(), two.result()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from limosa.model.base import Model, Name
 from limosa.model.network import HostNetwork
+from limosa.model.storage import Location
 from limosa.model.vm import Accelerator
 
 
@@ -25,6 +26,10 @@ class FileIdentity(Model, forbid_unknown_fields=False, frozen=True):
     location_path: str = ""
     digest: str = ""
     writable: bool = True
+    #: path of the disk this file lies below, if it does
+    below: str = ""
+    #: it lies in the host's own folder: another that sees it there, as the hosts of a lab do, has no business with it
+    private: bool = False
 
 
 class VmFacts(Model, forbid_unknown_fields=False, frozen=True):
@@ -56,7 +61,7 @@ class DestinationFacts(Model, forbid_unknown_fields=False, frozen=True):
     memory_available_mib: int
     name_taken: bool
     uuid_taken: bool
-    #: one for each of the VM's host files that is visible here
+    #: one for each of the VM's host files that is visible here, and for what lies below them
     files: tuple[FileIdentity, ...]
     firmware_available: bool
     post_copy_possible: bool
@@ -69,3 +74,5 @@ class DestinationFacts(Model, forbid_unknown_fields=False, frozen=True):
     #: version of what its relay speaks; 0: it has none
     relay: int = 0
     network: HostNetwork = HostNetwork()
+    #: where it could put new images
+    locations: tuple[Location, ...] = ()

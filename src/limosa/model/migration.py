@@ -7,6 +7,7 @@ from enum import StrEnum
 from limosa.model.base import MigrationId, Model, Name
 from limosa.model.finding import Finding
 from limosa.model.route import Route
+from limosa.model.storage import DiskPlan, DiskProgress
 
 
 class Phase(StrEnum):
@@ -14,6 +15,8 @@ class Phase(StrEnum):
 
     WAITING = "waiting"
     BUILD_UP = "build-up"
+    #: disks that move along are copied; only where there are any
+    STORAGE = "storage"
     COPY = "copy"
     SYNCHRONISE = "synchronise"
     SWITCHOVER = "switchover"
@@ -52,6 +55,7 @@ class Progress(Model, forbid_unknown_fields=False, frozen=True):
     remaining_s: float | None = None
     downtime_limit_ms: float | None = None
     throttle_percent: int = 0
+    disks: tuple[DiskProgress, ...] = ()
     #: in words: what it waits for, or why it does not converge and what is done about it
     note: str = ""
 
@@ -100,3 +104,5 @@ class Migration(Model, forbid_unknown_fields=False, frozen=True):
     findings: tuple[Finding, ...] = ()
     #: the way it takes, with what each path has carried so far; null until it is chosen
     route: Route | None = None
+    #: what becomes of each disk; empty until it is planned
+    disks: tuple[DiskPlan, ...] = ()

@@ -97,6 +97,25 @@ def build(launch: Launch) -> list[str]:
     ]
 
 
+def image_nodes(
+    name: str,
+    image_format: str,
+    path: str,
+    *,
+    driver: str = "file",
+    read_only: bool = False,
+    direct: bool = False,
+    thick: bool = False,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """QEMU's description of an open image: the file ``NAME-file`` and above it the format node ``NAME``.
+
+    The format is said, never guessed from the contents. A ``thick`` image keeps its space whatever the guest discards.
+    """
+    shared = {"read-only": read_only, "discard": "ignore" if thick else "unmap", "cache": {"direct": direct}}
+    file = {"driver": driver, "node-name": f"{name}-file", "filename": path}
+    return file | shared, {"driver": image_format, "node-name": name, "file": f"{name}-file"} | shared
+
+
 def vnc_argument(socket: Path) -> str:
     """The argument by which a QEMU can be told from all others: its VNC socket."""
     return f"unix:{_escaped(socket)}"
@@ -234,21 +253,9 @@ def _root_port(name: str, index: int) -> Iterable[str]:
     return _device("pcie-root-port", id=name, addr=address, multifunction=True, chassis=index + 1)
 
 
-def _blockdev(
-    name: str, image_format: str, path: str, *, driver: str = "file", read_only: bool = False, direct: bool = False
-) -> Iterable[str]:
-    """A protocol node and above it the format node ``name``: the format is said, never guessed from the contents."""
-    file = {
-        "driver": driver,
-        "node-name": f"{name}-file",
-        "filename": path,
-        "read-only": read_only,
-        "discard": "unmap",
-        "cache": {"direct": direct},
-    }
-    node = {"driver": image_format, "node-name": name, "file": f"{name}-file", "read-only": read_only}
-    yield from _json("-blockdev", file)
-    yield from _json("-blockdev", node | {"discard": "unmap", "cache": {"direct": direct}})
+def _blockdev(name: str, image_format: str, path: str, **how: Any) -> Iterable[str]:
+    for node in image_nodes(name, image_format, path, **how):
+        yield from _json("-blockdev", node)
 
 
 def _disk_address(disk: Disk) -> str:

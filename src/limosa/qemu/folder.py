@@ -6,6 +6,7 @@
     RUN_DIR/console.sock   ours; the serial console, inherited likewise
     RUN_DIR/vnc.sock       made by QEMU
     RUN_DIR/stream/        ours, for a moment: TLS credentials of a migration
+    RUN_DIR/disks/         the same for disks that are copied
 
 Nobody but root and QEMU's user gets in. QEMU may make names in it but, because the folder is root's and sticky, cannot
 remove or replace ours: what the daemon opens there is what the daemon made.
@@ -20,7 +21,7 @@ from pathlib import Path
 
 from limosa.errors import QemuError
 
-QMP, CONSOLE, VNC, STREAM = "qmp.sock", "console.sock", "vnc.sock", "stream"
+QMP, CONSOLE, VNC, STREAM, DISKS = "qmp.sock", "console.sock", "vnc.sock", "stream", "disks"
 
 _SOCKET_PATH_MAX = 107
 

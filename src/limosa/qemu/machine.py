@@ -2,7 +2,8 @@
 
 ``launch`` starts one and returns when it answers; ``attach`` takes up one that an earlier daemon left running. Between
 the two lies no difference afterwards: everything is asked of QEMU itself, nothing is remembered that a crash could
-lose. How it ends is in ``session``, how it takes part in a migration in ``stream``.
+lose. How it ends is in ``session``, how it takes part in a migration in ``stream``, what becomes of its disks in
+``disks``.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from pathlib import Path
 from limosa.errors import OutcomeUnknown, QemuError, QemuGone
 from limosa.qemu import folder, process
 from limosa.qemu.arguments import Launch, build, vnc_argument
+from limosa.qemu.disks import Disks
 from limosa.qemu.monitor import Monitor
 from limosa.qemu.process import QemuProcess
 from limosa.qemu.protocol import Event, MigrationState, RunState
@@ -30,7 +32,7 @@ LAUNCH_WITHIN_S = 30.0
 RESUME_WITHIN_S = 5.0
 
 
-class Machine(Stream):
+class Machine(Stream, Disks):
     """One QEMU process with its QMP session. Made by :meth:`launch` or :meth:`attach`."""
 
     def __init__(self, qemu: QemuProcess, monitor: Monitor, run_dir: Path) -> None:
@@ -189,12 +191,12 @@ def _with_disks_looked_at(launch: Launch) -> Launch:
     paths = {disk.path for disk in launch.config.disks}
     return dataclasses.replace(
         launch,
-        buffered=launch.buffered | {path for path in paths if not _does_direct_io(path)},
+        buffered=launch.buffered | {path for path in paths if not does_direct_io(path)},
         block_devices=launch.block_devices | {path for path in paths if Path(path).is_block_device()},
     )
 
 
-def _does_direct_io(path: str) -> bool:
+def does_direct_io(path: str) -> bool:
     """Whether the file system of an image takes ``O_DIRECT`` (some, as older tmpfs, do not)."""
     try:
         os.close(os.open(path, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC))

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
+from limosa.model.vm import DiskFormat
 from limosa.wire.peer import StreamCredentials
 
 
@@ -99,6 +100,42 @@ class StreamParameters:
     #: 0: no cap
     bandwidth_bytes_per_s: int = 0
     post_copy: bool = False
+    #: stop before the switchover, with the guest stopped, until :meth:`MachineProtocol.continue_migration`
+    pause: bool = False
+
+
+@dataclass(frozen=True)
+class ImageFile:
+    """An image of this host as QEMU is to open it. ``direct``: without the host's page cache."""
+
+    path: str
+    format: DiskFormat
+    driver: Literal["file", "host_device"] = "file"
+    direct: bool = True
+    #: it keeps its space when a guest, or a copy, has zeroes for it
+    thick: bool = False
+
+
+class CopyState(StrEnum):
+    """How the copy of a disk stands."""
+
+    #: not everything has been copied once
+    COPYING = "copying"
+    #: it keeps up with what the guest writes
+    READY = "ready"
+    #: the guest's I/O is held back; both are alike and flushed
+    SETTLED = "settled"
+    ENDED = "ended"
+
+
+@dataclass(frozen=True)
+class CopyStatistics:
+    """A look at the copy of a disk. ``error``: QEMU's words where it failed."""
+
+    state: CopyState
+    copied_bytes: int
+    total_bytes: int
+    error: str = ""
 
 
 class MachineProtocol(Protocol):
@@ -165,6 +202,9 @@ class MachineProtocol(Protocol):
     async def start_post_copy(self) -> None:
         """Source: switch over now and send the rest behind. There is no way back."""
 
+    async def continue_migration(self) -> None:
+        """Source: go on with a migration that waits before its switchover (``StreamParameters.pause``)."""
+
     async def prepare_incoming(self, parameters: StreamParameters) -> None:
         """Destination: set everything up for :meth:`receive`."""
 
@@ -177,3 +217,41 @@ class MachineProtocol(Protocol):
 
     async def forget_stream(self) -> None:
         """Drop credentials and settings of the last stream. May be repeated."""
+
+    # Disks that move along
+
+    async def trust_disks(self, credentials: StreamCredentials) -> None:
+        """Source: take the credentials with which copies go to a host."""
+
+    async def copy_to_host(
+        self, disk: str, tag: str, stream: socket.socket, bytes_per_s: int, *, whole: bool, encrypt: bool
+    ) -> None:
+        """Source: begin to copy a disk into ``stream``, to the export of its name; ``tag`` names the copy.
+
+        ``whole``: with what is below an overlay. ``bytes_per_s``: a cap, 0 for none. ``encrypt`` needs
+        :meth:`trust_disks`.
+        """
+
+    async def copies(self) -> dict[str, CopyStatistics]:
+        """How all copies stand, by disk."""
+
+    async def cap_copy(self, disk: str, bytes_per_s: int) -> None:
+        """Cap what is copied; 0: no cap."""
+
+    async def block_writes(self, disk: str) -> None:
+        """From now on a write of the guest is done when it is in the copy too."""
+
+    async def end_copy(self, disk: str) -> None:
+        """Source: make a copy that is ready whole, flush and end it. Raises :class:`StorageError` if it failed."""
+
+    async def drop_copy(self, disk: str, tag: str) -> None:
+        """Give a copy up, or close one that has ended. The disk is as it was. May be repeated."""
+
+    async def export_disks(
+        self, disks: Iterable[str], listener: socket.socket, credentials: StreamCredentials | None
+    ) -> None:
+        """Destination: let whoever has the other half of ``credentials`` write these disks, through ``listener``;
+        without credentials whoever can call that."""
+
+    async def end_exports(self) -> None:
+        """Destination: let nobody write disks from elsewhere any more. May be repeated."""

@@ -7,16 +7,18 @@ Errors are sharpened here: whatever broke the session, if the process turns out 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from limosa.errors import OutcomeUnknown, QemuError, QemuGone
 from limosa.qemu import folder
+from limosa.qemu.credentials import Endpoint, written
 from limosa.qemu.monitor import Monitor
 from limosa.qemu.process import QemuProcess
 from limosa.qemu.protocol import Event
+from limosa.wire.peer import StreamCredentials
 
 QUIT_WITHIN_S = 5.0
 #: After its session broke, how long a dying process may take to be seen dead.
@@ -30,6 +32,7 @@ class Session:
         self.process = qemu
         self.run_dir = run_dir
         self._monitor = monitor
+        self._owner = qemu.owner()
 
     @property
     def pid(self) -> int:
@@ -68,13 +71,35 @@ class Session:
         await self._monitor.close()
         folder.remove(self.run_dir)
 
-    async def _execute(self, command: str, arguments: dict[str, object] | None = None) -> Any:
+    async def _execute(self, command: str, arguments: Mapping[str, object] | None = None) -> Any:
         try:
             return await self._monitor.execute(command, arguments)
         except (QemuGone, OutcomeUnknown) as error:
             if await self.process.ends(DYING_S):
                 raise QemuGone(f"QEMU with pid {self.pid} has ended", why=self.process.exit_text()) from error
             raise
+
+    async def _hold_credentials(
+        self, name: str, folder_name: str, credentials: StreamCredentials, endpoint: Endpoint
+    ) -> None:
+        """Give QEMU TLS credentials as an object of that name, in place of earlier ones."""
+        place = self.run_dir / folder_name
+        with written(place, credentials, endpoint, self._owner):
+            await self._together(self._drop_credentials(name), self._add_credentials(name, place, endpoint))
+
+    async def _add_credentials(self, name: str, place: Path, endpoint: Endpoint) -> None:
+        await self._execute(
+            "object-add",
+            {"qom-type": "tls-creds-x509", "id": name, "dir": str(place), "endpoint": endpoint, "verify-peer": True},
+        )
+
+    async def _drop_credentials(self, name: str) -> None:
+        try:
+            await self._execute("object-del", {"id": name})
+        except (QemuGone, OutcomeUnknown):
+            raise
+        except QemuError:
+            return  # there were none
 
     async def _together(self, *steps: Coroutine[Any, Any, None]) -> None:
         """Send all commands at once, in order; raise the first failure when all have been answered."""

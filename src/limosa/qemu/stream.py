@@ -9,13 +9,11 @@ from __future__ import annotations
 import asyncio
 import math
 import socket
-from contextlib import ExitStack, suppress
-from pathlib import Path
+from contextlib import suppress
 
-from limosa.errors import OutcomeUnknown, QemuError, QemuGone
-from limosa.qemu import credentials, folder, statistics
-from limosa.qemu.monitor import Monitor
-from limosa.qemu.process import QemuProcess
+from limosa.errors import OutcomeUnknown, QemuError
+from limosa.qemu import folder, statistics
+from limosa.qemu.credentials import Endpoint
 from limosa.qemu.protocol import MigrationState, MigrationStatistics, StreamParameters
 from limosa.qemu.session import Session
 from limosa.security.stream import SERVER_NAME
@@ -31,10 +29,6 @@ _ESSENTIAL = ("events", "return-path", "late-block-activate")
 class Stream(Session):
     """What a QEMU does as source or destination of a migration."""
 
-    def __init__(self, qemu: QemuProcess, monitor: Monitor, run_dir: Path) -> None:
-        super().__init__(qemu, monitor, run_dir)
-        self._owner = qemu.owner()
-
     async def migration(self) -> MigrationStatistics:
         """How the migration stands, as seen from this side."""
         for _ in range(_FINAL_FIGURES_LOOKS):
@@ -49,7 +43,8 @@ class Stream(Session):
         """Drop the credentials of the last stream. May be repeated."""
         with suppress(OutcomeUnknown):
             await self._together(
-                self._execute("migrate-set-parameters", {"tls-creds": "", "tls-hostname": ""}), self._drop_credentials()
+                self._execute("migrate-set-parameters", {"tls-creds": "", "tls-hostname": ""}),
+                self._drop_credentials(_TLS_ID),
             )
 
     # --- source ---
@@ -91,6 +86,10 @@ class Stream(Session):
         """Switch over now and send the rest behind. There is no way back."""
         await self._execute("migrate-start-postcopy")
 
+    async def continue_migration(self) -> None:
+        """Go on with a migration that waits before its switchover."""
+        await self._execute("migrate-continue", {"state": "pre-switchover"})
+
     # --- destination ---
 
     async def prepare_incoming(self, parameters: StreamParameters) -> None:
@@ -115,21 +114,21 @@ class Stream(Session):
 
     async def _prepare(
         self,
-        endpoint: credentials.Endpoint,
+        endpoint: Endpoint,
         parameters: StreamParameters,
         settings: dict[str, object],
         wanted: set[str],
     ) -> None:
-        essential = {*_ESSENTIAL, *(["postcopy-ram"] if parameters.post_copy else [])}
+        asked = {"postcopy-ram": parameters.post_copy, "pause-before-switchover": parameters.pause}
+        essential = {*_ESSENTIAL, *(name for name, is_asked in asked.items() if is_asked)}
         tls = parameters.credentials
         settings |= {"tls-creds": _TLS_ID if tls else "", "tls-hostname": SERVER_NAME if tls else ""}
-        with ExitStack() as files:
-            steps = [self._set_capabilities(essential, wanted), self._set(settings), self._drop_credentials()]
-            if tls is not None:
-                stream = self.run_dir / folder.STREAM
-                files.enter_context(credentials.written(stream, tls, endpoint, self._owner))
-                steps.append(self._add_credentials(stream, endpoint))
-            await self._together(*steps)
+        steps = [self._set_capabilities(essential, wanted), self._set(settings)]
+        if tls is not None:
+            steps.append(self._hold_credentials(_TLS_ID, folder.STREAM, tls, endpoint))
+        else:
+            steps.append(self._drop_credentials(_TLS_ID))
+        await self._together(*steps)
 
     async def _set_capabilities(self, essential: set[str], wanted: set[str]) -> None:
         """Switch exactly these on, of all that Limosa ever switches. Raises :class:`QemuError` if an essential one is
@@ -139,32 +138,12 @@ class Stream(Session):
         missing = essential - known
         if missing:
             raise QemuError(f"this QEMU is too old to migrate: it lacks {', '.join(sorted(missing))}")
-        ours = {*_ESSENTIAL, "auto-converge", "postcopy-ram"} & known
+        ours = {*_ESSENTIAL, "auto-converge", "postcopy-ram", "pause-before-switchover"} & known
         switches = [{"capability": name, "state": name in essential | wanted} for name in sorted(ours)]
         await self._execute("migrate-set-capabilities", {"capabilities": switches})
 
     async def _set(self, parameters: dict[str, object]) -> None:
         await self._execute("migrate-set-parameters", parameters)
-
-    async def _add_credentials(self, stream: Path, endpoint: credentials.Endpoint) -> None:
-        await self._execute(
-            "object-add",
-            {
-                "qom-type": "tls-creds-x509",
-                "id": _TLS_ID,
-                "dir": str(stream),
-                "endpoint": endpoint,
-                "verify-peer": True,
-            },
-        )
-
-    async def _drop_credentials(self) -> None:
-        try:
-            await self._execute("object-del", {"id": _TLS_ID})
-        except (QemuGone, OutcomeUnknown):
-            raise
-        except QemuError:
-            return  # there were none
 
 
 def _whole_ms(milliseconds: float) -> int:

@@ -10,7 +10,8 @@ from typing import Annotated, Literal
 
 from msgspec import Meta
 
-from limosa.model.base import AbsolutePath, Model, Name
+from limosa.model.base import Model, Name, is_clean_path
+from limosa.model.storage import OWN_LOCATION, Place
 from limosa.settings.address import PeerAddress, parse_address
 
 Transport = Literal["auto", "tcp", "multichannel", "compression"]
@@ -56,6 +57,10 @@ class HostSettings(Model, frozen=True):
     max_incoming: Annotated[
         int, Meta(ge=1, le=64, description="moves to this host at once; more wait in line. Relates to max_outgoing")
     ] = 2
+    max_storage_moves: Annotated[
+        int,
+        Meta(ge=1, le=64, description="moves that copy disks, on this host or from it, at once; more wait in line"),
+    ] = 2
     migration_networks: Annotated[
         tuple[Cidr, ...],
         Meta(description="networks allowed to carry guest memory, in order of preference; empty: any the hosts share"),
@@ -84,8 +89,20 @@ class HostSettings(Model, frozen=True):
     ] = 512
     bandwidth_mbit_per_s: Annotated[
         int,
-        Meta(ge=0, le=1_000_000, description="cap for guest memory sent by this host, shared by its moves; 0: none"),
+        Meta(
+            ge=0,
+            le=1_000_000,
+            description="cap for guest memory sent by this host, shared by its moves; 0: none. Relates to "
+            "storage_bandwidth_mbit_per_s and network_bandwidth_mbit_per_s",
+        ),
     ] = 0
+    storage_bandwidth_mbit_per_s: Annotated[
+        int, Meta(ge=0, le=1_000_000, description="the same for disks that move along with their VMs")
+    ] = 0
+    network_bandwidth_mbit_per_s: Annotated[
+        dict[Cidr, Annotated[int, Meta(ge=1, le=1_000_000)]],
+        Meta(description="caps by network for everything that moves from this host over it, shared by the moves"),
+    ] = {}
     convergence: ConvergencePolicy = ConvergencePolicy()
     reserved_memory_mib: Annotated[
         int, Meta(ge=0, le=16 * 1024 * 1024, description="memory kept for the host itself, never given to VMs")
@@ -95,16 +112,27 @@ class HostSettings(Model, frozen=True):
         Meta(description="addresses of other hosts by name; hosts not listed are looked up in DNS"),
     ] = {}
     locations: Annotated[
-        dict[Name, AbsolutePath],
-        Meta(description="shared storage by name; two hosts with a location of one name see the same files below it"),
+        dict[Name, Place],
+        Meta(
+            description="folders for disk images by name; hosts that call a location of one name shared see the same "
+            "files below it. Relates to default_location"
+        ),
     ] = {}
+    default_location: Annotated[
+        Name,
+        Meta(description="where images of VMs that come here go unless another location is asked for"),
+    ] = OWN_LOCATION
 
     def __post_init__(self) -> None:
-        for network in self.migration_networks:
-            try:
-                ipaddress.ip_network(network)
-            except ValueError as error:
-                raise ValueError(f"migration_networks: {error}") from None
+        for name, networks in (
+            ("migration_networks", self.migration_networks),
+            ("network_bandwidth_mbit_per_s", self.network_bandwidth_mbit_per_s),
+        ):
+            for network in networks:
+                try:
+                    ipaddress.ip_network(network)
+                except ValueError as error:
+                    raise ValueError(f"{name}: {error}") from None
         if self.compression_window_mib.bit_count() != 1:
             raise ValueError("compression_window_mib: a power of two, such as 256 or 512")
         for name, address in self.peers.items():
@@ -112,6 +140,11 @@ class HostSettings(Model, frozen=True):
                 parse_address(address)
             except ValueError as error:
                 raise ValueError(f"peers.{name}: {error}") from None
+        for name, place in self.locations.items():
+            if not is_clean_path(place.path):
+                raise ValueError(f"locations.{name}: the path has an empty, '.' or '..' component")
+        if self.default_location not in {*self.locations, OWN_LOCATION}:
+            raise ValueError(f"default_location: there is no location '{self.default_location}'")
         first, last = self.migration_ports
         if not 1024 <= first <= last <= 65535:
             raise ValueError("migration_ports: two ports from 1024 to 65535, the lower first")

@@ -25,13 +25,17 @@ def same_file(one: FileIdentity, other: FileIdentity) -> bool:
 
     The strongest rule that applies decides:
 
+    0. *A host's own folder* is nobody else's, also where others see it because they are hosts of one machine.
     1. *One kernel* (the boot id is random and new at each start; hosts are namespaces of it): same file system and
        inode are the same file.
     2. *A share*, mounted from the same server and path by both: where inode numbers are the server's, they decide.
-    3. *A location* that administrators of both hosts gave the same name, with the same path below it and the same size.
-       Their word, not a proof; therefore not against rule 1: on one kernel two inodes of local storage are two files.
+    3. *A shared location* that administrators of both hosts gave the same name, with the same path below it and the
+       same size. Their word, not a proof; therefore not against rule 1: on one kernel two inodes of local storage are
+       two files.
     4. *The same contents*: for files that are only read at start, such as kernels, a copy is as good.
     """
+    if one.private or other.private:
+        return False
     if one.machine == other.machine and (one.device, one.inode) == (other.device, other.inode):
         return True
     if one.share and one.share == other.share and mounts.inodes_are_the_servers(one.share):
@@ -44,11 +48,14 @@ def same_file(one: FileIdentity, other: FileIdentity) -> bool:
     return one.location != "" and named == (other.location, other.location_path, other.size)
 
 
-def identify(path: str, locations: dict[str, str], *, digest: bool, user: str | None = None) -> FileIdentity | None:
+def identify(
+    path: str, locations: dict[str, str], *, digest: bool, user: str | None = None, own: str = "", below: str = ""
+) -> FileIdentity | None:
     """What is to know about the file on this host, or None if it is not there or cannot be opened.
 
-    ``locations`` are the host's named ones; ``digest`` asks for one over the contents; ``writable`` is as ``user``
-    (None: we ourselves) finds it.
+    ``locations`` are the paths of the host's shared ones by name; ``digest`` asks for one over the contents;
+    ``writable`` is as ``user`` (None: we ourselves) finds it; ``own`` is the folder that is this host's alone,
+    ``below`` the disk the file lies below.
     """
     try:
         # Opening first makes a network file system ask its server, so that the size is not an old one.
@@ -76,6 +83,8 @@ def identify(path: str, locations: dict[str, str], *, digest: bool, user: str | 
         location_path=location_path,
         digest=contents,
         writable=access.may(Path(path), user, write=True),
+        below=below,
+        private=own != "" and PurePosixPath(path).is_relative_to(own) and not mount.share,
     )
 
 
@@ -91,6 +100,11 @@ def _place(path: str, locations: dict[str, str]) -> tuple[str, str]:
         return "", ""
     root, name = max(inside, key=lambda pair: (len(pair[0]), pair[1]))
     return name, str(pure.relative_to(root))
+
+
+def digest_of(path: str) -> str:
+    """SHA-256 over the contents, hex, for which all of it is read unless it was before. Raises ``OSError``."""
+    return _digest(path, *_version(os.stat(path)))
 
 
 @functools.lru_cache(maxsize=64)

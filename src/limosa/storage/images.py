@@ -14,13 +14,14 @@ import msgspec
 
 from limosa.errors import InvalidInput, StorageError
 from limosa.model.base import Model
+from limosa.model.storage import BackingFile
 from limosa.model.vm import DiskFormat
 from limosa.storage.access import check_kind, grant
+from limosa.storage.qcow2 import MAGIC
 
 __all__ = ["ImageInfo", "create", "detect_format", "grant", "info"]
 
 _QEMU_IMG = "/usr/bin/qemu-img"
-_QCOW2_MAGIC = b"QFI\xfb"
 _NAMES: dict[str, DiskFormat] = {".qcow2": "qcow2", ".raw": "raw", ".img": "raw"}
 
 
@@ -63,7 +64,7 @@ async def detect_format(path: Path) -> DiskFormat:
 
     Raises :class:`InvalidInput` where they do not, :class:`StorageError` if it cannot be read.
     """
-    by_contents: DiskFormat = "qcow2" if _head(path) == _QCOW2_MAGIC else "raw"
+    by_contents: DiskFormat = "qcow2" if _head(path) == MAGIC else "raw"
     by_name = _NAMES.get(path.suffix.lower(), "raw" if path.is_block_device() else None)
     if by_name != by_contents:
         raise InvalidInput(
@@ -81,17 +82,20 @@ def _head(path: Path) -> bytes:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a FIFO would keep us waiting
         try:
             check_kind(path, os.fstat(descriptor))
-            return os.read(descriptor, len(_QCOW2_MAGIC))
+            return os.read(descriptor, len(MAGIC))
         finally:
             os.close(descriptor)
     except OSError as error:
         raise StorageError(f"cannot read {path}", why=error.strerror or str(error)) from error
 
 
-async def create(path: Path, image_format: DiskFormat, size_bytes: int) -> None:
+async def create(
+    path: Path, image_format: DiskFormat, size_bytes: int, backing: BackingFile | None = None, *, thick: bool = False
+) -> None:
     """Make a new, empty image, readable by its owner only. Nothing that exists is overwritten.
 
-    Raises :class:`StorageError` (exists, no such folder, no space); nothing is left then.
+    ``backing``: what shows through where the image has nothing of its own; ``thick``: take all its space now. Raises
+    :class:`StorageError` (exists, no such folder, no space); nothing is left then.
     """
     try:
         os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
@@ -100,7 +104,9 @@ async def create(path: Path, image_format: DiskFormat, size_bytes: int) -> None:
     except OSError as error:
         raise StorageError(f"cannot create {path}", why=error.strerror or str(error)) from error
     try:
-        await _qemu_img("create", "-q", "-f", image_format, str(path), str(size_bytes))
+        below = ["-b", backing.path, "-F", backing.format] if backing is not None else []
+        options = [*below, *(["-o", "preallocation=falloc"] if thick else [])]
+        await _qemu_img("create", "-q", "-f", image_format, *options, str(path), str(size_bytes))
     except BaseException:
         path.unlink(missing_ok=True)
         raise

@@ -18,17 +18,24 @@ from collections.abc import Callable, Sequence
 from limosa.errors import QemuError, QemuGone
 from limosa.qemu.machine import RESUME_WITHIN_S
 from limosa.qemu.protocol import Event, MigrationState, MigrationStatistics, RunState, StreamParameters
+from limosa.testing.disks import FakeDisks
 from limosa.testing.guest import PAGE_BYTES, FakeGuest
 from limosa.testing.wire import Stage, StreamBroken, Wire
 
-_UNDER_WAY = (MigrationState.SETUP, MigrationState.ACTIVE, MigrationState.DEVICE)
+_UNDER_WAY = (
+    MigrationState.SETUP,
+    MigrationState.ACTIVE,
+    MigrationState.PRE_SWITCHOVER,
+    MigrationState.DEVICE,
+)
 _STOPPED_BY_MIGRATION = (RunState.FINISH_MIGRATE, RunState.POSTMIGRATE)
 
 
-class FakeMachine:
+class FakeMachine(FakeDisks):
     """A pretended QEMU. ``incoming`` makes it wait for the state of a VM."""
 
     def __init__(self, wire: Wire, guest: FakeGuest | None = None, *, incoming: bool = False) -> None:
+        super().__init__()
         self.wire = wire
         self.guest = guest or FakeGuest(1024 * 1024)
         self.gone = asyncio.Event()
@@ -43,6 +50,7 @@ class FakeMachine:
         self._stream: asyncio.Task[None] | None = None
         self._meeting: asyncio.Task[None] | None = None
         self._post_copy = asyncio.Event()
+        self._continued = asyncio.Event()
         self._max_throttle = self._throttle_step = 1
         self._exit_text = ""
 
@@ -116,6 +124,7 @@ class FakeMachine:
         if self._stream is not None and not self._stream.done():
             raise QemuError("QEMU refused migrate", why="There's a migration process in progress")
         self._post_copy.clear()
+        self._continued.clear()
         self._statistics = MigrationStatistics()
         self._migration_is(MigrationState.SETUP)
         self._stream = asyncio.create_task(self._send(stream.dup()))
@@ -146,6 +155,13 @@ class FakeMachine:
         if not self._terms().post_copy:
             raise QemuError("QEMU refused migrate-start-postcopy", why="post-copy was not enabled")
         self._post_copy.set()
+
+    async def continue_migration(self) -> None:
+        """See the protocol."""
+        await self._answer()
+        if self._statistics.state is not MigrationState.PRE_SWITCHOVER:
+            raise QemuError("QEMU refused migrate-continue", why="Migration not in expected state: pre-switchover")
+        self._continued.set()
 
     async def prepare_incoming(self, parameters: StreamParameters) -> None:
         """See the protocol."""
@@ -234,6 +250,9 @@ class FakeMachine:
 
     async def _switch_over_to(self, destination: FakeMachine) -> None:
         self._enter(RunState.FINISH_MIGRATE)
+        if self._terms().pause:
+            self._migration_is(MigrationState.PRE_SWITCHOVER)
+            await self._continued.wait()
         self._migration_is(MigrationState.DEVICE)
         await self.wire.arrive(Stage.SWITCHOVER)
         destination._take()
@@ -246,6 +265,9 @@ class FakeMachine:
 
     async def _post_copy_to(self, destination: FakeMachine) -> None:
         self._enter(RunState.FINISH_MIGRATE)
+        if self._terms().pause:
+            self._migration_is(MigrationState.PRE_SWITCHOVER)
+            await self._continued.wait()
         self._migration_is(MigrationState.DEVICE)
         await self.wire.arrive(Stage.SWITCHOVER)
         destination._take()

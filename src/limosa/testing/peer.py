@@ -15,6 +15,7 @@ import msgspec
 from limosa.migration.destination import Destination
 from limosa.model.base import MigrationId
 from limosa.model.facts import DestinationFacts
+from limosa.model.storage import BackingFile
 from limosa.model.vm import Accelerator, VmConfig
 from limosa.transport import tcp
 from limosa.wire.peer import Prepare, Prepared, Running, Standing
@@ -35,6 +36,10 @@ class LocalPeer:
         """See :class:`limosa.migration.peer.Peer`."""
         port = await self._trial.enter_async_context(tcp.trial(self._facts.addresses, self._ports))
         return msgspec.structs.replace(self._facts, trial_port=port), 0.0
+
+    async def find_files(self, files: Sequence[BackingFile]) -> tuple[BackingFile | None, ...]:
+        """See :class:`limosa.migration.peer.Peer`: it has none."""
+        return (None,) * len(files)
 
     async def prepare(self, request: Prepare, in_line: Callable[[int], None]) -> Prepared:
         """See :class:`limosa.migration.peer.Peer`."""

@@ -79,19 +79,18 @@ class TcpDoorway:
     """
 
     def __init__(self, address: str, ports: tuple[int, int], protocol: int = socket.IPPROTO_TCP) -> None:
-        listener = _listen(address, range(ports[0], ports[1] + 1), protocol)
-        if listener is None:
-            raise NetworkError(
-                f"no port from {ports[0]} to {ports[1]} of {address} is free to receive guest memory",
-                todo="see what listens there, or change the setting migration_ports",
-            )
-        self._listener = listener
+        self._listener = listen_within(address, ports, protocol)
         self._token = secrets.token_bytes(_TOKEN_BYTES)
 
     @property
     def address(self) -> str:
         """See :class:`limosa.transport.channel.Doorway`."""
         return str(self._listener.getsockname()[0])
+
+    @property
+    def listener(self) -> socket.socket:
+        """The listener itself, for a server that asks its callers for certificates instead of the token."""
+        return self._listener
 
     @property
     def port(self) -> int:
@@ -171,7 +170,7 @@ async def connect(address: str, port: int, token: str, source: str = "") -> TcpC
 
 
 async def call(
-    address: str, port: int, token: str, source: str = "", protocol: int = socket.IPPROTO_TCP
+    address: str, port: int, token: str = "", source: str = "", protocol: int = socket.IPPROTO_TCP
 ) -> socket.socket:
     """The connection of :func:`connect`, of any protocol with TCP's addresses."""
     connection = socket.socket(_family(address), socket.SOCK_STREAM, protocol)
@@ -245,6 +244,17 @@ def listen(address: str, port: int, protocol: int = socket.IPPROTO_TCP) -> socke
     except BaseException:
         listener.close()
         raise
+    return listener
+
+
+def listen_within(address: str, ports: tuple[int, int], protocol: int = socket.IPPROTO_TCP) -> socket.socket:
+    """A listener on the first free port of a range. Raises :class:`NetworkError` if every one is taken."""
+    listener = _listen(address, range(ports[0], ports[1] + 1), protocol)
+    if listener is None:
+        raise NetworkError(
+            f"no port from {ports[0]} to {ports[1]} of {address} is free to receive a VM",
+            todo="see what listens there, or change the setting migration_ports",
+        )
     return listener
 
 

@@ -11,6 +11,7 @@ from limosa.model.finding import Finding
 from limosa.model.migration import Migration, Side
 from limosa.model.network import HostNetwork
 from limosa.model.route import Route
+from limosa.model.storage import DiskPlan, Location
 from limosa.model.vm import (
     CloudInit,
     CpuModel,
@@ -114,6 +115,12 @@ class MoveOptions(Model, frozen=True):
     bandwidth_mbit_per_s: Annotated[int, Meta(ge=0, le=1_000_000)] | None = None
     blackout_budget_ms: Annotated[float, Meta(ge=1, le=2000)] | None = None
     post_copy: bool | None = None
+    #: which location of the destination a disk is to be copied to, by the disk's name
+    storage: dict[DiskName, Name] = {}
+    #: copy disks in one piece, also where the destination has what lies below them
+    flatten: bool = False
+    #: keep the images the VM leaves behind
+    keep: bool = False
 
 
 class CheckRequest(Model, frozen=True):
@@ -138,12 +145,41 @@ class CheckReport(Model, forbid_unknown_fields=False, frozen=True):
     findings: tuple[Finding, ...]
     #: the way the move would take; null if the destination could not be asked
     route: Route | None = None
+    #: what would become of each disk
+    disks: tuple[DiskPlan, ...] = ()
+
+
+class DiskMoveRequest(Model, frozen=True):
+    """Ask for disks of a running VM to be moved to another location of its host; no names: all that are not there."""
+
+    vm: Name
+    location: Name
+    disks: Annotated[tuple[DiskName, ...], Meta(max_length=26)] = ()
+    #: null: as it is
+    format: DiskFormat | None = None
+    #: take all the space at once
+    thick: bool = False
+    #: keep the old images
+    keep: bool = False
+    bandwidth_mbit_per_s: Annotated[int, Meta(ge=0, le=1_000_000)] | None = None
+
+
+class LocationList(Model, forbid_unknown_fields=False, frozen=True):
+    """The locations of a host, by name."""
+
+    locations: tuple[Location, ...]
 
 
 class MigrationList(Model, forbid_unknown_fields=False, frozen=True):
     """Moves of a host, newest first."""
 
     migrations: tuple[Migration, ...]
+
+
+class LimitRequest(Model, frozen=True):
+    """A cap for a move that is under way; 0: none of its own."""
+
+    bandwidth_mbit_per_s: Annotated[int, Meta(ge=0, le=1_000_000)]
 
 
 class ResolveRequest(Model, frozen=True):

@@ -60,6 +60,18 @@ SHUTDOWN_VM = Endpoint("POST", "/v1/vms/{vm}/shutdown", api.Empty, Vm, Role.OPER
 PAUSE_VM = Endpoint("POST", "/v1/vms/{vm}/pause", api.Empty, Vm, Role.OPERATOR, "Pause a VM")
 RESUME_VM = Endpoint("POST", "/v1/vms/{vm}/resume", api.Empty, Vm, Role.OPERATOR, "Resume a paused VM")
 
+LOCATIONS = Endpoint(
+    "GET", "/v1/storage", api.Empty, api.LocationList, Role.VIEWER, "Where images can lie, and how much space there is"
+)
+MOVE_DISKS = Endpoint(
+    "POST",
+    "/v1/storage/moves",
+    api.DiskMoveRequest,
+    Migration,
+    Role.OPERATOR,
+    "Move disks of a running VM to another location of the host",
+)
+
 CHECK = Endpoint("POST", "/v1/checks", api.CheckRequest, api.CheckReport, Role.VIEWER, "Preflight: could this VM move?")
 MOVE = Endpoint(
     "POST", "/v1/migrations", api.MoveRequest, Migration, Role.OPERATOR, "Move a running VM to another host"
@@ -79,6 +91,14 @@ WATCH_MIGRATION = Endpoint(
 )
 CANCEL_MIGRATION = Endpoint(
     "POST", "/v1/migrations/{migration}/cancel", api.Empty, Migration, Role.OPERATOR, "Cancel a move; the VM stays"
+)
+LIMIT_MIGRATION = Endpoint(
+    "POST",
+    "/v1/migrations/{migration}/limit",
+    api.LimitRequest,
+    Migration,
+    Role.OPERATOR,
+    "Cap the bandwidth of a move that is under way",
 )
 RESOLVE_MIGRATION = Endpoint(
     "POST",

@@ -7,6 +7,8 @@
                      <-  Welcome
     Inspect          ->                 gather facts for preflight
                      <-  Facts
+    FindFiles        ->                 look for what lies below disks that are to be copied
+                     <-  FoundFiles
     Prepare          ->                 reserve, start QEMU with -S, taps, TLS; await the stream
                      <-  InLine         (any number, while no slot is free)
                      <-  Prepared
@@ -36,6 +38,7 @@ from msgspec import Meta
 from limosa.model.base import MigrationId, Model, Name
 from limosa.model.facts import DestinationFacts
 from limosa.model.migration import Fault
+from limosa.model.storage import BackingFile, DiskPlan
 from limosa.model.vm import Accelerator, VmConfig
 
 Address = Annotated[str, Meta(max_length=64)]
@@ -73,6 +76,18 @@ class Facts(Message, tag="facts", frozen=True):
     """The answer to :class:`Inspect`."""
 
     facts: DestinationFacts
+
+
+class FindFiles(Message, tag="find-files", frozen=True):
+    """Look for files with these contents, which lie below disks that are to be copied."""
+
+    files: Annotated[tuple[BackingFile, ...], Meta(max_length=26)]
+
+
+class FoundFiles(Message, tag="found-files", frozen=True):
+    """The answer to :class:`FindFiles`, in its order: where they are at the destination, null where they are not."""
+
+    files: tuple[BackingFile | None, ...]
 
 
 class StreamCredentials(Model, frozen=True):
@@ -127,6 +142,12 @@ class Prepare(Message, tag="prepare", frozen=True, omit_defaults=True):
     relay: RelayPlace | None = None
     #: small files of the VM's own that the destination must have bit by bit (the cloud-init seed), by name
     files: dict[Name, Base64] = {}
+    #: disks that are to be copied into new images; ``vm`` names those
+    disks: Annotated[tuple[DiskPlan, ...], Meta(max_length=26)] = ()
+    #: with which they are copied; null where relays carry them
+    disk_credentials: StreamCredentials | None = None
+    #: for each of them its place in the session of relays; none: without relays
+    disk_relays: Annotated[tuple[RelayPlace, ...], Meta(max_length=26)] = ()
 
 
 class InLine(Message, tag="in-line", frozen=True):
@@ -144,6 +165,8 @@ class Prepared(Message, tag="prepared", frozen=True):
     address: str
     port: int
     token: Annotated[str, Meta(pattern=r"\A[0-9a-f]{32}\Z")]
+    #: where QEMU's NBD server awaits the disks, on the same address; 0 if there are none, or relays carry them
+    disks_port: int = 0
 
 
 class Announce(Message, tag="announce", frozen=True):
@@ -224,5 +247,5 @@ class Lost(Message, frozen=True, tag="lost"):
     fault: Fault
 
 
-FromSource = Hello | Inspect | Prepare | Announce | TakeOver | Abort | Attach
-FromDestination = Welcome | Facts | InLine | Prepared | Running | Adopted | Gone | Standing | Failed | Lost
+FromSource = Hello | Inspect | FindFiles | Prepare | Announce | TakeOver | Abort | Attach
+FromDestination = Welcome | Facts | FoundFiles | InLine | Prepared | Running | Adopted | Gone | Standing | Failed | Lost

@@ -117,6 +117,10 @@ class Relay:
         await self._ask(control.Done, wish, [one.fileno() for one in connections])
         return await self._opened
 
+    async def carry(self, number: int, stream: socket.socket) -> None:
+        """Carry another stream, which stands: the relay gets a duplicate. See :meth:`open_channel`."""
+        await self._ask(control.Done, control.OpenChannel(channel=number), (stream.fileno(),))
+
     async def open_channel(self, number: int) -> socket.socket:
         """Carry another stream. Returns the socket for QEMU, which is the caller's to close.
 
@@ -128,7 +132,7 @@ class Relay:
             with theirs:
                 for end in (ours, theirs):
                     _widen(end)
-                await self._ask(control.Done, control.OpenChannel(channel=number), (theirs.fileno(),))
+                await self.carry(number, theirs)
         except BaseException:
             ours.close()
             raise

@@ -48,6 +48,10 @@ class Inbound:
             self.leave()
             raise
 
+    async def carry(self, place: RelayPlace, stream: socket.socket) -> None:
+        """Have a further stream of a landing that has its door come into ``stream``. Raises :class:`RelayFailed`."""
+        await self.relay.carry(place.channel, stream)
+
     def leave(self) -> None:
         """A landing has ended, or its stream has."""
         self._landings -= 1

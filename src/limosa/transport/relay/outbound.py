@@ -1,9 +1,9 @@
 """The source's daemon and a session to another host: who takes part, when it is opened, when it ends.
 
 A session is opened by the first move that has come so far, shared by all that follow the same way meanwhile, and kept
-for some seconds after the last, so that a row of moves keeps its window. A move takes a :class:`Seat` before it asks
-the destination to prepare, and then connects through it. If the relay ends, its moves fail; a move that connects
-after that opens the session anew.
+for some seconds after the last, so that a row of moves keeps its window. A move takes a :class:`Seat` and opens its
+channel here before it asks the destination to prepare, because what the destination's end says first must find it
+open; it connects when the destination is prepared. If the relay ends, its moves fail; later ones take another session.
 
 The daemon keeps duplicates of the carriers to see what each path has carried, and closes them as soon as the relay has
 ended: the other side is to see the end of a session when it comes.
@@ -56,6 +56,7 @@ class Outbound:
         self._numbers = itertools.count()
         self._seats: set[Seat] = set()
         self._carriers: Sequence[Channel] = ()
+        self._starting: asyncio.Task[Relay] | None = None
         self._opening: asyncio.Task[Relay] | None = None
         self._relay: Relay | None = None
         self._linger: asyncio.TimerHandle | None = None
@@ -67,7 +68,8 @@ class Outbound:
     @property
     def is_over(self) -> bool:
         """Whether nobody takes part any more and nothing is kept, so that a new session is as good."""
-        return self._ending or (not self._seats and self._relay is None)
+        ended = self._relay is not None and self._relay.ended.is_set()
+        return self._ending or ended or (not self._seats and self._starting is None)
 
     def seat(self) -> Seat:
         """A place for another move, to be released when that has ended."""
@@ -84,13 +86,18 @@ class Outbound:
             self._linger.cancel()
         return seat
 
+    async def started(self) -> Relay:
+        """The relay, be the session open or not; the first who asks has it started. Raises :class:`RelayFailed`."""
+        if self._starting is None:
+            self._starting = asyncio.ensure_future(self._start())
+            self._starting.add_done_callback(_look_at)
+        return await asyncio.shield(self._starting)
+
     async def relay(self, prepared: Prepared) -> Relay:
         """The relay of the open session; the first who asks has it opened. Raises :class:`LimosaError`."""
-        if self._relay is not None and not self._relay.ended.is_set():
-            return self._relay
         if self._opening is None:
             self._opening = asyncio.ensure_future(self._open(prepared))
-            self._opening.add_done_callback(self._has_opened)
+            self._opening.add_done_callback(_look_at)
         return await asyncio.shield(self._opening)
 
     def leave(self, seat: Seat) -> None:
@@ -110,8 +117,14 @@ class Outbound:
         """The connections to the other host, forward and backward; none while the session is not open."""
         return self._carriers
 
+    async def _start(self) -> Relay:
+        relay = self._relay = await Relay.start(user=self._user)
+        relay.on_channel_ended = self._keep_last
+        self._background.spawn(self._until_ended(relay))
+        return relay
+
     async def _open(self, prepared: Prepared) -> Relay:
-        relay = await Relay.start(user=self._user)
+        relay = await self.started()
         try:
             carriers = await self._dial(prepared)
             try:
@@ -123,15 +136,8 @@ class Outbound:
         except BaseException:
             await asyncio.shield(relay.end())
             raise
-        relay.on_channel_ended = self._keep_last
-        self._relay, self._carriers = relay, carriers
-        self._background.spawn(self._until_ended(relay))
+        self._carriers = carriers
         return relay
-
-    def _has_opened(self, opening: asyncio.Task[Relay]) -> None:
-        self._opening = None
-        if not opening.cancelled():
-            opening.exception()  # whoever asked has it, if anybody still waits
 
     def _keep_last(self, statistics: ChannelStatistics) -> None:
         if statistics.channel in self.figures:
@@ -139,8 +145,9 @@ class Outbound:
 
     async def _until_ended(self, relay: Relay) -> None:
         await relay.ended.wait()
+        self._ending = True
         _close(self._carriers)
-        self._relay, self._carriers = None, ()
+        self._carriers = ()
 
 
 class Seat:
@@ -149,16 +156,27 @@ class Seat:
     def __init__(self, session: Outbound, place: RelayPlace) -> None:
         self.place = place
         self._session = session
+        self._connection: socket.socket | None = None
+
+    async def open(self) -> None:
+        """Open the channel here. Raises :class:`RelayFailed`."""
+        relay = await self._session.started()
+        self._connection = await relay.open_channel(self.place.channel)
 
     async def connect(self, prepared: Prepared) -> RelayChannel:
         """The connection for QEMU. Raises :class:`RelayFailed`, :class:`DestinationLost`, :class:`NetworkError`."""
+        assert self._connection is not None
         relay = await self._session.relay(prepared)
         number = self.place.channel
         self._session.figures[number] = ChannelStatistics(channel=number)
-        return RelayChannel(self._session, relay, number, await relay.open_channel(number))
+        connection, self._connection = self._connection, None
+        return RelayChannel(self._session, relay, number, connection)
 
     def release(self) -> None:
         """The move has ended. May be repeated."""
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
         self._session.leave(self)
 
 
@@ -232,6 +250,12 @@ class RelayChannel:
     async def _shorten(self) -> None:
         with contextlib.suppress(LimosaError):  # it ended, and so does the move
             await self._relay.shorten(self._number)
+
+
+def _look_at(task: asyncio.Task[Relay]) -> None:
+    """Whoever asked has what was raised, if anybody still waits."""
+    if not task.cancelled():
+        task.exception()
 
 
 def _close(carriers: Sequence[Channel]) -> None:

@@ -1,0 +1,189 @@
+"""``limosa storage``: where images can lie, and moving disks between such places."""
+
+from __future__ import annotations
+
+import argparse
+import os
+
+from limosa.cli.arguments import Commands, add_command, add_noun
+from limosa.cli.connection import client_of
+from limosa.cli.display import display_for, say_summary
+from limosa.cli.follow import exit_code, follow
+from limosa.cli.output import report, say, say_json, say_table
+from limosa.cli.routes import say_disks
+from limosa.client.host import HostClient
+from limosa.errors import InvalidInput, NotFound, from_fault
+from limosa.model.migration import Migration
+from limosa.model.storage import OWN_LOCATION, Location
+from limosa.model.units import format_bytes
+from limosa.settings import toml
+from limosa.wire import endpoints
+from limosa.wire.api import DiskMoveRequest, SettingsChange
+
+
+def register(commands: Commands[argparse.ArgumentParser]) -> None:
+    """Add ``storage`` and its verbs."""
+    verbs = add_noun(commands, "storage", "locations for disk images: list, add, remove; move disks")
+    add_command(verbs, "list", "list the host's locations", _list, examples=["storage list", "storage list --json"])
+    show = add_command(verbs, "show", "show one location", _show, examples=["storage show fast"])
+    add = add_command(
+        verbs,
+        "add",
+        "name a folder as a location",
+        _add,
+        examples=["storage add fast /srv/fast", "storage add store /mnt/store --shared --default"],
+        notes="A folder on a network share is known to be shared by itself. Say --shared where several\n"
+        "hosts see the same files in another way, and add it on each of them under one name.",
+    )
+    add.add_argument("path", metavar="FOLDER", help="a folder that exists on the host")
+    add.add_argument("--shared", action="store_true", help="other hosts see the same files in theirs of this name")
+    add.add_argument("--default", action="store_true", help="new images go here unless another is asked for")
+    remove = add_command(
+        verbs, "remove", "forget a location; its files stay", _remove, examples=["storage remove fast"]
+    )
+    for parser in (show, add, remove):
+        parser.add_argument("name", metavar="NAME", help="the location's name")
+    _reorder(add)
+    move = add_command(
+        verbs,
+        "move",
+        "move disks of a running VM to another location of its host",
+        _move,
+        examples=[
+            "storage move web1 --to fast",
+            "storage move web1 --disk vda --to bulk --format raw",
+            "storage move db1 --to fast --keep --bandwidth 500",
+        ],
+        notes="All disks that are not there, or those that are named. The old images are deleted when the\n"
+        "new ones are in use. 'limosa migration cancel' stops it: the VM goes on with the disks it has.",
+    )
+    move.add_argument("vm", metavar="VM")
+    move.add_argument("--to", metavar="LOCATION", required=True, help="a location of the host")
+    move.add_argument("--disk", metavar="DISK", dest="disks", action="append", help="only this disk; may be repeated")
+    move.add_argument("--format", choices=("qcow2", "raw"), help="instead of the format it has")
+    move.add_argument("--thick", action="store_true", help="take all the space at once")
+    move.add_argument("--keep", action="store_true", help="keep the old images")
+    move.add_argument("--bandwidth", metavar="MBIT/S", type=int, help="cap for this move, 0: none")
+    move.add_argument("--detach", action="store_true", help="return as soon as the move is accepted")
+
+
+def _reorder(parser: argparse.ArgumentParser) -> None:
+    """The name stands before the folder."""
+    positionals = parser._actions
+    positionals.insert(1, positionals.pop())
+
+
+def _list(arguments: argparse.Namespace) -> int:
+    with client_of(arguments) as client:
+        locations = client.call(endpoints.LOCATIONS).locations
+    if arguments.json:
+        for location in locations:
+            say_json(location)
+        return 0
+    rows = [
+        (
+            one.name + (" (default)" if one.default else ""),
+            one.path,
+            format_bytes(one.free_bytes),
+            format_bytes(one.total_bytes),
+            one.speed or "-",
+            "yes" if one.shared else "no",
+            one.fault,
+        )
+        for one in locations
+    ]
+    say_table(("NAME", "FOLDER", "FREE", "TOTAL", "SPEED", "SHARED", "NOTE"), rows)
+    return 0
+
+
+def _show(arguments: argparse.Namespace) -> int:
+    with client_of(arguments) as client:
+        locations = client.call(endpoints.LOCATIONS).locations
+    location = next((one for one in locations if one.name == arguments.name), None)
+    if location is None:
+        raise NotFound(f"there is no location '{arguments.name}'", todo="'limosa storage list' shows them")
+    if arguments.json:
+        say_json(location)
+        return 0
+    for key, value in _facts(location):
+        say(f"{key + ':':<14} {value}")
+    return 0
+
+
+def _facts(location: Location) -> list[tuple[str, str]]:
+    mounted = f"{location.file_system}, {location.source}" if location.file_system else "unknown"
+    facts = [
+        ("name", location.name),
+        ("folder", location.path),
+        ("file system", mounted),
+        ("speed", location.speed or "unknown"),
+        ("space", f"{format_bytes(location.free_bytes)} of {format_bytes(location.total_bytes)} free"),
+        ("shared", "yes" if location.shared else "no"),
+        ("default", "yes" if location.default else "no"),
+    ]
+    return [*facts, ("fault", location.fault)] if location.fault else facts
+
+
+def _add(arguments: argparse.Namespace) -> int:
+    path = os.path.normpath(os.path.join(os.getcwd(), arguments.path))
+    values: dict[str, object] = {f"locations.{arguments.name}": {"path": path, "shared": arguments.shared}}
+    if arguments.default:
+        values["default_location"] = arguments.name
+    with client_of(arguments) as client:
+        client.call(endpoints.CHANGE_SETTINGS, toml.convert({"values": values}, SettingsChange, where="the request"))
+        found = next(one for one in client.call(endpoints.LOCATIONS).locations if one.name == arguments.name)
+        if found.fault:
+            client.call(endpoints.CHANGE_SETTINGS, SettingsChange(values=dict.fromkeys(values)))
+            raise InvalidInput(f"{path} cannot be a location", why=found.fault, todo="name a folder that exists there")
+    if arguments.json:
+        say_json(found)
+    else:
+        say(f"location '{found.name}' is {found.path}, {format_bytes(found.free_bytes)} free")
+    return 0
+
+
+def _remove(arguments: argparse.Namespace) -> int:
+    if arguments.name == OWN_LOCATION:
+        raise InvalidInput(f"every host has the location '{OWN_LOCATION}'", todo="add another, with --default")
+    with client_of(arguments) as client:
+        if all(one.name != arguments.name for one in client.call(endpoints.LOCATIONS).locations):
+            raise NotFound(f"there is no location '{arguments.name}'", todo="'limosa storage list' shows them")
+        client.call(endpoints.CHANGE_SETTINGS, SettingsChange(values={f"locations.{arguments.name}": None}))
+    if not arguments.json:
+        say(f"location '{arguments.name}' is forgotten; its files stay")
+    return 0
+
+
+def _move(arguments: argparse.Namespace) -> int:
+    raw = {
+        "vm": arguments.vm,
+        "location": arguments.to,
+        "disks": arguments.disks or [],
+        "format": arguments.format,
+        "thick": arguments.thick,
+        "keep": arguments.keep,
+        "bandwidth_mbit_per_s": arguments.bandwidth,
+    }
+    request = toml.convert(raw, DiskMoveRequest, where="the request")
+    with client_of(arguments) as client:
+        move = client.call(endpoints.MOVE_DISKS, request)
+        if not arguments.detach:
+            move = _followed(client, move, quietly=arguments.json)
+    if arguments.json:
+        say_json(move)
+    elif arguments.detach:
+        say(f"{move.vm}: disks to '{arguments.to}' ({move.id})")
+    else:
+        say_summary([move])
+        say_disks(move.disks)
+    return report(from_fault(move.fault)) if move.fault and not arguments.json else exit_code(move)
+
+
+def _followed(client: HostClient, move: Migration, *, quietly: bool) -> Migration:
+    """The move when it has ended, shown meanwhile."""
+    if quietly:
+        return list(follow(client, move))[-1]
+    with display_for([move.vm]) as display:
+        for latest in follow(client, move):
+            display.show(latest)
+    return latest

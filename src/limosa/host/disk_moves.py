@@ -1,0 +1,381 @@
+"""Disks of a running VM that move to another location of this host; ``_Move.run`` reads as the order of it.
+
+::
+
+    build-up     check, write down which images will be made, make them
+    storage      QEMU copies, and keeps up with what the guest writes
+    switchover   the guest's I/O is held back, both images are alike and flushed; ``vm.toml`` names the new ones; QEMU
+                 uses them
+    tear-down    the old images are deleted, unless they are to be kept
+
+At every moment the images that ``vm.toml`` names hold everything the guest was told is written. So there is nothing to
+find out after a crash: what a record names besides those is of no use, and a copy that is settled but not in use yet is
+put to use.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Coroutine
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from limosa.background import Background
+from limosa.errors import (
+    Cancelled,
+    Conflict,
+    InvalidInput,
+    LimosaError,
+    PreflightRefused,
+    QemuError,
+    QemuGone,
+    StateError,
+)
+from limosa.host.page import Page
+from limosa.host.storage import Storage
+from limosa.host.views import Views
+from limosa.host.vms import HostedVm, Vms
+from limosa.migration import disks, progress
+from limosa.migration.journal import new_identity
+from limosa.migration.mirrors import Mirrors
+from limosa.migration.report import Report
+from limosa.model.base import MigrationId, Model, Name
+from limosa.model.migration import Migration, Outcome, Phase, Progress, Side
+from limosa.model.storage import DiskPlan
+from limosa.model.vm import Disk, VmState
+from limosa.qemu.machine import Machine, does_direct_io
+from limosa.qemu.protocol import CopyState, ImageFile
+from limosa.settings import toml
+from limosa.storage import access
+from limosa.wire.api import DiskMoveRequest
+
+_log = logging.getLogger(__name__)
+MBIT_BYTES = 1_000_000 // 8
+
+
+class Record(Model, frozen=True, forbid_unknown_fields=False):
+    """What a move of disks was about to do, kept as long as it is not done (``ID.disks.json``)."""
+
+    migration: MigrationId
+    vm: Name
+    plans: tuple[DiskPlan, ...]
+    #: paths of the images the disks had, by disk
+    old: dict[str, str]
+    keep: bool
+
+
+class DiskMoves:
+    """All of this host. ``folder`` has the records."""
+
+    def __init__(
+        self, host: str, vms: Vms, page: Page, storage: Storage, views: Views, user: str | None, folder: Path
+    ) -> None:
+        self._host = host
+        self._vms = vms
+        self._page = page
+        self._storage = storage
+        self._views = views
+        self._user = user
+        self._folder = folder
+        self._active: dict[str, _Move] = {}
+        self._background = Background()
+
+    async def move(self, request: DiskMoveRequest) -> Migration:
+        """Accept a move of disks and begin it, or put it in line. Raises :class:`Conflict`, :class:`PreflightRefused`;
+        nothing is kept then."""
+        hosted = self._vms.get(request.vm)
+        if hosted.machine is None or hosted.state not in (VmState.RUNNING, VmState.PAUSED):
+            raise Conflict(
+                f"VM '{request.vm}' is {hosted.state}", todo="start it first", vm=request.vm, host=self._host
+            )
+        self._vms.check_idle(hosted)
+        record = await self._plan(hosted, request)
+        self._vms.check_idle(hosted)
+        report = Report(self._first_view(record), self._views.publish)
+        move = _Move(self, hosted, hosted.machine, record, report, (request.bandwidth_mbit_per_s or 0) * MBIT_BYTES)
+        hosted.migration = record.migration
+        self._active[record.migration] = move
+        self._views.publish(report.now)
+        self._background.spawn(self._conduct(move))
+        return report.now
+
+    async def cancel(self, migration: str) -> Migration | None:
+        """Cancel a move of disks; None if none of that identity is under way. Raises :class:`Conflict` if it is too
+        late."""
+        move = self._active.get(migration)
+        if move is None:
+            return None
+        move.cancel()
+        return await self._views.ended(migration)
+
+    async def limit(self, migration: str, mbit_per_s: int) -> Migration | None:
+        """Cap a move of disks; None if none of that identity is under way."""
+        move = self._active.get(migration)
+        if move is None:
+            return None
+        await move.limit(mbit_per_s * MBIT_BYTES)
+        return move.report.now
+
+    async def recover(self) -> None:
+        """Bring to an end what an earlier daemon left."""
+        for path in sorted(self._folder.glob("*.disks.json")):
+            try:
+                record = msgspec.json.decode(path.read_bytes(), type=Record)
+                moved = await self._recover(record)
+                self._tell_of(record, moved=moved)
+                path.unlink()
+            except (OSError, msgspec.MsgspecError, LimosaError) as error:
+                _log.error("the move of disks in %s could not be brought to an end: %s", path, error)
+
+    def _tell_of(self, record: Record, *, moved: bool) -> None:
+        report = Report(self._first_view(record), self._views.publish)
+        cause = LimosaError("the host daemon restarted during the move", vm=record.vm, host=self._host)
+        if moved:
+            report.end(Outcome.COMPLETED)
+        else:
+            report.end(Outcome.FAILED, cause.fault())
+        self._views.keep(report.now)
+
+    # How one is conducted
+
+    async def _plan(self, hosted: HostedVm, request: DiskMoveRequest) -> Record:
+        moved = _chosen(hosted, request, self._storage)
+        facts = {fact.name: fact for fact in await self._storage.facts(moved)}
+        location = next((one for one in await self._storage.locations() if one.name == request.location), None)
+        if location is None:
+            self._storage.places.path(request.location)  # says which there are
+            raise StateError(f"location '{request.location}' has gone", host=self._host)
+        tag = new_identity()
+        plans = tuple(
+            disks.copied(hosted.config.name, facts[disk.name], location, tag, request.format, thick=request.thick)
+            for disk in moved
+        )
+        against = [finding for fact in facts.values() for finding in disks.against_copying(fact)]
+        against += disks.space(plans, {location.name: location}, self._host)
+        if against:
+            raise PreflightRefused(tuple(against), vm=hosted.config.name, host=self._host)
+        return Record(
+            migration=tag,
+            vm=hosted.config.name,
+            plans=plans,
+            old={disk.name: disk.path for disk in moved},
+            keep=request.keep,
+        )
+
+    async def _conduct(self, move: _Move) -> None:
+        has_slot = False
+        try:
+            await move.guard(self._storage.leaving.acquire(lambda place: _in_line(move.report, place)))
+            has_slot = True
+            await move.run()
+            move.report.end(Outcome.COMPLETED)
+        except LimosaError as error:
+            await self._undo(move, error)
+        except Exception as error:  # noqa: BLE001 - a fault of ours must not leave a VM locked
+            await self._undo(move, LimosaError("an internal error", why=repr(error), vm=move.record.vm))
+        finally:
+            if has_slot:
+                self._storage.leaving.release()
+            move.hosted.migration = None
+            self._active.pop(move.record.migration, None)
+            self._views.keep(move.report.now)
+        if move.machine.gone.is_set():
+            await self._vms.crashed(move.hosted)
+
+    async def _undo(self, move: _Move, cause: LimosaError) -> None:
+        """The VM goes on with the disks it had. What cannot be undone now is undone by the next daemon."""
+        try:
+            moved = await self._recover(move.record)
+            self.forget(move.record)
+        except LimosaError as error:
+            moved = False
+            _log.error("the move of disks of VM %s could not be undone: %s", move.record.vm, error)
+        if moved:
+            move.report.end(Outcome.COMPLETED)
+        else:
+            move.report.end(Outcome.CANCELLED if isinstance(cause, Cancelled) else Outcome.FAILED, cause.fault())
+
+    async def _recover(self, record: Record) -> bool:
+        """Undo what is not in use, finish what ``vm.toml`` says is. Returns whether that was so."""
+        hosted = self._vms.find(record.vm)
+        if hosted is None or hosted.fault is not None:
+            raise StateError(f"VM '{record.vm}' is not known", why="so it cannot be told which images it uses")
+        now = {disk.name: disk.path for disk in hosted.config.disks}
+        for plan in record.plans:
+            committed = now.get(plan.disk) == plan.path
+            with suppress(QemuGone):
+                await self._end_copy(hosted.machine, record, plan, committed=committed)
+            if not committed:
+                self._storage.remove(plan.path)
+            elif not record.keep and record.old[plan.disk] not in now.values():
+                self._storage.remove(record.old[plan.disk])
+        return all(now.get(plan.disk) == plan.path for plan in record.plans)
+
+    async def _end_copy(self, machine: Machine | None, record: Record, plan: DiskPlan, *, committed: bool) -> None:
+        if machine is None:
+            return
+        if not committed:
+            await machine.drop_copy(plan.disk, record.migration)
+            return
+        copy = (await machine.copies()).get(plan.disk)
+        if copy is not None and copy.state is CopyState.SETTLED:
+            await machine.pivot(plan.disk)
+
+    async def make_images(self, record: Record) -> None:
+        """Write down which, then make them and give them to QEMU's user. Raises :class:`StorageError`."""
+        toml.write_atomically(self._path(record), msgspec.json.encode(record))
+        for plan in record.plans:
+            await self._storage.make(plan)
+            access.grant(Path(plan.path), self._user, read_only=False)
+
+    def commit(self, move: _Move) -> None:
+        """Make the new images the VM's, durably. Raises :class:`StateError`; they are not then."""
+        self._vms.change_disks(move.hosted, disks.landed(move.hosted.config, move.record.plans).disks)
+
+    def remove_old(self, record: Record) -> None:
+        """Delete the images the disks had, unless they are to be kept."""
+        for plan in record.plans:
+            self._storage.settle(plan.path)
+            if not record.keep:
+                self._storage.remove(record.old[plan.disk])
+        self.forget(record)
+
+    def forget(self, record: Record) -> None:
+        """Nothing is left to do."""
+        self._path(record).unlink(missing_ok=True)
+
+    @property
+    def patience_s(self) -> float:
+        """How long a copy may come no nearer to its end."""
+        return self._page.now.convergence.patience_s
+
+    def _path(self, record: Record) -> Path:
+        return self._folder / f"{record.migration}.disks.json"
+
+    def _first_view(self, record: Record) -> Migration:
+        return Migration(
+            id=record.migration,
+            vm=record.vm,
+            source=self._host,
+            destination=self._host,
+            side=Side.SOURCE,
+            transport="local",
+            phase=Phase.WAITING,
+            outcome=Outcome.UNDER_WAY,
+            progress=Progress(),
+            accepted_at=time.time(),
+            disks=record.plans,
+        )
+
+
+class _Move:
+    """One move of one VM's disks."""
+
+    def __init__(
+        self, moves: DiskMoves, hosted: HostedVm, machine: Machine, record: Record, report: Report, cap: int
+    ) -> None:
+        self.hosted = hosted
+        self.machine = machine
+        self.record = record
+        self.report = report
+        self._moves = moves
+        #: bytes per second for all disks together, 0: none
+        self._cap = cap
+        self._copying: Mirrors | None = None
+        self._cancelled: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    async def run(self) -> None:
+        """Move the disks. Raises what went wrong; the VM uses its old images then, or the next daemon sees to it."""
+        self.report.enter(Phase.BUILD_UP)
+        await self.guard(self._moves.make_images(self.record))
+        self.report.enter(Phase.STORAGE)
+        await self.guard(self._copy())
+        self.report.enter(Phase.SWITCHOVER)
+        await self._switch_over()
+        self.report.enter(Phase.TEAR_DOWN)
+        self._moves.remove_old(self.record)
+
+    def cancel(self) -> None:
+        """Have it cancelled. Raises :class:`Conflict` if the new images are about to be used."""
+        if self.report.now.phase in (Phase.SWITCHOVER, Phase.TEAR_DOWN):
+            raise Conflict(f"the disks of VM '{self.record.vm}' have moved already", vm=self.record.vm)
+        if not self._cancelled.done():
+            self._cancelled.set_result(None)
+
+    async def limit(self, bytes_per_s: int) -> None:
+        """Cap all disks together, 0: no cap."""
+        self._cap = bytes_per_s
+        if self._copying is not None:
+            await self._copying.cap(bytes_per_s)
+
+    async def guard(self, work: Coroutine[Any, Any, None]) -> None:
+        """Do ``work`` unless a person cancels or QEMU dies, which raises."""
+        task = asyncio.ensure_future(work)
+        gone = asyncio.ensure_future(self.machine.gone.wait())
+        try:
+            waiting: set[asyncio.Future[Any]] = {task, gone, self._cancelled}
+            await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            if not task.done():
+                if self._cancelled.done():
+                    raise Cancelled(f"the move of the disks of VM '{self.record.vm}' was cancelled", vm=self.record.vm)
+                raise QemuGone(f"QEMU of VM '{self.record.vm}' ended during the move", why=self.machine.exit_text())
+            await task
+        finally:
+            gone.cancel()
+            if not task.done():
+                task.cancel()
+                await asyncio.wait({task})
+
+    async def _copy(self) -> None:
+        plans = self.record.plans
+        for plan in plans:
+            image = ImageFile(plan.path, plan.format, direct=does_direct_io(plan.path), thick=plan.thick)
+            await self.machine.copy_to_file(plan.disk, self.record.migration, image, self._cap // len(plans))
+        copying = self._copying = Mirrors(self.machine, [plan.disk for plan in plans], self._moves.patience_s)
+        self.report.bar = self.report.bar.with_disks(1, 0)
+        await copying.until_ready(lambda: self._show(copying))
+
+    async def _switch_over(self) -> None:
+        for disk in self.record.old:
+            with suppress(QemuError):  # a QEMU older than 8.2 cannot; it then settles when the guest pauses to write
+                await self.machine.block_writes(disk)
+        await asyncio.gather(*(self.machine.settle_copy(disk) for disk in self.record.old))
+        self._moves.commit(self)
+        for disk in self.record.old:
+            await self.machine.pivot(disk)
+
+    def _show(self, copying: Mirrors) -> None:
+        bar, shown = progress.of_disks(self.report.bar, self.report.now.progress, copying.progress(), time.monotonic())
+        self.report.bar = bar
+        self.report.change(progress=shown)
+
+
+def _chosen(hosted: HostedVm, request: DiskMoveRequest, storage: Storage) -> list[Disk]:
+    """The disks to move: those named, else all that are not there yet.
+
+    Raises :class:`InvalidInput` and :class:`Conflict`.
+    """
+    config = hosted.config
+    by_name = {disk.name: disk for disk in config.disks}
+    if unknown := [name for name in request.disks if name not in by_name]:
+        raise InvalidInput(
+            f"VM '{config.name}' has no disk '{unknown[0]}'", todo=f"its disks are {', '.join(by_name) or 'none'}"
+        )
+    wanted = [by_name[name] for name in dict.fromkeys(request.disks)] or [
+        disk for disk in config.disks if not disk.read_only and storage.places.of(disk.path) != request.location
+    ]
+    if fixed := [disk.name for disk in wanted if disk.read_only]:
+        raise InvalidInput(f"disk {fixed[0]} of VM '{config.name}' is only read", why="it is not copied")
+    if not wanted:
+        raise Conflict(f"all disks of VM '{config.name}' are in location '{request.location}' already", vm=config.name)
+    return wanted
+
+
+def _in_line(report: Report, place: int) -> None:
+    if place > 0:
+        report.wait_in_line(place, "other moves of disks on this host")

@@ -1,0 +1,180 @@
+"""The storage of this host: its locations, facts about disks, and images that are made and removed for moves."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import stat
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+
+import msgspec
+
+from limosa.errors import StorageError
+from limosa.host.files import Files
+from limosa.host.page import Page
+from limosa.host.slots import Slots
+from limosa.model.base import is_clean_path
+from limosa.model.storage import BackingFile, DiskFacts, DiskPlan, Location
+from limosa.model.vm import Disk, DiskFormat
+from limosa.settings.toml import sync_folder
+from limosa.storage import access, chains, identity, images, qcow2
+from limosa.storage.locations import Locations
+
+_log = logging.getLogger(__name__)
+
+
+class Storage:
+    """Where this host keeps images."""
+
+    def __init__(self, page: Page, files: Files, user: str | None) -> None:
+        self._page = page
+        self._files = files
+        self._user = user
+        #: places for moves that copy disks on this host or from it, and for those that bring disks; two lines, so that
+        #: two hosts cannot wait for each other
+        self.leaving = Slots(lambda: page.now.max_storage_moves)
+        self.arriving = Slots(lambda: page.now.max_storage_moves)
+        for slots in (self.leaving, self.arriving):
+            page.on_change(slots.admit)
+        #: what copies under way will still need, by the path of the image
+        self._held: dict[str, int] = {}
+
+    @property
+    def places(self) -> Locations:
+        """The locations by the settings of now."""
+        settings = self._page.now
+        return Locations(settings.locations, settings.default_location, self._files.images)
+
+    async def locations(self) -> tuple[Location, ...]:
+        """All locations. What copies under way will still need is not free."""
+        found = await asyncio.to_thread(self.places.look)
+        return tuple(
+            msgspec.structs.replace(location, free_bytes=max(0, location.free_bytes - self._needed_in(location.path)))
+            for location in found
+        )
+
+    async def facts(self, disks: Iterable[Disk]) -> tuple[DiskFacts, ...]:
+        """What is to know before they are copied. Raises :class:`StorageError`."""
+        return await asyncio.to_thread(lambda: tuple(self._facts(disk) for disk in disks))
+
+    async def digest(self, backing: BackingFile) -> BackingFile:
+        """The same with the digest of its contents, for which all of it is read once. Raises :class:`StorageError`."""
+        try:
+            contents = await asyncio.to_thread(identity.digest_of, backing.path)
+        except OSError as error:
+            raise StorageError(f"cannot read {backing.path}", why=error.strerror or str(error)) from error
+        return msgspec.structs.replace(backing, digest=contents)
+
+    async def find(self, wanted: BackingFile) -> BackingFile | None:
+        """A file of this host with the same contents, readable for QEMU's user, where one would look for it.
+
+        That is: under the same path; in the location of the same name; under the same file name in any location. Only
+        files in a location count, so that nobody can have another file of the host shown to a guest.
+        """
+        for path in self._candidates(wanted):
+            with suppress(OSError, StorageError):
+                if _size(path) == wanted.size and access.may(Path(path), self._user, write=False):
+                    found = await self.digest(self._backing(path, wanted.format))
+                    if found.digest == wanted.digest:
+                        return found
+        return None
+
+    def _candidates(self, wanted: BackingFile) -> list[str]:
+        places, name = self.places, Path(wanted.path).name
+        folders = [Path(location.path) for location in places.look()]
+        found = [Path(wanted.path), *(folder / name for folder in folders)]
+        if wanted.location in places.names and is_clean_path(f"/{wanted.location_path}"):
+            found.insert(1, places.path(wanted.location) / wanted.location_path)
+        return list(dict.fromkeys(str(path) for path in found if places.of(str(path))))
+
+    async def make(self, plan: DiskPlan) -> None:
+        """Create the image of a copy, durably, and hold space for it. Raises :class:`StorageError`; nothing is left
+        then."""
+        path = Path(plan.path)
+        await images.create(path, plan.format, plan.virtual_bytes, plan.backing, thick=plan.thick)
+        try:
+            await asyncio.to_thread(sync_folder, path.parent)
+        except OSError as error:
+            path.unlink(missing_ok=True)
+            raise StorageError(f"cannot write {path.parent}", why=error.strerror or str(error)) from error
+        self._held[plan.path] = plan.expected_bytes
+
+    def settle(self, path: str) -> None:
+        """An image is complete: nothing more is held for it."""
+        self._held.pop(path, None)
+
+    def remove(self, path: str) -> None:
+        """Delete an image that its VM has left, or never had. Block devices stay. Never fails; what could not be
+        deleted is logged."""
+        self.settle(path)
+        try:
+            if not Path(path).is_block_device():
+                os.unlink(path)
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            _log.error("%s is not used any more and could not be deleted: %s", path, error.strerror or error)
+
+    def _facts(self, disk: Disk) -> DiskFacts:
+        below = list(chains.below(disk.path, disk.format))
+        header = qcow2.read(Path(disk.path)) if disk.format == "qcow2" else None
+        allocated = _allocated(disk.path)
+        return DiskFacts(
+            name=disk.name,
+            path=disk.path,
+            format=disk.format,
+            virtual_bytes=header.virtual_bytes if header is not None else _size(disk.path),
+            allocated_bytes=allocated,
+            chain_bytes=allocated + sum(_allocated(path) for path, _ in below),
+            backing=self._backing(*below[0]) if len(below) == 1 else None,
+            snapshots=header.snapshots if header is not None else 0,
+            location=self.places.of(disk.path),
+        )
+
+    def _backing(self, path: str, image_format: DiskFormat) -> BackingFile:
+        name = self.places.of(path)
+        inside = str(Path(path).relative_to(self.places.path(name))) if name else ""
+        return BackingFile(path=path, format=image_format, size=_size(path), location=name, location_path=inside)
+
+    def _needed_in(self, folder: str) -> int:
+        """What copies under way to the file system of ``folder`` will still need."""
+        try:
+            device = os.stat(folder).st_dev
+        except OSError:
+            return 0
+        return sum(_still_needed(path, total) for path, total in self._held.items() if _device(path) == device)
+
+
+def _allocated(path: str) -> int:
+    """Bytes a file takes on its storage. Raises :class:`StorageError`."""
+    try:
+        status = os.stat(path)
+    except OSError as error:
+        raise StorageError(f"cannot look at {path}", why=error.strerror or str(error)) from error
+    return status.st_blocks * 512 or _size(path) if stat.S_ISBLK(status.st_mode) else status.st_blocks * 512
+
+
+def _size(path: str) -> int:
+    """Bytes a file, or block device, has. Raises :class:`StorageError`."""
+    try:
+        with open(path, "rb") as stream:
+            return stream.seek(0, os.SEEK_END)
+    except OSError as error:
+        raise StorageError(f"cannot read {path}", why=error.strerror or str(error)) from error
+
+
+def _device(path: str) -> int:
+    try:
+        return os.stat(path).st_dev
+    except OSError:
+        return -1
+
+
+def _still_needed(path: str, total: int) -> int:
+    try:
+        return max(0, total - os.stat(path).st_blocks * 512)
+    except OSError:
+        return 0

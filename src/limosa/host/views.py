@@ -1,0 +1,69 @@
+"""What others see of the moves of this host: the newest view of each, watchers, and what a restart remembers."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import msgspec
+
+from limosa.errors import NotFound
+from limosa.model.migration import Migration, Outcome
+
+
+class Views:
+    """All moves from this host and on it. Views of ended ones are kept as ``ID.view.json`` in ``folder``."""
+
+    def __init__(self, host: str, folder: Path) -> None:
+        self._host = host
+        self._folder = folder
+        self._views: dict[str, Migration] = {}
+        self._watchers: dict[str, set[asyncio.Queue[Migration]]] = {}
+
+    def list(self) -> list[Migration]:
+        """Moves under way and ended, newest first."""
+        return sorted(self._views.values(), key=lambda view: -view.accepted_at)
+
+    def show(self, migration: str) -> Migration:
+        """One move. Raises :class:`NotFound`."""
+        if migration not in self._views:
+            raise NotFound(f"no migration {migration} is known on host '{self._host}'", host=self._host)
+        return self._views[migration]
+
+    async def watch(self, migration: str) -> AsyncIterator[Migration]:
+        """One move as it is, and again at each change, until it has ended."""
+        view = self.show(migration)
+        queue: asyncio.Queue[Migration] = asyncio.Queue()
+        self._watchers.setdefault(migration, set()).add(queue)
+        try:
+            yield view
+            while view.outcome is Outcome.UNDER_WAY:
+                view = await queue.get()
+                yield view
+        finally:
+            self._watchers[migration].discard(queue)
+
+    async def ended(self, migration: str) -> Migration:
+        """One move when it has ended."""
+        return [view async for view in self.watch(migration)][-1]
+
+    def publish(self, view: Migration) -> None:
+        """A move has changed."""
+        self._views[view.id] = view
+        for queue in self._watchers.get(view.id, ()):
+            queue.put_nowait(view)
+
+    def keep(self, view: Migration) -> None:
+        """Remember a move that has ended over a restart, if that can be written."""
+        with contextlib.suppress(OSError):
+            self._path(view.id).write_bytes(msgspec.json.encode(view))
+
+    def recall(self, migration: str) -> None:
+        """Know again a move that an earlier daemon has kept."""
+        with contextlib.suppress(OSError, msgspec.MsgspecError):
+            self._views[migration] = msgspec.json.decode(self._path(migration).read_bytes(), type=Migration)
+
+    def _path(self, migration: str) -> Path:
+        return self._folder / f"{migration}.view.json"

@@ -1,0 +1,206 @@
+"""What becomes of each disk when a VM moves to another host; pure.
+
+A disk both hosts see stays where it is. Any other is copied into a new image: in the location that was asked for, else
+in the destination's location of the same name as here, else in its default one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import PurePosixPath
+
+import msgspec
+
+from limosa.model.facts import DestinationFacts, VmFacts
+from limosa.model.finding import Finding
+from limosa.model.storage import BackingFile, DiskAction, DiskFacts, DiskPlan, Location
+from limosa.model.units import format_bytes
+from limosa.model.vm import Disk, DiskFormat, VmConfig
+from limosa.storage.identity import same_file
+
+#: A qcow2 image's own tables, for each byte of data: 8 bytes for a cluster of 64 KiB, and as much again to count them.
+_TABLES = 1 + 2 / 4096
+
+
+def to_copy(vm: VmConfig, here: VmFacts, there: DestinationFacts, wishes: Mapping[str, str]) -> tuple[Disk, ...]:
+    """The disks that do not stay: the destination does not see them, or they were asked to go elsewhere.
+
+    Disks that are only read are not copied: what they hold is somebody else's, such as an installer's CD-ROM.
+    """
+    ours = {identity.path: identity for identity in here.files}
+    theirs = {identity.path: identity for identity in there.files}
+    return tuple(
+        disk
+        for disk in vm.disks
+        if not disk.read_only
+        and disk.path in ours
+        and (disk.name in wishes or disk.path not in theirs or not same_file(ours[disk.path], theirs[disk.path]))
+    )
+
+
+def image_name(vm: str, disk: str, tag: str, image_format: str) -> str:
+    """The file name of a new image. ``tag`` is the identity of the move, which makes it one that nobody else has."""
+    return f"{vm}-{disk}.{tag}.{image_format}"
+
+
+def plan(
+    vm: VmConfig,
+    facts: Sequence[DiskFacts],
+    there: DestinationFacts,
+    wishes: Mapping[str, str],
+    tag: str,
+    bases: Mapping[str, BackingFile],
+) -> tuple[tuple[DiskPlan, ...], tuple[Finding, ...]]:
+    """The plan for every disk, and what stands against it.
+
+    ``facts``: of those :func:`to_copy` names; ``bases``: what lies below them, by disk, where the destination has it.
+    """
+    known = {fact.name: fact for fact in facts}
+    locations = {location.name: location for location in there.locations}
+    plans: list[DiskPlan] = []
+    findings: list[Finding] = []
+    for disk in vm.disks:
+        fact = known.get(disk.name)
+        if fact is None:
+            plans.append(_stays(disk))
+            continue
+        findings += against_copying(fact)
+        location = _location(fact, locations, wishes.get(disk.name, ""))
+        if location is None:
+            findings.append(_no_location(disk, wishes.get(disk.name, ""), there))
+        else:
+            whole = copied(vm.name, fact, location, tag)
+            plans.append(_above(whole, fact, bases[disk.name]) if disk.name in bases else whole)
+    findings += _unknown_disks(vm, wishes)
+    findings += space(plans, locations, there.host)
+    return tuple(plans), tuple(findings)
+
+
+def landed(vm: VmConfig, plans: Iterable[DiskPlan]) -> VmConfig:
+    """The VM as it will be at the destination."""
+    there = {plan.disk: plan for plan in plans}
+    disks = tuple(
+        msgspec.structs.replace(disk, path=there[disk.name].path, format=there[disk.name].format)
+        if disk.name in there
+        else disk
+        for disk in vm.disks
+    )
+    return msgspec.structs.replace(vm, disks=disks)
+
+
+def copies(plans: Iterable[DiskPlan]) -> tuple[DiskPlan, ...]:
+    """Those that are work."""
+    return tuple(plan for plan in plans if plan.action is not DiskAction.STAY)
+
+
+def _stays(disk: Disk) -> DiskPlan:
+    return DiskPlan(
+        disk=disk.name, action=DiskAction.STAY, path=disk.path, format=disk.format, why="both hosts see the same file"
+    )
+
+
+def copied(
+    vm: str,
+    fact: DiskFacts,
+    location: Location,
+    tag: str,
+    image_format: DiskFormat | None = None,
+    *,
+    thick: bool = False,
+) -> DiskPlan:
+    """The plan for a disk of the VM of that name that is copied in one piece."""
+    image_format = image_format or fact.format
+    path = PurePosixPath(location.path) / image_name(vm, fact.name, tag, image_format)
+    expected = fact.virtual_bytes if thick else min(fact.chain_bytes, fact.virtual_bytes)
+    if image_format == "qcow2":
+        expected = round(expected * _TABLES)
+    return DiskPlan(
+        disk=fact.name,
+        action=DiskAction.COPY,
+        path=str(path),
+        format=image_format,
+        virtual_bytes=fact.virtual_bytes,
+        expected_bytes=expected,
+        location=location.name,
+        thick=thick,
+        why=f"into location '{location.name}'",
+    )
+
+
+def _above(whole: DiskPlan, fact: DiskFacts, base: BackingFile) -> DiskPlan:
+    """The plan for a disk of which only the overlay is copied."""
+    return msgspec.structs.replace(
+        whole,
+        action=DiskAction.COPY_OVERLAY,
+        expected_bytes=fact.allocated_bytes,
+        backing=base,
+        why=f"{whole.why}, without what lies below it, which is there as {base.path}",
+    )
+
+
+def _location(fact: DiskFacts, locations: Mapping[str, Location], wish: str) -> Location | None:
+    if wish:
+        return locations.get(wish)
+    default = next((location for location in locations.values() if location.default), None)
+    return locations.get(fact.location, default)
+
+
+def _no_location(disk: Disk, wish: str, there: DestinationFacts) -> Finding:
+    names = ", ".join(sorted(location.name for location in there.locations))
+    what = f"has no location '{wish}'" if wish else "has no location for new images"
+    return Finding.error(
+        "location-unknown",
+        f"host '{there.host}' {what} for disk {disk.name}",
+        f"choose one of its own: {names or 'none'}",
+    )
+
+
+def _unknown_disks(vm: VmConfig, wishes: Mapping[str, str]) -> list[Finding]:
+    names = {disk.name for disk in vm.disks}
+    return [
+        Finding.error(
+            "disk-unknown", f"the VM has no disk '{name}'", f"its disks are {', '.join(sorted(names)) or 'none'}"
+        )
+        for name in sorted(wishes.keys() - names)
+    ]
+
+
+def against_copying(fact: DiskFacts) -> list[Finding]:
+    """Why a disk cannot be copied."""
+    if not fact.snapshots:
+        return []
+    return [
+        Finding.error(
+            "disk-snapshots",
+            f"disk {fact.name} holds {fact.snapshots} snapshots, which a copy would lose",
+            f"see qemu-img snapshot -l {fact.path}; delete them while the VM is stopped, or share the storage",
+        )
+    ]
+
+
+def space(plans: Iterable[DiskPlan], locations: Mapping[str, Location], host: str) -> list[Finding]:
+    """Why the locations cannot take what is planned for them."""
+    needed: dict[str, int] = {}
+    for plan_ in copies(plans):
+        needed[plan_.location] = needed.get(plan_.location, 0) + plan_.expected_bytes
+    found = []
+    for name, count in sorted(needed.items()):
+        location = locations[name]
+        if location.fault:
+            found.append(
+                Finding.error(
+                    "location-unusable",
+                    f"location '{name}' of host '{host}' cannot be used: {location.fault}",
+                    "mend it, or choose another with --storage",
+                )
+            )
+        elif location.free_bytes < count:
+            found.append(
+                Finding.error(
+                    "space-short",
+                    f"location '{name}' of host '{host}' has {format_bytes(location.free_bytes)} free, "
+                    f"the disks need {format_bytes(count)}",
+                    "free space there, or choose another location with --storage",
+                )
+            )
+    return found

@@ -1,0 +1,124 @@
+"""What stands against a move, and how it would be done: the same for ``limosa check`` and for the move itself."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+from limosa.migration import disks, preflight
+from limosa.migration.peer import Peer
+from limosa.model.facts import VmFacts
+from limosa.model.finding import Finding
+from limosa.model.route import Route
+from limosa.model.storage import BackingFile, DiskFacts, DiskPlan
+from limosa.model.vm import Accelerator, Disk, VmConfig
+from limosa.transport import tcp
+from limosa.transport.advise import between
+from limosa.transport.choice import Ends, choose
+from limosa.transport.relay.frames import VERSION as RELAY_VERSION
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Question:
+    """Which VM would move from which host, and how."""
+
+    vm: VmConfig
+    source: str
+    accelerator: Accelerator
+    transport: str
+    #: which location of the destination a disk goes to, by the disk's name
+    storage: Mapping[str, str]
+    #: whether disks are copied in one piece, also where the destination has what lies below them
+    flatten: bool
+    #: the identity of the move
+    tag: str
+
+
+class DisksHere(Protocol):
+    """What is asked of this host about disks that must be copied. Raises :class:`StorageError`."""
+
+    async def facts(self, disks: Iterable[Disk]) -> tuple[DiskFacts, ...]:
+        """What there is to know about them."""
+
+    async def digest(self, backing: BackingFile) -> BackingFile:
+        """The same file with the digest of its contents."""
+
+
+@dataclass(frozen=True)
+class Examined:
+    """What stands against a move, the way it would take between which ends, and what becomes of each disk."""
+
+    findings: tuple[Finding, ...]
+    route: Route
+    ends: Ends
+    disks: tuple[DiskPlan, ...]
+
+
+async def examine(
+    peer: Peer,
+    question: Question,
+    facts: Coroutine[Any, Any, VmFacts],
+    disks_here: DisksHere,
+) -> Examined:
+    """Ask the destination, try its ports, choose the way, plan for the disks, and judge.
+
+    ``facts`` are gathered here while the destination gathers its own; ``disks_here`` is asked about disks that must be
+    copied.
+    """
+    vm = question.vm
+    (there, skew), here = await both(peer.inspect(vm, question.accelerator), facts)
+    no_relay = "" if there.relay == RELAY_VERSION else f"host '{there.host}' knows another version of it, or none"
+    ends = Ends(question.source, there.host, here.network, there.network, there.addresses, no_relay)
+    route = await _open_route(ends, question.transport, there.trial_port)
+    copied = disks.to_copy(vm, here, there, question.storage)
+    of_disks = await disks_here.facts(copied) if copied else ()
+    bases = {} if question.flatten else await _bases(peer, disks_here, of_disks)
+    plans, against = disks.plan(vm, of_disks, there, question.storage, question.tag, bases)
+    findings = preflight.check(
+        vm,
+        question.source,
+        here,
+        there,
+        clock_skew_s=skew,
+        reachable=bool(route.paths),
+        copied={disk.path for disk in copied},
+    )
+    return Examined((*against, *findings, *between(ends, route)), route, ends, plans)
+
+
+async def _bases(peer: Peer, disks_here: DisksHere, facts: Sequence[DiskFacts]) -> dict[str, BackingFile]:
+    """What lies below disks here, where the destination has it too; by disk."""
+    overlays = [fact for fact in facts if fact.backing is not None]
+    if not overlays:
+        return {}
+    wanted = [await disks_here.digest(fact.backing) for fact in overlays if fact.backing is not None]
+    found = await peer.find_files(wanted)
+    return {fact.name: base for fact, base in zip(overlays, found, strict=True) if base is not None}
+
+
+async def _open_route(ends: Ends, transport: str, port: int) -> Route:
+    """The best route of which every path can be connected; one without paths if there is none."""
+    open_: set[str] = set()
+    blocked: set[str] = set() if port else set(ends.offered)
+    while True:
+        route = choose(ends, transport, blocked)
+        untried = [path.there for path in route.paths if path.there not in open_]
+        if not untried:
+            return route
+        answers = await asyncio.gather(*(tcp.reachable(address, port) for address in untried))
+        for address, answer in zip(untried, answers, strict=True):
+            (open_ if answer else blocked).add(address)
+
+
+async def both(first: Coroutine[Any, Any, T], second: Coroutine[Any, Any, Any]) -> tuple[T, Any]:
+    """Do both at once; if one fails, the other is cancelled and the failure raised."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            one, two = group.create_task(first), group.create_task(second)
+    except BaseExceptionGroup as errors:
+        raise errors.exceptions[0] from None
+    return one.result(), two.result()

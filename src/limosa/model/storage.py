@@ -1,0 +1,116 @@
+"""Where disks lie and how they move: locations, what there is to know about an image, the plan for each disk."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated
+
+from msgspec import Meta
+
+from limosa.model.base import AbsolutePath, Model, Name
+from limosa.model.vm import DiskFormat, DiskName
+
+Bytes = Annotated[int, Meta(ge=0)]
+
+#: The location every host has: a folder of its state.
+OWN_LOCATION = "images"
+
+
+class Place(Model, frozen=True):
+    """A location as its administrator names it: a folder, and whether other hosts see the same files below theirs."""
+
+    path: AbsolutePath
+    shared: bool = False
+
+
+class Location(Model, forbid_unknown_fields=False, frozen=True):
+    """A location as its host sees it now. ``fault`` says why it cannot be used, where it cannot."""
+
+    name: Name
+    path: str
+    #: file system type, and what was mounted: a server and path, or a device
+    file_system: str = ""
+    source: str = ""
+    #: other hosts see the same files: the administrator says so, or it is a network file system
+    shared: bool = False
+    #: new images go here unless another location is asked for
+    default: bool = False
+    #: ``ssd``, ``disk``, ``network`` or ``memory``; empty if the kernel does not tell
+    speed: str = ""
+    total_bytes: Bytes = 0
+    #: what a new image may take: copies under way have their share taken off
+    free_bytes: Bytes = 0
+    fault: str = ""
+
+
+class BackingFile(Model, forbid_unknown_fields=False, frozen=True):
+    """The one file below an overlay. ``digest``: SHA-256 of its bytes, hex; empty until it was asked for."""
+
+    path: AbsolutePath
+    format: DiskFormat
+    size: Bytes
+    digest: str = ""
+    #: where it lies in the location of that name; empty if in none
+    location: str = ""
+    location_path: str = ""
+
+
+class DiskFacts(Model, forbid_unknown_fields=False, frozen=True):
+    """What is to know about one disk of a VM before it is copied."""
+
+    name: DiskName
+    path: str
+    format: DiskFormat
+    #: what the guest sees
+    virtual_bytes: Bytes
+    #: what it takes on its storage
+    allocated_bytes: Bytes
+    #: of it and all below it
+    chain_bytes: Bytes = 0
+    #: null also if more than one file lies below
+    backing: BackingFile | None = None
+    #: how many snapshots are inside the image
+    snapshots: int = 0
+    #: name of the location it lies in, if in one
+    location: str = ""
+
+
+class DiskAction(StrEnum):
+    """What becomes of a disk when its VM moves to another host."""
+
+    #: both hosts see the same file
+    STAY = "stay"
+    #: it is copied, in one piece
+    COPY = "copy"
+    #: it is copied without its backing file, which the destination has
+    COPY_OVERLAY = "copy-overlay"
+
+
+class DiskPlan(Model, forbid_unknown_fields=False, frozen=True):
+    """What becomes of one disk, and what it costs."""
+
+    disk: DiskName
+    action: DiskAction
+    #: where it is at the destination
+    path: str
+    format: DiskFormat
+    virtual_bytes: Bytes = 0
+    #: about what will be sent
+    expected_bytes: Bytes = 0
+    location: str = ""
+    #: all its space is taken at once
+    thick: bool = False
+    backing: BackingFile | None = None
+    #: in words
+    why: str = ""
+
+
+class DiskProgress(Model, forbid_unknown_fields=False, frozen=True):
+    """How far the copy of one disk is. What the guest writes meanwhile adds to ``total_bytes``."""
+
+    disk: DiskName
+    copied_bytes: Bytes
+    total_bytes: Bytes
+    ready: bool = False
+    #: the guest waits for its writes to be copied
+    write_blocking: bool = False

@@ -1,0 +1,251 @@
+"""Disks of a running QEMU that are copied elsewhere, and disks that a waiting QEMU lets be written from elsewhere.
+
+A copy is a mirror job with the identity ``copy-DISK``. It first copies everything, then keeps up with what the guest
+writes ("ready"). It ends in one of three ways: the copy takes the disk's place (``settle_copy`` and ``pivot``), it is
+left to whoever has it (``end_copy``), or it is given up (``drop_copy``).
+
+QEMU is asked for everything, nothing is remembered: nodes have names that tell what they are. The image a VM was
+started with is the node ``vda`` above ``vda-file``; a copy is ``vda.TAG`` above ``vda.TAG-file``, and after a pivot the
+disk's node is that.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from typing import Any
+
+from limosa.errors import OutcomeUnknown, QemuError, QemuGone, StorageError
+from limosa.qemu import folder
+from limosa.qemu.arguments import image_nodes
+from limosa.qemu.protocol import CopyState, CopyStatistics, Event, ImageFile
+from limosa.qemu.session import Session
+from limosa.security.stream import SERVER_NAME
+from limosa.wire.peer import StreamCredentials
+
+_TLS_ID = "disks-tls"
+_LISTENER_FD = "disks-listener"
+#: A job that QEMU was told to end ends when its last request does; a request over a dead network may take long.
+END_WITHIN_S = 60.0
+
+_STATES = {
+    "created": CopyState.COPYING,
+    "running": CopyState.COPYING,
+    "paused": CopyState.COPYING,
+    "ready": CopyState.READY,
+    "standby": CopyState.READY,
+    "waiting": CopyState.SETTLED,
+    "pending": CopyState.SETTLED,
+    "aborting": CopyState.ENDED,
+    "concluded": CopyState.ENDED,
+}
+
+
+class Disks(Session):
+    """What a QEMU does with its disks."""
+
+    # --- where copies are made from ---
+
+    async def copy_to_file(self, disk: str, tag: str, image: ImageFile, bytes_per_s: int) -> None:
+        """Begin to copy a disk into an image of this host that exists and is empty. Raises :class:`QemuError`; nothing
+        is left open then. ``bytes_per_s``: a cap, 0 for none."""
+        name = f"{disk}.{tag}"
+        nodes = image_nodes(name, image.format, image.path, driver=image.driver, direct=image.direct, thick=image.thick)
+        try:
+            for node in nodes:
+                await self._execute("blockdev-add", node)
+        except QemuError:
+            await self._close(name)
+            raise
+        await self._begin(disk, name, bytes_per_s, whole=True, pivots=True)
+
+    async def copy_to_host(
+        self, disk: str, tag: str, stream: socket.socket, bytes_per_s: int, *, whole: bool, encrypt: bool
+    ) -> None:
+        """Begin to copy a disk to the export of its name at the other end of ``stream``; QEMU gets a duplicate of that.
+
+        ``whole``: with what is below an overlay; otherwise the other end has that. ``encrypt`` needs
+        :meth:`trust_disks`.
+        """
+        stream.setblocking(True)  # the flag is shared by both descriptors, and QEMU sets it as it needs it
+        name = f"disk-{disk}"
+        await self._monitor.give_descriptor(name, stream.fileno())
+        node = {
+            "driver": "nbd",
+            "node-name": f"{disk}.{tag}",
+            "server": {"type": "fd", "str": name},
+            "export": disk,
+            **({"tls-creds": _TLS_ID, "tls-hostname": SERVER_NAME} if encrypt else {}),
+            "discard": "unmap",
+            "detect-zeroes": "unmap",
+        }
+        try:
+            await self._execute("blockdev-add", node)
+        except QemuError:
+            with suppress(QemuError):
+                await self._monitor.execute("closefd", {"fdname": name})
+            raise
+        await self._begin(disk, f"{disk}.{tag}", bytes_per_s, whole=whole, pivots=False)
+
+    async def copies(self) -> dict[str, CopyStatistics]:
+        """How all copies stand, by disk."""
+        jobs = await self._execute("query-block-jobs")
+        return {job["device"].removeprefix("copy-"): _statistics(job) for job in jobs if _is_ours(job)}
+
+    async def cap_copy(self, disk: str, bytes_per_s: int) -> None:
+        """Cap what is copied; 0: no cap."""
+        await self._execute("block-job-set-speed", {"device": f"copy-{disk}", "speed": bytes_per_s})
+
+    async def block_writes(self, disk: str) -> None:
+        """From now on a write of the guest is done when it is in the copy too. Raises :class:`QemuError` before 8.2."""
+        change = {"id": f"copy-{disk}", "type": "mirror", "copy-mode": "write-blocking"}
+        await self._execute("block-job-change", change)
+
+    async def settle_copy(self, disk: str) -> None:
+        """Of a copy to a file that is ready: hold the guest's I/O back, make both alike and flush them.
+
+        It stays so until :meth:`pivot` or :meth:`drop_copy`. Raises :class:`StorageError` if the copy failed.
+        """
+        await self._execute("block-job-complete", {"device": f"copy-{disk}"})
+        await self._reaches(disk, {CopyState.SETTLED})
+
+    async def pivot(self, disk: str) -> None:
+        """Put a settled copy in the disk's place, and close the image it had."""
+        old = await self.disk_node(disk)
+        await self._execute("job-finalize", {"id": f"copy-{disk}"})
+        await self._reaches(disk, {CopyState.ENDED})
+        await self._dismiss(disk)
+        await self._close(old)
+
+    async def end_copy(self, disk: str) -> None:
+        """Of a copy to a host that is ready: make it whole and flush it, then end it. It stays open for
+        :meth:`drop_copy`. Raises :class:`StorageError` if the copy failed."""
+        # Without force, a job that is ready ends as completed, but for the pivot (qapi/block-core.json).
+        await self._execute("block-job-cancel", {"device": f"copy-{disk}"})
+        await self._reaches(disk, {CopyState.ENDED})
+        await self._dismiss(disk)
+
+    async def drop_copy(self, disk: str, tag: str) -> None:
+        """Give a copy up, if there is one, and close it. The disk is as it was. May be repeated, in every state."""
+        if disk in await self.copies():
+            with suppress(QemuError):  # it may be over by now
+                await self._execute("job-cancel", {"id": f"copy-{disk}"})
+            with suppress(StorageError):
+                await self._reaches(disk, {CopyState.ENDED})
+            await self._dismiss(disk)
+        await self._close(f"{disk}.{tag}")
+
+    async def disk_node(self, disk: str) -> str:
+        """The node that is the disk now."""
+        for block in await self._execute("query-block"):
+            if block.get("qdev", "").startswith(f"/machine/peripheral/{disk}-device/") and "inserted" in block:
+                return str(block["inserted"]["node-name"])
+        raise QemuError(f"this QEMU has no disk {disk}")
+
+    async def trust_disks(self, credentials: StreamCredentials) -> None:
+        """Take the credentials with which copies go to a host."""
+        await self._hold_credentials(_TLS_ID, folder.DISKS, credentials, "client")
+
+    # --- where copies are made to ---
+
+    async def export_disks(
+        self, disks: Iterable[str], listener: socket.socket, credentials: StreamCredentials | None
+    ) -> None:
+        """Let whoever has the other half of ``credentials`` write these disks, at ``listener``, of which QEMU gets a
+        duplicate. Without credentials that must be one that nobody else can call. The guest must not have run here."""
+        if credentials is not None:
+            await self._hold_credentials(_TLS_ID, folder.DISKS, credentials, "server")
+        await self._monitor.give_descriptor(_LISTENER_FD, listener.fileno())
+        names = list(disks)
+        address = {"type": "fd", "data": {"str": _LISTENER_FD}}
+        server = {"addr": address, "max-connections": len(names) + SPARE_CONNECTIONS}
+        if credentials is not None:
+            server["tls-creds"] = _TLS_ID
+        await self._execute("nbd-server-start", server)
+        for disk in names:
+            export = {"type": "nbd", "id": f"export-{disk}", "node-name": disk, "name": disk, "writable": True}
+            await self._execute("block-export-add", export)
+
+    async def end_exports(self) -> None:
+        """Let nobody write these disks any more. May be repeated."""
+        with suppress(QemuError):  # there is no server (any more)
+            await self._execute("nbd-server-stop")
+
+    # --- inside ---
+
+    async def _begin(self, disk: str, target: str, bytes_per_s: int, *, whole: bool, pivots: bool) -> None:
+        job = {
+            "job-id": f"copy-{disk}",
+            "device": await self.disk_node(disk),
+            "target": target,
+            "sync": "full" if whole else "top",
+            "on-source-error": "report",
+            "on-target-error": "report",
+            "auto-finalize": not pivots,
+            "auto-dismiss": False,
+            "speed": bytes_per_s,
+        }
+        try:
+            await self._execute("blockdev-mirror", job)
+        except QemuError:
+            await self._close(target)
+            raise
+
+    async def _reaches(self, disk: str, states: set[CopyState]) -> None:
+        """Wait until a copy is in one of the states. Raises :class:`StorageError` if it failed."""
+        changed = asyncio.Event()
+        with self._when(f"copy-{disk}", changed.set):
+            async with asyncio.timeout(END_WITHIN_S):
+                while True:
+                    changed.clear()
+                    copy = (await self.copies()).get(disk)
+                    if copy is None or copy.error:
+                        raise StorageError(
+                            f"disk {disk} could not be copied", why=copy.error if copy else "it was ended"
+                        )
+                    if copy.state in states:
+                        return
+                    await changed.wait()
+
+    @contextmanager
+    def _when(self, job: str, call: Any) -> Iterator[None]:
+        def on_event(event: Event) -> None:
+            if event.name == "JOB_STATUS_CHANGE" and event.data["id"] == job:
+                call()
+
+        with ExitStack() as stack:
+            stack.callback(self.on_event(on_event))
+            yield
+
+    async def _dismiss(self, disk: str) -> None:
+        with suppress(QemuError):
+            await self._execute("job-dismiss", {"id": f"copy-{disk}"})
+
+    async def _close(self, node: str) -> None:
+        """Close an image: its format node and the file below it. What is not open is none."""
+        for name in (node, f"{node}-file"):
+            try:
+                await self._execute("blockdev-del", {"node-name": name})
+            except (QemuGone, OutcomeUnknown):
+                raise
+            except QemuError:
+                continue
+
+
+#: Strangers at the port must not use up the places of the source's connections.
+SPARE_CONNECTIONS = 16
+
+
+def _is_ours(job: dict[str, Any]) -> bool:
+    return job["type"] == "mirror" and str(job["device"]).startswith("copy-")
+
+
+def _statistics(job: dict[str, Any]) -> CopyStatistics:
+    return CopyStatistics(
+        state=_STATES.get(job["status"], CopyState.COPYING),
+        copied_bytes=job["offset"],
+        total_bytes=job["len"],
+        error=job.get("error", ""),
+    )

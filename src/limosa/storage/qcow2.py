@@ -1,0 +1,88 @@
+"""The header of a qcow2 image, read without starting a program (QEMU's docs/interop/qcow2.txt).
+
+Only what a move must know before it begins: how large the disk is, what lies below it, whether snapshots are inside.
+All numbers are big-endian.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+
+from limosa.errors import StorageError
+from limosa.storage.access import check_kind
+
+MAGIC = b"QFI\xfb"
+#: magic, version, backing_file_offset, backing_file_size, cluster_bits, size, crypt_method, l1_size, l1_table_offset,
+#: refcount_table_offset, refcount_table_clusters, nb_snapshots, snapshots_offset
+_HEAD = struct.Struct(">4s I Q I I Q I I Q Q I I Q")
+#: incompatible_features, compatible_features, autoclear_features, refcount_order, header_length; of version 3
+_HEAD_3 = struct.Struct(">Q Q Q I I")
+_EXTENSION = struct.Struct(">I I")
+_BACKING_FORMAT = 0xE2792ACA
+_EXTERNAL_DATA = 1 << 2
+_FIRST_CLUSTER = 64 * 1024
+_BACKING_NAME_MAX = 1023
+
+
+@dataclass(frozen=True)
+class Header:
+    """What the header says. ``backing`` is as written there: it may be relative to the image's folder."""
+
+    virtual_bytes: int
+    snapshots: int
+    backing: str = ""
+    backing_format: str = ""
+    external_data: bool = False
+
+
+def read(path: Path) -> Header:
+    """The header of an image, which QEMU may have open. Raises :class:`StorageError` if it is none."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            check_kind(path, os.fstat(descriptor))
+            return parse(os.pread(descriptor, _FIRST_CLUSTER, 0))
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise StorageError(f"cannot read {path}", why=error.strerror or str(error)) from error
+    except ValueError as fault:
+        raise StorageError(f"{path} is no sound qcow2 image", why=str(fault)) from fault
+
+
+def parse(data: bytes) -> Header:
+    """The header at the beginning of ``data``. Raises ``ValueError``."""
+    try:
+        magic, version, at, length, _, size, *_, snapshots, _ = _HEAD.unpack_from(data)
+        if magic != MAGIC or version not in (2, 3):
+            raise ValueError("it does not begin as one")
+        features, header_length = 0, _HEAD.size
+        if version == 3:
+            features, _, _, _, header_length = _HEAD_3.unpack_from(data, _HEAD.size)
+        if length > _BACKING_NAME_MAX or at + length > len(data):
+            raise ValueError("the name of its backing file lies outside")
+        return Header(
+            virtual_bytes=size,
+            snapshots=snapshots,
+            backing=data[at : at + length].decode() if at else "",
+            backing_format=_backing_format(data, header_length, at or len(data)),
+            external_data=bool(features & _EXTERNAL_DATA),
+        )
+    except struct.error as fault:
+        raise ValueError("it is cut short") from fault
+
+
+def _backing_format(data: bytes, at: int, end: int) -> str:
+    """The format of the backing file, from the header extension of that kind; empty if there is none."""
+    while at + _EXTENSION.size <= end:
+        kind, length = _EXTENSION.unpack_from(data, at)
+        at += _EXTENSION.size
+        if kind == _BACKING_FORMAT:
+            return data[at : at + length].decode()
+        if kind == 0:
+            break
+        at += (length + 7) // 8 * 8
+    return ""
