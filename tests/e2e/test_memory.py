@@ -98,7 +98,7 @@ def test_memory_is_moved_exactly_through_the_relays() -> None:
 
 async def through_the_relays(folder: Path) -> None:
     relays = Relayed(folder)
-    await rounds(folder, relays, ROUNDS[:2])
+    await rounds(folder, relays, ROUNDS[:1])
     assert sum(made.cpu_s for made in relays.made) > 0, "some of it was compressed"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import ipaddress
 from typing import Any
 
@@ -191,3 +192,29 @@ def test_whatever_the_hosts_have_the_route_is_allowed_open_and_its_own(
         if allowed and path.here:
             for address in (path.here, path.there):
                 assert any(ipaddress.ip_address(address) in ipaddress.ip_network(one) for one in NETWORKS)
+
+
+@pytest.mark.parametrize(
+    ("speeds", "nics_used", "why"),
+    [
+        ((1000,), ["mig0"], "it was asked for"),
+        ((2500,), ["mig0"], "it was asked for"),
+        ((500, 500), ["mig0", "mig1"], "it was asked for"),
+        ((10_000,), ["mig0"], "it was asked for, but one processor does not compress faster than 10000 Mbit/s"),
+        ((None,), ["mig0"], "it was asked for, but the speed of mig0 is not known"),
+    ],
+)
+def test_compression_goes_over_what_would_be_taken_without_it(
+    speeds: tuple[int | None, ...], nics_used: list[str], why: str
+) -> None:
+    route = choose(pair(*speeds), "compression")
+    assert (route.transport, nics(route), route.why) == ("compression", nics_used, why)
+
+
+def test_a_destination_without_a_relay_of_our_version_gets_it_uncompressed_and_is_told_why() -> None:
+    old = dataclasses.replace(pair(500, 500), no_relay="host 'host2' knows another version of it, or none")
+    route = choose(old, "compression")
+    assert (route.transport, nics(route)) == ("multichannel", ["mig0", "mig1"])
+    assert route.why.startswith(
+        "compression is not possible: host 'host2' knows another version of it, or none; 2 NICs"
+    )

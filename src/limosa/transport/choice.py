@@ -27,6 +27,8 @@ FAST_MBIT_PER_S = 10_000
 #: How many times slower than the fastest a NIC may be. The connection's parts arrive in order, so that the others wait
 #: for what a slow one still has in its queue: 500 and 100 Mbit/s together were slower than 500 alone (measured).
 SLOWER = 2
+#: What one processor compresses in a second, with what is left of it: a faster network carries more as it is.
+OUTRUN_MBIT_PER_S = 2500
 #: The kernel adds eight further connections to the first.
 MOST_PATHS = 9
 #: Connections in all where there is a team; one less than there may be, for a NIC that appears. Their ports are chance,
@@ -116,7 +118,18 @@ def _compression(ends: Ends, blocked: Collection[str]) -> Route:
     bare = _by_sockets(ends, "auto", blocked)
     if ends.no_relay:
         return msgspec.structs.replace(bare, why=f"compression is not possible: {ends.no_relay}; {bare.why}")
-    return Route(transport="compression", paths=bare.paths, why=_except("it was asked for", blocked))
+    doubt = not_outrun(bare.paths)
+    words = f"it was asked for, but {doubt}" if doubt else "it was asked for"
+    return Route(transport="compression", paths=bare.paths, why=_except(words, blocked))
+
+
+def not_outrun(paths: Sequence[Path]) -> str:
+    """Why compressing gains nothing over these paths, in words; empty if it may."""
+    for path in paths:
+        if not path.speed_mbit_per_s:
+            return f"the speed of {path.nic_here or path.there} is not known"
+    total = sum(path.speed_mbit_per_s or 0 for path in paths)
+    return f"one processor does not compress faster than {total} Mbit/s" if total > OUTRUN_MBIT_PER_S else ""
 
 
 def _against(ends: Ends, several: Sequence[Path]) -> str:

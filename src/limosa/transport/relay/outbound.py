@@ -29,6 +29,8 @@ from limosa.wire.peer import Prepared, RelayPlace, StreamCredentials
 
 #: After its last move a session is kept for so long.
 LINGER_S = 10.0
+#: What may wait between QEMU and its relay in a shortened stream.
+SHORT_BYTES = 64 * 1024
 #: A relay that does not answer within this is not waited for to show figures.
 ANSWER_WITHIN_S = 1.0
 #: When a stream broke, its relay is about to end, or has nothing to do with it.
@@ -198,6 +200,8 @@ class RelayChannel:
 
     def shorten(self) -> None:
         """See :class:`limosa.transport.channel.Channel`."""
+        with contextlib.suppress(OSError):  # it is closed: then the stream is at its end
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SHORT_BYTES)
         self._background.spawn(self._shorten())
 
     def used(self) -> tuple[Used, ...]:
