@@ -178,9 +178,8 @@ def test_the_destinations_disk_runs_full(hosts: list[LabHost], small: Path) -> N
     with settings(source, BRAKE):
         migration = to_small(source)
         follow(source, migration, copying)
-        with (small / "filler").open("wb", buffering=0) as filler, pytest.raises(OSError, match="No space left"):
-            while True:
-                filler.write(bytes(MIB))
+        with pytest.raises(OSError, match="No space left"):
+            fill_up(small)
         change(source, {"bandwidth_mbit_per_s": 0})
         fails(source, migration, "migration-failed")
     wait_until(lambda: [path.name for path in small.iterdir()] == ["filler"], "the copy is gone")
@@ -299,3 +298,10 @@ def without_certificate(stream: socket.socket) -> None:
         assert option(stream, OPT_STARTTLS) == REPLY_ACK
         with pytest.raises((EOFError, OSError)), context.wrap_socket(stream) as wrapped:
             option(wrapped, OPT_LIST)
+
+
+def fill_up(folder: Path) -> None:
+    """Write until nothing more goes in, which raises."""
+    with (folder / "filler").open("wb", buffering=0) as filler:
+        while True:
+            filler.write(bytes(MIB))
