@@ -24,10 +24,11 @@ from limosa.host.page import Page
 from limosa.lab import namespaces
 from limosa.lab.image import command_line, guest_image
 from limosa.migration.destination import Destination
+from limosa.migration.home import Terms
 from limosa.migration.journal import Header, Journal
 from limosa.migration.peer import Dialler, Peer
 from limosa.migration.report import Report
-from limosa.migration.source import SourceMove, Terms
+from limosa.migration.source import SourceMove
 from limosa.model.facts import DestinationFacts, FileIdentity, VmFacts
 from limosa.model.migration import Migration, Outcome, Phase, Progress, Side
 from limosa.model.network import HostNetwork, HostNic, NicAddress
@@ -243,7 +244,7 @@ async def until_it_writes(scratch: Path, machine: Machine) -> None:
 
 
 class Here:
-    """The source's :class:`limosa.migration.source.Home`."""
+    """The source's :class:`limosa.migration.home.Home`."""
 
     def __init__(self, config: VmConfig, machine: Machine, way: Plain) -> None:
         self._config = config

@@ -10,10 +10,11 @@ import pytest
 
 from limosa.errors import Cancelled, LimosaError, MigrationFailed, QemuGone
 from limosa.migration.destination import Destination
+from limosa.migration.home import Terms
 from limosa.migration.journal import Header, Journal
 from limosa.migration.ownership import DestinationStep, SourceStep
 from limosa.migration.report import Report
-from limosa.migration.source import SourceMove, Terms
+from limosa.migration.source import SourceMove
 from limosa.model.facts import DestinationFacts, VmFacts
 from limosa.model.migration import Migration, Outcome, Phase, Progress, Side
 from limosa.model.network import HostNetwork, HostNic, NicAddress
@@ -59,7 +60,7 @@ class NoDisks:
 
 
 class Here:
-    """The source's :class:`limosa.migration.source.Home`."""
+    """The source's :class:`limosa.migration.home.Home`."""
 
     left = False
     own_cap = 0
