@@ -13,11 +13,19 @@ from pathlib import Path
 
 import pytest
 
-from limosa.errors import QemuError, QemuGone
-from limosa.model.vm import VmConfig
+from limosa.errors import LimosaError, QemuError, QemuGone, StorageError
+from limosa.model.vm import Disk, VmConfig
 from limosa.qemu.arguments import Launch
 from limosa.qemu.machine import Machine
-from limosa.qemu.protocol import Event, MachineProtocol, MigrationState, RdmaAddress, RunState, StreamParameters
+from limosa.qemu.protocol import (
+    CopyState,
+    Event,
+    MachineProtocol,
+    MigrationState,
+    RdmaAddress,
+    RunState,
+    StreamParameters,
+)
 from limosa.security.stream import make_credentials
 from limosa.testing.guest import FakeGuest
 from limosa.testing.machine import FakeMachine
@@ -29,6 +37,9 @@ MEMORY_MIB = 32
 SLOW = 20_000
 #: Says at which address of this machine there is an RDMA device; a test in a lab VM sets it.
 RDMA_VARIABLE = "LIMOSA_TEST_RDMA"
+PATTERN = bytes(range(1, 256)) + b"\0"
+DISK_BYTES = 1024 * 1024
+TAG = "abc"
 ENDINGS = {"completed", "failed", "cancelled"}
 
 
@@ -61,11 +72,27 @@ class Makers:
         return await self.make(incoming=True)
 
     async def make(self, *, incoming: bool) -> MachineProtocol:
+        """A machine with a disk ``vda`` of its own."""
         raise NotImplementedError
 
     def rdma(self) -> RdmaAddress:
         """Where machines meet by RDMA. Skips the test if nowhere."""
         raise NotImplementedError
+
+    def listener(self) -> socket.socket:
+        """Where a destination's disks are awaited."""
+        door = socket.create_server(("127.0.0.1", 0))
+        self._ends.append(door)
+        return door
+
+    def connected(self, door: socket.socket) -> socket.socket:
+        """A connection to a listener."""
+        stream = socket.create_connection(door.getsockname())
+        self._ends.append(stream)
+        return stream
+
+    def assert_alike(self, source: MachineProtocol, destination: MachineProtocol) -> None:
+        """The disks of both hold the same."""
 
     def freeze(self, destination: MachineProtocol) -> None:
         """Have it take nothing more, so that no switchover to it is ever completed."""
@@ -106,9 +133,12 @@ class Qemus(Makers):
         name = f"vm{len(self.made)}"
         run_dir = self.folder / name
 
+        image = self.folder / f"{name}.raw"
+        image.write_bytes(bytes(DISK_BYTES) if incoming else PATTERN * (DISK_BYTES // len(PATTERN)))
+
         def launch(qmp_fd: int, console_fd: int) -> Launch:
             return Launch(
-                config=tiny_vm(),
+                config=tiny_vm(image),
                 accelerator="tcg",
                 incoming=incoming,
                 tap_fds=(),
@@ -134,8 +164,12 @@ class Qemus(Makers):
         assert isinstance(destination, Machine)
         os.kill(destination.pid, signal.SIGSTOP)
 
+    def assert_alike(self, source: MachineProtocol, destination: MachineProtocol) -> None:
+        one, other = (self.folder / f"vm{self.made.index(machine)}.raw" for machine in (source, destination))
+        assert one.read_bytes() == other.read_bytes() == PATTERN * (DISK_BYTES // len(PATTERN))
 
-def tiny_vm() -> VmConfig:
+
+def tiny_vm(image: Path) -> VmConfig:
     return VmConfig(
         name="tiny",
         uuid="5c7a2b9e-0f0e-4c06-8a0b-6d4b7b6f2a11",
@@ -143,6 +177,7 @@ def tiny_vm() -> VmConfig:
         cpus=1,
         machine="q35",
         cpu="x86-64-v2",
+        disks=(Disk(name="vda", path=str(image), format="raw"),),
     )
 
 
@@ -566,3 +601,156 @@ def test_the_end(run: Run) -> None:
         await machine.kill()
 
     run(scenario)
+
+
+async def copying(makers: Makers, source: MachineProtocol, bytes_per_s: int = 0) -> MachineProtocol:
+    """A destination into whose disk ``vda`` the source's is being copied."""
+    destination = await makers.destination()
+    server, client = make_credentials()
+    door = makers.listener()
+    await destination.export_disks(["vda"], door, server)
+    await source.trust_disks(client)
+    stream = makers.connected(door)
+    await source.copy_to_host("vda", TAG, stream, bytes_per_s, whole=True, encrypt=True)
+    return destination
+
+
+def nobody(makers: Makers) -> socket.socket:
+    """A connection whose other end has hung up."""
+    ours, theirs = makers.stream()
+    theirs.close()
+    return ours
+
+
+async def until_ready(source: MachineProtocol) -> None:
+    while (copy := (await source.copies())["vda"]).state is not CopyState.READY:
+        assert copy.error == ""
+        await asyncio.sleep(0.01)
+    assert copy.copied_bytes == copy.total_bytes >= DISK_BYTES
+
+
+def test_a_disk_goes_along(run: Run) -> None:
+    async def scenario(makers: Makers) -> None:
+        source = await running_source(makers)
+        destination = await copying(makers, source)
+        await until_ready(source)
+        with pytest.raises(QemuError):
+            await source.copy_to_host("vda", "other", nobody(makers), 0, whole=True, encrypt=False)
+        parameters = StreamParameters(pause=True)
+        await destination.prepare_incoming(parameters)
+        await source.prepare_outgoing(parameters)
+        ours, theirs = makers.stream()
+        await destination.receive(theirs)
+        here = Recorder(source)
+        await send(source, ours)
+        await here.until("migration pre-switchover")
+        await source.end_copy("vda")
+        assert await source.copies() == {}
+        await source.continue_migration()
+        assert await here.ending() == "completed"
+        await destination.end_exports()
+        await destination.resume()
+        assert await destination.status() is RunState.RUNNING
+        await source.drop_copy("vda", TAG)
+        makers.assert_alike(source, destination)
+
+    run(scenario)
+
+
+def test_a_copy_is_given_up_and_made_again(run: Run) -> None:
+    async def scenario(makers: Makers) -> None:
+        source = await running_source(makers)
+        await source.drop_copy("vda", TAG)
+        for bytes_per_s in (SLOW, 0):
+            destination = await copying(makers, source, bytes_per_s)
+            assert set(await source.copies()) == {"vda"}
+            await source.cap_copy("vda", SLOW)
+            for _ in range(2):
+                await source.drop_copy("vda", TAG)
+            assert await source.copies() == {}
+            for _ in range(2):
+                await destination.end_exports()
+        assert await source.status() is RunState.RUNNING
+
+    run(scenario)
+
+
+def test_a_guest_can_be_made_to_wait_for_its_copy(run: Run) -> None:
+    async def scenario(makers: Makers) -> None:
+        source = await running_source(makers)
+        destination = await copying(makers, source)
+        await source.block_writes("vda")
+        await until_ready(source)
+        await source.end_copy("vda")
+        await source.drop_copy("vda", TAG)
+        await destination.kill()
+        makers.assert_alike(source, destination)
+
+    run(scenario)
+
+
+def test_there_is_no_end_of_what_was_not_begun(run: Run) -> None:
+    async def scenario(makers: Makers) -> None:
+        source = await running_source(makers)
+        with pytest.raises(QemuError):
+            await source.end_copy("vda")
+        with pytest.raises(QemuError):
+            await source.copy_to_host("vda", TAG, nobody(makers), 0, whole=True, encrypt=True)
+        await copying(makers, source)
+        await until_ready(source)
+
+    run(scenario)
+
+
+@pytest.mark.qemu
+class TestADestinationThatDoesNothing:
+    """What only a real one can do: take no byte of a copy, and not go away."""
+
+    def play(self, scenario: Scenario) -> None:
+        async def within_time(folder: str) -> None:
+            makers = Qemus(Path(folder))
+            try:
+                async with asyncio.timeout(20):
+                    await scenario(makers)
+            finally:
+                await makers.end()
+
+        with tempfile.TemporaryDirectory(prefix="limosa-") as folder:
+            asyncio.run(within_time(folder))
+
+    def test_its_copy_is_given_up_all_the_same(self) -> None:
+        async def scenario(makers: Makers) -> None:
+            source = await running_source(makers)
+            makers.freeze(await copying(makers, source, SLOW))
+            await source.drop_copy("vda", TAG)
+            assert await source.copies() == {}
+
+        self.play(scenario)
+
+    def test_a_source_that_dies_waiting_for_it_is_seen_dead(self) -> None:
+        async def scenario(makers: Makers) -> None:
+            source = await running_source(makers)
+            destination = await copying(makers, source)
+            await until_ready(source)
+            makers.freeze(destination)
+            ending = asyncio.ensure_future(source.end_copy("vda"))
+            await asyncio.wait({ending}, timeout=0.5)
+            await source.kill()
+            with pytest.raises(LimosaError):
+                await ending
+
+        self.play(scenario)
+
+    def test_the_source_waits_a_little_to_be_greeted(self) -> None:
+        async def scenario(makers: Makers) -> None:
+            source = await running_source(makers)
+            _, client = make_credentials()
+            await source.trust_disks(client)
+            stream = makers.connected(makers.listener())
+            with pytest.raises(StorageError, match="vda") as caught:
+                await source.copy_to_host("vda", TAG, stream, 0, whole=True, encrypt=True)
+            assert "does not answer" in caught.value.why
+            assert await source.copies() == {}
+            assert await source.status() is RunState.RUNNING
+
+        self.play(scenario)

@@ -40,7 +40,7 @@ class Report:
             phases[self.now.phase] = phases.get(self.now.phase, 0.0) + at - self._since
             self._since = at
         self.bar = self.bar.entered(phase)
-        progress = msgspec.structs.replace(self.now.progress, percent=self.bar.percent, note=note)
+        progress = msgspec.structs.replace(self.now.progress, percent=round(self.bar.percent, 1), note=note)
         self.now = msgspec.structs.replace(self.now, phase=phase, phases=phases, progress=progress, place=place)
         if not silently:
             self._publish(self.now)

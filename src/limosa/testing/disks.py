@@ -60,8 +60,10 @@ class FakeDisks:
         """See the protocol."""
         await self._answer()
         copy = self.copying.pop(disk, None)
-        if copy is None or copy.error:
-            raise StorageError(f"disk {disk} could not be copied", why=copy.error if copy else "it was ended")
+        if copy is None:
+            raise QemuError("QEMU refused block-job-cancel", why=f"Block job 'copy-{disk}' not found")
+        if copy.error:
+            raise StorageError(f"disk {disk} could not be copied", why=copy.error)
 
     async def drop_copy(self, disk: str, tag: str) -> None:
         """See the protocol."""

@@ -1,0 +1,395 @@
+"""The source's script and the destination's with fake QEMUs and a disk that moves along: the order of things, and
+every way out."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import msgspec
+import pytest
+from test_preflight import VM
+
+from limosa.errors import Cancelled, LimosaError, StorageError
+from limosa.migration import mirrors, source
+from limosa.migration.destination import Destination
+from limosa.migration.disks import landed
+from limosa.migration.examination import Examined
+from limosa.migration.journal import Header, Journal
+from limosa.migration.report import Report
+from limosa.migration.settle import Settlement
+from limosa.migration.source import SourceMove, Terms
+from limosa.model.facts import VmFacts
+from limosa.model.migration import Migration, Outcome, Phase, Progress, Side
+from limosa.model.network import HostNetwork
+from limosa.model.route import Route
+from limosa.model.storage import DiskAction, DiskPlan
+from limosa.qemu.protocol import CopyState, MachineProtocol, RunState
+from limosa.settings.host import ConvergencePolicy
+from limosa.testing.guest import FakeGuest
+from limosa.testing.machine import FakeMachine
+from limosa.testing.wire import Stage, Wire
+from limosa.transport.choice import Ends
+from limosa.wire.peer import Prepare, Prepared, Standing
+
+TAG = "abcdefabcdef"
+PLAN = DiskPlan(disk="vda", action=DiskAction.COPY, path="/there/web1.qcow2", format="qcow2", expected_bytes=1 << 20)
+ENDS = Ends("host1", "host2", HostNetwork(), HostNetwork(), ())
+EXAMINED = Examined((), Route(transport="tcp"), ENDS, (PLAN,))
+
+
+class Machine(FakeMachine):
+    """A fake QEMU that notes in ``said`` what matters about disks."""
+
+    def __init__(self, wire: Wire, said: list[str], *, incoming: bool = False) -> None:
+        super().__init__(wire, FakeGuest(1 << 20), incoming=incoming)
+        self.said = said
+        #: whether a copy stays under way until a test says otherwise
+        self.slow = False
+        self.copy_fails_at_its_end = False
+
+    async def copy_to_host(self, disk: str, *words: Any, **named: Any) -> None:
+        await super().copy_to_host(disk, *words, **named)
+        self.said.append("copy")
+        if self.slow:
+            self.copy_is(disk, CopyState.COPYING, remaining=1)
+
+    async def end_copy(self, disk: str) -> None:
+        assert self._run_state is RunState.FINISH_MIGRATE, "the guest could still write"
+        if self.copy_fails_at_its_end:
+            raise StorageError(f"disk {disk} could not be copied", why="No space left on device")
+        await super().end_copy(disk)
+        self.said.append("end")
+
+    async def continue_migration(self) -> None:
+        self.said.append("continue")
+        await super().continue_migration()
+
+    async def drop_copy(self, disk: str, tag: str) -> None:
+        await super().drop_copy(disk, tag)
+        self.said.append("drop")
+
+    async def end_exports(self) -> None:
+        await super().end_exports()
+        self.said.append("close")
+
+    async def resume(self) -> float:
+        assert not self.exported, "the guest runs and others may write its disk"
+        at = await super().resume()
+        self.said.append("resume")
+        return at
+
+
+class Channel:
+    """A stream as the script knows it."""
+
+    def __init__(self, stream: socket.socket) -> None:
+        self.socket = stream
+
+    def shorten(self) -> None: ...
+
+    def used(self) -> tuple[()]:
+        return ()
+
+    async def compressed(self) -> None: ...
+
+    async def fault(self) -> None: ...
+
+    def close(self) -> None:
+        self.socket.close()
+
+
+class Door:
+    """The other end of the stream."""
+
+    address, port, token = "10.0.0.2", 1, "0" * 32
+
+    def __init__(self, stream: socket.socket) -> None:
+        self._stream = stream
+        self.closed = False
+
+    async def accept(self) -> socket.socket:
+        return self._stream
+
+    def announce(self, addresses: Sequence[str]) -> None: ...
+
+    def close(self) -> None:
+        self.closed = True
+
+
+class World:
+    """Two hosts. The source is a ``Home``, the destination a ``Landing``, and what lies between a ``Peer``."""
+
+    host = "host2"
+    own_cap = 0
+
+    def __init__(self, folder: Path) -> None:
+        self.wire = Wire()
+        self.said: list[str] = []
+        self.here = Machine(self.wire, self.said)
+        self.there = Machine(self.wire, self.said, incoming=True)
+        self.ours, theirs = socket.socketpair()
+        self.door, self.disks_door = Door(theirs), Door(theirs)
+        self.left: list[str] = []
+        self.released = self.stayed = self.no_disks_there = False
+        header = Header(
+            migration=TAG,
+            side=Side.SOURCE,
+            vm=VM,
+            accelerator="tcg",
+            source="host1",
+            destination="host2",
+            address="host2",
+            accepted_at=0.0,
+            boot="boot",
+        )
+        there = msgspec.structs.replace(
+            header, side=Side.DESTINATION, vm=landed(VM, [PLAN]), images=(PLAN.path,), address=""
+        )
+        self.destination = Destination(Journal.begin(folder, there), cast(Any, self), "boot")
+        view = Migration(
+            id=TAG,
+            vm=VM.name,
+            source="host1",
+            destination="host2",
+            side=Side.SOURCE,
+            transport="tcp",
+            phase=Phase.WAITING,
+            outcome=Outcome.UNDER_WAY,
+            progress=Progress(),
+            accepted_at=0.0,
+        )
+        self.seen: list[Migration] = []
+        self.report = Report(view, self.seen.append)
+        terms = Terms(ConvergencePolicy(patience_s=1), "tcp", encrypt=True)
+        self.move = SourceMove(Journal.begin(folder, header), self.here, self.dial, cast(Any, self), terms, self.report)
+
+    # Peer
+
+    async def dial(self) -> Any:
+        return self
+
+    @property
+    def lost(self) -> asyncio.Future[None]:
+        return self.destination.lost
+
+    async def prepare(self, request: Prepare, in_line: Callable[[int], None]) -> Prepared:
+        return await self.destination.prepare(request, in_line)
+
+    async def announce(self, addresses: Sequence[str]) -> None: ...
+
+    async def take_over(self) -> Any:
+        return await self.destination.take_over()
+
+    async def adopted(self) -> None:
+        await self.destination.adopted()
+
+    async def abort(self, reason: str) -> None:
+        await self.destination.abort(reason)
+
+    async def attach(self, migration: str) -> Standing:
+        return await self.destination.standing()
+
+    async def close(self) -> None:
+        await self.destination.abandoned()
+
+    # Landing
+
+    async def reserve(self, in_line: Callable[[int], None]) -> None: ...
+
+    async def launch(self, request: Prepare) -> MachineProtocol:
+        return self.there
+
+    async def open_door(self, request: Prepare) -> Any:
+        return self.door
+
+    async def open_disks(self, request: Prepare, machine: MachineProtocol) -> Any:
+        if self.no_disks_there:
+            raise StorageError("no port is free")
+        assert request.disk_credentials is not None
+        await machine.export_disks(["vda"], self.ours, request.disk_credentials)
+        return self.disks_door
+
+    async def adopt(self, *, running: bool) -> None: ...
+
+    async def release(self, machine: MachineProtocol | None) -> None:
+        self.released = True
+        if machine is not None:
+            await machine.kill()
+
+    # Home
+
+    disks = None
+
+    async def facts(self) -> VmFacts:
+        raise NotImplementedError
+
+    def carry_on(self) -> dict[str, str]:
+        return {}
+
+    async def connect_disks(self, route: Route, prepared: Prepared, count: int) -> list[Any]:
+        return [Channel(self.ours.dup()) for _ in range(count)]
+
+    async def take_storage_slot(self, in_line: Callable[[int], None]) -> None: ...
+
+    async def seats(self, *words: Any, **named: Any) -> list[Any]:
+        return []
+
+    async def connect(self, route: Route, prepared: Prepared) -> Any:
+        return Channel(self.ours)
+
+    def disconnect(self) -> None: ...
+
+    async def networks(self) -> AsyncIterator[HostNetwork]:
+        yield HostNetwork()
+
+    def bandwidth(self) -> int:
+        return 0
+
+    async def sending(self) -> None: ...
+
+    async def end_qemu(self) -> None:
+        await self.here.kill()
+
+    async def vm_left(self, images: Sequence[str]) -> None:
+        assert self.destination.step == "owned", "the images were needed until then"
+        self.left += images
+
+    async def vm_stays(self) -> None:
+        self.stayed = True
+
+    async def vm_crashed(self) -> None: ...
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def examine(_peer: Any, _question: Any, facts: Coroutine[Any, Any, VmFacts], _disks: Any) -> Examined:
+        facts.close()
+        return EXAMINED
+
+    monkeypatch.setattr(source, "examine", examine)
+    monkeypatch.setattr(mirrors, "LOOK_EVERY_S", 0.001)
+    monkeypatch.setattr(source, "LOOK_EVERY_S", 0.001)
+
+
+def play(folder: Path, scenario: Callable[[World], Coroutine[Any, Any, None]]) -> None:
+    async def within_time() -> None:
+        world = World(folder)
+        await world.here.resume()
+        world.said.clear()
+        async with asyncio.timeout(20):
+            await scenario(world)
+
+    asyncio.run(within_time())
+
+
+async def undone(world: World, cause: LimosaError) -> None:
+    """The move is settled: the guest goes on at the source without copies, and nothing is left there."""
+    await Settlement(world.move, cause).run()
+    assert await world.here.status() is RunState.RUNNING
+    assert await world.here.copies() == {}
+    assert world.stayed
+    assert world.released
+    assert world.there.gone.is_set()
+    assert world.left == []
+    assert world.move.journal.step == "undone"
+    assert "resume" not in world.said or world.said.index("resume") > world.said.index("drop")
+
+
+async def until(what: Callable[[], bool]) -> None:
+    while not what():  # noqa: ASYNC110 - anything may make it true
+        await asyncio.sleep(0.001)
+
+
+def test_copies_are_whole_before_the_last_memory_goes(tmp_path: Path) -> None:
+    async def scenario(world: World) -> None:
+        await world.move.run()
+        assert world.said == ["copy", "end", "continue", "close", "resume"]
+        assert world.left == [VM.disks[0].path]
+        assert await world.there.status() is RunState.RUNNING
+        phases = list(dict.fromkeys(view.phase for view in world.seen))
+        assert phases[:3] == [Phase.BUILD_UP, Phase.STORAGE, Phase.COPY]
+        percents = [view.progress.percent for view in world.seen]
+        assert percents == sorted(percents)
+
+    play(tmp_path, scenario)
+
+
+@pytest.mark.parametrize("moment", ["storage", Stage.SETUP, Stage.COPY, "pre-switchover"])
+def test_cancelled(tmp_path: Path, moment: Stage | str) -> None:
+    async def scenario(world: World) -> None:
+        world.here.slow = moment == "storage"
+        if isinstance(moment, Stage):
+            world.wire.hold(moment)
+        running = asyncio.ensure_future(world.move.run())
+        if moment == "storage":
+            await until(lambda: world.report.now.phase is Phase.STORAGE and "copy" in world.said)
+        elif isinstance(moment, Stage):
+            await world.wire.reached(moment)
+        else:
+            await world.move.paused
+        world.move.cancel()
+        with pytest.raises(Cancelled) as caught:
+            await running
+        await undone(world, caught.value)
+        assert world.report.now.outcome is Outcome.CANCELLED
+
+    play(tmp_path, scenario)
+
+
+@pytest.mark.parametrize("moment", ["storage", "memory"])
+def test_a_copy_that_fails_ends_the_move(tmp_path: Path, moment: str) -> None:
+    async def scenario(world: World) -> None:
+        world.here.slow = moment == "storage"
+        if moment == "memory":
+            world.wire.hold(Stage.COPY)
+        running = asyncio.ensure_future(world.move.run())
+        await until(lambda: "vda" in world.here.copying)
+        if moment == "memory":
+            await world.wire.reached(Stage.COPY)
+        world.here.copy_is("vda", CopyState.ENDED, error="Input/output error")
+        with pytest.raises(LimosaError, match="vda") as caught:
+            await running
+        assert caught.value.why == "Input/output error"
+        await undone(world, caught.value)
+        assert world.report.now.outcome is Outcome.FAILED
+
+    play(tmp_path, scenario)
+
+
+def test_a_copy_that_cannot_be_made_whole_lets_the_guest_go_on(tmp_path: Path) -> None:
+    async def scenario(world: World) -> None:
+        world.here.copy_fails_at_its_end = True
+        with pytest.raises(StorageError, match="vda") as caught:
+            await world.move.run()
+        assert "continue" not in world.said
+        await undone(world, caught.value)
+
+    play(tmp_path, scenario)
+
+
+def test_a_destination_that_cannot_take_disks_keeps_no_door_open(tmp_path: Path) -> None:
+    async def scenario(world: World) -> None:
+        world.no_disks_there = True
+        with pytest.raises(StorageError) as caught:
+            await world.move.run()
+        assert world.door.closed
+        await undone(world, caught.value)
+
+    play(tmp_path, scenario)
+
+
+def test_a_destination_that_dies_in_the_copy(tmp_path: Path) -> None:
+    async def scenario(world: World) -> None:
+        world.here.slow = True
+        running = asyncio.ensure_future(world.move.run())
+        await until(lambda: "vda" in world.here.copying)
+        world.there.die("killed")
+        with pytest.raises(LimosaError, match="did not land") as caught:
+            await running
+        await undone(world, caught.value)
+
+    play(tmp_path, scenario)
