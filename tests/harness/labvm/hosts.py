@@ -28,7 +28,7 @@ from limosa.settings.host import HostSettings
 
 #: The command, which is to use the package these tests use.
 LIMOSA = str(Path(sys.executable).with_name("limosa"))
-READY_WITHIN_S = 120
+READY_WITHIN_S = 300
 MOVED_WITHIN_S = 240.0
 FILLED_WITHIN_S = 120.0
 #: Where the guest's program lies, and from where on it fills its memory.
@@ -66,7 +66,8 @@ class VmHost:
         over = f"[ -S {socket} ] || ! kill -0 $(cat {self._folder}/pid)"
         self.vm.run(
             f"for i in $(seq {READY_WITHIN_S}0); do if {over}; then break; fi; sleep 0.1; done; "
-            f"[ -S {socket} ] || {{ cat {self._folder}/daemon.log; false; }}"
+            f"[ -S {socket} ] || {{ cat {self._folder}/daemon.log; false; }}",
+            within_s=READY_WITHIN_S + 30,
         )
 
     def create(self, name: str, memory_mib: int) -> None:
