@@ -92,6 +92,8 @@ EXAMPLES: dict[type, Any] = {
         nics=(api.NewNic(switch="lan"),),
         cloud_init=CloudInit(user_data="#cloud-config"),
     ),
+    api.DiskMoveRequest: api.DiskMoveRequest(vm="vm", location="images"),
+    api.LimitRequest: api.LimitRequest(bandwidth_mbit_per_s=1),
     api.CheckRequest: api.CheckRequest(vm="vm", destination="127.0.0.1:1"),
     api.MoveRequest: api.MoveRequest(vm="vm", destination="127.0.0.1:1", options=api.MoveOptions(post_copy=True)),
     api.ResolveRequest: api.ResolveRequest(owner=Side.SOURCE),

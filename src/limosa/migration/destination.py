@@ -92,6 +92,7 @@ class Destination:
         #: until QEMU has all of its stream
         self._door: Doorway | None = None
         self._admission: asyncio.Task[None] | None = None
+        self._exports_end: asyncio.Future[None] | None = None
         #: until QEMU has whole disks
         self._disks_door: Doorway | None = None
         if machine is not None:
@@ -150,8 +151,7 @@ class Destination:
                 return Running(resumed_at=self._resumed_at)
             machine = await self._whole()
             if self.journal.header.images:
-                await machine.end_exports()
-                self._close_disks()
+                await self._end_exports(machine)
             await self._write_continuing()
             if self.journal.header.was_running:
                 self._resumed_at = await self._continue(machine)
@@ -306,6 +306,13 @@ class Destination:
             unsubscribe()
             gone.cancel()
 
+    async def _end_exports(self, machine: MachineProtocol) -> None:
+        """Let nobody write our disks any more. Begun as soon as all state is here: the copies ended before that."""
+        if self._exports_end is None:
+            self._exports_end = asyncio.ensure_future(machine.end_exports())
+        await asyncio.shield(self._exports_end)
+        self._close_disks()
+
     def _close_disks(self) -> None:
         if self._disks_door is not None:
             self._disks_door.close()
@@ -350,6 +357,8 @@ class Destination:
             self._arrived.set()
             if event.data["status"] == MigrationState.COMPLETED:
                 self._loaded.set()
+                if self.journal.header.images and self.machine is not None and self._exports_end is None:
+                    self._exports_end = asyncio.ensure_future(self.machine.end_exports())
 
     async def _until_gone(self, machine: MachineProtocol) -> None:
         await machine.gone.wait()

@@ -16,11 +16,15 @@ import socket
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
+from limosa.background import Background
 from limosa.errors import OutcomeUnknown, QemuError, QemuGone, StorageError
 from limosa.qemu import folder
 from limosa.qemu.arguments import image_nodes
+from limosa.qemu.monitor import Monitor
+from limosa.qemu.process import QemuProcess
 from limosa.qemu.protocol import CopyState, CopyStatistics, Event, ImageFile
 from limosa.qemu.session import Session
 from limosa.security.stream import SERVER_NAME
@@ -49,6 +53,10 @@ _STATES = {
 
 class Disks(Session):
     """What a QEMU does with its disks."""
+
+    def __init__(self, qemu: QemuProcess, monitor: Monitor, run_dir: Path) -> None:
+        super().__init__(qemu, monitor, run_dir)
+        self._background = Background()
 
     # --- where copies are made from ---
 
@@ -135,7 +143,9 @@ class Disks(Session):
         # Without force, a job that is ready ends as completed, but for the pivot (qapi/block-core.json).
         await self._execute("block-job-cancel", {"device": f"copy-{disk}"})
         await self._reaches(disk, {CopyState.ENDED})
-        await self._dismiss(disk)
+        # The guest stands still, and need not wait for the answer to this; it is said before anything that follows.
+        self._background.spawn(self._dismiss(disk))
+        await asyncio.sleep(0)
 
     async def drop_copy(self, disk: str, tag: str) -> None:
         """Give a copy up, if there is one, and close it. The disk is as it was. May be repeated, in every state."""
