@@ -142,7 +142,7 @@ class Endpoints:
                     await self._announce(place)
 
     async def announce_ports(self, hold: Hold, address: str, count: int, free: Iterable[int]) -> None:
-        """Announce an address with ``count`` further ports, so that the other end connects to each as well.
+        """Announce an address with ``count`` further ports in all, so that the other end connects to each as well.
 
         Those of other moves are used again, others taken from ``free``. What the kernel refuses, such as more
         endpoints than it has room for, is logged: it costs speed and not the move.
