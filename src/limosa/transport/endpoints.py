@@ -8,7 +8,7 @@ The rules:
 - An address is announced by the first move that needs it and withdrawn after the last. One that an administrator has
   made an endpoint is used as it is and left alone.
 - Where a team of NICs spreads connections by their ports, an address is announced several times, with ports on which
-  the kernel itself listens and takes further connections only. Moves share those.
+  the kernel itself listens; who calls there without belonging to a connection is heard by nobody. Moves share those.
 - The kernel itself notes each address from which it has connected to an announced one (an implicit endpoint). Those
   that came while moves ran go with the last move.
 - What is about to be made is written down first, in the run folder. A daemon that was killed leaves that file, and the
@@ -142,7 +142,7 @@ class Endpoints:
                     await self._announce(place)
 
     async def announce_ports(self, hold: Hold, address: str, count: int, free: Iterable[int]) -> None:
-        """Announce an address with ``count`` further ports, so that the other end connects to each as well.
+        """Announce an address with ``count`` further ports in all, so that the other end connects to each as well.
 
         Those of other moves are used again, others taken from ``free``. What the kernel refuses, such as more
         endpoints than it has room for, is logged: it costs speed and not the move.

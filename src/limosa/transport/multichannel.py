@@ -98,6 +98,8 @@ class MultichannelDoorway(tcp.TcpDoorway):
         self._first, self._port = self.address, self.port  # a socket that is closed does not know them any more
         self._further: dict[str, socket.socket] = {}
         self._ushers: list[asyncio.Task[None]] = []
+        #: the source is there
+        self.connected = asyncio.Event()
         self._open = True
         for address in addresses[1:]:
             self.listen_on(address)
@@ -133,6 +135,7 @@ class MultichannelDoorway(tcp.TcpDoorway):
         return True
 
     def _expect_nobody(self) -> None:
+        self.connected.set()
         self._ushers.append(asyncio.ensure_future(_turn_away(self._listener)))
 
 
