@@ -17,7 +17,7 @@ from limosa.model.units import MIB
 
 SIZE_MIB, USED_MIB, PIECE_MIB = 8192, 2048, 8
 #: What an overlay has of its own: more than the guest writes, and in the same place.
-OVERLAY_MIB = 256
+OVERLAY_MIB = 512
 
 _WORDS = ("accepted", "closed", "connection", "queue", "request", "session", "timeout", "worker")
 _ALPHABET = (string.ascii_letters + string.digits).encode()

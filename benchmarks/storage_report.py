@@ -21,7 +21,7 @@ Where guests are emulated on the few cores that also carry the copy, ranges are 
   end of memory's.
 - *Link used*: bytes that passed the migration NICs, in both directions with all headers, of those that plain TCP
   streams brought over them in that time before the run.
-- *Disk above an image that both hosts have*: an overlay of 256 MiB above 2 GiB; what QEMU says it has sent of memory is
+- *Disk above an image that both hosts have*: an overlay of 512 MiB above 2 GiB; what QEMU says it has sent of memory is
   taken off the bytes that the source sent.
 """
 
