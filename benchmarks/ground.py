@@ -8,6 +8,7 @@ also for processes that have ended meanwhile.
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import subprocess
 import tempfile
@@ -21,11 +22,11 @@ from typing import TypeVar
 
 from pyroute2 import IPRoute
 
+from benchmarks.ending import undisturbed
 from limosa.lab import daemons, lifecycle, namespaces
 from limosa.lab.plan import SWITCH, Lab
 
 HOSTS = ("host1", "host2")
-MIGRATION_NIC = "mig0"
 CALIBRATE_S = 2.0
 
 T = TypeVar("T")
@@ -33,14 +34,16 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Link:
-    """What the hosts' migration NICs are; ``mbit_per_s`` 0 is unshaped."""
+    """What the hosts' migration NICs are. ``mbit_per_s`` is that of each; 0 is unshaped."""
 
     name: str
     mbit_per_s: int
+    nics: int = 1
 
 
 UNSHAPED = Link("unshaped", 0)
 GIGABIT = Link("1 Gbit/s", 1000)
+TWO_NICS = Link("2 x 500 Mbit/s", 500, nics=2)
 
 
 @dataclass(frozen=True)
@@ -61,16 +64,22 @@ class Ground:
         return namespaces.inside(self.lab.client, work)
 
     def migration_address(self, host: str) -> str:
-        """A host's address on its migration NIC."""
+        """A host's address on its first migration NIC."""
         return self.lab.migration_addresses(host)[0]
 
     def bytes_on_wire(self, host: str) -> int:
-        """Bytes that have passed a host's migration NIC in both directions so far, frames' headers included."""
+        """Bytes that have passed a host's migration NICs in both directions so far, frames' headers included."""
+        return self._counted(host, "rx_bytes", "tx_bytes")
 
+    def bytes_sent(self, host: str) -> int:
+        """The same of what the host has sent."""
+        return self._counted(host, "tx_bytes")
+
+    def _counted(self, host: str, *counters: str) -> int:
         def count() -> int:
             with IPRoute() as netlink:
-                counters = netlink.link("get", ifname=MIGRATION_NIC)[0].get_attr("IFLA_STATS64")
-                return int(counters["rx_bytes"] + counters["tx_bytes"])
+                links = [netlink.link("get", ifname=nic)[0] for nic in self.lab.nic_names]
+                return sum(int(link.get_attr("IFLA_STATS64")[name]) for link in links for name in counters)
 
         return self.inside(host, count)
 
@@ -102,7 +111,7 @@ class Ground:
     def group(self, name: str) -> Path:
         """The control group of a system."""
         if name not in self._groups:
-            path = _control_groups() / f"limosa-benchmark-{name}"
+            path = _control_groups() / f"limosa-benchmark-{self.lab.name}-{name}"
             path.mkdir(exist_ok=True)
             self._groups[name] = path
         return self._groups[name]
@@ -118,43 +127,62 @@ class Ground:
             (self.group(group) / "cgroup.procs").write_text(str(daemons.pid_of(self.lab, host)))
 
     def calibrate(self) -> float:
-        """Bytes per second that one TCP stream carries from the first host to the second."""
-        with self.inside(HOSTS[1], lambda: socket.create_server((self.migration_address(HOSTS[1]), 0))) as listener:
-            address = listener.getsockname()[:2]
-            sending = threading.Thread(target=lambda: self.inside(HOSTS[0], lambda: _send(address)))
+        """Bytes per second that pass the migration NICs while one TCP stream on each is as fast as it can be."""
+        streams = [
+            threading.Thread(target=self._fill, args=(address,)) for address in self.lab.migration_addresses(HOSTS[1])
+        ]
+        wire, began = self.bytes_on_wire(HOSTS[1]), time.monotonic()
+        for stream in streams:
+            stream.start()
+        for stream in streams:
+            stream.join()
+        return (self.bytes_on_wire(HOSTS[1]) - wire) / (time.monotonic() - began)
+
+    def _fill(self, address: str) -> None:
+        """Send to an address of the second host."""
+        with self.inside(HOSTS[1], lambda: socket.create_server((address, 0))) as listener:
+            sending = threading.Thread(target=self.inside, args=(HOSTS[0], lambda: _send(listener.getsockname()[:2])))
             sending.start()
             with listener.accept()[0] as stream:
-                rate = _drain(stream)
+                _drain(stream)
             sending.join()
-        return rate
 
 
 @contextmanager
 def ground(link: Link) -> Iterator[Ground]:
     """A lab of two hosts with such a link, and everything in it gone afterwards."""
     name = f"bm{os.getpid() % 1_000_000}"
-    with tempfile.TemporaryDirectory(prefix="limosa-benchmark-") as folder:
-        Path(folder).chmod(0o755)  # libvirt's QEMU is not root's
-        lab = Lab(name=name, hosts=len(HOSTS), speed_mbit_per_s=link.mbit_per_s)
+    folder = Path(tempfile.mkdtemp(prefix="limosa-benchmark-"))
+    lab = Lab(name=name, hosts=len(HOSTS), nics=link.nics, speed_mbit_per_s=link.mbit_per_s)
+    built = Ground(lab, folder)
+    try:
+        folder.chmod(0o755)  # libvirt's QEMU is not root's
         lifecycle.up(lab)
-        built = Ground(lab, Path(folder))
-        try:
-            yield built
-        finally:
+        yield built
+    finally:
+        with undisturbed():
             lifecycle.down(name)
             for group in built._groups.values():
                 group.rmdir()
+            shutil.rmtree(folder)
 
 
 def run(command: Sequence[str]) -> tuple[str, float, float]:
-    """What a command wrote, its wall time and its own processor time, in seconds. Raises if it fails."""
+    """What a command wrote, its wall time and its own processor time, in seconds. Raises if it fails.
+
+    If this is interrupted, so is the command.
+    """
     began = time.perf_counter()
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         output, errors = process.stdout, process.stderr
         assert output is not None
         assert errors is not None
-        said = output.read()  # a few lines at most, so neither pipe fills up
-        _, status, usage = os.wait4(process.pid, 0)
+        try:
+            said = output.read()  # a few lines at most, so neither pipe fills up
+            _, status, usage = os.wait4(process.pid, 0)
+        except BaseException:
+            process.kill()
+            raise
         wall_s = time.perf_counter() - began
         process.returncode = os.waitstatus_to_exitcode(status)
         if process.returncode:
@@ -175,9 +203,7 @@ def _send(address: tuple[str, int]) -> None:
             stream.sendall(block)
 
 
-def _drain(stream: socket.socket) -> float:
+def _drain(stream: socket.socket) -> None:
     buffer = bytearray(1024 * 1024)
-    total, began = 0, time.monotonic()
-    while got := stream.recv_into(buffer):
-        total += got
-    return total / (time.monotonic() - began)
+    while stream.recv_into(buffer):
+        pass

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from limosa.lab.image import command_line, guest_image
 from limosa.lab.plan import FIRST_GUEST_ADDRESS
 
-FILLED = b"LIMOSA FILLED"
 BOOT_WITHIN_S = 180.0
 
 _NETWORK, _FIRST = FIRST_GUEST_ADDRESS.rsplit(".", 1)
@@ -15,17 +15,20 @@ _NETWORK, _FIRST = FIRST_GUEST_ADDRESS.rsplit(".", 1)
 
 @dataclass(frozen=True)
 class Load:
-    """What a guest does with its memory."""
+    """What a guest does with its memory, and with its disk if it has one."""
 
     memory_mib: int
     fill_mib: int
     random_mib: int
-    rewrite_mib_per_s: int
+    rewrite_mib_per_s: int = 0
+    write_mib_per_s: int = 0
 
 
 #: One third of what is filled cannot be compressed, and is what is rewritten.
 BUSY = Load(memory_mib=1024, fill_mib=600, random_mib=200, rewrite_mib_per_s=20)
-IDLE = Load(memory_mib=512, fill_mib=128, random_mib=43, rewrite_mib_per_s=0)
+IDLE = Load(memory_mib=512, fill_mib=128, random_mib=43)
+#: So little memory that a move is one of its disk.
+WRITING = Load(memory_mib=256, fill_mib=32, random_mib=16, write_mib_per_s=5)
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,8 @@ class Guest:
     #: QEMU's versioned machine type and CPU in Limosa's words; Limosa chooses them, the others follow
     machine: str = ""
     cpu: str = ""
+    #: what its disk holds at first; each system keeps a copy of its own
+    disk: Path | None = None
 
     @property
     def address(self) -> str:
@@ -60,6 +65,11 @@ class Guest:
         return str(guest_image().initrd)
 
     @property
+    def loaded(self) -> bytes:
+        """What it says on its console when it does what it is to do."""
+        return b"LIMOSA WRITES" if self.load.write_mib_per_s else b"LIMOSA FILLED"
+
+    @property
     def command_line(self) -> str:
         """The kernel's command line, which says what the guest does."""
         return command_line(
@@ -68,4 +78,6 @@ class Guest:
             fill_mib=self.load.fill_mib,
             random_mib=self.load.random_mib,
             rewrite_mib_per_s=self.load.rewrite_mib_per_s,
+            disk="vda" if self.disk is not None else "",
+            write_mib_per_s=self.load.write_mib_per_s,
         )

@@ -22,11 +22,13 @@ CACHE = Path("/var/cache/limosa/libvirt")
 PACKAGES = ("libvirt-daemon", "libvirt-daemon-driver-qemu")
 SCRIPT = Path(__file__).with_name("libvirtd.sh")
 READY_WITHIN_S = 60.0
+#: Where a daemon sees its images: under the same path on all hosts, and on each they are others.
+IMAGES = "/var/lib/libvirt/images"
 
 
-def version() -> str:
-    """The version of the libvirt that is installed, as Debian's."""
-    return run(["dpkg-query", "-W", "-f", "${Version}", "libvirt-clients"])[0]
+def version(package: str = "libvirt-clients") -> str:
+    """The version of a Debian package that is installed."""
+    return run(["dpkg-query", "-W", "-f", "${Version}", package])[0]
 
 
 def unpacked() -> Path:
@@ -59,7 +61,9 @@ class Daemon:
 
     def __init__(self, ground: Ground, host: str, group: str) -> None:
         folder = ground.folder / f"libvirt-{host}"
-        folder.mkdir()
+        #: the folder it sees as :data:`IMAGES`
+        self.images = folder / "images"
+        self.images.mkdir(parents=True)
         names = [f"{ground.lab.address(name)} {name}" for name in HOSTS]
         (folder / "hosts").write_text("\n".join(["127.0.0.1 localhost", *names, ""]))
         number = HOSTS.index(host) + 1

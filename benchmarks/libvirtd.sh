@@ -4,7 +4,7 @@
 #
 #   libvirtd.sh TREE FOLDER NAME ADDRESS MIGRATION-ADDRESS UUID
 #
-# TREE is where the packages are unpacked, FOLDER (empty but for a file "hosts") its own place in the file system.
+# TREE is where the packages are unpacked, FOLDER (empty but for a file "hosts" and a folder "images") its own place in the file system.
 set -euo pipefail
 tree=$1 folder=$2 name=$3 address=$4 migration_address=$5 uuid=$6
 
@@ -39,7 +39,8 @@ mount --move "$folder/dev" /dev
 mkdir "$folder/libvirt"
 mount --bind "$tree" "$folder/libvirt"
 for place in /run /etc/libvirt /var/lib /var/cache /var/log; do mount -t tmpfs tmpfs "$place"; done
-mkdir -p /run/libvirt /var/lib/libvirt /var/cache/libvirt /var/log/libvirt/qemu
+mkdir -p /run/libvirt /var/lib/libvirt/images /var/cache/libvirt /var/log/libvirt/qemu
+mount --bind "$folder/images" /var/lib/libvirt/images
 
 cat >/etc/libvirt/libvirtd.conf <<EOF
 listen_tls = 0

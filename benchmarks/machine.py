@@ -26,8 +26,8 @@ def machine() -> dict[str, str | int]:
     }
 
 
-def versions() -> dict[str, str]:
-    """The versions of everything that takes part."""
+def versions(*packages: str) -> dict[str, str]:
+    """The versions of everything that takes part, and of further Debian packages."""
     qemu = subprocess.run([PROGRAM, "--version"], capture_output=True, text=True, check=True).stdout
     return {
         "limosa": f"{__version__} ({_commit()})",
@@ -36,6 +36,7 @@ def versions() -> dict[str, str]:
         "kernel": platform.release(),
         "system": platform.freedesktop_os_release()["PRETTY_NAME"],
         "python": platform.python_version(),
+        **{package: libvirt.version(package) for package in packages},
     }
 
 

@@ -1,14 +1,12 @@
-"""What is to be reached, and rows that say whether it was. Pure: measured moves in, rows out.
-
-Every figure is the median over the rounds. A comparison is between systems measured in the same run, turn by turn.
-"""
+"""What moves are to reach, and rows that say whether they did. Pure: measured moves in, rows out."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from statistics import median
 
+from benchmarks.figures import BLACKOUT, CPU, GAP, NOISE, STALL, TRANSFER, WALL, WIRE, Observed
+from benchmarks.rows import Figure, Row, row
 from limosa.model.base import Model
 
 OVERHEAD_S = 0.3
@@ -22,7 +20,7 @@ TOGETHER_OF_LINK = 1.3
 TOGETHER_MORE_S = 1.0
 
 
-class Measured(Model, frozen=True):
+class Measured(Observed, frozen=True):
     """One move of the busy guest."""
 
     link: str
@@ -30,17 +28,7 @@ class Measured(Model, frozen=True):
     system: str
     encrypted: bool
     round: int
-    wall_s: float
-    transfer_s: float
     overhead_s: float
-    blackout_ms: float
-    #: the client's longest gap around the switchover
-    gap_ms: float
-    #: the client's longest gap in the whole move, and in a second before it
-    stall_ms: float
-    noise_ms: float
-    cpu_s: float
-    wire_bytes: int
 
 
 class Together(Model, frozen=True):
@@ -55,42 +43,9 @@ class Together(Model, frozen=True):
     bytes_per_s: float
 
 
-class Row(Model, frozen=True):
-    """A comparison. ``target`` is what was to be reached, ``met`` whether it was; null if it is for information."""
+OVERHEAD = Figure[Measured]("overhead", "s", lambda move: move.overhead_s)
 
-    what: str
-    limosa: float
-    baseline: str
-    baseline_value: float
-    unit: str
-    ratio: float
-    target: str | None
-    met: bool | None
-    rounds: int
-    #: smallest and largest figure of Limosa and of the baseline
-    spread: dict[str, tuple[float, float]]
-
-
-@dataclass(frozen=True)
-class Figure:
-    """Something that was measured of each move."""
-
-    name: str
-    unit: str
-    of: Callable[[Measured], float]
-
-
-WALL = Figure("wall time", "s", lambda move: move.wall_s)
-TRANSFER = Figure("transfer time", "s", lambda move: move.transfer_s)
-OVERHEAD = Figure("overhead", "s", lambda move: move.overhead_s)
-BLACKOUT = Figure("blackout", "ms", lambda move: move.blackout_ms)
-GAP = Figure("client's gap", "ms", lambda move: move.gap_ms)
-STALL = Figure("client's longest stall", "ms", lambda move: move.stall_ms)
-NOISE = Figure("client's noise floor", "ms", lambda move: move.noise_ms)
-CPU = Figure("processor time", "s", lambda move: move.cpu_s)
-WIRE = Figure("bytes on the wire", "MB", lambda move: move.wire_bytes / 1e6)
-
-FIGURES = (WALL, TRANSFER, OVERHEAD, BLACKOUT, GAP, STALL, NOISE, CPU, WIRE)
+FIGURES: tuple[Figure[Measured], ...] = (WALL, TRANSFER, OVERHEAD, BLACKOUT, GAP, STALL, NOISE, CPU, WIRE)
 
 
 def rows(moves: Sequence[Measured], together: Sequence[Together]) -> list[Row]:
@@ -113,13 +68,13 @@ def _rows_of_link(link: str, moves: Sequence[Measured]) -> Iterable[Row]:
     if limosa and virsh:
         yield from _against_virsh(link, limosa, virsh)
     if limosa and bare:
-        gap = _median(GAP, limosa)
-        met = gap <= _median(GAP, bare) + GAP_OVER_BARE_MS
+        gap = GAP.median_of(limosa)
+        met = gap <= GAP.median_of(bare) + GAP_OVER_BARE_MS
         target = f"at most {GAP_OVER_BARE_MS:g} ms over the bare script's"
         yield _row(link, GAP, "TLS", limosa, "bare script, TLS", bare, target, met)
     for label, ours, theirs in (("TLS", limosa, bare), ("no TLS", plain, bare_plain)):
         if ours and theirs:
-            ratio = _median(TRANSFER, ours) / _median(TRANSFER, theirs)
+            ratio = TRANSFER.median_of(ours) / TRANSFER.median_of(theirs)
             target = f"within {TRANSFER_OF_BARE - 1:.0%} of the bare script's"
             yield _row(link, TRANSFER, label, ours, f"bare script, {label}", theirs, target, ratio <= TRANSFER_OF_BARE)
             for figure in (WALL, BLACKOUT, CPU):
@@ -132,7 +87,7 @@ def _against_virsh(link: str, limosa: Sequence[Measured], virsh: Sequence[Measur
         (BLACKOUT, BLACKOUT_OF_VIRSH, BLACKOUT_MS),
         (GAP, GAP_OF_VIRSH, None),
     ):
-        ours, theirs = _median(figure, limosa), _median(figure, virsh)
+        ours, theirs = figure.median_of(limosa), figure.median_of(virsh)
         met = ours <= theirs * of_virsh and (limit is None or ours <= limit)
         target = f"at most {of_virsh:g} of virsh's" + (f" and {limit:g} {figure.unit}" if limit is not None else "")
         yield _row(link, figure, "TLS", limosa, "virsh", virsh, target, met)
@@ -142,7 +97,7 @@ def _against_virsh(link: str, limosa: Sequence[Measured], virsh: Sequence[Measur
 
 def _row(
     link: str,
-    figure: Figure,
+    figure: Figure[Measured],
     label: str,
     limosa: Sequence[Measured],
     baseline: str,
@@ -150,19 +105,8 @@ def _row(
     target: str | None = None,
     met: bool | None = None,
 ) -> Row:
-    value, other = _median(figure, limosa), _median(figure, theirs)
-    return Row(
-        what=f"{figure.name}, {link}, {label}",
-        limosa=round(value, 3),
-        baseline=baseline,
-        baseline_value=round(other, 3),
-        unit=figure.unit,
-        ratio=_ratio(value, other),
-        target=target,
-        met=met,
-        rounds=len(limosa),
-        spread={"limosa": _range(figure, limosa), "baseline": _range(figure, theirs)},
-    )
+    what = f"{figure.name}, {link}, {label}"
+    return row(what, figure.unit, figure.all_of(limosa), baseline, figure.all_of(theirs), target, met)
 
 
 def _together(link: str, runs: Sequence[Together]) -> Row:
@@ -170,31 +114,12 @@ def _together(link: str, runs: Sequence[Together]) -> Row:
     walls = [run.wall_s for run in runs]
     ideals = [run.wire_bytes / run.bytes_per_s for run in runs]
     allowed = [TOGETHER_OF_LINK * ideal + TOGETHER_MORE_S for ideal in ideals]
-    return Row(
-        what=f"{runs[0].vms} idle VMs moved at once, wall time, {link}, TLS",
-        limosa=round(median(walls), 3),
-        baseline="bytes on the wire over the link's speed",
-        baseline_value=round(median(ideals), 3),
-        unit="s",
-        ratio=_ratio(median(walls), median(ideals)),
-        target=f"at most {TOGETHER_OF_LINK:g} times that plus {TOGETHER_MORE_S:g} s",
-        met=median(walls) <= median(allowed),
-        rounds=len(runs),
-        spread={"limosa": (round(min(walls), 3), round(max(walls), 3)), "baseline": _ends(ideals)},
+    return row(
+        f"{runs[0].vms} idle VMs moved at once, wall time, {link}, TLS",
+        "s",
+        walls,
+        "bytes on the wire over the link's speed",
+        ideals,
+        f"at most {TOGETHER_OF_LINK:g} times that plus {TOGETHER_MORE_S:g} s",
+        median(walls) <= median(allowed),
     )
-
-
-def _median(figure: Figure, moves: Sequence[Measured]) -> float:
-    return median(figure.of(move) for move in moves)
-
-
-def _range(figure: Figure, moves: Sequence[Measured]) -> tuple[float, float]:
-    return _ends([figure.of(move) for move in moves])
-
-
-def _ends(values: Sequence[float]) -> tuple[float, float]:
-    return round(min(values), 3), round(max(values), 3)
-
-
-def _ratio(value: float, baseline: float) -> float:
-    return round(value / baseline, 4) if baseline else 0.0

@@ -16,7 +16,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from benchmarks.ground import HOSTS, Ground
-from benchmarks.guest import BOOT_WITHIN_S, FILLED, Guest
+from benchmarks.guest import BOOT_WITHIN_S, Guest
 from benchmarks.qmp import Message, Qmp, stamp
 from benchmarks.systems import Moved, other
 from limosa.qemu import cpu, credentials
@@ -48,7 +48,7 @@ class Bare:
     def boot(self) -> None:
         """Start the guest on the first host; returns when its memory is filled."""
         self._process, self._qmp = self._launch(self.host, [])
-        wait_for(self._console, FILLED)
+        wait_for(self._console, self._guest.loaded)
 
     def pause(self) -> None:
         """Stop the guest."""

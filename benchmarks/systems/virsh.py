@@ -1,8 +1,9 @@
-"""``virsh migrate --live`` between two libvirt daemons, with libvirt's own defaults.
+"""``virsh migrate --live`` between two libvirt daemons, with libvirt's own defaults, and ``virsh blockcopy`` on one.
 
 The source's daemon is spoken to on its Unix socket and reaches the destination's over TCP, both without TLS; QEMU's
-stream goes over the migration NICs. When the guest stopped and ran again, and how long the transfer took, is taken from
-the time stamps of QEMU's events, which ``virsh qemu-monitor-event`` shows on both hosts.
+stream, and that of a disk that is copied, goes over the migration NIC. When the guest stopped and ran again, and how
+long the transfer took, is taken from the time stamps of QEMU's events, which ``virsh qemu-monitor-event`` shows on both
+hosts.
 """
 
 from __future__ import annotations
@@ -12,14 +13,15 @@ import shutil
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from xml.sax.saxutils import escape, quoteattr
 
+from benchmarks import disk
 from benchmarks.ground import HOSTS, Ground, run
-from benchmarks.guest import BOOT_WITHIN_S, FILLED, Guest
-from benchmarks.libvirt import Daemon
+from benchmarks.guest import BOOT_WITHIN_S, Guest
+from benchmarks.libvirt import IMAGES, Daemon
 from benchmarks.systems import Moved, other
 from limosa.lab.plan import SWITCH
 from limosa.qemu import cpu
@@ -39,13 +41,16 @@ class Virsh:
         self._ground = ground
         self._guest = guest
         self._daemons = {host: Daemon(ground, host, self.name) for host in HOSTS}
+        self._image = "disk-0.qcow2"
 
     def boot(self) -> None:
         """Start the guest on the first host; returns when its memory is filled."""
+        if self._guest.disk is not None:
+            disk.copy(self._guest.disk, self._daemons[self.host].images / self._image)
         path = self._ground.folder / "domain.xml"
         path.write_text(self._domain())
         run(self._daemons[self.host].command("create", str(path)))
-        self._ground.inside(self.host, _wait_for_console)
+        self._ground.inside(self.host, lambda: _wait_for_console(self._guest.loaded))
 
     def pause(self) -> None:
         """Stop the guest."""
@@ -60,13 +65,15 @@ class Virsh:
         if encrypted:
             raise ValueError("virsh is compared as it is by default, without TLS")
         there = other(self.host)
+        words, begins = self._prepare_disk(there)
         with self._events() as files:
             uri = f"qemu+tcp://{there}/system"
-            migrate = self._daemons[self.host].command("migrate", "--live", self._guest.name, uri)
+            migrate = self._daemons[self.host].command("migrate", "--live", *words, self._guest.name, uri)
             _, wall_s, cpu_s = run(migrate)
             source, destination = files[self.host], files[there]
-            stopped, resumed = _time_of(source, "STOP", ""), _time_of(destination, "RESUME", "")
-            began, ended = (_time_of(source, "MIGRATION", status) for status in ('"setup"', '"completed"'))
+            stopped, resumed = _times_of(source, "STOP", "")[-1], _times_of(destination, "RESUME", "")[-1]
+            began, ended = _times_of(source, *begins)[0], _times_of(source, "MIGRATION", '"completed"')[-1]
+        (self._daemons[self.host].images / self._image).unlink(missing_ok=True)
         self.host = there
         return Moved(
             wall_s=wall_s,
@@ -75,6 +82,23 @@ class Virsh:
             command_cpu_s=cpu_s,
             stopped_at=stopped,
         )
+
+    def _prepare_disk(self, there: str) -> tuple[Sequence[str], tuple[str, str]]:
+        """Make an empty image where libvirt is to copy the disk to, if there is one. Returns the options for that, and
+        the event with which the transfer begins."""
+        if self._guest.disk is None:
+            return (), ("MIGRATION", '"setup"')
+        disk.create(self._daemons[there].images / self._image)
+        return ("--copy-storage-all",), ("JOB_STATUS_CHANGE", '"created"')
+
+    def move_disk(self) -> float:
+        """Move the guest's disk to another image of its host. Returns the wall time."""
+        daemon, left = self._daemons[self.host], self._image
+        self._image = "disk-1.qcow2" if left == "disk-0.qcow2" else "disk-0.qcow2"
+        words = ("--dest", f"{IMAGES}/{self._image}", "--format", "qcow2", "--transient-job", "--wait", "--pivot")
+        _, wall_s, _ = run(daemon.command("blockcopy", self._guest.name, "vda", *words))
+        (daemon.images / left).unlink()
+        return wall_s
 
     @contextmanager
     def _events(self) -> Iterator[dict[str, Path]]:
@@ -123,6 +147,7 @@ class Virsh:
       <mac address='{guest.mac}'/><source bridge='{SWITCH}'/><model type='virtio-non-transitional'/><rom enabled='no'/>
       {_address(0x02)}
     </interface>
+    {self._disk()}
     <rng model='virtio-non-transitional'><backend model='builtin'/><alias name='ua-rng'/>{_address(0x1B)}</rng>
     <video><model type='vga'/>{_address(0x01)}</video>
     <memballoon model='none'/>
@@ -134,6 +159,15 @@ class Virsh:
   </qemu:override>
 </domain>
 """
+
+    def _disk(self) -> str:
+        if self._guest.disk is None:
+            return ""
+        return f"""
+    <disk type='file' device='disk' model='virtio-non-transitional'>
+      <driver name='qemu' type='qcow2' cache='none' discard='unmap'/><source file='{IMAGES}/{self._image}'/>
+      <target dev='vda' bus='virtio'/>{_address(0x0A)}
+    </disk>"""
 
     def _reachable(self, file: str) -> str:
         """A copy where libvirt's QEMU sees it: the cache is out of its sight."""
@@ -156,11 +190,11 @@ def _address(slot: int) -> str:
     return f"<address type='pci' bus='0' slot='{slot:#x}' function='0'/>"
 
 
-def _wait_for_console() -> None:
-    """Return when the guest's console says that its memory is filled. Raises ``OSError``."""
+def _wait_for_console(words: bytes) -> None:
+    """Return when the guest's console has these words. Raises ``OSError``."""
     said = b""
     with socket.create_connection(("127.0.0.1", CONSOLE_PORT), timeout=BOOT_WITHIN_S) as console:
-        while FILLED not in said:
+        while words not in said:
             said += console.recv(4096)
 
 
@@ -169,11 +203,11 @@ def event_stamps(said: str, name: str, words: str) -> list[float]:
     return [float(at) for event, at, data in _EVENT.findall(said) if event == name and words in data]
 
 
-def _time_of(file: Path, name: str, words: str) -> float:
-    """The time stamp of the last such event; waits a moment for it, since ``virsh`` shows events a little later."""
+def _times_of(file: Path, name: str, words: str) -> list[float]:
+    """The time stamps of such events; waits a moment for the first, since ``virsh`` shows events a little later."""
     deadline = time.monotonic() + _EVENTS_WITHIN_S
     while not (stamps := event_stamps(file.read_text(), name, words)):
         if time.monotonic() > deadline:
             raise RuntimeError(f"virsh did not show the event {name} {words}: {file.read_text()}")
         time.sleep(0.05)
-    return stamps[-1]
+    return stamps

@@ -8,6 +8,7 @@ import signal
 import socket
 import tempfile
 from collections.abc import Awaitable, Callable, Iterator
+from ipaddress import AddressValueError
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,15 @@ from limosa.errors import LimosaError, QemuError, QemuGone, StorageError
 from limosa.model.vm import Disk, VmConfig
 from limosa.qemu.arguments import Launch
 from limosa.qemu.machine import Machine
-from limosa.qemu.protocol import CopyState, Event, MachineProtocol, MigrationState, RunState, StreamParameters
+from limosa.qemu.protocol import (
+    CopyState,
+    Event,
+    MachineProtocol,
+    MigrationState,
+    RdmaAddress,
+    RunState,
+    StreamParameters,
+)
 from limosa.security.stream import make_credentials
 from limosa.testing.guest import FakeGuest
 from limosa.testing.machine import FakeMachine
@@ -26,6 +35,8 @@ QEMU = Path("/usr/bin/qemu-system-x86_64")
 MEMORY_MIB = 32
 #: so slow that a move of the idle guest takes many seconds: whatever a test does meets it in its middle
 SLOW = 20_000
+#: Says at which address of this machine there is an RDMA device; a test in a lab VM sets it.
+RDMA_VARIABLE = "LIMOSA_TEST_RDMA"
 PATTERN = bytes(range(1, 256)) + b"\0"
 DISK_BYTES = 1024 * 1024
 TAG = "abc"
@@ -64,6 +75,10 @@ class Makers:
         """A machine with a disk ``vda`` of its own."""
         raise NotImplementedError
 
+    def rdma(self) -> RdmaAddress:
+        """Where machines meet by RDMA. Skips the test if nowhere."""
+        raise NotImplementedError
+
     def listener(self) -> socket.socket:
         """Where a destination's disks are awaited."""
         door = socket.create_server(("127.0.0.1", 0))
@@ -96,6 +111,10 @@ class Fakes(Makers):
         machine = FakeMachine(self.wire, FakeGuest(MEMORY_MIB * 1024 * 1024), incoming=incoming)
         self.made.append(machine)
         return machine
+
+    def rdma(self) -> RdmaAddress:
+        self.wire.has_rdma = True
+        return RdmaAddress("10.0.0.1", 40_000)
 
     def freeze(self, destination: MachineProtocol) -> None:
         self.wire.hold(Stage.SWITCHOVER)
@@ -135,6 +154,11 @@ class Qemus(Makers):
         machine = await Machine.launch(QEMU, launch, run_dir, self.folder / f"{name}.log", None)
         self.made.append(machine)
         return machine
+
+    def rdma(self) -> RdmaAddress:
+        if RDMA_VARIABLE not in os.environ:
+            pytest.skip("this machine has no RDMA device")
+        return RdmaAddress(os.environ[RDMA_VARIABLE], 40_000)
 
     def freeze(self, destination: MachineProtocol) -> None:
         assert isinstance(destination, Machine)
@@ -497,6 +521,48 @@ def test_a_destination_refuses_strangers(run: Run, stranger: str) -> None:
         assert "migration completed" not in there.names()
 
     run(scenario)
+
+
+@pytest.mark.parametrize("pin_all", [False, True])
+def test_a_move_by_rdma(run: Run, pin_all: bool) -> None:
+    async def scenario(makers: Makers) -> None:
+        terms, address = StreamParameters(rdma=True, rdma_pin_all=pin_all), makers.rdma()
+        source, destination = await running_source(makers), await makers.destination()
+        await destination.prepare_incoming(terms)
+        await destination.receive(address)
+        await source.prepare_outgoing(terms)
+        here = Recorder(source)
+        await source.migrate(address)
+        assert await here.ending() == "completed"
+        assert await destination.status() is RunState.PAUSED
+        await destination.resume()
+        assert await destination.status() is RunState.RUNNING
+
+    run(scenario)
+
+
+def test_rdma_where_nobody_has_it_is_refused_and_harms_nobody(run: Run) -> None:
+    async def scenario(makers: Makers) -> None:
+        nowhere = RdmaAddress("192.0.2.1", 40_000)
+        source, destination = await running_source(makers), await makers.destination()
+        await destination.prepare_incoming(StreamParameters(rdma=True))
+        for _ in range(2):
+            with pytest.raises(QemuError):  # and it takes nothing else any more
+                await destination.receive(nowhere)
+        assert await destination.status() is RunState.INMIGRATE
+        await source.prepare_outgoing(StreamParameters(rdma=True))
+        with pytest.raises(QemuError):
+            await source.migrate(nowhere)
+        assert await source.status() is RunState.RUNNING
+        await moves_after_all(makers, source)
+
+    run(scenario)
+
+
+def test_an_rdma_address_is_nothing_but_that() -> None:
+    for words in ("host1", "10.0.0.1:1,ipv6=on", "fd00::1", ""):
+        with pytest.raises(AddressValueError):
+            RdmaAddress(words, 1)
 
 
 def test_post_copy(run: Run) -> None:

@@ -24,10 +24,11 @@ from limosa.host.page import Page
 from limosa.lab import namespaces
 from limosa.lab.image import command_line, guest_image
 from limosa.migration.destination import Destination
+from limosa.migration.home import Terms
 from limosa.migration.journal import Header, Journal
 from limosa.migration.peer import Dialler, Peer
 from limosa.migration.report import Report
-from limosa.migration.source import SourceMove, Terms
+from limosa.migration.source import SourceMove
 from limosa.model.facts import DestinationFacts, FileIdentity, VmFacts
 from limosa.model.migration import Migration, Outcome, Phase, Progress, Side
 from limosa.model.network import HostNetwork, HostNic, NicAddress
@@ -98,7 +99,7 @@ def test_memory_is_moved_exactly_through_the_relays() -> None:
 
 async def through_the_relays(folder: Path) -> None:
     relays = Relayed(folder)
-    await rounds(folder, relays, ROUNDS[:2])
+    await rounds(folder, relays, ROUNDS[:1])
     assert sum(made.cpu_s for made in relays.made) > 0, "some of it was compressed"
 
 
@@ -115,7 +116,7 @@ class Plain:
     async def connect(self, route: Route, prepared: Prepared) -> Channel:
         return await tcp.connect(prepared.address, prepared.port, prepared.token)
 
-    async def open_door(self, request: Prepare) -> Doorway:
+    async def open_door(self, request: Prepare, machine: MachineProtocol) -> Doorway:
         return tcp.TcpDoorway(ADDRESS, PORTS)
 
 
@@ -131,7 +132,7 @@ class Several(Plain):
     async def connect(self, route: Route, prepared: Prepared) -> Channel:
         return await self._multichannel.connect(route, prepared)
 
-    async def open_door(self, request: Prepare) -> Doorway:
+    async def open_door(self, request: Prepare, machine: MachineProtocol) -> Doorway:
         return await self._multichannel.open_door(request.addresses, PORTS, self._permitted, request.networks)
 
     async def _permitted(self) -> tuple[str, ...]:
@@ -156,7 +157,7 @@ class Relayed(Plain):
         assert self._seat is not None
         return await self._seat.connect(prepared)
 
-    async def open_door(self, request: Prepare) -> Doorway:
+    async def open_door(self, request: Prepare, machine: MachineProtocol) -> Doorway:
         assert request.relay is not None
         return await self._relays.open_door("here", request.relay, (ADDRESS,), self._permitted, ())
 
@@ -243,7 +244,7 @@ async def until_it_writes(scratch: Path, machine: Machine) -> None:
 
 
 class Here:
-    """The source's :class:`limosa.migration.source.Home`."""
+    """The source's :class:`limosa.migration.home.Home`."""
 
     def __init__(self, config: VmConfig, machine: Machine, way: Plain) -> None:
         self._config = config
@@ -339,8 +340,8 @@ class There:
         if event.name == "MIGRATION" and event.data["status"] == MigrationState.COMPLETED:
             self.arrived.set()
 
-    async def open_door(self, request: Prepare) -> Doorway:
-        return await self._way.open_door(request)
+    async def open_door(self, request: Prepare, machine: MachineProtocol) -> Doorway:
+        return await self._way.open_door(request, machine)
 
     async def adopt(self, *, running: bool) -> None:
         assert running

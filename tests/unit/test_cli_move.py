@@ -136,14 +136,15 @@ def test_json_is_one_object_for_each_vm_at_its_end(host: Host, capsys: pytest.Ca
 
 
 def test_options_reach_the_host(host: Host) -> None:
-    words = ["--transport", "tcp", "--bandwidth", "500", "--blackout-budget", "20", "--no-post-copy", "--detach"]
-    words += ["--storage", "vda=fast, vdb=bulk", "--keep"]
+    words = ["--transport", "rdma", "--bandwidth", "500", "--blackout-budget", "20", "--no-post-copy", "--detach"]
+    words += ["--storage", "vda=fast, vdb=bulk", "--keep", "--rdma-pin-all"]
     assert main(["move", "web1", "--to", "host2", *words]) == 0
     assert msgspec.to_builtins(host.moves[0].options) == {
-        "transport": "tcp",
+        "transport": "rdma",
         "bandwidth_mbit_per_s": 500,
         "blackout_budget_ms": 20,
         "post_copy": False,
+        "rdma_pin_all": True,
         "storage": {"vda": "fast", "vdb": "bulk"},
         "flatten": False,
         "keep": True,

@@ -20,7 +20,14 @@ def test_a_guest_without_wishes_is_told_its_name_only() -> None:
 
 def test_what_is_wished_is_said_in_the_words_init_reads() -> None:
     line = command_line(
-        name="web1", address="10.77.0.101/24", gateway="10.77.0.1", fill_mib=600, random_mib=200, rewrite_mib_per_s=20
+        name="web1",
+        address="10.77.0.101/24",
+        gateway="10.77.0.1",
+        fill_mib=600,
+        random_mib=200,
+        rewrite_mib_per_s=20,
+        disk="vda",
+        write_mib_per_s=5,
     )
     said = {word.partition("=")[0] for word in line.split() if word.startswith("limosa.")}
     init = files("limosa.lab").joinpath("guest", "init").read_text()
@@ -42,6 +49,8 @@ def test_what_is_wished_is_said_in_the_words_init_reads() -> None:
         {"fill_mib": 600, "rewrite_mib_per_s": 1},
         {"fill_mib": 600, "random_mib": 600, "rewrite_mib_per_s": 201},
         {"rewrite_mib_per_s": -1},
+        {"write_mib_per_s": 1},
+        {"disk": "vda", "write_mib_per_s": 101},
     ],
 )
 def test_what_the_guest_cannot_do_is_refused(wrong: dict[str, object]) -> None:

@@ -10,7 +10,7 @@ from pyroute2.netlink.rtnl.ifaddrmsg import ifaddrmsg
 from pyroute2.netlink.rtnl.ifinfmsg import ifinfmsg
 
 from limosa.model.network import HostNic, NicAddress
-from limosa.network.nics import IFA_F_TENTATIVE, Answers, describe, rdma_devices
+from limosa.network.nics import IFA_F_TENTATIVE, Answers, describe, emulated, rdma_devices
 
 
 def parsed(kind: type[Any], **fields: Any) -> Any:
@@ -58,6 +58,26 @@ def test_a_bond_has_mode_policy_and_members(mode: int, policy: int, words: tuple
     assert one(nics, "eth0").kind == "physical"
 
 
+@pytest.mark.parametrize(
+    ("mode", "speeds", "together"),
+    [
+        (4, {"eth0": 100, "eth1": 100, "bond0": 2000}, 200),  # shaped members: the kernel adds up what ethtool says
+        (2, {"eth0": 1000, "eth1": 1000}, 2000),
+        (2, {"eth0": 1000}, None),  # of one it is not known
+        (1, {"eth0": 1000, "eth1": 1000, "bond0": 1000}, 1000),  # active-backup uses one
+    ],
+)
+def test_a_bond_that_uses_all_members_has_their_speed(mode: int, speeds: dict[str, int], together: int | None) -> None:
+    data = {"attrs": [("IFLA_BOND_MODE", mode)]}
+    links = [
+        link(2, "eth0", master=5),
+        link(3, "eth1", master=5),
+        link(4, "eth2", master=5, carrier=0),
+        link(5, "bond0", kind="bond", data=data),
+    ]
+    assert one(describe(Answers(links, speeds=speeds)), "bond0").speed_mbit_per_s == together
+
+
 def test_a_team_is_told_from_a_bond() -> None:
     team = one(describe(Answers([link(2, "eth0", master=3), link(3, "team0", kind="team")])), "team0")
     assert (team.kind, team.members, team.bond_mode) == ("team", ("eth0",), "")
@@ -82,4 +102,13 @@ def test_rdma_devices_are_known_by_their_nics(tmp_path: Path) -> None:
     assert rdma_devices(tmp_path) == {"eth0": "mlx5_0"}
     assert rdma_devices(tmp_path / "none") == {}
     (nic,) = describe(Answers([link(2, "eth0")], rdma={"eth0": "mlx5_0"}))
-    assert nic.rdma == "mlx5_0"
+    assert (nic.rdma, nic.rdma_emulated) == ("mlx5_0", False)
+
+
+def test_rdma_devices_of_the_kernel_are_told_from_hardware(tmp_path: Path) -> None:
+    for name, place in (("mlx5_0", "pci0000:00/0000:00:01.0"), ("rxe0", "virtual")):
+        (tmp_path / "devices" / place / name).mkdir(parents=True)
+        (tmp_path / name).symlink_to(tmp_path / "devices" / place / name)
+    assert emulated(tmp_path, ["mlx5_0", "rxe0"]) == {"rxe0"}
+    (nic,) = describe(Answers([link(2, "eth0")], rdma={"eth0": "rxe0"}, emulated={"rxe0"}))
+    assert nic.rdma_emulated

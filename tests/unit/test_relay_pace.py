@@ -68,19 +68,12 @@ def test_a_worker_that_is_late_is_left_alone_longer_each_time() -> None:
     assert not patience.trusts
 
 
-def test_a_worker_that_took_time_from_others_is_left_alone_for_longer() -> None:
-    patience = Patience()
-    patience.late(0.0, lifted=True)
-    assert not patience.allows(0.249)
-    assert patience.allows(0.25)
-
-
 def test_a_worker_that_found_a_free_processor_is_forgiven_step_by_step() -> None:
     patience = Patience()
     for _ in range(3):
         patience.late(0.0)
     for trusted in (False, False, True):
-        patience.served(0.002, 0.0019, lifted=False)
+        patience.served(0.002, 0.0019)
         assert patience.allows(0.0)
         assert patience.trusts == trusted
 
@@ -88,6 +81,5 @@ def test_a_worker_that_found_a_free_processor_is_forgiven_step_by_step() -> None
 def test_a_worker_that_had_to_wait_for_others_is_not() -> None:
     patience = Patience()
     patience.late(0.0)
-    patience.served(0.010, 0.0019, lifted=False)
-    patience.served(0.010, 0.008, lifted=True)
+    patience.served(0.010, 0.0019)
     assert not patience.allows(0.005)

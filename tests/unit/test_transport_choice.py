@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import ipaddress
+from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -101,6 +104,48 @@ def test_hosts_without_a_common_network_are_routed() -> None:
     assert (route.transport, route.paths[0].here, route.paths[0].there) == ("tcp", "", "10.79.0.2")
 
 
+def team(host: int, *, policy: str = "layer3+4", speed: int | None = 2000, links: int = 2) -> list[HostNic]:
+    """A bond of two NICs, of which so many have a link."""
+    made = msgspec.structs.replace(
+        nic(0, host, speed),
+        name="bond0",
+        kind="bond",
+        bond_mode="802.3ad",
+        hash_policy=policy,
+        members=("mig1", "mig2"),
+    )
+    members = [nic(number, 0, 1000, carrier=number <= links) for number in (1, 2)]
+    return [made, *(msgspec.structs.replace(one, master="bond0", addresses=()) for one in members)]
+
+
+def test_a_team_that_hashes_ports_gets_several_connections() -> None:
+    for here, there in ((team(1), team(2)), (team(1), [nic(0, 2, 2000)]), ([nic(0, 1, 2000)], team(2))):
+        route = choose(ends(here, there), "auto")
+        assert (route.transport, [path.streams for path in route.paths]) == ("multichannel", [8])
+        assert route.why == "8 connections use all members of the team, which has 2000 Mbit/s"
+    assert choose(ends(team(1), team(2)), "multichannel").paths[0].streams == 8
+    assert choose(ends(team(1), team(2)), "tcp").paths[0].streams == 1
+
+
+def test_a_team_beside_a_nic_shares_the_connections_there_may_be() -> None:
+    route = choose(ends([*team(1), nic(3, 1, 2000)], [*team(2), nic(3, 2, 2000)], allowed=False), "auto")
+    assert {path.nic_here: path.streams for path in route.paths} == {"bond0": 4, "mig3": 1}
+
+
+@pytest.mark.parametrize(
+    ("bond", "words"),
+    [
+        ({"policy": "layer2"}, "only NIC"),
+        ({"links": 1}, "only NIC"),
+        ({"speed": 20_000}, "does not fill"),
+        ({"speed": None}, "not known"),
+    ],
+)
+def test_a_team_from_which_nothing_is_gained_gets_one(bond: dict[str, Any], words: str) -> None:
+    route = choose(ends(team(1, **bond), team(2, **bond)), "auto")
+    assert (route.transport, words in route.why) == ("tcp", True), route.why
+
+
 @st.composite
 def hosts(draw: st.DrawFn, number: int) -> list[HostNic]:
     count = draw(st.integers(0, 4))
@@ -147,3 +192,29 @@ def test_whatever_the_hosts_have_the_route_is_allowed_open_and_its_own(
         if allowed and path.here:
             for address in (path.here, path.there):
                 assert any(ipaddress.ip_address(address) in ipaddress.ip_network(one) for one in NETWORKS)
+
+
+@pytest.mark.parametrize(
+    ("speeds", "nics_used", "why"),
+    [
+        ((1000,), ["mig0"], "it was asked for"),
+        ((2500,), ["mig0"], "it was asked for"),
+        ((500, 500), ["mig0", "mig1"], "it was asked for"),
+        ((10_000,), ["mig0"], "it was asked for, but one processor does not compress faster than 10000 Mbit/s"),
+        ((None,), ["mig0"], "it was asked for, but the speed of mig0 is not known"),
+    ],
+)
+def test_compression_goes_over_what_would_be_taken_without_it(
+    speeds: tuple[int | None, ...], nics_used: list[str], why: str
+) -> None:
+    route = choose(pair(*speeds), "compression")
+    assert (route.transport, nics(route), route.why) == ("compression", nics_used, why)
+
+
+def test_a_destination_without_a_relay_of_our_version_gets_it_uncompressed_and_is_told_why() -> None:
+    old = dataclasses.replace(pair(500, 500), no_relay="host 'host2' knows another version of it, or none")
+    route = choose(old, "compression")
+    assert (route.transport, nics(route)) == ("multichannel", ["mig0", "mig1"])
+    assert route.why.startswith(
+        "compression is not possible: host 'host2' knows another version of it, or none; 2 NICs"
+    )

@@ -31,17 +31,21 @@ class Kernel:
     async def endpoints(self) -> tuple[Endpoint, ...]:
         return tuple(self.there.values())
 
-    async def announce(self, address: str) -> Endpoint:
-        old = self.there.get(address)
+    async def announce(self, address: str, port: int = 0) -> Endpoint:
+        place = f"{address} port {port}" if port else address
+        old = self.there.get(place)
         if self.refuses or (old is not None and not old.flags & FLAG_IMPLICIT):
             raise NetworkError("refused")
-        self.there[address] = Endpoint(address, next(self._numbers), FLAG_SIGNAL)
-        self.acts.append(f"announce {address}")
-        return self.there[address]
+        if len(self.there) == 8:
+            raise NetworkError("the kernel has room for 8")
+        self.there[place] = Endpoint(address, next(self._numbers), FLAG_SIGNAL, port)
+        self.acts.append(f"announce {place}")
+        return self.there[place]
 
     async def withdraw(self, endpoint: Endpoint) -> None:
-        assert self.there.pop(endpoint.address) == endpoint
-        self.acts.append(f"withdraw {endpoint.address}")
+        place = next(place for place, one in self.there.items() if one == endpoint)
+        del self.there[place]
+        self.acts.append(f"withdraw {place}")
 
     async def limits(self) -> Limits:
         return self.now
@@ -177,5 +181,36 @@ def test_a_file_that_cannot_be_read_stops_nobody(tmp_path: Path) -> None:
         kernel = Kernel()
         await Endpoints(kernel, tmp_path / "mptcp.json").clean()
         assert kernel.acts == []
+
+    play(scenario)
+
+
+def test_ports_are_shared_by_moves_and_gone_with_the_last(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        kernel = Kernel()
+        endpoints = Endpoints(kernel, tmp_path / "mptcp.json")
+        first, second = await endpoints.hold(), await endpoints.hold()
+        await endpoints.announce_ports(first, MINE, 2, iter([7, 8, 9]))
+        await endpoints.announce_ports(second, MINE, 3, iter([10, 11]))
+        assert {one.port for one in kernel.there.values()} == {7, 8, 10}
+        first.release()
+        await endpoints.idle()
+        assert {one.port for one in kernel.there.values()} == {7, 8, 10}
+        second.release()
+        await endpoints.idle()
+        assert (kernel.now, kernel.there, list(tmp_path.iterdir())) == (DEFAULT, {}, [])
+
+    play(scenario)
+
+
+def test_more_ports_than_the_kernel_has_room_for_cost_nothing_else(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        kernel = Kernel()
+        endpoints = Endpoints(kernel, tmp_path / "mptcp.json")
+        hold = await endpoints.hold([MINE, OTHER])
+        await endpoints.announce_ports(hold, MINE, 7, iter(range(1, 100)))
+        assert len(kernel.there) == 8
+        await Endpoints(kernel, tmp_path / "mptcp.json").clean()  # the next daemon, if this one is killed now
+        assert kernel.there == {}
 
     play(scenario)

@@ -56,6 +56,11 @@ def register(commands: Commands[argparse.ArgumentParser]) -> None:
         action=argparse.BooleanOptionalAction,
         help="allow post-copy as the last step; no way back from it",
     )
+    move.add_argument(
+        "--rdma-pin-all",
+        action=argparse.BooleanOptionalAction,
+        help="with RDMA, lock all of the VM's memory at once on both hosts",
+    )
     move.add_argument("--keep", action="store_true", help="keep the disk images the VM leaves behind")
     check = add_command(
         commands,
@@ -132,6 +137,7 @@ def _mover(arguments: argparse.Namespace) -> Callable[[str], Iterator[Migration]
         "bandwidth_mbit_per_s": arguments.bandwidth,
         "blackout_budget_ms": arguments.blackout_budget,
         "post_copy": arguments.post_copy,
+        "rdma_pin_all": arguments.rdma_pin_all,
         "keep": arguments.keep,
     }
 

@@ -14,7 +14,7 @@ from limosa.host.multichannel import Addresses, Multichannel
 from limosa.host.page import Page
 from limosa.model.route import Route
 from limosa.transport import tcp
-from limosa.transport.channel import Channel, Doorway
+from limosa.transport.channel import Doorway, SocketChannel
 from limosa.transport.relay.client import Relay
 from limosa.transport.relay.inbound import CarrierDoorway, Inbound
 from limosa.transport.relay.outbound import Outbound, Seat
@@ -71,8 +71,8 @@ class Compression:
         await (await asyncio.shield(starting)).carry(place, stream)
 
     def _session(self, route: Route, *, encrypt: bool) -> Outbound:
-        async def dial(prepared: Prepared) -> Sequence[Channel]:
-            made: list[Channel] = []
+        async def dial(prepared: Prepared) -> Sequence[SocketChannel]:
+            made: list[SocketChannel] = []
             try:
                 for _ in range(CARRIERS):
                     made.append(await self._connect(route, prepared))
@@ -85,7 +85,7 @@ class Compression:
         several = len(route.paths) > 1
         return Outbound(dial, encrypt=encrypt, several=several, window_log=self._window_log(), user=self._user)
 
-    async def _connect(self, route: Route, prepared: Prepared) -> Channel:
+    async def _connect(self, route: Route, prepared: Prepared) -> SocketChannel:
         if len(route.paths) > 1:
             return await self._multichannel.connect(route, prepared)
         return await tcp.connect(prepared.address, prepared.port, prepared.token, route.paths[0].here)

@@ -36,6 +36,7 @@ from limosa.errors import (
     QemuGone,
     StateError,
 )
+from limosa.host.bandwidth import MBIT_BYTES
 from limosa.host.page import Page
 from limosa.host.storage import Storage
 from limosa.host.views import Views
@@ -55,7 +56,6 @@ from limosa.storage import access
 from limosa.wire.api import DiskMoveRequest
 
 _log = logging.getLogger(__name__)
-MBIT_BYTES = 1_000_000 // 8
 
 
 class Record(Model, frozen=True, forbid_unknown_fields=False):

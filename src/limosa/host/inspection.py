@@ -20,6 +20,7 @@ from limosa.network.netlink import Netlink
 from limosa.network.nics import inventory
 from limosa.network.switches import switches
 from limosa.qemu.capabilities import QemuCapabilities
+from limosa.qemu.process import lockable_mib
 from limosa.settings.daemon import DaemonSettings
 from limosa.storage import chains
 from limosa.storage.identity import identify
@@ -50,7 +51,14 @@ class Inspector:
     async def network(self) -> HostNetwork:
         """Our NICs, and which networks may carry moves."""
         nics = await inventory(self._netlink)
-        return HostNetwork(nics=nics, mptcp=mptcp.is_on(), allowed=self._page.now.migration_networks)
+        page = self._page.now
+        return HostNetwork(
+            nics=nics,
+            mptcp=mptcp.is_on(),
+            allowed=page.migration_networks,
+            encrypt=page.encrypt,
+            lockable_mib=lockable_mib(),
+        )
 
     async def switches(self) -> tuple[str, ...]:
         """Names of our virtual switches."""
@@ -72,6 +80,7 @@ class Inspector:
             encrypt=settings.encrypt,
             post_copy=settings.convergence.post_copy,
             network=await self.network(),
+            capped=settings.bandwidth_mbit_per_s > 0 or bool(settings.network_bandwidth_mbit_per_s),
         )
 
     async def destination_facts(

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from limosa.errors import LimosaError
 from limosa.model.route import Route
 from limosa.network.changes import changes
-from limosa.transport import multichannel
-from limosa.transport.channel import Channel
+from limosa.transport import multichannel, tcp
+from limosa.transport.channel import SocketChannel
 from limosa.transport.choice import is_allowed
 from limosa.transport.endpoints import Endpoints, Hold, PathManager
 from limosa.transport.multichannel import MultichannelDoorway
@@ -29,7 +29,7 @@ class Multichannel:
     def __init__(self, manager: PathManager, run: Path) -> None:
         self.endpoints = Endpoints(manager, run / "mptcp.json")
 
-    async def connect(self, route: Route, prepared: Prepared) -> Channel:
+    async def connect(self, route: Route, prepared: Prepared) -> SocketChannel:
         """The source's end. Raises :class:`DestinationLost` and :class:`NetworkError`."""
         hold = await self.endpoints.hold()
         try:
@@ -41,16 +41,21 @@ class Multichannel:
             raise
 
     async def open_door(
-        self, chosen: Sequence[str], ports: tuple[int, int], permitted: Addresses, networks: Sequence[str]
+        self,
+        chosen: Sequence[str],
+        ports: tuple[int, int],
+        permitted: Addresses,
+        networks: Sequence[str],
+        streams: Mapping[str, int] | None = None,
     ) -> MultichannelDoorway:
         """The destination's end, at the addresses the source has chosen. Raises :class:`NetworkError`.
 
         An address that appears later is announced if it lies in one of ``networks``, which the source is on, or if
-        the source asks for it.
+        the source asks for it. ``streams`` says to which addresses several connections are to be made, and how many.
         """
         landing = _Landing(self.endpoints, await self.endpoints.hold(), permitted, networks)
         try:
-            await landing.open(chosen, ports)
+            await landing.open(chosen, ports, streams or {})
         except BaseException:
             landing.close()
             raise
@@ -69,11 +74,15 @@ class _Landing:
         self._networks = networks
         self._follower: asyncio.Task[None] | None = None
 
-    async def open(self, chosen: Sequence[str], ports: tuple[int, int]) -> None:
+    async def open(self, chosen: Sequence[str], ports: tuple[int, int], streams: Mapping[str, int]) -> None:
         """Listen, announce, and watch for further addresses."""
         self.door = MultichannelDoorway(chosen, ports, self._announce_later, self.close)
         try:
             await self._announce(chosen)
+            for address in chosen:
+                # From the end of the range, so that those are not taken that other moves would take next.
+                free = tcp.free_ports(address, range(ports[1], ports[0] - 1, -1))
+                await self._endpoints.announce_ports(self._hold, address, streams.get(address, 1) - 1, free)
         except BaseException:
             self.door.close()
             raise

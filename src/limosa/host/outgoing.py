@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import base64
-import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,83 +12,51 @@ import msgspec
 
 from limosa.background import Background
 from limosa.errors import Conflict, HostUnreachable, LimosaError
-from limosa.host.compression import Compression
-from limosa.host.files import Files
-from limosa.host.inspection import Inspector
-from limosa.host.multichannel import Multichannel
-from limosa.host.page import Page
+from limosa.host.bandwidth import MBIT_BYTES, Bandwidth
+from limosa.host.leaving import Leaving
+from limosa.host.parts import Parts
 from limosa.host.peers import RemotePeer, dial
 from limosa.host.slots import Slots
-from limosa.host.storage import Storage
 from limosa.host.views import Views
-from limosa.host.vms import HostedVm, Vms
-from limosa.migration import disks
+from limosa.host.vms import HostedVm
 from limosa.migration.examination import Question, examine
+from limosa.migration.home import Terms
 from limosa.migration.journal import Header, Journal, new_identity
 from limosa.migration.ownership import SOURCE_ENDED, SourceStep
 from limosa.migration.peer import Dialler
 from limosa.migration.report import Report
 from limosa.migration.settle import Settlement
-from limosa.migration.source import SourceMove, Terms
+from limosa.migration.source import SourceMove
 from limosa.model.base import is_name
-from limosa.model.facts import VmFacts
 from limosa.model.finding import Finding, Severity
 from limosa.model.migration import Migration, Outcome, Phase, Progress, Side
-from limosa.model.network import HostNetwork
-from limosa.model.route import Route
 from limosa.model.vm import VmState
-from limosa.network.changes import changes
-from limosa.qemu.protocol import MachineProtocol
 from limosa.security import tls
 from limosa.settings.address import split_address
-from limosa.settings.host import HostSettings
-from limosa.transport import shares, tcp
-from limosa.transport.channel import Channel
-from limosa.transport.relay.outbound import Seat
-from limosa.transport.shares import Caps, Claim, Kind
 from limosa.wire.api import CheckReport, CheckRequest, MoveOptions, MoveRequest
-from limosa.wire.peer import Prepared, RelayPlace
 
 _log = logging.getLogger(__name__)
 
 #: Between attempts to settle a move that could not be, because the disk is full for one.
 SETTLE_EVERY_S = 2.0
-MBIT_BYTES = 1_000_000 // 8
 
 
 class Outgoing:
     """All moves from this host."""
 
-    def __init__(
-        self,
-        host: str,
-        pki: Path,
-        vms: Vms,
-        page: Page,
-        files: Files,
-        inspector: Inspector,
-        multichannel: Multichannel,
-        compression: Compression,
-        storage: Storage,
-        views: Views,
-        boot: str,
-    ) -> None:
-        self.host = host
-        self.slots = Slots(lambda: page.now.max_outgoing)
+    def __init__(self, parts: Parts, pki: Path, views: Views) -> None:
+        self._parts = parts
+        self.host = parts.name
+        self.slots = Slots(lambda: parts.page.now.max_outgoing)
         self._pki = pki
-        self._vms = vms
-        self._page = page
-        self._files = files
-        self._inspector = inspector
-        self._multichannel = multichannel
-        self._storage = storage
-        self._compression = compression
-        self._boot = boot
+        self._vms = parts.vms
+        self._page = parts.page
         self._views = views
         self._active: dict[str, SourceMove] = {}
+        self._bandwidth = Bandwidth(parts.page, self._active)
         self._settling: dict[str, Settlement] = {}
         self._background = Background()
-        page.on_change(self._on_page)
+        parts.page.on_change(self._on_page)
 
     # What clients ask
 
@@ -102,8 +67,8 @@ class Outgoing:
             peer = await self._dialler(request.destination)()
             try:
                 destination = peer.host
-                facts = self._inspector.vm_facts(hosted)
-                examined = await examine(peer, self._question(hosted, request.options), facts, self._storage)
+                facts = self._parts.inspector.vm_facts(hosted)
+                examined = await examine(peer, self._question(hosted, request.options), facts, self._parts.storage)
                 findings, route, disks = examined.findings, examined.route, examined.disks
             finally:
                 await peer.close()
@@ -150,13 +115,13 @@ class Outgoing:
             destination=name if is_name(name) else "unnamed",
             address=request.destination,
             accepted_at=time.time(),
-            boot=self._boot,
+            boot=self._parts.boot,
             options=msgspec.to_builtins(request.options),
             was_running=hosted.state is VmState.RUNNING,
         )
         hosted.migration = header.migration
         try:
-            journal = Journal.begin(self._files.migrations, header)
+            journal = Journal.begin(self._parts.files.migrations, header)
         except LimosaError:
             hosted.migration = None
             raise
@@ -204,17 +169,7 @@ class Outgoing:
         terms = self._terms(options)
         report = Report(self._first_view(header, terms.transport), self._views.publish)
         own_cap = (options.bandwidth_mbit_per_s or 0) * MBIT_BYTES
-        leaving = Leaving(
-            hosted,
-            self._vms,
-            self._inspector,
-            self._multichannel,
-            self._compression,
-            self._storage,
-            self,
-            header.migration,
-            own_cap,
-        )
+        leaving = Leaving(self._parts, hosted, self._bandwidth, header.migration, own_cap)
         machine = hosted.machine if hosted is not None else None
         move = SourceMove(journal, machine, self._dialler(header.address), leaving, terms, report)
         self._active[header.migration] = move
@@ -227,7 +182,7 @@ class Outgoing:
         try:
             await move.guard(self.slots.acquire(lambda place: _in_line(move.report, place)))
             has_slot = True
-            await self.share_bandwidth()
+            await self._bandwidth.share()
             await move.run()
             move.report.end(Outcome.COMPLETED)
         except LimosaError as error:
@@ -238,7 +193,7 @@ class Outgoing:
             if has_slot:
                 self.slots.release()
             self._ended(move)
-            await self.share_bandwidth()
+            await self._bandwidth.share()
 
     async def _settle(self, move: SourceMove, cause: LimosaError | None) -> None:
         settlement = Settlement(move, cause or LimosaError("the host daemon restarted during the move"))
@@ -294,13 +249,8 @@ class Outgoing:
             changes["post_copy"] = options.post_copy
         transport = options.transport or settings.transport
         policy = msgspec.structs.replace(policy, **changes)
-        return Terms(policy, transport, settings.encrypt, options.storage, options.flatten, options.keep)
-
-    def allowance(self, migration: str) -> int:
-        """Bytes per second a move may use now, 0: no cap."""
-        claims = {name: claim for name, move in self._active.items() if (claim := _claim(move)) is not None}
-        mine = claims.get(migration)
-        return shares.allowance(mine, list(claims.values()), _caps(self._page.now)) if mine is not None else 0
+        pin_all = settings.rdma_pin_all if options.rdma_pin_all is None else options.rdma_pin_all
+        return Terms(policy, transport, settings.encrypt, options.storage, options.flatten, options.keep, pin_all)
 
     async def limit(self, migration: str, mbit_per_s: int) -> Migration:
         """Cap a move that is under way, 0: no cap of its own. Raises :class:`Conflict` if it has ended."""
@@ -309,19 +259,12 @@ class Outgoing:
         if move is None or view.outcome is not Outcome.UNDER_WAY:
             raise Conflict(f"the move of VM '{view.vm}' has ended", vm=view.vm, host=self.host)
         move.home.own_cap = mbit_per_s * MBIT_BYTES
-        await self.share_bandwidth()
+        await self._bandwidth.share()
         return self._views.show(migration)
 
     def _on_page(self) -> None:
         self.slots.admit()
-        self._background.spawn(self.share_bandwidth())
-
-    async def share_bandwidth(self) -> None:
-        """Give each move its share. A machine that refuses is about to end anyway."""
-        for move in list(self._active.values()):
-            if move.machine is not None and move.report.now.phase in _SENDING:
-                with contextlib.suppress(LimosaError):
-                    await _cap(move, move.machine)
+        self._background.spawn(self._bandwidth.share())
 
     def _first_view(self, header: Header, transport: str) -> Migration:
         return Migration(
@@ -336,161 +279,6 @@ class Outgoing:
             progress=Progress(),
             accepted_at=header.accepted_at,
         )
-
-
-class Leaving:
-    """The VM that leaves: a :class:`limosa.migration.source.Home`."""
-
-    def __init__(
-        self,
-        hosted: HostedVm | None,
-        vms: Vms,
-        inspector: Inspector,
-        multichannel: Multichannel,
-        compression: Compression,
-        storage: Storage,
-        outgoing: Outgoing,
-        migration: str,
-        own_cap: int,
-    ) -> None:
-        self._hosted = hosted
-        self._vms = vms
-        self._inspector = inspector
-        self._multichannel = multichannel
-        self.disks = storage
-        self._compression = compression
-        #: in a session of relays: of guest memory, then of each disk
-        self._seats: list[Seat] = []
-        self._has_storage_slot = False
-        self._outgoing = outgoing
-        self._migration = migration
-        #: bytes per second asked for this move, 0: none
-        self.own_cap = own_cap
-
-    async def facts(self) -> VmFacts:
-        """See :class:`limosa.migration.source.Home`."""
-        assert self._hosted is not None
-        return await self._inspector.vm_facts(self._hosted)
-
-    def carry_on(self) -> dict[str, str]:
-        """See :class:`limosa.migration.source.Home`."""
-        assert self._hosted is not None
-        seed = self._vms.seed_of(self._hosted.config)
-        return {"seed.iso": base64.b64encode(seed).decode()} if seed is not None else {}
-
-    async def take_storage_slot(self, in_line: Callable[[int], None]) -> None:
-        """See :class:`limosa.migration.source.Home`."""
-        await self.disks.leaving.acquire(in_line)
-        self._has_storage_slot = True
-
-    async def seats(self, destination: str, route: Route, count: int, *, encrypt: bool) -> list[RelayPlace]:
-        """See :class:`limosa.migration.source.Home`."""
-        if route.transport == "compression":
-            self._seats = [self._compression.seat(destination, route, encrypt=encrypt) for _ in range(count)]
-            for seat in self._seats:
-                await seat.open()
-        return [seat.place for seat in self._seats]
-
-    def disconnect(self) -> None:
-        """See :class:`limosa.migration.source.Home`."""
-        for seat in self._seats:
-            seat.release()
-        if self._has_storage_slot:
-            self._has_storage_slot = False
-            self.disks.leaving.release()
-
-    async def connect(self, route: Route, prepared: Prepared) -> Channel:
-        """See :class:`limosa.migration.source.Home`."""
-        if self._seats:
-            return await self._seats[0].connect(prepared)
-        return await self._connect_bare(route, prepared)
-
-    async def connect_disks(self, route: Route, prepared: Prepared, count: int) -> list[Channel]:
-        """See :class:`limosa.migration.source.Home`."""
-        made: list[Channel] = []
-        # QEMU's own server is at that port, which asks for a certificate and not for a token.
-        server = msgspec.structs.replace(prepared, port=prepared.disks_port, token="")
-        try:
-            for number in range(count):
-                if self._seats:
-                    made.append(await self._seats[1 + number].connect(prepared))
-                else:
-                    made.append(await self._connect_bare(route, server))
-        except BaseException:
-            for channel in made:
-                channel.close()
-            raise
-        return made
-
-    async def _connect_bare(self, route: Route, prepared: Prepared) -> Channel:
-        if route.transport == "multichannel":
-            return await self._multichannel.connect(route, prepared)
-        return await tcp.connect(prepared.address, prepared.port, prepared.token, route.paths[0].here)
-
-    async def networks(self) -> AsyncIterator[HostNetwork]:
-        """See :class:`limosa.migration.source.Home`."""
-        async for _ in changes():
-            yield await self._inspector.network()
-
-    def bandwidth(self) -> int:
-        """See :class:`limosa.migration.source.Home`."""
-        return self._outgoing.allowance(self._migration)
-
-    async def sending(self) -> None:
-        """See :class:`limosa.migration.source.Home`."""
-        await self._outgoing.share_bandwidth()
-
-    async def end_qemu(self) -> None:
-        """See :class:`limosa.migration.source.Home`."""
-        if self._hosted is not None:
-            await self._vms.end_handed_over(self._hosted)
-
-    async def vm_left(self, images: Sequence[str]) -> None:
-        """See :class:`limosa.migration.source.Home`."""
-        if self._hosted is not None:
-            self._vms.forget(self._hosted)
-        for path in images:
-            self.disks.remove(path)
-
-    async def vm_stays(self) -> None:
-        """See :class:`limosa.migration.source.Home`."""
-        if self._hosted is not None:
-            self._hosted.migration = None
-
-    async def vm_crashed(self) -> None:
-        """See :class:`limosa.migration.source.Home`."""
-        if self._hosted is not None:
-            self._hosted.migration = None
-            await self._vms.crashed(self._hosted)
-
-
-#: Phases in which a cap means something.
-_SENDING = (Phase.BUILD_UP, Phase.STORAGE, Phase.COPY, Phase.SYNCHRONISE)
-
-
-def _claim(move: SourceMove) -> Claim | None:
-    """What a move sends now; None if it does not."""
-    view = move.report.now
-    if view.phase not in _SENDING:
-        return None
-    copies = disks.copies(view.disks) and view.phase in (Phase.BUILD_UP, Phase.STORAGE)
-    addresses = tuple(path.there for path in view.route.paths) if view.route is not None else ()
-    return Claim(Kind.STORAGE if copies else Kind.MEMORY, addresses, move.home.own_cap)
-
-
-def _caps(settings: HostSettings) -> Caps:
-    kinds = {Kind.MEMORY: settings.bandwidth_mbit_per_s, Kind.STORAGE: settings.storage_bandwidth_mbit_per_s}
-    return Caps(
-        kinds={kind: cap * MBIT_BYTES for kind, cap in kinds.items()},
-        networks={network: cap * MBIT_BYTES for network, cap in settings.network_bandwidth_mbit_per_s.items()},
-    )
-
-
-async def _cap(move: SourceMove, machine: MachineProtocol) -> None:
-    allowed = move.home.bandwidth()
-    await machine.set_bandwidth(allowed)
-    if move.mirrors is not None:
-        await move.mirrors.cap(allowed)
 
 
 def _in_line(report: Report, place: int) -> None:

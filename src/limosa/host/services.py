@@ -18,6 +18,7 @@ from limosa.host.launching import Launcher, qemu_user
 from limosa.host.multichannel import Multichannel
 from limosa.host.outgoing import Outgoing
 from limosa.host.page import Page
+from limosa.host.parts import Parts
 from limosa.host.storage import Storage
 from limosa.host.views import Views
 from limosa.host.vms import Vms
@@ -66,19 +67,16 @@ async def assemble(daemon: DaemonSettings, files: Files) -> Services:
     multichannel = Multichannel(PathManager(), files.run)
     await multichannel.endpoints.clean()
     compression = Compression(multichannel, page, user)
-    incoming = Incoming(daemon.name, vms, page, files, inspector, multichannel, compression, storage, boot)
-    outgoing = Outgoing(
-        daemon.name,
-        Path(daemon.certificates),
-        vms,
-        page,
-        files,
-        inspector,
-        multichannel,
-        compression,
-        storage,
-        views,
-        boot,
+    parts = Parts(
+        name=daemon.name,
+        boot=boot,
+        files=files,
+        page=page,
+        vms=vms,
+        storage=storage,
+        inspector=inspector,
+        multichannel=multichannel,
+        compression=compression,
     )
     return Services(
         name=daemon.name,
@@ -88,8 +86,8 @@ async def assemble(daemon: DaemonSettings, files: Files) -> Services:
         vms=vms,
         storage=storage,
         inspector=inspector,
-        outgoing=outgoing,
-        incoming=incoming,
+        outgoing=Outgoing(parts, Path(daemon.certificates), views),
+        incoming=Incoming(parts),
         disk_moves=DiskMoves(daemon.name, vms, page, storage, views, user, files.migrations),
         views=views,
     )

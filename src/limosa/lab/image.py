@@ -4,8 +4,8 @@ The kernel comes from Debian's own archive with ``apt-get download`` and is unpa
 busybox, the virtio modules and ``guest/init``; it boots in a few seconds also where QEMU emulates the processor. The
 guest serves HTTP on port 80 (``/``: a page with its name, uptime and a counter; ``/ok``: two bytes from memory), echoes
 on TCP port 7, answers pings, and has a shell on the serial console, where it says ``LIMOSA READY`` when the network
-serves, ``LIMOSA FILLED`` when its memory is loaded and ``LIMOSA REWRITES`` when it begins to rewrite that. The power
-button turns it off.
+serves, ``LIMOSA FILLED`` when its memory is loaded, ``LIMOSA REWRITES`` when it begins to rewrite that and ``LIMOSA
+WRITES`` when it begins to load its disk. The power button turns it off.
 
 An image lies in a folder named after the recipe's digest and appears there in one step, so that two builders do no harm
 and a new release of Limosa builds its own::
@@ -65,19 +65,23 @@ def command_line(
     random_mib: int = 0,
     rewrite_mib_per_s: int = 0,
     disk: str = "",
+    write_mib_per_s: int = 0,
 ) -> str:
     """The kernel command line of a guest.
 
     ``address`` (``10.77.0.101/24``) is given to its network card. ``fill_mib`` of its memory are filled, of which
     ``random_mib`` cannot be compressed and the rest can; of the random part ``rewrite_mib_per_s`` are overwritten
     evenly, with other content each time. On ``disk`` (``vda``) a number is written ten times a second, each durable
-    before the next, into the first 2048 blocks of 4 KiB in turn. Raises :class:`InvalidInput`.
+    before the next, into the first 2048 blocks of 4 KiB in turn; the 64 MiB that follow are overwritten evenly with
+    ``write_mib_per_s`` of random bytes, past the guest's cache. Raises :class:`InvalidInput`.
     """
     _check(is_name(name), "name", name)
     _check(disk == "" or re.fullmatch(r"[a-z]{2,8}", disk) is not None, "disk", disk)
     _check(0 <= random_mib <= fill_mib, "random_mib", f"{random_mib} of {fill_mib}")
     # A step is one twentieth of a second's writing and must fit both the random part and the pool it copies from.
     _check(0 <= rewrite_mib_per_s <= min(200, 20 * random_mib), "rewrite_mib_per_s", str(rewrite_mib_per_s))
+    # A step is one tenth of a second's writing and must fit the pool it copies from.
+    _check(0 <= write_mib_per_s <= (100 if disk else 0), "write_mib_per_s", str(write_mib_per_s))
     try:
         words = {
             "name": name,
@@ -87,6 +91,7 @@ def command_line(
             "random_mib": random_mib,
             "rewrite_mib_s": rewrite_mib_per_s,
             "disk": disk,
+            "write_mib_s": write_mib_per_s,
         }
     except ValueError as fault:
         raise InvalidInput("the guest's address is not valid", why=str(fault)) from fault
@@ -103,7 +108,7 @@ def guest_image(cache: Path = CACHE) -> GuestImage:
     folder = cache / recipe_digest()
     image = GuestImage(kernel=folder / "kernel", initrd=folder / "initrd")
     if not folder.exists():
-        with _locked(cache):
+        with locked(cache):
             if not folder.exists():
                 _build(folder)
     return image
@@ -127,7 +132,7 @@ def recipe_digest() -> str:
 def _build(folder: Path) -> None:
     """Make ``folder``, all at once."""
     with tempfile.TemporaryDirectory(prefix=".new-", dir=folder.parent) as scratch:
-        tree = _unpacked_kernel(Path(scratch))
+        tree = unpacked_kernel(KERNEL_PACKAGE, Path(scratch))
         new = Path(scratch) / "image"
         new.mkdir()
         shutil.copyfile(_only(tree.glob("boot/vmlinuz-*")), new / "kernel")
@@ -138,13 +143,13 @@ def _build(folder: Path) -> None:
         new.rename(folder)
 
 
-def _unpacked_kernel(scratch: Path) -> Path:
-    """The files of Debian's current cloud kernel."""
+def unpacked_kernel(package: str, scratch: Path) -> Path:
+    """The files of Debian's current kernel of that kind, below ``scratch``."""
     # The meta package has nothing but a dependency on the current kernel's package.
-    record = _run(["apt-cache", "show", "--no-all-versions", KERNEL_PACKAGE], scratch)
+    record = _run(["apt-cache", "show", "--no-all-versions", package], scratch)
     match = re.search(r"^Depends: (linux-image-[a-z0-9.+-]+)", record, re.MULTILINE)
     if match is None:
-        raise NotFound(f"Debian's package {KERNEL_PACKAGE} is not known", todo="run 'apt-get update' as root")
+        raise NotFound(f"Debian's package {package} is not known", todo="run 'apt-get update' as root")
     _run(["apt-get", "download", "-o", "APT::Sandbox::User=root", match[1]], scratch)
     _run(["dpkg-deb", "-x", str(_only(scratch.glob("linux-image-*.deb"))), "tree"], scratch)
     return scratch / "tree"
@@ -197,7 +202,8 @@ def _only(found: Iterator[Path]) -> Path:
 
 
 @contextmanager
-def _locked(cache: Path) -> Iterator[None]:
+def locked(cache: Path) -> Iterator[None]:
+    """Be the only builder in a cache, which is made if it is missing."""
     try:
         cache.mkdir(mode=0o755, parents=True, exist_ok=True)
         lock = (cache / "lock").open("w")

@@ -48,8 +48,8 @@ class Landing(Protocol):
     async def launch(self, request: Prepare) -> MachineProtocol:
         """Make the images of disks that come along; start QEMU with taps and files, waiting for a migration."""
 
-    async def open_door(self, request: Prepare) -> Doorway:
-        """Where the source is awaited."""
+    async def open_door(self, request: Prepare, machine: MachineProtocol) -> Doorway:
+        """Where the source is awaited; by ``machine`` itself where no socket can be handed over."""
 
     async def open_disks(self, request: Prepare, machine: MachineProtocol) -> Doorway | None:
         """Have QEMU await the disks that come along. Returns the door at which it does, None if relays bring them."""
@@ -120,9 +120,11 @@ class Destination:
                     downtime_limit_ms=1,
                     bandwidth_bytes_per_s=0,
                     post_copy=request.post_copy,
+                    rdma=request.transport == "rdma",
+                    rdma_pin_all=request.rdma_pin_all,
                 )
             )
-            door = self._door = await self.landing.open_door(request)
+            door = self._door = await self.landing.open_door(request, self.machine)
             if request.disks:
                 self._disks_door = await self.landing.open_disks(request, self.machine)
             self._admission = asyncio.ensure_future(self._admit(door, self.machine))
@@ -292,8 +294,9 @@ class Destination:
         gone.add_done_callback(lambda _: over.set())
         try:
             with contextlib.closing(door):
-                with await door.accept() as stream:
-                    await machine.receive(stream)
+                if (stream := await door.accept()) is not None:
+                    with stream:
+                        await machine.receive(stream)
                 await over.wait()
                 # QEMU's last word to the source may still be under way, perhaps over a path that has just died.
                 await self._abandoned.wait()

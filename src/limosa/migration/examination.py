@@ -15,7 +15,7 @@ from limosa.model.route import Route
 from limosa.model.storage import BackingFile, DiskFacts, DiskPlan
 from limosa.model.vm import Accelerator, Disk, VmConfig
 from limosa.transport import tcp
-from limosa.transport.advise import between
+from limosa.transport.advise import between, not_by_rdma
 from limosa.transport.choice import Ends, choose
 from limosa.transport.relay.frames import VERSION as RELAY_VERSION
 
@@ -36,6 +36,8 @@ class Question:
     flatten: bool
     #: the identity of the move
     tag: str
+    #: why RDMA, by which the move began, is not to be tried again; empty if it was not tried
+    rdma_failed: str = ""
 
 
 class DisksHere(Protocol):
@@ -72,9 +74,19 @@ async def examine(
     vm = question.vm
     (there, skew), here = await both(peer.inspect(vm, question.accelerator), facts)
     no_relay = "" if there.relay == RELAY_VERSION else f"host '{there.host}' knows another version of it, or none"
-    ends = Ends(question.source, there.host, here.network, there.network, there.addresses, no_relay)
-    route = await _open_route(ends, question.transport, there.trial_port)
     copied = disks.to_copy(vm, here, there, question.storage)
+    ends = Ends(
+        question.source,
+        there.host,
+        here.network,
+        there.network,
+        there.addresses,
+        no_relay,
+        _no_rdma(question, here, disks_move=bool(copied)),
+        vm.memory_mib,
+    )
+    asked = "rdma" if question.rdma_failed else question.transport
+    route = await _open_route(ends, asked, there.trial_port)
     of_disks = await disks_here.facts(copied) if copied else ()
     bases = {} if question.flatten else await _bases(peer, disks_here, of_disks)
     plans, against = disks.plan(vm, of_disks, there, question.storage, question.tag, bases)
@@ -87,7 +99,17 @@ async def examine(
         reachable=bool(route.paths),
         copied={disk.path for disk in copied},
     )
-    return Examined((*against, *findings, *between(ends, route)), route, ends, plans)
+    instead = (not_by_rdma(route),) if asked == "rdma" and route.transport != "rdma" else ()
+    return Examined((*against, *findings, *instead, *between(ends, route)), route, ends, plans)
+
+
+def _no_rdma(question: Question, here: VmFacts, *, disks_move: bool) -> str:
+    """What keeps this move from RDMA, whatever devices there are; empty if nothing does."""
+    if question.rdma_failed:
+        return question.rdma_failed
+    if disks_move:
+        return "disks move along, which RDMA does not carry"
+    return "a cap on bandwidth is set, which QEMU does not keep by RDMA" if here.capped else ""
 
 
 async def _bases(peer: Peer, disks_here: DisksHere, facts: Sequence[DiskFacts]) -> dict[str, BackingFile]:

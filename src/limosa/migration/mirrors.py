@@ -16,7 +16,7 @@ from typing import Protocol
 from limosa.errors import LimosaError, MigrationFailed, NotConverging, QemuError
 from limosa.model.storage import DiskAction, DiskPlan, DiskProgress
 from limosa.qemu.protocol import CopyState, CopyStatistics, MachineProtocol
-from limosa.transport.channel import Channel
+from limosa.transport.channel import SocketChannel
 from limosa.wire.peer import StreamCredentials
 
 LOOK_EVERY_S = 0.2
@@ -139,7 +139,7 @@ async def send(
     machine: MachineProtocol,
     tag: str,
     plans: Sequence[DiskPlan],
-    channels: Sequence[Channel],
+    channels: Sequence[SocketChannel],
     credentials: StreamCredentials | None,
     bytes_per_s: int,
 ) -> None:

@@ -16,18 +16,16 @@ from limosa.errors import Cancelled, HostUnreachable, LimosaError, OwnerUnknown,
 from limosa.migration import mirrors
 from limosa.migration.ownership import SOURCE_ENDED, SourceAction, SourceQemu, SourceStep, decide_source
 from limosa.migration.source import POST_COPY, SourceMove
+from limosa.migration.stop import stop_stream
 from limosa.model.migration import Outcome, Phase, Side
-from limosa.qemu.protocol import Event, MachineProtocol, MigrationState
+from limosa.qemu.protocol import MachineProtocol, MigrationState
 from limosa.wire.peer import DestinationState, Standing
 
-#: How long QEMU may take to end a stream that was cancelled; it usually takes milliseconds.
-CANCEL_WITHIN_S = 20.0
 ABORT_WITHIN_S = 5.0
 #: The move is shown as unresolved when the destination could not be asked for this long.
 UNRESOLVED_AFTER_S = 3.0
 
 _COMPLETED = {MigrationState.COMPLETED, *POST_COPY}
-_UNDER_WAY = (MigrationState.SETUP, MigrationState.ACTIVE, MigrationState.PRE_SWITCHOVER, MigrationState.DEVICE)
 
 
 class Settlement:
@@ -115,7 +113,7 @@ class Settlement:
         self._record_undoing()
         if qemu is SourceQemu.HOLDS and not self._home_again:
             assert self.move.machine is not None
-            await _stop_stream(self.move.machine)
+            await stop_stream(self.move.machine)
             if await self._own_qemu() is SourceQemu.COMPLETED:
                 return  # everything was sent before the cancel arrived; the destination's answer decides
             await self._home(self.move.machine)
@@ -240,27 +238,3 @@ def _pauses() -> Iterator[float]:
     while True:
         yield pause
         pause = min(5.0, pause * 2)
-
-
-async def _stop_stream(machine: MachineProtocol) -> None:
-    """Cancel a migration that is under way, and wait until QEMU says how it ended."""
-    ended = asyncio.Event()
-
-    def on_event(event: Event) -> None:
-        if event.name == "MIGRATION" and MigrationState(event.data["status"]) not in (
-            *_UNDER_WAY,
-            MigrationState.CANCELLING,
-        ):
-            ended.set()
-
-    unsubscribe = machine.on_event(on_event)
-    try:
-        state = (await machine.migration()).state
-        if state in _UNDER_WAY or state is MigrationState.CANCELLING:
-            await machine.cancel_migration()
-            async with asyncio.timeout(CANCEL_WITHIN_S):
-                await ended.wait()
-    except TimeoutError:
-        raise QemuError("QEMU does not end a migration that was cancelled", todo="see the VM's qemu.log") from None
-    finally:
-        unsubscribe()

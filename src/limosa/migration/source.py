@@ -16,16 +16,17 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Protocol, TypeVar
+from collections.abc import Coroutine, Sequence
+from dataclasses import replace
+from typing import Any, TypeVar
 
 import msgspec
 
 from limosa.errors import Cancelled, LimosaError, MigrationFailed, NotConverging, PreflightRefused, QemuGone
-from limosa.migration import convergence, disks, mirrors, progress
+from limosa.migration import again, convergence, disks, mirrors, progress
 from limosa.migration.convergence import Convergence
-from limosa.migration.examination import DisksHere, Examined, Question, both, examine
+from limosa.migration.examination import Examined, Question, both, examine
+from limosa.migration.home import Home, Terms
 from limosa.migration.journal import Journal
 from limosa.migration.mirrors import Mirrors
 from limosa.migration.ownership import SourceStep
@@ -35,98 +36,18 @@ from limosa.migration.report import Report
 from limosa.model.facts import VmFacts
 from limosa.model.finding import Severity
 from limosa.model.migration import Phase, Progress
-from limosa.model.network import HostNetwork
 from limosa.model.route import Route
 from limosa.model.storage import DiskPlan
 from limosa.model.units import MIB
 from limosa.qemu.protocol import Event, MachineProtocol, MigrationState, MigrationStatistics, StreamParameters
 from limosa.security.stream import make_credentials
-from limosa.settings.host import ConvergencePolicy
-from limosa.transport.channel import Channel
+from limosa.transport.channel import Channel, SocketChannel
 from limosa.transport.choice import connected
-from limosa.wire.peer import Prepare, Prepared, RelayPlace, StreamCredentials
+from limosa.wire.peer import Prepare, Prepared, StreamCredentials
 
 LOOK_EVERY_S = 0.2
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Terms:
-    """Under which terms a VM moves: the host's settings with what was asked for this move."""
-
-    policy: ConvergencePolicy
-    transport: str
-    encrypt: bool
-    #: which location of the destination a disk goes to, by the disk's name
-    storage: Mapping[str, str] = field(default_factory=dict)
-    #: whether disks are copied in one piece, also where the destination has what lies below them
-    flatten: bool = False
-    #: whether images the VM leaves behind are kept
-    keep: bool = False
-
-    def without_post_copy(self) -> Terms:
-        """The same, with post-copy forbidden."""
-        return replace(self, policy=msgspec.structs.replace(self.policy, post_copy=False))
-
-
-class Home(Protocol):
-    """What the script needs of the host it runs on."""
-
-    async def facts(self) -> VmFacts:
-        """What preflight needs to know about the VM here."""
-
-    def carry_on(self) -> dict[str, str]:
-        """Small files of the VM's own that go along, base64 by name."""
-
-    @property
-    def disks(self) -> DisksHere:
-        """What is asked about disks that are to be copied."""
-
-    async def connect_disks(self, route: Route, prepared: Prepared, count: int) -> list[Channel]:
-        """As :meth:`connect`, for so many disks."""
-
-    async def take_storage_slot(self, in_line: Callable[[int], None]) -> None:
-        """Wait for a place for a move that copies disks; :meth:`disconnect` gives it back."""
-
-    async def seats(self, destination: str, route: Route, count: int, *, encrypt: bool) -> list[RelayPlace]:
-        """Places in a session of relays for so many streams of this move; none if its route takes no relay.
-
-        Raises :class:`RelayFailed`.
-        """
-
-    async def connect(self, route: Route, prepared: Prepared) -> Channel:
-        """A connection to the destination for the guest's memory, by the transport of ``route``.
-
-        Raises :class:`DestinationLost`, :class:`RelayFailed` and :class:`NetworkError`.
-        """
-
-    def disconnect(self) -> None:
-        """Let go of what :meth:`take_storage_slot`, :meth:`seats` and :meth:`connect` took. May be repeated."""
-
-    def networks(self) -> AsyncIterator[HostNetwork]:
-        """This host's network, again after each change."""
-
-    def bandwidth(self) -> int:
-        """Bytes per second this move may use now, 0: no cap."""
-
-    async def sending(self) -> None:
-        """Other than before is sent from now on: share what may be used anew."""
-
-    #: bytes per second asked for this move, 0: none
-    own_cap: int
-
-    async def end_qemu(self) -> None:
-        """End the VM's QEMU here, which will never run the guest again."""
-
-    async def vm_left(self, images: Sequence[str]) -> None:
-        """The VM belongs to the destination, durably: forget it here, durably, and delete the images it has left."""
-
-    async def vm_stays(self) -> None:
-        """The VM goes on here; it may be operated again."""
-
-    async def vm_crashed(self) -> None:
-        """The VM's QEMU died here before anything was handed over."""
 
 
 class SourceMove:
@@ -146,7 +67,7 @@ class SourceMove:
         self.machine = machine
         self.dial = dial
         self.home = home
-        self.terms = terms
+        self.terms = self._asked = terms
         self.report = report
         self.peer: Peer | None = None
         self.channel: Channel | None = None
@@ -161,7 +82,7 @@ class SourceMove:
         self.paused: asyncio.Future[None] = loop.create_future()
         self.mirrors: Mirrors | None = None
         self.disk_credentials: StreamCredentials | None = None
-        self.disk_channels: list[Channel] = []
+        self.disk_channels: list[SocketChannel] = []
         self.stopped_at: float | None = None
         self._latest: MigrationStatistics | None = None
 
@@ -170,19 +91,41 @@ class SourceMove:
         assert self.machine is not None
         unsubscribe = self.machine.on_event(self._on_event)
         try:
-            self.report.enter(Phase.BUILD_UP)
-            self.peer = await self.guard(self.dial())
-            prepared = await self.guard(self.build_up(self.machine, self.peer))
-            if disks.copies(self.report.now.disks):
-                self.report.enter(Phase.STORAGE)
-                await self.guard(self.copy_disks(self.machine, prepared))
-            self.report.enter(Phase.COPY)
-            await self._copied(self.machine, prepared)
+            try:
+                await self.send(self.machine)
+            except LimosaError as failure:
+                if not again.may_follow(self, failure):
+                    raise
+                await self._without_rdma(self.machine, failure)
+                await self.send(self.machine)
             await self.switch_over(self.machine)
             await self.tear_down()
         finally:
             unsubscribe()
             self._close_channel()
+
+    async def send(self, machine: MachineProtocol) -> None:
+        """Everything before the switchover."""
+        self.report.enter(Phase.BUILD_UP)
+        self.peer = await self.guard(self.dial())
+        prepared = await self.guard(self.build_up(machine, self.peer))
+        if disks.copies(self.report.now.disks):
+            self.report.enter(Phase.STORAGE)
+            await self.guard(self.copy_disks(machine, prepared))
+        self.report.enter(Phase.COPY)
+        await self._copied(machine, prepared)
+
+    async def _without_rdma(self, machine: MachineProtocol, failure: LimosaError) -> None:
+        """Put everything back to where it was before RDMA was tried."""
+        self.report.note(f"RDMA failed ({failure}); it begins again by another way")
+        self._close_channel()
+        if self.peer is not None:
+            peer, self.peer = self.peer, None  # its loss, if it comes, is not to interrupt what follows
+            await peer.close()
+        await self.guard(again.undo(self, machine, failure))
+        self.terms = replace(self._asked, rdma_failed=str(failure))
+        self.sent, self.paused = [asyncio.get_running_loop().create_future() for _ in range(2)]
+        self.stopped_at = None
 
     async def build_up(self, machine: MachineProtocol, peer: Peer) -> Prepared:
         """Check, then have the destination build everything while QEMU here is set up."""
@@ -207,6 +150,8 @@ class SourceMove:
             relay=relays[0] if relays else None,
             credentials=server,
             post_copy=self.terms.policy.post_copy,
+            streams=tuple(path.streams for path in examined.route.paths),
+            rdma_pin_all=self.terms.rdma_pin_all,
             running=self.header.was_running,
             files=self.home.carry_on(),
             disks=copies,
@@ -219,6 +164,8 @@ class SourceMove:
             bandwidth_bytes_per_s=self.home.bandwidth(),
             post_copy=self.terms.policy.post_copy,
             pause=bool(copies),
+            rdma=examined.route.transport == "rdma",
+            rdma_pin_all=self.terms.rdma_pin_all,
         )
         prepared, _ = await both(peer.prepare(request, self._in_line), machine.prepare_outgoing(parameters))
         return prepared
@@ -234,12 +181,14 @@ class SourceMove:
             storage=self.terms.storage,
             flatten=self.terms.flatten,
             tag=header.migration,
+            rdma_failed=self.terms.rdma_failed,
         )
         examined = self.examined = await examine(peer, question, self._facts(), self.home.disks)
         findings = examined.findings
         if any(finding.severity is Severity.ERROR for finding in findings):
             raise PreflightRefused(findings, vm=self.header.vm.name, host=peer.host)
-        if any(finding.code == "post-copy-not-possible" for finding in findings):
+        # Post-copy by RDMA is a way of QEMU's that hardly anybody goes, and a guest is lost with it if it fails.
+        if examined.route.transport == "rdma" or any(one.code == "post-copy-not-possible" for one in findings):
             self.terms = self.terms.without_post_copy()
         self.report.change(
             findings=findings, transport=examined.route.transport, route=examined.route, disks=examined.disks
@@ -248,7 +197,10 @@ class SourceMove:
 
     async def _facts(self) -> VmFacts:
         # What was asked for this move counts, not what the host's settings say.
-        return msgspec.structs.replace(await self.home.facts(), post_copy=self.terms.policy.post_copy)
+        facts = await self.home.facts()
+        network = msgspec.structs.replace(facts.network, encrypt=self.terms.encrypt)
+        capped = facts.capped or self.home.own_cap > 0
+        return msgspec.structs.replace(facts, post_copy=self.terms.policy.post_copy, network=network, capped=capped)
 
     async def copy_disks(self, machine: MachineProtocol, prepared: Prepared) -> None:
         """Copy the disks that move along, until the copies keep up with the guest."""
@@ -279,7 +231,7 @@ class SourceMove:
         self.journal.record(SourceStep.MIGRATING, time.time(), durable=False)
         self.channel = await self.home.connect(self.examined.route, prepared)
         self.paths = Paths(self.examined.route, self.examined.ends, [self.channel, *self.disk_channels])
-        await machine.migrate(self.channel.socket)
+        await machine.migrate(self.channel.stream)
         watch = asyncio.ensure_future(self._watch(machine))
         finish = asyncio.ensure_future(self._finish_disks(machine))
         follow = asyncio.ensure_future(self.paths.follow(self.home.networks(), self.peer))

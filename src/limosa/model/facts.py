@@ -43,6 +43,8 @@ class VmFacts(Model, forbid_unknown_fields=False, frozen=True):
     encrypt: bool
     post_copy: bool
     network: HostNetwork = HostNetwork()
+    #: what it may send is capped
+    capped: bool = False
 
 
 class DestinationFacts(Model, forbid_unknown_fields=False, frozen=True):

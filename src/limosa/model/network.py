@@ -38,6 +38,8 @@ class HostNic(Model, forbid_unknown_fields=False, frozen=True):
     hash_policy: str = ""
     #: the RDMA device on it
     rdma: str = ""
+    #: which the kernel emulates (soft-RoCE), at the cost of more processor time than TCP's
+    rdma_emulated: bool = False
 
 
 class HostNetwork(Model, forbid_unknown_fields=False, frozen=True):
@@ -48,6 +50,10 @@ class HostNetwork(Model, forbid_unknown_fields=False, frozen=True):
     mptcp: bool = False
     #: its setting ``migration_networks``
     allowed: tuple[str, ...] = ()
+    #: its setting ``encrypt``
+    encrypt: bool = True
+    #: how much memory a QEMU may lock for RDMA, in MiB; null: any amount
+    lockable_mib: int | None = None
 
     def nic_of(self, address: str) -> HostNic | None:
         """The NIC that has an address."""

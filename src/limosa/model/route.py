@@ -17,6 +17,8 @@ class Path(Model, forbid_unknown_fields=False, frozen=True):
     nic_there: str = ""
     #: the slower NIC's, null if one of them does not say
     speed_mbit_per_s: int | None = None
+    #: connections, with ports of their own, that it takes to use all members of a team on it
+    streams: int = 1
     #: payload the destination has acknowledged; what another path had to send again counts on both
     sent_bytes: int = 0
 

@@ -32,11 +32,13 @@ _SWITCH = Path("/proc/sys/net/mptcp/enabled")
 
 @dataclass(frozen=True)
 class Endpoint:
-    """An address, the kernel's number for it, and its flags."""
+    """An address, the kernel's number for it, and its flags. With a ``port`` that one is announced too, and the kernel
+    listens there; else it is the one of the connection."""
 
     address: str
     number: int
     flags: int
+    port: int = 0
 
 
 @dataclass(frozen=True)
@@ -74,11 +76,11 @@ class PathManager:
         found = [attribute(answer, "MPTCP_PM_ATTR_ADDR") for answer in answers]
         return tuple(_endpoint(one) for one in found if one is not None)
 
-    async def announce(self, address: str) -> Endpoint:
+    async def announce(self, address: str, port: int = 0) -> Endpoint:
         """Make an endpoint that is announced to the other end of all connections."""
-        arguments = {"flags": FLAG_SIGNAL, _field(address): address}
+        arguments = {"flags": FLAG_SIGNAL, _field(address): address, **({"port": port} if port else {})}
         await self._ask("make an endpoint of", lambda socket: socket.endpoint("add", **arguments))
-        return next(one for one in await self.endpoints() if one.address == address)
+        return next(one for one in await self.endpoints() if (one.address, one.port) == (address, port))
 
     async def withdraw(self, endpoint: Endpoint) -> None:
         """Remove an endpoint; what runs over it, runs over the others from then on."""
@@ -118,4 +120,5 @@ def _field(address: str) -> str:
 def _endpoint(message: Any) -> Endpoint:
     prefix = "MPTCP_PM_ADDR_ATTR_"
     address = attribute(message, f"{prefix}ADDR4") or attribute(message, f"{prefix}ADDR6")
-    return Endpoint(address, attribute(message, f"{prefix}ID"), attribute(message, f"{prefix}FLAGS") or 0)
+    number, flags, port = (attribute(message, f"{prefix}{name}") for name in ("ID", "FLAGS", "PORT"))
+    return Endpoint(address, number, flags or 0, port or 0)

@@ -15,11 +15,12 @@ import fcntl
 import socket as sockets
 import struct
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import msgspec
 from pyroute2 import IPRoute
 
 from limosa.model.network import HostNic, NicAddress
@@ -42,6 +43,7 @@ _BYTES_PER_MBIT = 125_000
 
 # From linux/if_bonding.h, in the words of the kernel's own documentation.
 BOND_MODES = ("balance-rr", "active-backup", "balance-xor", "broadcast", "802.3ad", "balance-tlb", "balance-alb")
+_USE_ALL = ("balance-rr", "balance-xor", "802.3ad")
 HASH_POLICIES = ("layer2", "layer3+4", "layer2+3", "encap2+3", "encap3+4", "vlan+srcmac")
 
 RDMA_DEVICES = Path("/sys/class/infiniband")
@@ -49,13 +51,17 @@ RDMA_DEVICES = Path("/sys/class/infiniband")
 
 @dataclass(frozen=True)
 class Answers:
-    """What the kernel said, message by message; speeds (Mbit/s) and RDMA devices by interface name."""
+    """What the kernel said, message by message; speeds (Mbit/s) and RDMA devices by interface name.
+
+    ``emulated``: those RDMA devices that are none of the hardware's.
+    """
 
     links: Iterable[Any]
     addresses: Iterable[Any] = ()
     qdiscs: Iterable[Any] = ()
     speeds: Mapping[str, int] = field(default_factory=dict)
     rdma: Mapping[str, str] = field(default_factory=dict)
+    emulated: Collection[str] = ()
 
 
 async def inventory(netlink: Netlink) -> tuple[HostNic, ...]:
@@ -68,13 +74,15 @@ def gather(socket: IPRoute) -> tuple[HostNic, ...]:
     with kernel_refusals("cannot list the host's network interfaces"):
         links = [link for link in socket.get_links() if _kind(link) != "tun"]
         names = [attribute(link, "IFLA_IFNAME") for link in links]
+        rdma = rdma_devices(RDMA_DEVICES)
         return describe(
             Answers(
                 links,
                 list(socket.get_addr()),
                 list(socket.get_qdiscs()),
                 {name: speed for name in names if (speed := _ethtool_speed(name)) is not None},
-                rdma_devices(RDMA_DEVICES),
+                rdma,
+                emulated(RDMA_DEVICES, rdma.values()),
             )
         )
 
@@ -85,7 +93,7 @@ def describe(answers: Answers) -> tuple[HostNic, ...]:
     names = {link["index"]: attribute(link, "IFLA_IFNAME") for link in links}
     addresses = _by_index(answers.addresses)
     shaped = {message["index"]: rate for message in answers.qdiscs if (rate := _shaped(message)) is not None}
-    return tuple(
+    nics = tuple(
         HostNic(
             name=names[link["index"]],
             index=link["index"],
@@ -100,9 +108,24 @@ def describe(answers: Answers) -> tuple[HostNic, ...]:
             bond_mode=_bond_word(BOND_MODES, link, "IFLA_BOND_MODE"),
             hash_policy=_bond_word(HASH_POLICIES, link, "IFLA_BOND_XMIT_HASH_POLICY"),
             rdma=answers.rdma.get(names[link["index"]], ""),
+            rdma_emulated=answers.rdma.get(names[link["index"]], "") in answers.emulated,
         )
         for link in links
     )
+    return tuple(_with_speed_of_members(nic, nics) for nic in nics)
+
+
+def _with_speed_of_members(nic: HostNic, nics: tuple[HostNic, ...]) -> HostNic:
+    """A bond that uses all its members, with the speed they have together.
+
+    The kernel adds up what its members say of themselves; what they are shaped to is not in that.
+    """
+    if nic.bond_mode not in _USE_ALL:
+        return nic
+    speeds = [one.speed_mbit_per_s for one in nics if one.name in nic.members and one.carrier]
+    known = [speed for speed in speeds if speed is not None]
+    together = sum(known) if known and len(known) == len(speeds) else None
+    return msgspec.structs.replace(nic, speed_mbit_per_s=_least(nic.speed_mbit_per_s, together))
 
 
 def rdma_devices(folder: Path) -> dict[str, str]:
@@ -112,6 +135,11 @@ def rdma_devices(folder: Path) -> dict[str, str]:
         for entry in sorted(folder.glob("*/ports/*/gid_attrs/ndevs/*"))
         if (interface := _first_line(entry))
     }
+
+
+def emulated(folder: Path, devices: Iterable[str]) -> frozenset[str]:
+    """Those RDMA devices that hang on no bus: soft-RoCE and soft-iWARP."""
+    return frozenset(device for device in devices if "virtual" in (folder / device).resolve().parts)
 
 
 def _first_line(path: Path) -> str:

@@ -15,6 +15,7 @@ import contextlib
 import os
 import pwd
 import re
+import resource
 import signal
 import stat
 import subprocess
@@ -27,6 +28,8 @@ from limosa.errors import QemuError, QemuGone
 _KILL_WITHIN_S = 15.0
 _LOG_TAIL_BYTES = 4096
 _LOG_TAIL_LINES = 4
+#: From linux/capability.h: whoever has it may raise the limits of others.
+_CAP_SYS_RESOURCE = 24
 #: ``-msg timestamp=on`` puts a time before, and QEMU its own program name.
 _PREFIX = re.compile(r"\A(\S+Z )?(\S*qemu-system-\w+: )?")
 
@@ -99,6 +102,12 @@ class QemuProcess:
             raise QemuGone(f"QEMU with pid {self.pid} has ended", why=self.exit_text()) from error
         uid, gid = (int(re.findall(rf"^{key}:\t(\d+)", status, re.MULTILINE)[0]) for key in ("Uid", "Gid"))
         return None if uid == os.geteuid() else (uid, gid)
+
+    def let_lock_memory(self) -> None:
+        """Let it lock any amount of memory, if we may allow that; else what it may stays as it is."""
+        with contextlib.suppress(PermissionError, ProcessLookupError):
+            if not self.gone.is_set():
+                resource.prlimit(self.pid, resource.RLIMIT_MEMLOCK, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 
     def release(self) -> None:
         """Stop watching; the process goes on."""
@@ -215,6 +224,18 @@ def owner_of(user: str | None) -> tuple[int, int] | None:
             f"there is no user '{user}' to run QEMU as", todo=f"useradd --system --shell /usr/sbin/nologin {user}"
         ) from None
     return entry.pw_uid, entry.pw_gid
+
+
+def lockable_mib() -> int | None:
+    """How much memory a QEMU of ours can be let lock, in MiB; None if any amount.
+
+    See :meth:`QemuProcess.let_lock_memory` and ``prlimit(2)``.
+    """
+    (held,) = re.findall(r"^CapEff:\t([0-9a-f]+)", Path("/proc/self/status").read_text(), re.MULTILINE)
+    _, most = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    if int(held, 16) & 1 << _CAP_SYS_RESOURCE or most == resource.RLIM_INFINITY:
+        return None
+    return most // (1024 * 1024)
 
 
 def _groups(*, kvm: bool) -> list[int]:

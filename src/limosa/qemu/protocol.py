@@ -8,6 +8,7 @@ names of states and statistics end here.
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import socket
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -91,6 +92,25 @@ class MigrationStatistics:
 
 
 @dataclass(frozen=True)
+class RdmaAddress:
+    """Where one QEMU listens and the other calls by RDMA, which no socket of ours can do for them.
+
+    An IPv4 address, as QEMU's RDMA knows no other. Raises ``ValueError`` for anything else: it becomes part of a URI.
+    """
+
+    address: str
+    port: int
+
+    def __post_init__(self) -> None:
+        ipaddress.IPv4Address(self.address)
+
+    @property
+    def uri(self) -> str:
+        """As QEMU's commands have it."""
+        return f"rdma:{self.address}:{self.port:d}"
+
+
+@dataclass(frozen=True)
 class StreamParameters:
     """How guest memory shall travel. Both ends are given the same, but for the credentials."""
 
@@ -102,6 +122,10 @@ class StreamParameters:
     post_copy: bool = False
     #: stop before the switchover, with the guest stopped, until :meth:`MachineProtocol.continue_migration`
     pause: bool = False
+    #: memory goes by RDMA, so that QEMU has to lock it
+    rdma: bool = False
+    #: lock all of it at the beginning, instead of each piece when it is sent
+    rdma_pin_all: bool = False
 
 
 @dataclass(frozen=True)
@@ -179,9 +203,11 @@ class MachineProtocol(Protocol):
     async def prepare_outgoing(self, parameters: StreamParameters) -> None:
         """Source: set everything up for :meth:`migrate`. May be repeated."""
 
-    async def migrate(self, stream: socket.socket) -> None:
+    async def migrate(self, stream: socket.socket | RdmaAddress) -> None:
         """Source: start to send the VM into a connected socket. Returns as soon as QEMU has accepted; events tell the
-        rest. QEMU gets a duplicate of the socket; the caller's must not outlive the move, whose end is the stream's."""
+        rest. QEMU gets a duplicate of the socket; the caller's must not outlive the move, whose end is the stream's.
+
+        With an address QEMU calls there itself, by RDMA."""
 
     async def cancel_migration(self) -> None:
         """Source: ask QEMU to end the migration. No effect if none runs.
@@ -208,9 +234,12 @@ class MachineProtocol(Protocol):
     async def prepare_incoming(self, parameters: StreamParameters) -> None:
         """Destination: set everything up for :meth:`receive`."""
 
-    async def receive(self, stream: socket.socket) -> None:
+    async def receive(self, stream: socket.socket | RdmaAddress) -> None:
         """Destination: load the VM from a connected socket, of which QEMU gets a duplicate. Returns as soon as QEMU has
-        accepted; events tell the rest."""
+        accepted; events tell the rest.
+
+        With an address QEMU listens there itself, by RDMA, when this returns. A QEMU that could not is of no
+        further use: it refuses all other streams too (migration_incoming_state_setup in migration/migration.c)."""
 
     async def migration(self) -> MigrationStatistics:
         """How the migration stands, as seen from this side."""

@@ -14,7 +14,7 @@ from contextlib import suppress
 from limosa.errors import OutcomeUnknown, QemuError
 from limosa.qemu import folder, statistics
 from limosa.qemu.credentials import Endpoint
-from limosa.qemu.protocol import MigrationState, MigrationStatistics, StreamParameters
+from limosa.qemu.protocol import MigrationState, MigrationStatistics, RdmaAddress, StreamParameters
 from limosa.qemu.session import Session
 from limosa.security.stream import SERVER_NAME
 
@@ -62,9 +62,9 @@ class Stream(Session):
         }
         await self._prepare("client", parameters, settings, wanted={"auto-converge"})
 
-    async def migrate(self, stream: socket.socket) -> None:
+    async def migrate(self, stream: socket.socket | RdmaAddress) -> None:
         """Start to send the VM into ``stream``. Returns as soon as QEMU has accepted; nothing is sent if it refuses."""
-        await self._with_descriptor(stream, "migrate")
+        await self._over(stream, "migrate")
 
     async def cancel_migration(self) -> None:
         """Ask QEMU to end the migration; its ``cancelled`` event says when that is done."""
@@ -96,11 +96,17 @@ class Stream(Session):
         """Set everything up for :meth:`receive`."""
         await self._prepare("server", parameters, {}, wanted=set())
 
-    async def receive(self, stream: socket.socket) -> None:
+    async def receive(self, stream: socket.socket | RdmaAddress) -> None:
         """Load the VM from ``stream``. Returns as soon as QEMU has accepted."""
-        await self._with_descriptor(stream, "migrate-incoming")
+        await self._over(stream, "migrate-incoming")
 
     # --- inside ---
+
+    async def _over(self, stream: socket.socket | RdmaAddress, command: str) -> None:
+        if isinstance(stream, RdmaAddress):
+            await self._execute(command, {"uri": stream.uri})
+        else:
+            await self._with_descriptor(stream, command)
 
     async def _with_descriptor(self, stream: socket.socket, command: str) -> None:
         stream.setblocking(True)  # the flag is shared by both descriptors, and QEMU sets it as it needs it
@@ -121,6 +127,9 @@ class Stream(Session):
     ) -> None:
         asked = {"postcopy-ram": parameters.post_copy, "pause-before-switchover": parameters.pause}
         essential = {*_ESSENTIAL, *(name for name, is_asked in asked.items() if is_asked)}
+        if parameters.rdma:
+            self.process.let_lock_memory()
+        wanted = wanted | ({"rdma-pin-all"} if parameters.rdma and parameters.rdma_pin_all else set())
         tls = parameters.credentials
         settings |= {"tls-creds": _TLS_ID if tls else "", "tls-hostname": SERVER_NAME if tls else ""}
         steps = [self._set_capabilities(essential, wanted), self._set(settings)]
@@ -138,7 +147,7 @@ class Stream(Session):
         missing = essential - known
         if missing:
             raise QemuError(f"this QEMU is too old to migrate: it lacks {', '.join(sorted(missing))}")
-        ours = {*_ESSENTIAL, "auto-converge", "postcopy-ram", "pause-before-switchover"} & known
+        ours = {*_ESSENTIAL, "auto-converge", "postcopy-ram", "pause-before-switchover", "rdma-pin-all"} & known
         switches = [{"capability": name, "state": name in essential | wanted} for name in sorted(ours)]
         await self._execute("migrate-set-capabilities", {"capabilities": switches})
 

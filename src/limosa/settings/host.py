@@ -14,7 +14,7 @@ from limosa.model.base import Model, Name, is_clean_path
 from limosa.model.storage import OWN_LOCATION, Place
 from limosa.settings.address import PeerAddress, parse_address
 
-Transport = Literal["auto", "tcp", "multichannel", "compression"]
+Transport = Literal["auto", "tcp", "multichannel", "compression", "rdma"]
 Cidr = Annotated[str, Meta(max_length=64, description="a network such as 10.0.0.0/24")]
 
 
@@ -72,9 +72,14 @@ class HostSettings(Model, frozen=True):
         Transport,
         Meta(
             description="how guest memory travels: tcp, one connection; multichannel, all NICs at once; "
-            "compression, compressed with idle processor time; auto chooses what is fastest between the two hosts"
+            "compression, compressed with idle processor time; rdma, by RDMA devices, which needs encrypt off on both "
+            "hosts; auto chooses what is fastest between the two hosts"
         ),
     ] = "auto"
+    rdma_pin_all: Annotated[
+        bool,
+        Meta(description="with rdma, lock all memory of a VM at once: faster, and both hosts must have that much free"),
+    ] = False
     encrypt: Annotated[
         bool, Meta(description="TLS on the migration stream; switch it off only on networks nobody else can reach")
     ] = True

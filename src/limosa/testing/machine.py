@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 
 from limosa.errors import QemuError, QemuGone
 from limosa.qemu.machine import RESUME_WITHIN_S
-from limosa.qemu.protocol import Event, MigrationState, MigrationStatistics, RunState, StreamParameters
+from limosa.qemu.protocol import Event, MigrationState, MigrationStatistics, RdmaAddress, RunState, StreamParameters
 from limosa.testing.disks import FakeDisks
 from limosa.testing.guest import PAGE_BYTES, FakeGuest
 from limosa.testing.wire import Stage, StreamBroken, Wire
@@ -118,7 +118,7 @@ class FakeMachine(FakeDisks):
         self.parameters = parameters
         self._max_throttle = self._throttle_step = 1
 
-    async def migrate(self, stream: socket.socket) -> None:
+    async def migrate(self, stream: socket.socket | RdmaAddress) -> None:
         """See the protocol."""
         await self._answer()
         if self._stream is not None and not self._stream.done():
@@ -127,7 +127,12 @@ class FakeMachine(FakeDisks):
         self._continued.clear()
         self._statistics = MigrationStatistics()
         self._migration_is(MigrationState.SETUP)
-        self._stream = asyncio.create_task(self._send(stream.dup()))
+        try:
+            connection = self.wire.dial(stream)
+        except QemuError:
+            self._migration_is(MigrationState.FAILED)
+            raise
+        self._stream = asyncio.create_task(self._send(connection))
 
     async def cancel_migration(self) -> None:
         """See the protocol."""
@@ -168,12 +173,14 @@ class FakeMachine(FakeDisks):
         await self._answer()
         self.parameters = parameters
 
-    async def receive(self, stream: socket.socket) -> None:
+    async def receive(self, stream: socket.socket | RdmaAddress) -> None:
         """See the protocol."""
         await self._answer()
-        if self._meeting is not None:
+        if self._meeting is not None or self._statistics.state is not MigrationState.NONE:
             raise QemuError("QEMU refused migrate-incoming", why="The incoming migration has already been started")
         self._migration_is(MigrationState.SETUP)
+        if isinstance(stream, RdmaAddress):
+            stream = self.wire.listen(stream)
         self._meeting = asyncio.create_task(self._meet(stream.dup()))
 
     async def migration(self) -> MigrationStatistics:

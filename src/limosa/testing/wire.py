@@ -15,6 +15,9 @@ from collections.abc import Iterator
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
+from limosa.errors import QemuError
+from limosa.qemu.protocol import RdmaAddress
+
 if TYPE_CHECKING:
     from limosa.testing.machine import FakeMachine
 
@@ -50,6 +53,9 @@ class Wire:
         self.now = 1_700_000_000.0
         #: makes the next migration that comes to the stage fail with these words
         self.failures: dict[Stage, str] = {}
+        #: whether its machines have RDMA devices
+        self.has_rdma = False
+        self._listening: dict[RdmaAddress, socket.socket] = {}
         self._answers: dict[int, asyncio.Future[FakeMachine]] = {}
         self._held: set[Stage] = set()
         self._released: dict[Stage, asyncio.Event] = defaultdict(asyncio.Event)
@@ -90,6 +96,22 @@ class Wire:
         while self.now < until:
             self._passed.clear()
             await self._passed.wait()
+
+    def listen(self, address: RdmaAddress) -> socket.socket:
+        """Where a machine awaits another by RDMA. Raises :class:`QemuError` without devices."""
+        if not self.has_rdma:
+            raise QemuError("QEMU refused migrate-incoming", why="RDMA ERROR: no RDMA device")
+        caller, listener = socket.socketpair()
+        self._listening[address] = caller
+        return listener
+
+    def dial(self, stream: socket.socket | RdmaAddress) -> socket.socket:
+        """A stream of the caller's own to where QEMU was told. Raises :class:`QemuError` if nobody listens there."""
+        if not isinstance(stream, RdmaAddress):
+            return stream.dup()
+        if stream not in self._listening:
+            raise QemuError("QEMU refused migrate", why="RDMA ERROR: nobody listens there")
+        return self._listening.pop(stream)
 
     async def call(self, stream: socket.socket) -> FakeMachine:
         """The machine at the other end of a real stream. Raises :class:`StreamBroken` if there will be none."""

@@ -15,12 +15,12 @@ import msgspec
 from limosa.model.finding import Finding
 from limosa.model.network import HostNetwork, HostNic
 from limosa.model.route import Route
+from limosa.transport import rdma
 from limosa.transport.choice import Ends, choose, is_allowed
+from limosa.transport.teams import BY_PORT, HASHING
 
 #: Below it a page that a guest waits for in post-copy comes noticeably late behind those that are sent anyway.
 POST_COPY_MBIT_PER_S = 1000
-#: Modes of a bond that spread connections by a hash.
-HASHING = ("balance-xor", "802.3ad")
 
 
 def advise(name: str, network: HostNetwork, *, post_copy: bool) -> tuple[Route, tuple[Finding, ...]]:
@@ -32,6 +32,7 @@ def advise(name: str, network: HostNetwork, *, post_copy: bool) -> tuple[Route, 
         _same_network(network),
         *(_team(network, nic) for nic in network.nics),
         _slow(network) if post_copy else iter(()),
+        _locking(network),
     )
     return _suits(name, network), tuple(finding for rule in rules for finding in rule)
 
@@ -39,6 +40,12 @@ def advise(name: str, network: HostNetwork, *, post_copy: bool) -> tuple[Route, 
 def between(ends: Ends, route: Route) -> tuple[Finding, ...]:
     """What is wrong with the paths of a route; none of it keeps a move from succeeding."""
     return tuple(finding for path in route.paths for finding in _mtus(ends, path.here, path.there))
+
+
+def not_by_rdma(route: Route) -> Finding:
+    """RDMA was wanted, and this is the way instead."""
+    todo = "see 'limosa host advise' on both hosts"
+    return Finding.warning("rdma-not-used", f"the move goes by {route.transport}: {route.why}", todo)
 
 
 def _suits(name: str, network: HostNetwork) -> Route:
@@ -113,10 +120,10 @@ def _same_network(network: HostNetwork) -> Iterator[Finding]:
 
 def _team(network: HostNetwork, nic: HostNic) -> Iterator[Finding]:
     """Bonds and teams that spread nothing, or spread it wrongly."""
-    if nic.bond_mode in HASHING and nic.hash_policy == "layer2":
+    if nic.bond_mode in HASHING and nic.hash_policy not in BY_PORT:
         yield Finding.warning(
             "bond-hashes-by-host",
-            f"{nic.name} chooses the member by hardware address (layer2): all that goes to one host takes one member",
+            f"{nic.name} chooses the member by host ({nic.hash_policy}): all that goes to one host takes one member",
             f"ip link set {nic.name} type bond xmit_hash_policy layer3+4",
         )
     if nic.bond_mode == "balance-rr":
@@ -125,11 +132,16 @@ def _team(network: HostNetwork, nic: HostNic) -> Iterator[Finding]:
             f"{nic.name} sends packets in turn (balance-rr): they arrive out of order, and TCP sends many again",
             "use 802.3ad with layer3+4, or separate networks and multichannel",
         )
-    rdma = [one.name for one in network.nics if one.name in nic.members and one.rdma]
-    if rdma and nic.kind in ("bond", "team"):
+    if nic.bond_mode == "active-backup":
+        yield Finding.warning(
+            "bond-uses-one-member",
+            f"{nic.name} sends through one member and keeps the others for its failure (active-backup)",
+            "use 802.3ad with layer3+4 if the switch can, or separate networks and multichannel",
+        )
+    if members := rdma.team_members(network, nic):
         yield Finding.warning(
             "team-of-rdma",
-            f"{nic.name} is made of NICs with RDMA devices ({', '.join(rdma)}), which RDMA does not go through",
+            f"{nic.name} is a team of NICs with RDMA devices ({', '.join(members)}), and RDMA does not go through it",
             f"take them out of {nic.name} and give each a network of its own",
         )
 
@@ -141,6 +153,15 @@ def _slow(network: HostNetwork) -> Iterator[Finding]:
             "slow-for-post-copy",
             f"post-copy is allowed, but the fastest NIC has {fastest} Mbit/s: the guest would often wait for memory",
             "limosa host settings convergence.post_copy off",
+        )
+
+
+def _locking(network: HostNetwork) -> Iterator[Finding]:
+    if network.lockable_mib is not None and any(nic.rdma for nic in network.nics):
+        yield Finding.warning(
+            "rdma-locks-little",
+            f"this host has RDMA devices, but QEMU may lock {network.lockable_mib} MiB of memory only",
+            "run the daemon with CAP_SYS_RESOURCE, or with 'LimitMEMLOCK=infinity'",
         )
 
 

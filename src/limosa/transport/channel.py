@@ -4,6 +4,8 @@ The daemons make the connection and hand it to their QEMUs, which know neither a
 looks the same to them, nobody listens in QEMU, and whoever calls a port by mistake or malice is turned away by the
 destination's daemon before QEMU has read a byte: the caller must first say the token that the destination gave to the
 source in the session between the daemons.
+
+RDMA alone is otherwise: no socket of ours can carry it, so that QEMU is given an address, and listens or calls itself.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from typing import Protocol
 
 from limosa.errors import LimosaError
 from limosa.model.route import Compressed
+from limosa.qemu.protocol import RdmaAddress
 
 
 @dataclass(frozen=True)
@@ -34,8 +37,8 @@ class Channel(Protocol):
     """The source's end."""
 
     @property
-    def socket(self) -> socket.socket:
-        """Connected to the destination; QEMU is to get a duplicate."""
+    def stream(self) -> socket.socket | RdmaAddress:
+        """Connected to the destination, and QEMU is to get a duplicate; or where QEMU is to call."""
 
     def shorten(self) -> None:
         """Let little wait between QEMU and the network from now on, at some cost of throughput. Never raises.
@@ -56,6 +59,14 @@ class Channel(Protocol):
         """Close what is ours; QEMU's duplicate goes on. May be repeated."""
 
 
+class SocketChannel(Channel, Protocol):
+    """One that is a socket, as all are but RDMA's."""
+
+    @property
+    def socket(self) -> socket.socket:
+        """The same as ``stream``."""
+
+
 class Doorway(Protocol):
     """The destination's end: where the source is awaited."""
 
@@ -71,8 +82,11 @@ class Doorway(Protocol):
     def token(self) -> str:
         """What the caller has to say first, in hexadecimal digits."""
 
-    async def accept(self) -> socket.socket:
-        """Wait for the source, however long; others are turned away, then and later. The socket is the caller's."""
+    async def accept(self) -> socket.socket | None:
+        """Wait for the source, however long; others are turned away, then and later. The socket is the caller's.
+
+        None, at once, where QEMU listens itself and has its stream already.
+        """
 
     def announce(self, addresses: Iterable[str]) -> None:
         """The source has a way to these addresses of ours now: let it use them, if the transport can. Never raises."""

@@ -19,14 +19,21 @@ import msgspec
 
 from limosa.model.network import HostNetwork, HostNic
 from limosa.model.route import Path, Route
+from limosa.transport import rdma
+from limosa.transport.teams import spreads
 
 #: A NIC of this speed is not what one stream waits for.
 FAST_MBIT_PER_S = 10_000
 #: How many times slower than the fastest a NIC may be. The connection's parts arrive in order, so that the others wait
 #: for what a slow one still has in its queue: 500 and 100 Mbit/s together were slower than 500 alone (measured).
 SLOWER = 2
+#: What one processor compresses in a second, with what is left of it: a faster network carries more as it is.
+OUTRUN_MBIT_PER_S = 2500
 #: The kernel adds eight further connections to the first.
 MOST_PATHS = 9
+#: Connections in all where there is a team; one less than there may be, for a NIC that appears. Their ports are chance,
+#: so that of two members one stays unused in one of 128 moves.
+STREAMS = 8
 
 
 @dataclass(frozen=True)
@@ -40,14 +47,37 @@ class Ends:
     offered: Sequence[str]
     #: what keeps relays from working together, in words; empty if nothing does
     no_relay: str = ""
+    #: what keeps this move from RDMA, whatever devices there are; empty if nothing does
+    no_rdma: str = ""
+    #: the VM's, 0 where none is meant
+    memory_mib: int = 0
 
 
 def choose(ends: Ends, asked: str, blocked: Collection[str] = ()) -> Route:
-    """The route for ``asked`` (``auto``, ``tcp``, ``multichannel``, ``compression``).
+    """The route for ``asked`` (``auto``, ``tcp``, ``multichannel``, ``compression``, ``rdma``).
 
     ``blocked`` are addresses of the destination to which no connection can be made. The route has no path if no
     address is left.
     """
+    if asked not in ("auto", "rdma"):
+        return _by_sockets(ends, asked, blocked)
+    direct = _direct(ends, blocked)
+    ways = rdma.paths(ends.here, ends.there, direct)
+    sides = ends.source, ends.destination, ends.here, ends.there
+    reason = ends.no_rdma or rdma.against(*sides, direct, ends.memory_mib)
+    if asked == "auto" and not reason and rdma.is_emulated(ends.here, ends.there, ways[0]):
+        reason = "the kernel emulates the RDMA device, and TCP costs less"
+    if not reason:
+        words = "it was asked for" if asked == "rdma" else f"{ways[0].nic_here} and {ways[0].nic_there} have RDMA"
+        return Route(transport="rdma", paths=ways[:1], why=_except(words, blocked))
+    other = _by_sockets(ends, "auto", blocked)
+    # Most hosts have no RDMA and need not hear of it.
+    tell = asked == "rdma" or ways
+    return msgspec.structs.replace(other, why=f"{other.why}; not rdma: {reason}") if tell else other
+
+
+def _by_sockets(ends: Ends, asked: str, blocked: Collection[str]) -> Route:
+    """The route where QEMU is given sockets."""
     single, several = _single(ends, blocked), _several(ends, blocked)
     if not single:
         return Route(transport="tcp", why=f"nothing leads to host '{ends.destination}'")
@@ -55,22 +85,51 @@ def choose(ends: Ends, asked: str, blocked: Collection[str] = ()) -> Route:
         return _compression(ends, blocked)
     reason = _against(ends, several) if asked == "multichannel" else ""
     if asked == "auto":
-        reason = _against(ends, several) or _not_worth(several)
+        reason = _against(ends, several) or _not_worth(ends, several)
         several = _alike(several)
     if asked == "tcp" or reason:
         words = reason or "it was asked for"
         return Route(transport="tcp", paths=single[:1], why=_except(words, blocked))
-    total = sum(path.speed_mbit_per_s or 0 for path in several)
-    gain = f"{len(several)} NICs together have {total} Mbit/s" if asked == "auto" else "it was asked for"
+    several = _with_streams(ends, several)
+    gain = _gain(several) if asked == "auto" else "it was asked for"
     return Route(transport="multichannel", paths=several, why=_except(gain, blocked))
+
+
+def _gain(several: Sequence[Path]) -> str:
+    total = sum(path.speed_mbit_per_s or 0 for path in several)
+    if len(several) > 1:
+        return f"{len(several)} NICs together have {total} Mbit/s"
+    return f"{several[0].streams} connections use all members of the team, which has {total} Mbit/s"
+
+
+def _with_streams(ends: Ends, several: Sequence[Path]) -> tuple[Path, ...]:
+    """The same, with as many connections over each as its teams need."""
+    streams = max(1, STREAMS // len(several))
+    return tuple(msgspec.structs.replace(path, streams=streams) if _has_team(ends, path) else path for path in several)
+
+
+def _has_team(ends: Ends, path: Path) -> bool:
+    near, far = ends.here.nic_of(path.here), ends.there.nic_of(path.there)
+    return (near is not None and spreads(ends.here, near)) or (far is not None and spreads(ends.there, far))
 
 
 def _compression(ends: Ends, blocked: Collection[str]) -> Route:
     """Relays over what would be chosen without them; only that if they are not possible."""
-    bare = choose(ends, "auto", blocked)
+    bare = _by_sockets(ends, "auto", blocked)
     if ends.no_relay:
         return msgspec.structs.replace(bare, why=f"compression is not possible: {ends.no_relay}; {bare.why}")
-    return Route(transport="compression", paths=bare.paths, why=_except("it was asked for", blocked))
+    doubt = not_outrun(bare.paths)
+    words = f"it was asked for, but {doubt}" if doubt else "it was asked for"
+    return Route(transport="compression", paths=bare.paths, why=_except(words, blocked))
+
+
+def not_outrun(paths: Sequence[Path]) -> str:
+    """Why compressing gains nothing over these paths, in words; empty if it may."""
+    for path in paths:
+        if not path.speed_mbit_per_s:
+            return f"the speed of {path.nic_here or path.there} is not known"
+    total = sum(path.speed_mbit_per_s or 0 for path in paths)
+    return f"one processor does not compress faster than {total} Mbit/s" if total > OUTRUN_MBIT_PER_S else ""
 
 
 def _against(ends: Ends, several: Sequence[Path]) -> str:
@@ -82,9 +141,10 @@ def _against(ends: Ends, several: Sequence[Path]) -> str:
     return f"Multipath TCP is off on {hosts}" if off else ""
 
 
-def _not_worth(several: Sequence[Path]) -> str:
-    """Why one NIC is as good as all of them, in words; empty if it is not."""
-    if len(several) == 1:
+def _not_worth(ends: Ends, several: Sequence[Path]) -> str:
+    """Why one connection is as good as several, in words; empty if it is not."""
+    has_team = _has_team(ends, several[0])
+    if len(several) == 1 and not has_team:
         return f"{several[0].nic_here} is the only NIC that leads there"
     speeds = [path.speed_mbit_per_s for path in several if path.speed_mbit_per_s]
     if len(speeds) < len(several):
@@ -92,7 +152,7 @@ def _not_worth(several: Sequence[Path]) -> str:
         return f"the speed of {silent.nic_here} is not known"
     if max(speeds) >= FAST_MBIT_PER_S:
         return f"one stream does not fill a NIC of {max(speeds)} Mbit/s"
-    if len(_alike(several)) == 1:
+    if len(_alike(several)) == 1 and not has_team:
         return f"the other NICs are more than {SLOWER} times slower and would hold it up"
     return ""
 

@@ -7,6 +7,8 @@ The rules:
   reached its limit never use a NIC that appears later.
 - An address is announced by the first move that needs it and withdrawn after the last. One that an administrator has
   made an endpoint is used as it is and left alone.
+- Where a team of NICs spreads connections by their ports, an address is announced several times, with ports on which
+  the kernel itself listens and takes further connections only. Moves share those.
 - The kernel itself notes each address from which it has connected to an announced one (an implicit endpoint). Those
   that came while moves ran go with the last move.
 - What is about to be made is written down first, in the run folder. A daemon that was killed leaves that file, and the
@@ -21,6 +23,7 @@ import asyncio
 import logging
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -36,13 +39,17 @@ _log = logging.getLogger(__name__)
 Answer = TypeVar("Answer")
 
 
+#: An address and a port, 0 for the connection's own.
+Place = tuple[str, int]
+
+
 class PathManager(Protocol):
     """What is used of :class:`limosa.network.mptcp.PathManager`."""
 
     async def endpoints(self) -> tuple[Endpoint, ...]:
         """All there are, whoever made them."""
 
-    async def announce(self, address: str) -> Endpoint:
+    async def announce(self, address: str, port: int = 0) -> Endpoint:
         """Make an endpoint that is announced to the other end of all connections."""
 
     async def withdraw(self, endpoint: Endpoint) -> None:
@@ -56,10 +63,10 @@ class PathManager(Protocol):
 
 
 class Record(Model, frozen=True):
-    """The file: which addresses were made endpoints, the limits before and after they were raised, and the implicit
+    """The file: which places were made endpoints, the limits before and after they were raised, and the implicit
     endpoints there were before the first move. ``before`` is null while no move runs."""
 
-    endpoints: tuple[str, ...] = ()
+    endpoints: tuple[Place, ...] = ()
     before: tuple[int, int] | None = None
     raised: tuple[int, int] | None = None
     implicit: tuple[str, ...] = ()
@@ -69,7 +76,7 @@ class Hold:
     """One move's claim. Made by :meth:`Endpoints.hold`."""
 
     def __init__(self, endpoints: Endpoints) -> None:
-        self.addresses: set[str] = set()
+        self.places: set[Place] = set()
         self._endpoints = endpoints
         self.released = False
 
@@ -88,8 +95,8 @@ class Endpoints:
         self._file = file
         self._record = Record()
         self._moves = 0
-        self._users: Counter[str] = Counter()
-        self._ours: dict[str, Endpoint] = {}
+        self._users: Counter[Place] = Counter()
+        self._ours: dict[Place, Endpoint] = {}
         self._lock = asyncio.Lock()
         self._background = Background()
 
@@ -127,19 +134,41 @@ class Endpoints:
         async with self._lock:
             if hold.released:
                 return
-            explicit = {one.address for one in await self._manager.endpoints() if not one.flags & FLAG_IMPLICIT}
+            explicit = {_place(one) for one in await self._manager.endpoints() if not one.flags & FLAG_IMPLICIT}
             foreign = explicit - self._ours.keys()
-            for address in addresses:
-                if address not in hold.addresses:
-                    hold.addresses.add(address)
-                    self._users[address] += 1
-                if address not in foreign:
-                    await self._announce(address)
+            for place in ((address, 0) for address in addresses):
+                self._use(hold, place)
+                if place not in foreign:
+                    await self._announce(place)
+
+    async def announce_ports(self, hold: Hold, address: str, count: int, free: Iterable[int]) -> None:
+        """Announce an address with ``count`` further ports, so that the other end connects to each as well.
+
+        Those of other moves are used again, others taken from ``free``. What the kernel refuses, such as more
+        endpoints than it has room for, is logged: it costs speed and not the move.
+        """
+        async with self._lock:
+            if hold.released:
+                return
+            for place in [place for place in self._ours if place[0] == address and place[1]][:count]:
+                self._use(hold, place)
+            missing = count - sum(1 for place in hold.places if place[0] == address and place[1])
+            try:
+                for port in islice(free, missing):
+                    self._use(hold, (address, port))
+                    await self._announce((address, port))
+            except LimosaError as error:
+                _log.warning("fewer connections than wanted: %s", error)
+
+    def _use(self, hold: Hold, place: Place) -> None:
+        if place not in hold.places:
+            hold.places.add(place)
+            self._users[place] += 1
 
     def let_go(self, hold: Hold) -> None:
         """See :meth:`Hold.release`."""
         self._moves -= 1
-        self._users.subtract(hold.addresses)
+        self._users.subtract(hold.places)
         self._background.spawn(_logged(self._take_away()))
 
     async def idle(self) -> None:
@@ -163,22 +192,22 @@ class Endpoints:
         if raised != before:
             await self._manager.set_limits(raised)
 
-    async def _announce(self, address: str) -> None:
-        if (old := self._ours.pop(address, None)) is not None:
+    async def _announce(self, place: Place) -> None:
+        if (old := self._ours.pop(place, None)) is not None:
             await self._manager.withdraw(old)
-        if address not in self._record.endpoints:
-            self._write(endpoints=(*self._record.endpoints, address))
-        self._ours[address] = await self._manager.announce(address)
+        if place not in self._record.endpoints:
+            self._write(endpoints=(*self._record.endpoints, place))
+        self._ours[place] = await self._manager.announce(*place)
 
     async def _take_away(self) -> None:
         async with self._lock:
-            unused = [address for address in self._record.endpoints if self._users[address] <= 0]
-            kept = tuple(address for address in self._record.endpoints if address not in unused)
+            unused = [place for place in self._record.endpoints if self._users[place] <= 0]
+            kept = tuple(place for place in self._record.endpoints if place not in unused)
             over = self._moves == 0
             await self._undo(self._record if over else Record(endpoints=tuple(unused)))
-            for address in unused:
-                self._ours.pop(address, None)
-                del self._users[address]
+            for place in unused:
+                self._ours.pop(place, None)
+                del self._users[place]
             if over:
                 self._record = Record()
                 self._forget()
@@ -192,7 +221,7 @@ class Endpoints:
     async def _withdraw(self, record: Record) -> None:
         for one in await self._manager.endpoints():
             # With other flags it is not the one we made.
-            made = one.address in record.endpoints and one.flags == FLAG_SIGNAL
+            made = _place(one) in record.endpoints and one.flags == FLAG_SIGNAL
             over = record.before is not None
             if made or (over and one.flags & FLAG_IMPLICIT and one.address not in record.implicit):
                 await self._manager.withdraw(one)
@@ -218,6 +247,10 @@ class Endpoints:
             self._file.unlink(missing_ok=True)
         except OSError as error:
             _log.error("%s cannot be removed: %s", self._file, error)
+
+
+def _place(endpoint: Endpoint) -> Place:
+    return endpoint.address, endpoint.port
 
 
 async def _logged(work: Coroutine[Any, Any, None]) -> None:

@@ -19,7 +19,7 @@ import os
 import secrets
 import socket
 import struct
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 
 from limosa.errors import DestinationLost, LimosaError, NetworkError
 from limosa.model.route import Compressed
@@ -47,6 +47,11 @@ class TcpChannel:
     def __init__(self, connection: socket.socket) -> None:
         self.socket = connection
         self._used: Used | None = None
+
+    @property
+    def stream(self) -> socket.socket:
+        """See :class:`limosa.transport.channel.Channel`."""
+        return self.socket
 
     def shorten(self) -> None:
         """See :class:`limosa.transport.channel.Channel`."""
@@ -256,6 +261,14 @@ def listen_within(address: str, ports: tuple[int, int], protocol: int = socket.I
             todo="see what listens there, or change the setting migration_ports",
         )
     return listener
+
+
+def free_ports(address: str, ports: Iterable[int]) -> Iterator[int]:
+    """Those of the ports on which one could listen, each looked at when it is asked for."""
+    for port in ports:
+        with contextlib.suppress(OSError):
+            listen(address, port).close()
+            yield port
 
 
 def _listen(address: str, ports: range, protocol: int = socket.IPPROTO_TCP) -> socket.socket | None:

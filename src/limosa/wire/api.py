@@ -115,6 +115,7 @@ class MoveOptions(Model, frozen=True):
     bandwidth_mbit_per_s: Annotated[int, Meta(ge=0, le=1_000_000)] | None = None
     blackout_budget_ms: Annotated[float, Meta(ge=1, le=2000)] | None = None
     post_copy: bool | None = None
+    rdma_pin_all: bool | None = None
     #: which location of the destination a disk is to be copied to, by the disk's name
     storage: dict[DiskName, Name] = {}
     #: copy disks in one piece, also where the destination has what lies below them

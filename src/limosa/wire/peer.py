@@ -136,6 +136,10 @@ class Prepare(Message, tag="prepare", frozen=True, omit_defaults=True):
     running: bool
     #: addresses of the destination the source has chosen, best first; none: the destination chooses
     addresses: Annotated[tuple[Address, ...], Meta(max_length=256)] = ()
+    #: connections over each of ``addresses``, where that is more than one
+    streams: Annotated[tuple[Annotated[int, Meta(ge=1, le=8)], ...], Meta(max_length=256)] = ()
+    #: with RDMA: lock all memory at the beginning
+    rdma_pin_all: bool = False
     #: networks the source has an address in that may carry moves, for addresses that appear later
     networks: Annotated[tuple[Address, ...], Meta(max_length=4096)] = ()
     #: with the transport ``compression``

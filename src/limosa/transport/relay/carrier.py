@@ -20,10 +20,21 @@ from typing import Any
 from limosa.security.stream import SERVER_NAME
 from limosa.transport.relay.errors import BrokenStream
 
-#: What the kernel may hold of a carrier's data before it sends it (TCP_NOTSENT_LOWAT, tcp(7)): in general, and when
-#: a guest is about to stand still. More would only be waited for.
+#: The most the kernel may hold of a carrier's data before it sends it (TCP_NOTSENT_LOWAT, tcp(7)): in general, and
+#: when a guest is about to stand still. More would only be waited for.
 UNSENT_BYTES = 1024 * 1024
 SHORT_UNSENT_BYTES = 128 * 1024
+_LEAST_UNSENT_BYTES = 64 * 1024
+_OPTIONS = (
+    (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
+    (socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_BYTES),
+    # A host that is gone without a word is noticed after a minute, so that its session's memory is free again.
+    (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 30),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 10),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3),
+    (socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 60_000),
+)
 _SIOCOUTQ = termios.TIOCOUTQ
 _SIOCOUTQNSD = 0x894B  # linux/sockios.h
 #: Below this a header is sent together with its payload; above, putting them together costs more than it saves.
@@ -43,10 +54,11 @@ class Carrier:
         self._socket = connection
         #: what the kernel took so far, less what TLS adds
         self.sent_bytes = 0
+        self._unsent_limit, self._unsent_most = UNSENT_BYTES, UNSENT_BYTES
         connection.settimeout(timeout_s)
-        with suppress(OSError):  # not every kind of connection has them
-            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_BYTES)
+        for level, option, value in _OPTIONS:
+            with suppress(OSError):  # not every kind of connection has them all
+                connection.setsockopt(level, option, value)
         if context is not None:
             name = None if server else SERVER_NAME
             try:
@@ -61,9 +73,16 @@ class Carrier:
 
     def set_short(self, short: bool) -> None:
         """Whether only a little may wait in the kernel, from now on."""
-        limit = SHORT_UNSENT_BYTES if short else UNSENT_BYTES
-        with suppress(OSError):
-            self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, limit)
+        self._unsent_most = SHORT_UNSENT_BYTES if short else UNSENT_BYTES
+        self.set_unsent(self._unsent_limit)
+
+    def set_unsent(self, limit: int) -> None:
+        """How much may wait in the kernel, within reason. The kernel is told only of what makes a difference."""
+        limit = max(_LEAST_UNSENT_BYTES, min(limit, self._unsent_most))
+        if not 0.7 <= limit / self._unsent_limit <= 1.3:
+            self._unsent_limit = limit
+            with suppress(OSError):
+                self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, limit)
 
     def send(self, header: bytes, payload: memoryview | bytes = b"") -> None:
         """Send a frame whole; one thread at a time. Raises :class:`BrokenStream`."""

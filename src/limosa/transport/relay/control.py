@@ -106,8 +106,8 @@ class CompressionStatistics(Message, tag="compression-statistics"):
     cpu_s: float = 0.0
     #: chunks it was given and did not come to begin with
     withdrawn: int = 0
-    #: times it had to be given an ordinary share of processor time
-    lifts: int = 0
+    #: chunks it had begun with that were not waited for
+    late: int = 0
 
 
 class Statistics(Message, tag="statistics"):

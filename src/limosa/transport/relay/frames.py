@@ -81,6 +81,8 @@ class Kind(IntEnum):
     ABORT = 3
     #: the destination's QEMU has taken ``raw_length`` more bytes
     CREDIT = 4
+    #: a piece of the zstd stream whose data came raw before: only for what refers to it later
+    LEARN = 5
 
 
 class Form(IntEnum):
@@ -100,6 +102,11 @@ class Header(NamedTuple):
     raw_length: int
     wire_length: int
     checksum: int
+
+    @property
+    def has_payload(self) -> bool:
+        """Whether bytes of a stream follow."""
+        return self.kind in (Kind.DATA, Kind.LEARN)
 
     def verify(self, raw_digest: int) -> None:
         """Raises :class:`BrokenStream` if ``raw_digest`` (of the payload, decompressed) is not what was sent."""
@@ -122,6 +129,10 @@ class FrameWriter:
         """The header of a payload that follows it."""
         return self._header(Kind.DATA, form, channel, raw_length, wire_length, raw_digest)
 
+    def learn(self, channel: int, raw_length: int, wire_length: int, raw_digest: int) -> bytes:
+        """The header of a piece of the zstd stream whose data was sent already."""
+        return self._header(Kind.LEARN, Form.COMPRESSED, channel, raw_length, wire_length, raw_digest)
+
     def sign(self, kind: Kind, channel: int, count: int = 0) -> bytes:
         """A frame without payload; ``count`` is the bytes of a credit."""
         return self._header(kind, Form.RAW, channel, count, 0, _NOTHING)
@@ -141,7 +152,7 @@ class FrameReader:
     def header(self, data: bytes | bytearray | memoryview) -> Header:
         """The next header. Raises :class:`BrokenStream` if it is not valid.
 
-        Frames without payload are verified then; for data, call :meth:`Header.verify` before anything is passed on.
+        Frames without payload are verified then; for others, call :meth:`Header.verify` before anything is passed on.
         """
         fields = bytes(data[: _FIELDS.size])
         kind, form, reserved, channel, sequence, raw_length, wire_length = _FIELDS.unpack(fields)
@@ -154,7 +165,7 @@ class FrameReader:
         expected = checksum ^ xxhash.xxh3_64_intdigest(fields)
         header = Header(Kind(kind), Form(form), channel, raw_length, wire_length, expected)
         _check_lengths(header)
-        if header.kind is not Kind.DATA:
+        if not header.has_payload:
             header.verify(_NOTHING)
         return header
 
@@ -164,10 +175,11 @@ _FORMS = frozenset(Form)
 
 
 def _check_lengths(header: Header) -> None:
-    if header.kind is Kind.DATA:
+    if header.has_payload:
         limit = header.raw_length + (MAX_GROWTH_BYTES if header.form is not Form.RAW else 0)
         sound = 0 < header.raw_length <= MAX_RAW_BYTES and 0 < header.wire_length <= limit
         sound = sound and (header.form is not Form.RAW or header.wire_length == header.raw_length)
+        sound = sound and (header.form is Form.COMPRESSED or header.kind is Kind.DATA)
     elif header.kind is Kind.CREDIT:
         sound = header.form is Form.RAW and 0 < header.raw_length <= WINDOW_BYTES and header.wire_length == 0
     else:

@@ -36,6 +36,7 @@ class Inbound:
         self.address, self.port, self.token = door.address, door.port, door.token
         self._landings = 0
         self.opened = asyncio.ensure_future(self._open(place, window_log))
+        self.opened.add_done_callback(lambda done: done.cancelled() or done.exception())  # it may have no listener
         self.ended = asyncio.ensure_future(self._until_ended())
 
     async def doorway(self, place: RelayPlace) -> RelayDoorway:

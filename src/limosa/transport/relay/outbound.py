@@ -22,20 +22,22 @@ from limosa.background import Background
 from limosa.errors import LimosaError, RelayFailed
 from limosa.model.route import Compressed
 from limosa.security.stream import make_credentials
-from limosa.transport.channel import Channel, Used
+from limosa.transport.channel import SocketChannel, Used
 from limosa.transport.relay.client import Relay
 from limosa.transport.relay.control import ChannelStatistics
 from limosa.wire.peer import Prepared, RelayPlace, StreamCredentials
 
 #: After its last move a session is kept for so long.
 LINGER_S = 10.0
+#: What may wait between QEMU and its relay in a shortened stream.
+SHORT_BYTES = 64 * 1024
 #: A relay that does not answer within this is not waited for to show figures.
 ANSWER_WITHIN_S = 1.0
 #: When a stream broke, its relay is about to end, or has nothing to do with it.
 ENDS_WITHIN_S = 0.3
 
 #: Connects both carriers to the destination that is prepared.
-Dial = Callable[[Prepared], Awaitable[Sequence[Channel]]]
+Dial = Callable[[Prepared], Awaitable[Sequence[SocketChannel]]]
 
 
 class Outbound:
@@ -53,7 +55,7 @@ class Outbound:
         self._user = user
         self._numbers = itertools.count()
         self._seats: set[Seat] = set()
-        self._carriers: Sequence[Channel] = ()
+        self._carriers: Sequence[SocketChannel] = ()
         self._starting: asyncio.Task[Relay] | None = None
         self._opening: asyncio.Task[Relay] | None = None
         self._relay: Relay | None = None
@@ -111,7 +113,7 @@ class Outbound:
             self._ending = True
             self._background.spawn(self._relay.end())
 
-    def carriers(self) -> Sequence[Channel]:
+    def carriers(self) -> Sequence[SocketChannel]:
         """The connections to the other host, forward and backward; none while the session is not open."""
         return self._carriers
 
@@ -191,8 +193,15 @@ class RelayChannel:
         #: what the session had sent over each path before this stream began
         self._before = {(one.here, one.there): one.sent_bytes for one in self._carried()}
 
+    @property
+    def stream(self) -> socket.socket:
+        """See :class:`limosa.transport.channel.Channel`."""
+        return self.socket
+
     def shorten(self) -> None:
         """See :class:`limosa.transport.channel.Channel`."""
+        with contextlib.suppress(OSError):  # it is closed: then the stream is at its end
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SHORT_BYTES)
         self._background.spawn(self._shorten())
 
     def used(self) -> tuple[Used, ...]:
@@ -254,6 +263,6 @@ def _look_at(task: asyncio.Task[Relay]) -> None:
         task.exception()
 
 
-def _close(carriers: Sequence[Channel]) -> None:
+def _close(carriers: Sequence[SocketChannel]) -> None:
     for carrier in carriers:
         carrier.close()

@@ -18,10 +18,7 @@ _MOST_SLOWED = 4.0
 _HOPE = 0.75
 #: Who had the processor for at least this part of the time did not have to wait for others.
 _SERVED = 0.6
-_SERVED_LIFTED = 0.9
 _PATIENCE_FIRST_S = 0.01
-#: A session's nice value can be changed ten times a second: down again, and then up again, takes two of them.
-_PATIENCE_LIFTED_S = 0.25
 _PATIENCE_MOST_S = 1.0
 
 
@@ -101,18 +98,16 @@ class Patience:
         """Whether the worker found a free processor lately, so that it may be waited for."""
         return self._next == _PATIENCE_FIRST_S
 
-    def late(self, now: float, *, lifted: bool = False) -> None:
-        """It did not come to begin, or had to be lifted: leave it alone, longer each time."""
-        if lifted:
-            self._next = max(self._next, _PATIENCE_LIFTED_S)
+    def late(self, now: float) -> None:
+        """It was too late: leave it alone, longer each time."""
         self._until = now + self._next
         self._next = min(2 * self._next, _PATIENCE_MOST_S)
 
-    def served(self, seconds: float, cpu_seconds: float, *, lifted: bool) -> None:
+    def served(self, seconds: float, cpu_seconds: float) -> None:
         """It took ``seconds`` for a chunk, ``cpu_seconds`` of it processor time: was the processor free for it?
 
         One success does not make up for several failures: even on a busy processor the last in line gets a turn now
         and then.
         """
-        if cpu_seconds >= (_SERVED_LIFTED if lifted else _SERVED) * seconds:
+        if cpu_seconds >= _SERVED * seconds:
             self._until, self._next = 0.0, max(self._next / 2, _PATIENCE_FIRST_S)

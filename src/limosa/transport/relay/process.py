@@ -24,15 +24,14 @@ from limosa.transport.relay import control
 from limosa.transport.relay.control import FromDaemon, OpenChannel, OpenReceiver, OpenSender, Shorten
 from limosa.transport.relay.notices import Notices
 from limosa.transport.relay.plug import Plug
-from limosa.transport.relay.priority import allow_lift
 from limosa.transport.relay.receiver import Receiver
 from limosa.transport.relay.sender import Sender
 from limosa.transport.relay.session import admit, connect
 from limosa.transport.relay.worker import Memory, Worker
 from limosa.wire.parsing import parse
 
-#: What waits for the carrier. At 1 Gbit/s that is 35 ms of raw data, a third of it compressed.
-RING_BYTES = 4 * 1024 * 1024
+#: Chunks that wait for the carrier, of some milliseconds each.
+SLOTS = 12
 #: One for each way.
 CARRIERS = 2
 
@@ -145,14 +144,13 @@ def main(arguments: list[str]) -> None:
     logging.basicConfig(format="relay: %(message)s", level=logging.WARNING)
     descriptor, *owner = map(int, arguments)
     sock = socket.socket(fileno=descriptor)
-    memory = Memory(RING_BYTES)
-    allow_lift()
+    memory = Memory(SLOTS)
 
     def prepare_worker() -> None:
         sock.close()
         _become(owner)
 
-    worker = Worker.start(memory, prepare_worker, keeps_rights=not owner)
+    worker = Worker.start(memory, prepare_worker)
     _become(owner)
     Relay(sock, memory, worker).run()
 

@@ -1,12 +1,14 @@
 """What waits for the carrier, in order, and what of it is worth compressing. Pure: no sockets, no clock, no locks.
 
-The bytes lie in a ring. A read from a QEMU goes where :meth:`Queue.room` says and becomes (part of) a chunk with
-:meth:`Queue.append`: as long as nobody has begun with the last chunk, what follows on the same channel is added to it,
-so chunks are small when the carrier is idle and large when it is not, and no byte ever waits for a chunk to fill.
+The bytes lie in slots, one for each chunk. A read from a QEMU goes where :meth:`Queue.room` says and becomes (part of)
+a chunk with :meth:`Queue.append`: as long as nobody has begun with the last chunk, what follows on the same channel is
+added to it, so chunks are small when the carrier is idle and large when it is not, and no byte waits for a chunk to
+fill.
 
-A chunk may be *offered* to the worker. If the worker has begun with it, it must be sent as the worker made it, because
-the window of the compressed stream contains it from then on; else the offer can be withdrawn and the chunk goes raw.
-Chunks are offered in the order of the queue, which is the order in which the worker makes them.
+A chunk may be *offered* to the worker, and withdrawn as long as the worker has not begun with it. If it has, and does
+not get on, the chunk goes raw and is *late*: its slot stays taken, because the worker reads it, and what the worker
+makes of it is sent when it comes, for the window of the compressed stream contains it from then on. Chunks are offered
+in the order of the queue, which is the order in which the worker makes them.
 
 Which chunk is offered follows from one thought: no chunk may arrive later because it was compressed.
 :meth:`Queue.worth` gives the first chunk that is over the carrier, by its measured rate, sooner if the worker is waited
@@ -20,15 +22,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum, auto
 
-from limosa.transport.relay.frames import MAX_GROWTH_BYTES, MAX_RAW_BYTES, Kind
+from limosa.transport.relay.frames import MAX_RAW_BYTES, Kind
 
-#: A read that has less room than this waits until there is more.
-_LEAST_READ_BYTES = 32 * 1024
+#: A chunk that has less room than this does not grow any more.
+_LEAST_READ_BYTES = 16 * 1024
 #: What may wait once a guest is about to stand still.
 SHORT_BYTES = 256 * 1024
 #: What it takes to wake the worker and to hear from it.
 _TELLING_S = 0.0001
-_LEAST_CHUNK_BYTES = 64 * 1024
+_LEAST_CHUNK_BYTES = 32 * 1024
+_NO_SLOT = -1
 
 
 class State(Enum):
@@ -37,6 +40,8 @@ class State(Enum):
     WAITING = auto()
     OFFERED = auto()
     DONE = auto()
+    #: begun, but not waited for
+    LATE = auto()
 
 
 @dataclass(slots=True, eq=False)
@@ -45,42 +50,36 @@ class Chunk:
 
     channel: int
     kind: Kind
-    #: position in the ring; grows for ever
-    start: int
+    slot: int = _NO_SLOT
     length: int = 0
     state: State = State.WAITING
-    #: once DONE: the compressed length, and the checksum of the raw bytes
+    #: once the worker has made it: the compressed length, and the checksum of the raw bytes
     wire_length: int = 0
     digest: int = 0
-    #: processor time it took
+    #: processor time that took
     cpu_s: float = 0.0
 
 
 class Queue:
-    """Chunks in the order in which they will be sent, in a ring of ``size`` bytes."""
+    """Chunks in the order in which they will be sent, in so many slots of :data:`MAX_RAW_BYTES`."""
 
-    def __init__(self, size: int) -> None:
-        self.size = size
+    def __init__(self, slots: int) -> None:
         #: bytes that wait, the chunk being sent included
         self.waiting_bytes = 0
+        self._free = list(range(slots))
         self._chunks: deque[Chunk] = deque()
-        self._begin = 0
-        self._end = 0
         self._short = False
         self._chunk_limit = MAX_RAW_BYTES
         self._sending = False
-        #: the chunk behind which a read is under way
+        #: a read is under way: behind this chunk, or to this slot
         self._growing: Chunk | None = None
+        self._filling = _NO_SLOT
 
     def __len__(self) -> int:
         return len(self._chunks)
 
     def __iter__(self) -> Iterator[Chunk]:
         return iter(self._chunks)
-
-    def offset(self, chunk: Chunk) -> int:
-        """Where a chunk's bytes lie."""
-        return chunk.start % self.size
 
     def set_short(self, short: bool) -> None:
         """Whether only a little may wait, from now on; what waits already stays."""
@@ -95,44 +94,42 @@ class Queue:
 
     def has_room(self, channel: int) -> bool:
         """Whether something may be read from ``channel`` now."""
-        return self._room_behind(channel) >= _LEAST_READ_BYTES or self._room_anew() >= _LEAST_READ_BYTES
+        return self._room_behind(channel) > 0 or self._room_anew() > 0
 
-    def room(self, channel: int) -> tuple[int, int]:
-        """Where, and how much, may be read from ``channel`` now: offset and length, which is 0 if nothing may.
+    def room(self, channel: int) -> tuple[int, int, int]:
+        """Where, and how much, may be read from ``channel`` now: slot, offset in it and length, which is 0 if nothing
+        may.
 
         Each read must be followed by :meth:`append` before the next.
         """
-        behind = self._room_behind(channel)
-        if behind >= _LEAST_READ_BYTES:
+        if length := self._room_behind(channel):
             self._growing = self._chunks[-1]
-            return self._end % self.size, behind
-        self._growing = None
-        anew = self._room_anew()
-        return (self._next_start() % self.size, anew) if anew >= _LEAST_READ_BYTES else (0, 0)
+            return self._growing.slot, self._growing.length, length
+        if length := self._room_anew():
+            self._filling = self._free.pop()
+        return self._filling, 0, length
 
     def append(self, channel: int, length: int) -> None:
         """``length`` bytes were read to where :meth:`room` said; 0: none came."""
         growing, self._growing = self._growing, None
-        if length == 0:
-            return
-        if growing is not None and self._chunks and self._grows(growing, channel):
+        slot, self._filling = self._filling, _NO_SLOT
+        if growing is not None:
             growing.length += length
-        else:
-            start = self._end if growing is not None else self._next_start()
-            self._chunks.append(Chunk(channel, Kind.DATA, start, length))
-            self._end = start
-        self._end += length
+        elif length:
+            self._chunks.append(Chunk(channel, Kind.DATA, slot, length))
+        elif slot != _NO_SLOT:
+            self._free.append(slot)
         self.waiting_bytes += length
 
     def mark(self, channel: int, kind: Kind) -> None:
         """Say that a channel ended, behind what was read from it."""
-        self._chunks.append(Chunk(channel, kind, self._end))
+        self._chunks.append(Chunk(channel, kind))
 
     # --- emptying ---
 
     def head(self) -> Chunk | None:
-        """What is next to be sent."""
-        return self._chunks[0] if self._chunks else None
+        """What is next to be sent; None also while something is being read into it."""
+        return self._chunks[0] if self._chunks and self._chunks[0] is not self._growing else None
 
     def begin(self) -> Chunk:
         """The head is being sent from now on, and not changed any more."""
@@ -140,12 +137,19 @@ class Queue:
         return self._chunks[0]
 
     def pop(self) -> Chunk:
-        """The head was sent; its room is free."""
+        """The head was sent; its slot is free, unless it is late."""
         chunk = self._chunks.popleft()
         self._sending = False
         self.waiting_bytes -= chunk.length
-        self._begin = self._chunks[0].start if self._chunks else self._end
+        if chunk.state is not State.LATE:
+            self.release(chunk)
         return chunk
+
+    def release(self, chunk: Chunk) -> None:
+        """Nobody needs the slot of a chunk that was sent any more."""
+        if chunk.slot != _NO_SLOT:
+            self._free.append(chunk.slot)
+            chunk.slot = _NO_SLOT
 
     # --- compressing ---
 
@@ -189,32 +193,24 @@ class Queue:
         """What may be added to the last chunk."""
         if not self._chunks or not self._grows(self._chunks[-1], channel):
             return 0
-        return min(self._free(self._end), self._chunk_limit - self._chunks[-1].length)
+        return _enough(min(self._chunk_limit - self._chunks[-1].length, self._allowed()))
 
     def _room_anew(self) -> int:
         """What a new chunk may hold."""
-        return min(self._free(self._next_start()), self._chunk_limit)
+        return _enough(min(self._chunk_limit, self._allowed())) if self._free else 0
+
+    def _allowed(self) -> int:
+        return SHORT_BYTES - self.waiting_bytes if self._short else MAX_RAW_BYTES
 
     def _grows(self, chunk: Chunk, channel: int) -> bool:
         """Whether bytes of ``channel`` can be added to ``chunk``."""
         return (
-            chunk is self._chunks[-1]
-            and chunk.channel == channel
+            chunk.channel == channel
             and chunk.kind is Kind.DATA
             and chunk.state is State.WAITING
             and not (self._sending and len(self._chunks) == 1)
         )
 
-    def _next_start(self) -> int:
-        """Where the next chunk begins: what the last one may grow by when compressed stays free between them, and a
-        chunk does not run over the end of the ring."""
-        start = self._end + MAX_GROWTH_BYTES
-        left = self.size - start % self.size
-        return start if left >= MAX_GROWTH_BYTES + 2 * _LEAST_READ_BYTES else start + left
 
-    def _free(self, start: int) -> int:
-        """How many bytes may be read to ``start``."""
-        in_ring = self._begin + self.size - start
-        to_end = self.size - start % self.size
-        allowed = (SHORT_BYTES if self._short else self.size) - self.waiting_bytes
-        return min(min(in_ring, to_end) - MAX_GROWTH_BYTES, allowed)
+def _enough(length: int) -> int:
+    return length if length >= _LEAST_READ_BYTES else 0

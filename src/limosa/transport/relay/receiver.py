@@ -104,6 +104,8 @@ class Receiver:
             self._forward.receive_into(first)
             header = frames.header(first)
             data = self._payload(header)
+            if header.kind is Kind.LEARN:
+                continue
             channel = self._channels.get(header.channel)
             if channel is not None and not channel.broken:
                 self._deliver(channel, header, data)
@@ -112,8 +114,8 @@ class Receiver:
 
     def _payload(self, header: Header) -> memoryview:
         """The raw bytes of a frame, verified; they lie in a buffer that the next call uses again."""
-        data = self._buffer[: header.raw_length if header.kind is Kind.DATA else 0]
-        if header.kind is not Kind.DATA:
+        data = self._buffer[: header.raw_length if header.has_payload else 0]
+        if not header.has_payload:
             return data
         if header.form is Form.RAW:
             self._forward.receive_into(data)

@@ -6,7 +6,7 @@ Three threads share what :class:`Sender` holds, under one lock:
 - the *sending* thread takes the head of the queue, compressed if the worker has done it or is about to, else raw;
 - the *backward* thread takes what the destination's relay says.
 
-Memory is bounded by the ring. A channel is read only while it has credit, so a destination's QEMU that does not read
+Memory is bounded by the slots. A channel is read only while it has credit, so a destination's QEMU that does not read
 stops its own stream and no other.
 """
 
@@ -84,7 +84,7 @@ class Sender:
         self._arrived = threading.Condition(self._lock)
         self._done = threading.Condition(self._lock)
         self._pump = Pump(self._interests)
-        self._queue = Queue(memory.size)
+        self._queue = Queue(memory.slots)
         self._compression = Compression(self._queue, forward, worker)
         #: the pump found no room, or what keeps a channel from being forgotten, and wants to be told of progress
         self._held_up = False
@@ -170,12 +170,12 @@ class Sender:
         """Whether there may be more to read at once."""
         number = channel.plug.number
         with self._lock:
-            offset, length = self._queue.room(number)
+            slot, offset, length = self._queue.room(number)
             length = min(length, channel.allowance)
         count: int | None = None
         if length > 0:
             try:
-                count = channel.plug.read_into(self._memory.raw[offset : offset + length])
+                count = channel.plug.read_into(self._memory.raw(slot, offset, offset + length))
             except OSError:
                 self._break(channel)
         with self._lock:
@@ -233,16 +233,31 @@ class Sender:
         if chunk.kind is not Kind.DATA:
             self._forward.send(self._frames.sign(chunk.kind, chunk.channel))
             return
-        offset = self._queue.offset(chunk)
+        self._teach()
         if chunk.state is State.DONE:
             form = Form.COMPRESSED
-            payload, raw_digest = self._memory.compressed[offset : offset + chunk.wire_length], chunk.digest
+            payload, raw_digest = self._memory.compressed(chunk.slot, chunk.wire_length), chunk.digest
         else:
             form = Form.RAW
-            payload = self._memory.raw[offset : offset + chunk.length]
+            payload = self._memory.raw(chunk.slot, 0, chunk.length)
             raw_digest = digest(payload)
         self._forward.send(self._frames.data(chunk.channel, form, chunk.length, len(payload), raw_digest), payload)
         self._count(chunk, len(payload), compressed=form is not Form.RAW)
+
+    def _teach(self) -> None:
+        """Tell of what is in the window besides what was sent compressed, before anything that may refer to it."""
+        with self._lock:
+            made = self._compression.made_late()
+        for chunk in made:
+            payload = self._memory.compressed(chunk.slot, chunk.wire_length)
+            header = self._frames.learn(chunk.channel, chunk.length, chunk.wire_length, chunk.digest)
+            self._forward.send(header, payload)
+            if (channel := self._channels.get(chunk.channel)) is not None:
+                channel.statistics.wire_bytes += chunk.wire_length + HEADER_BYTES
+                channel.statistics.cpu_s += chunk.cpu_s
+        with self._lock:
+            for chunk in made:
+                self._queue.release(chunk)
 
     def _count(self, chunk: Chunk, wire_length: int, *, compressed: bool) -> None:
         channel = self._channels.get(chunk.channel)

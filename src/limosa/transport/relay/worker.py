@@ -3,12 +3,11 @@
 It is a process and not a thread because of its priority: a thread that is last in line and holds Python's lock when
 somebody else wants the processor would stop the whole relay.
 
-Raw chunks lie in the ring, which both processes share; what becomes of a chunk is written to the same place in a second
-mapping, so that a worker which dies or is given up at any moment leaves the raw chunk as it was.
+Raw chunks lie in slots, which both processes share; what becomes of a chunk is written to the slot's twin, so that a
+worker which dies or is not waited for leaves the raw chunk as it was.
 
 A chunk is offered by a ticket in a socket, and both processes can take tickets out of it: whoever does has the chunk.
-So the relay can withdraw what the worker had no time to begin with, and the kernel decides who was first. A worker
-that began and does not get on is lifted to an ordinary share of processor time until it is done.
+So the relay can withdraw what the worker had no time to begin with, and the kernel decides who was first.
 
 The worker ends when the relay does: the kernel kills it then, whatever state it is in.
 """
@@ -29,31 +28,40 @@ from typing import NamedTuple
 from limosa.transport.relay import priority
 from limosa.transport.relay.codec import Compressor
 from limosa.transport.relay.errors import WorkerLost
-from limosa.transport.relay.frames import MAX_GROWTH_BYTES, digest
+from limosa.transport.relay.frames import MAX_GROWTH_BYTES, MAX_RAW_BYTES, digest
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 #: window, level
 _BEGINNING = struct.Struct("=ii")
-#: number, offset, raw length
-_TICKET = struct.Struct("=QII")
-#: number, compressed length, digest of the raw bytes, nanoseconds it took, nanoseconds of processor time
-_RESULT = struct.Struct("=QIQQQ")
+#: slot, raw length
+_TICKET = struct.Struct("=II")
+#: slot, compressed length, digest of the raw bytes, nanoseconds it took, nanoseconds of processor time
+_RESULT = struct.Struct("=IIQQQ")
+_TWIN_BYTES = MAX_RAW_BYTES + MAX_GROWTH_BYTES
 
 
 class Memory:
-    """The ring, and its twin for what was compressed, shared with every process forked later."""
+    """Slots for raw chunks, and for each a twin for what was made of it, shared with every process forked later."""
 
-    def __init__(self, size: int) -> None:
-        self.size = size
-        self._map = mmap.mmap(-1, 2 * size)
-        self.raw = memoryview(self._map)[:size]
-        self.compressed = memoryview(self._map)[size:]
+    def __init__(self, slots: int) -> None:
+        self.slots = slots
+        self._view = memoryview(mmap.mmap(-1, slots * (MAX_RAW_BYTES + _TWIN_BYTES)))
+
+    def raw(self, slot: int, begin: int, end: int) -> memoryview:
+        """Bytes of a slot."""
+        start = slot * MAX_RAW_BYTES
+        return self._view[start + begin : start + end]
+
+    def compressed(self, slot: int, length: int) -> memoryview:
+        """The first bytes of a slot's twin."""
+        start = self.slots * MAX_RAW_BYTES + slot * _TWIN_BYTES
+        return self._view[start : start + length]
 
 
 class Result(NamedTuple):
-    """What the worker made of the chunk with ticket ``number``."""
+    """What the worker made of the chunk in ``slot``."""
 
-    number: int
+    slot: int
     wire_length: int
     digest: int
     seconds: float
@@ -63,22 +71,17 @@ class Result(NamedTuple):
 class Worker:
     """A compressing process with one stream. Made by :meth:`start`."""
 
-    def __init__(
-        self, place: priority.Place, pidfd: int, offers: socket.socket, tickets: socket.socket, results: socket.socket
-    ) -> None:
+    def __init__(self, pidfd: int, offers: socket.socket, tickets: socket.socket, results: socket.socket) -> None:
         # Both ends of the tickets stay here: one to give them, the other to take them back.
         self._offers, self._tickets, self._results = offers, tickets, results
-        self._place, self._pidfd = place, pidfd
-        #: whether it has an ordinary share of processor time, as it is born with
-        self.lifted = True
+        self._pidfd = pidfd
 
     @classmethod
-    def start(cls, memory: Memory, prepare: Callable[[], None], *, keeps_rights: bool) -> Worker:
+    def start(cls, memory: Memory, prepare: Callable[[], None]) -> Worker:
         """Fork a worker, which first calls ``prepare`` and then waits for :meth:`begin`.
 
         It is to be called before there are threads, since a process that is forked from one with threads may find
-        locks that nobody will ever open. ``prepare`` closes what the worker must not hold and gives up rights;
-        ``keeps_rights`` tells whether the caller will keep its own.
+        locks that nobody will ever open. ``prepare`` closes what the worker must not hold and gives up rights.
         """
         offers, tickets = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         results, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -86,12 +89,12 @@ class Worker:
         pid = os.fork()
         if pid:
             theirs.close()
-            place = priority.Place(pid, keeps_rights=keeps_rights)
-            return cls(place, os.pidfd_open(pid), offers, tickets, results)
+            return cls(os.pidfd_open(pid), offers, tickets, results)
         try:
             offers.close()
             results.close()
             os.setsid()
+            priority.be_last()
             prepare()
             _die_with(parent)
             _work(memory, tickets, theirs)
@@ -106,15 +109,15 @@ class Worker:
         """Readable when there is a result, or the worker died."""
         return self._results.fileno()
 
-    def offer(self, number: int, offset: int, length: int) -> None:
+    def offer(self, slot: int, length: int) -> None:
         """Let it compress a chunk, if it comes to it. Raises :class:`WorkerLost`."""
         try:
-            self._offers.send(_TICKET.pack(number, offset, length), socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+            self._offers.send(_TICKET.pack(slot, length), socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
         except OSError as error:
             raise WorkerLost(str(error)) from error
 
     def withdraw(self) -> int | None:
-        """Take the oldest ticket back with which it has not begun; None: it has begun with all."""
+        """Take back the oldest chunk with which it has not begun: its slot; None: it has begun with all."""
         try:
             return int(_TICKET.unpack(self._tickets.recv(_TICKET.size, socket.MSG_DONTWAIT))[0])
         except BlockingIOError:
@@ -130,17 +133,8 @@ class Worker:
             raise WorkerLost(str(error)) from error
         if len(data) != _RESULT.size:
             raise WorkerLost("it ended")
-        number, wire_length, raw_digest, nanoseconds, cpu_nanoseconds = _RESULT.unpack(data)
-        return Result(number, wire_length, raw_digest, nanoseconds / 1e9, cpu_nanoseconds / 1e9)
-
-    def lift(self) -> None:
-        """Give it an ordinary share of processor time."""
-        self.lifted = True
-        self._place.lift()
-
-    def put_last(self) -> None:
-        """Put it last in line again. If the kernel does not take that yet, :attr:`lifted` stays."""
-        self.lifted = not self._place.put_last()
+        slot, wire_length, raw_digest, nanoseconds, cpu_nanoseconds = _RESULT.unpack(data)
+        return Result(slot, wire_length, raw_digest, nanoseconds / 1e9, cpu_nanoseconds / 1e9)
 
     def end(self) -> None:
         """End it, whatever it does. Does not wait: a process that is last in line may take its time to die."""
@@ -168,13 +162,13 @@ def _work(memory: Memory, tickets: socket.socket, results: socket.socket) -> Non
         beginning = results.recv(_BEGINNING.size)
         compressor = Compressor(*_BEGINNING.unpack(beginning)) if beginning else None
         while compressor is not None and (ticket := tickets.recv(_TICKET.size)):
-            number, offset, length = _TICKET.unpack(ticket)
+            slot, length = _TICKET.unpack(ticket)
             began, cpu_began = time.monotonic_ns(), time.thread_time_ns()
-            raw = memory.raw[offset : offset + length]
+            raw = memory.raw(slot, 0, length)
             made = compressor.compress(raw)
             if len(made) > length + MAX_GROWTH_BYTES:
                 return  # it would not fit; nothing known to zstd makes that happen
-            memory.compressed[offset : offset + len(made)] = made
+            memory.compressed(slot, len(made))[:] = made
             raw_digest = digest(raw)
             took, cpu_took = time.monotonic_ns() - began, time.thread_time_ns() - cpu_began
-            results.send(_RESULT.pack(number, len(made), raw_digest, took, cpu_took))
+            results.send(_RESULT.pack(slot, len(made), raw_digest, took, cpu_took))

@@ -1,0 +1,88 @@
+"""The destination's end of one move's streams: guest memory, and each disk that moves along."""
+
+from __future__ import annotations
+
+import socket
+import tempfile
+from collections.abc import Sequence
+
+from limosa.errors import Conflict, InvalidInput, NetworkError
+from limosa.host.parts import Parts
+from limosa.network.addresses import stream_addresses
+from limosa.qemu.protocol import MachineProtocol
+from limosa.transport import rdma, tcp
+from limosa.transport.channel import Doorway
+from limosa.wire.peer import Prepare, RelayPlace
+
+
+class Arrival:
+    """Opens doors by the transport that was asked for. ``reached_at`` is the address of ours ``source`` called."""
+
+    def __init__(self, parts: Parts, source: str, reached_at: str) -> None:
+        self._parts = parts
+        self._source = source
+        self._reached_at = reached_at
+
+    async def open_door(self, request: Prepare, machine: MachineProtocol) -> Doorway:
+        """Where the source is awaited for guest memory. Raises :class:`NetworkError`."""
+        if request.transport == "rdma":
+            self._check_unencrypted()
+            chosen = await self._chosen(request)
+            return await rdma.open_door(machine, chosen[0], self._parts.page.now.migration_ports)
+        if request.relay is not None:
+            chosen, source = await self._chosen(request), self._source
+            return await self._parts.compression.open_door(
+                source, request.relay, chosen, self._offered, request.networks
+            )
+        return await self._open_bare(request)
+
+    async def open_disks(self, request: Prepare, machine: MachineProtocol) -> Doorway | None:
+        """Have QEMU await the disks that come along. Returns the door at which it does, None if relays bring them."""
+        names = [plan.disk for plan in request.disks]
+        if request.disk_relays:
+            await self._join_relays(request.disk_relays, machine, names)
+            return None
+        if request.disk_credentials is None:
+            raise InvalidInput("disks come along without credentials", vm=request.vm.name)
+        door = await self._open_bare(request)
+        try:
+            await machine.export_disks(names, door.listener, request.disk_credentials)
+        except BaseException:
+            door.close()
+            raise
+        return door
+
+    async def _join_relays(self, places: Sequence[RelayPlace], machine: MachineProtocol, names: Sequence[str]) -> None:
+        """Connect a channel of the relays with QEMU's server for each disk, over a socket that nobody else can call."""
+        with tempfile.TemporaryDirectory(prefix="limosa-") as folder, socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(f"{folder}/disks.sock")
+            listener.listen(len(places))
+            await machine.export_disks(names, listener, None)
+            for place in places:
+                with socket.socket(socket.AF_UNIX) as stream:
+                    stream.connect(listener.getsockname())
+                    await self._parts.compression.carry(self._source, place, stream)
+
+    async def _open_bare(self, request: Prepare) -> tcp.TcpDoorway:
+        ports = self._parts.page.now.migration_ports
+        chosen = await self._chosen(request)
+        if request.transport != "multichannel":
+            return tcp.TcpDoorway(chosen[0], ports)
+        streams = dict(zip(request.addresses, request.streams, strict=False))
+        return await self._parts.multichannel.open_door(chosen, ports, self._offered, request.networks, streams)
+
+    def _check_unencrypted(self) -> None:
+        if self._parts.page.now.encrypt:
+            host = self._parts.name
+            raise Conflict(f"RDMA is not encrypted, and 'encrypt' is on on host '{host}'", host=host)
+
+    async def _chosen(self, request: Prepare) -> list[str]:
+        """The addresses the source wants, of those we offer. Raises :class:`NetworkError` if none is left."""
+        offered = await self._offered()
+        chosen = [address for address in request.addresses or offered if address in offered]
+        if not chosen:
+            raise NetworkError("this host has no address on a network that may carry moves", host=self._parts.name)
+        return chosen
+
+    async def _offered(self) -> tuple[str, ...]:
+        return stream_addresses(await self._parts.inspector.network(), self._reached_at)

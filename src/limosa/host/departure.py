@@ -1,0 +1,69 @@
+"""The source's end of one move's streams: guest memory, and each disk that moves along."""
+
+from __future__ import annotations
+
+import msgspec
+
+from limosa.host.parts import Parts
+from limosa.model.route import Route
+from limosa.qemu.protocol import RdmaAddress
+from limosa.transport import rdma, tcp
+from limosa.transport.channel import Channel, SocketChannel
+from limosa.transport.relay.outbound import Seat
+from limosa.wire.peer import Prepared, RelayPlace
+
+
+class Departure:
+    """Connects streams by the transport of a route."""
+
+    def __init__(self, parts: Parts) -> None:
+        self._parts = parts
+        #: in a session of relays: of guest memory, then of each disk
+        self._seats: list[Seat] = []
+
+    async def seats(self, destination: str, route: Route, count: int, *, encrypt: bool) -> list[RelayPlace]:
+        """Places in a session of relays for so many streams; none if the route takes no relay.
+
+        Raises :class:`RelayFailed`.
+        """
+        if route.transport == "compression":
+            compression = self._parts.compression
+            self._seats = [compression.seat(destination, route, encrypt=encrypt) for _ in range(count)]
+            for seat in self._seats:
+                await seat.open()
+        return [seat.place for seat in self._seats]
+
+    def release(self) -> None:
+        """Let go of the relays. May be repeated."""
+        for seat in self._seats:
+            seat.release()
+
+    async def connect(self, route: Route, prepared: Prepared) -> Channel:
+        """The stream of guest memory. Raises :class:`DestinationLost` and :class:`NetworkError`."""
+        if self._seats:
+            return await self._seats[0].connect(prepared)
+        if route.transport == "rdma":
+            return rdma.RdmaChannel(RdmaAddress(route.paths[0].there, prepared.port))
+        return await self._connect_bare(route, prepared)
+
+    async def connect_disks(self, route: Route, prepared: Prepared, count: int) -> list[SocketChannel]:
+        """Streams for so many disks. Raises as :meth:`connect`; none is left then."""
+        made: list[SocketChannel] = []
+        # QEMU's own server is at that port, which asks for a certificate and not for a token.
+        server = msgspec.structs.replace(prepared, port=prepared.disks_port, token="")
+        try:
+            for number in range(count):
+                if self._seats:
+                    made.append(await self._seats[1 + number].connect(prepared))
+                else:
+                    made.append(await self._connect_bare(route, server))
+        except BaseException:
+            for channel in made:
+                channel.close()
+            raise
+        return made
+
+    async def _connect_bare(self, route: Route, prepared: Prepared) -> SocketChannel:
+        if route.transport == "multichannel":
+            return await self._parts.multichannel.connect(route, prepared)
+        return await tcp.connect(prepared.address, prepared.port, prepared.token, route.paths[0].here)

@@ -1,0 +1,93 @@
+"""One VM that lands here: its places, images, QEMU and doors, and giving all of that back."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+from collections.abc import Callable
+
+from limosa.errors import InvalidInput, LimosaError, StorageError
+from limosa.host.arrival import Arrival
+from limosa.host.parts import Parts
+from limosa.host.slots import Slots
+from limosa.host.vms import HostedVm
+from limosa.migration.journal import Header
+from limosa.qemu.protocol import MachineProtocol
+from limosa.transport.channel import Doorway
+from limosa.wire.peer import Prepare
+
+
+class LandingHere:
+    """One VM's landing: a :class:`limosa.migration.destination.Landing`."""
+
+    def __init__(self, parts: Parts, header: Header, slots: Slots, reached_at: str) -> None:
+        self._vms = parts.vms
+        self._storage = parts.storage
+        self._header = header
+        self._slots = slots
+        self._arrival = Arrival(parts, header.source, reached_at)
+        self._taken: list[Slots] = []
+        self._hosted: HostedVm | None = None
+
+    async def reserve(self, in_line: Callable[[int], None]) -> None:
+        """See :class:`limosa.migration.destination.Landing`."""
+        for slots in (self._slots, *([self._storage.arriving] if self._header.images else [])):
+            try:
+                await slots.acquire(in_line)
+            except BaseException:
+                self._give_slots()
+                raise
+            self._taken.append(slots)
+        try:
+            self._hosted = self._vms.reserve(self._header.vm, self._header.migration)
+        except LimosaError:
+            self._give_slots()
+            raise
+
+    async def launch(self, request: Prepare) -> MachineProtocol:
+        """See :class:`limosa.migration.destination.Landing`."""
+        assert self._hosted is not None
+        for plan in request.disks:
+            if plan.backing is not None and await self._storage.find(plan.backing) != plan.backing:
+                raise StorageError(f"{plan.backing.path} is not what was asked for any more")
+            await self._storage.make(plan)
+        return await self._vms.launch_incoming(self._hosted, request.accelerator, carried_files(request.files))
+
+    async def open_door(self, request: Prepare, machine: MachineProtocol) -> Doorway:
+        """See :class:`limosa.migration.destination.Landing`."""
+        return await self._arrival.open_door(request, machine)
+
+    async def open_disks(self, request: Prepare, machine: MachineProtocol) -> Doorway | None:
+        """See :class:`limosa.migration.destination.Landing`."""
+        return await self._arrival.open_disks(request, machine)
+
+    async def adopt(self, *, running: bool) -> None:
+        """See :class:`limosa.migration.destination.Landing`."""
+        self._vms.adopt(self._vms.get(self._header.vm.name), running=running)
+        for path in self._header.images:
+            self._storage.settle(path)
+        self._give_slots()
+
+    async def release(self, machine: MachineProtocol | None) -> None:
+        """See :class:`limosa.migration.destination.Landing`."""
+        hosted = self._hosted or self._vms.find_landing(self._header.vm, self._header.migration)
+        if hosted is not None:
+            await asyncio.shield(self._vms.discard(hosted))
+        for path in self._header.images:
+            self._storage.remove(path)
+        self._give_slots()
+
+    def _give_slots(self) -> None:
+        while self._taken:
+            self._taken.pop().release()
+
+
+def carried_files(files: dict[str, str]) -> dict[str, bytes]:
+    """What came along with a VM, decoded. Raises :class:`InvalidInput` for anything that is not taken as it is."""
+    if unknown := files.keys() - {"seed.iso"}:
+        raise InvalidInput(f"the file '{min(unknown)}' came along and is not known here")
+    try:
+        return {name: base64.b64decode(contents, validate=True) for name, contents in files.items()}
+    except binascii.Error as error:
+        raise InvalidInput("a file that came along is damaged", why=str(error)) from error

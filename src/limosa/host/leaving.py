@@ -1,0 +1,104 @@
+"""One VM that leaves this host."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import AsyncIterator, Callable, Sequence
+
+from limosa.host.bandwidth import Bandwidth
+from limosa.host.departure import Departure
+from limosa.host.parts import Parts
+from limosa.host.vms import HostedVm
+from limosa.model.facts import VmFacts
+from limosa.model.network import HostNetwork
+from limosa.model.route import Route
+from limosa.network.changes import changes
+from limosa.transport.channel import Channel, SocketChannel
+from limosa.wire.peer import Prepared, RelayPlace
+
+
+class Leaving:
+    """The VM that leaves: a :class:`limosa.migration.home.Home`."""
+
+    def __init__(self, parts: Parts, hosted: HostedVm | None, bandwidth: Bandwidth, migration: str, cap: int) -> None:
+        self._vms = parts.vms
+        self._inspector = parts.inspector
+        self.disks = parts.storage
+        self._hosted = hosted
+        self._departure = Departure(parts)
+        self._has_storage_slot = False
+        self._bandwidth = bandwidth
+        self._migration = migration
+        #: bytes per second asked for this move, 0: none
+        self.own_cap = cap
+
+    async def facts(self) -> VmFacts:
+        """See :class:`limosa.migration.home.Home`."""
+        assert self._hosted is not None
+        return await self._inspector.vm_facts(self._hosted)
+
+    def carry_on(self) -> dict[str, str]:
+        """See :class:`limosa.migration.home.Home`."""
+        assert self._hosted is not None
+        seed = self._vms.seed_of(self._hosted.config)
+        return {"seed.iso": base64.b64encode(seed).decode()} if seed is not None else {}
+
+    async def take_storage_slot(self, in_line: Callable[[int], None]) -> None:
+        """See :class:`limosa.migration.home.Home`."""
+        await self.disks.leaving.acquire(in_line)
+        self._has_storage_slot = True
+
+    async def seats(self, destination: str, route: Route, count: int, *, encrypt: bool) -> list[RelayPlace]:
+        """See :class:`limosa.migration.home.Home`."""
+        return await self._departure.seats(destination, route, count, encrypt=encrypt)
+
+    def disconnect(self) -> None:
+        """See :class:`limosa.migration.home.Home`."""
+        self._departure.release()
+        if self._has_storage_slot:
+            self._has_storage_slot = False
+            self.disks.leaving.release()
+
+    async def connect(self, route: Route, prepared: Prepared) -> Channel:
+        """See :class:`limosa.migration.home.Home`."""
+        return await self._departure.connect(route, prepared)
+
+    async def connect_disks(self, route: Route, prepared: Prepared, count: int) -> list[SocketChannel]:
+        """See :class:`limosa.migration.home.Home`."""
+        return await self._departure.connect_disks(route, prepared, count)
+
+    async def networks(self) -> AsyncIterator[HostNetwork]:
+        """See :class:`limosa.migration.home.Home`."""
+        async for _ in changes():
+            yield await self._inspector.network()
+
+    def bandwidth(self) -> int:
+        """See :class:`limosa.migration.home.Home`."""
+        return self._bandwidth.allowance(self._migration)
+
+    async def sending(self) -> None:
+        """See :class:`limosa.migration.home.Home`."""
+        await self._bandwidth.share()
+
+    async def end_qemu(self) -> None:
+        """See :class:`limosa.migration.home.Home`."""
+        if self._hosted is not None:
+            await self._vms.end_handed_over(self._hosted)
+
+    async def vm_left(self, images: Sequence[str]) -> None:
+        """See :class:`limosa.migration.home.Home`."""
+        if self._hosted is not None:
+            self._vms.forget(self._hosted)
+        for path in images:
+            self.disks.remove(path)
+
+    async def vm_stays(self) -> None:
+        """See :class:`limosa.migration.home.Home`."""
+        if self._hosted is not None:
+            self._hosted.migration = None
+
+    async def vm_crashed(self) -> None:
+        """See :class:`limosa.migration.home.Home`."""
+        if self._hosted is not None:
+            self._hosted.migration = None
+            await self._vms.crashed(self._hosted)

@@ -1,0 +1,98 @@
+"""What the source's script is given: the terms of the move, and the host it runs on."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+import msgspec
+
+from limosa.migration.examination import DisksHere
+from limosa.model.facts import VmFacts
+from limosa.model.network import HostNetwork
+from limosa.model.route import Route
+from limosa.settings.host import ConvergencePolicy
+from limosa.transport.channel import Channel, SocketChannel
+from limosa.wire.peer import Prepared, RelayPlace
+
+
+@dataclass(frozen=True)
+class Terms:
+    """Under which terms a VM moves: the host's settings with what was asked for this move."""
+
+    policy: ConvergencePolicy
+    transport: str
+    encrypt: bool
+    #: which location of the destination a disk goes to, by the disk's name
+    storage: Mapping[str, str] = field(default_factory=dict)
+    #: whether disks are copied in one piece, also where the destination has what lies below them
+    flatten: bool = False
+    #: whether images the VM leaves behind are kept
+    keep: bool = False
+    rdma_pin_all: bool = False
+    #: why RDMA, by which the move began, is not to be tried again; empty if it was not tried
+    rdma_failed: str = ""
+
+    def without_post_copy(self) -> Terms:
+        """The same, with post-copy forbidden."""
+        return replace(self, policy=msgspec.structs.replace(self.policy, post_copy=False))
+
+
+class Home(Protocol):
+    """What the script needs of the host it runs on."""
+
+    async def facts(self) -> VmFacts:
+        """What preflight needs to know about the VM here."""
+
+    def carry_on(self) -> dict[str, str]:
+        """Small files of the VM's own that go along, base64 by name."""
+
+    @property
+    def disks(self) -> DisksHere:
+        """What is asked about disks that are to be copied."""
+
+    async def connect_disks(self, route: Route, prepared: Prepared, count: int) -> list[SocketChannel]:
+        """As :meth:`connect`, for so many disks."""
+
+    async def take_storage_slot(self, in_line: Callable[[int], None]) -> None:
+        """Wait for a place for a move that copies disks; :meth:`disconnect` gives it back."""
+
+    async def seats(self, destination: str, route: Route, count: int, *, encrypt: bool) -> list[RelayPlace]:
+        """Places in a session of relays for so many streams of this move; none if its route takes no relay.
+
+        Raises :class:`RelayFailed`.
+        """
+
+    async def connect(self, route: Route, prepared: Prepared) -> Channel:
+        """A connection to the destination for the guest's memory, by the transport of ``route``.
+
+        Raises :class:`DestinationLost`, :class:`RelayFailed` and :class:`NetworkError`.
+        """
+
+    def disconnect(self) -> None:
+        """Let go of what :meth:`take_storage_slot`, :meth:`seats` and :meth:`connect` took. May be repeated."""
+
+    def networks(self) -> AsyncIterator[HostNetwork]:
+        """This host's network, again after each change."""
+
+    def bandwidth(self) -> int:
+        """Bytes per second this move may use now, 0: no cap."""
+
+    async def sending(self) -> None:
+        """Other than before is sent from now on: share what may be used anew."""
+
+    #: bytes per second asked for this move, 0: none
+    own_cap: int
+
+    async def end_qemu(self) -> None:
+        """End the VM's QEMU here, which will never run the guest again."""
+
+    async def vm_left(self, images: Sequence[str]) -> None:
+        """The VM belongs to the destination, durably: forget it here, durably, and delete the images it has left."""
+
+    async def vm_stays(self) -> None:
+        """The VM goes on here; it may be operated again."""
+
+    async def vm_crashed(self) -> None:
+        """The VM's QEMU died here before anything was handed over."""

@@ -1,0 +1,126 @@
+"""One move over all members of a bond, in lab VMs: what each member carries, how fast it is, and a plug pulled out.
+
+The links are shaped to so little that they, and not the emulated processors, are what a move waits for. What is
+measured is shown with ``pytest -s``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from harness.labvm import LabVm
+from harness.labvm.hosts import VmHost, running_vm_hosts
+from limosa.model.migration import Migration
+
+pytestmark = [pytest.mark.qemu, pytest.mark.labvm, pytest.mark.long]
+
+MIB = 1024 * 1024
+MEMORY_MIB, FILLED_MIB = 64, 24
+LINK_MBIT_PER_S = 10
+MEMBERS = ("eth0", "eth1")
+MODES = ("balance-xor", "802.3ad")
+AGGREGATED_WITHIN_S = 60
+
+
+def wire(vm: LabVm, number: int) -> dict[str, Any]:
+    """A bond of both NICs, each shaped."""
+    for nic in MEMBERS:
+        vm.run(f"tc qdisc add dev {nic} root tbf rate {LINK_MBIT_PER_S}mbit burst 64kb latency 50ms")
+    vm.run("ip link add bond0 type bond mode balance-xor miimon 100 xmit_hash_policy layer3+4")
+    vm.run(f"ip addr add 10.7.0.{number}/24 dev bond0")
+    bond(vm, MODES[0])
+    return {"encrypt": False}
+
+
+def bond(vm: LabVm, mode: str) -> None:
+    """Have the bond work so from now on."""
+    for nic in MEMBERS:
+        vm.run(f"ip link set {nic} down; ip link set {nic} nomaster")
+    vm.run(f"ip link set bond0 down; ip link set bond0 type bond mode {mode} xmit_hash_policy layer3+4")
+    for nic in MEMBERS:
+        vm.run(f"ip link set {nic} master bond0")
+    vm.run("ip link set bond0 up")
+
+
+@pytest.fixture(scope="module")
+def lab() -> Iterator[tuple[VmHost, VmHost]]:
+    with running_vm_hosts(wire, fill_mib=FILLED_MIB) as hosts:
+        hosts[0].create("vm", MEMORY_MIB)
+        yield hosts
+
+
+@pytest.fixture(params=MODES)
+def ends(lab: tuple[VmHost, VmHost], request: pytest.FixtureRequest) -> tuple[VmHost, VmHost]:
+    """Where the VM is, and the other one, with bonds of that mode."""
+    for host in lab:
+        bond(host.vm, request.param)
+    if request.param == "802.3ad":
+        for host in lab:
+            agreed = "grep -q 'Number of ports: 2' /proc/net/bonding/bond0"
+            host.vm.run(f"for i in $(seq {AGGREGATED_WITHIN_S}); do {agreed} && exit; sleep 1; done; false")
+    here, there = lab
+    return (here, there) if here.ask("vm", "list") else (there, here)
+
+
+def moved(source: VmHost, destination: VmHost, *options: str) -> tuple[Migration, dict[str, int]]:
+    """Move the VM; its memory must arrive. How it went, and what each member of the source's bond has sent."""
+    before, digest = source.sent(*MEMBERS), source.memory(MEMORY_MIB)
+    source.begin("vm", destination, *options)
+    ended = source.moved()
+    after = source.sent(*MEMBERS)
+    assert destination.memory(MEMORY_MIB) == digest
+    return ended, {nic: after[nic] - before[nic] for nic in MEMBERS}
+
+
+def rate(migration: Migration) -> float:
+    """Mbit/s of the whole transfer."""
+    assert migration.transfer_s is not None
+    return migration.progress.transferred_bytes * 8 / 1e6 / migration.transfer_s
+
+
+def test_a_move_uses_all_members_and_is_faster_for_it(ends: tuple[VmHost, VmHost]) -> None:
+    source, destination = ends
+    several, used = moved(source, destination)
+    print(f"several connections: {rate(several):.1f} Mbit/s, {used}")
+    assert several.transport == "multichannel"
+    assert min(used.values()) > 0.2 * sum(used.values())
+    single, taken = moved(destination, source, "--transport", "tcp")
+    print(f"one connection: {rate(single):.1f} Mbit/s, {taken}")
+    assert max(taken.values()) > 0.9 * sum(taken.values())
+    assert rate(several) > 1.4 * rate(single)
+
+
+def test_a_plug_that_is_pulled_costs_speed_and_not_the_move(ends: tuple[VmHost, VmHost]) -> None:
+    source, destination = ends
+    digest, before = source.memory(MEMORY_MIB), source.sent(*MEMBERS)
+    source.begin("vm", destination)
+    source.until_sent("eth0", before["eth0"] + FILLED_MIB * MIB // 16)
+    for host in ends:
+        host.vm.plug("eth0", in_=False)
+    try:
+        cut = source.sent(*MEMBERS)
+        ended = source.moved()
+        after = source.sent(*MEMBERS)
+    finally:
+        for host in ends:
+            host.vm.plug("eth0", in_=True)
+    assert destination.memory(MEMORY_MIB) == digest
+    assert after["eth0"] == cut["eth0"]
+    assert after["eth1"] - cut["eth1"] > FILLED_MIB * MIB // 2
+    print(f"a plug pulled: {rate(ended):.1f} Mbit/s, {after['eth1'] - cut['eth1']} bytes afterwards")
+
+
+def test_the_bond_is_shown_and_judged(lab: tuple[VmHost, VmHost]) -> None:
+    host = lab[0]
+    bond(host.vm, "balance-xor")
+    shown = host.limosa("host", "status")
+    assert "bond balance-xor layer3+4 of eth0 eth1" in shown
+    assert f"{2 * LINK_MBIT_PER_S} Mbit/s" in shown
+    assert host.ask("host", "advise")[0]["transport"] == "multichannel"
+    host.vm.run("ip link set bond0 type bond xmit_hash_policy layer2")
+    (advice,) = host.ask("host", "advise")
+    assert advice["transport"] == "tcp"
+    assert [finding["code"] for finding in advice["findings"]] == ["bond-hashes-by-host"]

@@ -1,0 +1,323 @@
+"""A move whose RDMA fails before the hand-over goes on by itself: both scripts, with fake machines."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from pathlib import Path
+
+import pytest
+
+from limosa.errors import Cancelled, LimosaError, MigrationFailed, QemuGone
+from limosa.migration.destination import Destination
+from limosa.migration.home import Terms
+from limosa.migration.journal import Header, Journal
+from limosa.migration.ownership import DestinationStep, SourceStep
+from limosa.migration.report import Report
+from limosa.migration.source import SourceMove
+from limosa.model.facts import DestinationFacts, VmFacts
+from limosa.model.migration import Migration, Outcome, Phase, Progress, Side
+from limosa.model.network import HostNetwork, HostNic, NicAddress
+from limosa.model.route import Route
+from limosa.model.storage import BackingFile, DiskFacts
+from limosa.model.vm import Disk, VmConfig
+from limosa.qemu.protocol import MachineProtocol, RdmaAddress, RunState
+from limosa.settings.host import ConvergencePolicy
+from limosa.testing.guest import FakeGuest
+from limosa.testing.machine import FakeMachine
+from limosa.testing.peer import LocalPeer
+from limosa.testing.wire import Stage, Wire
+from limosa.transport import rdma, tcp
+from limosa.transport.channel import Channel, Doorway, SocketChannel
+from limosa.wire.peer import Prepare, Prepared, RelayPlace
+
+OURS, THEIRS, PORTS = "127.0.0.1", "127.0.0.2", (41000, 41900)
+MIB = 1024 * 1024
+VM = VmConfig(
+    name="vm",
+    uuid="5c7a2b9e-0f0e-4c06-8a0b-6d4b7b6f2a11",
+    memory_mib=16,
+    cpus=1,
+    machine="pc-q35-10.0",
+    cpu="x86-64-v2",
+)
+
+
+def network(address: str) -> HostNetwork:
+    own = (NicAddress(address=address, prefix=8),)
+    nic = HostNic(name="eth0", index=2, kind="physical", up=True, carrier=True, mtu=9000, addresses=own, rdma="mlx5_0")
+    return HostNetwork(nics=(nic,), mptcp=True, encrypt=False)
+
+
+class NoDisks:
+    """A :class:`limosa.migration.examination.DisksHere` that is never asked."""
+
+    async def facts(self, disks: Iterable[Disk]) -> tuple[DiskFacts, ...]:
+        raise AssertionError("there are no disks")
+
+    async def digest(self, backing: BackingFile) -> BackingFile:
+        raise AssertionError("there are no disks")
+
+
+class Here:
+    """The source's :class:`limosa.migration.home.Home`."""
+
+    left = False
+    own_cap = 0
+
+    def __init__(self, machine: FakeMachine) -> None:
+        self._machine = machine
+        self.disks = NoDisks()
+
+    async def facts(self) -> VmFacts:
+        return VmFacts(
+            running=True,
+            accelerator="kvm",
+            qemu=(10, 0, 0),
+            files=(),
+            live_migration=True,
+            encrypt=False,
+            post_copy=False,
+            network=network(OURS),
+        )
+
+    def carry_on(self) -> dict[str, str]:
+        return {}
+
+    async def take_storage_slot(self, in_line: Callable[[int], None]) -> None:
+        raise AssertionError("there are no disks")
+
+    async def connect_disks(self, route: Route, prepared: Prepared, count: int) -> list[SocketChannel]:
+        raise AssertionError("there are no disks")
+
+    async def seats(self, destination: str, route: Route, count: int, *, encrypt: bool) -> list[RelayPlace]:
+        return []
+
+    def disconnect(self) -> None:
+        pass
+
+    async def sending(self) -> None:
+        pass
+
+    async def connect(self, route: Route, prepared: Prepared) -> Channel:
+        if route.transport == "rdma":
+            return rdma.RdmaChannel(RdmaAddress(route.paths[0].there, prepared.port))
+        return await tcp.connect(prepared.address, prepared.port, prepared.token)
+
+    async def networks(self) -> AsyncIterator[HostNetwork]:
+        for one in ():
+            yield one
+
+    def bandwidth(self) -> int:
+        return 0
+
+    async def end_qemu(self) -> None:
+        await self._machine.kill()
+
+    async def vm_left(self, images: Sequence[str]) -> None:
+        self.left = True
+
+    async def vm_stays(self) -> None:
+        raise AssertionError("nothing is settled here")
+
+    async def vm_crashed(self) -> None:
+        raise AssertionError("nothing is settled here")
+
+
+class There:
+    """The destination's :class:`limosa.migration.destination.Landing`."""
+
+    def __init__(self, wire: Wire) -> None:
+        self.machine = FakeMachine(wire, FakeGuest(0), incoming=True)
+
+    async def reserve(self, in_line: Callable[[int], None]) -> None:
+        pass
+
+    async def launch(self, request: Prepare) -> MachineProtocol:
+        return self.machine
+
+    async def open_door(self, request: Prepare, machine: MachineProtocol) -> Doorway:
+        if request.transport == "rdma":
+            return await rdma.open_door(machine, THEIRS, PORTS)
+        return tcp.TcpDoorway(THEIRS, PORTS)
+
+    async def open_disks(self, request: Prepare, machine: MachineProtocol) -> Doorway | None:
+        raise AssertionError("there are no disks")
+
+    async def adopt(self, *, running: bool) -> None:
+        assert running
+
+    async def release(self, machine: MachineProtocol | None) -> None:
+        await self.machine.kill()
+
+
+FACTS = DestinationFacts(
+    host="there",
+    qemu=(10, 0, 0),
+    live_migration=True,
+    accelerators=("kvm",),
+    machine_known=True,
+    cpu_known=True,
+    cpu_missing=(),
+    switches_missing=(),
+    memory_available_mib=1024,
+    name_taken=False,
+    uuid_taken=False,
+    files=(),
+    firmware_available=True,
+    post_copy_possible=False,
+    addresses=(THEIRS,),
+    trial_port=0,
+    time=0.0,
+    network=network(THEIRS),
+)
+
+
+class Move:
+    """One move, with as many tries at the destination as it makes."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.wire = Wire()
+        self.wire.has_rdma = True
+        self.source = FakeMachine(self.wire, FakeGuest(16 * MIB, dirty_rate_bytes_per_s=1 * MIB))
+        self.tries: list[Destination] = []
+        self.landings: list[There] = []
+        self.home = Here(self.source)
+        first = Migration(
+            id="m1",
+            vm="vm",
+            source="here",
+            destination="there",
+            side=Side.SOURCE,
+            transport="rdma",
+            phase=Phase.WAITING,
+            outcome=Outcome.UNDER_WAY,
+            progress=Progress(),
+            accepted_at=0.0,
+        )
+        self.report = Report(first, lambda view: None)
+        self.journal = Journal.begin(folder, self._header(Side.SOURCE))
+        terms = Terms(ConvergencePolicy(first_downtime_ms=60), "rdma", encrypt=False)
+        self.script = SourceMove(self.journal, self.source, self._dial, self.home, terms, self.report)
+
+    async def run(self) -> Migration:
+        await self.source.resume()
+        await self.script.run()
+        return self.report.now
+
+    async def _dial(self) -> LocalPeer:
+        if not self.tries or self.tries[-1].step is DestinationStep.GONE:
+            folder = self.folder / str(len(self.tries))
+            folder.mkdir()
+            self.landings.append(There(self.wire))
+            self.tries.append(
+                Destination(Journal.begin(folder, self._header(Side.DESTINATION)), self.landings[-1], boot="boot")
+            )
+        return LocalPeer(self.tries[-1], FACTS, PORTS)
+
+    def _header(self, side: Side) -> Header:
+        return Header(
+            migration="m1",
+            side=side,
+            vm=VM,
+            accelerator="kvm",
+            source="here",
+            destination="there",
+            address="",
+            accepted_at=0.0,
+            boot="boot",
+        )
+
+
+def play(scenario: Awaitable[None]) -> None:
+    async def limited() -> None:
+        async with asyncio.timeout(20):
+            await scenario
+
+    asyncio.run(limited())
+
+
+def cannot_listen(move: Move) -> None:
+    move.wire.has_rdma = False
+
+
+def breaks(stage: Stage) -> Callable[[Move], None]:
+    def prepare(move: Move) -> None:
+        move.wire.failures[stage] = "the cable was cut"
+
+    return prepare
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [cannot_listen, breaks(Stage.SETUP), breaks(Stage.COPY), breaks(Stage.SWITCHOVER)],
+    ids=["cannot listen", *map(str, (Stage.SETUP, Stage.COPY, Stage.SWITCHOVER))],
+)
+def test_what_fails_goes_on_by_another_way(tmp_path: Path, harm: Callable[[Move], None]) -> None:
+    async def scenario() -> None:
+        move = Move(tmp_path)
+        harm(move)
+        ended = await move.run()
+        assert ended.route is not None
+        assert (ended.route.transport, "not rdma: " in ended.route.why) == ("tcp", True)
+        assert [finding.code for finding in ended.findings] == ["rdma-not-used"]
+        assert [one.step for one in move.tries] == [DestinationStep.GONE, DestinationStep.OWNED]
+        assert move.landings[0].machine.gone.is_set()
+        assert await move.landings[1].machine.status() is RunState.RUNNING
+        assert move.landings[1].machine.guest.pages == move.source.guest.pages
+        assert move.home.left
+        steps = [record.step for record in move.journal.records]
+        assert steps.count(SourceStep.PREPARING) == 2
+        assert steps[-1] == SourceStep.FINISHED
+
+    play(scenario())
+
+
+def test_a_destination_that_dies_in_mid_move_is_asked_again(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        move = Move(tmp_path)
+        move.wire.hold(Stage.COPY)
+        running = asyncio.ensure_future(move.run())
+        await move.wire.reached(Stage.COPY)
+        await move.landings[0].machine.kill()
+        move.wire.release(Stage.COPY)
+        ended = await running
+        assert ended.route is not None
+        assert ended.route.transport == "tcp"
+        assert await move.landings[1].machine.status() is RunState.RUNNING
+
+    play(scenario())
+
+
+def test_nothing_is_tried_again_that_went_well_or_another_way(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        move = Move(tmp_path)
+        ended = await move.run()
+        assert ended.route is not None
+        assert (ended.route.transport, len(move.tries), ended.findings) == ("rdma", 1, ())
+        (tmp_path / "other").mkdir()
+        other = Move(tmp_path / "other")
+        other.wire.has_rdma = False
+        other.wire.failures[Stage.SETUP] = "this is the second failure"
+        with pytest.raises(MigrationFailed):
+            await other.run()
+        assert len(other.tries) == 2
+
+    play(scenario())
+
+
+def test_a_cancel_or_the_death_of_the_source_is_no_failure_of_rdma(tmp_path: Path) -> None:
+    async def scenario(act: Callable[[Move], None], error: type[LimosaError]) -> None:
+        (tmp_path / error.code).mkdir()
+        move = Move(tmp_path / error.code)
+        move.wire.hold(Stage.COPY)
+        running = asyncio.ensure_future(move.run())
+        await move.wire.reached(Stage.COPY)
+        act(move)
+        with pytest.raises(error):
+            await running
+        assert len(move.tries) == 1
+
+    play(scenario(lambda move: move.script.cancel(), Cancelled))
+    play(scenario(lambda move: move.source.die("killed"), QemuGone))
