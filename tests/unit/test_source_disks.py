@@ -87,7 +87,7 @@ class Channel:
     """A stream as the script knows it."""
 
     def __init__(self, stream: socket.socket) -> None:
-        self.socket = stream
+        self.socket = self.stream = stream
 
     def shorten(self) -> None: ...
 
@@ -203,7 +203,7 @@ class World:
     async def launch(self, request: Prepare) -> MachineProtocol:
         return self.there
 
-    async def open_door(self, request: Prepare) -> Any:
+    async def open_door(self, request: Prepare, machine: MachineProtocol) -> Any:
         return self.door
 
     async def open_disks(self, request: Prepare, machine: MachineProtocol) -> Any:
