@@ -225,6 +225,9 @@ class DiskMoves:
         copy = (await machine.copies()).get(plan.disk)
         if copy is not None and copy.state is CopyState.SETTLED:
             await machine.pivot(plan.disk)
+        elif copy is not None:
+            # What QEMU still uses must not be deleted.
+            raise StateError(f"QEMU did not take {plan.path} for disk {plan.disk}", why=copy.error, vm=record.vm)
 
     async def make_images(self, record: Record) -> None:
         """Write down which, then make them and give them to QEMU's user. Raises :class:`StorageError`."""
