@@ -26,15 +26,24 @@ from limosa.wire import api, endpoints
 
 pytestmark = [pytest.mark.qemu, pytest.mark.lab]
 
-STEPS = ("made", "copied", "settled", "committed", "pivoted", "removed")
+STEPS = ("made", "copied", "settled", "committed", "finalized", "pivoted", "removed")
 #: From here on the new image is the VM's.
-COMMITTED = {"committed:after", "pivoted:before", "pivoted:after", "removed:before", "removed:after"}
+COMMITTED = {
+    "committed:after",
+    "finalized:before",
+    "finalized:after",
+    "pivoted:before",
+    "pivoted:after",
+    "removed:before",
+    "removed:after",
+}
 #: From here on it becomes that although QEMU is dead, because it has everything.
 SETTLED = {"settled:after", "committed:before"}
 QUICK = {
     "copied:before:daemon",
     "settled:after:daemon",
     "committed:after:daemon",
+    "finalized:before:daemon",
     "pivoted:after:daemon",
     "removed:before:daemon",
     "committed:after:both",
