@@ -46,6 +46,7 @@ CALLS: dict[tuple[str, str], tuple[type, str]] = {
     ("host", "copied"): (Mirrors, "until_ready"),
     ("host", "settled"): (Machine, "settle_copy"),
     ("host", "committed"): (DiskMoves, "commit"),
+    ("host", "finalized"): (Machine, "_dismiss"),
     ("host", "pivoted"): (Machine, "pivot"),
     ("host", "removed"): (Storage, "remove"),
 }

@@ -14,6 +14,7 @@ from limosa.errors import Conflict, InvalidInput, LimosaError, NotFound, Storage
 from limosa.host.files import Files
 from limosa.host.incoming import Incoming
 from limosa.host.page import Page
+from limosa.host.parts import Parts
 from limosa.host.storage import Storage
 from limosa.model.storage import BackingFile, DiskAction, DiskPlan, Place
 from limosa.model.vm import Disk
@@ -154,8 +155,9 @@ class TestWhatASourceMayName:
 
     def incoming(self, storage: Storage) -> Incoming:
         """A host that takes VMs, as far as it looks at what it is asked."""
-        page, files, nobody = storage._page, storage._files, cast(Any, None)
-        return Incoming("host2", nobody, page, files, nobody, nobody, nobody, storage, "boot")
+        nobody = cast(Any, None)
+        parts = Parts("host2", "boot", storage._files, storage._page, nobody, storage, nobody, nobody, nobody)
+        return Incoming(parts)
 
     def request(self, image: DiskPlan, *, named: str | None = None) -> Prepare:
         disk = Disk(name=image.disk, path=named or image.path, format=image.format)

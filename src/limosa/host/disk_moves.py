@@ -50,7 +50,7 @@ from limosa.model.migration import Migration, Outcome, Phase, Progress, Side
 from limosa.model.storage import DiskPlan
 from limosa.model.vm import Disk, VmState
 from limosa.qemu.machine import Machine, does_direct_io
-from limosa.qemu.protocol import CopyState, ImageFile
+from limosa.qemu.protocol import ImageFile
 from limosa.settings import toml
 from limosa.storage import access
 from limosa.wire.api import DiskMoveRequest
@@ -223,8 +223,10 @@ class DiskMoves:
             await machine.drop_copy(plan.disk, record.migration)
             return
         copy = (await machine.copies()).get(plan.disk)
-        if copy is not None and copy.state is CopyState.SETTLED:
-            await machine.pivot(plan.disk)
+        if copy is not None and copy.error:
+            # What QEMU still uses must not be deleted.
+            raise StateError(f"QEMU did not take {plan.path} for disk {plan.disk}", why=copy.error, vm=record.vm)
+        await machine.pivot(plan.disk)
 
     async def make_images(self, record: Record) -> None:
         """Write down which, then make them and give them to QEMU's user. Raises :class:`StorageError`."""

@@ -130,12 +130,17 @@ class Disks(Session):
         await self._reaches(disk, {CopyState.SETTLED})
 
     async def pivot(self, disk: str) -> None:
-        """Put a settled copy in the disk's place, and close the image it had."""
-        old = await self.disk_node(disk)
-        await self._execute("job-finalize", {"id": f"copy-{disk}"})
-        await self._reaches(disk, {CopyState.ENDED})
+        """Put a settled copy in the disk's place, and close the image it had. May be repeated."""
+        copy = (await self.copies()).get(disk)
+        if copy is not None and copy.state is CopyState.SETTLED:
+            await self._execute("job-finalize", {"id": f"copy-{disk}"})
+            await self._reaches(disk, {CopyState.ENDED})
         await self._dismiss(disk)
-        await self._close(old)
+        now = await self.disk_node(disk)
+        for node in await self._execute("query-named-block-nodes", {"flat": True}):
+            name = str(node["node-name"])
+            if name != now and (name == disk or name.startswith(f"{disk}.")) and not name.endswith("-file"):
+                await self._close(name)
 
     async def end_copy(self, disk: str) -> None:
         """Of a copy to a host that is ready: make it whole and flush it, then end it. It stays open for
