@@ -48,7 +48,7 @@ from limosa.migration.report import Report
 from limosa.model.base import MigrationId, Model, Name
 from limosa.model.migration import Migration, Outcome, Phase, Progress, Side
 from limosa.model.storage import DiskPlan
-from limosa.model.vm import Disk, VmState
+from limosa.model.vm import Disk, DiskName, VmState
 from limosa.qemu.machine import Machine, does_direct_io
 from limosa.qemu.protocol import ImageFile
 from limosa.settings import toml
@@ -64,8 +64,8 @@ class Record(Model, frozen=True, forbid_unknown_fields=False):
     migration: MigrationId
     vm: Name
     plans: tuple[DiskPlan, ...]
-    #: paths of the images the disks had, by disk
-    old: dict[str, str]
+    #: the disks as they were, by name
+    old: dict[DiskName, Disk]
     keep: bool
 
 
@@ -163,7 +163,7 @@ class DiskMoves:
             migration=tag,
             vm=hosted.config.name,
             plans=plans,
-            old={disk.name: disk.path for disk in moved},
+            old={disk.name: disk for disk in moved},
             keep=request.keep,
         )
 
@@ -205,28 +205,34 @@ class DiskMoves:
         hosted = self._vms.find(record.vm)
         if hosted is None or hosted.fault is not None:
             raise StateError(f"VM '{record.vm}' is not known", why="so it cannot be told which images it uses")
+        for plan in record.plans:
+            with suppress(QemuGone):
+                await self._end_copy(hosted, record, plan)
         now = {disk.name: disk.path for disk in hosted.config.disks}
         for plan in record.plans:
-            committed = now.get(plan.disk) == plan.path
-            with suppress(QemuGone):
-                await self._end_copy(hosted.machine, record, plan, committed=committed)
-            if not committed:
+            old = record.old[plan.disk].path
+            if now.get(plan.disk) != plan.path:
                 self._storage.remove(plan.path)
-            elif not record.keep and record.old[plan.disk] not in now.values():
-                self._storage.remove(record.old[plan.disk])
+            elif not record.keep and old not in now.values():
+                self._storage.remove(old)
         return all(now.get(plan.disk) == plan.path for plan in record.plans)
 
-    async def _end_copy(self, machine: Machine | None, record: Record, plan: DiskPlan, *, committed: bool) -> None:
+    async def _end_copy(self, hosted: HostedVm, record: Record, plan: DiskPlan) -> None:
+        """Have QEMU use what ``vm.toml`` names, which is the old image again if QEMU did not take the new one."""
+        machine = hosted.machine
         if machine is None:
             return
-        if not committed:
-            await machine.drop_copy(plan.disk, record.migration)
-            return
+        committed = any(disk.path == plan.path for disk in hosted.config.disks)
         copy = (await machine.copies()).get(plan.disk)
-        if copy is not None and copy.error:
-            # What QEMU still uses must not be deleted.
-            raise StateError(f"QEMU did not take {plan.path} for disk {plan.disk}", why=copy.error, vm=record.vm)
-        await machine.pivot(plan.disk)
+        if committed and copy is not None and copy.error:
+            old = record.old[plan.disk]
+            as_before = tuple(old if disk.name == plan.disk else disk for disk in hosted.config.disks)
+            self._vms.change_disks(hosted, as_before)
+            committed = False
+        if committed:
+            await machine.pivot(plan.disk)
+        else:
+            await machine.drop_copy(plan.disk, record.migration)
 
     async def make_images(self, record: Record) -> None:
         """Write down which, then make them and give them to QEMU's user. Raises :class:`StorageError`."""
@@ -244,7 +250,7 @@ class DiskMoves:
         for plan in record.plans:
             self._storage.settle(plan.path)
             if not record.keep:
-                self._storage.remove(record.old[plan.disk])
+                self._storage.remove(record.old[plan.disk].path)
         self.forget(record)
 
     def forget(self, record: Record) -> None:
