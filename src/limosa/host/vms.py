@@ -64,6 +64,7 @@ class Vms:
         self._host = host
         self._files = files
         self._launcher = launcher
+        self._leasing = launcher.leasing
         self._vms: dict[str, HostedVm] = {}
         self._folders = Folders(files)
         #: why it is not known of every VM here whether it has left; empty if it is
@@ -92,6 +93,8 @@ class Vms:
         hosted.accelerator, hosted.started_at = found.accelerator, found.started_at
         if found.machine is None:
             hosted.state, hosted.reason = died, "its QEMU ended while the host daemon was not there"
+            if died is VmState.CRASHED:
+                await self._leasing.give_back(hosted.config)
             return
         self._attach(hosted, found.machine)
         running = await found.machine.status() is RunState.RUNNING
@@ -194,7 +197,12 @@ class Vms:
                 raise self._wrong_state(hosted, "is started already")
             hosted.accelerator = self._launcher.accelerator(hosted.config)
             self._launcher.check_memory(hosted.config, self.committed_mib())
-            machine = await self._launcher.launch(hosted.config, hosted.accelerator, incoming=False)
+            await self._leasing.take(hosted.config)
+            try:
+                machine = await self._launcher.launch(hosted.config, hosted.accelerator, incoming=False)
+            except BaseException:
+                await asyncio.shield(self._leasing.give_back(hosted.config))
+                raise
             self._attach(hosted, machine)
             hosted.started_at = time.time()
             await machine.resume()
@@ -365,6 +373,7 @@ class Vms:
             hosted.state = VmState.STOPPED
         else:
             hosted.state, hosted.reason = VmState.CRASHED, machine.exit_text() or "its QEMU ended"
+        await self._leasing.give_back(hosted.config)
 
     def _may_restart(self, hosted: HostedVm) -> bool:
         lived_s = time.time() - (hosted.started_at or 0)
