@@ -108,7 +108,7 @@ def test_a_cancelled_move_leaves_the_lease_with_the_source(lab: Lab, client: Lan
 
 
 def test_the_lease_of_a_host_that_died_stays_until_a_person_says_so(
-    lab: Lab, client: LanClient, capsys: pytest.CaptureFixture[str]
+    lab: Lab, client: LanClient, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first, second = lab.first, lab.second
     last = number(client)
@@ -119,12 +119,12 @@ def test_the_lease_of_a_host_that_died_stays_until_a_person_says_so(
     with pytest.raises(ImageLeased, match=f"host '{first.name}' holds the lease") as caught:
         second.client.call(endpoints.START_VM, vm="thief")
     assert "limosa storage release" in caught.value.todo
-    call = ["--host", str(second.run / "api.sock")]
-    assert main([*call, "storage", "release", lab.image, "--from", second.name]) == Conflict.exit_code
-    assert main([*call, "storage", "release", lab.image, "--from", "stranger"]) == ImageLeased.exit_code
+    monkeypatch.setenv("LIMOSA_SOCKET", str(second.run / "api.sock"))
+    assert main(["storage", "release", lab.image, "--from", second.name]) == Conflict.exit_code
+    assert main(["storage", "release", lab.image, "--from", "stranger"]) == ImageLeased.exit_code
     assert lab.lease().host == first.name
     capsys.readouterr()
-    assert main([*call, "storage", "release", lab.image, "--from", first.name]) == 0
+    assert main(["storage", "release", lab.image, "--from", first.name]) == 0
     assert f"'{first.name}' must not run" in capsys.readouterr().out
     assert_sound(lab.share.folder / "web.qcow2", last)
     second.client.call(endpoints.START_VM, vm="thief")

@@ -48,6 +48,8 @@ class Leasing:
 
     async def give_back(self, config: VmConfig, only: Collection[str] | None = None) -> None:
         """When the VM's QEMU has ended, or left these images. Never fails: what is not given back stays ours."""
+        if not config.disks:
+            return
         await asyncio.to_thread(_quietly, lambda: [(rule, rule.give_back) for rule in self._rules(config, only)])
 
     async def promise(self, config: VmConfig, destination: str, migration: str, copied: Collection[str]) -> None:

@@ -49,6 +49,8 @@ class HostedVm:
     #: its QEMU runs and cannot be commanded; until that is mended nothing is done to the VM
     fault: LimosaError | None = None
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    #: held while the end of its QEMU is dealt with
+    ended: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     @property
     def accelerator_in_use(self) -> Accelerator:
@@ -299,6 +301,8 @@ class Vms:
 
     async def crashed(self, hosted: HostedVm) -> None:
         """The VM's QEMU died in a migration; do what ``on_crash`` says."""
+        if hosted.machine is not None and hosted.machine.gone.is_set():
+            await self._after_end(hosted, hosted.machine)
         if hosted.config.on_crash == "restart" and hosted.machine is None:
             await self.start(hosted)
 
@@ -362,10 +366,14 @@ class Vms:
                 hosted.reason = f"{hosted.reason}; it could not be restarted: {error}"
 
     async def _after_end(self, hosted: HostedVm, machine: Machine) -> None:
-        """What holds once the process is gone. Idempotent: the watcher and whoever ended it both come here."""
-        if hosted.machine is not machine:
-            return
-        hosted.machine = None
+        """What holds once the process is gone. Idempotent: the watcher and whoever ended it both come here, and go on
+        when all of it is done."""
+        async with hosted.ended:
+            if hosted.machine is machine:
+                await self._settle_end(hosted, machine)
+                hosted.machine = None  # last of all: it could be started again, and its leases given back after that
+
+    async def _settle_end(self, hosted: HostedVm, machine: Machine) -> None:
         self._launcher.clean_up(hosted.config, crashed=not hosted.ending)
         if hosted.state is VmState.INCOMING:
             return
