@@ -20,6 +20,7 @@
     │   ├── QemuGone          its process ended
     │   └── OutcomeUnknown    a command was sent, no answer came
     ├── StorageError          image missing, unreadable, disk full       exit 12  HTTP 500
+    │   └── ImageLeased       another host may write it                           HTTP 409
     ├── NetworkError          switch, tap, address                       exit 13  HTTP 500
     └── StateError            a file of our own cannot be read           exit 14  HTTP 500
 
@@ -195,6 +196,13 @@ class StorageError(LimosaError):
 
     code = "storage-error"
     exit_code = 12
+
+
+class ImageLeased(StorageError):
+    """By the lease beside the image another host may write it, or this one may not. Nothing was changed."""
+
+    code = "image-leased"
+    http_status = 409
 
 
 class NetworkError(LimosaError):

@@ -11,7 +11,7 @@ import os
 import socket
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from pathlib import Path
 
 import pytest
@@ -112,6 +112,12 @@ class Plain:
 
     def seat(self, *, encrypt: bool) -> RelayPlace | None:
         return None
+
+    async def promise(self, destination: str, copied: Collection[str]) -> None:
+        assert not copied
+
+    async def reclaim(self) -> None:
+        raise AssertionError("nothing is settled here")
 
     async def connect(self, route: Route, prepared: Prepared) -> Channel:
         return await tcp.connect(prepared.address, prepared.port, prepared.token)
@@ -342,6 +348,9 @@ class There:
 
     async def open_door(self, request: Prepare, machine: MachineProtocol) -> Doorway:
         return await self._way.open_door(request, machine)
+
+    async def claim(self) -> None:
+        pass
 
     async def adopt(self, *, running: bool) -> None:
         assert running

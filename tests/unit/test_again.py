@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Sequence
 from pathlib import Path
 
 import pytest
@@ -99,6 +99,12 @@ class Here:
     async def sending(self) -> None:
         pass
 
+    async def promise(self, destination: str, copied: Collection[str]) -> None:
+        assert not copied
+
+    async def reclaim(self) -> None:
+        raise AssertionError("nothing is settled here")
+
     async def connect(self, route: Route, prepared: Prepared) -> Channel:
         if route.transport == "rdma":
             return rdma.RdmaChannel(RdmaAddress(route.paths[0].there, prepared.port))
@@ -143,6 +149,9 @@ class There:
 
     async def open_disks(self, request: Prepare, machine: MachineProtocol) -> Doorway | None:
         raise AssertionError("there are no disks")
+
+    async def claim(self) -> None:
+        pass
 
     async def adopt(self, *, running: bool) -> None:
         assert running

@@ -18,7 +18,7 @@ from limosa.model.storage import OWN_LOCATION, Location
 from limosa.model.units import format_bytes
 from limosa.settings import toml
 from limosa.wire import endpoints
-from limosa.wire.api import DiskMoveRequest, SettingsChange
+from limosa.wire.api import DiskMoveRequest, ReleaseRequest, SettingsChange
 
 
 def register(commands: Commands[argparse.ArgumentParser]) -> None:
@@ -65,6 +65,17 @@ def register(commands: Commands[argparse.ArgumentParser]) -> None:
     move.add_argument("--keep", action="store_true", help="keep the old images")
     move.add_argument("--bandwidth", metavar="MBIT/S", type=int, help="cap for this move, 0: none")
     move.add_argument("--detach", action="store_true", help="return as soon as the move is accepted")
+    release = add_command(
+        verbs,
+        "release",
+        "release an image on a share from a host that is dead",
+        _release,
+        examples=["storage release /mnt/vms/web1.qcow2 --from alpha"],
+        notes="Make sure first that the host is switched off, or runs no VM on the image: you answer for it.\n"
+        "Two QEMUs that write one image destroy it. A host that is back releases its images by itself.",
+    )
+    release.add_argument("image", metavar="IMAGE", help="the image, by its path on this host")
+    release.add_argument("--from", metavar="HOST", dest="dead", required=True, help="the host that is dead")
 
 
 def _reorder(parser: argparse.ArgumentParser) -> None:
@@ -155,6 +166,16 @@ def _remove(arguments: argparse.Namespace) -> int:
         client.call(endpoints.CHANGE_SETTINGS, SettingsChange(values={f"locations.{arguments.name}": None}))
     if not arguments.json:
         say(f"location '{arguments.name}' is forgotten; its files stay")
+    return 0
+
+
+def _release(arguments: argparse.Namespace) -> int:
+    path = os.path.normpath(os.path.join(os.getcwd(), arguments.image))
+    request = toml.convert({"image": path, "dead": arguments.dead}, ReleaseRequest, where="the request")
+    with client_of(arguments) as client:
+        client.call(endpoints.RELEASE_IMAGE, request)
+    if not arguments.json:
+        say(f"{path} is nobody's now; host '{arguments.dead}' must not run a VM on it any more")
     return 0
 
 

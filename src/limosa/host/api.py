@@ -77,6 +77,7 @@ class Handlers:
             endpoints.CHANGE_SETTINGS: self.change_settings,
             endpoints.LOCATIONS: self.locations,
             endpoints.MOVE_DISKS: self.move_disks,
+            endpoints.RELEASE_IMAGE: self.release_image,
             endpoints.LIST_VMS: self.list_vms,
             endpoints.CREATE_VM: self.create_vm,
             endpoints.SHOW_VM: self.show_vm,
@@ -140,6 +141,11 @@ class Handlers:
     async def move_disks(self, request: api.DiskMoveRequest, _: dict[str, str]) -> Migration:
         """Move disks to another location."""
         return await self._services.disk_moves.move(request)
+
+    async def release_image(self, request: api.ReleaseRequest, _: dict[str, str]) -> api.Empty:
+        """Take the lease on an image from a dead host."""
+        await self._services.leasing.release(request.image, request.dead)
+        return api.Empty()
 
     async def list_vms(self, _: api.Empty, __: dict[str, str]) -> api.VmList:
         """All VMs."""

@@ -37,6 +37,7 @@ from limosa.errors import (
     StateError,
 )
 from limosa.host.bandwidth import MBIT_BYTES
+from limosa.host.leasing import Leasing
 from limosa.host.page import Page
 from limosa.host.storage import Storage
 from limosa.host.views import Views
@@ -52,7 +53,7 @@ from limosa.model.vm import Disk, DiskName, VmState
 from limosa.qemu.machine import Machine, does_direct_io
 from limosa.qemu.protocol import ImageFile
 from limosa.settings import toml
-from limosa.storage import access
+from limosa.storage import access, mounts
 from limosa.wire.api import DiskMoveRequest
 
 _log = logging.getLogger(__name__)
@@ -73,12 +74,21 @@ class DiskMoves:
     """All of this host. ``folder`` has the records."""
 
     def __init__(
-        self, host: str, vms: Vms, page: Page, storage: Storage, views: Views, user: str | None, folder: Path
+        self,
+        host: str,
+        vms: Vms,
+        page: Page,
+        storage: Storage,
+        leasing: Leasing,
+        views: Views,
+        user: str | None,
+        folder: Path,
     ) -> None:
         self._host = host
         self._vms = vms
         self._page = page
         self._storage = storage
+        self._leasing = leasing
         self._views = views
         self._user = user
         self._folder = folder
@@ -213,8 +223,8 @@ class DiskMoves:
             old = record.old[plan.disk].path
             if now.get(plan.disk) != plan.path:
                 self._storage.remove(plan.path)
-            elif not record.keep and old not in now.values():
-                self._storage.remove(old)
+            elif old not in now.values():
+                await self._leave(hosted, record, old)
         return all(now.get(plan.disk) == plan.path for plan in record.plans)
 
     async def _end_copy(self, hosted: HostedVm, record: Record, plan: DiskPlan) -> None:
@@ -234,23 +244,30 @@ class DiskMoves:
         else:
             await machine.drop_copy(plan.disk, record.migration)
 
-    async def make_images(self, record: Record) -> None:
+    async def _leave(self, hosted: HostedVm, record: Record, old: str) -> None:
+        """The VM has left an image."""
+        if record.keep:
+            await self._leasing.give_back(hosted.config, [old])
+        else:
+            self._storage.remove(old)
+
+    async def make_images(self, hosted: HostedVm, record: Record) -> None:
         """Write down which, then make them and give them to QEMU's user. Raises :class:`StorageError`."""
         toml.write_atomically(self._path(record), msgspec.json.encode(record))
         for plan in record.plans:
             await self._storage.make(plan)
             access.grant(Path(plan.path), self._user, read_only=False)
+        await self._leasing.take(hosted.config, [plan.path for plan in record.plans])
 
     def commit(self, move: _Move) -> None:
         """Make the new images the VM's, durably. Raises :class:`StateError`; they are not then."""
         self._vms.change_disks(move.hosted, disks.landed(move.hosted.config, move.record.plans).disks)
 
-    def remove_old(self, record: Record) -> None:
+    async def remove_old(self, hosted: HostedVm, record: Record) -> None:
         """Delete the images the disks had, unless they are to be kept."""
         for plan in record.plans:
             self._storage.settle(plan.path)
-            if not record.keep:
-                self._storage.remove(record.old[plan.disk].path)
+            await self._leave(hosted, record, record.old[plan.disk].path)
         self.forget(record)
 
     def forget(self, record: Record) -> None:
@@ -300,13 +317,13 @@ class _Move:
     async def run(self) -> None:
         """Move the disks. Raises what went wrong; the VM uses its old images then, or the next daemon sees to it."""
         self.report.enter(Phase.BUILD_UP)
-        await self.guard(self._moves.make_images(self.record))
+        await self.guard(self._moves.make_images(self.hosted, self.record))
         self.report.enter(Phase.STORAGE)
         await self.guard(self._copy())
         self.report.enter(Phase.SWITCHOVER)
         await self._switch_over()
         self.report.enter(Phase.TEAR_DOWN)
-        self._moves.remove_old(self.record)
+        await self._moves.remove_old(self.hosted, self.record)
 
     def cancel(self) -> None:
         """Have it cancelled. Raises :class:`Conflict` if the new images are about to be used."""
@@ -342,7 +359,13 @@ class _Move:
     async def _copy(self) -> None:
         plans = self.record.plans
         for plan in plans:
-            image = ImageFile(plan.path, plan.format, direct=does_direct_io(plan.path), thick=plan.thick)
+            image = ImageFile(
+                plan.path,
+                plan.format,
+                direct=does_direct_io(plan.path),
+                thick=plan.thick,
+                locks=not mounts.of(plan.path).has_no_locks,
+            )
             await self.machine.copy_to_file(plan.disk, self.record.migration, image, self._cap // len(plans))
         copying = self._copying = Mirrors(self.machine, [plan.disk for plan in plans], self._moves.patience_s)
         self.report.bar = self.report.bar.with_disks(1, 0)

@@ -29,6 +29,8 @@ class LandingHere:
         self._arrival = Arrival(parts, header.source, reached_at)
         self._taken: list[Slots] = []
         self._hosted: HostedVm | None = None
+        self._leasing = parts.leasing
+        self._leases = parts.leasing.landing(header.vm, header.source, header.migration, header.images)
 
     async def reserve(self, in_line: Callable[[int], None]) -> None:
         """See :class:`limosa.migration.destination.Landing`."""
@@ -52,6 +54,7 @@ class LandingHere:
             if plan.backing is not None and await self._storage.find(plan.backing) != plan.backing:
                 raise StorageError(f"{plan.backing.path} is not what was asked for any more")
             await self._storage.make(plan)
+        await self._leases.prepare()
         return await self._vms.launch_incoming(self._hosted, request.accelerator, carried_files(request.files))
 
     async def open_door(self, request: Prepare, machine: MachineProtocol) -> Doorway:
@@ -62,9 +65,16 @@ class LandingHere:
         """See :class:`limosa.migration.destination.Landing`."""
         return await self._arrival.open_disks(request, machine)
 
+    async def claim(self) -> None:
+        """See :class:`limosa.migration.destination.Landing`."""
+        await self._leases.claim()
+
     async def adopt(self, *, running: bool) -> None:
         """See :class:`limosa.migration.destination.Landing`."""
-        self._vms.adopt(self._vms.get(self._header.vm.name), running=running)
+        hosted = self._vms.get(self._header.vm.name)
+        self._vms.adopt(hosted, running=running)
+        if hosted.machine is None:
+            await self._leasing.give_back(hosted.config)
         for path in self._header.images:
             self._storage.settle(path)
         self._give_slots()
@@ -74,6 +84,7 @@ class LandingHere:
         hosted = self._hosted or self._vms.find_landing(self._header.vm, self._header.migration)
         if hosted is not None:
             await asyncio.shield(self._vms.discard(hosted))
+        await self._leases.hand_back()
         for path in self._header.images:
             self._storage.remove(path)
         self._give_slots()

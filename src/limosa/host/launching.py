@@ -21,6 +21,7 @@ import msgspec
 
 from limosa.errors import Conflict, InvalidInput, QemuError, QemuGone, StateError
 from limosa.host.files import Files
+from limosa.host.leasing import Leasing
 from limosa.host.memory import available_mib
 from limosa.host.page import Page
 from limosa.model.base import Model
@@ -33,7 +34,7 @@ from limosa.qemu.capabilities import QemuCapabilities
 from limosa.qemu.machine import Machine
 from limosa.settings import toml
 from limosa.settings.daemon import DaemonSettings
-from limosa.storage import access, chains, images, seed
+from limosa.storage import access, chains, images, mounts, seed
 from limosa.wire.api import NewDisk, NewNic, NewVm
 from limosa.wire.parsing import parse
 
@@ -75,7 +76,9 @@ class Launcher:
         netlink: Netlink,
         boot: str,
         user: str | None,
+        leasing: Leasing,
     ) -> None:
+        self.leasing = leasing
         self._daemon = daemon
         self._page = page
         self._files = files
@@ -148,6 +151,7 @@ class Launcher:
         self._grant(config)
         vars_file = self._firmware(config, folder)
         seed_file = self._seed(config, folder, carried or {})
+        unlocked = frozenset(disk.path for disk in config.disks if mounts.of(disk.path).has_no_locks)
         with ExitStack() as held:
             taps = [await open_tap(self._netlink, nic.switch) for nic in config.nics]
             for tap in taps:
@@ -167,6 +171,7 @@ class Launcher:
                     firmware_code=Path(self._daemon.firmware_code) if vars_file else None,
                     firmware_vars=vars_file,
                     seed=seed_file,
+                    unlocked=unlocked,
                 )
 
             program = Path(self._daemon.qemu)

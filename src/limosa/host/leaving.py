@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 
 from limosa.host.bandwidth import Bandwidth
 from limosa.host.departure import Departure
@@ -24,6 +24,7 @@ class Leaving:
         self._vms = parts.vms
         self._inspector = parts.inspector
         self.disks = parts.storage
+        self._leasing = parts.leasing
         self._hosted = hosted
         self._departure = Departure(parts)
         self._has_storage_slot = False
@@ -36,6 +37,16 @@ class Leaving:
         """See :class:`limosa.migration.home.Home`."""
         assert self._hosted is not None
         return await self._inspector.vm_facts(self._hosted)
+
+    async def promise(self, destination: str, copied: Collection[str]) -> None:
+        """See :class:`limosa.migration.home.Home`."""
+        assert self._hosted is not None
+        await self._leasing.promise(self._hosted.config, destination, self._migration, copied)
+
+    async def reclaim(self) -> None:
+        """See :class:`limosa.migration.home.Home`."""
+        if self._hosted is not None:
+            await self._leasing.reclaim(self._hosted.config, self._migration)
 
     def carry_on(self) -> dict[str, str]:
         """See :class:`limosa.migration.home.Home`."""
@@ -88,6 +99,7 @@ class Leaving:
     async def vm_left(self, images: Sequence[str]) -> None:
         """See :class:`limosa.migration.home.Home`."""
         if self._hosted is not None:
+            await self._leasing.give_back(self._hosted.config)  # images that stay behind and were not claimed
             self._vms.forget(self._hosted)
         for path in images:
             self.disks.remove(path)
@@ -101,4 +113,5 @@ class Leaving:
         """See :class:`limosa.migration.home.Home`."""
         if self._hosted is not None:
             self._hosted.migration = None
+            await self._leasing.withdraw(self._hosted.config, self._migration)
             await self._vms.crashed(self._hosted)

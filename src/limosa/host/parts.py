@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from limosa.host.compression import Compression
 from limosa.host.files import Files
 from limosa.host.inspection import Inspector
+from limosa.host.leasing import Leasing
 from limosa.host.multichannel import Multichannel
 from limosa.host.page import Page
 from limosa.host.storage import Storage
@@ -23,6 +24,7 @@ class Parts:
     page: Page
     vms: Vms
     storage: Storage
+    leasing: Leasing
     inspector: Inspector
     multichannel: Multichannel
     compression: Compression

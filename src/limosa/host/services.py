@@ -15,6 +15,7 @@ from limosa.host.files import Files
 from limosa.host.incoming import Incoming
 from limosa.host.inspection import Inspector
 from limosa.host.launching import Launcher, qemu_user
+from limosa.host.leasing import Leasing
 from limosa.host.multichannel import Multichannel
 from limosa.host.outgoing import Outgoing
 from limosa.host.page import Page
@@ -43,6 +44,7 @@ class Services:
     page: Page
     vms: Vms
     storage: Storage
+    leasing: Leasing
     inspector: Inspector
     outgoing: Outgoing
     incoming: Incoming
@@ -57,7 +59,8 @@ async def assemble(daemon: DaemonSettings, files: Files) -> Services:
     user = qemu_user(daemon.qemu_user)
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     capabilities = await probe(Path(daemon.qemu), files.state / "qemu.json", user)
-    launcher = Launcher(daemon, page, files, capabilities, netlink, boot, user)
+    leasing = Leasing(daemon.name, boot)
+    launcher = Launcher(daemon, page, files, capabilities, netlink, boot, user, leasing)
     vms = Vms(daemon.name, files, launcher)
     for fault in await vms.load():
         _log.error("%s", fault)
@@ -74,6 +77,7 @@ async def assemble(daemon: DaemonSettings, files: Files) -> Services:
         page=page,
         vms=vms,
         storage=storage,
+        leasing=leasing,
         inspector=inspector,
         multichannel=multichannel,
         compression=compression,
@@ -85,10 +89,11 @@ async def assemble(daemon: DaemonSettings, files: Files) -> Services:
         page=page,
         vms=vms,
         storage=storage,
+        leasing=leasing,
         inspector=inspector,
         outgoing=Outgoing(parts, Path(daemon.certificates), views),
         incoming=Incoming(parts),
-        disk_moves=DiskMoves(daemon.name, vms, page, storage, views, user, files.migrations),
+        disk_moves=DiskMoves(daemon.name, vms, page, storage, leasing, views, user, files.migrations),
         views=views,
     )
 

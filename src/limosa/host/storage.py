@@ -21,7 +21,7 @@ from limosa.model.storage import BackingFile, DiskFacts, DiskPlan, Location
 from limosa.model.units import format_bytes
 from limosa.model.vm import Disk, DiskFormat
 from limosa.settings.toml import sync_folder
-from limosa.storage import access, chains, identity, images, qcow2
+from limosa.storage import access, chains, identity, images, leases, qcow2
 from limosa.storage.locations import Locations
 
 _log = logging.getLogger(__name__)
@@ -129,8 +129,9 @@ class Storage:
         try:
             if not Path(path).is_block_device():
                 os.unlink(path)
+            leases.forget(path)
         except FileNotFoundError:
-            pass
+            leases.forget(path)
         except OSError as error:
             _log.error("%s is not used any more and could not be deleted: %s", path, error.strerror or error)
 

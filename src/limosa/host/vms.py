@@ -49,6 +49,8 @@ class HostedVm:
     #: its QEMU runs and cannot be commanded; until that is mended nothing is done to the VM
     fault: LimosaError | None = None
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    #: held while the end of its QEMU is dealt with
+    ended: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     @property
     def accelerator_in_use(self) -> Accelerator:
@@ -64,6 +66,7 @@ class Vms:
         self._host = host
         self._files = files
         self._launcher = launcher
+        self._leasing = launcher.leasing
         self._vms: dict[str, HostedVm] = {}
         self._folders = Folders(files)
         #: why it is not known of every VM here whether it has left; empty if it is
@@ -92,6 +95,8 @@ class Vms:
         hosted.accelerator, hosted.started_at = found.accelerator, found.started_at
         if found.machine is None:
             hosted.state, hosted.reason = died, "its QEMU ended while the host daemon was not there"
+            if died is VmState.CRASHED:
+                await self._leasing.give_back(hosted.config)
             return
         self._attach(hosted, found.machine)
         running = await found.machine.status() is RunState.RUNNING
@@ -194,7 +199,12 @@ class Vms:
                 raise self._wrong_state(hosted, "is started already")
             hosted.accelerator = self._launcher.accelerator(hosted.config)
             self._launcher.check_memory(hosted.config, self.committed_mib())
-            machine = await self._launcher.launch(hosted.config, hosted.accelerator, incoming=False)
+            await self._leasing.take(hosted.config)
+            try:
+                machine = await self._launcher.launch(hosted.config, hosted.accelerator, incoming=False)
+            except BaseException:
+                await asyncio.shield(self._leasing.give_back(hosted.config))
+                raise
             self._attach(hosted, machine)
             hosted.started_at = time.time()
             await machine.resume()
@@ -291,6 +301,8 @@ class Vms:
 
     async def crashed(self, hosted: HostedVm) -> None:
         """The VM's QEMU died in a migration; do what ``on_crash`` says."""
+        if hosted.machine is not None and hosted.machine.gone.is_set():
+            await self._after_end(hosted, hosted.machine)
         if hosted.config.on_crash == "restart" and hosted.machine is None:
             await self.start(hosted)
 
@@ -354,10 +366,14 @@ class Vms:
                 hosted.reason = f"{hosted.reason}; it could not be restarted: {error}"
 
     async def _after_end(self, hosted: HostedVm, machine: Machine) -> None:
-        """What holds once the process is gone. Idempotent: the watcher and whoever ended it both come here."""
-        if hosted.machine is not machine:
-            return
-        hosted.machine = None
+        """What holds once the process is gone. Idempotent: the watcher and whoever ended it both come here, and go on
+        when all of it is done."""
+        async with hosted.ended:
+            if hosted.machine is machine:
+                await self._settle_end(hosted, machine)
+                hosted.machine = None  # last of all: it could be started again, and its leases given back after that
+
+    async def _settle_end(self, hosted: HostedVm, machine: Machine) -> None:
         self._launcher.clean_up(hosted.config, crashed=not hosted.ending)
         if hosted.state is VmState.INCOMING:
             return
@@ -365,6 +381,7 @@ class Vms:
             hosted.state = VmState.STOPPED
         else:
             hosted.state, hosted.reason = VmState.CRASHED, machine.exit_text() or "its QEMU ended"
+        await self._leasing.give_back(hosted.config)
 
     def _may_restart(self, hosted: HostedVm) -> bool:
         lived_s = time.time() - (hosted.started_at or 0)

@@ -54,6 +54,10 @@ class Landing(Protocol):
     async def open_disks(self, request: Prepare, machine: MachineProtocol) -> Doorway | None:
         """Have QEMU await the disks that come along. Returns the door at which it does, None if relays bring them."""
 
+    async def claim(self) -> None:
+        """Make it known to other hosts, where they share the disks and have no other way to know, that this one writes
+        them from now on. Raises if it may not; nothing is lost then."""
+
     async def adopt(self, *, running: bool) -> None:
         """Make the VM one of this host's, durably. If its QEMU is dead by now, it crashed here."""
 
@@ -152,6 +156,7 @@ class Destination:
             machine = await self._whole()
             if self.journal.header.images:
                 await self._end_exports(machine)
+            await self._claim()
             await self._write_continuing()
             if self.journal.header.was_running:
                 self._resumed_at = await self._continue(machine)
@@ -223,6 +228,13 @@ class Destination:
                 "its state did not arrive whole", str(error) or "QEMU did not finish loading it"
             ) from error
         return self.machine
+
+    async def _claim(self) -> None:
+        try:
+            await self.landing.claim()
+        except LimosaError as error:
+            await self._destroy()
+            raise self._lost("it may not write the disks", str(error)) from error
 
     async def _write_continuing(self) -> None:
         try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -47,6 +47,13 @@ class Home(Protocol):
 
     def carry_on(self) -> dict[str, str]:
         """Small files of the VM's own that go along, base64 by name."""
+
+    async def promise(self, destination: str, copied: Collection[str]) -> None:
+        """Let ``destination`` write the VM's disks from its take-over on, where hosts say so on the storage they share.
+        Those whose paths are ``copied`` stay ours. Raises if they are not ours to promise."""
+
+    async def reclaim(self) -> None:
+        """The disks are this host's alone again, before the guest goes on here. Raises if that cannot be said."""
 
     @property
     def disks(self) -> DisksHere:

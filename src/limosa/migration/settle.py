@@ -130,6 +130,7 @@ class Settlement:
         """The guest runs here as before; people may operate it again."""
         await mirrors.drop(machine, self.move.header.migration, [disk.name for disk in self.move.header.vm.disks])
         await machine.forget_stream()
+        await self.move.home.reclaim()
         if self.move.header.was_running:
             await machine.resume_if_stopped()
         await self.move.home.vm_stays()

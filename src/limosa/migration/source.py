@@ -131,7 +131,9 @@ class SourceMove:
         """Check, then have the destination build everything while QEMU here is set up."""
         examined = await self.check(peer)
         copies = disks.copies(examined.disks)
+        copied = {plan.disk for plan in copies}
         self.journal.record(SourceStep.PREPARING, time.time(), left=self._left_behind(copies))
+        await self.home.promise(peer.host, [disk.path for disk in self.header.vm.disks if disk.name in copied])
         if copies:
             await self.home.take_storage_slot(self._in_storage_line)
         there, encrypt = examined.ends.destination, self.terms.encrypt

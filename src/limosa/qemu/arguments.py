@@ -67,6 +67,8 @@ class Launch:
     buffered: frozenset[str] = frozenset()
     #: disks that are block devices and no files, by path
     block_devices: frozenset[str] = frozenset()
+    #: disks whose file system's locks do not reach other hosts, by path
+    unlocked: frozenset[str] = frozenset()
 
 
 def build(launch: Launch) -> list[str]:
@@ -106,13 +108,17 @@ def image_nodes(
     read_only: bool = False,
     direct: bool = False,
     thick: bool = False,
+    locks: bool = True,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """QEMU's description of an open image: the file ``NAME-file`` and above it the format node ``NAME``.
 
     The format is said, never guessed from the contents. A ``thick`` image keeps its space whatever the guest discards.
+    Without ``locks`` QEMU takes none of its own on the file.
     """
     shared = {"read-only": read_only, "discard": "ignore" if thick else "unmap", "cache": {"direct": direct}}
-    file = {"driver": driver, "node-name": f"{name}-file", "filename": path}
+    file: dict[str, Any] = {"driver": driver, "node-name": f"{name}-file", "filename": path}
+    if not locks:
+        file["locking"] = "off"
     return file | shared, {"driver": image_format, "node-name": name, "file": f"{name}-file"} | shared
 
 
@@ -202,6 +208,7 @@ def _disks(launch: Launch) -> Iterable[str]:
             driver="host_device" if disk.path in launch.block_devices else "file",
             read_only=disk.read_only,
             direct=disk.path not in launch.buffered,
+            locks=disk.path not in launch.unlocked,
         )
         yield from _virtio(
             "blk",

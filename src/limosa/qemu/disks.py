@@ -64,7 +64,15 @@ class Disks(Session):
         """Begin to copy a disk into an image of this host that exists and is empty. Raises :class:`QemuError`; nothing
         is left open then. ``bytes_per_s``: a cap, 0 for none."""
         name = f"{disk}.{tag}"
-        nodes = image_nodes(name, image.format, image.path, driver=image.driver, direct=image.direct, thick=image.thick)
+        nodes = image_nodes(
+            name,
+            image.format,
+            image.path,
+            driver=image.driver,
+            direct=image.direct,
+            thick=image.thick,
+            locks=image.locks,
+        )
         try:
             for node in nodes:
                 await self._execute("blockdev-add", node)

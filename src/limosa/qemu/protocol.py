@@ -138,6 +138,8 @@ class ImageFile:
     direct: bool = True
     #: it keeps its space when a guest, or a copy, has zeroes for it
     thick: bool = False
+    #: QEMU keeps others off it by locks of its own; off where the file system's do not work
+    locks: bool = True
 
 
 class CopyState(StrEnum):

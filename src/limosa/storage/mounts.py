@@ -9,6 +9,9 @@ from pathlib import Path
 
 #: File systems that several hosts use at once and whose inode numbers are the server's, so alike on all of them.
 _SHARED = frozenset({"nfs", "nfs4", "cifs", "smb3", "ceph", "fuse.ceph", "fuse.glusterfs", "lustre", "gfs2", "ocfs2"})
+#: File systems whose locks do not keep other hosts out as QEMU means them: CIFS makes mandatory ones of them, which get
+#: in the way of a move, or with ``nobrl`` sends none.
+_WITHOUT_LOCKS = frozenset({"cifs", "smb3", "fuse.smbnetfs"})
 _OCTAL = re.compile(r"\\([0-7]{3})")
 
 
@@ -28,6 +31,15 @@ class Mount:
         shared = self.kind in _SHARED or self.kind == "9p" or self.kind.startswith("fuse")
         return f"{self.kind} {self.source}" if shared else ""
 
+    @property
+    def has_no_locks(self) -> bool:
+        """Whether file locks do not keep other hosts out.
+
+        FUSE that says no more of itself than what it mounted is SMB if that is ``//SERVER/SHARE`` or ``smbnetfs``.
+        """
+        smb = self.source == "smbnetfs" or self.source.startswith("//")
+        return self.kind in _WITHOUT_LOCKS or (self.kind.startswith("fuse") and smb)
+
 
 def inodes_are_the_servers(share: str) -> bool:
     """Whether inode numbers on a share are the same on all hosts that mounted it."""
@@ -41,6 +53,11 @@ def find(device: int) -> Mount:
     """The mount of the file system ``device`` (``st_dev``); :data:`UNKNOWN` if the kernel lists none (btrfs)."""
     wanted = f"{os.major(device)}:{os.minor(device)}"
     return next((mount for number, mount in _table() if number == wanted), UNKNOWN)
+
+
+def of(path: str) -> Mount:
+    """The mount a file is on. Raises ``OSError``."""
+    return find(os.stat(path).st_dev)
 
 
 def _table() -> list[tuple[str, Mount]]:

@@ -183,6 +183,13 @@ class LimitRequest(Model, frozen=True):
     bandwidth_mbit_per_s: Annotated[int, Meta(ge=0, le=1_000_000)]
 
 
+class ReleaseRequest(Model, frozen=True):
+    """A person's word: host ``dead`` does not run a VM on the image, and will not."""
+
+    image: AbsolutePath
+    dead: Name
+
+
 class ResolveRequest(Model, frozen=True):
     """A person's word on who owns a VM whose owner nobody can know."""
 

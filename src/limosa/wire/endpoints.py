@@ -71,6 +71,14 @@ MOVE_DISKS = Endpoint(
     Role.OPERATOR,
     "Move disks of a running VM to another location of the host",
 )
+RELEASE_IMAGE = Endpoint(
+    "POST",
+    "/v1/storage/releases",
+    api.ReleaseRequest,
+    api.Empty,
+    Role.OPERATOR,
+    "Release an image on a share from a host that is dead",
+)
 
 CHECK = Endpoint("POST", "/v1/checks", api.CheckRequest, api.CheckReport, Role.VIEWER, "Preflight: could this VM move?")
 MOVE = Endpoint(

@@ -1,0 +1,159 @@
+"""VMs on an SMB 3 share that each host has mounted for itself: they move there and back without a byte of a disk being
+sent, and what keeps a second host off an image is Limosa's lease, since QEMU's locks do not reach other clients."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from harness import samba
+from harness.disks import assert_sound, goes_on, number
+from harness.guests import LanClient, address_of, linux, wait_until_it_serves
+from harness.hosts import wait_until
+from harness.labs import LabHost, running_lab
+from harness.samba import Share
+from harness.steering import change, move, remove
+from limosa.cli.main import main
+from limosa.errors import Conflict, ImageLeased
+from limosa.model.storage import DiskAction
+from limosa.model.vm import VmState
+from limosa.storage import leases
+from limosa.wire import api, endpoints
+
+pytestmark = [pytest.mark.qemu, pytest.mark.lab]
+
+SIZE_MIB = 64
+
+
+class Lab:
+    """Two hosts with a share at ``point``."""
+
+    def __init__(self, hosts: list[LabHost], share: Share, point: Path) -> None:
+        self.first, self.second = hosts
+        self.share = share
+        self.point = point
+        self.image = str(point / "web.qcow2")
+
+    def lease(self) -> leases.Lease:
+        """The lease on the image, as the server has it."""
+        return leases.read(str(self.share.folder / "web.qcow2"))
+
+
+@pytest.fixture(scope="module")
+def lab() -> Iterator[Lab]:
+    samba.skip_without_samba()
+    with running_lab() as hosts:
+        point = hosts[0].lab.state / "vms-on-smb"
+        with samba.shared(hosts, point) as share:
+            for host in hosts:
+                change(host, {"locations.store": {"path": str(point), "shared": True}})
+            yield Lab(hosts, share, point)
+
+
+@pytest.fixture(scope="module")
+def client(lab: Lab) -> LanClient:
+    """A client of a guest ``web`` on the first host, which writes numbers on its disk."""
+    disk = api.NewDisk(path=lab.image, size_mib=SIZE_MIB)
+    lab.first.create(msgspec.structs.replace(linux("web", load={"disk": "vda"}), disks=(disk,)))
+    client = LanClient(lab.first.lab, address_of(1))
+    wait_until_it_serves(client)
+    return client
+
+
+def thief(image: str) -> api.NewVm:
+    """Another VM that wants to write the image."""
+    return api.NewVm(name="thief", memory_mib=32, accelerator="tcg", disks=(api.NewDisk(path=image, format="qcow2"),))
+
+
+def test_it_moves_there_and_back_and_no_disk_is_copied(lab: Lab, client: LanClient) -> None:
+    wait_until(lambda: number(client) > 3, "the guest numbers its disk")
+    served = lab.share.folder / "web.qcow2"
+    inode = served.stat().st_ino
+    with client.talking() as conversation:
+        for source, destination in ((lab.first, lab.second), (lab.second, lab.first)):
+            before = number(client)
+            migration = move(source, "web", destination)
+            assert [plan.action for plan in migration.disks] == [DiskAction.STAY]
+            assert lab.lease().host == destination.name
+            wait_until(lambda before=before: number(client) > before + 2, "the guest goes on numbering")
+    assert conversation.faults == []
+    assert served.stat().st_ino == inode
+    images = [path.name for path in lab.share.folder.iterdir() if not path.name.startswith(".")]
+    assert images == ["web.qcow2"]
+
+
+def test_a_second_host_is_kept_off_the_image(lab: Lab, client: LanClient) -> None:
+    lab.second.client.call(endpoints.CREATE_VM, thief(lab.image))
+    with pytest.raises(ImageLeased, match=f"host '{lab.first.name}' holds the lease"):
+        lab.second.client.call(endpoints.START_VM, vm="thief")
+    assert lab.second.vm("thief").state is VmState.STOPPED
+    goes_on(client)
+
+
+def test_a_cancelled_move_leaves_the_lease_with_the_source(lab: Lab, client: LanClient) -> None:
+    begun = lab.first.client.call(
+        endpoints.MOVE,
+        api.MoveRequest(vm="web", destination=lab.second.name, options=api.MoveOptions(bandwidth_mbit_per_s=1)),
+    )
+    wait_until(lambda: lab.lease().promised_to == lab.second.name, "the lease is promised")
+    lab.first.client.call(endpoints.CANCEL_MIGRATION, migration=begun.id)
+    wait_until(lambda: not lab.lease().promised_to, "the promise is withdrawn")
+    assert lab.lease().host == lab.first.name
+    goes_on(client)
+
+
+def test_the_lease_of_a_host_that_died_stays_until_a_person_says_so(
+    lab: Lab, client: LanClient, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = lab.first, lab.second
+    last = number(client)
+    qemus = first.qemus()
+    first.kill()
+    for pid in qemus:
+        os.kill(pid, signal.SIGKILL)
+    with pytest.raises(ImageLeased, match=f"host '{first.name}' holds the lease") as caught:
+        second.client.call(endpoints.START_VM, vm="thief")
+    assert "limosa storage release" in caught.value.todo
+    monkeypatch.setenv("LIMOSA_SOCKET", str(second.run / "api.sock"))
+    assert main(["storage", "release", lab.image, "--from", second.name]) == Conflict.exit_code
+    assert main(["storage", "release", lab.image, "--from", "stranger"]) == ImageLeased.exit_code
+    assert lab.lease().host == first.name
+    capsys.readouterr()
+    assert main(["storage", "release", lab.image, "--from", first.name]) == 0
+    assert f"'{first.name}' must not run" in capsys.readouterr().out
+    assert_sound(lab.share.folder / "web.qcow2", last)
+    second.client.call(endpoints.START_VM, vm="thief")
+    assert lab.lease().host == second.name
+
+    restart(lab, first)
+    with pytest.raises(ImageLeased, match=f"host '{second.name}' holds the lease"):
+        first.client.call(endpoints.START_VM, vm="web")
+    remove(second, "thief")
+    assert lab.lease().host == ""
+
+
+def test_a_host_takes_its_own_lease_again(lab: Lab) -> None:
+    first = lab.first
+    first.client.call(endpoints.START_VM, vm="web")
+    client = LanClient(first.lab, address_of(1))
+    wait_until_it_serves(client)
+    first.kill()
+    for pid in first.qemus():
+        os.kill(pid, signal.SIGKILL)
+    assert lab.lease().host == first.name
+    restart(lab, first)
+    first.client.call(endpoints.START_VM, vm="web")
+    wait_until_it_serves(client)
+    assert lab.lease().host == first.name
+    remove(first, "web")
+    assert lab.lease().host == ""
+
+
+def restart(lab: Lab, host: LabHost) -> None:
+    """Start a daemon that was killed."""
+    host.restart_as(samba.daemon_with(lab.share.seen(host.name), lab.point))
