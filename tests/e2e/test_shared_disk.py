@@ -131,10 +131,11 @@ def test_the_image_is_sound_and_holds_the_last_number(hosts: list[LabHost], imag
 
 def test_a_read_only_disk_moves_too(hosts: list[LabHost], image: Path) -> None:
     first, second = hosts
-    disk = api.NewDisk(path=str(raw_copy(image)), read_only=True)
+    copy = raw_copy(image)
+    disk = api.NewDisk(path=str(copy), format="raw", read_only=True)
     for host, name in ((first, "reader1"), (second, "reader2")):
         host.create(api.NewVm(name=name, memory_mib=32, accelerator="tcg", disks=(disk,)))
     move(first, "reader1", second)
     assert second.vm("reader1").state is VmState.RUNNING
-    assert writers(image.with_suffix(".raw"), second.qemus()) == []
+    assert writers(copy, second.qemus()) == []
     remove(second, "reader1", "reader2")

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -232,6 +232,12 @@ class World:
 
     async def connect_disks(self, route: Route, prepared: Prepared, count: int) -> list[Any]:
         return [Channel(self.ours.dup()) for _ in range(count)]
+
+    async def promise(self, destination: str, copied: Collection[str]) -> None: ...
+
+    async def reclaim(self) -> None: ...
+
+    async def claim(self) -> None: ...
 
     async def take_storage_slot(self, in_line: Callable[[int], None]) -> None: ...
 
