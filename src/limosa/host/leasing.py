@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 
 from limosa.errors import Conflict, LimosaError
 from limosa.model.vm import VmConfig
@@ -114,6 +114,7 @@ class LandingLeases:
         self._migration = migration
         self._made = made
         self._prepared: list[Change] | None = None
+        self._to_close: list[Change] = []
 
     async def prepare(self) -> None:
         """Take those of the images made here; see that the others are promised, and prepare to claim them."""
@@ -137,21 +138,25 @@ class LandingLeases:
 
     def _claim(self) -> None:
         prepared, self._prepared = self._prepared, None
+        self._to_close += prepared or []
         if prepared is None or not all(change.make() for change in prepared):
             # After a restart, or if it was not as it had been promised.
             for rule in self._others():
                 leases.change(rule.image, self._claimed(rule))
-        for change in prepared or ():
-            change.close()
+
+    async def settle(self) -> None:
+        """Remove what is of no use any more, when there is time."""
+        to_close, self._to_close = self._to_close, []
+        if to_close:
+            await asyncio.to_thread(_close, to_close)
 
     async def hand_back(self) -> None:
         """What was prepared here is destroyed and the guest never ran here: what was claimed is the source's. Never
         fails; a source that is told so reclaims it by itself."""
 
         def work() -> None:
-            for change in self._prepared or ():
-                change.close()
-            self._prepared = None
+            _close([*(self._prepared or ()), *self._to_close])
+            self._prepared, self._to_close = None, []
             _quietly(lambda: [(rule, self._handed_back(rule)) for rule in self._others()])
 
         await asyncio.to_thread(work)
@@ -165,6 +170,11 @@ class LandingLeases:
 
     def _handed_back(self, rule: Rule) -> Callable[[Lease], Lease]:
         return lambda now: rule.hand_back(now, self._source, self._migration)
+
+
+def _close(changes: Sequence[Change]) -> None:
+    for change in changes:
+        change.close()
 
 
 def _quietly(changes: Callable[[], list[tuple[Rule, Callable[[Lease], Lease]]]]) -> None:
