@@ -73,6 +73,7 @@ class LandingHere:
         """See :class:`limosa.migration.destination.Landing`."""
         hosted = self._vms.get(self._header.vm.name)
         self._vms.adopt(hosted, running=running)
+        await self._leases.settle()
         if hosted.machine is None:
             await self._leasing.give_back(hosted.config)
         for path in self._header.images:

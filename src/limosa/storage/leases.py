@@ -210,12 +210,13 @@ def forget(image: str) -> None:
 
 
 class Change:
-    """A change that is prepared, so that :meth:`make` costs a rename and a look. Closing it removes what is left."""
+    """A change that is prepared, so that :meth:`make` costs a rename and a look. :meth:`close` it afterwards."""
 
     def __init__(self, image: str, following: Lease) -> None:
         """Raises :class:`StorageError`."""
         self.following = following
         self._folder = folder_of(image)
+        self._left: list[int] = []
         self._own = self._folder / f"new-{secrets.token_hex(8)}"
         try:
             # Whoever may read images may read who writes them; only the daemon writes here.
@@ -240,13 +241,14 @@ class Change:
             epochs = _epochs(self._folder)
         except OSError as error:
             raise _unwritable(self._folder, error) from error
-        for earlier in epochs:
-            if earlier < epoch or epochs[-1] > epoch == earlier:
-                shutil.rmtree(self._folder / _number(earlier), ignore_errors=True)
-        return epochs[-1] == epoch
+        made = epochs[-1] == epoch
+        self._left = [earlier for earlier in epochs if earlier < epoch] if made else [epoch]
+        return made
 
     def close(self) -> None:
-        """Remove what was prepared and not made."""
+        """Remove what was prepared and not made, and the states before what was."""
+        for epoch in self._left:
+            shutil.rmtree(self._folder / _number(epoch), ignore_errors=True)
         shutil.rmtree(self._own, ignore_errors=True)
 
     def __enter__(self) -> Change:
