@@ -531,9 +531,10 @@ def test_a_move_by_rdma(run: Run, pin_all: bool) -> None:
         await destination.prepare_incoming(terms)
         await destination.receive(address)
         await source.prepare_outgoing(terms)
-        here = Recorder(source)
+        here, there = Recorder(source), Recorder(destination)
         await source.migrate(address)
         assert await here.ending() == "completed"
+        await there.until("migration completed")  # there is no return path that the source could wait for
         assert await destination.status() is RunState.PAUSED
         await destination.resume()
         assert await destination.status() is RunState.RUNNING

@@ -24,6 +24,10 @@ _STREAM_FD = "stream"
 #: On both sides. Return path: the source knows what the destination has loaded. Late activation: the destination keeps
 #: its hands off disks until it is continued.
 _ESSENTIAL = ("events", "return-path", "late-block-activate")
+#: Not with RDMA: when its other end is gone without a word, as behind a cable that was cut, QEMU's main loop waits for
+#: the return path's thread for ever, and the guest with it (QEMU 10.0, measured; close_return_path_on_source joins a
+#: thread that polls a completion channel). Whether a destination has loaded everything, it is asked itself.
+_NOT_BY_RDMA = "return-path"
 
 
 class Stream(Session):
@@ -128,8 +132,9 @@ class Stream(Session):
         asked = {"postcopy-ram": parameters.post_copy, "pause-before-switchover": parameters.pause}
         essential = {*_ESSENTIAL, *(name for name, is_asked in asked.items() if is_asked)}
         if parameters.rdma:
+            essential.remove(_NOT_BY_RDMA)
+            wanted = wanted | ({"rdma-pin-all"} if parameters.rdma_pin_all else set())
             self.process.let_lock_memory()
-        wanted = wanted | ({"rdma-pin-all"} if parameters.rdma and parameters.rdma_pin_all else set())
         tls = parameters.credentials
         settings |= {"tls-creds": _TLS_ID if tls else "", "tls-hostname": SERVER_NAME if tls else ""}
         steps = [self._set_capabilities(essential, wanted), self._set(settings)]
