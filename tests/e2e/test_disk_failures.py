@@ -31,7 +31,7 @@ from limosa.wire import api, endpoints
 pytestmark = [pytest.mark.qemu, pytest.mark.lab]
 
 #: The copy of the disk takes minutes.
-BRAKE = {"bandwidth_mbit_per_s": 4}
+BRAKE = {"storage_bandwidth_mbit_per_s": 4}
 #: A lost session is noticed by its pings; what was begun is undone at once then.
 UNDONE_WITHIN_S = 30.0
 CANCEL_WITHIN_S = 5.0
@@ -179,7 +179,7 @@ def test_the_destinations_disk_runs_full(hosts: list[LabHost], small: Path) -> N
         migration = to_small(source)
         follow(source, migration, copying)
         fill(small)
-        change(source, {"bandwidth_mbit_per_s": 0})
+        change(source, {"storage_bandwidth_mbit_per_s": 0})
         fails(source, migration, "migration-failed")
     wait_until(lambda: [path.name for path in small.iterdir()] == ["filler"], "the copy is gone")
 
@@ -234,7 +234,7 @@ class TestStrangers:
                     garbage.sendall(os.urandom(4096))
                 without_tls(connected(destination, address))
                 without_certificate(connected(destination, address))
-            change(source, {"bandwidth_mbit_per_s": 0})
+            change(source, {"storage_bandwidth_mbit_per_s": 0})
             ended = source.outcome(migration)
             assert ended.outcome is Outcome.COMPLETED, ended.fault
         goes_on(client)

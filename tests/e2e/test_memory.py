@@ -11,12 +11,13 @@ import os
 import socket
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 import pytest
 from pyroute2 import IPRoute
 
+from harness.homes import BareHome
 from harness.relays import SO_MAX_PACING_RATE
 from limosa.host.compression import Compression
 from limosa.host.multichannel import Multichannel
@@ -110,8 +111,8 @@ class Plain:
     ours: tuple[str, ...] = OURS
     theirs: tuple[str, ...] = (ADDRESS,)
 
-    def seat(self, *, encrypt: bool) -> RelayPlace | None:
-        return None
+    async def seats(self, *, encrypt: bool) -> list[RelayPlace]:
+        return []
 
     async def promise(self, destination: str, copied: Collection[str]) -> None:
         assert not copied
@@ -155,9 +156,10 @@ class Relayed(Plain):
         self._seat: Seat | None = None
         self.made: list[Compressed] = []
 
-    def seat(self, *, encrypt: bool) -> RelayPlace | None:
+    async def seats(self, *, encrypt: bool) -> list[RelayPlace]:
         self._seat = Outbound(self._dial, encrypt=encrypt, several=False, window_log=24, user=None).seat()
-        return self._seat.place
+        await self._seat.open()
+        return [self._seat.place]
 
     async def connect(self, route: Route, prepared: Prepared) -> Channel:
         assert self._seat is not None
@@ -249,12 +251,12 @@ async def until_it_writes(scratch: Path, machine: Machine) -> None:
             before, now = now, await memory(machine, scratch)
 
 
-class Here:
+class Here(BareHome):
     """The source's :class:`limosa.migration.home.Home`."""
 
     def __init__(self, config: VmConfig, machine: Machine, way: Plain) -> None:
+        super().__init__(machine)
         self._config = config
-        self._machine = machine
         self._way = way
 
     async def facts(self) -> VmFacts:
@@ -269,36 +271,14 @@ class Here:
             network=network(self._way.ours),
         )
 
-    def carry_on(self) -> dict[str, str]:
-        return {}
-
-    def seat(self, destination: str, route: Route, *, encrypt: bool) -> RelayPlace | None:
-        return self._way.seat(encrypt=encrypt)
-
-    def disconnect(self) -> None:
-        pass
+    async def seats(self, destination: str, route: Route, count: int, *, encrypt: bool) -> list[RelayPlace]:
+        return await self._way.seats(encrypt=encrypt)
 
     async def connect(self, route: Route, prepared: Prepared) -> Channel:
         return await self._way.connect(route, prepared)
 
-    async def networks(self) -> AsyncIterator[HostNetwork]:
-        for network in ():
-            yield network
-
     def bandwidth(self) -> int:
         return BRAKE_BYTES_PER_S
-
-    async def end_qemu(self) -> None:
-        await self._machine.kill()
-
-    async def vm_left(self) -> None:
-        pass
-
-    async def vm_stays(self) -> None:
-        raise AssertionError("the move failed")
-
-    async def vm_crashed(self) -> None:
-        raise AssertionError("the source's QEMU died")
 
 
 class There:

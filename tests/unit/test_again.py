@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Sequence
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
 
+from harness.homes import BareHome
 from limosa.errors import Cancelled, LimosaError, MigrationFailed, QemuGone
 from limosa.migration.destination import Destination
 from limosa.migration.home import Terms
@@ -19,8 +20,7 @@ from limosa.model.facts import DestinationFacts, VmFacts
 from limosa.model.migration import Migration, Outcome, Phase, Progress, Side
 from limosa.model.network import HostNetwork, HostNic, NicAddress
 from limosa.model.route import Route
-from limosa.model.storage import BackingFile, DiskFacts
-from limosa.model.vm import Disk, VmConfig
+from limosa.model.vm import VmConfig
 from limosa.qemu.protocol import MachineProtocol, RdmaAddress, RunState
 from limosa.settings.host import ConvergencePolicy
 from limosa.testing.guest import FakeGuest
@@ -28,8 +28,8 @@ from limosa.testing.machine import FakeMachine
 from limosa.testing.peer import LocalPeer
 from limosa.testing.wire import Stage, Wire
 from limosa.transport import rdma, tcp
-from limosa.transport.channel import Channel, Doorway, SocketChannel
-from limosa.wire.peer import Prepare, Prepared, RelayPlace
+from limosa.transport.channel import Channel, Doorway
+from limosa.wire.peer import Prepare, Prepared
 
 OURS, THEIRS, PORTS = "127.0.0.1", "127.0.0.2", (41000, 41900)
 MIB = 1024 * 1024
@@ -49,25 +49,8 @@ def network(address: str) -> HostNetwork:
     return HostNetwork(nics=(nic,), mptcp=True, encrypt=False)
 
 
-class NoDisks:
-    """A :class:`limosa.migration.examination.DisksHere` that is never asked."""
-
-    async def facts(self, disks: Iterable[Disk]) -> tuple[DiskFacts, ...]:
-        raise AssertionError("there are no disks")
-
-    async def digest(self, backing: BackingFile) -> BackingFile:
-        raise AssertionError("there are no disks")
-
-
-class Here:
+class Here(BareHome):
     """The source's :class:`limosa.migration.home.Home`."""
-
-    left = False
-    own_cap = 0
-
-    def __init__(self, machine: FakeMachine) -> None:
-        self._machine = machine
-        self.disks = NoDisks()
 
     async def facts(self) -> VmFacts:
         return VmFacts(
@@ -81,53 +64,10 @@ class Here:
             network=network(OURS),
         )
 
-    def carry_on(self) -> dict[str, str]:
-        return {}
-
-    async def take_storage_slot(self, in_line: Callable[[int], None]) -> None:
-        raise AssertionError("there are no disks")
-
-    async def connect_disks(self, route: Route, prepared: Prepared, count: int) -> list[SocketChannel]:
-        raise AssertionError("there are no disks")
-
-    async def seats(self, destination: str, route: Route, count: int, *, encrypt: bool) -> list[RelayPlace]:
-        return []
-
-    def disconnect(self) -> None:
-        pass
-
-    async def sending(self) -> None:
-        pass
-
-    async def promise(self, destination: str, copied: Collection[str]) -> None:
-        assert not copied
-
-    async def reclaim(self) -> None:
-        raise AssertionError("nothing is settled here")
-
     async def connect(self, route: Route, prepared: Prepared) -> Channel:
         if route.transport == "rdma":
             return rdma.RdmaChannel(RdmaAddress(route.paths[0].there, prepared.port))
         return await tcp.connect(prepared.address, prepared.port, prepared.token)
-
-    async def networks(self) -> AsyncIterator[HostNetwork]:
-        for one in ():
-            yield one
-
-    def bandwidth(self) -> int:
-        return 0
-
-    async def end_qemu(self) -> None:
-        await self._machine.kill()
-
-    async def vm_left(self, images: Sequence[str]) -> None:
-        self.left = True
-
-    async def vm_stays(self) -> None:
-        raise AssertionError("nothing is settled here")
-
-    async def vm_crashed(self) -> None:
-        raise AssertionError("nothing is settled here")
 
 
 class There:

@@ -13,6 +13,7 @@ from test_preflight import VM
 from limosa.errors import Conflict, InvalidInput, LimosaError, NotFound, StorageError
 from limosa.host.files import Files
 from limosa.host.incoming import Incoming
+from limosa.host.leasing import Leasing
 from limosa.host.page import Page
 from limosa.host.parts import Parts
 from limosa.host.storage import Storage
@@ -156,8 +157,20 @@ class TestWhatASourceMayName:
     def incoming(self, storage: Storage) -> Incoming:
         """A host that takes VMs, as far as it looks at what it is asked."""
         nobody = cast(Any, None)
-        parts = Parts("host2", "boot", storage._files, storage._page, nobody, storage, nobody, nobody, nobody)
-        return Incoming(parts)
+        return Incoming(
+            Parts(
+                name="host2",
+                boot="boot",
+                files=storage._files,
+                page=storage._page,
+                vms=nobody,
+                storage=storage,
+                leasing=Leasing("host2", "boot"),
+                inspector=nobody,
+                multichannel=nobody,
+                compression=nobody,
+            )
+        )
 
     def request(self, image: DiskPlan, *, named: str | None = None) -> Prepare:
         disk = Disk(name=image.disk, path=named or image.path, format=image.format)

@@ -1,0 +1,77 @@
+"""A source's home without a host daemon: what a script needs of it when nothing but memory moves."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Sequence
+
+from limosa.migration.examination import DisksHere
+from limosa.model.network import HostNetwork
+from limosa.model.route import Route
+from limosa.model.storage import BackingFile, DiskFacts
+from limosa.model.vm import Disk
+from limosa.qemu.protocol import MachineProtocol
+from limosa.transport.channel import SocketChannel
+from limosa.wire.peer import Prepared, RelayPlace
+
+
+class NoDisks:
+    """Is not asked anything."""
+
+    async def facts(self, disks: Iterable[Disk]) -> tuple[DiskFacts, ...]:
+        raise AssertionError("no disk moves along")
+
+    async def digest(self, backing: BackingFile) -> BackingFile:
+        raise AssertionError("no disk moves along")
+
+
+class BareHome:
+    """The base of :class:`limosa.migration.source.Home` for tests; ``facts`` and ``connect`` are theirs."""
+
+    def __init__(self, machine: MachineProtocol) -> None:
+        self.own_cap = 0
+        self.disks: DisksHere = NoDisks()
+        self.left = False
+        self._machine = machine
+
+    def carry_on(self) -> dict[str, str]:
+        return {}
+
+    async def promise(self, destination: str, copied: Collection[str]) -> None:
+        assert not copied, "no disk moves along"
+
+    async def reclaim(self) -> None:
+        raise AssertionError("the move failed")
+
+    async def take_storage_slot(self, in_line: Callable[[int], None]) -> None:
+        raise AssertionError("no disk moves along")
+
+    async def seats(self, destination: str, route: Route, count: int, *, encrypt: bool) -> list[RelayPlace]:
+        return []
+
+    def disconnect(self) -> None:
+        pass
+
+    async def connect_disks(self, route: Route, prepared: Prepared, count: int) -> list[SocketChannel]:
+        raise AssertionError("no disk moves along")
+
+    async def networks(self) -> AsyncIterator[HostNetwork]:
+        for one in ():
+            yield one
+
+    def bandwidth(self) -> int:
+        return 0
+
+    async def sending(self) -> None:
+        pass
+
+    async def end_qemu(self) -> None:
+        await self._machine.kill()
+
+    async def vm_left(self, images: Sequence[str]) -> None:
+        self.left = True
+
+    async def vm_stays(self) -> None:
+        raise AssertionError("the move failed")
+
+    async def vm_crashed(self) -> None:
+        raise AssertionError("the source's QEMU died")
