@@ -87,7 +87,10 @@ class Settlement:
         except QemuError:
             await asyncio.wait({asyncio.ensure_future(machine.gone.wait())}, timeout=1)
             return SourceQemu.DEAD if machine.gone.is_set() else SourceQemu.HOLDS
-        return SourceQemu.COMPLETED if state in _COMPLETED and not self._home_again else SourceQemu.HOLDS
+        # A QEMU that came here by a move itself says "completed" of that until it is told to migrate.
+        told = any(record.step == SourceStep.MIGRATING for record in self.move.journal.records)
+        completed = told and state in _COMPLETED and not self._home_again
+        return SourceQemu.COMPLETED if completed else SourceQemu.HOLDS
 
     async def _ask(self, qemu: SourceQemu) -> Standing | None:
         """How the destination stands, or None if it cannot be asked, or is not concerned."""
