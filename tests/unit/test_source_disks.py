@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Sequence
+from collections.abc import Callable, Collection, Coroutine, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,6 +13,7 @@ import msgspec
 import pytest
 from test_preflight import VM
 
+from harness.homes import BareHome
 from limosa.errors import Cancelled, LimosaError, StorageError
 from limosa.migration import mirrors, source
 from limosa.migration.destination import Destination
@@ -27,13 +28,13 @@ from limosa.model.migration import Migration, Outcome, Phase, Progress, Side
 from limosa.model.network import HostNetwork
 from limosa.model.route import Route
 from limosa.model.storage import DiskAction, DiskPlan
-from limosa.qemu.protocol import CopyState, MachineProtocol, RunState
+from limosa.qemu.protocol import CopyState, MachineProtocol, MigrationState, RunState
 from limosa.settings.host import ConvergencePolicy
 from limosa.testing.guest import FakeGuest
 from limosa.testing.machine import FakeMachine
 from limosa.testing.wire import Stage, Wire
 from limosa.transport.choice import Ends
-from limosa.wire.peer import Prepare, Prepared, Standing
+from limosa.wire.peer import DestinationState, Prepare, Prepared, Standing
 
 TAG = "abcdefabcdef"
 PLAN = DiskPlan(disk="vda", action=DiskAction.COPY, path="/there/web1.qcow2", format="qcow2", expected_bytes=1 << 20)
@@ -76,6 +77,10 @@ class Machine(FakeMachine):
         await super().end_exports()
         self.said.append("close")
 
+    def came_by_a_move(self) -> None:
+        """As QEMU does, it says so for as long as it lives."""
+        self._migration_is(MigrationState.COMPLETED)
+
     async def resume(self) -> float:
         assert not self.exported, "the guest runs and others may write its disk"
         at = await super().resume()
@@ -87,7 +92,7 @@ class Channel:
     """A stream as the script knows it."""
 
     def __init__(self, stream: socket.socket) -> None:
-        self.socket = self.stream = stream
+        self.stream = stream
 
     def shorten(self) -> None: ...
 
@@ -120,21 +125,23 @@ class Door:
         self.closed = True
 
 
-class World:
+class World(BareHome):
     """Two hosts. The source is a ``Home``, the destination a ``Landing``, and what lies between a ``Peer``."""
 
     host = "host2"
-    own_cap = 0
 
     def __init__(self, folder: Path) -> None:
         self.wire = Wire()
         self.said: list[str] = []
         self.here = Machine(self.wire, self.said)
         self.there = Machine(self.wire, self.said, incoming=True)
+        super().__init__(self.here)
         self.ours, theirs = socket.socketpair()
         self.door, self.disks_door = Door(theirs), Door(theirs)
-        self.left: list[str] = []
+        self.images_left: list[str] = []
         self.released = self.stayed = self.no_disks_there = False
+        self.line_moves = asyncio.Event()
+        self.line_moves.set()
         header = Header(
             migration=TAG,
             side=Side.SOURCE,
@@ -222,13 +229,8 @@ class World:
 
     # Home
 
-    disks = None
-
     async def facts(self) -> VmFacts:
         raise NotImplementedError
-
-    def carry_on(self) -> dict[str, str]:
-        return {}
 
     async def connect_disks(self, route: Route, prepared: Prepared, count: int) -> list[Any]:
         return [Channel(self.ours.dup()) for _ in range(count)]
@@ -239,30 +241,15 @@ class World:
 
     async def claim(self) -> None: ...
 
-    async def take_storage_slot(self, in_line: Callable[[int], None]) -> None: ...
-
-    async def seats(self, *words: Any, **named: Any) -> list[Any]:
-        return []
+    async def take_storage_slot(self, in_line: Callable[[int], None]) -> None:
+        await self.line_moves.wait()
 
     async def connect(self, route: Route, prepared: Prepared) -> Any:
         return Channel(self.ours)
 
-    def disconnect(self) -> None: ...
-
-    async def networks(self) -> AsyncIterator[HostNetwork]:
-        yield HostNetwork()
-
-    def bandwidth(self) -> int:
-        return 0
-
-    async def sending(self) -> None: ...
-
-    async def end_qemu(self) -> None:
-        await self.here.kill()
-
     async def vm_left(self, images: Sequence[str]) -> None:
         assert self.destination.step == "owned", "the images were needed until then"
-        self.left += images
+        self.images_left += images
 
     async def vm_stays(self) -> None:
         self.stayed = True
@@ -300,7 +287,7 @@ async def undone(world: World, cause: LimosaError) -> None:
     assert world.stayed
     assert world.released
     assert world.there.gone.is_set()
-    assert world.left == []
+    assert world.images_left == []
     assert world.move.journal.step == "undone"
     assert "resume" not in world.said or world.said.index("resume") > world.said.index("drop")
 
@@ -314,7 +301,7 @@ def test_copies_are_whole_before_the_last_memory_goes(tmp_path: Path) -> None:
     async def scenario(world: World) -> None:
         await world.move.run()
         assert world.said == ["copy", "end", "continue", "close", "resume"]
-        assert world.left == [VM.disks[0].path]
+        assert world.images_left == [VM.disks[0].path]
         assert await world.there.status() is RunState.RUNNING
         phases = list(dict.fromkeys(view.phase for view in world.seen))
         assert phases[:3] == [Phase.BUILD_UP, Phase.STORAGE, Phase.COPY]
@@ -342,6 +329,28 @@ def test_cancelled(tmp_path: Path, moment: Stage | str) -> None:
             await running
         await undone(world, caught.value)
         assert world.report.now.outcome is Outcome.CANCELLED
+
+    play(tmp_path, scenario)
+
+
+def test_cancelled_before_the_destination_heard_of_it_though_it_came_by_a_move_itself(tmp_path: Path) -> None:
+    async def scenario(world: World) -> None:
+        world.here.came_by_a_move()
+        world.line_moves.clear()
+        running = asyncio.ensure_future(world.move.run())
+        await until(lambda: world.move.journal.step == "preparing")
+        world.move.cancel()
+        with pytest.raises(Cancelled) as caught:
+            await running
+        # The destination has no journal of a move it never heard of.
+        world.destination.standing = unknown  # type: ignore[method-assign]
+        await Settlement(world.move, caught.value).run()
+        assert (world.stayed, world.move.journal.step) == (True, "undone")
+        assert await world.here.status() is RunState.RUNNING
+        assert world.report.now.outcome is Outcome.CANCELLED
+
+    async def unknown() -> Standing:
+        return Standing(DestinationState.UNKNOWN)
 
     play(tmp_path, scenario)
 

@@ -35,7 +35,6 @@ def register(commands: Commands[argparse.ArgumentParser]) -> None:
         notes="A folder on a network share is known to be shared by itself. Say --shared where several\n"
         "hosts see the same files in another way, and add it on each of them under one name.",
     )
-    add.add_argument("path", metavar="FOLDER", help="a folder that exists on the host")
     add.add_argument("--shared", action="store_true", help="other hosts see the same files in theirs of this name")
     add.add_argument("--default", action="store_true", help="new images go here unless another is asked for")
     remove = add_command(
@@ -43,7 +42,7 @@ def register(commands: Commands[argparse.ArgumentParser]) -> None:
     )
     for parser in (show, add, remove):
         parser.add_argument("name", metavar="NAME", help="the location's name")
-    _reorder(add)
+    add.add_argument("path", metavar="FOLDER", help="a folder that exists on the host")
     move = add_command(
         verbs,
         "move",
@@ -76,12 +75,6 @@ def register(commands: Commands[argparse.ArgumentParser]) -> None:
     )
     release.add_argument("image", metavar="IMAGE", help="the image, by its path on this host")
     release.add_argument("--from", metavar="HOST", dest="dead", required=True, help="the host that is dead")
-
-
-def _reorder(parser: argparse.ArgumentParser) -> None:
-    """The name stands before the folder."""
-    positionals = parser._actions
-    positionals.insert(1, positionals.pop())
 
 
 def _list(arguments: argparse.Namespace) -> int:

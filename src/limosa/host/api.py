@@ -82,11 +82,11 @@ class Handlers:
             endpoints.CREATE_VM: self.create_vm,
             endpoints.SHOW_VM: self.show_vm,
             endpoints.DELETE_VM: self.delete_vm,
-            endpoints.START_VM: self._act(self._services.vms.start),
-            endpoints.STOP_VM: self._act(self._services.vms.stop),
-            endpoints.SHUTDOWN_VM: self._act(self._services.vms.shutdown),
-            endpoints.PAUSE_VM: self._act(self._services.vms.pause),
-            endpoints.RESUME_VM: self._act(self._services.vms.resume),
+            endpoints.START_VM: self._act(self._services.parts.vms.start),
+            endpoints.STOP_VM: self._act(self._services.parts.vms.stop),
+            endpoints.SHUTDOWN_VM: self._act(self._services.parts.vms.shutdown),
+            endpoints.PAUSE_VM: self._act(self._services.parts.vms.pause),
+            endpoints.RESUME_VM: self._act(self._services.parts.vms.resume),
             endpoints.CHECK: self.check,
             endpoints.MOVE: self.move,
             endpoints.LIST_MIGRATIONS: self.list_migrations,
@@ -99,10 +99,10 @@ class Handlers:
     async def host(self, _: api.Empty, __: dict[str, str]) -> api.HostStatus:
         """The host as it sees itself."""
         services = self._services
-        inspector = services.inspector
+        inspector = services.parts.inspector
         network = await inspector.network()
         return api.HostStatus(
-            name=services.name,
+            name=services.parts.name,
             limosa=__version__,
             protocol=(versions.OLDEST, versions.NEWEST),
             qemu=".".join(str(part) for part in inspector.capabilities.version),
@@ -112,7 +112,7 @@ class Handlers:
             memory_available_mib=inspector.memory_available_mib(),
             switches=await inspector.switches(),
             addresses=tuple(own.address for own in own_addresses(network.nics) if own.interface != "lo"),
-            vms=len(services.vms.all()),
+            vms=len(services.parts.vms.all()),
             outgoing=services.outgoing.slots.taken,
             incoming=services.incoming.slots.taken,
             time=time.time(),
@@ -122,21 +122,21 @@ class Handlers:
     async def advice(self, _: api.Empty, __: dict[str, str]) -> api.Advice:
         """Which transport suits the host, and what is set wrongly."""
         services = self._services
-        network = await services.inspector.network()
-        route, findings = advise(services.name, network, post_copy=services.page.now.convergence.post_copy)
-        return api.Advice(name=services.name, transport=route.transport, why=route.why, findings=findings)
+        network = await services.parts.inspector.network()
+        route, findings = advise(services.parts.name, network, post_copy=services.parts.page.now.convergence.post_copy)
+        return api.Advice(name=services.parts.name, transport=route.transport, why=route.why, findings=findings)
 
     async def settings(self, _: api.Empty, __: dict[str, str]) -> api.SettingsPage:
         """The settings page."""
-        return api.SettingsPage(settings=self._services.page.now)
+        return api.SettingsPage(settings=self._services.parts.page.now)
 
     async def change_settings(self, change: api.SettingsChange, _: dict[str, str]) -> api.SettingsPage:
         """Change settings, all or none."""
-        return api.SettingsPage(settings=self._services.page.change(change.values))
+        return api.SettingsPage(settings=self._services.parts.page.change(change.values))
 
     async def locations(self, _: api.Empty, __: dict[str, str]) -> api.LocationList:
         """Where images can lie."""
-        return api.LocationList(locations=await self._services.storage.locations())
+        return api.LocationList(locations=await self._services.parts.storage.locations())
 
     async def move_disks(self, request: api.DiskMoveRequest, _: dict[str, str]) -> Migration:
         """Move disks to another location."""
@@ -144,33 +144,33 @@ class Handlers:
 
     async def release_image(self, request: api.ReleaseRequest, _: dict[str, str]) -> api.Empty:
         """Take the lease on an image from a dead host."""
-        await self._services.leasing.release(request.image, request.dead)
+        await self._services.parts.leasing.release(request.image, request.dead)
         return api.Empty()
 
     async def list_vms(self, _: api.Empty, __: dict[str, str]) -> api.VmList:
         """All VMs."""
-        vms = self._services.vms
+        vms = self._services.parts.vms
         return api.VmList(vms=tuple(vms.view(hosted) for hosted in vms.all()))
 
     async def create_vm(self, new: api.NewVm, _: dict[str, str]) -> Vm:
         """Create a VM."""
-        return self._services.vms.view(await self._services.vms.create(new))
+        return self._services.parts.vms.view(await self._services.parts.vms.create(new))
 
     async def show_vm(self, _: api.Empty, path: dict[str, str]) -> Vm:
         """One VM."""
-        return self._services.vms.view(self._services.vms.get(path["vm"]))
+        return self._services.parts.vms.view(self._services.parts.vms.get(path["vm"]))
 
     async def delete_vm(self, _: api.Empty, path: dict[str, str]) -> api.Empty:
         """Forget a VM."""
-        self._services.vms.delete(self._services.vms.get(path["vm"]))
+        self._services.parts.vms.delete(self._services.parts.vms.get(path["vm"]))
         return api.Empty()
 
     def _act(self, act: Callable[[Any], Awaitable[None]]) -> Handler:
         async def handler(_: api.Empty, path: dict[str, str]) -> Vm:
-            hosted = self._services.vms.get(path["vm"])
+            hosted = self._services.parts.vms.get(path["vm"])
             # Once begun it is carried through, whether or not the caller stays to hear of it.
             await asyncio.shield(act(hosted))
-            return self._services.vms.view(hosted)
+            return self._services.parts.vms.view(hosted)
 
         return handler
 
@@ -242,14 +242,14 @@ class Handlers:
     async def console(self, socket: WebSocket) -> None:
         """A VM's serial console."""
         identity = _identity(socket.scope)
-        hosted = self._services.vms.find(socket.path_params["vm"])
+        hosted = self._services.parts.vms.find(socket.path_params["vm"])
         if identity is None or identity.role < Role.OPERATOR:
             await socket.close(code=4403, reason="the console needs the role operator")
         elif hosted is None or hosted.machine is None:
             await socket.close(code=4404, reason="no such VM runs here")
         else:
             await socket.accept()
-            await console.relay(socket, self._services.files.sockets(hosted.config) / "console.sock")
+            await console.relay(socket, self._services.parts.files.sockets(hosted.config) / "console.sock")
 
 
 def _route(endpoint: Endpoint[Any, Any], handler: Handler) -> Route:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import msgspec
 
 from limosa.host.parts import Parts
 from limosa.model.route import Route
 from limosa.qemu.protocol import RdmaAddress
-from limosa.transport import rdma, tcp
-from limosa.transport.channel import Channel, SocketChannel
+from limosa.transport import rdma
+from limosa.transport.channel import Channel, SocketChannel, connect_all
 from limosa.transport.relay.outbound import Seat
 from limosa.wire.peer import Prepared, RelayPlace
 
@@ -44,26 +46,12 @@ class Departure:
             return await self._seats[0].connect(prepared)
         if route.transport == "rdma":
             return rdma.RdmaChannel(RdmaAddress(route.paths[0].there, prepared.port))
-        return await self._connect_bare(route, prepared)
+        return await self._parts.multichannel.connect(route, prepared)
 
     async def connect_disks(self, route: Route, prepared: Prepared, count: int) -> list[SocketChannel]:
         """Streams for so many disks. Raises as :meth:`connect`; none is left then."""
-        made: list[SocketChannel] = []
+        if self._seats:
+            return await connect_all([partial(seat.connect, prepared) for seat in self._seats[1:]])
         # QEMU's own server is at that port, which asks for a certificate and not for a token.
         server = msgspec.structs.replace(prepared, port=prepared.disks_port, token="")
-        try:
-            for number in range(count):
-                if self._seats:
-                    made.append(await self._seats[1 + number].connect(prepared))
-                else:
-                    made.append(await self._connect_bare(route, server))
-        except BaseException:
-            for channel in made:
-                channel.close()
-            raise
-        return made
-
-    async def _connect_bare(self, route: Route, prepared: Prepared) -> SocketChannel:
-        if route.transport == "multichannel":
-            return await self._parts.multichannel.connect(route, prepared)
-        return await tcp.connect(prepared.address, prepared.port, prepared.token, route.paths[0].here)
+        return await connect_all([partial(self._parts.multichannel.connect, route, server)] * count)

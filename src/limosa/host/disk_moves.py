@@ -37,12 +37,12 @@ from limosa.errors import (
     StateError,
 )
 from limosa.host.bandwidth import MBIT_BYTES
-from limosa.host.leasing import Leasing
-from limosa.host.page import Page
+from limosa.host.parts import Parts
 from limosa.host.storage import Storage
 from limosa.host.views import Views
-from limosa.host.vms import HostedVm, Vms
+from limosa.host.vms import HostedVm
 from limosa.migration import disks, progress
+from limosa.migration.interruption import unless
 from limosa.migration.journal import new_identity
 from limosa.migration.mirrors import Mirrors
 from limosa.migration.report import Report
@@ -71,27 +71,17 @@ class Record(Model, frozen=True, forbid_unknown_fields=False):
 
 
 class DiskMoves:
-    """All of this host. ``folder`` has the records."""
+    """All of this host. Its records lie beside the journals of migrations."""
 
-    def __init__(
-        self,
-        host: str,
-        vms: Vms,
-        page: Page,
-        storage: Storage,
-        leasing: Leasing,
-        views: Views,
-        user: str | None,
-        folder: Path,
-    ) -> None:
-        self._host = host
-        self._vms = vms
-        self._page = page
-        self._storage = storage
-        self._leasing = leasing
+    def __init__(self, parts: Parts, views: Views, user: str | None) -> None:
+        self._host = parts.name
+        self._vms = parts.vms
+        self._page = parts.page
+        self._storage = parts.storage
+        self._leasing = parts.leasing
+        self._folder = parts.files.migrations
         self._views = views
         self._user = user
-        self._folder = folder
         self._active: dict[str, _Move] = {}
         self._background = Background()
 
@@ -180,7 +170,7 @@ class DiskMoves:
     async def _conduct(self, move: _Move) -> None:
         has_slot = False
         try:
-            await move.guard(self._storage.leaving.acquire(lambda place: _in_line(move.report, place)))
+            await move.guard(self._storage.leaving.acquire(move.report.line("other moves of disks on this host")))
             has_slot = True
             await move.run()
             move.report.end(Outcome.COMPLETED)
@@ -340,21 +330,12 @@ class _Move:
 
     async def guard(self, work: Coroutine[Any, Any, None]) -> None:
         """Do ``work`` unless a person cancels or QEMU dies, which raises."""
-        task = asyncio.ensure_future(work)
-        gone = asyncio.ensure_future(self.machine.gone.wait())
-        try:
-            waiting: set[asyncio.Future[Any]] = {task, gone, self._cancelled}
-            await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-            if not task.done():
-                if self._cancelled.done():
-                    raise Cancelled(f"the move of the disks of VM '{self.record.vm}' was cancelled", vm=self.record.vm)
-                raise QemuGone(f"QEMU of VM '{self.record.vm}' ended during the move", why=self.machine.exit_text())
-            await task
-        finally:
-            gone.cancel()
-            if not task.done():
-                task.cancel()
-                await asyncio.wait({task})
+        await unless(self.machine.gone, {self._cancelled}, self._interrupted, work)
+
+    def _interrupted(self) -> None:
+        if self._cancelled.done():
+            raise Cancelled(f"the move of the disks of VM '{self.record.vm}' was cancelled", vm=self.record.vm)
+        raise QemuGone(f"QEMU of VM '{self.record.vm}' ended during the move", why=self.machine.exit_text())
 
     async def _copy(self) -> None:
         plans = self.record.plans
@@ -405,8 +386,3 @@ def _chosen(hosted: HostedVm, request: DiskMoveRequest, storage: Storage) -> lis
     if not wanted:
         raise Conflict(f"all disks of VM '{config.name}' are in location '{request.location}' already", vm=config.name)
     return wanted
-
-
-def _in_line(report: Report, place: int) -> None:
-    if place > 0:
-        report.wait_in_line(place, "other moves of disks on this host")

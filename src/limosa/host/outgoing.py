@@ -180,7 +180,7 @@ class Outgoing:
     async def _conduct(self, move: SourceMove) -> None:
         has_slot = False
         try:
-            await move.guard(self.slots.acquire(lambda place: _in_line(move.report, place)))
+            await move.guard(self.slots.acquire(move.report.line("other moves of this host")))
             has_slot = True
             await self._bandwidth.share()
             await move.run()
@@ -279,8 +279,3 @@ class Outgoing:
             progress=Progress(),
             accepted_at=header.accepted_at,
         )
-
-
-def _in_line(report: Report, place: int) -> None:
-    if place > 0:
-        report.wait_in_line(place, "other moves of this host")

@@ -67,7 +67,7 @@ async def _serve(daemon: DaemonSettings) -> None:
     # The sockets listen already: who connects before a server has begun is served when it has.
     tasks = [asyncio.ensure_future(server.serve(sockets=[sock])) for server, sock in servers]
     _notify("READY=1")
-    _log.info("host %s serves %s", daemon.name, ", ".join([str(services.files.socket), *daemon.listen]))
+    _log.info("host %s serves %s", daemon.name, ", ".join([str(services.parts.files.socket), *daemon.listen]))
     await stop.wait()
     _notify("STOPPING=1")
     for server, _ in servers:

@@ -38,14 +38,8 @@ _log = logging.getLogger(__name__)
 class Services:
     """Everything the API speaks for."""
 
-    name: str
+    parts: Parts
     cpus: int
-    files: Files
-    page: Page
-    vms: Vms
-    storage: Storage
-    leasing: Leasing
-    inspector: Inspector
     outgoing: Outgoing
     incoming: Incoming
     disk_moves: DiskMoves
@@ -83,17 +77,11 @@ async def assemble(daemon: DaemonSettings, files: Files) -> Services:
         compression=compression,
     )
     return Services(
-        name=daemon.name,
+        parts=parts,
         cpus=len(os.sched_getaffinity(0)),
-        files=files,
-        page=page,
-        vms=vms,
-        storage=storage,
-        leasing=leasing,
-        inspector=inspector,
         outgoing=Outgoing(parts, Path(daemon.certificates), views),
         incoming=Incoming(parts),
-        disk_moves=DiskMoves(daemon.name, vms, page, storage, leasing, views, user, files.migrations),
+        disk_moves=DiskMoves(parts, views, user),
         views=views,
     )
 
@@ -102,12 +90,12 @@ async def recover(services: Services) -> None:
     """Bring every migration that an earlier daemon left to its end, or begin to."""
     await services.disk_moves.recover()
     journals: list[Journal] = []
-    for path in sorted(services.files.migrations.glob("*.jsonl")):
+    for path in sorted(services.parts.files.migrations.glob("*.jsonl")):
         try:
             journals.append(await asyncio.to_thread(_load, path))
         except LimosaError as error:
             _log.error("%s", error)
-            services.vms.doubt = str(error)
+            services.parts.vms.doubt = str(error)
     for journal in sorted(journals, key=lambda journal: journal.header.accepted_at):
         recover_one = services.outgoing if journal.header.side is Side.SOURCE else services.incoming
         try:

@@ -86,7 +86,6 @@ class Destination:
         self._arrived = asyncio.Event()
         #: all of it, memory too
         self._loaded = asyncio.Event()
-        self._durable = asyncio.Event()
         #: the source will not come again in this session: it has what it needs, or it is gone
         self._abandoned = asyncio.Event()
         self._resumed_at: float | None = None

@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 from limosa.errors import LimosaError, MigrationFailed, NotConverging, QemuError
 from limosa.model.storage import DiskAction, DiskPlan, DiskProgress
@@ -45,29 +44,10 @@ class Keeping:
         return self, "give-up" if self.write_blocking and waited >= self.patience_s else ""
 
 
-class CopyingMachine(Protocol):
-    """What is asked of a QEMU that copies disks, as of :class:`limosa.qemu.protocol.MachineProtocol`."""
-
-    async def copies(self) -> dict[str, CopyStatistics]:
-        """How all copies stand, by disk."""
-
-    async def block_writes(self, disk: str) -> None:
-        """From now on a write of the guest is done when it is in the copy too."""
-
-    async def cap_copy(self, disk: str, bytes_per_s: int) -> None:
-        """Cap what is copied; 0: no cap."""
-
-    async def end_copy(self, disk: str) -> None:
-        """Make a copy that is ready whole, flush and end it."""
-
-    async def drop_copy(self, disk: str, tag: str) -> None:
-        """Give a copy up, or close one that has ended."""
-
-
 class Mirrors:
     """The copies of one move, which have begun."""
 
-    def __init__(self, machine: CopyingMachine, disks: Iterable[str], patience_s: float) -> None:
+    def __init__(self, machine: MachineProtocol, disks: Iterable[str], patience_s: float) -> None:
         self._machine = machine
         began = time.monotonic()
         self._keeping = {disk: Keeping(patience_s, began) for disk in disks}
@@ -149,10 +129,10 @@ async def send(
     for plan, channel in zip(plans, channels, strict=True):
         whole = plan.action is DiskAction.COPY
         encrypt = credentials is not None
-        await machine.copy_to_host(plan.disk, tag, channel.socket, bytes_per_s, whole=whole, encrypt=encrypt)
+        await machine.copy_to_host(plan.disk, tag, channel.stream, bytes_per_s, whole=whole, encrypt=encrypt)
 
 
-async def drop(machine: CopyingMachine, tag: str, disks: Sequence[str]) -> None:
+async def drop(machine: MachineProtocol, tag: str, disks: Sequence[str]) -> None:
     """Give up whatever a move has begun to copy; the disks are as they were. May be repeated. Raises the first failure
     when all have been tried."""
     failures: list[LimosaError] = []

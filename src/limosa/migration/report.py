@@ -28,6 +28,17 @@ class Report:
         """Say for what it waits, and where in line, from 1."""
         self.enter(Phase.WAITING, place=place, note=f"waits for {what}, place {place}")
 
+    def line(self, what: str, *, then: Phase | None = None) -> Callable[[int], None]:
+        """Shows the place in a line for ``what``, from 1; with 0 the wait is over, and ``then`` is entered."""
+
+        def tell(place: int) -> None:
+            if place > 0:
+                self.wait_in_line(place, what)
+            elif then is not None:
+                self.enter(then)
+
+        return tell
+
     def enter(self, phase: Phase, *, place: int | None = None, note: str = "", silently: bool = False) -> None:
         """End the phase before, at this moment, and begin the next.
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -27,6 +27,7 @@ from limosa.migration import again, convergence, disks, mirrors, progress
 from limosa.migration.convergence import Convergence
 from limosa.migration.examination import Examined, Question, both, examine
 from limosa.migration.home import Home, Terms
+from limosa.migration.interruption import unless
 from limosa.migration.journal import Journal
 from limosa.migration.mirrors import Mirrors
 from limosa.migration.ownership import SourceStep
@@ -37,7 +38,6 @@ from limosa.model.facts import VmFacts
 from limosa.model.finding import Severity
 from limosa.model.migration import Phase, Progress
 from limosa.model.route import Route
-from limosa.model.storage import DiskPlan
 from limosa.model.units import MIB
 from limosa.qemu.protocol import Event, MachineProtocol, MigrationState, MigrationStatistics, StreamParameters
 from limosa.security.stream import make_credentials
@@ -84,7 +84,6 @@ class SourceMove:
         self.disk_credentials: StreamCredentials | None = None
         self.disk_channels: list[SocketChannel] = []
         self.stopped_at: float | None = None
-        self._latest: MigrationStatistics | None = None
 
     async def run(self) -> None:
         """Move the VM. Raises what went wrong; then nothing is settled yet."""
@@ -132,10 +131,13 @@ class SourceMove:
         examined = await self.check(peer)
         copies = disks.copies(examined.disks)
         copied = {plan.disk for plan in copies}
-        self.journal.record(SourceStep.PREPARING, time.time(), left=self._left_behind(copies))
-        await self.home.promise(peer.host, [disk.path for disk in self.header.vm.disks if disk.name in copied])
+        left = tuple(disk.path for disk in self.header.vm.disks if disk.name in copied)
+        self.journal.record(SourceStep.PREPARING, time.time(), left=() if self.terms.keep else left)
+        await self.home.promise(peer.host, left)
         if copies:
-            await self.home.take_storage_slot(self._in_storage_line)
+            await self.home.take_storage_slot(
+                self.report.line("other moves of disks from this host", then=Phase.BUILD_UP)
+            )
         there, encrypt = examined.ends.destination, self.terms.encrypt
         relays = await self.home.seats(there, examined.route, 1 + len(copies), encrypt=encrypt)
         # Memory that relays carry leaves the host through their TLS, and is not encrypted twice.
@@ -169,7 +171,8 @@ class SourceMove:
             rdma=examined.route.transport == "rdma",
             rdma_pin_all=self.terms.rdma_pin_all,
         )
-        prepared, _ = await both(peer.prepare(request, self._in_line), machine.prepare_outgoing(parameters))
+        in_line = self.report.line(f"a slot on host '{self.header.destination}'", then=Phase.BUILD_UP)
+        prepared, _ = await both(peer.prepare(request, in_line), machine.prepare_outgoing(parameters))
         return prepared
 
     async def check(self, peer: Peer) -> Examined:
@@ -297,12 +300,6 @@ class SourceMove:
             await self.peer.adopted()
         self.journal.record(SourceStep.CONFIRMED, time.time())
 
-    def _left_behind(self, copies: Sequence[DiskPlan]) -> tuple[str, ...]:
-        if self.terms.keep:
-            return ()
-        copied = {plan.disk for plan in copies}
-        return tuple(disk.path for disk in self.header.vm.disks if disk.name in copied)
-
     def _left(self) -> tuple[str, ...]:
         """Images nobody uses here any more, by the journal."""
         return next((record.left for record in self.journal.records if record.left), ())
@@ -326,25 +323,14 @@ class SourceMove:
     async def guard(self, work: Coroutine[Any, Any, T]) -> T:
         """Do ``work`` unless a person cancels, QEMU dies or the session breaks, which raises."""
         assert self.machine is not None
-        task = asyncio.ensure_future(work)
-        gone = asyncio.ensure_future(self.machine.gone.wait())
         lost = {self.peer.lost} if self.peer is not None else set()
-        try:
-            await asyncio.wait({task, gone, self.cancelled, *lost}, return_when=asyncio.FIRST_COMPLETED)
-            if not task.done():
-                self._interrupted(gone)
-            return await task
-        finally:
-            gone.cancel()
-            if not task.done():
-                task.cancel()
-                await asyncio.wait({task})
+        return await unless(self.machine.gone, {self.cancelled, *lost}, self._interrupted, work)
 
-    def _interrupted(self, gone: asyncio.Future[Any]) -> None:
+    def _interrupted(self) -> None:
         vm, host = self.header.vm.name, self.header.destination
         if self.cancelled.done():
             raise Cancelled(f"the move of VM '{vm}' to host '{host}' was cancelled", vm=vm, host=host)
-        if gone.done():
+        if self.machine is not None and self.machine.gone.is_set():
             raise QemuGone(f"QEMU of VM '{vm}' ended during the move", vm=vm, host=self.header.source)
         if self.peer is not None and self.peer.lost.done():
             self.peer.lost.result()
@@ -356,18 +342,6 @@ class SourceMove:
                 channel.close()
         self.channel, self.disk_channels = None, []
         self.home.disconnect()
-
-    def _in_storage_line(self, place: int) -> None:
-        if place == 0:
-            self.report.enter(Phase.BUILD_UP)
-        else:
-            self.report.wait_in_line(place, "other moves of disks from this host")
-
-    def _in_line(self, place: int) -> None:
-        if place == 0:
-            self.report.enter(Phase.BUILD_UP)
-        else:
-            self.report.wait_in_line(place, f"a slot on host '{self.header.destination}'")
 
     def _on_event(self, event: Event) -> None:
         match event.name:
@@ -394,7 +368,6 @@ class SourceMove:
             await asyncio.sleep(LOOK_EVERY_S)
 
     async def _look(self, machine: MachineProtocol, judge: Convergence, look: MigrationStatistics) -> Convergence:
-        self._latest = look
         if look.state is not MigrationState.ACTIVE:
             return judge
         judge, action = judge.judge(time.monotonic(), look)

@@ -1,0 +1,33 @@
+"""Work that a person, a dying QEMU or a lost session may interrupt."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Collection, Coroutine
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+async def unless(
+    gone: asyncio.Event,
+    others: Collection[asyncio.Future[None]],
+    interrupted: Callable[[], None],
+    work: Coroutine[Any, Any, T],
+) -> T:
+    """Do ``work`` unless QEMU is ``gone``, or one of ``others`` done, before: ``interrupted`` then raises why.
+
+    Work that was interrupted, or whose caller was cancelled, has ended when this does.
+    """
+    task = asyncio.ensure_future(work)
+    ended = asyncio.ensure_future(gone.wait())
+    try:
+        await asyncio.wait({task, ended, *others}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            interrupted()
+        return await task
+    finally:
+        ended.cancel()
+        if not task.done():
+            task.cancel()
+            await asyncio.wait({task})
