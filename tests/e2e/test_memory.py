@@ -174,7 +174,7 @@ class Relayed(Plain):
 
     async def _dial(self, prepared: Prepared) -> list[tcp.TcpChannel]:
         carriers = [await tcp.connect(prepared.address, prepared.port, prepared.token) for _ in range(2)]
-        carriers[0].socket.setsockopt(socket.SOL_SOCKET, SO_MAX_PACING_RATE, BRAKE_BYTES_PER_S)
+        carriers[0].stream.setsockopt(socket.SOL_SOCKET, SO_MAX_PACING_RATE, BRAKE_BYTES_PER_S)
         return carriers
 
 

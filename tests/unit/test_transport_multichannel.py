@@ -77,7 +77,7 @@ class Ends:
         prepared = Prepared(address=self.door.address, port=self.door.port, token=self.door.token)
         self.channel = await self.multichannel.connect(ROUTE, prepared)
         self.stream = await accepting
-        self.channel.socket.setblocking(False)
+        self.channel.stream.setblocking(False)
         self.stream.setblocking(False)
 
     async def until_used(self, *addresses: str) -> None:
@@ -91,7 +91,7 @@ class Ends:
         draining = asyncio.ensure_future(drain())
         try:
             while {used.there for used in self.channel.used() if used.sent_bytes > len(CHUNK)} != set(addresses):
-                await loop.sock_sendall(self.channel.socket, CHUNK)
+                await loop.sock_sendall(self.channel.stream, CHUNK)
         finally:
             draining.cancel()
 

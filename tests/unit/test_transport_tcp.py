@@ -30,15 +30,15 @@ async def admitted(door: TcpDoorway) -> None:
     accepting = asyncio.ensure_future(door.accept())
     channel = await tcp.connect(door.address, door.port, door.token)
     with await accepting as stream, closing(channel):
-        channel.socket.setblocking(True)
+        channel.stream.setblocking(True)
         stream.setblocking(True)
-        for one in (stream, channel.socket):
+        for one in (stream, channel.stream):
             assert one.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
         channel.shorten()
-        channel.socket.sendall(b"memory")
+        channel.stream.sendall(b"memory")
         assert stream.recv(100) == b"memory"
         stream.sendall(b"return path")
-        assert channel.socket.recv(100) == b"return path"
+        assert channel.stream.recv(100) == b"return path"
     channel.shorten()  # too late, and no harm
 
 

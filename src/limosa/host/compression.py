@@ -8,13 +8,14 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import Sequence
+from functools import partial
 
 from limosa.errors import RelayFailed
 from limosa.host.multichannel import Addresses, Multichannel
 from limosa.host.page import Page
 from limosa.model.route import Route
 from limosa.transport import tcp
-from limosa.transport.channel import Doorway, SocketChannel
+from limosa.transport.channel import Doorway, SocketChannel, connect_all
 from limosa.transport.relay.client import Relay
 from limosa.transport.relay.inbound import CarrierDoorway, Inbound
 from limosa.transport.relay.outbound import Outbound, Seat
@@ -72,23 +73,10 @@ class Compression:
 
     def _session(self, route: Route, *, encrypt: bool) -> Outbound:
         async def dial(prepared: Prepared) -> Sequence[SocketChannel]:
-            made: list[SocketChannel] = []
-            try:
-                for _ in range(CARRIERS):
-                    made.append(await self._connect(route, prepared))
-            except BaseException:
-                for one in made:
-                    one.close()
-                raise
-            return made
+            return await connect_all([partial(self._multichannel.connect, route, prepared)] * CARRIERS)
 
-        several = len(route.paths) > 1
-        return Outbound(dial, encrypt=encrypt, several=several, window_log=self._window_log(), user=self._user)
-
-    async def _connect(self, route: Route, prepared: Prepared) -> SocketChannel:
-        if len(route.paths) > 1:
-            return await self._multichannel.connect(route, prepared)
-        return await tcp.connect(prepared.address, prepared.port, prepared.token, route.paths[0].here)
+        several, log = route.is_multipath, self._window_log()
+        return Outbound(dial, encrypt=encrypt, several=several, window_log=log, user=self._user)
 
     async def _await(
         self, place: RelayPlace, chosen: Sequence[str], permitted: Addresses, networks: Sequence[str]

@@ -34,7 +34,10 @@ class Multichannel:
         self.endpoints = Endpoints(manager, run / "mptcp.json")
 
     async def connect(self, route: Route, prepared: Prepared) -> SocketChannel:
-        """The source's end. Raises :class:`DestinationLost` and :class:`NetworkError`."""
+        """The source's end, by plain TCP where the route is. Raises :class:`DestinationLost` and
+        :class:`NetworkError`."""
+        if not route.is_multipath:
+            return await tcp.connect(prepared.address, prepared.port, prepared.token, route.paths[0].here)
         hold = await self.endpoints.hold()
         try:
             return await multichannel.connect(

@@ -47,3 +47,8 @@ class Route(Model, forbid_unknown_fields=False, frozen=True):
     why: str = ""
     #: null if no relay carries it
     compressed: Compressed | None = None
+
+    @property
+    def is_multipath(self) -> bool:
+        """Whether it takes Multipath TCP, by itself or below relays."""
+        return self.transport == "multichannel" or len(self.paths) > 1

@@ -11,7 +11,7 @@ RDMA alone is otherwise: no socket of ours can carry it, so that QEMU is given a
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -60,11 +60,24 @@ class Channel(Protocol):
 
 
 class SocketChannel(Channel, Protocol):
-    """One that is a socket, as all are but RDMA's."""
+    """One whose stream is a socket, as all are but RDMA's."""
 
     @property
-    def socket(self) -> socket.socket:
-        """The same as ``stream``."""
+    def stream(self) -> socket.socket:
+        """Connected to the destination; QEMU is to get a duplicate."""
+
+
+async def connect_all(connects: Iterable[Callable[[], Awaitable[SocketChannel]]]) -> list[SocketChannel]:
+    """Several connections, one after another. If one cannot be made, the others are closed and that is raised."""
+    made: list[SocketChannel] = []
+    try:
+        for connect in connects:
+            made.append(await connect())
+    except BaseException:
+        for channel in made:
+            channel.close()
+        raise
+    return made
 
 
 class Doorway(Protocol):

@@ -57,7 +57,7 @@ class MultichannelChannel(tcp.TcpChannel):
     def used(self) -> tuple[Used, ...]:
         """See :class:`limosa.transport.channel.Channel`."""
         try:
-            alive = subflows(self.socket)
+            alive = subflows(self.stream)
         except OSError:
             # It is closed, or the two ends have agreed on plain TCP because something between them wanted that.
             if not self._seen:
@@ -73,7 +73,7 @@ class MultichannelChannel(tcp.TcpChannel):
 
     def close(self) -> None:
         """See :class:`limosa.transport.channel.Channel`."""
-        if self.socket.fileno() != -1:
+        if self.stream.fileno() != -1:
             self._release()
         super().close()
 

@@ -45,23 +45,18 @@ class TcpChannel:
     """The source's end of a TCP connection. Made by :func:`connect`."""
 
     def __init__(self, connection: socket.socket) -> None:
-        self.socket = connection
+        self.stream = connection
         self._used: Used | None = None
-
-    @property
-    def stream(self) -> socket.socket:
-        """See :class:`limosa.transport.channel.Channel`."""
-        return self.socket
 
     def shorten(self) -> None:
         """See :class:`limosa.transport.channel.Channel`."""
         with contextlib.suppress(OSError):  # also if it is closed: then the stream is at its end
-            self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _UNSENT_BYTES)
+            self.stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _UNSENT_BYTES)
 
     def used(self) -> tuple[Used, ...]:
         """See :class:`limosa.transport.channel.Channel`."""
         with contextlib.suppress(OSError):  # also if it is closed
-            self._used = Used(self.socket.getsockname()[0], self.socket.getpeername()[0], acknowledged(self.socket))
+            self._used = Used(self.stream.getsockname()[0], self.stream.getpeername()[0], acknowledged(self.stream))
         return (self._used,) if self._used is not None else ()
 
     async def compressed(self) -> Compressed | None:
@@ -74,7 +69,7 @@ class TcpChannel:
 
     def close(self) -> None:
         """See :class:`limosa.transport.channel.Channel`."""
-        self.socket.close()
+        self.stream.close()
 
 
 class TcpDoorway:

@@ -128,7 +128,7 @@ class Outbound:
         try:
             carriers = await self._dial(prepared)
             try:
-                sockets = [one.socket for one in carriers]
+                sockets = [one.stream for one in carriers]
                 await relay.open_sender(sockets, credentials=self._client, window_log=self._window_log)
             except BaseException:
                 _close(carriers)
@@ -184,7 +184,7 @@ class RelayChannel:
     """One VM's stream: a :class:`limosa.transport.channel.Channel` whose socket leads to the relay."""
 
     def __init__(self, session: Outbound, relay: Relay, number: int, connection: socket.socket) -> None:
-        self.socket = connection
+        self.stream = connection
         self._session = session
         self._relay = relay
         self._number = number
@@ -193,15 +193,10 @@ class RelayChannel:
         #: what the session had sent over each path before this stream began
         self._before = {(one.here, one.there): one.sent_bytes for one in self._carried()}
 
-    @property
-    def stream(self) -> socket.socket:
-        """See :class:`limosa.transport.channel.Channel`."""
-        return self.socket
-
     def shorten(self) -> None:
         """See :class:`limosa.transport.channel.Channel`."""
         with contextlib.suppress(OSError):  # it is closed: then the stream is at its end
-            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SHORT_BYTES)
+            self.stream.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SHORT_BYTES)
         self._background.spawn(self._shorten())
 
     def used(self) -> tuple[Used, ...]:
@@ -244,7 +239,7 @@ class RelayChannel:
 
     def close(self) -> None:
         """See :class:`limosa.transport.channel.Channel`."""
-        self.socket.close()
+        self.stream.close()
 
     def _figures(self) -> ChannelStatistics:
         return self._session.figures.get(self._number, ChannelStatistics(channel=self._number))
