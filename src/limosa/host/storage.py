@@ -51,11 +51,7 @@ class Storage:
 
     async def locations(self) -> tuple[Location, ...]:
         """All locations. What copies under way will still need is not free."""
-        found = await asyncio.to_thread(self.places.look)
-        return tuple(
-            msgspec.structs.replace(location, free_bytes=max(0, location.free_bytes - self._needed_in(location.path)))
-            for location in found
-        )
+        return await asyncio.to_thread(lambda: tuple(self._less_held(one) for one in self.places.look()))
 
     async def facts(self, disks: Iterable[Disk]) -> tuple[DiskFacts, ...]:
         """What is to know before they are copied. Raises :class:`StorageError`."""
@@ -63,11 +59,7 @@ class Storage:
 
     async def digest(self, backing: BackingFile) -> BackingFile:
         """The same with the digest of its contents, for which all of it is read once. Raises :class:`StorageError`."""
-        try:
-            contents = await asyncio.to_thread(identity.digest_of, backing.path)
-        except OSError as error:
-            raise StorageError(f"cannot read {backing.path}", why=error.strerror or str(error)) from error
-        return msgspec.structs.replace(backing, digest=contents)
+        return await asyncio.to_thread(_with_digest, backing)
 
     async def find(self, wanted: BackingFile) -> BackingFile | None:
         """A file of this host with the same contents, readable for QEMU's user, where one would look for it.
@@ -75,18 +67,20 @@ class Storage:
         That is: under the same path; in the location of the same name; under the same file name in any location. Only
         files in a location count, so that nobody can have another file of the host shown to a guest.
         """
+        return await asyncio.to_thread(self._find, wanted)
+
+    def _find(self, wanted: BackingFile) -> BackingFile | None:
         for path in self._candidates(wanted):
             with suppress(OSError, StorageError):
                 if _size(path) == wanted.size and access.may(Path(path), self._user, write=False):
-                    found = await self.digest(self._backing(path, wanted.format))
+                    found = _with_digest(self._backing(path, wanted.format))
                     if found.digest == wanted.digest:
                         return found
         return None
 
     def _candidates(self, wanted: BackingFile) -> list[str]:
         places, name = self.places, Path(wanted.path).name
-        folders = [Path(location.path) for location in places.look()]
-        found = [Path(wanted.path), *(folder / name for folder in folders)]
+        found = [Path(wanted.path), *(places.path(location) / name for location in sorted(places.names))]
         if wanted.location in places.names and is_clean_path(f"/{wanted.location_path}"):
             found.insert(1, places.path(wanted.location) / wanted.location_path)
         return list(dict.fromkeys(str(path) for path in found if places.of(str(path))))
@@ -152,9 +146,13 @@ class Storage:
         )
 
     def _backing(self, path: str, image_format: DiskFormat) -> BackingFile:
-        name = self.places.of(path)
-        inside = str(Path(path).relative_to(self.places.path(name))) if name else ""
+        name, inside = self.places.place(path)
         return BackingFile(path=path, format=image_format, size=_size(path), location=name, location_path=inside)
+
+    def _less_held(self, location: Location) -> Location:
+        return msgspec.structs.replace(
+            location, free_bytes=max(0, location.free_bytes - self._needed_in(location.path))
+        )
 
     def _needed_in(self, folder: str) -> int:
         """What copies under way to the file system of ``folder`` will still need."""
@@ -162,8 +160,15 @@ class Storage:
             device = os.stat(folder).st_dev
         except OSError:
             return 0
-        held = ((path, total) for path, total in self._held.items() if _device(Path(path).parent) == device)
+        held = ((path, total) for path, total in list(self._held.items()) if _device(Path(path).parent) == device)
         return sum(_still_needed(path, total) for path, total in held)
+
+
+def _with_digest(backing: BackingFile) -> BackingFile:
+    try:
+        return msgspec.structs.replace(backing, digest=identity.digest_of(backing.path))
+    except OSError as error:
+        raise StorageError(f"cannot read {backing.path}", why=error.strerror or str(error)) from error
 
 
 def _allocated(path: str) -> int:

@@ -15,7 +15,7 @@ import asyncio
 import socket
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,8 @@ END_WITHIN_S = 60.0
 LOOK_EVERY_S = 1.0
 #: QEMU's main loop, and with it the guest's I/O, stands still until the other end has greeted it.
 GREETED_WITHIN_S = 5.0
+#: Strangers at the port must not use up the places of the source's connections.
+SPARE_CONNECTIONS = 16
 
 _STATES = {
     "created": CopyState.COPYING,
@@ -68,7 +70,6 @@ class Disks(Session):
             name,
             image.format,
             image.path,
-            driver=image.driver,
             direct=image.direct,
             thick=image.thick,
             locks=image.locks,
@@ -230,8 +231,9 @@ class Disks(Session):
     async def _reaches(self, disk: str, states: set[CopyState]) -> None:
         """Wait until a copy is in one of the states. Raises :class:`StorageError` if it failed."""
         changed = asyncio.Event()
+        unsubscribe = self.on_event(lambda event: changed.set() if _is_of(event, disk) else None)
         deadline = time.monotonic() + END_WITHIN_S
-        with self._when(f"copy-{disk}", changed.set):
+        try:
             while time.monotonic() < deadline:
                 changed.clear()
                 copy = (await self.copies()).get(disk)
@@ -242,17 +244,9 @@ class Disks(Session):
                 # A QEMU that has died says nothing: it is asked again.
                 with suppress(TimeoutError):
                     await asyncio.wait_for(changed.wait(), LOOK_EVERY_S)
+        finally:
+            unsubscribe()
         raise StorageError(f"disk {disk} could not be copied", why=f"its copy did not end in {END_WITHIN_S:.0f} s")
-
-    @contextmanager
-    def _when(self, job: str, call: Any) -> Iterator[None]:
-        def on_event(event: Event) -> None:
-            if event.name == "JOB_STATUS_CHANGE" and event.data["id"] == job:
-                call()
-
-        with ExitStack() as stack:
-            stack.callback(self.on_event(on_event))
-            yield
 
     async def _dismiss(self, disk: str) -> None:
         with suppress(QemuError):
@@ -290,8 +284,8 @@ def _hung_up_in_time(stream: socket.socket) -> Iterator[None]:
         raise
 
 
-#: Strangers at the port must not use up the places of the source's connections.
-SPARE_CONNECTIONS = 16
+def _is_of(event: Event, disk: str) -> bool:
+    return event.name == "JOB_STATUS_CHANGE" and event.data["id"] == f"copy-{disk}"
 
 
 def _is_ours(job: dict[str, Any]) -> bool:

@@ -13,7 +13,7 @@ import socket
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 from limosa.model.vm import DiskFormat
 from limosa.wire.peer import StreamCredentials
@@ -134,7 +134,6 @@ class ImageFile:
 
     path: str
     format: DiskFormat
-    driver: Literal["file", "host_device"] = "file"
     direct: bool = True
     #: it keeps its space when a guest, or a copy, has zeroes for it
     thick: bool = False

@@ -14,6 +14,7 @@ from pathlib import Path, PurePosixPath
 
 from limosa.model.facts import FileIdentity
 from limosa.storage import access, mounts
+from limosa.storage.locations import innermost
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 #: Kernels and initrds; a digest of something larger would delay the move for longer than it is worth.
@@ -71,7 +72,7 @@ def identify(
     finally:
         os.close(descriptor)
     mount = mounts.find(status.st_dev)
-    location, location_path = _place(path, locations)
+    location, location_path = innermost(path, locations)
     return FileIdentity(
         path=path,
         machine=_BOOT_ID.read_text().strip(),
@@ -90,16 +91,6 @@ def identify(
 
 def _is_small_file(status: os.stat_result) -> bool:
     return stat.S_ISREG(status.st_mode) and status.st_size <= _DIGEST_MAX_BYTES
-
-
-def _place(path: str, locations: dict[str, str]) -> tuple[str, str]:
-    """The innermost named location the path is in, and the path below it."""
-    pure = PurePosixPath(path)
-    inside = [(root, name) for name, root in locations.items() if pure.is_relative_to(root)]
-    if not inside:
-        return "", ""
-    root, name = max(inside, key=lambda pair: (len(pair[0]), pair[1]))
-    return name, str(pure.relative_to(root))
 
 
 def digest_of(path: str) -> str:

@@ -15,6 +15,17 @@ _MEMORY = frozenset({"tmpfs", "ramfs"})
 _DEVICES = Path("/sys/dev/block")
 
 
+def innermost(path: str, folders: Mapping[str, str]) -> tuple[str, str]:
+    """The name of the innermost of ``folders`` (paths by name) a file is in, and its path below that; both empty if it
+    is in none, or a path with ``..`` does not let that be told."""
+    pure = PurePosixPath(path)
+    inside = [(len(folder), name) for name, folder in folders.items() if pure.is_relative_to(folder)]
+    if not inside or not is_clean_path(path):
+        return "", ""
+    name = max(inside)[1]
+    return name, str(pure.relative_to(folders[name]))
+
+
 class Locations:
     """The locations of one host. ``own`` is the folder of the one that every host has."""
 
@@ -34,14 +45,14 @@ class Locations:
         """The names there are."""
         return frozenset(self._places)
 
+    def place(self, path: str) -> tuple[str, str]:
+        """The innermost location a file is in, and its path below that; both empty if it is in none, or a path with
+        ``..`` does not let that be told."""
+        return innermost(path, {name: place.path for name, place in self._places.items()})
+
     def of(self, path: str) -> str:
-        """The innermost location a file is in; empty if it is in none, or a path with ``..`` does not let that be
-        told."""
-        if not is_clean_path(path):
-            return ""
-        pure = PurePosixPath(path)
-        inside = [(len(place.path), name) for name, place in self._places.items() if pure.is_relative_to(place.path)]
-        return max(inside)[1] if inside else ""
+        """The name of that location."""
+        return self.place(path)[0]
 
     @property
     def own(self) -> str:
