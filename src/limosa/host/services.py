@@ -64,7 +64,7 @@ async def assemble(daemon: DaemonSettings, files: Files) -> Services:
         _log.error("%s", fault)
     storage = Storage(page, files, user, daemon.name)
     views = Views(daemon.name, files.migrations)
-    inspector = Inspector(daemon, page, vms, capabilities, netlink, storage, user)
+    inspector = Inspector(daemon, page, vms, capabilities, netlink, storage, leasing, user)
     multichannel = Multichannel(PathManager(), files.run)
     await multichannel.endpoints.clean()
     compression = Compression(multichannel, page, user)
