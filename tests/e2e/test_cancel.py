@@ -155,8 +155,8 @@ def test_a_cancelled_move_never_was(hosts: list[LabHost], client: LanClient, hel
         assert (view.state, view.migration) == (VmState.RUNNING, None)
         wait_until(lambda: destination.vm("web") is None, "the destination has forgotten it")
         if held not in (in_line_at_the_source, in_line_at_the_destination):
-            wait_until(lambda: destination.bystanders() == [], "the destination keeps nothing")
-    wait_until(lambda: destination.bystanders() == [], "the destination keeps nothing")
+            destination.wait_until_bare()
+    destination.wait_until_bare()
     status = destination.client.call(endpoints.HOST)
     assert (status.vms, status.incoming) == (0, 0)
     # And it can be moved, by the same two hosts.
