@@ -21,7 +21,7 @@ from harness.guests import LanClient, address_of, linux, wait_for_console
 from harness.hosts import tiny, wait_until
 from harness.labs import LabHost, running_lab
 from harness.steering import BRAKE, follow, remove, settings, slow
-from limosa.model.migration import Outcome, Phase
+from limosa.model.migration import Outcome, Phase, Side
 from limosa.model.vm import VmState
 from limosa.settings import toml
 from limosa.settings.daemon import DaemonSettings
@@ -135,6 +135,11 @@ def in_synchronise(source: LabHost, destination: LabHost) -> Iterator[str]:
         view = follow(source, migration, lambda view: view.progress.iteration > 2)
         assert view.phase is Phase.SYNCHRONISE
         yield migration
+
+
+def landings(host: LabHost) -> list[str]:
+    moves = host.client.call(endpoints.LIST_MIGRATIONS).migrations
+    return [move.id for move in moves if move.side is Side.DESTINATION and move.outcome is Outcome.UNDER_WAY]
 
 
 Held = Callable[[LabHost, LabHost], AbstractContextManager[str]]
