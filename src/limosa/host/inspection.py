@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 from limosa.errors import StorageError
+from limosa.host.goodput import Goodputs
 from limosa.host.leasing import Leasing
 from limosa.host.memory import available_mib
 from limosa.host.page import Page
@@ -40,6 +41,7 @@ class Inspector:
         netlink: Netlink,
         storage: Storage,
         leasing: Leasing,
+        goodputs: Goodputs,
         user: str | None,
     ) -> None:
         self._daemon = daemon
@@ -49,6 +51,7 @@ class Inspector:
         self._vms = vms
         self.capabilities = capabilities
         self._netlink = netlink
+        self.goodputs = goodputs
         self._user = user
 
     async def network(self) -> HostNetwork:
@@ -61,6 +64,7 @@ class Inspector:
             allowed=page.migration_networks,
             encrypt=page.encrypt,
             lockable_mib=lockable_mib(),
+            carried=self.goodputs.known,
         )
 
     async def switches(self) -> tuple[str, ...]:
