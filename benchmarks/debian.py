@@ -90,8 +90,9 @@ def _build(folder: Path) -> None:
 
 
 def _install(root: Path) -> None:
-    """Debian in a folder."""
-    command = ["debootstrap", "--variant=minbase", f"--include={','.join(PACKAGES)}", RELEASE, str(root)]
+    """Debian in a folder. Whatever is mounted and started for that ends with it."""
+    apart = ("unshare", "--mount", "--propagation", "private", "--pid", "--fork", "--kill-child")
+    command = [*apart, "debootstrap", "--variant=minbase", f"--include={','.join(PACKAGES)}", RELEASE, str(root)]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env={**os.environ, "LC_ALL": "C"})
     unit = root / "etc/systemd/system/limosa-ready.service"
     unit.write_text(READY)

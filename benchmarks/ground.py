@@ -7,6 +7,7 @@ also for processes that have ended meanwhile.
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import socket
@@ -29,6 +30,7 @@ from limosa.lab.plan import SWITCH, Lab
 
 HOSTS = ("host1", "host2")
 CALIBRATE_S = 2.0
+GONE_WITHIN_S = 10.0
 
 T = TypeVar("T")
 
@@ -202,7 +204,7 @@ def ground(link: Link, daemon: Sequence[str] | None = None) -> Iterator[Ground]:
         with undisturbed():
             lifecycle.down(name)
             for group in built._groups.values():
-                group.rmdir()
+                _remove(group)
             shutil.rmtree(folder)
 
 
@@ -227,6 +229,18 @@ def run(command: Sequence[str]) -> tuple[str, float, float]:
         if process.returncode:
             raise RuntimeError(f"{' '.join(command)}: {errors.read().strip() or said.strip()}")
     return said, wall_s, usage.ru_utime + usage.ru_stime
+
+
+def _remove(group: Path) -> None:
+    """Take away a control group as soon as the last of its processes, which are ended, is gone."""
+    deadline = time.monotonic() + GONE_WITHIN_S
+    while True:
+        try:
+            return group.rmdir()
+        except OSError as error:
+            if error.errno != errno.EBUSY or time.monotonic() > deadline:
+                raise
+            time.sleep(0.05)
 
 
 def _control_groups() -> Path:

@@ -69,14 +69,15 @@ def main() -> int:
 def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--only",
-        type=_parts,
+        type=parts,
         default=list(PARTS),
         metavar="PART,...",
         help=f"only these parts, of {', '.join(PARTS)}; a round of 'cuts' is one move (100 are a thorough run)",
     )
 
 
-def _parts(given: str) -> list[str]:
+def parts(given: str) -> list[str]:
+    """The parts that are named. Raises ``ArgumentTypeError``."""
     names = given.split(",")
     for name in names:
         if name not in PARTS:

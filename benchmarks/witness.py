@@ -13,13 +13,14 @@ import asyncio
 import json
 import sys
 from pathlib import Path
-from typing import Any
 
 from limosa.host.serve import serve
 from limosa.migration.source import SourceMove
 from limosa.model.vm import VmConfig
+from limosa.qemu.protocol import MachineProtocol
 from limosa.settings import toml
 from limosa.settings.daemon import DaemonSettings
+from limosa.wire.peer import Prepared
 
 PAGE_BYTES = 4096
 PIECE_BYTES = 1024 * 1024
@@ -52,13 +53,13 @@ def compare(file: Path, own: Path, hosts: Path) -> None:
     begin, end = SourceMove.copy, SourceMove.switch_over
     before: dict[str, bytes] = {}
 
-    async def copy(self: SourceMove, *words: Any) -> None:
+    async def copy(self: SourceMove, machine: MachineProtocol, prepared: Prepared) -> None:
         before[self.header.migration] = await asyncio.to_thread(memory_of, own, self.header.vm)
-        await begin(self, *words)
+        await begin(self, machine, prepared)
 
-    async def switch_over(self: SourceMove, *words: Any) -> None:
+    async def switch_over(self: SourceMove, machine: MachineProtocol) -> None:
         await asyncio.to_thread(look, self)
-        await end(self, *words)
+        await end(self, machine)
 
     def look(move: SourceMove) -> None:
         vm = move.header.vm
