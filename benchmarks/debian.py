@@ -96,7 +96,7 @@ def _install(root: Path) -> None:
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env={**os.environ, "LC_ALL": "C"})
     unit = root / "etc/systemd/system/limosa-ready.service"
     unit.write_text(READY)
-    (unit.parent / "multi-user.target.wants" / unit.name).symlink_to(unit.relative_to(root).as_posix())
+    (unit.parent / "multi-user.target.wants" / unit.name).symlink_to(f"/{unit.relative_to(root)}")
     (root / "init").write_text(INIT)
     (root / "init").chmod(0o755)
 
