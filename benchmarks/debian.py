@@ -22,7 +22,7 @@ from limosa.lab.initramfs import Archive, modules_with_dependencies
 
 CACHE = Path("/var/cache/limosa/debian")
 RELEASE = "bookworm"
-PACKAGES = ("systemd-sysv", "udev", "dbus", "openssh-server", "iproute2", "cron", "rsyslog", "python3-minimal")
+PACKAGES = ("systemd-sysv", "kmod", "udev", "dbus", "openssh-server", "iproute2", "cron", "rsyslog", "python3-minimal")
 #: Not wanted in memory: what only the package manager and readers use.
 LEFT_OUT = ("boot", "dev", "proc", "sys", "run", "tmp", "var/cache", "var/lib/apt", "usr/share/doc", "usr/share/man")
 FOLDERS = ("dev", "proc", "sys", "run", "tmp", "var/cache", "modules")
