@@ -14,7 +14,7 @@ from benchmarks.program import say
 from benchmarks.systems.limosa import Limosa
 from benchmarks.systems.multifd import NAME as ZSTD
 from benchmarks.systems.multifd import Multifd
-from benchmarks.transport_targets import Trip
+from benchmarks.transport_targets import FIXED, Trip
 from benchmarks.trips import Scene
 from benchmarks.turn import rotated
 
@@ -44,7 +44,7 @@ def busy(rounds: int, measured: Measurements) -> None:
 def matrix(rounds: int, measured: Measurements) -> None:
     """``auto`` against fixed choices, on all links at all loads."""
     for link in (SLOW, GIGABIT, FAST, UNSHAPED):
-        _cells("matrix", link, tuple(LOADS), ("tcp", "compression", "auto"), rounds, measured)
+        _cells("matrix", link, tuple(LOADS), (*FIXED, "auto"), rounds, measured)
 
 
 def nics(rounds: int, measured: Measurements) -> None:
@@ -81,7 +81,7 @@ def _scene(part: str, place: Ground, link: Link, guest: str, measured: Measureme
     rate = max(place.goodput() for _ in range(CALIBRATIONS))
     measured.calibration[link.name] = max(rate, measured.calibration.get(link.name, 0.0))
     say(f"{part}, {link.name} ({rate * 8e-6:.0f} Mbit/s): booting the {guest}")
-    return Scene(part, place, link.name, rate, guest)
+    return Scene(part, place, link, rate, guest)
 
 
 def _boot(place: Ground, guest: Guest) -> Limosa:

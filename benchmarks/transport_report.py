@@ -19,7 +19,6 @@ from benchmarks.transport_targets import (
     Streamed,
     Trip,
     by_cell,
-    by_transport,
     of_part,
 )
 
@@ -69,7 +68,7 @@ def _measured(report: Report) -> Iterator[str]:
     for part in dict.fromkeys(trip.part for trip in report.trips):
         for (link, load, guest), trips in by_cell(of_part(report.trips, part)).items():
             title = f"{part.capitalize()}: {guest}, {link}, other VMs {load}"
-            yield from pages.columns(title, by_transport(trips), (*TRIP_FIGURES, *more.get(part, ())))
+            yield from pages.columns(title, trips, (*TRIP_FIGURES, *more.get(part, ())))
     drains = {
         by: [drain for drain in report.drains if drain.by == by] for by in dict.fromkeys(d.by for d in report.drains)
     }

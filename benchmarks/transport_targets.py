@@ -23,6 +23,11 @@ GIB = 1024**3
 COMPRESSED, PLAIN, ZSTD = "limosa, compression", "limosa, tcp", "multifd-zstd"
 SEQUENCE, PARALLEL = "virsh in sequence", "virsh in parallel"
 DIRECT = "direct TCP"
+#: What ``auto`` may choose between where there is one NIC.
+FIXED = ("tcp", "compression")
+
+#: Link, load, guest.
+Cell = tuple[str, str, str]
 
 
 class Trip(Model, frozen=True):
@@ -32,6 +37,8 @@ class Trip(Model, frozen=True):
     link: str
     #: payload of plain TCP streams over it
     link_bytes_per_s: float
+    #: whether its NICs are of one speed
+    equal_nics: bool
     #: what other VMs compute: idle, half (of the processors), busy
     load: str
     guest: str
@@ -156,17 +163,17 @@ def by_transport(trips: Iterable[Trip]) -> dict[str, list[Trip]]:
     return found
 
 
-def by_cell(trips: Iterable[Trip]) -> dict[tuple[str, str, str], list[Trip]]:
-    """The trips by link, load and guest."""
-    found: dict[tuple[str, str, str], list[Trip]] = {}
+def by_cell(trips: Iterable[Trip], *needed: str) -> dict[Cell, dict[str, list[Trip]]]:
+    """The trips by link, load and guest, and by transport; where not all ``needed`` transports are, it says nothing."""
+    found: dict[Cell, list[Trip]] = {}
     for trip in trips:
         found.setdefault((trip.link, trip.load, trip.guest), []).append(trip)
-    return found
+    cells = {cell: by_transport(of_cell) for cell, of_cell in found.items()}
+    return {cell: of_cell for cell, of_cell in cells.items() if set(needed) <= of_cell.keys()}
 
 
 def _compression(trips: Sequence[Trip]) -> Iterator[Row]:
-    for (link, _, guest), of_guest in by_cell(trips).items():
-        found = by_transport(of_guest)
+    for (link, _, guest), found in by_cell(trips, "compression", "tcp").items():
         ours, plain, zstd = found["compression"], found["tcp"], found.get(ZSTD, [])
         what = f"compression, {guest}, {link}, processors idle"
         fast = WALL.median_of(ours) * FASTER_THAN_PLAIN <= WALL.median_of(plain)
@@ -180,8 +187,7 @@ def _compression(trips: Sequence[Trip]) -> Iterator[Row]:
 
 
 def _busy(trips: Sequence[Trip]) -> Iterator[Row]:
-    for (link, _, guest), of_guest in by_cell(trips).items():
-        found = by_transport(of_guest)
+    for (link, _, guest), found in by_cell(trips, "compression", "tcp").items():
         ours, plain = found["compression"], found["tcp"]
         what = f"compression, {guest}, {link}, all processors busy with other VMs' work"
         kept = OTHERS.median_of(ours) >= OTHERS_KEEP * OTHERS.median_of(plain)
@@ -193,10 +199,9 @@ def _busy(trips: Sequence[Trip]) -> Iterator[Row]:
 
 
 def _matrix(trips: Sequence[Trip]) -> Iterator[Row]:
-    for (link, load, guest), of_cell in by_cell(trips).items():
-        found = by_transport(of_cell)
-        ours = found.pop("auto")
-        best = min(found.values(), key=WALL.median_of)
+    for (link, load, guest), found in by_cell(trips, "auto", *FIXED).items():
+        ours = found["auto"]
+        best = min((found[transport] for transport in FIXED), key=WALL.median_of)
         met = WALL.median_of(ours) <= OF_BEST * WALL.median_of(best)
         what = f"{WALL.name}, auto, {guest}, {link}, other VMs {load}"
         target = f"within {OF_BEST - 1:.0%} of the best fixed choice"
@@ -204,10 +209,9 @@ def _matrix(trips: Sequence[Trip]) -> Iterator[Row]:
 
 
 def _nics(trips: Sequence[Trip]) -> Iterator[Row]:
-    for (link, _, guest), of_link in by_cell(trips).items():
-        found = by_transport(of_link)
+    for (link, _, guest), found in by_cell(trips, "multichannel", "tcp").items():
         ours, one = found["multichannel"], found["tcp"]
-        percent = OF_UNEQUAL_NICS if "+" in link else OF_EQUAL_NICS
+        percent = OF_EQUAL_NICS if ours[0].equal_nics else OF_UNEQUAL_NICS
         met = SPEED.median_of(ours) >= percent / 100 * LINK.median_of(ours)
         what = f"{SPEED.name}, multichannel, {guest}, {link}"
         target = f"at least {percent:g} % of their sum"
@@ -262,7 +266,7 @@ def _drain(
 def _streams(streams: Sequence[Streamed]) -> Iterator[Row]:
     found = {by: [one for one in streams if one.by == by] for by in dict.fromkeys(one.by for one in streams)}
     direct = found.pop(DIRECT, [])
-    for by, ours in found.items():
+    for by, ours in found.items() if direct else ():
         what = f"{by}, unshaped, incompressible"
         met = THROUGHPUT.median_of(ours) >= OF_DIRECT * THROUGHPUT.median_of(direct)
         target = f"at least {OF_DIRECT:.0%} of it"

@@ -17,9 +17,11 @@ from benchmarks.ending import ended_in_order
 from benchmarks.likeness import memory
 from benchmarks.measurements import Measurements
 from benchmarks.program import say
+from benchmarks.qmp import QmpError
 from benchmarks.relayed import relay
 from benchmarks.transport_report import Report, page
 from benchmarks.transport_targets import rows
+from limosa.errors import LimosaError
 
 
 @dataclass(frozen=True)
@@ -48,9 +50,7 @@ def main() -> int:
     given = program.arguments("transports", "Measure what each transport is worth.", None, _add_options)
     measured = Measurements()
     with ended_in_order():
-        for name in given.only:
-            say(f"{name}:")
-            PARTS[name].measure(given.rounds or PARTS[name].rounds, measured)
+        ended_well = [_measured(name, given.rounds, measured) for name in given.only]
     report = Report(
         machine=machine.machine(),
         versions=machine.versions(),
@@ -63,7 +63,18 @@ def main() -> int:
         compared=tuple(measured.compared),
     )
     program.publish(given, report, page(report))
-    return 0
+    return 0 if all(ended_well) else 1
+
+
+def _measured(name: str, rounds: int | None, measured: Measurements) -> bool:
+    """Measure a part. If it fails the others are not lost, nor what it has measured until then."""
+    say(f"{name}:")
+    try:
+        PARTS[name].measure(rounds or PARTS[name].rounds, measured)
+    except (LimosaError, QmpError, OSError, RuntimeError) as error:
+        say(f"{name} failed: {error}")
+        return False
+    return True
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:

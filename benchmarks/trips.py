@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.ground import Ground
+from benchmarks.ground import Ground, Link
 from benchmarks.neighbours import Neighbours
 from benchmarks.program import say
 from benchmarks.systems import Moved, System
@@ -32,7 +32,7 @@ class Scene:
 
     part: str
     place: Ground
-    link: str
+    link: Link
     #: bytes per second that plain TCP streams bring over it
     link_bytes_per_s: float
     #: which guest moves
@@ -62,8 +62,9 @@ class Scene:
         told = system.told if isinstance(system, Limosa) else {}
         trip = Trip(
             part=self.part,
-            link=self.link,
+            link=self.link.name,
             link_bytes_per_s=self.link_bytes_per_s,
+            equal_nics=len(set(self.link.speeds)) == 1,
             load=load,
             guest=self.guest,
             system=system.name,
