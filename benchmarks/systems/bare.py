@@ -8,6 +8,7 @@ handed over without Nagle's algorithm, which QEMU would leave on.
 
 from __future__ import annotations
 
+import os
 import socket
 import subprocess
 import time
@@ -151,9 +152,9 @@ class Bare:
 
 
 def wait_for(file: Path, words: bytes) -> None:
-    """Return when a console's log has these words. Raises ``TimeoutError``."""
+    """Return when a console's log has these words. Raises ``TimeoutError``, and ``OSError`` if its folder goes."""
     deadline = time.monotonic() + BOOT_WITHIN_S
-    while not file.exists() or words not in file.read_bytes():
+    while file.name not in os.listdir(file.parent) or words not in file.read_bytes():
         if time.monotonic() > deadline:
             raise TimeoutError(f"the guest did not say {words.decode()} within {BOOT_WITHIN_S:.0f} s: {file}")
         time.sleep(0.2)

@@ -213,7 +213,9 @@ def _wait_for_console(port: int, words: bytes) -> None:
     said = b""
     with socket.create_connection(("127.0.0.1", port), timeout=BOOT_WITHIN_S) as console:
         while words not in said:
-            said += console.recv(4096)
+            if not (more := console.recv(4096)):
+                raise ConnectionResetError("the guest ended")
+            said += more
 
 
 def event_stamps(said: str, name: str, words: str) -> list[float]:
