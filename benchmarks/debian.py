@@ -37,6 +37,7 @@ mount -t proc proc /proc
 mount -t sysfs sys /sys
 mount -t devtmpfs dev /dev
 while read -r module; do insmod "/modules/$module"; done </modules/order
+chmod 600 /etc/ssh/ssh_host_*_key # the archive knows no such rights
 for word in $(cat /proc/cmdline); do
     case $word in
         limosa.name=*) echo "${word#*=}" >/etc/hostname ;;
