@@ -8,13 +8,13 @@ from dataclasses import replace
 from benchmarks.debian import debian_guest
 from benchmarks.ground import FAST, FOUR_NICS, GIGABIT, SLOW, TWO_NICS, UNEQUAL_NICS, UNSHAPED, Ground, Link, ground
 from benchmarks.guest import IDLE, Guest
-from benchmarks.measurements import Measurements
+from benchmarks.measurements import Measurements, Trip
 from benchmarks.neighbours import LOADS, Neighbours
 from benchmarks.program import say
 from benchmarks.systems.limosa import Limosa
 from benchmarks.systems.multifd import NAME as ZSTD
 from benchmarks.systems.multifd import Multifd
-from benchmarks.transport_targets import FIXED, Trip
+from benchmarks.transport_targets import FIXED
 from benchmarks.trips import Scene
 from benchmarks.turn import rotated
 

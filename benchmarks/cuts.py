@@ -13,11 +13,10 @@ from itertools import cycle, islice, product
 
 from benchmarks.ground import HOSTS, TWO_NICS, Ground, ground
 from benchmarks.guest import IDLE, Guest
-from benchmarks.measurements import Measurements
+from benchmarks.measurements import Cut, Measurements
 from benchmarks.program import say
 from benchmarks.systems import other
 from benchmarks.systems.limosa import boot
-from benchmarks.transport_targets import Cut
 from limosa.client.host import HostClient
 from limosa.model.migration import Migration, Outcome
 from limosa.wire import api, endpoints

@@ -15,13 +15,13 @@ from typing import Generic, TypeVar
 from benchmarks.debian import debian_guest
 from benchmarks.ground import GIGABIT, Ground, ground, run
 from benchmarks.guest import Guest
-from benchmarks.measurements import Measurements
+from benchmarks.measurements import Drained, Measurements
 from benchmarks.program import say
 from benchmarks.systems import System, other
 from benchmarks.systems.limosa import Limosa, command
 from benchmarks.systems.multifd import Multifd
 from benchmarks.systems.virsh import Virsh, start_daemons
-from benchmarks.transport_targets import COMPRESSED, PARALLEL, PLAIN, SEQUENCE, ZSTD, Drained
+from benchmarks.transport_targets import COMPRESSED, PARALLEL, PLAIN, SEQUENCE, ZSTD
 from benchmarks.trips import AWAKE_S, end_relays
 from benchmarks.turn import rotated
 

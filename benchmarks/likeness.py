@@ -11,10 +11,9 @@ import msgspec
 from benchmarks import witness
 from benchmarks.ground import TWO_NICS, ground
 from benchmarks.guest import Guest
-from benchmarks.measurements import Measurements
+from benchmarks.measurements import Compared, Measurements
 from benchmarks.program import say
 from benchmarks.systems.limosa import Limosa
-from benchmarks.transport_targets import Compared
 
 TRANSPORTS = ("tcp", "multichannel", "compression", "auto")
 

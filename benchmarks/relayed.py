@@ -14,9 +14,9 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 
 from benchmarks.ground import HOSTS, UNSHAPED, Ground, ground
-from benchmarks.measurements import Measurements
+from benchmarks.measurements import Measurements, Streamed
 from benchmarks.program import say
-from benchmarks.transport_targets import CPU_PER_GIB, DIRECT, THROUGHPUT, Streamed
+from benchmarks.transport_targets import CPU_PER_GIB, DIRECT, THROUGHPUT
 from benchmarks.turn import rotated
 from limosa.model.units import MIB
 from limosa.security.stream import make_credentials

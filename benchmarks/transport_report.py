@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from benchmarks import pages
+from benchmarks.measurements import Compared, Cut, Drained, Streamed, Trip
 from benchmarks.pages import Outcome
 from benchmarks.transport_targets import (
     DRAIN_CPU,
@@ -13,11 +14,6 @@ from benchmarks.transport_targets import (
     OTHERS,
     SPEED,
     TRIP_FIGURES,
-    Compared,
-    Cut,
-    Drained,
-    Streamed,
-    Trip,
     by_cell,
     of_part,
 )

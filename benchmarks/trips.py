@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.ground import Ground, Link
+from benchmarks.measurements import Trip
 from benchmarks.neighbours import Neighbours
 from benchmarks.program import say
 from benchmarks.systems import Moved, System
 from benchmarks.systems.bare import Bare
 from benchmarks.systems.limosa import Limosa
-from benchmarks.transport_targets import Trip
 
 #: The guest is at work again after this time.
 AWAKE_S = 0.5

@@ -8,21 +8,9 @@ import msgspec
 import pytest
 
 from benchmarks import transport_report
+from benchmarks.measurements import Compared, Cut, Drained, Streamed, Trip
 from benchmarks.rows import Row
-from benchmarks.transport_targets import (
-    COMPRESSED,
-    DIRECT,
-    PARALLEL,
-    PLAIN,
-    SEQUENCE,
-    ZSTD,
-    Compared,
-    Cut,
-    Drained,
-    Streamed,
-    Trip,
-    rows,
-)
+from benchmarks.transport_targets import COMPRESSED, DIRECT, PARALLEL, PLAIN, SEQUENCE, ZSTD, rows
 from benchmarks.transports import PARTS, parts
 from benchmarks.witness import PAGE_BYTES, PIECE_BYTES, different_pages
 
