@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 from limosa.errors import StorageError
+from limosa.host.goodput import Goodputs
 from limosa.host.memory import available_mib
 from limosa.host.page import Page
 from limosa.host.storage import Storage
@@ -38,6 +39,7 @@ class Inspector:
         capabilities: QemuCapabilities,
         netlink: Netlink,
         storage: Storage,
+        goodputs: Goodputs,
         user: str | None,
     ) -> None:
         self._daemon = daemon
@@ -46,6 +48,7 @@ class Inspector:
         self._vms = vms
         self.capabilities = capabilities
         self._netlink = netlink
+        self.goodputs = goodputs
         self._user = user
 
     async def network(self) -> HostNetwork:
@@ -58,6 +61,7 @@ class Inspector:
             allowed=page.migration_networks,
             encrypt=page.encrypt,
             lockable_mib=lockable_mib(),
+            carried=self.goodputs.known,
         )
 
     async def switches(self) -> tuple[str, ...]:

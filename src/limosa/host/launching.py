@@ -13,7 +13,7 @@ import secrets
 import shutil
 import time
 from collections.abc import AsyncIterator
-from contextlib import ExitStack, asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager, closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -153,9 +153,7 @@ class Launcher:
         seed_file = self._seed(config, folder, carried or {})
         unlocked = frozenset(disk.path for disk in config.disks if mounts.of(disk.path).has_no_locks)
         with ExitStack() as held:
-            taps = [await open_tap(self._netlink, nic.switch) for nic in config.nics]
-            for tap in taps:
-                held.callback(tap.close)
+            taps = [held.enter_context(closing(await open_tap(self._netlink, nic.switch))) for nic in config.nics]
             run_dir = self._files.sockets(config)
 
             def make(qmp_fd: int, console_fd: int) -> Launch:

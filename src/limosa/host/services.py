@@ -12,6 +12,7 @@ from limosa.errors import LimosaError, StateError
 from limosa.host.compression import Compression
 from limosa.host.disk_moves import DiskMoves
 from limosa.host.files import Files
+from limosa.host.goodput import Goodputs
 from limosa.host.incoming import Incoming
 from limosa.host.inspection import Inspector
 from limosa.host.launching import Launcher, qemu_user
@@ -60,7 +61,8 @@ async def assemble(daemon: DaemonSettings, files: Files) -> Services:
         _log.error("%s", fault)
     storage = Storage(page, files, user)
     views = Views(daemon.name, files.migrations)
-    inspector = Inspector(daemon, page, vms, capabilities, netlink, storage, user)
+    goodputs = Goodputs(files.goodput)
+    inspector = Inspector(daemon, page, vms, capabilities, netlink, storage, goodputs, user)
     multichannel = Multichannel(PathManager(), files.run)
     await multichannel.endpoints.clean()
     compression = Compression(multichannel, page, user)
