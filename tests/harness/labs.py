@@ -57,11 +57,15 @@ class LabHost(Host):
         daemons.stop(self.lab, self.name)
         daemons.start(self.lab, [self.name], command)
 
-    def bystanders(self) -> list[str]:
-        """What there is on this host besides its daemon: processes, taps and folders of VMs."""
+    def processes(self) -> list[int]:
+        """Everything that runs on this host besides its daemon."""
         inode = namespaces.inode(self.namespace)
         daemon = daemons.pid_of(self.lab, self.name)
-        found = [f"process {pid} {_command(pid)}" for pid in namespaces.processes_in({inode or 0}) if pid != daemon]
+        return [pid for pid in namespaces.processes_in({inode or 0}) if pid != daemon]
+
+    def bystanders(self) -> list[str]:
+        """What there is on this host besides its daemon: processes, taps and folders of VMs."""
+        found = [f"process {pid} {_command(pid)}" for pid in self.processes()]
         found += [f"tap {name}" for name in self._taps()]
         return found + [str(path) for folder in (self.state / "vms", self.run / "vm") for path in folder.iterdir()]
 
