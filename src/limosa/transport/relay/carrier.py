@@ -1,4 +1,4 @@
-"""One connection between two relays, used one way after its first words.
+"""One connection between two relays, used one way after its first words; and what a session needs of such.
 
 Python's SSL sockets must not be read by one thread while another writes. So a session has two carriers, and each is
 only written or only read once its handshake and :class:`~limosa.transport.relay.frames.Hello` are done. The server
@@ -15,10 +15,10 @@ import socket
 import ssl
 import termios
 from contextlib import suppress
-from typing import Any
+from typing import Any, Protocol
 
 from limosa.security.stream import SERVER_NAME
-from limosa.transport.relay.errors import BrokenStream
+from limosa.transport.relay.errors import BrokenStream, ConnectionLost
 
 #: The most the kernel may hold of a carrier's data before it sends it (TCP_NOTSENT_LOWAT, tcp(7)): in general, and
 #: when a guest is about to stand still. More would only be waited for.
@@ -40,6 +40,35 @@ _SIOCOUTQNSD = 0x894B  # linux/sockios.h
 #: Below this a header is sent together with its payload; above, putting them together costs more than it saves.
 _TOGETHER_BYTES = 32 * 1024
 _PORTION_BYTES = 128 * 1024
+
+
+class Out(Protocol):
+    """What a side of a session sends on."""
+
+    #: what was taken so far
+    sent_bytes: int
+
+    def send(self, header: bytes, payload: memoryview | bytes = b"") -> None:
+        """Send a frame whole; one thread at a time. Raises :class:`BrokenStream`."""
+
+    def set_short(self, short: bool) -> None:
+        """Whether only a little may wait to be sent, from now on."""
+
+    def set_unsent(self, limit: int) -> None:
+        """How much may wait to be sent, within reason."""
+
+    def unacknowledged(self) -> tuple[int, int]:
+        """Bytes that the other side has not acknowledged, and of these, those not sent yet."""
+
+
+class In(Protocol):
+    """What a side of a session receives on; one thread does."""
+
+    def receive_into(self, view: memoryview) -> None:
+        """Fill ``view``. Raises :class:`BrokenStream`, also if there will be no more."""
+
+    def receive(self, count: int) -> bytes:
+        """Exactly ``count`` bytes. Raises :class:`BrokenStream`."""
 
 
 class Carrier:
@@ -85,7 +114,7 @@ class Carrier:
                 self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, limit)
 
     def send(self, header: bytes, payload: memoryview | bytes = b"") -> None:
-        """Send a frame whole; one thread at a time. Raises :class:`BrokenStream`."""
+        """See :class:`Out`. Raises :class:`ConnectionLost`."""
         together = len(payload) <= _TOGETHER_BYTES
         try:
             if together:
@@ -94,7 +123,7 @@ class Carrier:
                 self._send(memoryview(header))
                 self._send(memoryview(payload))
         except OSError as error:
-            raise _broken(error) from error
+            raise _lost(error) from error
 
     def _send(self, data: memoryview) -> None:
         # In portions, so that other threads can follow how fast the carrier drains.
@@ -104,18 +133,18 @@ class Carrier:
             data = data[count:]
 
     def receive_into(self, view: memoryview) -> None:
-        """Fill ``view``. Raises :class:`BrokenStream`, also if the connection ends."""
+        """See :class:`In`. Raises :class:`ConnectionLost`."""
         while len(view):
             try:
                 count = self._socket.recv_into(view)
             except OSError as error:
-                raise _broken(error) from error
+                raise _lost(error) from error
             if count == 0:
-                raise BrokenStream("the connection was closed")
+                raise ConnectionLost("the connection was closed")
             view = view[count:]
 
     def receive(self, count: int) -> bytes:
-        """Exactly ``count`` bytes. Raises :class:`BrokenStream`."""
+        """See :class:`In`. Raises :class:`ConnectionLost`."""
         data = bytearray(count)
         self.receive_into(memoryview(data))
         return bytes(data)
@@ -139,7 +168,7 @@ class Carrier:
         return int(answer[0])
 
 
-def _broken(error: OSError) -> BrokenStream:
+def _lost(error: OSError) -> ConnectionLost:
     if isinstance(error, TimeoutError):
-        return BrokenStream("the other relay says nothing")
-    return BrokenStream(f"the connection broke: {error.strerror or error}")
+        return ConnectionLost("the other relay says nothing")
+    return ConnectionLost(f"the connection broke: {error.strerror or error}")
