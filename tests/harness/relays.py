@@ -22,8 +22,9 @@ class Pair:
 
     source: Relay
     destination: Relay
-    #: if they are held: the source's ends of the connections, forward and backward for each path
+    #: if they are held: both ends of the connections, forward and backward for each path
     near: list[socket.socket]
+    far: list[socket.socket]
     numbers: list[int] = field(default_factory=list)
 
     async def channel(self) -> tuple[socket.socket, socket.socket]:
@@ -62,7 +63,7 @@ async def pair(
 ) -> AsyncIterator[Pair]:
     """Two relays; both are gone afterwards. Several speeds are as many paths.
 
-    ``hold``: keep duplicates of the source's connections; the destination does not see their end by itself then.
+    ``hold``: keep duplicates of the connections; neither side sees by itself then that the other has ended.
     """
     server, client = make_credentials() if tls else (None, None)
     near, far = carriers(*(bytes_per_s if isinstance(bytes_per_s, Sequence) else [bytes_per_s]))
@@ -72,10 +73,10 @@ async def pair(
             destination.open_receiver(far, credentials=server, window_log=window_log),
             source.open_sender(near, credentials=client, window_log=window_log, level=level),
         )
-        for one in far if hold else (*near, *far):
+        for one in () if hold else (*near, *far):
             one.close()
-        yield Pair(source, destination, near)
+        yield Pair(source, destination, near, far[::-1])
     finally:
-        for one in near:
+        for one in (*near, *far):
             one.close()
         await asyncio.gather(source.end(), destination.end())

@@ -31,7 +31,7 @@ WINDOW_BYTES = 4 * 1024 * 1024
 MAX_CHANNEL = 2**32 - 1
 
 _MAGIC = b"limosa-relay"
-_HELLO = struct.Struct("!12sHBBB")
+_HELLO = struct.Struct("!12sBBBB")
 _FIELDS = struct.Struct("!BBHIIII")
 _CHECKSUM = struct.Struct("!Q")
 HELLO_BYTES = _HELLO.size
@@ -60,12 +60,12 @@ class Hello(NamedTuple):
 
     def pack(self) -> bytes:
         """The bytes to send."""
-        return _HELLO.pack(_MAGIC, VERSION, self.way, self.window_log, self.lane)
+        return _HELLO.pack(_MAGIC, self.lane, VERSION, self.way, self.window_log)
 
     @classmethod
     def parse(cls, data: bytes) -> Hello:
         """Raises :class:`BrokenStream` if it is no hello of a version we know."""
-        magic, version, way, window_log, lane = _HELLO.unpack(data)
+        magic, lane, version, way, window_log = _HELLO.unpack(data)
         if magic != _MAGIC:
             raise BrokenStream("what was connected is no relay")
         if version != VERSION:
