@@ -156,7 +156,7 @@ def _against(ends: Ends, several: Sequence[Path], stripes: str) -> str:
     if not several:
         return f"no NIC here is on a network of host '{ends.destination}'"
     off = "" if stripes else _multipath_off(ends)
-    return f"{off}, and for relays {ends.no_relay}" if off and ends.no_relay and len(several) > 1 else off
+    return f"{off}, and relays cannot spread it: {ends.no_relay}" if off and ends.no_relay and len(several) > 1 else off
 
 
 def _multipath_off(ends: Ends) -> str:
