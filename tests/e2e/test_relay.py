@@ -223,6 +223,22 @@ def test_a_path_that_is_cut_costs_speed_and_no_byte(path: int, way: int, how: st
     run(work())
 
 
+def test_the_little_that_is_said_on_a_path_that_stands_still_goes_over_another() -> None:
+    async def work() -> None:
+        async with pair(level=None, bytes_per_s=[SLOW] * 2, hold=True) as relays:
+            here, there = await relays.channel()
+            for sock in relays.near[:1] + relays.far[1:2]:
+                sock.setsockopt(socket.SOL_SOCKET, SO_MAX_PACING_RATE, 1)
+            with here, there:
+                for _ in range(10):
+                    here.sendall(b"page")
+                    assert await asyncio.to_thread(there.recv, 100) == b"page"
+                    there.sendall(b"taken")
+                    assert await asyncio.to_thread(here.recv, 100) == b"taken"
+
+    run(work())
+
+
 def test_when_the_last_path_is_cut_every_stream_ends() -> None:
     async def work() -> None:
         async with pair(level=None, bytes_per_s=[SLOW] * 2, hold=True) as relays:

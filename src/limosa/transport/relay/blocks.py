@@ -155,11 +155,12 @@ class Outgoing:
     def on_header(self, number: int, header: Header, now: float) -> None:
         """The other end said this on a lane. Raises :class:`BrokenStream` if it cannot be so."""
         lane = self._lanes[number]
-        count = (header.came - lane.came) & _COUNT_MASK
+        # What a lane has brought before it was lost was given to others already.
+        count = 0 if lane.lost else (header.came - lane.came) & _COUNT_MASK
         if count > len(lane.flights) or header.read > self._end:
             raise BrokenStream("the other relay has had more than was sent")
         self._read = max(self._read, header.read)
-        if count and not lane.lost:
+        if count:
             lane.came += count
             lane.came_at, lane.late = now, False
             for _ in range(count):

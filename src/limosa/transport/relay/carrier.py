@@ -153,11 +153,10 @@ class Carrier:
         """Bytes the kernel holds: all that the other side has not acknowledged, and of these, those not sent yet."""
         return self._ask(_SIOCOUTQ), self._ask(_SIOCOUTQNSD)
 
-    def close(self) -> None:
-        """End the connection, also for a thread that waits for it."""
+    def end(self) -> None:
+        """End the connection, also for a thread that waits for it; which is why it is not closed."""
         with suppress(OSError):
             socket.socket.shutdown(self._socket, socket.SHUT_RDWR)
-        self._socket.close()
 
     def _ask(self, request: int) -> int:
         answer: array.array[Any] = array.array("i", [0])

@@ -164,6 +164,8 @@ class Lanes:
                     at = self._outgoing.look_again_at()
                     lane.turn.wait(None if at is None else max(0.0, at - time.monotonic()) + 0.001)
                 self._room.notify()
+                # Those with nothing to do have to know when this may be late.
+                self._wake()
             lane.out.send(*said)
             lane.adjust()
 
@@ -204,5 +206,5 @@ class Lanes:
             self._room.notify_all()
             self._came.notify_all()
             self._wake()
-        lane.out.close()
-        lane.back.close()
+        lane.out.end()
+        lane.back.end()
