@@ -8,7 +8,6 @@ from collections import deque
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from limosa.transport.relay.blocks import BLOCK_BYTES, HEADER_BYTES, WINDOW_BYTES, Block, Header, Incoming, Outgoing
 from limosa.transport.relay.errors import BrokenStream
@@ -32,94 +31,87 @@ def taken(outgoing: Outgoing, lane: int, now: float = 0.0) -> bytes | None:
     return block.data if block else None
 
 
-class Network(RuleBasedStateMachine):
+class Network:
     """Two ends with lanes between them, on each of which blocks and what is said of them keep their order."""
 
-    @initialize(lanes=st.integers(1, MOST_LANES))
-    def begin(self, lanes: int) -> None:
+    def __init__(self, lanes: int) -> None:
         self.now = 0.0
         self.outgoing, self.incoming = Outgoing(lanes), Incoming()
         self.there: list[deque[Block]] = [deque() for _ in range(lanes)]
         self.back: list[deque[Header]] = [deque() for _ in range(lanes)]
         self.came = [0] * lanes
-        self.broken: set[int] = set()
+        self.alive = list(range(lanes))
         self.sent, self.read = bytearray(), bytearray()
 
-    def alive(self, lane: int) -> int:
-        left = [number for number in range(len(self.there)) if number not in self.broken]
-        return left[lane % len(left)]
+    def do(self, act: int, number: int) -> None:
+        """One of the things that can happen, on one of the lanes that are left."""
+        lane = self.alive[number % len(self.alive)]
+        acts = [self.send, self.take, self.take, self.arrive, self.arrive, self.hear]
+        if act < len(acts):
+            acts[act](lane)
+        elif number % 8:
+            self.consume()
+        elif number % 16:
+            self.now += LATE_S
+        else:
+            self.break_(lane)
 
-    @precondition(lambda self: self.outgoing.has_room())
-    @rule(length=st.integers(1, 2000), times=st.integers(1, 3))
-    def send(self, length: int, times: int) -> None:
-        for _ in range(times):
-            if self.outgoing.has_room():
-                begin = len(self.sent) % (len(NOISE) - length)
-                data = NOISE[begin : begin + length]
-                self.outgoing.add(data)
-                self.sent += data
+    def send(self, lane: int) -> None:
+        if self.outgoing.has_room():
+            data = NOISE[len(self.sent) :][: 100 * lane + 1]
+            self.outgoing.add(data)
+            self.sent += data
 
-    @rule(lane=st.integers(0, MOST_LANES), wait_s=st.sampled_from([0.0, 0.01, LATE_S]))
-    def take(self, lane: int, wait_s: float) -> None:
-        lane, self.now = self.alive(lane), self.now + wait_s
+    def take(self, lane: int) -> None:
         if (block := self.outgoing.take(lane, self.now)) is not None:
             self.there[lane].append(block)
 
-    @rule(lane=st.integers(0, MOST_LANES))
     def arrive(self, lane: int) -> None:
-        lane = self.alive(lane)
         if self.there[lane]:
             block = self.there[lane].popleft()
             self.incoming.put(block.place, block.data)
             self.came[lane] += 1
             self.back[lane].append(header(came=self.came[lane], read=self.incoming.read))
 
-    @rule(lane=st.integers(0, MOST_LANES))
     def hear(self, lane: int) -> None:
-        lane = self.alive(lane)
         if self.back[lane]:
             self.outgoing.on_header(lane, self.back[lane].popleft(), self.now)
 
-    @rule()
     def consume(self) -> None:
         if (data := self.incoming.take()) is not None:
             self.read += data
-
-    @precondition(lambda self: len(self.there) - len(self.broken) > 1)
-    @rule(lane=st.integers(0, MOST_LANES))
-    def break_(self, lane: int) -> None:
-        lane = self.alive(lane)
-        self.broken.add(lane)
-        self.outgoing.lose(lane)
-
-    @invariant()
-    def nothing_else_is_read(self) -> None:
-        if hasattr(self, "sent"):
             assert self.sent.startswith(self.read)
 
-    def teardown(self) -> None:
-        """Whatever happened: what is left of the lanes brings all of it."""
-        if not hasattr(self, "sent"):
-            return
-        lanes = [lane for lane in range(len(self.there)) if lane not in self.broken]
-        for _ in range(20 * (len(self.sent) + 1)):
-            for lane in lanes:
-                self.take(lane, 0.0)
-                self.arrive(lanes.index(lane))
-                self.hear(lanes.index(lane))
+    def break_(self, lane: int) -> None:
+        """What was on its way to one end is lost, and what was on its way to the other may come still."""
+        if len(self.alive) > 1:
+            self.alive.remove(lane)
+            self.outgoing.lose(lane)
+            for said in self.back[lane]:
+                self.outgoing.on_header(lane, said, self.now)
+
+    def come_to_rest(self) -> None:
+        """Let the lanes that are left bring what they can."""
+        before: tuple[int, ...] = ()
+        while before != (before := self._state()):
+            for lane in self.alive:
+                for act in (self.take, self.arrive, self.hear):
+                    act(lane)
             self.consume()
-            if len(self.read) == len(self.sent):
-                break
-        assert self.read == self.sent
-        for lane in lanes:
-            while self.there[lane] or self.back[lane]:
-                self.arrive(lanes.index(lane))
-                self.hear(lanes.index(lane))
-        assert self.outgoing.under_way_bytes == 0
+
+    def _state(self) -> tuple[int, ...]:
+        return sum(self.came), len(self.read), self.outgoing.under_way_bytes
 
 
-TestNetwork = Network.TestCase
-TestNetwork.settings = settings(max_examples=80, stateful_step_count=50, deadline=None)
+@given(st.integers(1, MOST_LANES), st.binary(min_size=20, max_size=800))
+@settings(max_examples=200, deadline=None)
+def test_whatever_happens_the_exact_bytes_are_read(lanes: int, script: bytes) -> None:
+    network = Network(lanes)
+    for word in script:
+        network.do(word % 7, word // 7)
+    network.come_to_rest()
+    assert network.read == network.sent
+    assert network.outgoing.under_way_bytes == 0
 
 
 @given(st.builds(Header, *[st.integers(0, 2**64 - 1)] * 2, st.integers(0, 2**32 - 1), st.integers(0, BLOCK_BYTES)))
