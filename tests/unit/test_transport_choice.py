@@ -61,7 +61,8 @@ def nics(route: Route) -> list[str]:
             "multichannel",
             "600 Mbit/s; one stream for each network, because the NICs are unequal",
         ),
-        ((5000, 1000), "tcp", "relays do not carry more than a NIC of 5000 Mbit/s, and the NICs are unequal"),
+        ((5000, 1000), "tcp", "more than 2 times slower"),
+        ((5000, 5000, 1000), "multichannel", "2 NICs together have 10000 Mbit/s"),
         ((10_000, 10_000), "tcp", "does not fill"),
         ((1000, None), "tcp", "speed of mig1 is not known"),
         ((100, 200, 300), "multichannel", "3 NICs together have 600"),
@@ -83,6 +84,14 @@ def test_without_multipath_tcp_on_one_side_each_network_has_a_stream_and_it_says
             assert "one stream for each network, because Multipath TCP is off on host 'host2'" in route.why
     assert "'host1' and host 'host2'" in choose(ends(here, there, mptcp=(False, False)), "multichannel").why
     assert not choose(ends(here, there), "multichannel").striped
+
+
+def test_a_nic_as_fast_as_relays_is_taken_alone_by_auto() -> None:
+    here, there = [nic(0, 1, 2500), nic(1, 1, 2500)], [nic(0, 2, 2500), nic(1, 2, 2500)]
+    both = ends(here, there, mptcp=(True, False))
+    assert choose(both, "auto").transport == "tcp"
+    assert choose(both, "auto").why.startswith("relays do not carry more than a NIC of 2500 Mbit/s, and Multipath TCP")
+    assert choose(both, "multichannel").striped
 
 
 def test_without_multipath_tcp_and_without_relays_it_is_tcp_and_says_so() -> None:

@@ -109,9 +109,10 @@ def _stripes(ends: Ends, several: Sequence[Path]) -> str:
         return ""
     if off := _multipath_off(ends):
         return off
+    speeds = [path.speed_mbit_per_s or 0 for path in several]
+    unequal = len(_alike(several)) < len(several) and min(speeds) > 0 and max(speeds) < SPREAD_MBIT_PER_S
     # One connection would use one member of a team.
-    unequal = len(_alike(several)) < len(several) and not any(_has_team(ends, path) for path in several)
-    return "the NICs are unequal" if unequal and all(path.speed_mbit_per_s for path in several) else ""
+    return "the NICs are unequal" if unequal and not any(_has_team(ends, path) for path in several) else ""
 
 
 def _gain(several: Sequence[Path]) -> str:
