@@ -23,8 +23,8 @@ from typing import NamedTuple
 
 from limosa.transport.relay.errors import BrokenStream
 
-#: The most one block carries: 10 ms of a NIC of 100 Mbit/s.
-BLOCK_BYTES = 128 * 1024
+#: The most one block carries.
+BLOCK_BYTES = 256 * 1024
 #: From what was read at the other end to the end of what may be sent.
 WINDOW_BYTES = 8 * 1024 * 1024
 #: A lane is late when nothing came back for this, and so many times what it usually takes, but no longer than the last.

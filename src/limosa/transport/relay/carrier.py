@@ -37,8 +37,8 @@ _OPTIONS = (
 )
 _SIOCOUTQ = termios.TIOCOUTQ
 _SIOCOUTQNSD = 0x894B  # linux/sockios.h
-#: Below this a header is sent together with its payload; above, putting them together costs more than it saves.
-_TOGETHER_BYTES = 32 * 1024
+#: A header is sent together with so much of its payload: it costs a packet otherwise. What TLS puts into one record.
+_TOGETHER_BYTES = 16 * 1024
 _PORTION_BYTES = 128 * 1024
 
 
@@ -115,13 +115,10 @@ class Carrier:
 
     def send(self, header: bytes, payload: memoryview | bytes = b"") -> None:
         """See :class:`Out`. Raises :class:`ConnectionLost`."""
-        together = len(payload) <= _TOGETHER_BYTES
+        first = max(0, _TOGETHER_BYTES - len(header))
         try:
-            if together:
-                self._send(memoryview(header + bytes(payload)))
-            else:
-                self._send(memoryview(header))
-                self._send(memoryview(payload))
+            self._send(memoryview(header + bytes(payload[:first])))
+            self._send(memoryview(payload)[first:])
         except OSError as error:
             raise _lost(error) from error
 

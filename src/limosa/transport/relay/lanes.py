@@ -29,10 +29,14 @@ from limosa.transport.relay.pace import Line
 
 #: What the kernel may hold unsent is what the lane carries in this time.
 _UNSENT_S = 0.008
+#: That is looked at so often.
+_ADJUST_S = 0.01
 #: The other end hears of what was read in portions of this.
 _TELL_BYTES = WINDOW_BYTES // 4
-#: Of a stream that was shortened a block is so small that a slow lane holds up its end less.
-_SHORT_BLOCK_BYTES = 32 * 1024
+#: Blocks are as small as this on slow lines, and when a guest is about to stand still, so that none is waited for long.
+_LEAST_BLOCK_BYTES = 32 * 1024
+#: A block is so much of what all lanes together may hold unsent: large ones cost less processor time.
+_OF_UNSENT = 0.5
 
 
 class Lane:
@@ -47,10 +51,15 @@ class Lane:
         #: there may be something for the writer to do
         self.turn = threading.Condition(lock)
         self._line = Line()
+        self._adjusted_at = 0.0
 
     def adjust(self) -> None:
         """Keep in the kernel what the lane carries in a moment, so that what waits is sent by whoever has room."""
-        self._line.note(time.monotonic(), self.out.sent_bytes, *self.out.unacknowledged())
+        now = time.monotonic()
+        if now - self._adjusted_at < _ADJUST_S:
+            return
+        self._adjusted_at = now
+        self._line.note(now, self.out.sent_bytes, *self.out.unacknowledged())
         if (unsent := self._line.carries(_UNSENT_S)) is not None:
             self.out.set_unsent(unsent)
 
@@ -75,7 +84,8 @@ class Lanes:
         #: there is room to send, there is something to read
         self._room, self._came = threading.Condition(self._lock), threading.Condition(self._lock)
         self._rest = memoryview(b"")
-        self._block_bytes = BLOCK_BYTES
+        self._block_bytes = _LEAST_BLOCK_BYTES
+        self._short = False
         self._why = ""
         for lane in self._lanes:
             for work in (self._write, self._read):
@@ -85,10 +95,11 @@ class Lanes:
 
     def send(self, header: bytes, payload: memoryview | bytes = b"") -> None:
         """See :class:`limosa.transport.relay.carrier.Out`."""
-        first = self._block_bytes - len(header)
+        size = self._block_bytes
+        first = size - len(header)
         self._add(b"".join((header, payload[:first])))
-        for begin in range(first, len(payload), self._block_bytes):
-            self._add(bytes(payload[begin : begin + self._block_bytes]))
+        for begin in range(first, len(payload), size):
+            self._add(bytes(payload[begin : begin + size]))
 
     def receive_into(self, view: memoryview) -> None:
         """See :class:`limosa.transport.relay.carrier.In`."""
@@ -107,12 +118,14 @@ class Lanes:
 
     def set_short(self, short: bool) -> None:
         """See :class:`limosa.transport.relay.carrier.Out`."""
-        self._block_bytes = _SHORT_BLOCK_BYTES if short else BLOCK_BYTES
+        self._short = short
         for lane in self._lanes:
             lane.out.set_short(short)
 
     def set_unsent(self, limit: int) -> None:
-        """Each lane sees to that itself, as it carries only a part."""
+        """See :class:`limosa.transport.relay.carrier.Out`. Each lane sees itself to its part; here it sizes blocks."""
+        most = _LEAST_BLOCK_BYTES if self._short else BLOCK_BYTES
+        self._block_bytes = max(_LEAST_BLOCK_BYTES, min(int(_OF_UNSENT * limit), most))
 
     def unacknowledged(self) -> tuple[int, int]:
         """See :class:`limosa.transport.relay.carrier.Out`."""
