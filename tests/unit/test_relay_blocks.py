@@ -100,7 +100,8 @@ class Network:
             self.consume()
 
     def _state(self) -> tuple[int, ...]:
-        return sum(self.came), len(self.read), self.outgoing.under_way_bytes
+        unheard = sum(len(said) for said in self.back)  # that a block came twice changes nothing else
+        return sum(self.came), len(self.read), self.outgoing.under_way_bytes, unheard
 
 
 @given(st.integers(1, MOST_LANES), st.binary(min_size=20, max_size=800))
