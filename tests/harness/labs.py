@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 import signal
+import socket
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -149,6 +151,17 @@ def plug(host: LabHost, nic: str, *, in_: bool) -> None:
             netlink.link("set", index=index, state="up" if in_ else "down")
 
     namespaces.inside(host.lab.wire, work)
+
+
+def reaches(host: LabHost, address: str) -> bool:
+    """Whether packets go to an address and back; nobody listens there."""
+
+    def knock() -> bool:
+        with socket.socket() as caller:
+            caller.settimeout(1)
+            return caller.connect_ex((address, 1)) == errno.ECONNREFUSED
+
+    return namespaces.inside(host.namespace, knock)
 
 
 def _command(pid: int) -> str:
