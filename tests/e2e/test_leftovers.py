@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import shutil
 import signal
 import subprocess
 import time
@@ -17,16 +18,16 @@ from harness.commands import limosa
 from harness.crashes import disks_of
 from harness.disks import assert_keeps, goes_on, number
 from harness.guests import LanClient, wait_until_it_serves
-from harness.hosts import wait_until
+from harness.hosts import tiny, wait_until
 from harness.images import MIB, add_location, images, numbering
 from harness.labs import LabHost, running_lab
 from harness.steering import change, follow, remove, settings
 from limosa.errors import Conflict, NotFound
 from limosa.migration.disks import image_name
 from limosa.migration.journal import new_identity
-from limosa.model.migration import Migration, Phase
+from limosa.model.migration import Migration, Outcome, Phase
 from limosa.model.storage import Leftover
-from limosa.storage import marks
+from limosa.storage import layers, marks
 from limosa.wire import api, endpoints
 
 pytestmark = [pytest.mark.qemu, pytest.mark.lab]
@@ -126,6 +127,81 @@ class TestAfterACrash:
         assert limosa(destination, "storage", "clean", str(copy), "--yes").code == 0
         assert images(destination) == []
         goes_on(client)
+
+
+class TestAChain:
+    """What lies below a disk is marked, found and removed as the disk is."""
+
+    @pytest.fixture
+    def golden(self, hosts: list[LabHost]) -> Iterator[Path]:
+        """A VM ``above`` on the first host, with a disk above this file. All is gone afterwards."""
+        golden, disk = (hosts[0].state / "images" / name for name in ("golden.raw", "above.qcow2"))
+        golden.write_bytes(os.urandom(MIB))
+        below = ["-b", str(golden), "-F", "raw", str(disk), str(32 * MIB)]
+        subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", *below], check=True)
+        subprocess.run(["qemu-io", "-c", "write -P 7 0 24M", str(disk)], check=True, stdout=subprocess.DEVNULL)
+        hosts[0].create(tiny_on("above", disk))
+        yield golden
+        for host in hosts:
+            if host.vm("above") is not None:
+                remove(host, "above")
+            for path in [*host.folder.rglob("above*.qcow2"), *host.folder.rglob("golden*.raw")]:
+                path.unlink()
+
+    def test_after_a_crash(self, hosts: list[LabHost], golden: Path) -> None:
+        source, destination = hosts
+        change(source, {"storage_bandwidth_mbit_per_s": SLOWLY})
+        begun = source.move("above", destination.name)
+        follow(source, begun.id, copying)
+        made = sorted(map(str, images(destination)))
+        assert [Path(path).name.split(".")[0] for path in made] == ["above-vda", "golden"]
+        assert found(destination) == {}, "a move works with them"
+        qemus = destination.qemus()
+        destination.kill()
+        for pid in qemus:
+            end(pid)
+        (destination.state / "migrations" / f"{begun.id}.destination.jsonl").unlink()
+        destination.restart({})
+        source.outcome(begun.id)
+        change(source, {"storage_bandwidth_mbit_per_s": 0})
+        assert offered(destination) == made
+        base = found(destination)[made[1]]
+        assert (base.vm, base.disk, base.migration, base.host) == (None, None, begun.id, destination.name)
+        alone = limosa(destination, "storage", "clean", made[1], "--yes")
+        assert (alone.code, images(destination)) == (Conflict.exit_code, [Path(path) for path in made])
+        said = limosa(destination, "storage", "clean", "--yes", "--json")
+        assert [removed["path"] for removed in said.object["removed"]] == made
+        assert images(destination) == []
+        assert not list(destination.folder.rglob("*.limosa-*"))
+        shutil.rmtree(destination.state / "vms" / "above")  # as a person is told to, where the journal is lost
+
+    def test_it_has_no_mark_when_the_move_commits(self, hosts: list[LabHost], golden: Path) -> None:
+        source, destination = hosts
+        moved = source.outcome(source.move("above", destination.name).id)
+        assert moved.outcome is Outcome.COMPLETED, moved.fault
+        disk, base = sorted(images(destination))
+        assert not list(destination.folder.rglob("*.limosa-copy"))
+        assert found(destination) == {}
+        remove(destination, "above")
+        assert "no mark" in found(destination)[str(disk)].doubts[0]
+        disk.unlink()
+        assert "has lain below disks of VMs" in found(destination)[str(base)].doubts[0]
+
+    def test_of_one_that_was_left_another_move_makes_use(self, hosts: list[LabHost], golden: Path) -> None:
+        """Then it is no leftover any more."""
+        source, destination = hosts
+        left = destination.state / "images" / layers.name(str(golden), new_identity(), 1, "raw")
+        layers.make(left, marks.Mark(host=destination.name, at=time.time()))
+        left.chmod(0o600)
+        left.write_bytes(golden.read_bytes())
+        layers.finish(left, "", None)
+        left.chmod(0o444)
+        assert offered(destination) == [str(left)]
+        moved = source.outcome(source.move("above", destination.name).id)
+        assert (moved.outcome, moved.layers) == (Outcome.COMPLETED, ()), moved.fault
+        assert len(images(destination)) == 2
+        assert found(destination) == {}
+        assert not list(destination.folder.rglob("*.limosa-copy"))
 
 
 class Made:
@@ -284,10 +360,25 @@ class TestSharedStorage:
         with subprocess.Popen(["qemu-io", "-f", "qcow2", left.path], stdin=subprocess.PIPE) as foreign:
             wait_until(lambda: offered(first) == [], "it has opened the image")
             foreign.communicate(b"quit\n")
+        first.create(tiny("small"))
+        assert first.outcome(first.move("small", second.name).id).outcome is Outcome.COMPLETED
+        remove(second, "small")
         with settings(first, {"peers": {}}):
-            stays(first, left, f"host '{second.name}' cannot be asked")  # a VM has moved there
+            stays(first, left, f"host '{second.name}' cannot be asked")  # it is known: a VM has moved there
         assert limosa(second, "storage", "clean", "--yes").code == 0
         assert not left.image.exists()
+
+    def test_a_chain_goes_as_a_whole(self, hosts: list[LabHost], left: Made) -> None:
+        """Others are asked about all of it together."""
+        below = left.image.with_name(layers.name("golden.raw", left.migration, 1, "raw"))
+        layers.make(below, marks.Mark(host=hosts[0].name, at=time.time()))
+        words = ["rebase", "-u", "-f", "qcow2", "-b", str(below), "-F", "raw", left.path]
+        subprocess.run(["qemu-img", *words], check=True)
+        both = [str(below), left.path]
+        assert [offered(host) for host in hosts] == [both, both]
+        said = limosa(hosts[1], "storage", "clean", "--yes", "--json")
+        assert [removed["path"] for removed in said.object["removed"]] == both[::-1]
+        assert not list(left.image.parent.iterdir())
 
     def test_a_vm_of_another_host_has_it(self, hosts: list[LabHost], left: Made) -> None:
         first, second = hosts

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -110,12 +111,14 @@ class TestOverlay:
     def test_another_file_of_that_name_is_not_taken_for_it(self, hosts: list[LabHost], overlay: str) -> None:
         other = hosts[1].state / "images" / "golden.raw"
         other.write_bytes(GOLDEN[:-1] + b"x")
-        assert planned(hosts[0], overlay)["action"] == "copy"
-        move(hosts[0], overlay, hosts[1])
+        moved = move(hosts[0], overlay, hosts[1])
+        (layer,) = moved.layers
+        assert layer.file.path != str(other)
         assert seen_by_guest(hosts[1], overlay) == expected()
+        Path(layer.file.path).unlink()
 
     def test_it_goes_in_one_piece_if_that_is_wanted(self, hosts: list[LabHost], overlay: str) -> None:
-        assert planned(hosts[0], overlay, "--flatten")["action"] == "copy"
+        assert planned(hosts[0], overlay, "--chain", "flatten")["action"] == "copy"
 
 
 GOLDEN = bytes(range(1, 256)) * (32 * 1024 * 1024 // 255) + bytes(32 * 1024 * 1024 % 255)

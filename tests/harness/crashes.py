@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from harness.hosts import Host, runners
-from limosa.model.vm import VmState
+from limosa.model.vm import DiskFormat, VmState
+from limosa.storage import chains
 from limosa.wire import endpoints
 
 
@@ -19,7 +20,8 @@ def place(hosts: list[Host]) -> str:
 
 
 def nothing_else_is_left(hosts: list[Host]) -> bool:
-    """No QEMU, run folder, VM folder or image but those of VMs that are on the host."""
+    """No QEMU, run folder, VM folder or image but those of VMs that are on the host, and what lies below them; and no
+    mark of an unfinished copy."""
     for host in hosts:
         view = host.vm("vm")
         runs = view is not None and view.state is VmState.RUNNING
@@ -27,10 +29,16 @@ def nothing_else_is_left(hosts: list[Host]) -> bool:
             return False
         if len(list((host.state / "vms").iterdir())) != int(view is not None):
             return False
-        own = {Path(disk.path) for disk in view.config.disks} if view is not None else set()
-        if not set(images(host)) <= own:
+        own = {path for disk in disks_of(host, "vm") for path in whole_chain(disk)} if view is not None else set()
+        if not set(images(host)) <= own or list(host.state.rglob(".*.limosa-copy")):
             return False
     return True
+
+
+def whole_chain(disk: Path) -> list[Path]:
+    """An image and all files below it."""
+    image_format: DiskFormat = "qcow2" if disk.suffix == ".qcow2" else "raw"
+    return [disk, *(Path(path) for path, _ in chains.below(str(disk), image_format))]
 
 
 def images(host: Host) -> list[Path]:

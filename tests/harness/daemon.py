@@ -20,25 +20,33 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from limosa.host import vms
 from limosa.host.disk_moves import DiskMoves
+from limosa.host.layers import Layers
 from limosa.host.serve import serve
 from limosa.host.storage import Storage
+from limosa.migration import layers
 from limosa.migration.journal import Header, Journal
 from limosa.migration.mirrors import Mirrors
 from limosa.qemu.machine import Machine
 from limosa.settings import toml
 from limosa.settings.daemon import DaemonSettings
+from limosa.transport.layers import Receiver
 
 Plan = tuple[str, str, str, str]
 #: Steps of moves of disks, by what is called to take them.
-CALLS: dict[tuple[str, str], tuple[type, str]] = {
+CALLS: dict[tuple[str, str], tuple[type | ModuleType, str]] = {
+    ("source", "sent"): (layers, "send"),
     ("source", "copied"): (Mirrors, "until_ready"),
     ("source", "whole"): (Mirrors, "finish"),
     ("source", "dropped"): (Machine, "drop_copy"),
     ("source", "removed"): (Storage, "remove"),
+    ("destination", "awaited"): (Storage, "make_layer"),
+    ("destination", "received"): (Receiver, "receive"),
+    ("destination", "complete"): (Layers, "complete"),
     ("destination", "made"): (Storage, "make"),
     ("destination", "exported"): (Machine, "export_disks"),
     ("destination", "closed"): (Machine, "end_exports"),
@@ -94,7 +102,7 @@ def break_at(plan: Plan, vms: Path) -> None:
         _break_call(*CALLS[side, step], lambda now: strike(side, step, now))
 
 
-def _break_call(owner: type, name: str, strike: Callable[[str], None]) -> None:
+def _break_call(owner: type | ModuleType, name: str, strike: Callable[[str], None]) -> None:
     """Have ``strike`` told before and after each call of a method."""
     whole = getattr(owner, name)
 

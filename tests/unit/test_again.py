@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from harness.homes import BareHome
+from harness.landings import ADDRESS, PORTS, BareLanding
 from limosa.errors import Cancelled, LimosaError, MigrationFailed, QemuGone
 from limosa.migration.destination import Destination
 from limosa.migration.home import Terms
@@ -31,7 +32,7 @@ from limosa.transport import rdma, tcp
 from limosa.transport.channel import Channel, Doorway
 from limosa.wire.peer import Prepare, Prepared
 
-OURS, THEIRS, PORTS = "127.0.0.1", "127.0.0.2", (41000, 41900)
+OURS, THEIRS = "127.0.0.1", ADDRESS
 MIB = 1024 * 1024
 VM = VmConfig(
     name="vm",
@@ -70,34 +71,13 @@ class Here(BareHome):
         return await tcp.connect(prepared.address, prepared.port, prepared.token)
 
 
-class There:
-    """The destination's :class:`limosa.migration.destination.Landing`."""
-
-    def __init__(self, wire: Wire) -> None:
-        self.machine = FakeMachine(wire, FakeGuest(0), incoming=True)
-
-    async def reserve(self, in_line: Callable[[int], None]) -> None:
-        pass
-
-    async def launch(self, request: Prepare) -> MachineProtocol:
-        return self.machine
+class There(BareLanding):
+    """Where RDMA can be awaited, too."""
 
     async def open_door(self, request: Prepare, machine: MachineProtocol) -> Doorway:
         if request.transport == "rdma":
             return await rdma.open_door(machine, THEIRS, PORTS)
-        return tcp.TcpDoorway(THEIRS, PORTS)
-
-    async def open_disks(self, request: Prepare, machine: MachineProtocol) -> Doorway | None:
-        raise AssertionError("there are no disks")
-
-    async def claim(self) -> None:
-        pass
-
-    async def adopt(self, *, running: bool) -> None:
-        assert running
-
-    async def release(self, machine: MachineProtocol | None) -> None:
-        await self.machine.kill()
+        return await super().open_door(request, machine)
 
 
 FACTS = DestinationFacts(

@@ -33,6 +33,9 @@ KEPT = msgspec.structs.replace(
 )
 
 
+BELOW = msgspec.structs.replace(OLD, path="/srv/fast/golden.abcdefabcdef-1.raw", vm=None, disk=None)
+
+
 @pytest.fixture
 def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIn]:
     monkeypatch.setenv("LIMOSA_SOCKET", str(tmp_path / "s"))
@@ -72,6 +75,12 @@ def test_they_are_shown_with_proof_or_doubts(host: StandIn, capsys: pytest.Captu
     assert main(["storage", "leftovers", "--json"]) == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [line["path"] for line in lines] == [KEPT.path, OLD.path]
+
+
+def test_of_a_file_below_disks_no_vm_is_known(host: StandIn, capsys: pytest.CaptureFixture[str]) -> None:
+    host.answers[endpoints.LEFTOVERS] = lambda _: LeftoverList(leftovers=(BELOW,))
+    assert main(["storage", "leftovers"]) == 0
+    assert "a file below disks, named by move abcdefabcdef on host 'alpha'" in capsys.readouterr().out
 
 
 def test_what_was_shown_is_removed(

@@ -146,7 +146,7 @@ def test_options_reach_the_host(host: Host) -> None:
         "post_copy": False,
         "rdma_pin_all": True,
         "storage": {"vda": "fast", "vdb": "bulk"},
-        "flatten": False,
+        "chain": "keep",
         "keep": True,
     }
     assert [endpoint for endpoint, _, _ in host.seen] == [MOVE]

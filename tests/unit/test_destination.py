@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from harness.landings import BareLanding
 from limosa.errors import DestinationLost, QemuError
 from limosa.migration import destination as script
 from limosa.migration.destination import Destination
@@ -15,12 +15,8 @@ from limosa.migration.journal import Header, Journal
 from limosa.migration.ownership import DestinationStep
 from limosa.model.migration import Side
 from limosa.model.vm import VmConfig
-from limosa.qemu.protocol import MachineProtocol
-from limosa.testing.guest import FakeGuest
 from limosa.testing.machine import FakeMachine
 from limosa.testing.wire import Wire
-from limosa.transport import tcp
-from limosa.transport.channel import Doorway
 from limosa.wire.peer import DestinationState, Prepare
 
 VM = VmConfig(
@@ -31,34 +27,6 @@ VM = VmConfig(
     machine="pc-q35-10.0",
     cpu="x86-64-v2",
 )
-
-
-class Place:
-    """The :class:`limosa.migration.destination.Landing` of one VM."""
-
-    def __init__(self) -> None:
-        self.machine = FakeMachine(Wire(), FakeGuest(0), incoming=True)
-
-    async def reserve(self, in_line: Callable[[int], None]) -> None:
-        pass
-
-    async def launch(self, request: Prepare) -> MachineProtocol:
-        return self.machine
-
-    async def open_door(self, request: Prepare, machine: MachineProtocol) -> Doorway:
-        return tcp.TcpDoorway("127.0.0.1", (41000, 41900))
-
-    async def open_disks(self, request: Prepare, machine: MachineProtocol) -> Doorway | None:
-        raise AssertionError("there are no disks")
-
-    async def claim(self) -> None:
-        raise AssertionError("the state never was whole")
-
-    async def adopt(self, *, running: bool) -> None:
-        raise AssertionError("the state never was whole")
-
-    async def release(self, machine: MachineProtocol | None) -> None:
-        await self.machine.kill()
 
 
 async def with_silent_qemu(folder: Path) -> tuple[Destination, FakeMachine]:
@@ -74,12 +42,12 @@ async def with_silent_qemu(folder: Path) -> tuple[Destination, FakeMachine]:
         accepted_at=0.0,
         boot="boot",
     )
-    place = Place()
+    place = BareLanding(Wire())
     landing = Destination(Journal.begin(folder, header), place, boot="boot")
     request = Prepare(
         migration="m1", vm=VM, accelerator="kvm", running=True, transport="tcp", credentials=None, post_copy=False
     )
-    await landing.prepare(request, lambda place: None)
+    await landing.prepare(request, lambda place: None, lambda layers: None)
     place.machine.hang()
     return landing, place.machine
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+from collections.abc import Sequence
 
 import msgspec
 import pytest
@@ -40,12 +41,13 @@ def planned(
     *locations: Location,
     fact: DiskFacts = FACT,
     wishes: dict[str, str] | None = None,
-    bases: dict[str, BackingFile] | None = None,
+    found: dict[str, BackingFile] | None = None,
 ) -> tuple[disks.DiskPlan, list[str]]:
     there = msgspec.structs.replace(THERE, locations=locations)
-    (plan, *others), findings = disks.plan(VM, [fact] if fact else [], there, wishes or {}, "abc", bases or {})
-    assert others == []
-    return plan, [finding.code for finding in findings]
+    made = disks.plan(VM, [fact] if fact else [], there, wishes or {}, "abc", found)
+    (plan,) = made.disks
+    assert made.layers == ()
+    return plan, [finding.code for finding in made.findings]
 
 
 class TestWhatIsCopied:
@@ -97,14 +99,14 @@ class TestThePlan:
     )
     def test_what_stands_against_it(self, locations: tuple[Location, ...], wishes: dict[str, str], code: str) -> None:
         there = msgspec.structs.replace(THERE, locations=locations)
-        _, findings = disks.plan(VM, [FACT], there, wishes, "abc", {})
-        assert [finding.code for finding in findings] == [code]
+        made = disks.plan(VM, [FACT], there, wishes, "abc", {})
+        assert [finding.code for finding in made.findings] == [code]
 
     def test_no_location_at_all(self) -> None:
         there = msgspec.structs.replace(THERE, locations=(FAST,))
         elsewhere = msgspec.structs.replace(FACT, location="")
-        plans, findings = disks.plan(VM, [elsewhere], there, {}, "abc", {})
-        assert (plans, [finding.code for finding in findings]) == ((), ["location-unknown"])
+        made = disks.plan(VM, [elsewhere], there, {}, "abc", {})
+        assert (made.disks, [finding.code for finding in made.findings]) == ((), ["location-unknown"])
 
     def test_snapshots_are_not_lost(self) -> None:
         _, against = planned(IMAGES, fact=msgspec.structs.replace(FACT, snapshots=2))
@@ -115,11 +117,6 @@ class TestThePlan:
         tight = msgspec.structs.replace(FAST, free_bytes=3 * GIB)
         assert [finding.code for finding in disks.space(plans, {"fast": tight}, "host2")] == ["space-short"]
         assert disks.space(plans[:1], {"fast": tight}, "host2") == []
-
-    def test_of_an_overlay_only_its_own_is_sent(self) -> None:
-        base = BackingFile(path="/var/images/golden.qcow2", format="qcow2", size=GIB, digest="d")
-        plan, against = planned(IMAGES, bases={"vda": base})
-        assert (plan.action, plan.backing, plan.expected_bytes, against) == (DiskAction.COPY_OVERLAY, base, GIB, [])
 
     def test_thick_takes_all_it_may(self) -> None:
         assert disks.copied("web1", FACT, FAST, "abc", "raw", thick=True).expected_bytes == 8 * GIB
@@ -134,6 +131,72 @@ class TestThePlan:
         landed = disks.landed(vm, [disks.copied("web1", FACT, FAST, "abc", "raw")])
         assert landed.disks == (Disk(name="vda", path="/srv/fast/web1-vda.abc.raw", format="raw"), stays)
         assert msgspec.structs.replace(landed, disks=vm.disks) == vm
+
+
+LOWEST = BackingFile(
+    path="/gold/golden.raw", format="raw", size=4 * GIB, allocated_bytes=GIB, digest="d0", location="gold"
+)
+MIDDLE = BackingFile(path="/vm/middle.qcow2", format="qcow2", size=GIB, allocated_bytes=GIB, digest="d1")
+OVERLAY = msgspec.structs.replace(FACT, below=(MIDDLE, LOWEST), chain_bytes=3 * GIB)
+
+
+class TestChains:
+    """What lies below a disk: there already, sent, or in one piece with it."""
+
+    def planned(self, *facts: DiskFacts, found: Sequence[BackingFile] = (), free: int = 50 * GIB) -> disks.Planned:
+        there = msgspec.structs.replace(THERE, locations=(msgspec.structs.replace(FAST, free_bytes=free), IMAGES))
+        named = tuple(Disk(name=fact.name, path=fact.path, format="qcow2") for fact in facts)
+        vm = msgspec.structs.replace(VM, disks=named)
+        return disks.plan(vm, facts, there, {}, "abcdefabcdef", {file.digest: file for file in found})
+
+    def test_everything_is_sent_from_the_lowest_on(self) -> None:
+        made = self.planned(OVERLAY)
+        lowest, middle = made.layers
+        assert (lowest.origin, lowest.backing, lowest.expected_bytes) == (LOWEST.path, None, GIB)
+        assert lowest.file.path == "/srv/fast/golden.abcdefabcdef-1.raw"
+        assert (middle.origin, middle.backing) == (MIDDLE.path, lowest.file)
+        assert middle.file.path == "/srv/fast/middle.abcdefabcdef-2.qcow2"
+        (disk,) = made.disks
+        assert (disk.action, disk.backing, disk.expected_bytes) == (DiskAction.COPY_OVERLAY, middle.file, GIB)
+        assert "sent as" in disk.why
+
+    def test_what_is_there_is_not_sent(self) -> None:
+        there = msgspec.structs.replace(LOWEST, path="/var/images/other-name.raw")
+        made = self.planned(OVERLAY, found=[there])
+        (middle,) = made.layers
+        assert (middle.origin, middle.backing) == (MIDDLE.path, there)
+        assert made.disks[0].backing == middle.file
+
+    def test_a_whole_chain_that_is_there(self) -> None:
+        there = msgspec.structs.replace(MIDDLE, path="/var/images/middle.qcow2")
+        made = self.planned(OVERLAY, found=[there, LOWEST])
+        assert (made.layers, made.disks[0].backing) == ((), there)
+        assert "there as" in made.disks[0].why
+
+    def test_disks_that_share_a_file_share_its_copy(self) -> None:
+        other = msgspec.structs.replace(OVERLAY, name="vdb", path="/vm/b.qcow2", below=(LOWEST,))
+        made = self.planned(OVERLAY, other)
+        assert [layer.origin for layer in made.layers] == [LOWEST.path, MIDDLE.path]
+        assert [disk.backing for disk in made.disks] == [made.layers[1].file, made.layers[0].file]
+
+    def test_it_goes_where_it_was_by_name(self) -> None:
+        gold = Location(name="gold", path="/srv/gold", total_bytes=GIB, free_bytes=GIB)
+        there = msgspec.structs.replace(THERE, locations=(FAST, IMAGES, gold))
+        made = disks.plan(VM, [OVERLAY], there, {"vda": "images"}, "abcdefabcdef", {})
+        assert [(layer.location, layer.file.location) for layer in made.layers] == [("gold",) * 2, ("images",) * 2]
+
+    def test_it_needs_space(self) -> None:
+        assert [finding.code for finding in self.planned(OVERLAY, free=3 * GIB - 1).findings] == ["space-short"]
+        assert self.planned(OVERLAY, free=3 * GIB).findings == ()
+
+    def test_in_one_piece_if_that_is_wanted(self) -> None:
+        plan, _ = planned(FAST, fact=OVERLAY)
+        assert (plan.action, plan.backing) == (DiskAction.COPY, None)
+        assert plan.expected_bytes > 3 * GIB
+
+    def test_a_disk_with_nothing_below_it(self) -> None:
+        plan, _ = planned(FAST, found={})
+        assert (plan.action, plan.backing) == (DiskAction.COPY, None)
 
 
 class TestKeeping:

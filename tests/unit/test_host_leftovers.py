@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 
 import msgspec
 import pytest
 
-from limosa.host.leftovers import Elsewhere, _candidates, _judged
+from limosa.host.claims import Claims, Known
+from limosa.host.leftovers import _candidates, _highest_first
 from limosa.host.neighbours import is_same
-from limosa.migration.disks import Made, image_name, read_image_name
+from limosa.host.proof import Elsewhere, all_judged, doubts_here, verdict
+from limosa.migration.disks import Made, image_name, read_name
 from limosa.model.storage import ImageUse, Leftover, Location
-from limosa.storage import marks
+from limosa.storage import layers, leases, marks
 
+TAG = "abcdefabcdef"
 ONE = Leftover(
     path="/srv/fast/web1-vda.abcdefabcdef.qcow2",
     location="fast",
@@ -28,12 +32,23 @@ UNUSED = ImageUse(use="")
 
 @pytest.mark.parametrize("vm", ["web1", "a-vdb.b-c", "x.abcdefabcdef.qcow2"])
 def test_the_name_of_an_image_says_which_move_made_it(vm: str) -> None:
-    assert read_image_name(image_name(vm, "vdc", "abcdefabcdef", "raw")) == Made(vm, "vdc", "abcdefabcdef")
+    assert read_name(image_name(vm, "vdc", "abcdefabcdef", "raw")) == Made("abcdefabcdef", vm, "vdc")
+
+
+@pytest.mark.parametrize("origin", ["/srv/golden.raw", "/srv/-.qcow2", "/a/win 11.v2.qcow2", f"/a/{'n' * 300}"])
+def test_that_of_a_file_below_disks_does_too(origin: str) -> None:
+    assert read_name(layers.name(origin, "abcdefabcdef", 12, "qcow2")) == Made("abcdefabcdef")
 
 
 @pytest.mark.parametrize(
     "name",
     [
+        "golden.abcdefabcdef-1",
+        "golden.abcdefabcdef-.raw",
+        "golden-1.raw",
+        ".golden.abcdefabcdef-1.raw",
+        "a b.abcdefabcdef-1.raw",
+        "golden.abcdefabcdef-1.raw\n",
         "web1.qcow2",
         "web1-vda.qcow2",
         "web1-vda.abcdef.qcow2",
@@ -46,7 +61,7 @@ def test_the_name_of_an_image_says_which_move_made_it(vm: str) -> None:
     ],
 )
 def test_other_names_are_somebodys(name: str) -> None:
-    assert read_image_name(name) is None
+    assert read_name(name) is None
 
 
 class TestCandidates:
@@ -72,9 +87,9 @@ class TestTheProof:
     """It holds only if nothing is unknown."""
 
     def test_on_local_storage(self) -> None:
-        assert len(_judged(ONE, "host1", [], None).proof) == 3
-        assert _judged(ONE, "host1", ["so"], None).doubts == ("so",)
-        assert "host 'host1' made it" in _judged(ONE, "host2", [], None).doubts[0]
+        assert len(verdict(ONE, "host1", [], None).proof) == 3
+        assert verdict(ONE, "host1", ["so"], None).doubts == ("so",)
+        assert "host 'host1' made it" in verdict(ONE, "host2", [], None).doubts[0]
 
     @pytest.mark.parametrize(
         ("uses", "silent", "doubt"),
@@ -86,13 +101,66 @@ class TestTheProof:
         ],
     )
     def test_on_shared_storage(self, uses: dict[str, ImageUse], silent: dict[str, str], doubt: str) -> None:
-        judged = _judged(ONE, "host1", [], Elsewhere(uses, silent))
-        assert (judged.doubts == (), bool(judged.proof)) == (not doubt, not doubt)
-        assert doubt in "".join(judged.doubts)
+        found = verdict(ONE, "host1", [], Elsewhere(uses, silent))
+        assert (found.doubts == (), bool(found.proof)) == (not doubt, not doubt)
+        assert doubt in "".join(found.doubts)
 
     def test_the_host_that_made_it_must_be_asked(self) -> None:
-        assert _judged(ONE, "host2", [], Elsewhere({"host1": UNUSED}, {})).doubts == ()
-        assert _judged(ONE, "host2", [], Elsewhere({"host3": UNUSED}, {})).doubts
+        assert verdict(ONE, "host2", [], Elsewhere({"host1": UNUSED}, {})).doubts == ()
+        assert verdict(ONE, "host2", [], Elsewhere({"host3": UNUSED}, {})).doubts
+
+
+class TestChains:
+    """What a move that did not end has left of one goes as a whole, from above; what is somebody's keeps all below."""
+
+    @pytest.fixture
+    def chain(self, tmp_path: Path) -> list[Path]:
+        """Three files with marks, each above the next."""
+        names = [image_name("web1", "vda", TAG, "qcow2"), f"middle.{TAG}-2.qcow2", f"golden.{TAG}-1.raw"]
+        disk, middle, golden = chain = [tmp_path / name for name in names]
+        golden.write_bytes(bytes(65536))
+        for above, below, kind in ((middle, golden, "raw"), (disk, middle, "qcow2")):
+            words = ["-f", "qcow2", "-b", str(below), "-F", kind, str(above)]
+            subprocess.run(["qemu-img", "create", "-q", *words], check=True)
+        for path in chain:
+            marks.begin(str(path), marks.Mark(host="host1", at=7.0))
+        (tmp_path / "migrations").mkdir()
+        return chain
+
+    def judged(self, tmp_path: Path) -> dict[Path, Leftover]:
+        """Those that no VM and no move works with."""
+        claims = Claims.look(tmp_path / "migrations", Known([], {}), [tmp_path])
+        found = list(_candidates(Location(name="fast", path=str(tmp_path))))
+        unused = [one for one in found if not claims.by_name(Path(one.path), TAG)]
+        judged = all_judged(
+            unused, lambda one, going: verdict(one, "host1", doubts_here(one, claims, "host1", going), None)
+        )
+        return {Path(one.path): one for one in judged}
+
+    def test_all_of_it_may_go(self, tmp_path: Path, chain: list[Path]) -> None:
+        found = self.judged(tmp_path)
+        assert {path: one.doubts for path, one in found.items()} == dict.fromkeys(chain, ())
+        assert [Path(one.path) for one in _highest_first(found.values())] == chain
+
+    def test_what_stays_keeps_what_is_below_it(self, tmp_path: Path, chain: list[Path]) -> None:
+        leases.change(str(chain[0]), lambda _: leases.Lease(host="host3", boot="b"))
+        found = self.judged(tmp_path)
+        assert [len(found[path].doubts) for path in chain] == [1, 1, 1]
+        assert found[chain[2]].doubts == (f"{chain[1]}, an unfinished copy, lies above it",)
+
+    def test_what_is_somebodys_is_above_no_leftover(self, tmp_path: Path, chain: list[Path]) -> None:
+        marks.finish(str(chain[1]))
+        assert set(self.judged(tmp_path)) == {chain[0], chain[1]}
+
+    def test_nor_is_what_a_move_works_with(self, tmp_path: Path, chain: list[Path]) -> None:
+        (tmp_path / "migrations" / f"{TAG}.disks.json").write_text("{}")
+        assert self.judged(tmp_path) == {}
+
+    def test_what_lies_in_a_circle(self, tmp_path: Path, chain: list[Path]) -> None:
+        """It is nobody's, and looking at it comes to an end."""
+        words = ["-f", "qcow2", "-b", str(chain[0]), "-F", "qcow2", str(chain[1])]
+        subprocess.run(["qemu-img", "rebase", "-u", *words], check=True)
+        assert set(self.judged(tmp_path)) == set(chain)
 
 
 def location(**changes: object) -> Location:

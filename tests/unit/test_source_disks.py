@@ -34,7 +34,7 @@ from limosa.testing.guest import FakeGuest
 from limosa.testing.machine import FakeMachine
 from limosa.testing.wire import Stage, Wire
 from limosa.transport.choice import Ends
-from limosa.wire.peer import DestinationState, Prepare, Prepared, Standing
+from limosa.wire.peer import DestinationState, LayersAwaited, Prepare, Prepared, Standing
 
 TAG = "abcdefabcdef"
 PLAN = DiskPlan(disk="vda", action=DiskAction.COPY, path="/there/web1.qcow2", format="qcow2", expected_bytes=1 << 20)
@@ -139,6 +139,7 @@ class World(BareHome):
         self.ours, theirs = socket.socketpair()
         self.door, self.disks_door = Door(theirs), Door(theirs)
         self.images_left: list[str] = []
+        self.files_awaited: list[LayersAwaited] = []
         self.released = self.stayed = self.no_disks_there = False
         self.line_moves = asyncio.Event()
         self.line_moves.set()
@@ -183,8 +184,8 @@ class World(BareHome):
     def lost(self) -> asyncio.Future[None]:
         return self.destination.lost
 
-    async def prepare(self, request: Prepare, in_line: Callable[[int], None]) -> Prepared:
-        return await self.destination.prepare(request, in_line)
+    async def prepare(self, request: Prepare, in_line: Callable[[int], None], send_layers: Any) -> Prepared:
+        return await self.destination.prepare(request, in_line, self.files_awaited.append)
 
     async def announce(self, addresses: Sequence[str]) -> None: ...
 

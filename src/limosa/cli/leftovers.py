@@ -67,7 +67,8 @@ def _show(one: Leftover) -> None:
     age = format_seconds(max(0.0, time.time() - one.changed_at))
     say(f"  {format_bytes(one.size_bytes)}, written {age} ago")
     maker = f" on host '{one.host}'" if one.host else ""
-    say(f"  disk {one.disk} of VM '{one.vm}', named by move {one.migration}{maker}")
+    kind = f"disk {one.disk} of VM '{one.vm}'" if one.vm else "a file below disks"
+    say(f"  {kind}, named by move {one.migration}{maker}")
     say("  stays, because it is not certain that nobody needs it:" if one.doubts else "  may be removed:")
     for reason in one.doubts or one.proof:
         say(f"    - {reason}")

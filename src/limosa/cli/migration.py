@@ -158,6 +158,6 @@ def _tell(arguments: argparse.Namespace, migration: Migration) -> None:
     say_summary([migration])
     if migration.route is not None:
         say_route(migration.route)
-    say_disks(migration.disks)
+    say_disks(migration.disks, migration.layers)
     if why := _why(migration):
         say(why)

@@ -17,6 +17,7 @@ from limosa.cli.output import report, say, say_findings, say_json, warn
 from limosa.cli.routes import say_disks, say_route
 from limosa.errors import InvalidInput, LimosaError, PreflightRefused, from_fault
 from limosa.model.migration import Migration
+from limosa.model.storage import Chain
 from limosa.model.vm import VmState
 from limosa.settings import toml
 from limosa.settings.host import Transport
@@ -80,7 +81,11 @@ def register(commands: Commands[argparse.ArgumentParser]) -> None:
             "location of the same name as here, else its default one",
         )
         parser.add_argument(
-            "--flatten", action="store_true", help="copy disks in one piece, also where the destination has their base"
+            "--chain",
+            choices=get_args(Chain),
+            default="keep",
+            help="of disks that are copied: keep the files below them, and send those the destination does not have "
+            "(keep, the default), or have each arrive in one piece (flatten)",
         )
     _add_transport(check)
 
@@ -101,7 +106,7 @@ def _check(arguments: argparse.Namespace) -> int:
         say(f"VM '{found.vm}' {verdict} move from '{found.source}' to '{found.destination}'")
         if found.route is not None:
             say_route(found.route)
-        say_disks(found.disks)
+        say_disks(found.disks, found.layers)
         say_findings(found.findings)
     return 0 if found.possible else PreflightRefused.exit_code
 
@@ -159,7 +164,7 @@ def _options(arguments: argparse.Namespace) -> dict[str, object]:
     return {
         "transport": arguments.transport,
         "storage": _storage(arguments.storage),
-        "flatten": arguments.flatten,
+        "chain": arguments.chain,
     }
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from limosa.cli.output import say
 from limosa.model.route import Compressed, Path, Route
-from limosa.model.storage import DiskAction, DiskPlan
+from limosa.model.storage import DiskAction, DiskPlan, LayerPlan
 from limosa.model.units import format_bytes
 
 
@@ -26,13 +26,16 @@ def _compressed(made: Compressed) -> str:
     return f"{sizes}, {made.cpu_s:.1f} s of processor time to compress, {made.connections} connections"
 
 
-def say_disks(plans: Iterable[DiskPlan]) -> None:
-    """A line for each disk."""
+def say_disks(plans: Iterable[DiskPlan], layers: Iterable[LayerPlan] = ()) -> None:
+    """A line for each disk, and for each file below them that is sent too."""
     for plan in plans:
         if plan.action is DiskAction.STAY:
             say(f"disk {plan.disk}: stays, {plan.why}")
         else:
             say(f"disk {plan.disk}: {plan.why}, about {format_bytes(plan.expected_bytes)}, as {plan.path}")
+    for layer in layers:
+        size = format_bytes(layer.expected_bytes)
+        say(f"file {layer.origin}: is sent {layer.why}, about {size}, as {layer.file.path}")
 
 
 def _end(nic: str, address: str) -> str:

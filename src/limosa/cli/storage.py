@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Sequence
+from typing import get_args
 
 import msgspec
 
@@ -18,7 +19,7 @@ from limosa.cli.routes import say_disks
 from limosa.client.host import HostClient
 from limosa.errors import InvalidInput, NotFound, from_fault
 from limosa.model.migration import Migration
-from limosa.model.storage import OWN_LOCATION, Location, Sighting
+from limosa.model.storage import OWN_LOCATION, Chain, Location, Sighting
 from limosa.model.units import format_bytes
 from limosa.settings import toml
 from limosa.wire import endpoints
@@ -65,6 +66,13 @@ def register(commands: Commands[argparse.ArgumentParser]) -> None:
     move.add_argument("--disk", metavar="DISK", dest="disks", action="append", help="only this disk; may be repeated")
     move.add_argument("--format", choices=("qcow2", "raw"), help="instead of the format it has")
     move.add_argument("--thick", action="store_true", help="take all the space at once")
+    move.add_argument(
+        "--chain",
+        choices=get_args(Chain),
+        default="keep",
+        help="leave the files below a disk below it (keep, the default), or copy all into one image (flatten), as is "
+        "always done with --thick, --format raw, and to a shared location from one that is not",
+    )
     move.add_argument("--keep", action="store_true", help="keep the old images")
     move.add_argument("--bandwidth", metavar="MBIT/S", type=int, help="cap for this move, 0: none")
     move.add_argument("--detach", action="store_true", help="return as soon as the move is accepted")
@@ -217,6 +225,7 @@ def _move(arguments: argparse.Namespace) -> int:
         "disks": arguments.disks or [],
         "format": arguments.format,
         "thick": arguments.thick,
+        "chain": arguments.chain,
         "keep": arguments.keep,
         "bandwidth_mbit_per_s": arguments.bandwidth,
     }

@@ -36,6 +36,15 @@ class Arrival:
             )
         return await self._open_bare(request)
 
+    async def open_layers(self, request: Prepare) -> Doorway:
+        """Where the source is awaited for files below disks. Raises :class:`NetworkError`."""
+        if request.layers_relay is not None:
+            chosen, place = await self._chosen(request), request.layers_relay
+            return await self._parts.compression.open_door(self._source, place, chosen, self._offered, request.networks)
+        if request.disk_credentials is None:
+            raise InvalidInput("disks come along without credentials", vm=request.vm.name)
+        return await self._open_bare(request)
+
     async def open_disks(self, request: Prepare, machine: MachineProtocol) -> Doorway | None:
         """Have QEMU await the disks that come along. Returns the door at which it does, None if relays bring them."""
         names = [plan.disk for plan in request.disks]

@@ -7,7 +7,7 @@ has made wrong. What cannot be read may name any image, so it is a doubt about a
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,10 +16,11 @@ import msgspec
 
 from limosa.errors import LimosaError, StorageError
 from limosa.host.vms import Vms
+from limosa.migration.disks import read_name
 from limosa.migration.journal import last_step
 from limosa.migration.ownership import DESTINATION_ENDED, SOURCE_ENDED, DestinationStep
 from limosa.model.vm import VmConfig
-from limosa.storage import chains, openers, qcow2
+from limosa.storage import chains, marks, openers, qcow2
 from limosa.storage.openers import FileKey
 
 _ENDED: frozenset[str | None] = frozenset({*SOURCE_ENDED, *DESTINATION_ENDED})
@@ -33,6 +34,8 @@ class Claims:
     open_files: Mapping[FileKey, str]
     #: by file, and by path for files that are not there, who names it
     named: dict[FileKey | str, str] = field(default_factory=dict)
+    #: in the same way, which unfinished copies lie above it that no move works with; they may be nobody's themselves
+    copies_above: dict[FileKey | str, set[Path]] = field(default_factory=dict)
     #: what could not be read, and so may name any image
     unread: list[str] = field(default_factory=list)
 
@@ -47,18 +50,29 @@ class Claims:
             claims._of_images_in(folder)
         return claims
 
-    def on(self, image: Path, migration: str) -> str:
-        """Who has a claim to the image, which that migration may have made, in words; empty if nobody."""
-        return self.by_name(image, migration) or self._in_journals(migration) or self._holder(image)
+    def on(self, image: Path, migration: str, but: Collection[Path] = ()) -> str:
+        """Who has a claim to the image, which that migration may have made, in words; empty if nobody. Unfinished
+        copies above it have one, ``but`` for these."""
+        return (
+            self.by_name(image, migration)
+            or self._in_journals(migration)
+            or self._copy_above(image, but)
+            or self._holder(image)
+        )
 
     def by_name(self, image: Path, migration: str) -> str:
         """The same, only for VMs and moves of this host that work with it: then it is no leftover at all."""
-        return self._name(image) or next((words for words, works in self._journals(migration) if works), "")
+        return self._name(image) or self._worker(migration)
 
     def _name(self, image: Path) -> str:
-        with suppress(OSError):
-            return self.named.get(openers.key(os.stat(image)), "") or self.named.get(str(image), "")
-        return self.named.get(str(image), "")
+        return next((self.named[key] for key in _keys(image) if key in self.named), "")
+
+    def _copy_above(self, image: Path, but: Collection[Path]) -> str:
+        above = {copy for key in _keys(image) for copy in self.copies_above.get(key, ())}.difference(but)
+        return f"{min(above)}, an unfinished copy, lies above it" if above else ""
+
+    def _worker(self, migration: str) -> str:
+        return next((words for words, works in self._journals(migration) if works), "")
 
     def _in_journals(self, migration: str) -> str:
         return next((words for words, _ in self._journals(migration)), "")
@@ -72,7 +86,7 @@ class Claims:
                     if not path.name.endswith(".view.json"):
                         yield f"{path} says that the move is not over", True
                 elif (step := last_step(path)) == DestinationStep.OWNED:
-                    yield f"{path} says that it was the disk of a VM", False
+                    yield f"{path} says that a VM of this host has had it", False
                 elif step not in _ENDED:
                     yield f"{path} says that the move is not over", True
             except FileNotFoundError:
@@ -102,12 +116,23 @@ class Claims:
         for image in _images(folder):
             with suppress(StorageError):  # it is none
                 if backing := qcow2.read(image).backing:
-                    self._note(str(image.parent / backing), f"{image} lies above it")
+                    self._lies_above(image, image.parent / backing)
 
-    def _note(self, path: str, who: str) -> None:
-        self.named.setdefault(os.path.realpath(path), who)
-        with suppress(OSError):
-            self.named.setdefault(openers.key(os.stat(path)), who)
+    def _lies_above(self, image: Path, below: Path) -> None:
+        if not self._is_given_up(image):
+            self._note(below, f"{image} lies above it")
+            return
+        for key in _keys(below):
+            self.copies_above.setdefault(key, set()).add(image)
+
+    def _is_given_up(self, image: Path) -> bool:
+        """Whether it is an unfinished copy that no move works with."""
+        made = read_name(image.name)
+        return made is not None and marks.has(str(image)) and not self._worker(made.migration)
+
+    def _note(self, path: str | Path, who: str) -> None:
+        for key in _keys(path):
+            self.named.setdefault(key, who)
 
 
 @dataclass(frozen=True)
@@ -121,6 +146,14 @@ class Known:
     def of(cls, vms: Vms) -> Known:
         """At this moment; those that are about to land too."""
         return cls([hosted.config for hosted in vms.all()], {name: str(why) for name, why in vms.damaged.items()})
+
+
+def _keys(path: str | Path) -> list[FileKey | str]:
+    """By what a file is known, also where it is not there."""
+    keys: list[FileKey | str] = [os.path.realpath(path)]
+    with suppress(OSError):
+        keys.insert(0, openers.key(os.stat(path)))
+    return keys
 
 
 def _images(folder: Path) -> Iterator[Path]:

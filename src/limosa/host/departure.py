@@ -12,7 +12,7 @@ from limosa.qemu.protocol import RdmaAddress
 from limosa.transport import rdma
 from limosa.transport.channel import Channel, SocketChannel, connect_all
 from limosa.transport.relay.outbound import Seat
-from limosa.wire.peer import Prepared, RelayPlace
+from limosa.wire.peer import LayersAwaited, Prepared, RelayPlace
 
 
 class Departure:
@@ -20,7 +20,7 @@ class Departure:
 
     def __init__(self, parts: Parts) -> None:
         self._parts = parts
-        #: in a session of relays: of guest memory, then of each disk
+        #: in a session of relays: of guest memory, then of each disk, then of what lies below them, if that is sent
         self._seats: list[Seat] = []
 
     async def seats(self, destination: str, route: Route, count: int, *, encrypt: bool) -> list[RelayPlace]:
@@ -51,7 +51,14 @@ class Departure:
     async def connect_disks(self, route: Route, prepared: Prepared, count: int) -> list[SocketChannel]:
         """Streams for so many disks. Raises as :meth:`connect`; none is left then."""
         if self._seats:
-            return await connect_all([partial(seat.connect, prepared) for seat in self._seats[1:]])
+            return await connect_all([partial(seat.connect, prepared) for seat in self._seats[1 : 1 + count]])
         # QEMU's own server is at that port, which asks for a certificate and not for a token.
         server = msgspec.structs.replace(prepared, port=prepared.disks_port, token="")
         return await connect_all([partial(self._parts.multichannel.connect, route, server)] * count)
+
+    async def connect_layers(self, route: Route, awaited: LayersAwaited) -> SocketChannel:
+        """The stream of files below disks. Raises as :meth:`connect`."""
+        door = Prepared(address=awaited.address, port=awaited.port, token=awaited.token)
+        if self._seats:
+            return await self._seats[-1].connect(door)
+        return await self._parts.multichannel.connect(route, door)

@@ -18,7 +18,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Coroutine
+from collections.abc import Collection, Coroutine
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -41,14 +41,14 @@ from limosa.host.parts import Parts
 from limosa.host.storage import Storage
 from limosa.host.views import Views
 from limosa.host.vms import HostedVm
-from limosa.migration import disks, progress
+from limosa.migration import chains, disks, progress
 from limosa.migration.interruption import unless
 from limosa.migration.journal import new_identity
 from limosa.migration.mirrors import Mirrors
 from limosa.migration.report import Report
 from limosa.model.base import MigrationId, Model, Name
 from limosa.model.migration import Migration, Outcome, Phase, Progress, Side
-from limosa.model.storage import DiskPlan
+from limosa.model.storage import DiskAction, DiskFacts, DiskPlan, Location
 from limosa.model.vm import Disk, DiskName, VmState
 from limosa.qemu.machine import Machine, does_direct_io
 from limosa.qemu.protocol import ImageFile
@@ -146,15 +146,14 @@ class DiskMoves:
     async def _plan(self, hosted: HostedVm, request: DiskMoveRequest) -> Record:
         moved = _chosen(hosted, request, self._storage)
         facts = {fact.name: fact for fact in await self._storage.facts(moved)}
-        location = next((one for one in await self._storage.locations() if one.name == request.location), None)
+        locations = {one.name: one for one in await self._storage.locations()}
+        location = locations.get(request.location)
         if location is None:
             self._storage.places.path(request.location)  # says which there are
             raise StateError(f"location '{request.location}' has gone", host=self._host)
         tag = new_identity()
-        plans = tuple(
-            disks.copied(hosted.config.name, facts[disk.name], location, tag, request.format, thick=request.thick)
-            for disk in moved
-        )
+        seen = {one.name for one in locations.values() if one.shared}
+        plans = tuple(_plan_of(hosted, facts[disk.name], location, tag, request, seen) for disk in moved)
         against = [finding for fact in facts.values() for finding in disks.against_copying(fact)]
         against += disks.space(plans, {location.name: location}, self._host)
         if against:
@@ -351,7 +350,9 @@ class _Move:
                 thick=plan.thick,
                 locks=not mounts.of(plan.path).has_no_locks,
             )
-            await self.machine.copy_to_file(plan.disk, self.record.migration, image, self._cap // len(plans))
+            whole = plan.action is DiskAction.COPY
+            cap = self._cap // len(plans)
+            await self.machine.copy_to_file(plan.disk, self.record.migration, image, cap, whole=whole)
         copying = self._copying = Mirrors(self.machine, [plan.disk for plan in plans], self._moves.patience_s)
         self.report.bar = self.report.bar.with_disks(1, 0)
         await copying.until_ready(lambda: self._show(copying))
@@ -370,6 +371,20 @@ class _Move:
         bar, shown = progress.of_disks(self.report.bar, self.report.now.progress, copying.progress(), time.monotonic())
         self.report.bar = bar
         self.report.change(progress=shown)
+
+
+def _plan_of(
+    hosted: HostedVm, fact: DiskFacts, location: Location, tag: str, request: DiskMoveRequest, seen: Collection[str]
+) -> DiskPlan:
+    """What lies below a disk is on this host already, and stays below it where the new image can be above anything.
+
+    ``seen``: locations that other hosts see, too. They must not see the disk without what lies below it.
+    """
+    whole = disks.copied(hosted.config.name, fact, location, tag, request.format, thick=request.thick)
+    left_behind = location.name in seen and any(file.location not in seen for file in fact.below)
+    if not fact.below or left_behind or request.chain == "flatten" or whole.thick or whole.format != "qcow2":
+        return whole
+    return chains.above(whole, fact, fact.below[0], sent=False)
 
 
 def _chosen(hosted: HostedVm, request: DiskMoveRequest, storage: Storage) -> list[Disk]:

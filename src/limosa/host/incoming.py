@@ -19,6 +19,7 @@ from limosa.errors import (
     StorageError,
 )
 from limosa.host.landing import LandingHere
+from limosa.host.layers import Layers
 from limosa.host.parts import Parts
 from limosa.host.slots import Slots
 from limosa.migration.destination import Destination
@@ -31,6 +32,7 @@ from limosa.model.migration import Migration, Outcome, Phase, Progress, Side
 from limosa.model.storage import BackingFile
 from limosa.network.addresses import stream_addresses
 from limosa.qemu.protocol import MachineProtocol
+from limosa.storage import layers
 from limosa.transport import tcp
 from limosa.wire.peer import Inspect, Prepare
 
@@ -54,6 +56,7 @@ class Incoming:
         self._inspector = parts.inspector
         self._storage = parts.storage
         self._boot = parts.boot
+        self._layers = Layers(parts.storage, parts.vms, parts.files.migrations)
         self._landing: dict[str, Destination] = {}
 
     async def inspect(self, asked: Inspect, reached_at: str, trial: contextlib.AsyncExitStack) -> DestinationFacts:
@@ -80,6 +83,7 @@ class Incoming:
             )
             raise PreflightRefused((finding,), vm=request.vm.name, host=self.host)
         self._check_images(request)
+        self._check_layers(request)
         header = Header(
             migration=request.migration,
             side=Side.DESTINATION,
@@ -93,6 +97,7 @@ class Incoming:
             was_running=request.running,
             options={"transport": request.transport},
             images=tuple(plan.path for plan in request.disks),
+            layers=tuple(plan.file for plan in request.layers),
         )
         self._forget_earlier_try(request, source)
         destination = self._make(Journal.begin(self._files.migrations, header), None, reached_at)
@@ -116,6 +121,18 @@ class Incoming:
                 raise Conflict(f"{path} exists already", vm=request.vm.name, host=self.host)
             if plan.backing is not None and not self._storage.places.of(plan.backing.path):
                 raise InvalidInput(f"{plan.backing.path} cannot be shown to a guest", vm=request.vm.name)
+
+    def _check_layers(self, request: Prepare) -> None:
+        """The same of files below them. Raises as that."""
+        for number, plan in enumerate(request.layers, start=1):
+            file = plan.file
+            name = layers.name(plan.origin, request.migration, number, file.format)
+            if file.path != str(self._storage.places.path(plan.location) / name):
+                raise InvalidInput(f"the copy of {plan.origin} cannot be {file.path}", vm=request.vm.name)
+            if os.path.lexists(file.path):
+                raise Conflict(f"{file.path} exists already", vm=request.vm.name, host=self.host)
+            if not request.disks or (plan.backing is not None and not self._storage.places.of(plan.backing.path)):
+                raise InvalidInput(f"{file.path} cannot be shown to a guest", vm=request.vm.name)
 
     def _forget_earlier_try(self, request: Prepare, source: str) -> None:
         """A source may begin a migration again that was destroyed here; any other raises :class:`Conflict`."""
@@ -188,7 +205,7 @@ class Incoming:
     def _make(
         self, journal: Journal, machine: MachineProtocol | None, reached_at: str = "", *, silent: bool = False
     ) -> Destination:
-        landing = LandingHere(self._parts, journal.header, self.slots, reached_at)
+        landing = LandingHere(self._parts, self._layers, journal.header, self.slots, reached_at)
         return Destination(journal, landing, self._boot, machine, silent=silent)
 
 

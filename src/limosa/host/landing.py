@@ -6,24 +6,27 @@ import asyncio
 import base64
 import binascii
 from collections.abc import Callable
+from functools import partial
 
-from limosa.errors import InvalidInput, LimosaError, StorageError
+from limosa.errors import InvalidInput, LimosaError
 from limosa.host.arrival import Arrival
+from limosa.host.layers import Layers
 from limosa.host.parts import Parts
 from limosa.host.slots import Slots
 from limosa.host.vms import HostedVm
 from limosa.migration.journal import Header
 from limosa.qemu.protocol import MachineProtocol
 from limosa.transport.channel import Doorway
-from limosa.wire.peer import Prepare
+from limosa.wire.peer import LayersAwaited, Prepare
 
 
 class LandingHere:
     """One VM's landing: a :class:`limosa.migration.destination.Landing`."""
 
-    def __init__(self, parts: Parts, header: Header, slots: Slots, reached_at: str) -> None:
+    def __init__(self, parts: Parts, layers: Layers, header: Header, slots: Slots, reached_at: str) -> None:
         self._vms = parts.vms
         self._storage = parts.storage
+        self._layers = layers
         self._header = header
         self._slots = slots
         self._arrival = Arrival(parts, header.source, reached_at)
@@ -47,13 +50,18 @@ class LandingHere:
             self._give_slots()
             raise
 
+    async def take_layers(self, request: Prepare, tell: Callable[[LayersAwaited], None]) -> None:
+        """See :class:`limosa.migration.destination.Landing`."""
+        credentials = request.disk_credentials if request.layers_relay is None else None
+        open_door = partial(self._arrival.open_layers, request)
+        await self._layers.take(request.layers, credentials, open_door, tell)
+
     async def launch(self, request: Prepare) -> MachineProtocol:
         """See :class:`limosa.migration.destination.Landing`."""
         assert self._hosted is not None
+        brought = {plan.file.path for plan in request.layers}
         for plan in request.disks:
-            if plan.backing is not None and await self._storage.find(plan.backing) != plan.backing:
-                raise StorageError(f"{plan.backing.path} is not what was asked for any more")
-            await self._storage.make(plan)
+            await self._layers.make_above(plan, brought)
         await self._leases.prepare()
         return await self._vms.launch_incoming(self._hosted, request.accelerator, carried_files(request.files))
 
@@ -73,6 +81,7 @@ class LandingHere:
         """See :class:`limosa.migration.destination.Landing`."""
         hosted = self._vms.get(self._header.vm.name)
         await self._storage.finish(self._header.images)
+        await self._layers.finish(self._header.layers)
         self._vms.adopt(hosted, running=running)
         await self._leases.settle()
         if hosted.machine is None:
@@ -89,6 +98,7 @@ class LandingHere:
         await self._leases.hand_back()
         for path in self._header.images:
             self._storage.remove(path)
+        await self._layers.give_up(self._header.layers, self._header.migration)
         self._give_slots()
 
     def _give_slots(self) -> None:

@@ -35,7 +35,7 @@ from limosa.qemu.capabilities import QemuCapabilities
 from limosa.qemu.machine import Machine
 from limosa.settings import toml
 from limosa.settings.daemon import DaemonSettings
-from limosa.storage import access, chains, images, marks, mounts, seed
+from limosa.storage import access, chains, images, layers, marks, mounts, seed
 from limosa.wire.api import NewDisk, NewNic, NewVm
 from limosa.wire.parsing import parse
 
@@ -347,5 +347,4 @@ def _claim_images(config: VmConfig) -> None:
     for disk in config.disks:
         marks.claim(disk.path)
         with suppress(StorageError):  # what cannot be read the launch tells
-            for path, _ in chains.below(disk.path, disk.format):
-                marks.claim(path)
+            layers.claim_below(disk.path, disk.format)

@@ -14,7 +14,7 @@ from limosa.model.network import Carried, HostNetwork
 from limosa.model.route import Route
 from limosa.network.changes import changes
 from limosa.transport.channel import Channel, SocketChannel
-from limosa.wire.peer import Prepared, RelayPlace
+from limosa.wire.peer import LayersAwaited, Prepared, RelayPlace
 
 
 class Leaving:
@@ -77,6 +77,10 @@ class Leaving:
     async def connect_disks(self, route: Route, prepared: Prepared, count: int) -> list[SocketChannel]:
         """See :class:`limosa.migration.home.Home`."""
         return await self._departure.connect_disks(route, prepared, count)
+
+    async def connect_layers(self, route: Route, awaited: LayersAwaited) -> SocketChannel:
+        """See :class:`limosa.migration.home.Home`."""
+        return await self._departure.connect_layers(route, awaited)
 
     async def networks(self) -> AsyncIterator[HostNetwork]:
         """See :class:`limosa.migration.home.Home`."""

@@ -11,17 +11,20 @@ mended, the images stay. An image is offered for removal only if all of this hol
 Whatever cannot be known is a doubt, and an image with a doubt is shown and never removed. Images without a mark,
 such as those ``--keep`` left, are always doubted. To remove one the mark is taken first, so that no VM can be started
 on it; then everything is asked once more.
+
+All of it holds as well for files that a move has brought to lie below disks. A move that did not end leaves whole
+chains, so an image is also offered if only such lie above it as are offered themselves. Those are removed before it.
 """
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import os
 import stat
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
@@ -30,9 +33,10 @@ from limosa.errors import Conflict, LimosaError, NotFound, StorageError
 from limosa.host.claims import Claims, Known
 from limosa.host.neighbours import Neighbours
 from limosa.host.parts import Parts
-from limosa.migration.disks import read_image_name
+from limosa.host.proof import Elsewhere, all_judged, doubts_here, is_named, verdict
+from limosa.migration.disks import read_name
 from limosa.model.storage import ImageSought, ImageUse, Leftover, Location
-from limosa.storage import leases, marks, mounts, openers
+from limosa.storage import chains, leases, marks, mounts, openers
 from limosa.wire import endpoints
 from limosa.wire.api import CleanReport, ImagesSought
 
@@ -69,7 +73,7 @@ class Leftovers:
                 self._check(path, found.get(path))
             chosen = [found[path] for path in dict.fromkeys(paths)] or [one for one in found.values() if not one.doubts]
             removed, kept = [], []
-            for one in chosen:
+            for one in await asyncio.to_thread(_highest_first, chosen):
                 try:
                     await self._remove(one)
                     removed.append(one)
@@ -78,20 +82,23 @@ class Leftovers:
             return CleanReport(removed=tuple(removed), kept=tuple(kept))
 
     async def uses(self, images: Sequence[ImageSought]) -> tuple[ImageUse, ...]:
-        """For another host: who uses these images here."""
+        """For another host: who uses these images here. Those that it asks about together may go together."""
         claims = await self._claims()
-        places = self._storage.places
         shared = {location.name for location in await self._storage.locations() if location.shared}
 
-        def use(sought: ImageSought) -> ImageUse:
-            seen = [Path(path) for path in mounts.paths_of(sought.share)] if sought.share else []
-            if sought.location in shared:
-                seen.append(places.path(sought.location) / sought.name)
-            reasons = [reason for path in seen if (reason := claims.on(path, sought.migration))] + claims.unread
-            named = any(claims.by_name(path, sought.migration) for path in seen)
-            return ImageUse(use="; ".join(dict.fromkeys(reasons)), named=named)
+        def answer() -> tuple[ImageUse, ...]:
+            seen = [self._seen(sought, shared) for sought in images]
+            going = set(itertools.chain.from_iterable(seen))
+            return tuple(_use(sought.migration, at, claims, going) for sought, at in zip(images, seen, strict=True))
 
-        return await asyncio.to_thread(lambda: tuple(use(sought) for sought in images))
+        return await asyncio.to_thread(answer)
+
+    def _seen(self, sought: ImageSought, shared: Collection[str]) -> list[Path]:
+        """Where the image is on this host."""
+        seen = [Path(path) for path in mounts.paths_of(sought.share)] if sought.share else []
+        if sought.location in shared:
+            seen.append(self._storage.places.path(sought.location) / sought.name)
+        return seen
 
     async def _claims(self) -> Claims:
         places, known = self._storage.places, Known.of(self._vms)
@@ -104,12 +111,12 @@ class Leftovers:
         unused = [one for one in found if not claims.by_name(Path(one.path), one.migration)]
         elsewhere = await self._ask([one for one in unused if one.location in shared])
 
-        def judge(one: Leftover) -> Leftover:
+        def judge(one: Leftover, going: Collection[Path]) -> Leftover:
             others = elsewhere.get(one.path)
-            return _judged(one, self._host, _doubts_here(one, claims, self._host), others)
+            return verdict(one, self._host, doubts_here(one, claims, self._host, going), others)
 
-        judged = await asyncio.to_thread(lambda: [judge(one) for one in unused])
-        return tuple(one for one in judged if not _is_named(elsewhere.get(one.path)))
+        judged = await asyncio.to_thread(all_judged, unused, judge)
+        return tuple(one for one in judged if not is_named(elsewhere.get(one.path)))
 
     async def _ask(self, images: Sequence[Leftover]) -> dict[str, Elsewhere]:
         """What other hosts say of images on shared storage, by path."""
@@ -149,21 +156,13 @@ class Leftovers:
             again = await self._judge([one], shared)
             if not again or again[0].doubts:
                 why = "; ".join(again[0].doubts) if again else "a VM or a move names it"
-                raise Conflict(f"{one.path} has become somebody's", why=why, host=self._host)
+                raise Conflict(f"it is not certain that nobody needs {one.path}", why=why, host=self._host)
             await asyncio.to_thread(_unlink, one.path)
         except BaseException:
             with suppress(OSError):  # the next look finds it all the same
                 marks.spare(one.path)
             raise
-        _log.info("removed %s, which a move of VM %s had not finished", one.path, one.vm)
-
-
-@dataclass(frozen=True)
-class Elsewhere:
-    """What other hosts say of an image, by name, and why some say nothing."""
-
-    uses: Mapping[str, ImageUse]
-    silent: Mapping[str, str]
+        _log.info("removed %s, which move %s had not finished", one.path, one.migration)
 
 
 def _candidates(location: Location) -> Iterator[Leftover]:
@@ -175,7 +174,7 @@ def _candidates(location: Location) -> Iterator[Leftover]:
     except OSError:
         return
     for name in sorted(names):
-        made, mark = read_image_name(name), marked.get(name)
+        made, mark = read_name(name), marked.get(name)
         if made is None:
             continue
         try:
@@ -195,48 +194,24 @@ def _candidates(location: Location) -> Iterator[Leftover]:
             )
 
 
-def _doubts_here(one: Leftover, claims: Claims, host: str) -> list[str]:
-    """What on this host keeps it from being certain that nobody uses the image."""
-    doubts = []
-    if not one.host:
-        doubts.append(
-            "it carries no mark of an unfinished copy: it was kept, or was the disk of a VM that is not known any more"
-        )
-    if claim := claims.on(Path(one.path), one.migration):
-        doubts.append(claim)
-    try:
-        lease = leases.read(one.path)
-    except LimosaError as error:
-        return [*doubts, *claims.unread, str(error)]
-    if lease.host not in ("", host) or lease.promised_to:
-        doubts.append(f"host '{lease.promised_to or lease.host}' may write it, by the lease beside it")
-    return [*doubts, *claims.unread]
+def _highest_first(images: Iterable[Leftover]) -> list[Leftover]:
+    """Each before what lies below it."""
+    return sorted(images, key=lambda one: _height(Path(one.path)), reverse=True)
 
 
-def _judged(one: Leftover, host: str, doubts: list[str], others: Elsewhere | None) -> Leftover:
-    """The image with all doubts, or with the proof; pure. ``others``: None if no other host sees it."""
-    maker_is_asked = one.host in ("", host) or (others is not None and one.host in others.uses)
-    if not maker_is_asked:
-        doubts = [*doubts, f"host '{one.host}' made it, and only that host knows its own moves"]
-    if others is not None:
-        doubts = [*doubts, *(f"host '{name}' cannot be asked: {why}" for name, why in others.silent.items())]
-        doubts += [f"on host '{name}': {use.use}" for name, use in others.uses.items() if use.use]
-        if not others.uses and not others.silent:
-            doubts.append("other hosts may use it, and none is known: name them in the setting 'peers'")
-    if doubts:
-        return msgspec.structs.replace(one, doubts=tuple(doubts))
-    proof = [
-        f"by the mark beside it, move {one.migration} on host '{one.host}' had not finished it",
-        f"no VM of host '{host}' names it, no image lies above it, and no unfinished journal speaks of its move",
-        "no process has it open, and nobody holds QEMU's lock on it",
-    ]
-    if others is not None:
-        proof.append(f"asked, and saying the same: {', '.join(others.uses)}")
-    return msgspec.structs.replace(one, proof=tuple(proof))
+def _height(image: Path) -> int:
+    """How many files lie below it, of those that are there."""
+    height = 0
+    with suppress(StorageError):
+        for _ in chains.below(str(image), "raw" if image.suffix == ".raw" else "qcow2"):
+            height += 1
+    return height
 
 
-def _is_named(others: Elsewhere | None) -> bool:
-    return others is not None and any(use.named for use in others.uses.values())
+def _use(migration: str, seen: Sequence[Path], claims: Claims, going: Collection[Path]) -> ImageUse:
+    reasons = [reason for path in seen if (reason := claims.on(path, migration, going))] + claims.unread
+    named = any(claims.by_name(path, migration) for path in seen)
+    return ImageUse(use="; ".join(dict.fromkeys(reasons)), named=named)
 
 
 def _sought(image: Leftover) -> ImageSought:

@@ -69,14 +69,14 @@ class Outgoing:
                 destination = peer.host
                 facts = self._parts.inspector.vm_facts(hosted)
                 examined = await examine(peer, self._question(hosted, request.options), facts, self._parts.storage)
-                findings, route, disks = examined.findings, examined.route, examined.disks
+                findings, route, disks, layers = examined.findings, examined.route, examined.disks, examined.layers
             finally:
                 await peer.close()
         except HostUnreachable as error:
             destination = request.destination
             todo = error.todo or "see the logs of both hosts"
             findings = (Finding.error(error.code, str(error), todo),)
-            route, disks = None, ()
+            route, disks, layers = None, (), ()
         possible = all(finding.severity is not Severity.ERROR for finding in findings)
         return CheckReport(
             vm=request.vm,
@@ -86,6 +86,7 @@ class Outgoing:
             findings=findings,
             route=route,
             disks=disks,
+            layers=layers,
         )
 
     def _question(self, hosted: HostedVm, options: MoveOptions) -> Question:
@@ -95,7 +96,7 @@ class Outgoing:
             accelerator=hosted.accelerator or "tcg",
             transport=options.transport or self._page.now.transport,
             storage=options.storage,
-            flatten=options.flatten,
+            chain=options.chain,
             tag=new_identity(),
         )
 
@@ -250,7 +251,7 @@ class Outgoing:
         transport = options.transport or settings.transport
         policy = msgspec.structs.replace(policy, **changes)
         pin_all = settings.rdma_pin_all if options.rdma_pin_all is None else options.rdma_pin_all
-        return Terms(policy, transport, settings.encrypt, options.storage, options.flatten, options.keep, pin_all)
+        return Terms(policy, transport, settings.encrypt, options.storage, options.chain, options.keep, pin_all)
 
     async def limit(self, migration: str, mbit_per_s: int) -> Migration:
         """Cap a move that is under way, 0: no cap of its own. Raises :class:`Conflict` if it has ended."""

@@ -19,6 +19,8 @@ from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import InvalidHandshake, WebSocketException
 
 from limosa.errors import HostNotTrusted, HostUnreachable, InvalidInput, from_fault
+from limosa.migration import layers
+from limosa.migration.peer import SendLayers
 from limosa.model.base import MigrationId
 from limosa.model.facts import DestinationFacts
 from limosa.model.storage import BackingFile
@@ -71,11 +73,15 @@ class RemotePeer:
         """See :class:`limosa.migration.peer.Peer`."""
         return (await self._ask(say.FindFiles(files=tuple(files)), say.FoundFiles)).files
 
-    async def prepare(self, request: say.Prepare, in_line: Callable[[int], None]) -> say.Prepared:
+    async def prepare(
+        self, request: say.Prepare, in_line: Callable[[int], None], send_layers: SendLayers
+    ) -> say.Prepared:
         """See :class:`limosa.migration.peer.Peer`."""
         await self._send(request)
         while True:
-            answer = await self._answer((say.InLine, say.Prepared))
+            answer = await self._answer((say.InLine, say.LayersAwaited, say.Prepared))
+            if isinstance(answer, say.LayersAwaited):
+                answer = await layers.sent_beside(send_layers(answer), self._answer((say.Prepared,)))
             if isinstance(answer, say.Prepared):
                 return answer
             in_line(answer.place)

@@ -131,11 +131,13 @@ class Session:
 
     async def _prepare(self, request: say.Prepare) -> None:
         self._check_free(request.migration)
-        places: asyncio.Queue[int] = asyncio.Queue()
-        teller = asyncio.ensure_future(self._tell_places(places))
+        news: asyncio.Queue[say.InLine | say.LayersAwaited] = asyncio.Queue()
+        teller = asyncio.ensure_future(self._tell(news))
         try:
             self._destination = self._incoming.begin(request, self._source.name, self._reached_at)
-            prepared = await self._destination.prepare(request, places.put_nowait)
+            prepared = await self._destination.prepare(
+                request, lambda place: news.put_nowait(say.InLine(place=place)), news.put_nowait
+            )
         finally:
             teller.cancel()
         self._background.spawn(self._tell_loss(self._destination))
@@ -172,9 +174,9 @@ class Session:
             raise InvalidInput("no migration was prepared or attached in this session")
         return self._destination
 
-    async def _tell_places(self, places: asyncio.Queue[int]) -> None:
+    async def _tell(self, news: asyncio.Queue[say.InLine | say.LayersAwaited]) -> None:
         while True:
-            await self._send(say.InLine(place=await places.get()))
+            await self._send(await news.get())
 
     async def _tell_loss(self, destination: Destination) -> None:
         try:

@@ -7,7 +7,7 @@ import logging
 import os
 import stat
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -18,11 +18,11 @@ from limosa.host.files import Files
 from limosa.host.page import Page
 from limosa.host.slots import Slots
 from limosa.model.base import is_clean_path
-from limosa.model.storage import BackingFile, DiskFacts, DiskPlan, Location
+from limosa.model.storage import BackingFile, DiskFacts, DiskPlan, LayerPlan, Location
 from limosa.model.units import format_bytes
 from limosa.model.vm import Disk, DiskFormat
 from limosa.settings.toml import sync_folder
-from limosa.storage import access, chains, identity, images, leases, marks, qcow2
+from limosa.storage import access, chains, images, layers, leases, marks, qcow2
 from limosa.storage.locations import Locations
 
 _log = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ class Storage:
     def __init__(self, page: Page, files: Files, user: str | None, host: str) -> None:
         self._page = page
         self._files = files
-        self._user = user
+        self.user = user
         self._host = host
         #: places for moves that copy disks on this host or from it, and for those that bring disks; two lines, so that
         #: two hosts cannot wait for each other
@@ -44,6 +44,8 @@ class Storage:
             page.on_change(slots.admit)
         #: what copies under way will still need, by the path of the image
         self._held: dict[str, int] = {}
+        #: one at a time looks at what is free and takes of it
+        self._holding = asyncio.Lock()
 
     @property
     def places(self) -> Locations:
@@ -60,31 +62,34 @@ class Storage:
         return await asyncio.to_thread(lambda: tuple(self._facts(disk) for disk in disks))
 
     async def digest(self, backing: BackingFile) -> BackingFile:
-        """The same with the digest of its contents, for which all of it is read once. Raises :class:`StorageError`."""
+        """The same with its digest, for which it and all below it is read once. Raises :class:`StorageError`."""
         return await asyncio.to_thread(_with_digest, backing)
 
     async def find(self, wanted: BackingFile) -> BackingFile | None:
-        """A file of this host with the same contents, readable for QEMU's user, where one would look for it.
+        """A file of this host with the same digest, readable for QEMU's user, where one would look for it.
 
-        That is: under the same path; in the location of the same name; under the same file name in any location. Only
-        files in a location count, so that nobody can have another file of the host shown to a guest.
+        That is: under the same path; in the location of the same name; in any location under the same file name, or
+        that of a layer and its original. Only files in a location count, so that nobody can have another file of the
+        host shown to a guest.
         """
         return await asyncio.to_thread(self._find, wanted)
 
     def _find(self, wanted: BackingFile) -> BackingFile | None:
         for path in self._candidates(wanted):
             with suppress(OSError, StorageError):
-                if _size(path) == wanted.size and access.may(Path(path), self._user, write=False):
+                if _size(path) == wanted.size and access.may(Path(path), self.user, write=False):
                     found = _with_digest(self._backing(path, wanted.format))
                     if found.digest == wanted.digest:
                         return found
         return None
 
     def _candidates(self, wanted: BackingFile) -> list[str]:
-        places, name = self.places, Path(wanted.path).name
-        found = [Path(wanted.path), *(places.path(location) / name for location in sorted(places.names))]
+        places, folders = self.places, [self.places.path(name) for name in sorted(self.places.names)]
+        found = [Path(wanted.path), *(folder / Path(wanted.path).name for folder in folders)]
         if wanted.location in places.names and is_clean_path(f"/{wanted.location_path}"):
             found.insert(1, places.path(wanted.location) / wanted.location_path)
+        for folder in folders:
+            found += _alike(folder, wanted)
         return list(dict.fromkeys(str(path) for path in found if places.of(str(path))))
 
     async def make(self, plan: DiskPlan) -> None:
@@ -93,9 +98,9 @@ class Storage:
         path = Path(plan.path)
         if path.exists():
             raise StorageError(f"{path} exists already")
-        await self._hold(plan)
+        await self._hold(plan.path, plan.location, plan.expected_bytes)
         try:
-            await asyncio.to_thread(marks.begin, plan.path, marks.Mark(host=self._host, at=time.time()))
+            await asyncio.to_thread(marks.begin, plan.path, self._mark())
             await images.create(path, plan.format, plan.virtual_bytes, plan.backing, thick=plan.thick)
             try:
                 await asyncio.to_thread(sync_folder, path.parent)
@@ -107,22 +112,38 @@ class Storage:
             self.settle(plan.path)
             raise
 
+    async def make_layer(self, plan: LayerPlan) -> None:
+        """Hold space for a file that is to lie below disks and create it, empty, and otherwise as :meth:`make`."""
+        path = plan.file.path
+        await self._hold(path, plan.location, plan.expected_bytes)
+        making = asyncio.ensure_future(asyncio.to_thread(layers.make, Path(path), self._mark()))
+        try:
+            await asyncio.shield(making)
+        except BaseException:
+            await asyncio.wait({making})  # who is cancelled removes it next, which must not come before it is made
+            self.settle(path)
+            raise
+
     async def finish(self, paths: Iterable[str]) -> None:
         """The images are whole and about to be a VM's: durably no unfinished copies any more. Raises
         :class:`StorageError`; they must not be a VM's then."""
         for path in paths:
             await asyncio.to_thread(marks.finish, path)
 
-    async def _hold(self, plan: DiskPlan) -> None:
+    def _mark(self) -> marks.Mark:
+        return marks.Mark(host=self._host, at=time.time())
+
+    async def _hold(self, path: str, location: str, needed: int) -> None:
         """Between plan and deed another copy may have taken the space, so it is looked at again."""
-        free = next((one.free_bytes for one in await self.locations() if one.name == plan.location), 0)
-        if free < plan.expected_bytes:
-            raise StorageError(
-                f"location '{plan.location}' has no room for disk {plan.disk}",
-                why=f"{format_bytes(free)} are free, {format_bytes(plan.expected_bytes)} are needed",
-                todo="free space there, or choose another location",
-            )
-        self._held[plan.path] = plan.expected_bytes
+        async with self._holding:
+            free = next((one.free_bytes for one in await self.locations() if one.name == location), 0)
+            if free < needed:
+                raise StorageError(
+                    f"location '{location}' has no room for {Path(path).name}",
+                    why=f"{format_bytes(free)} are free, {format_bytes(needed)} are needed",
+                    todo="free space there, or choose another location",
+                )
+            self._held[path] = needed
 
     def settle(self, path: str) -> None:
         """An image is complete: nothing more is held for it."""
@@ -152,14 +173,21 @@ class Storage:
             virtual_bytes=header.virtual_bytes if header is not None else _size(disk.path),
             allocated_bytes=allocated,
             chain_bytes=allocated + sum(_allocated(path) for path, _ in below),
-            backing=self._backing(*below[0]) if len(below) == 1 else None,
+            below=tuple(self._backing(*one) for one in below),
             snapshots=header.snapshots if header is not None else 0,
             location=self.places.of(disk.path),
         )
 
     def _backing(self, path: str, image_format: DiskFormat) -> BackingFile:
         name, inside = self.places.place(path)
-        return BackingFile(path=path, format=image_format, size=_size(path), location=name, location_path=inside)
+        return BackingFile(
+            path=path,
+            format=image_format,
+            size=_size(path),
+            allocated_bytes=_allocated(path),
+            location=name,
+            location_path=inside,
+        )
 
     def _less_held(self, location: Location) -> Location:
         return msgspec.structs.replace(
@@ -183,10 +211,14 @@ def _forget(path: str) -> None:
 
 
 def _with_digest(backing: BackingFile) -> BackingFile:
-    try:
-        return msgspec.structs.replace(backing, digest=identity.digest_of(backing.path))
-    except OSError as error:
-        raise StorageError(f"cannot read {backing.path}", why=error.strerror or str(error)) from error
+    return msgspec.structs.replace(backing, digest=chains.digest(backing.path, backing.format))
+
+
+def _alike(folder: Path, wanted: BackingFile) -> Iterator[Path]:
+    """Files of a folder that may be the layer which is wanted, or its original, by their names."""
+    stem = layers.stem(wanted.path)
+    with suppress(OSError):  # it has gone
+        yield from sorted(path for path in folder.iterdir() if layers.stem(path.name) == stem)
 
 
 def _allocated(path: str) -> int:

@@ -133,6 +133,11 @@ class Vms:
         """All VMs, by name."""
         return [self._vms[name] for name in sorted(self._vms)]
 
+    @property
+    def is_unsure(self) -> bool:
+        """Whether there may be VMs here of which nothing is known, so that it cannot be told what they use."""
+        return bool(self._folders.damaged or self.doubt)
+
     def committed_mib(self) -> int:
         """Memory given to VMs that have a QEMU, or are about to."""
         return sum(

@@ -2,7 +2,8 @@
 
 ::
 
-    prepare      wait for a slot; reserve name and memory; start QEMU with -S; await the stream
+    prepare      wait for a slot; reserve name and memory; receive files below disks that are not here; start QEMU with
+                 -S; await the stream
     take_over    on the source's word only: continue the guest, then make it durable that it is ours
     abort        destroy everything; the guest never ran here
     abandoned    the session broke: destroy what is incomplete, hold what is whole
@@ -31,7 +32,7 @@ from limosa.migration.ownership import (
 from limosa.model.vm import VmConfig
 from limosa.qemu.protocol import Event, MachineProtocol, MigrationState, RunState, StreamParameters
 from limosa.transport.channel import Doorway
-from limosa.wire.peer import Prepare, Prepared, Running, Standing
+from limosa.wire.peer import LayersAwaited, Prepare, Prepared, Running, Standing
 
 #: From the source's word to a whole state here: the tail of the stream that QEMU is still loading.
 LOAD_WITHIN_S = 30.0
@@ -49,6 +50,10 @@ class Landing(Protocol):
 
     async def reserve(self, in_line: Callable[[int], None]) -> None:
         """Wait for a slot; then reserve the VM's name, UUID and memory."""
+
+    async def take_layers(self, request: Prepare, tell: Callable[[LayersAwaited], None]) -> None:
+        """Receive the files below disks that are not here, when ``tell`` has said where. What came is removed by
+        :meth:`release`."""
 
     async def launch(self, request: Prepare) -> MachineProtocol:
         """Make the images of disks that come along; start QEMU with taps and files, waiting for a migration."""
@@ -120,11 +125,15 @@ class Destination:
         """The last step of the journal."""
         return DestinationStep(self.journal.step) if self.journal.step is not None else None
 
-    async def prepare(self, request: Prepare, in_line: Callable[[int], None]) -> Prepared:
-        """Reserve and build everything. On failure nothing is kept."""
+    async def prepare(
+        self, request: Prepare, in_line: Callable[[int], None], tell: Callable[[LayersAwaited], None]
+    ) -> Prepared:
+        """Reserve and build everything; ``tell`` where files below disks are awaited. On failure nothing is kept."""
         try:
             await self.landing.reserve(in_line)
             self.journal.record(DestinationStep.RESERVED, time.time(), durable=False)
+            if request.layers:
+                await self.landing.take_layers(request, tell)
             self.machine = await self.landing.launch(request)
             self._follow(self.machine)
             await self.machine.prepare_incoming(

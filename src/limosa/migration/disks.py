@@ -9,21 +9,33 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import PurePosixPath
 
 import msgspec
 
+from limosa.migration.chains import Chains
 from limosa.model.base import is_name
 from limosa.model.facts import DestinationFacts, VmFacts
 from limosa.model.finding import Finding
-from limosa.model.storage import BackingFile, DiskAction, DiskFacts, DiskPlan, Location
+from limosa.model.storage import BackingFile, DiskAction, DiskFacts, DiskPlan, LayerPlan, Location
 from limosa.model.units import format_bytes
 from limosa.model.vm import Disk, DiskFormat, VmConfig
+from limosa.storage import layers
 from limosa.storage.identity import same_file
 
 #: A qcow2 image's own tables, for each byte of data: 8 bytes for a cluster of 64 KiB, and as much again to count them.
 _TABLES = 1 + 2 / 4096
 _IMAGE_NAME = re.compile(r"(?P<vm>[^/]+)-(?P<disk>vd[a-z])\.(?P<tag>[a-z0-9]{12})\.(qcow2|raw)")
+
+
+@dataclass(frozen=True)
+class Planned:
+    """The plan for every disk and for the files below them that are sent, and what stands against it."""
+
+    disks: tuple[DiskPlan, ...]
+    layers: tuple[LayerPlan, ...]
+    findings: tuple[Finding, ...]
 
 
 def to_copy(vm: VmConfig, here: VmFacts, there: DestinationFacts, wishes: Mapping[str, str]) -> tuple[Disk, ...]:
@@ -49,17 +61,20 @@ def image_name(vm: str, disk: str, tag: str, image_format: str) -> str:
 
 @dataclass(frozen=True)
 class Made:
-    """What the name of an image says that a move has made."""
+    """What the name of a file says that a move has made. ``vm`` and ``disk`` are null for one that lies below disks."""
 
-    vm: str
-    disk: str
     migration: str
+    vm: str | None = None
+    disk: str | None = None
 
 
-def read_image_name(name: str) -> Made | None:
-    """What :func:`image_name` was given; None if the name is not of that form."""
+def read_name(name: str) -> Made | None:
+    """What :func:`image_name` was given, or :func:`limosa.storage.layers.name`; None if the name is of neither form."""
     match = _IMAGE_NAME.fullmatch(name)
-    return Made(match["vm"], match["disk"], match["tag"]) if match and is_name(match["vm"]) else None
+    if match and is_name(match["vm"]):
+        return Made(match["tag"], match["vm"], match["disk"])
+    tag = layers.read_name(name)
+    return Made(tag) if tag else None
 
 
 def plan(
@@ -68,14 +83,16 @@ def plan(
     there: DestinationFacts,
     wishes: Mapping[str, str],
     tag: str,
-    bases: Mapping[str, BackingFile],
-) -> tuple[tuple[DiskPlan, ...], tuple[Finding, ...]]:
-    """The plan for every disk, and what stands against it.
+    found: Mapping[str, BackingFile] | None,
+) -> Planned:
+    """The plan for every disk.
 
-    ``facts``: of those :func:`to_copy` names; ``bases``: what lies below them, by disk, where the destination has it.
+    ``facts``: of those :func:`to_copy` names; ``found``: what the destination has of the files below them, by digest,
+    null if disks are to arrive in one piece.
     """
     known = {fact.name: fact for fact in facts}
     locations = {location.name: location for location in there.locations}
+    chains = Chains(found or {}, tag)
     plans: list[DiskPlan] = []
     findings: list[Finding] = []
     for disk in vm.disks:
@@ -84,15 +101,16 @@ def plan(
             plans.append(_stays(disk))
             continue
         findings += against_copying(fact)
-        location = _location(fact, locations, wishes.get(disk.name, ""))
+        wish = wishes.get(disk.name, "")
+        location = _location(fact.location, locations, wish)
         if location is None:
-            findings.append(_no_location(disk, wishes.get(disk.name, ""), there))
-        else:
-            whole = copied(vm.name, fact, location, tag)
-            plans.append(_above(whole, fact, bases[disk.name]) if disk.name in bases else whole)
+            findings.append(_no_location(disk, wish, there))
+            continue
+        whole = copied(vm.name, fact, location, tag)
+        plans.append(chains.keep(whole, fact, partial(_of_layer, locations, location)) if found is not None else whole)
     findings += _unknown_disks(vm, wishes)
-    findings += space(plans, locations, there.host)
-    return tuple(plans), tuple(findings)
+    findings += space([*copies(plans), *chains.layers], locations, there.host)
+    return Planned(tuple(plans), chains.layers, tuple(findings))
 
 
 def landed(vm: VmConfig, plans: Iterable[DiskPlan]) -> VmConfig:
@@ -146,22 +164,16 @@ def copied(
     )
 
 
-def _above(whole: DiskPlan, fact: DiskFacts, base: BackingFile) -> DiskPlan:
-    """The plan for a disk of which only the overlay is copied."""
-    return msgspec.structs.replace(
-        whole,
-        action=DiskAction.COPY_OVERLAY,
-        expected_bytes=fact.allocated_bytes,
-        backing=base,
-        why=f"{whole.why}, without what lies below it, which is there as {base.path}",
-    )
-
-
-def _location(fact: DiskFacts, locations: Mapping[str, Location], wish: str) -> Location | None:
+def _location(name: str, locations: Mapping[str, Location], wish: str) -> Location | None:
     if wish:
         return locations.get(wish)
     default = next((location for location in locations.values() if location.default), None)
-    return locations.get(fact.location, default)
+    return locations.get(name, default)
+
+
+def _of_layer(locations: Mapping[str, Location], of_disk: Location, name: str) -> Location:
+    """What lies below a disk goes to the location of the same name as here, too, else where the disk goes."""
+    return locations.get(name, of_disk)
 
 
 def _no_location(disk: Disk, wish: str, there: DestinationFacts) -> Finding:
@@ -197,10 +209,10 @@ def against_copying(fact: DiskFacts) -> list[Finding]:
     ]
 
 
-def space(plans: Iterable[DiskPlan], locations: Mapping[str, Location], host: str) -> list[Finding]:
-    """Why the locations cannot take what is planned for them."""
+def space(plans: Iterable[DiskPlan | LayerPlan], locations: Mapping[str, Location], host: str) -> list[Finding]:
+    """Why the locations cannot take the copies that are planned for them."""
     needed: dict[str, int] = {}
-    for plan_ in copies(plans):
+    for plan_ in plans:
         needed[plan_.location] = needed.get(plan_.location, 0) + plan_.expected_bytes
     found = []
     for name, count in sorted(needed.items()):

@@ -7,12 +7,14 @@ from collections.abc import Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
+import msgspec
+
 from limosa.migration import disks, preflight
 from limosa.migration.peer import Peer
 from limosa.model.facts import VmFacts
 from limosa.model.finding import Finding
 from limosa.model.route import Route
-from limosa.model.storage import BackingFile, DiskFacts, DiskPlan
+from limosa.model.storage import BackingFile, Chain, DiskFacts, DiskPlan, LayerPlan
 from limosa.model.vm import Accelerator, Disk, VmConfig
 from limosa.transport import tcp
 from limosa.transport.advise import between, not_by_rdma
@@ -32,8 +34,8 @@ class Question:
     transport: str
     #: which location of the destination a disk goes to, by the disk's name
     storage: Mapping[str, str]
-    #: whether disks are copied in one piece, also where the destination has what lies below them
-    flatten: bool
+    #: whether files below disks that are copied stay files below them
+    chain: Chain
     #: the identity of the move
     tag: str
     #: why RDMA, by which the move began, is not to be tried again; empty if it was not tried
@@ -47,7 +49,7 @@ class DisksHere(Protocol):
         """What there is to know about them."""
 
     async def digest(self, backing: BackingFile) -> BackingFile:
-        """The same file with the digest of its contents."""
+        """The same file with its digest."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,8 @@ class Examined:
     route: Route
     ends: Ends
     disks: tuple[DiskPlan, ...]
+    #: files below them that are sent too
+    layers: tuple[LayerPlan, ...] = ()
 
 
 async def examine(
@@ -88,8 +92,10 @@ async def examine(
     asked = "rdma" if question.rdma_failed else question.transport
     route = await _open_route(ends, asked, there.trial_port)
     of_disks = await disks_here.facts(copied) if copied else ()
-    bases = {} if question.flatten else await _bases(peer, disks_here, of_disks)
-    plans, against = disks.plan(vm, of_disks, there, question.storage, question.tag, bases)
+    if question.chain == "keep":
+        of_disks = await _with_digests(disks_here, of_disks)
+    found = await _found(peer, of_disks) if question.chain == "keep" else None
+    planned = disks.plan(vm, of_disks, there, question.storage, question.tag, found)
     findings = preflight.check(
         vm,
         question.source,
@@ -100,7 +106,8 @@ async def examine(
         copied={disk.path for disk in copied},
     )
     instead = (not_by_rdma(route),) if asked == "rdma" and route.transport != "rdma" else ()
-    return Examined((*against, *findings, *instead, *between(ends, route)), route, ends, plans)
+    all_findings = (*planned.findings, *findings, *instead, *between(ends, route))
+    return Examined(all_findings, route, ends, planned.disks, planned.layers)
 
 
 def _no_rdma(question: Question, here: VmFacts, *, disks_move: bool) -> str:
@@ -112,14 +119,23 @@ def _no_rdma(question: Question, here: VmFacts, *, disks_move: bool) -> str:
     return "a cap on bandwidth is set, which QEMU does not keep by RDMA" if here.capped else ""
 
 
-async def _bases(peer: Peer, disks_here: DisksHere, facts: Sequence[DiskFacts]) -> dict[str, BackingFile]:
-    """What lies below disks here, where the destination has it too; by disk."""
-    overlays = [fact for fact in facts if fact.backing is not None]
-    if not overlays:
+async def _with_digests(disks_here: DisksHere, facts: Sequence[DiskFacts]) -> tuple[DiskFacts, ...]:
+    """The facts with the digests of all files below the disks."""
+    return tuple(
+        [
+            msgspec.structs.replace(fact, below=tuple([await disks_here.digest(file) for file in fact.below]))
+            for fact in facts
+        ]
+    )
+
+
+async def _found(peer: Peer, facts: Sequence[DiskFacts]) -> dict[str, BackingFile]:
+    """What lies below disks here, where the destination has it too; by digest."""
+    wanted = {file.digest: file for fact in facts for file in fact.below}
+    if not wanted:
         return {}
-    wanted = [await disks_here.digest(fact.backing) for fact in overlays if fact.backing is not None]
-    found = await peer.find_files(wanted)
-    return {fact.name: base for fact, base in zip(overlays, found, strict=True) if base is not None}
+    found = await peer.find_files(list(wanted.values()))
+    return {digest: file for digest, file in zip(wanted, found, strict=True) if file is not None}
 
 
 async def _open_route(ends: Ends, transport: str, port: int) -> Route:

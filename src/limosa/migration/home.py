@@ -12,9 +12,10 @@ from limosa.migration.examination import DisksHere
 from limosa.model.facts import VmFacts
 from limosa.model.network import Carried, HostNetwork
 from limosa.model.route import Route
+from limosa.model.storage import Chain
 from limosa.settings.host import ConvergencePolicy
 from limosa.transport.channel import Channel, SocketChannel
-from limosa.wire.peer import Prepared, RelayPlace
+from limosa.wire.peer import LayersAwaited, Prepared, RelayPlace
 
 
 @dataclass(frozen=True)
@@ -26,8 +27,8 @@ class Terms:
     encrypt: bool
     #: which location of the destination a disk goes to, by the disk's name
     storage: Mapping[str, str] = field(default_factory=dict)
-    #: whether disks are copied in one piece, also where the destination has what lies below them
-    flatten: bool = False
+    #: whether files below disks that are copied stay files below them
+    chain: Chain = "keep"
     #: whether images the VM leaves behind are kept
     keep: bool = False
     rdma_pin_all: bool = False
@@ -61,6 +62,9 @@ class Home(Protocol):
 
     async def connect_disks(self, route: Route, prepared: Prepared, count: int) -> list[SocketChannel]:
         """As :meth:`connect`, for so many disks."""
+
+    async def connect_layers(self, route: Route, awaited: LayersAwaited) -> SocketChannel:
+        """As :meth:`connect`, for files below disks."""
 
     async def take_storage_slot(self, in_line: Callable[[int], None]) -> None:
         """Wait for a place for a move that copies disks; :meth:`disconnect` gives it back."""

@@ -24,6 +24,7 @@ from limosa.errors import StateError
 from limosa.migration.ownership import DestinationStep, SourceStep
 from limosa.model.base import MigrationId, Model, Name
 from limosa.model.migration import Fault, Side
+from limosa.model.storage import BackingFile
 from limosa.model.vm import Accelerator, VmConfig
 from limosa.settings.toml import sync_folder
 
@@ -55,6 +56,8 @@ class Header(Model, frozen=True, forbid_unknown_fields=False):
     was_running: bool = True
     #: destination: paths of images this move makes here, which are nobody's until the VM is this host's
     images: tuple[str, ...] = ()
+    #: destination: files below them that this move may bring; they stay where anything else lies above them
+    layers: tuple[BackingFile, ...] = ()
 
 
 class Record(Model, frozen=True, forbid_unknown_fields=False):

@@ -4,14 +4,17 @@ script in one process both are."""
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
-from typing import Protocol
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any, Protocol
 
 from limosa.model.base import MigrationId
 from limosa.model.facts import DestinationFacts
 from limosa.model.storage import BackingFile
 from limosa.model.vm import Accelerator, VmConfig
-from limosa.wire.peer import Prepare, Prepared, Running, Standing
+from limosa.wire.peer import LayersAwaited, Prepare, Prepared, Running, Standing
+
+#: Sends the files below disks that the destination awaits.
+SendLayers = Callable[[LayersAwaited], Coroutine[Any, Any, None]]
 
 
 class Peer(Protocol):
@@ -29,8 +32,9 @@ class Peer(Protocol):
     async def find_files(self, files: Sequence[BackingFile]) -> tuple[BackingFile | None, ...]:
         """Where the destination has files with the same contents, in the order asked; None where it has not."""
 
-    async def prepare(self, request: Prepare, in_line: Callable[[int], None]) -> Prepared:
-        """Wait for a slot (``in_line`` gets the place), reserve and build everything. On failure nothing is kept."""
+    async def prepare(self, request: Prepare, in_line: Callable[[int], None], send_layers: SendLayers) -> Prepared:
+        """Wait for a slot (``in_line`` gets the place), reserve and build everything; ``send_layers`` when files below
+        disks are awaited. On failure nothing is kept."""
 
     async def announce(self, addresses: Sequence[str]) -> None:
         """A way to these addresses of the destination has appeared here; the stream may use them, if it can."""

@@ -93,9 +93,30 @@ def remaining_s(look: MigrationStatistics) -> float | None:
     return look.remaining_bytes / gain
 
 
-def of_disks(bar: Bar, shown: Progress, disks: Sequence[DiskProgress], at: float) -> tuple[Bar, Progress]:
-    """The bar and the progress after a look at copies of disks, at ``at`` seconds of a monotonic clock."""
-    total, copied = sum(disk.total_bytes for disk in disks), sum(disk.copied_bytes for disk in disks)
+def of_layers(bar: Bar, shown: Progress, sent: int, total: int, at: float) -> tuple[Bar, Progress]:
+    """The bar and the progress when so much of what lies below disks was sent; ``total`` is what they and the disks
+    are expected to take."""
+    bar, rate = bar.copied(sent / total if total else 1.0), bar.rate(at, sent)
+    remaining = max(0, total - sent)
+    return bar.seen(at, sent), msgspec.structs.replace(
+        shown,
+        percent=round(bar.percent, 1),
+        transferred_bytes=sent,
+        remaining_bytes=remaining,
+        total_bytes=sent + remaining,
+        rate_bytes_per_s=rate,
+        remaining_s=remaining / rate if rate else None,
+        note="sends what lies below the disks",
+    )
+
+
+def of_disks(
+    bar: Bar, shown: Progress, disks: Sequence[DiskProgress], at: float, *, before: int = 0
+) -> tuple[Bar, Progress]:
+    """The bar and the progress after a look at copies of disks, at ``at`` seconds of a monotonic clock; ``before``
+    bytes of what lies below them were sent before."""
+    total = before + sum(disk.total_bytes for disk in disks)
+    copied = before + sum(disk.copied_bytes for disk in disks)
     bar = bar.copied(copied / total if total else 1.0)
     rate = bar.rate(at, copied)
     slowed = [disk.disk for disk in disks if disk.write_blocking and not disk.ready]

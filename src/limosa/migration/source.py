@@ -18,12 +18,13 @@ import asyncio
 import time
 from collections.abc import Coroutine
 from dataclasses import replace
+from functools import partial
 from typing import Any, TypeVar
 
 import msgspec
 
 from limosa.errors import Cancelled, LimosaError, MigrationFailed, NotConverging, PreflightRefused, QemuGone
-from limosa.migration import again, convergence, disks, mirrors, progress
+from limosa.migration import again, convergence, disks, layers, mirrors, progress
 from limosa.migration.convergence import Convergence
 from limosa.migration.examination import Examined, Question, both, examine
 from limosa.migration.home import Home, Terms
@@ -83,6 +84,8 @@ class SourceMove:
         self.mirrors: Mirrors | None = None
         self.disk_credentials: StreamCredentials | None = None
         self.disk_channels: list[SocketChannel] = []
+        #: bytes of files below disks
+        self.layers_sent = 0
         self.stopped_at: float | None = None
 
     async def run(self) -> None:
@@ -131,7 +134,8 @@ class SourceMove:
     async def build_up(self, machine: MachineProtocol, peer: Peer) -> Prepared:
         """Check, then have the destination build everything while QEMU here is set up."""
         examined = await self.check(peer)
-        copies = disks.copies(examined.disks)
+        copies, below = disks.copies(examined.disks), examined.layers
+        self._expect(examined)
         copied = {plan.disk for plan in copies}
         left = tuple(disk.path for disk in self.header.vm.disks if disk.name in copied)
         self.journal.record(SourceStep.PREPARING, time.time(), left=() if self.terms.keep else left)
@@ -141,7 +145,7 @@ class SourceMove:
                 self.report.line("other moves of disks from this host", then=Phase.BUILD_UP)
             )
         there, encrypt = examined.ends.destination, self.terms.encrypt
-        relays = await self.home.seats(there, examined.route, 1 + len(copies), encrypt=encrypt)
+        relays = await self.home.seats(there, examined.route, 1 + len(copies) + bool(below), encrypt=encrypt)
         # Memory that relays carry leaves the host through their TLS, and is not encrypted twice.
         server, client = make_credentials() if encrypt and not relays else (None, None)
         # A disk is encrypted whatever is said of memory: else whoever finds the port could write into it.
@@ -162,7 +166,9 @@ class SourceMove:
             files=self.home.carry_on(),
             disks=copies,
             disk_credentials=disks_server,
-            disk_relays=tuple(relays[1:]),
+            disk_relays=tuple(relays[1 : 1 + len(copies)]),
+            layers=below,
+            layers_relay=relays[-1] if below and relays else None,
         )
         parameters = StreamParameters(
             credentials=client,
@@ -174,7 +180,8 @@ class SourceMove:
             rdma_pin_all=self.terms.rdma_pin_all,
         )
         in_line = self.report.line(f"a slot on host '{self.header.destination}'", then=Phase.BUILD_UP)
-        prepared, _ = await both(peer.prepare(request, in_line), machine.prepare_outgoing(parameters))
+        preparing = peer.prepare(request, in_line, partial(layers.send, self))
+        prepared, _ = await both(preparing, machine.prepare_outgoing(parameters))
         return prepared
 
     async def check(self, peer: Peer) -> Examined:
@@ -186,7 +193,7 @@ class SourceMove:
             accelerator=header.accelerator,
             transport=self.terms.transport,
             storage=self.terms.storage,
-            flatten=self.terms.flatten,
+            chain=self.terms.chain,
             tag=header.migration,
             rdma_failed=self.terms.rdma_failed,
         )
@@ -198,9 +205,20 @@ class SourceMove:
         if examined.route.transport == "rdma" or any(one.code == "post-copy-not-possible" for one in findings):
             self.terms = self.terms.without_post_copy()
         self.report.change(
-            findings=findings, transport=examined.route.transport, route=examined.route, disks=examined.disks
+            findings=findings,
+            transport=examined.route.transport,
+            route=examined.route,
+            disks=examined.disks,
+            layers=examined.layers,
         )
         return examined
+
+    def _expect(self, examined: Examined) -> None:
+        """Give disks and what lies below them their share of the bar."""
+        expected = sum(plan.expected_bytes for plan in disks.copies(examined.disks))
+        expected += sum(plan.expected_bytes for plan in examined.layers)
+        if expected:
+            self.report.bar = self.report.bar.with_disks(expected, self.header.vm.memory_mib * MIB)
 
     async def _facts(self) -> VmFacts:
         # What was asked for this move counts, not what the host's settings say.
@@ -219,13 +237,15 @@ class SourceMove:
         bandwidth = self.home.bandwidth() // len(copies)
         await mirrors.send(machine, self.header.migration, copies, self.disk_channels, self.disk_credentials, bandwidth)
         copying = self.mirrors = Mirrors(machine, [plan.disk for plan in copies], self.terms.policy.patience_s)
-        memory = self.header.vm.memory_mib * MIB
-        self.report.bar = self.report.bar.with_disks(sum(plan.expected_bytes for plan in copies), memory)
         await copying.until_ready(lambda: self._show_disks(copying))
 
     def _show_disks(self, copying: Mirrors) -> None:
         self.report.bar, shown = progress.of_disks(
-            self.report.bar, self.report.now.progress, copying.progress(), time.monotonic()
+            self.report.bar,
+            self.report.now.progress,
+            copying.progress(),
+            time.monotonic(),
+            before=self.layers_sent,
         )
         self.report.change(progress=shown)
 
@@ -384,7 +404,7 @@ class SourceMove:
         if self.mirrors is None:
             return shown
         copies = self.mirrors.progress()
-        sent = shown.transferred_bytes + sum(copy.copied_bytes for copy in copies)
+        sent = shown.transferred_bytes + sum(copy.copied_bytes for copy in copies) + self.layers_sent
         return msgspec.structs.replace(shown, transferred_bytes=sent, disks=copies)
 
     async def _act(self, machine: MachineProtocol, action: convergence.Action) -> None:

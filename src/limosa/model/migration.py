@@ -7,7 +7,7 @@ from enum import StrEnum
 from limosa.model.base import MigrationId, Model, Name
 from limosa.model.finding import Finding
 from limosa.model.route import Route
-from limosa.model.storage import DiskPlan, DiskProgress
+from limosa.model.storage import DiskPlan, DiskProgress, LayerPlan
 
 
 class Phase(StrEnum):
@@ -106,3 +106,5 @@ class Migration(Model, forbid_unknown_fields=False, frozen=True):
     route: Route | None = None
     #: what becomes of each disk; empty until it is planned
     disks: tuple[DiskPlan, ...] = ()
+    #: files below them that are sent too
+    layers: tuple[LayerPlan, ...] = ()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Annotated
+from typing import Annotated, Literal
 
 from msgspec import Meta
 
@@ -11,6 +11,9 @@ from limosa.model.base import AbsolutePath, MigrationId, Model, Name
 from limosa.model.vm import DiskFormat, DiskName
 
 Bytes = Annotated[int, Meta(ge=0)]
+
+#: What becomes of the files below a disk that is copied: they stay files below it, or one new image holds everything.
+Chain = Literal["keep", "flatten"]
 
 #: The location every host has: a folder of its state.
 OWN_LOCATION = "images"
@@ -64,8 +67,9 @@ class Leftover(Model, forbid_unknown_fields=False, frozen=True):
 
     path: AbsolutePath
     location: Name
-    vm: Name
-    disk: DiskName
+    #: whose disk it was to be; null for a file that was to lie below disks
+    vm: Name | None
+    disk: DiskName | None
     migration: MigrationId
     #: what it takes on its storage
     size_bytes: Bytes
@@ -97,11 +101,14 @@ class ImageUse(Model, forbid_unknown_fields=False, frozen=True):
 
 
 class BackingFile(Model, forbid_unknown_fields=False, frozen=True):
-    """The one file below an overlay. ``digest``: SHA-256 of its bytes, hex; empty until it was asked for."""
+    """A file below an overlay; a layer. ``digest`` stands for all that shows through it, see ``storage.chains``; empty
+    until it was asked for."""
 
     path: AbsolutePath
     format: DiskFormat
     size: Bytes
+    #: what it takes on its storage
+    allocated_bytes: Bytes = 0
     digest: str = ""
     #: where it lies in the location of that name; empty if in none
     location: str = ""
@@ -120,8 +127,8 @@ class DiskFacts(Model, forbid_unknown_fields=False, frozen=True):
     allocated_bytes: Bytes
     #: of it and all below it
     chain_bytes: Bytes = 0
-    #: null also if more than one file lies below
-    backing: BackingFile | None = None
+    #: the files below it, the nearest first
+    below: tuple[BackingFile, ...] = ()
     #: how many snapshots are inside the image
     snapshots: int = 0
     #: name of the location it lies in, if in one
@@ -135,7 +142,7 @@ class DiskAction(StrEnum):
     STAY = "stay"
     #: it is copied, in one piece
     COPY = "copy"
-    #: it is copied without its backing file, which the destination has
+    #: it is copied without the files below it, which the destination has, or is sent as layers
     COPY_OVERLAY = "copy-overlay"
 
 
@@ -154,6 +161,22 @@ class DiskPlan(Model, forbid_unknown_fields=False, frozen=True):
     #: all its space is taken at once
     thick: bool = False
     backing: BackingFile | None = None
+    #: in words
+    why: str = ""
+
+
+class LayerPlan(Model, forbid_unknown_fields=False, frozen=True):
+    """A file below disks that the destination does not have and is sent once, however many lie above it."""
+
+    #: its path at the source
+    origin: AbsolutePath
+    #: as it will be at the destination
+    file: BackingFile
+    #: the file below it there; null if it is the lowest
+    backing: BackingFile | None = None
+    #: about what will be sent
+    expected_bytes: Bytes = 0
+    location: str = ""
     #: in words
     why: str = ""
 

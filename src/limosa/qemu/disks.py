@@ -62,9 +62,10 @@ class Disks(Session):
 
     # --- where copies are made from ---
 
-    async def copy_to_file(self, disk: str, tag: str, image: ImageFile, bytes_per_s: int) -> None:
+    async def copy_to_file(self, disk: str, tag: str, image: ImageFile, bytes_per_s: int, *, whole: bool) -> None:
         """Begin to copy a disk into an image of this host that exists and is empty. Raises :class:`QemuError`; nothing
-        is left open then. ``bytes_per_s``: a cap, 0 for none."""
+        is left open then. ``bytes_per_s``: a cap, 0 for none; ``whole``: with what is below an overlay, else the image
+        lies above the same."""
         name = f"{disk}.{tag}"
         nodes = image_nodes(
             name,
@@ -80,7 +81,7 @@ class Disks(Session):
         except QemuError:
             await self._close(name)
             raise
-        await self._begin(disk, name, bytes_per_s, whole=True, pivots=True)
+        await self._begin(disk, name, bytes_per_s, whole=whole, pivots=True)
 
     async def copy_to_host(
         self, disk: str, tag: str, stream: socket.socket, bytes_per_s: int, *, whole: bool, encrypt: bool

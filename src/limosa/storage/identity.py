@@ -66,7 +66,7 @@ def identify(
     try:
         status = os.fstat(descriptor)
         size = os.lseek(descriptor, 0, os.SEEK_END) if stat.S_ISBLK(status.st_mode) else status.st_size
-        contents = _digest(path, *_version(status)) if digest and _is_small_file(status) else ""
+        contents = _digest(path, *version(status)) if digest and _is_small_file(status) else ""
     except OSError:
         return None
     finally:
@@ -93,11 +93,6 @@ def _is_small_file(status: os.stat_result) -> bool:
     return stat.S_ISREG(status.st_mode) and status.st_size <= _DIGEST_MAX_BYTES
 
 
-def digest_of(path: str) -> str:
-    """SHA-256 over the contents, hex, for which all of it is read unless it was before. Raises ``OSError``."""
-    return _digest(path, *_version(os.stat(path)))
-
-
 @functools.lru_cache(maxsize=64)
 def _digest(path: str, *_version: int) -> str:
     """SHA-256 of the file, worked out once for each version of it."""
@@ -105,5 +100,6 @@ def _digest(path: str, *_version: int) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _version(status: os.stat_result) -> tuple[int, ...]:
+def version(status: os.stat_result) -> tuple[int, ...]:
+    """What is otherwise as soon as the file is another, or has other contents."""
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns

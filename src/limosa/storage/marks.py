@@ -6,6 +6,8 @@ so an image that ever held what a guest was told is written has none. Nothing el
 somebody's disk: a name can be chosen by anybody, and an attribute of the file goes along when the file is copied, or is
 not there at all on a share.
 
+A file that was brought to lie below disks has one in the same way, until a disk above it is a VM's.
+
 Who wants to remove such an image takes the mark first, by renaming it to ``.IMAGE.limosa-removal``; who wants to give
 the image to a VM deletes it first. One of the two is done, on shares too, so that an image is never removed from under
 a VM that has just been given it.
@@ -83,6 +85,11 @@ def condemn(image: str) -> bool:
         _copy(image).rename(_removal(image))
         return True
     return False
+
+
+def has(image: str) -> bool:
+    """Whether it has one, also one that was taken."""
+    return _copy(image).exists() or _removal(image).exists()
 
 
 def spare(image: str) -> None:

@@ -1,7 +1,8 @@
 """The header of a qcow2 image, read without starting a program (QEMU's docs/interop/qcow2.txt).
 
 Only what a move must know before it begins: how large the disk is, what lies below it, whether snapshots are inside.
-All numbers are big-endian.
+And the one thing a copy must have otherwise than its original: the name of what lies below it, which is where it lies
+on another host. That name has the rest of the first cluster to itself. All numbers are big-endian.
 """
 
 from __future__ import annotations
@@ -25,6 +26,10 @@ _BACKING_FORMAT = 0xE2792ACA
 _EXTERNAL_DATA = 1 << 2
 _FIRST_CLUSTER = 64 * 1024
 _BACKING_NAME_MAX = 1023
+_NAME_LENGTH = struct.Struct(">I")
+_NAME_LENGTH_AT = 16
+#: The largest cluster there is.
+LONGEST_CLUSTER = 2 * 1024 * 1024
 
 
 @dataclass(frozen=True)
@@ -73,6 +78,27 @@ def parse(data: bytes) -> Header:
         )
     except struct.error as fault:
         raise ValueError("it is cut short") from fault
+
+
+def below_called(cluster: bytes, name: str) -> bytes:
+    """The first cluster of an image that lies above another, which is now called ``name``.
+
+    ``cluster`` may be longer, what follows is as it was. With an empty name two images are alike that differ in nothing
+    but what the files below them are called. Raises ``ValueError`` if there is no room for the name, or the image says
+    strange things.
+    """
+    if len(cluster) < _HEAD.size:
+        raise ValueError("it is cut short")
+    (_, _, at, _, cluster_bits, *_) = _HEAD.unpack_from(cluster)
+    end, written = 1 << min(cluster_bits, 63), name.encode()
+    if not _HEAD.size <= at <= end <= min(len(cluster), LONGEST_CLUSTER):
+        raise ValueError("it says that the name of its backing file lies outside")
+    if len(written) > min(_BACKING_NAME_MAX, end - at):
+        raise ValueError("there is no room in it for the path of its backing file")
+    changed = bytearray(cluster)
+    changed[at:end] = written.ljust(end - at, b"\0")
+    _NAME_LENGTH.pack_into(changed, _NAME_LENGTH_AT, len(written))
+    return bytes(changed)
 
 
 def _backing_format(data: bytes, at: int, end: int) -> str:

@@ -13,12 +13,13 @@ from collections.abc import Callable, Sequence
 import msgspec
 
 from limosa.migration.destination import Destination
+from limosa.migration.peer import SendLayers
 from limosa.model.base import MigrationId
 from limosa.model.facts import DestinationFacts
 from limosa.model.storage import BackingFile
 from limosa.model.vm import Accelerator, VmConfig
 from limosa.transport import tcp
-from limosa.wire.peer import Prepare, Prepared, Running, Standing
+from limosa.wire.peer import LayersAwaited, Prepare, Prepared, Running, Standing
 
 
 class LocalPeer:
@@ -41,10 +42,10 @@ class LocalPeer:
         """See :class:`limosa.migration.peer.Peer`: it has none."""
         return (None,) * len(files)
 
-    async def prepare(self, request: Prepare, in_line: Callable[[int], None]) -> Prepared:
+    async def prepare(self, request: Prepare, in_line: Callable[[int], None], send_layers: SendLayers) -> Prepared:
         """See :class:`limosa.migration.peer.Peer`."""
         await self._trial.aclose()
-        return await self._destination.prepare(request, in_line)
+        return await self._destination.prepare(request, in_line, _no_layers)
 
     async def announce(self, addresses: Sequence[str]) -> None:
         """See :class:`limosa.migration.peer.Peer`."""
@@ -69,3 +70,7 @@ class LocalPeer:
     async def close(self) -> None:
         """See :class:`limosa.migration.peer.Peer`."""
         await self._trial.aclose()
+
+
+def _no_layers(awaited: LayersAwaited) -> None:
+    raise AssertionError("nothing lies below the disks")

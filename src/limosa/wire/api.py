@@ -11,7 +11,7 @@ from limosa.model.finding import Finding
 from limosa.model.migration import Migration, Side
 from limosa.model.network import HostNetwork
 from limosa.model.route import Route
-from limosa.model.storage import DiskPlan, ImageSought, ImageUse, Leftover, Location, Sighting
+from limosa.model.storage import Chain, DiskPlan, ImageSought, ImageUse, LayerPlan, Leftover, Location, Sighting
 from limosa.model.vm import (
     CloudInit,
     CpuModel,
@@ -118,8 +118,8 @@ class MoveOptions(Model, frozen=True):
     rdma_pin_all: bool | None = None
     #: which location of the destination a disk is to be copied to, by the disk's name
     storage: dict[DiskName, Name] = {}
-    #: copy disks in one piece, also where the destination has what lies below them
-    flatten: bool = False
+    #: of disks that are copied: whether the files below them stay files below them
+    chain: Chain = "keep"
     #: keep the images the VM leaves behind
     keep: bool = False
 
@@ -148,6 +148,8 @@ class CheckReport(Model, forbid_unknown_fields=False, frozen=True):
     route: Route | None = None
     #: what would become of each disk
     disks: tuple[DiskPlan, ...] = ()
+    #: files below them that would be sent too
+    layers: tuple[LayerPlan, ...] = ()
 
 
 class DiskMoveRequest(Model, frozen=True):
@@ -160,6 +162,8 @@ class DiskMoveRequest(Model, frozen=True):
     format: DiskFormat | None = None
     #: take all the space at once
     thick: bool = False
+    #: whether the files below an overlay stay below it; not where a format is asked for that has none below, or thick
+    chain: Chain = "keep"
     #: keep the old images
     keep: bool = False
     bandwidth_mbit_per_s: Annotated[int, Meta(ge=0, le=1_000_000)] | None = None

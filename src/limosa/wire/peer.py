@@ -11,6 +11,7 @@
                      <-  FoundFiles
     Prepare          ->                 reserve, start QEMU with -S, taps, TLS; await the stream
                      <-  InLine         (any number, while no slot is free)
+                     <-  LayersAwaited  (if files below disks are to be sent: they flow now, from daemon to daemon)
                      <-  Prepared
                                         (guest memory flows from QEMU to QEMU)
     Announce         ->                 (no answer) let the stream use these addresses of yours, if it can
@@ -38,11 +39,13 @@ from msgspec import Meta
 from limosa.model.base import MigrationId, Model, Name
 from limosa.model.facts import DestinationFacts
 from limosa.model.migration import Fault
-from limosa.model.storage import BackingFile, DiskPlan
+from limosa.model.storage import BackingFile, DiskPlan, LayerPlan
 from limosa.model.vm import Accelerator, VmConfig
 
 Address = Annotated[str, Meta(max_length=64)]
 Pem = Annotated[str, Meta(max_length=8192)]
+#: Files below the disks of one VM, at most.
+MAX_LAYERS = 1024
 Base64 = Annotated[str, Meta(max_length=8 * 1024 * 1024)]
 
 
@@ -81,7 +84,7 @@ class Facts(Message, tag="facts", frozen=True):
 class FindFiles(Message, tag="find-files", frozen=True):
     """Look for files with these contents, which lie below disks that are to be copied."""
 
-    files: Annotated[tuple[BackingFile, ...], Meta(max_length=26)]
+    files: Annotated[tuple[BackingFile, ...], Meta(max_length=MAX_LAYERS)]
 
 
 class FoundFiles(Message, tag="found-files", frozen=True):
@@ -154,6 +157,10 @@ class Prepare(Message, tag="prepare", frozen=True, omit_defaults=True):
     disk_credentials: StreamCredentials | None = None
     #: for each of them its place in the session of relays; none: without relays
     disk_relays: Annotated[tuple[RelayPlace, ...], Meta(max_length=26)] = ()
+    #: files below them that are sent before, each after the one below it
+    layers: Annotated[tuple[LayerPlan, ...], Meta(max_length=MAX_LAYERS)] = ()
+    #: where those come, with relays
+    layers_relay: RelayPlace | None = None
 
 
 class InLine(Message, tag="in-line", frozen=True):
@@ -173,6 +180,19 @@ class Prepared(Message, tag="prepared", frozen=True):
     token: Annotated[str, Meta(pattern=r"\A[0-9a-f]{32}\Z")]
     #: where QEMU's NBD server awaits the disks, on the same address; 0 if there are none, or relays carry them
     disks_port: int = 0
+
+
+class LayersAwaited(Message, tag="layers-awaited", frozen=True):
+    """The destination waits for a connection on which those of :attr:`Prepare.layers` come that it does not have.
+
+    Who connects must say ``token`` first. Encrypted with the credentials of disks, unless relays carry it.
+    """
+
+    address: str
+    port: int
+    token: Annotated[str, Meta(pattern=r"\A[0-9a-f]{32}\Z")]
+    #: which, by their place in the request, in the order in which they are to come
+    wanted: Annotated[tuple[Annotated[int, Meta(ge=0)], ...], Meta(max_length=MAX_LAYERS)]
 
 
 class Announce(Message, tag="announce", frozen=True):
@@ -254,4 +274,17 @@ class Lost(Message, frozen=True, tag="lost"):
 
 
 FromSource = Hello | Inspect | FindFiles | Prepare | Announce | TakeOver | Abort | Attach
-FromDestination = Welcome | Facts | FoundFiles | InLine | Prepared | Running | Adopted | Gone | Standing | Failed | Lost
+FromDestination = (
+    Welcome
+    | Facts
+    | FoundFiles
+    | InLine
+    | LayersAwaited
+    | Prepared
+    | Running
+    | Adopted
+    | Gone
+    | Standing
+    | Failed
+    | Lost
+)

@@ -1,0 +1,82 @@
+"""Whether an image that a move left behind may be removed: what makes that uncertain, or else what proves it.
+
+A doubt is anything that is not known, and one is enough. What this host knows it has looked at
+(:mod:`limosa.host.claims`); what other hosts say has been asked. Of a chain, a file goes only if all above it goes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from limosa.errors import LimosaError
+from limosa.host.claims import Claims
+from limosa.model.storage import ImageUse, Leftover
+from limosa.storage import leases
+
+
+@dataclass(frozen=True)
+class Elsewhere:
+    """What other hosts say of an image, by name, and why some say nothing."""
+
+    uses: Mapping[str, ImageUse]
+    silent: Mapping[str, str]
+
+
+def doubts_here(one: Leftover, claims: Claims, host: str, going: Collection[Path]) -> list[str]:
+    """What on this host keeps it from being certain that nobody uses the image, when those that are going have gone."""
+    doubts = []
+    if not one.host:
+        owner = "was the disk of a VM that is not known any more" if one.disk else "has lain below disks of VMs"
+        doubts.append(f"it carries no mark of an unfinished copy: it was kept, or {owner}")
+    if claim := claims.on(Path(one.path), one.migration, going):
+        doubts.append(claim)
+    try:
+        lease = leases.read(one.path)
+    except LimosaError as error:
+        return [*doubts, *claims.unread, str(error)]
+    if lease.host not in ("", host) or lease.promised_to:
+        doubts.append(f"host '{lease.promised_to or lease.host}' may write it, by the lease beside it")
+    return [*doubts, *claims.unread]
+
+
+def verdict(one: Leftover, host: str, doubts: list[str], others: Elsewhere | None) -> Leftover:
+    """The image with all doubts, or with the proof; pure. ``others``: None if no other host sees it."""
+    maker_is_asked = one.host in ("", host) or (others is not None and one.host in others.uses)
+    if not maker_is_asked:
+        doubts = [*doubts, f"host '{one.host}' made it, and only that host knows its own moves"]
+    if others is not None:
+        doubts = [*doubts, *(f"host '{name}' cannot be asked: {why}" for name, why in others.silent.items())]
+        doubts += [f"on host '{name}': {use.use}" for name, use in others.uses.items() if use.use]
+        if not others.uses and not others.silent:
+            doubts.append("other hosts may use it, and none is known: name them in the setting 'peers'")
+    if doubts:
+        return msgspec.structs.replace(one, doubts=tuple(doubts))
+    proof = [
+        f"by the mark beside it, move {one.migration} on host '{one.host}' had not finished it",
+        f"no VM of host '{host}' names it, no image that stays lies above it, "
+        "and no unfinished journal speaks of its move",
+        "no process has it open, and nobody holds QEMU's lock on it",
+    ]
+    if others is not None:
+        proof.append(f"asked, and saying the same: {', '.join(others.uses)}")
+    return msgspec.structs.replace(one, proof=tuple(proof))
+
+
+def is_named(others: Elsewhere | None) -> bool:
+    """Whether a VM or a move of another host names the image, so that it is no leftover."""
+    return others is not None and any(use.named for use in others.uses.values())
+
+
+def all_judged(images: Sequence[Leftover], judge: Callable[[Leftover, Collection[Path]], Leftover]) -> list[Leftover]:
+    """All are going at first; one of which it is not certain stays, and then so does what lies below it."""
+    going = {Path(one.path) for one in images}
+    while True:
+        found = [judge(one, going) for one in images]
+        certain = {Path(one.path) for one in found if not one.doubts}
+        if going <= certain:
+            return found
+        going &= certain

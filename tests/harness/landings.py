@@ -1,0 +1,46 @@
+"""A landing of a VM that has nothing but memory, for tests of the destination's script."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from limosa.qemu.protocol import MachineProtocol
+from limosa.testing.guest import FakeGuest
+from limosa.testing.machine import FakeMachine
+from limosa.testing.wire import Wire
+from limosa.transport import tcp
+from limosa.transport.channel import Doorway
+from limosa.wire.peer import LayersAwaited, Prepare
+
+ADDRESS, PORTS = "127.0.0.2", (41000, 41900)
+
+
+class BareLanding:
+    """A :class:`limosa.migration.destination.Landing` with a fake machine."""
+
+    def __init__(self, wire: Wire) -> None:
+        self.machine = FakeMachine(wire, FakeGuest(0), incoming=True)
+
+    async def reserve(self, in_line: Callable[[int], None]) -> None:
+        pass
+
+    async def take_layers(self, request: Prepare, tell: Callable[[LayersAwaited], None]) -> None:
+        raise AssertionError("there are no disks")
+
+    async def launch(self, request: Prepare) -> MachineProtocol:
+        return self.machine
+
+    async def open_door(self, request: Prepare, machine: MachineProtocol) -> Doorway:
+        return tcp.TcpDoorway(ADDRESS, PORTS)
+
+    async def open_disks(self, request: Prepare, machine: MachineProtocol) -> Doorway | None:
+        raise AssertionError("there are no disks")
+
+    async def claim(self) -> None:
+        pass
+
+    async def adopt(self, *, running: bool) -> None:
+        assert running
+
+    async def release(self, machine: MachineProtocol | None) -> None:
+        await self.machine.kill()
