@@ -155,10 +155,20 @@ def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
         (Mount("nfs4", "nas:/images"), "nfs4 nas:/images"),
         (Mount("fuse.glusterfs", "nas:vol"), "fuse.glusterfs nas:vol"),
         (Mount("fuse.sshfs", "nas:/"), "fuse.sshfs nas:/"),
+        (Mount("cifs", "//nas/vms", frozenset({"rw", "serverino"})), "cifs //nas/vms"),
+        (Mount("cifs", "//nas/vms", frozenset({"rw"})), "cifs-noserverino //nas/vms"),
     ],
 )
 def test_shares(mount: Mount, share: str) -> None:
     assert mount.share == share
+
+
+def test_inodes_a_client_has_numbered_prove_nothing() -> None:
+    share = Mount("cifs", "//nas/vms").share
+    here = like(HERE, share=share)
+    assert not same_file(here, like(here, machine="boot-2"))
+    said = {"location": "vms", "location_path": "a"}
+    assert same_file(like(here, **said), like(here, **said, machine="boot-2", inode=99))
 
 
 def test_the_kernels_table_of_mounts() -> None:

@@ -92,6 +92,7 @@ class Storage:
         await self._hold(plan)
         try:
             await images.create(path, plan.format, plan.virtual_bytes, plan.backing, thick=plan.thick)
+            access.give_new(path, self._user)
             try:
                 await asyncio.to_thread(sync_folder, path.parent)
             except OSError as error:
