@@ -181,10 +181,11 @@ class Settlement:
             async with asyncio.timeout(ABORT_WITHIN_S):
                 if self.move.peer is None or self.move.peer.lost.done():
                     await self._connect()
-                    assert self.move.peer is not None
-                    standing = await self.move.peer.attach(self.move.header.migration)
-                if standing is None or standing.state not in (DestinationState.GONE, DestinationState.UNKNOWN):
-                    assert self.move.peer is not None
+                    standing = None
+                assert self.move.peer is not None
+                # It may never have heard of the move; in a session that is about none it could not be told to abort.
+                standing = standing or await self.move.peer.attach(self.move.header.migration)
+                if standing.state not in (DestinationState.GONE, DestinationState.UNKNOWN):
                     await self.move.peer.abort(str(self.cause or "the move was undone"))
         except (LimosaError, TimeoutError):
             return False
