@@ -17,7 +17,7 @@ from harness.commands import limosa
 from harness.crashes import disks_of
 from harness.disks import assert_keeps, assert_sound, goes_on, number
 from harness.guests import LanClient, address_of, linux, wait_until_it_serves
-from harness.hosts import wait_until
+from harness.hosts import settled, wait_until
 from harness.labs import LabHost, running_lab
 from harness.samba import Share
 from harness.steering import change, move, remove
@@ -114,8 +114,9 @@ def test_a_cancelled_move_leaves_the_lease_with_the_source(lab: Lab, client: Lan
     )
     wait_until(lambda: lab.lease().promised_to == lab.second.name, "the lease is promised")
     lab.first.client.call(endpoints.CANCEL_MIGRATION, migration=begun.id)
-    wait_until(lambda: not lab.lease().promised_to, "the promise is withdrawn")
-    assert lab.lease().host == lab.first.name
+    assert lab.first.outcome(begun.id).outcome is Outcome.CANCELLED
+    wait_until(lambda: settled([lab.first, lab.second]), "the destination has nothing of it any more")
+    assert (lab.lease().host, lab.lease().promised_to) == (lab.first.name, "")
     goes_on(client)
 
 

@@ -104,8 +104,9 @@ class Storage:
 
     async def _hold(self, plan: DiskPlan) -> None:
         """Between plan and deed another copy may have taken the space, so it is looked at again."""
-        free = next((one.free_bytes for one in await self.locations() if one.name == plan.location), 0)
-        if free < plan.expected_bytes:
+        location = next((one for one in await self.locations() if one.name == plan.location), None)
+        if location is None or location.lacks(plan.expected_bytes):
+            free = location.free_bytes if location is not None else 0
             raise StorageError(
                 f"location '{plan.location}' has no room for disk {plan.disk}",
                 why=f"{format_bytes(free)} are free, {format_bytes(plan.expected_bytes)} are needed",

@@ -194,7 +194,7 @@ def space(plans: Iterable[DiskPlan], locations: Mapping[str, Location], host: st
                     "mend it, or choose another with --storage",
                 )
             )
-        elif location.free_bytes < count:
+        elif location.lacks(count):
             found.append(
                 Finding.error(
                     "space-short",

@@ -183,7 +183,7 @@ class Settlement:
                     await self._connect()
                     standing = None
                 assert self.move.peer is not None
-                # It may never have heard of the move; in a session that is about none it could not be told to abort.
+                # It may not have heard of the move yet, and then there is nothing that it could be told to destroy.
                 standing = standing or await self.move.peer.attach(self.move.header.migration)
                 if standing.state not in (DestinationState.GONE, DestinationState.UNKNOWN):
                     await self.move.peer.abort(str(self.cause or "the move was undone"))
