@@ -6,6 +6,7 @@ import asyncio
 import logging
 import os
 import stat
+import time
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -21,7 +22,7 @@ from limosa.model.storage import BackingFile, DiskFacts, DiskPlan, Location
 from limosa.model.units import format_bytes
 from limosa.model.vm import Disk, DiskFormat
 from limosa.settings.toml import sync_folder
-from limosa.storage import access, chains, identity, images, leases, qcow2
+from limosa.storage import access, chains, identity, images, leases, marks, qcow2
 from limosa.storage.locations import Locations
 
 _log = logging.getLogger(__name__)
@@ -30,10 +31,11 @@ _log = logging.getLogger(__name__)
 class Storage:
     """Where this host keeps images."""
 
-    def __init__(self, page: Page, files: Files, user: str | None) -> None:
+    def __init__(self, page: Page, files: Files, user: str | None, host: str) -> None:
         self._page = page
         self._files = files
         self._user = user
+        self._host = host
         #: places for moves that copy disks on this host or from it, and for those that bring disks; two lines, so that
         #: two hosts cannot wait for each other
         self.leaving = Slots(lambda: page.now.max_storage_moves)
@@ -86,11 +88,14 @@ class Storage:
         return list(dict.fromkeys(str(path) for path in found if places.of(str(path))))
 
     async def make(self, plan: DiskPlan) -> None:
-        """Hold space for the image of a copy and create it, durably. Raises :class:`StorageError`; nothing is left
-        then."""
+        """Hold space for the image of a copy and create it, durably, with the mark of one that is not finished. Raises
+        :class:`StorageError`; nothing is left then."""
         path = Path(plan.path)
+        if path.exists():
+            raise StorageError(f"{path} exists already")
         await self._hold(plan)
         try:
+            await asyncio.to_thread(marks.begin, plan.path, marks.Mark(host=self._host, at=time.time()))
             await images.create(path, plan.format, plan.virtual_bytes, plan.backing, thick=plan.thick)
             access.give_new(path, self._user)
             try:
@@ -99,8 +104,15 @@ class Storage:
                 path.unlink(missing_ok=True)
                 raise StorageError(f"cannot write {path.parent}", why=error.strerror or str(error)) from error
         except BaseException:
+            marks.forget(plan.path)
             self.settle(plan.path)
             raise
+
+    async def finish(self, paths: Iterable[str]) -> None:
+        """The images are whole and about to be a VM's: durably no unfinished copies any more. Raises
+        :class:`StorageError`; they must not be a VM's then."""
+        for path in paths:
+            await asyncio.to_thread(marks.finish, path)
 
     async def _hold(self, plan: DiskPlan) -> None:
         """Between plan and deed another copy may have taken the space, so it is looked at again."""
@@ -125,9 +137,9 @@ class Storage:
         try:
             if not Path(path).is_block_device():
                 os.unlink(path)
-            leases.forget(path)
+            _forget(path)
         except FileNotFoundError:
-            leases.forget(path)
+            _forget(path)
         except OSError as error:
             _log.error("%s is not used any more and could not be deleted: %s", path, error.strerror or error)
 
@@ -164,6 +176,12 @@ class Storage:
             return 0
         held = ((path, total) for path, total in list(self._held.items()) if _device(Path(path).parent) == device)
         return sum(_still_needed(path, total) for path, total in held)
+
+
+def _forget(path: str) -> None:
+    """Remove what lay beside an image."""
+    leases.forget(path)
+    marks.forget(path)
 
 
 def _with_digest(backing: BackingFile) -> BackingFile:

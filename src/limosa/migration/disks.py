@@ -6,11 +6,14 @@ in the destination's location of the same name as here, else in its default one.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import PurePosixPath
 
 import msgspec
 
+from limosa.model.base import is_name
 from limosa.model.facts import DestinationFacts, VmFacts
 from limosa.model.finding import Finding
 from limosa.model.storage import BackingFile, DiskAction, DiskFacts, DiskPlan, Location
@@ -20,6 +23,7 @@ from limosa.storage.identity import same_file
 
 #: A qcow2 image's own tables, for each byte of data: 8 bytes for a cluster of 64 KiB, and as much again to count them.
 _TABLES = 1 + 2 / 4096
+_IMAGE_NAME = re.compile(r"(?P<vm>[^/]+)-(?P<disk>vd[a-z])\.(?P<tag>[a-z0-9]{12})\.(qcow2|raw)")
 
 
 def to_copy(vm: VmConfig, here: VmFacts, there: DestinationFacts, wishes: Mapping[str, str]) -> tuple[Disk, ...]:
@@ -41,6 +45,21 @@ def to_copy(vm: VmConfig, here: VmFacts, there: DestinationFacts, wishes: Mappin
 def image_name(vm: str, disk: str, tag: str, image_format: str) -> str:
     """The file name of a new image. ``tag`` is the identity of the move, which makes it one that nobody else has."""
     return f"{vm}-{disk}.{tag}.{image_format}"
+
+
+@dataclass(frozen=True)
+class Made:
+    """What the name of an image says that a move has made."""
+
+    vm: str
+    disk: str
+    migration: str
+
+
+def read_image_name(name: str) -> Made | None:
+    """What :func:`image_name` was given; None if the name is not of that form."""
+    match = _IMAGE_NAME.fullmatch(name)
+    return Made(match["vm"], match["disk"], match["tag"]) if match and is_name(match["vm"]) else None
 
 
 def plan(

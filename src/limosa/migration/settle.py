@@ -133,7 +133,9 @@ class Settlement:
         """The guest runs here as before; people may operate it again."""
         await mirrors.drop(machine, self.move.header.migration, [disk.name for disk in self.move.header.vm.disks])
         await machine.forget_stream()
-        await self.move.home.reclaim()
+        # What was never promised is as it was, and may be another's: then the move was refused because of that.
+        if any(record.step == SourceStep.PREPARING for record in self.move.journal.records):
+            await self.move.home.reclaim()
         if self.move.header.was_running:
             await machine.resume_if_stopped()
         await self.move.home.vm_stays()

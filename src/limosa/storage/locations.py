@@ -82,6 +82,7 @@ class Locations:
             path=place.path,
             file_system=mount.kind,
             source=mount.source,
+            share=mounts.name_on_server(place.path),
             shared=place.shared or bool(mount.share),
             default=default,
             speed=_speed(status.st_dev, mount),
