@@ -59,6 +59,12 @@ def inodes_are_the_servers(share: str) -> bool:
     return share.partition(" ")[0] in _SHARED
 
 
+def protocol(share: str) -> str:
+    """The kind of a share, the same for all versions of one protocol; empty for local storage."""
+    kind = share.partition(" ")[0]
+    return {"nfs4": "nfs", "smb3": "cifs"}.get(kind, kind)
+
+
 UNKNOWN = Mount("", "")
 
 
