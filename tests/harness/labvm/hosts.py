@@ -48,6 +48,7 @@ class VmHost:
         self.vm = vm
         self.name = vm.name
         self._folder = folder
+        self.state = folder / "state"
 
     @property
     def route(self) -> TlsRoute:
@@ -56,7 +57,7 @@ class VmHost:
 
     def console(self, name: str) -> str:
         """The last words of a guest on its console."""
-        return self.vm.run(f"tail -c 64 {self._folder}/state/vms/{name}/console.log")
+        return self.vm.run(f"tail -c 64 {self.state}/vms/{name}/console.log")
 
     def limosa(self, *words: str) -> str:
         """What the command line prints, inside. Raises :class:`harness.labvm.vm.CommandFailed`."""
