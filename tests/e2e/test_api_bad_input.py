@@ -37,6 +37,7 @@ from harness.raw import (
 )
 from limosa.errors import InvalidInput, LimosaError
 from limosa.model.migration import Side
+from limosa.model.storage import ImageSought
 from limosa.model.vm import CloudInit, Disk, Nic, VmConfig, VmState
 from limosa.security import ca
 from limosa.settings.daemon import DEFAULT_PORT
@@ -97,6 +98,10 @@ EXAMPLES: dict[type, Any] = {
     api.CheckRequest: api.CheckRequest(vm="vm", destination="127.0.0.1:1"),
     api.MoveRequest: api.MoveRequest(vm="vm", destination="127.0.0.1:1", options=api.MoveOptions(post_copy=True)),
     api.ReleaseRequest: api.ReleaseRequest(image="/nowhere/disk.qcow2", dead="gamma"),
+    api.CleanRequest: api.CleanRequest(paths=("/nowhere/disk.qcow2",)),
+    api.ImagesSought: api.ImagesSought(
+        images=(ImageSought(migration="abcdefghijkl", location="images", name="vm-vda.qcow2", share="nas:/vms"),)
+    ),
     api.ResolveRequest: api.ResolveRequest(owner=Side.SOURCE),
 }
 PARAMETERS = st.sampled_from(["vm", "nobody", "abcdefghijkl", "%2e%2e", "%00", "%ff", "a%2Fb", "-rf", "x" * 3000])

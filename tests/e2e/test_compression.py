@@ -90,8 +90,7 @@ def relays(host: LabHost) -> list[int]:
 
 
 def relay_processes(host: LabHost) -> list[int]:
-    found = [int(one.split()[-1]) for one in host.bystanders() if one.startswith("process ")]
-    return [pid for pid in found if b"limosa.transport.relay" in command(pid)]
+    return [pid for pid in host.processes() if b"limosa.transport.relay" in command(pid)]
 
 
 def command(pid: int) -> bytes:
@@ -126,7 +125,8 @@ def stays(hosts: list[LabHost], *, session: bool = False) -> None:
     wait_until(lambda: settled(list(hosts)), "every journal has come to its end")
     assert runners(hosts, "vm") == ["host1"]
     kept = relay_processes(hosts[1]) if session else []
-    wait_until(lambda: hosts[1].bystanders() == [f"process {pid}" for pid in kept], "the destination keeps nothing")
+    wait_until(lambda: hosts[1].processes() == kept, "the destination keeps no other process")
+    wait_until(lambda: len(hosts[1].bystanders()) == len(kept), "nor anything else")
     wait_until(lambda: session or relay_processes(hosts[0]) == [], "no relay is left")
 
 

@@ -43,7 +43,7 @@ from limosa.settings.host import ConvergencePolicy
 from limosa.storage.identity import identify
 from limosa.testing.peer import LocalPeer
 from limosa.transport import tcp
-from limosa.transport.channel import Channel, Doorway
+from limosa.transport.channel import Channel, Doorway, SocketChannel
 from limosa.transport.relay.frames import VERSION as RELAY_VERSION
 from limosa.transport.relay.outbound import Outbound, Seat
 from limosa.wire.peer import Prepare, Prepared, RelayPlace, Running
@@ -83,13 +83,34 @@ def test_memory_is_moved_exactly_over_several_paths() -> None:
         namespaces.remove(namespace)
 
 
+@pytest.mark.qemu
+@pytest.mark.lab
+def test_memory_is_moved_exactly_by_relays_over_several_paths_of_which_one_breaks() -> None:
+    namespace = f"limosa-striped-{os.getpid()}"
+    namespaces.create(namespace)
+    try:
+        with tempfile.TemporaryDirectory(prefix="limosa-") as folder:
+            namespaces.inside(namespace, lambda: by_relays_over_several_paths(Path(folder)))
+    finally:
+        namespaces.remove(namespace)
+
+
 def over_several_paths(folder: Path) -> None:
+    two_nics_each()
+    asyncio.run(rounds(folder, Several(folder), ROUNDS[:2]))
+
+
+def by_relays_over_several_paths(folder: Path) -> None:
+    two_nics_each()
+    asyncio.run(rounds(folder, Striped(folder), ROUNDS[:2]))
+
+
+def two_nics_each() -> None:
     """Both ends in one network namespace, whose loopback interface stands for two NICs of each."""
     with IPRoute() as netlink:
         netlink.link("set", index=1, state="up")
         for address in (*OURS, *THEIRS):
             netlink.addr("add", index=1, address=address, prefixlen=24)
-    asyncio.run(rounds(folder, Several(folder), ROUNDS[:2]))
 
 
 @pytest.mark.qemu
@@ -110,9 +131,13 @@ class Plain:
     transport = "tcp"
     ours: tuple[str, ...] = OURS
     theirs: tuple[str, ...] = (ADDRESS,)
+    mptcp = True
 
-    async def seats(self, *, encrypt: bool) -> list[RelayPlace]:
+    async def seats(self, route: Route, *, encrypt: bool) -> list[RelayPlace]:
         return []
+
+    def on_pass(self, number: int) -> None:
+        """The source's QEMU begins a pass."""
 
     async def promise(self, destination: str, copied: Collection[str]) -> None:
         assert not copied
@@ -156,7 +181,7 @@ class Relayed(Plain):
         self._seat: Seat | None = None
         self.made: list[Compressed] = []
 
-    async def seats(self, *, encrypt: bool) -> list[RelayPlace]:
+    async def seats(self, route: Route, *, encrypt: bool) -> list[RelayPlace]:
         self._seat = Outbound(self._dial, encrypt=encrypt, several=False, window_log=24, user=None).seat()
         await self._seat.open()
         return [self._seat.place]
@@ -176,6 +201,44 @@ class Relayed(Plain):
         carriers = [await tcp.connect(prepared.address, prepared.port, prepared.token) for _ in range(2)]
         carriers[0].stream.setsockopt(socket.SOL_SOCKET, SO_MAX_PACING_RATE, BRAKE_BYTES_PER_S)
         return carriers
+
+
+class Striped(Plain):
+    """By relays over two NICs of each host, without Multipath TCP; the first path breaks in mid-move."""
+
+    transport = "multichannel"
+    theirs = THEIRS
+    mptcp = False
+
+    def __init__(self, folder: Path) -> None:
+        self._relays = Compression(Multichannel(PathManager(), folder), Page(folder / "settings.toml"), None)
+        self._sessions = 0
+        self._seat: Seat | None = None
+        self._carriers: Sequence[SocketChannel] = ()
+
+    async def seats(self, route: Route, *, encrypt: bool) -> list[RelayPlace]:
+        assert route.striped
+        self._sessions += 1  # each round has one of its own, in which no path is broken yet
+        self._seat = self._relays.seat(f"there {self._sessions}", route, encrypt=encrypt)
+        await self._seat.open()
+        return [self._seat.place]
+
+    async def connect(self, route: Route, prepared: Prepared) -> Channel:
+        assert self._seat is not None
+        channel = await self._seat.connect(prepared)
+        self._carriers = self._seat._session.carriers()
+        return channel
+
+    async def open_door(self, request: Prepare, machine: MachineProtocol) -> Doorway:
+        assert request.relay is not None
+        return await self._relays.open_door("here", request.relay, request.addresses, self._permitted, ())
+
+    def on_pass(self, number: int) -> None:
+        if number == ENOUGH_PASSES // 2:
+            self._carriers[0].stream.shutdown(socket.SHUT_RDWR)
+
+    async def _permitted(self) -> tuple[str, ...]:
+        return THEIRS
 
 
 async def rounds(folder: Path, way: Plain, rounds: Sequence[bool] = ROUNDS) -> None:
@@ -268,11 +331,11 @@ class Here(BareHome):
             live_migration=True,
             encrypt=True,
             post_copy=False,
-            network=network(self._way.ours),
+            network=network(self._way.ours, mptcp=self._way.mptcp),
         )
 
     async def seats(self, destination: str, route: Route, count: int, *, encrypt: bool) -> list[RelayPlace]:
-        return await self._way.seats(encrypt=encrypt)
+        return await self._way.seats(route, encrypt=encrypt)
 
     async def connect(self, route: Route, prepared: Prepared) -> Channel:
         return await self._way.connect(route, prepared)
@@ -311,7 +374,7 @@ class There:
             trial_port=0,
             time=0.0,
             relay=RELAY_VERSION,
-            network=network(THEIRS),
+            network=network(THEIRS, mptcp=self._way.mptcp),
         )
 
     async def reserve(self, in_line: Callable[[int], None]) -> None:
@@ -340,7 +403,7 @@ class There:
             await machine.kill()
 
 
-def network(addresses: tuple[str, ...]) -> HostNetwork:
+def network(addresses: tuple[str, ...], *, mptcp: bool) -> HostNetwork:
     """A host that has a NIC for each address."""
     nics = (
         HostNic(
@@ -354,7 +417,7 @@ def network(addresses: tuple[str, ...]) -> HostNetwork:
         )
         for number, address in enumerate(addresses)
     )
-    return HostNetwork(nics=tuple(nics), mptcp=True)
+    return HostNetwork(nics=tuple(nics), mptcp=mptcp)
 
 
 def files_of(config: VmConfig) -> tuple[FileIdentity, ...]:
@@ -397,7 +460,7 @@ async def move(folder: Path, config: VmConfig, source: Machine, way: Plain, *, e
     script = SourceMove(
         Journal.begin(folder, headers[0]), source, dialler(witness), Here(config, source, way), terms, report
     )
-    passes = released_after(source, ENOUGH_PASSES)
+    passes = released_after(source, ENOUGH_PASSES, way)
     at_first = await memory(source, scratch)
     await script.run()
 
@@ -421,14 +484,15 @@ async def move(folder: Path, config: VmConfig, source: Machine, way: Plain, *, e
     return landing.machine
 
 
-def released_after(source: Machine, enough: int) -> list[int]:
-    """Release the brake when the source begins its pass number ``enough``; the passes so far."""
+def released_after(source: Machine, enough: int, way: Plain) -> list[int]:
+    """Release the brake when the source begins its pass number ``enough``; the passes so far. ``way`` hears of each."""
     passes = [0]
     tasks = set()
 
     def on_event(event: Event) -> None:
         if event.name == "MIGRATION_PASS":
             passes.append(event.data["pass"])
+            way.on_pass(passes[-1])
             if passes[-1] == enough:
                 tasks.add(asyncio.ensure_future(source.set_bandwidth(0)))
 

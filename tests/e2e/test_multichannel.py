@@ -6,19 +6,16 @@ Everything is judged by the bytes each path has carried, which the kernel counts
 from __future__ import annotations
 
 import asyncio
-import errno
 import os
 import signal
-import socket
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 from pyroute2 import IPRoute
 
 from harness.commands import limosa
-from harness.hosts import tiny, wait_until
-from harness.labs import LabHost, plug, running_lab
+from harness.hosts import wait_until
+from harness.labs import LabHost, plug, reaches, running_lab
 from harness.steering import follow, settings
 from limosa.lab import daemons, namespaces
 from limosa.model.migration import Migration, Outcome
@@ -91,17 +88,6 @@ def kernel(host: LabHost) -> tuple[tuple[Endpoint, ...], Limits]:
     return namespaces.inside(host.namespace, lambda: asyncio.run(look()))
 
 
-def reaches(host: LabHost, address: str) -> bool:
-    """Whether packets go to an address and back; nobody listens there."""
-
-    def knock() -> bool:
-        with socket.socket() as caller:
-            caller.settimeout(1)
-            return caller.connect_ex((address, 1)) == errno.ECONNREFUSED
-
-    return namespaces.inside(host.namespace, knock)
-
-
 def is_clean(host: LabHost) -> bool:
     return kernel(host) == ((), Limits(2, 0)) and not (host.run / "mptcp.json").exists()
 
@@ -172,19 +158,6 @@ def test_a_nic_that_is_renamed_in_mid_move_goes_on(hosts: list[LabHost]) -> None
     finally:
         in_host(hosts[0], lambda netlink, index: netlink.link("set", index=index, ifname="mig1"), "other")
     assert min(used.values()) > 0.35 * sum(used.values()), used
-
-
-def test_without_multipath_tcp_at_the_destination_it_is_tcp_and_says_so(hosts: list[LabHost]) -> None:
-    switch = Path("/proc/sys/net/mptcp/enabled")
-    hosts[0].create(tiny("vm"))
-    namespaces.inside(hosts[1].namespace, lambda: switch.write_text("0"))
-    try:
-        ended = arrived(hosts, begin(hosts))
-    finally:
-        namespaces.inside(hosts[1].namespace, lambda: switch.write_text("1"))
-    assert ended.transport == "tcp"
-    assert ended.route is not None
-    assert ended.route.why == "Multipath TCP is off on host 'host2'"
 
 
 def test_what_an_administrator_set_is_used_and_stays(hosts: list[LabHost]) -> None:

@@ -9,19 +9,22 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Coroutine
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
 import uvloop
 
-from harness.relays import WINDOW_LOG, Pair, carriers, pair
+from harness.relays import SO_MAX_PACING_RATE, WINDOW_LOG, Pair, carriers, pair
 from limosa.errors import InvalidInput, RelayFailed
 from limosa.security.stream import make_credentials
 from limosa.transport.relay.client import Relay
 from limosa.transport.relay.control import ChannelStatistics
 from limosa.transport.relay.frames import HELLO_BYTES, Form, FrameWriter, Hello, Way, digest
+from limosa.transport.tcp import acknowledged
 
 MIB = 1024 * 1024
 NOISE = random.Random(5).randbytes(8 * MIB)
@@ -164,6 +167,90 @@ def test_when_the_destinations_qemu_dies_the_sources_sees_the_end_and_others_go_
                 await asyncio.to_thread(here.sendall, NOISE * 4)
                 pytest.fail("somebody took it")
             assert (await move(relays, TEXT))[0] == TEXT
+
+    run(work())
+
+
+@pytest.mark.parametrize("level", [1, None], ids=["compressed", "raw"])
+@pytest.mark.parametrize("tls", [True, False])
+@pytest.mark.parametrize("paths", [2, 4])
+def test_over_several_paths_what_goes_in_comes_out(paths: int, tls: bool, level: int | None) -> None:
+    async def work() -> None:
+        async with pair(tls=tls, level=level, bytes_per_s=[SLOW] * paths) as relays:
+            for data in (NOISE, b"x", TEXT):
+                came, figures = await move(relays, data)
+                assert came == data
+                assert figures.raw_bytes == len(data)
+            parts = [bytes([number]) * MIB + NOISE[: number * 100_000] for number in range(1, 6)]
+            assert [came for came, _ in await asyncio.gather(*[move(relays, part) for part in parts])] == parts
+
+    run(work())
+
+
+def test_unequal_paths_carry_in_proportion() -> None:
+    async def work() -> None:
+        async with pair(level=None, bytes_per_s=[SLOW // 2, SLOW // 10], hold=True) as relays:
+            assert (await move(relays, NOISE * 4))[0] == NOISE * 4
+            fast, slow = [acknowledged(sock) for sock in relays.near[::2]]
+            assert 3 < fast / slow < 7, (fast, slow)
+
+    run(work())
+
+
+@pytest.mark.parametrize("path", [0, 1])
+@pytest.mark.parametrize("way", [0, 1], ids=["forward", "backward"])
+@pytest.mark.parametrize("how", ["broken", "standing still"])
+def test_a_path_that_is_cut_costs_speed_and_no_byte(path: int, way: int, how: str) -> None:
+    async def work() -> None:
+        async with pair(level=None, bytes_per_s=[SLOW // 4] * 2, hold=True) as relays:
+            victim = (relays.near, relays.far)[way][2 * path + way]
+
+            def cut(came: list[bytes]) -> None:
+                while sum(map(len, came)) < MIB:
+                    time.sleep(0.001)
+                if how == "broken":
+                    victim.shutdown(socket.SHUT_RDWR)
+                else:
+                    victim.setsockopt(socket.SOL_SOCKET, SO_MAX_PACING_RATE, 1)
+
+            here, there = await relays.channel()
+            came: list[bytes] = []
+            works = (partial(read, there, came), partial(write, here, NOISE * 2), partial(cut, came))
+            await asyncio.gather(*[asyncio.to_thread(each) for each in works])
+            assert b"".join(came) == NOISE * 2
+            assert (await move(relays, TEXT))[0] == TEXT
+
+    run(work())
+
+
+def test_the_little_that_is_said_on_a_path_that_stands_still_goes_over_another() -> None:
+    async def work() -> None:
+        async with pair(level=None, bytes_per_s=[SLOW] * 2, hold=True) as relays:
+            here, there = await relays.channel()
+            for sock in relays.near[:1] + relays.far[1:2]:
+                sock.setsockopt(socket.SOL_SOCKET, SO_MAX_PACING_RATE, 1)
+            with here, there:
+                for _ in range(10):
+                    here.sendall(b"page")
+                    assert await asyncio.to_thread(there.recv, 100) == b"page"
+                    there.sendall(b"taken")
+                    assert await asyncio.to_thread(here.recv, 100) == b"taken"
+
+    run(work())
+
+
+def test_when_the_last_path_is_cut_every_stream_ends() -> None:
+    async def work() -> None:
+        async with pair(level=None, bytes_per_s=[SLOW] * 2, hold=True) as relays:
+            here, there = await relays.channel()
+            for sock in (*relays.near, *relays.far):
+                with suppress(OSError):  # the other end has shut it already
+                    sock.shutdown(socket.SHUT_RDWR)
+            with here, there:
+                assert await asyncio.to_thread(there.recv, 100) == b""
+                assert await asyncio.to_thread(here.recv, 100) == b""
+            await asyncio.gather(relays.source.ended.wait(), relays.destination.ended.wait())
+            assert "the connection" in relays.source.why()
 
     run(work())
 

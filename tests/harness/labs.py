@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 import signal
+import socket
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -57,11 +59,15 @@ class LabHost(Host):
         daemons.stop(self.lab, self.name)
         daemons.start(self.lab, [self.name], command)
 
-    def bystanders(self) -> list[str]:
-        """What there is on this host besides its daemon: processes, taps and folders of VMs."""
+    def processes(self) -> list[int]:
+        """Everything that runs on this host besides its daemon."""
         inode = namespaces.inode(self.namespace)
         daemon = daemons.pid_of(self.lab, self.name)
-        found = [f"process {pid} {_command(pid)}" for pid in namespaces.processes_in({inode or 0}) if pid != daemon]
+        return [pid for pid in namespaces.processes_in({inode or 0}) if pid != daemon]
+
+    def bystanders(self) -> list[str]:
+        """What there is on this host besides its daemon: processes, taps and folders of VMs."""
+        found = [f"process {pid} {_command(pid)}" for pid in self.processes()]
         found += [f"tap {name}" for name in self._taps()]
         return found + [str(path) for folder in (self.state / "vms", self.run / "vm") for path in folder.iterdir()]
 
@@ -145,6 +151,17 @@ def plug(host: LabHost, nic: str, *, in_: bool) -> None:
             netlink.link("set", index=index, state="up" if in_ else "down")
 
     namespaces.inside(host.lab.wire, work)
+
+
+def reaches(host: LabHost, address: str) -> bool:
+    """Whether packets go to an address and back; nobody listens there."""
+
+    def knock() -> bool:
+        with socket.socket() as caller:
+            caller.settimeout(1)
+            return caller.connect_ex((address, 1)) == errno.ECONNREFUSED
+
+    return namespaces.inside(host.namespace, knock)
 
 
 def _command(pid: int) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
@@ -22,6 +22,9 @@ class Pair:
 
     source: Relay
     destination: Relay
+    #: if they are held: both ends of the connections, forward and backward for each path
+    near: list[socket.socket]
+    far: list[socket.socket]
     numbers: list[int] = field(default_factory=list)
 
     async def channel(self) -> tuple[socket.socket, socket.socket]:
@@ -33,11 +36,12 @@ class Pair:
         return here, there
 
 
-def carriers(bytes_per_s: int | None = None) -> tuple[list[socket.socket], list[socket.socket]]:
-    """Two connections, of which the first sends at most so fast: their near ends, and the far ones in another order."""
+def carriers(*bytes_per_s: int | None) -> tuple[list[socket.socket], list[socket.socket]]:
+    """Two connections for each path, of which the first sends at most so fast: their near ends, and the far ones in
+    another order. Without a speed, one path as fast as it gets."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         near, far = [], []
-        for limit in (bytes_per_s, None):
+        for limit in [each for path in bytes_per_s or (None,) for each in (path, None)]:
             sock = socket.socket()
             if limit is not None:
                 sock.setsockopt(socket.SOL_SOCKET, SO_MAX_PACING_RATE, limit)
@@ -51,22 +55,28 @@ def carriers(bytes_per_s: int | None = None) -> tuple[list[socket.socket], list[
 async def pair(
     *,
     tls: bool = True,
-    bytes_per_s: int | None = None,
+    bytes_per_s: int | Sequence[int | None] | None = None,
     window_log: int = WINDOW_LOG,
     level: int | None = 1,
     user: str | None = None,
+    hold: bool = False,
 ) -> AsyncIterator[Pair]:
-    """Two relays; both are gone afterwards."""
+    """Two relays; both are gone afterwards. Several speeds are as many paths.
+
+    ``hold``: keep duplicates of the connections; neither side sees by itself then that the other has ended.
+    """
     server, client = make_credentials() if tls else (None, None)
-    near, far = carriers(bytes_per_s)
+    near, far = carriers(*(bytes_per_s if isinstance(bytes_per_s, Sequence) else [bytes_per_s]))
     source, destination = await asyncio.gather(Relay.start(user=user), Relay.start(user=user))
     try:
         await asyncio.gather(
             destination.open_receiver(far, credentials=server, window_log=window_log),
             source.open_sender(near, credentials=client, window_log=window_log, level=level),
         )
+        for one in () if hold else (*near, *far):
+            one.close()
+        yield Pair(source, destination, near, far[::-1])
+    finally:
         for one in (*near, *far):
             one.close()
-        yield Pair(source, destination)
-    finally:
         await asyncio.gather(source.end(), destination.end())

@@ -79,14 +79,21 @@ def settled(world: World) -> Iterator[World]:
     """Both sides do what the rules say, when their session is gone."""
     if world.session:
         return
-    yield from destination_settles(world)
-    answer = destination_state(world.step, world.qemu)
-    for heard in (answer, None):
-        yield from source_settles(world, heard)
+    for seen in looks(world):
+        yield from destination_settles(world, seen)
+        yield from source_settles(world, destination_state(world.step, seen))
+    yield from source_settles(world, None)
 
 
-def destination_settles(world: World) -> Iterator[World]:
-    match decide_destination(world.step, world.qemu):
+def looks(world: World) -> Iterator[DestinationQemu]:
+    """What the destination sees of its QEMU, which may hang."""
+    yield world.qemu
+    if world.qemu is not DestinationQemu.DEAD:
+        yield DestinationQemu.SILENT
+
+
+def destination_settles(world: World, seen: DestinationQemu) -> Iterator[World]:
+    match decide_destination(world.step, seen):
         case DestinationAction.DESTROY if world.step is not DestinationStep.GONE:
             yield replace(world, step=DestinationStep.GONE, qemu=DestinationQemu.DEAD)
         case DestinationAction.OWN if world.qemu is DestinationQemu.LOADED:
@@ -180,6 +187,7 @@ def test_a_source_that_holds_the_guest_goes_on_without_asking() -> None:
 def test_a_held_guest_is_kept_and_a_partial_one_destroyed() -> None:
     reserved = DestinationStep.RESERVED
     assert decide_destination(reserved, DestinationQemu.LOADED) is DestinationAction.HOLD
+    assert decide_destination(reserved, DestinationQemu.SILENT) is DestinationAction.HOLD
     assert decide_destination(reserved, DestinationQemu.INCOMING) is DestinationAction.DESTROY
     assert decide_destination(reserved, DestinationQemu.DEAD) is DestinationAction.DESTROY
     assert decide_destination(DestinationStep.CONTINUING, DestinationQemu.LOADED) is DestinationAction.OWN

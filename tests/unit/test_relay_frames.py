@@ -24,9 +24,9 @@ payloads = st.binary(min_size=1, max_size=200)
 channels = st.integers(0, 2**32 - 1)
 
 
-@given(st.sampled_from(Way), st.integers(10, 31))
-def test_a_hello_is_read_as_it_was_said(way: Way, window_log: int) -> None:
-    assert Hello.parse(Hello(way, window_log).pack()) == (way, window_log)
+@given(st.sampled_from(Way), st.integers(10, 31), st.integers(0, 255))
+def test_a_hello_is_read_as_it_was_said(way: Way, window_log: int, lane: int) -> None:
+    assert Hello.parse(Hello(way, window_log, lane).pack()) == (way, window_log, lane)
 
 
 @given(st.binary(min_size=16, max_size=16))
@@ -38,7 +38,7 @@ def test_no_other_bytes_are_a_hello(data: bytes) -> None:
 def test_another_version_is_named() -> None:
     packed = bytearray(Hello(Way.FORWARD, 27).pack())
     packed[13] += 1
-    with pytest.raises(BrokenStream, match="speaks version 2, this one 1"):
+    with pytest.raises(BrokenStream, match="speaks version 3, this one 2"):
         Hello.parse(bytes(packed))
 
 

@@ -56,10 +56,16 @@ def nics(route: Route) -> list[str]:
         ((1000,), "tcp", "only NIC"),
         ((500, 500), "multichannel", "2 NICs together have 1000 Mbit/s"),
         ((500, 250), "multichannel", "750 Mbit/s"),
-        ((500, 100), "tcp", "more than 2 times slower"),
+        (
+            (500, 100),
+            "multichannel",
+            "600 Mbit/s; one stream for each network, because the NICs are unequal",
+        ),
+        ((5000, 1000), "tcp", "more than 2 times slower"),
+        ((5000, 5000, 1000), "multichannel", "2 NICs together have 10000 Mbit/s"),
         ((10_000, 10_000), "tcp", "does not fill"),
         ((1000, None), "tcp", "speed of mig1 is not known"),
-        ((100, 200, 300), "multichannel", "2 NICs together have 500"),
+        ((100, 200, 300), "multichannel", "3 NICs together have 600"),
     ],
 )
 def test_auto_takes_all_nics_where_that_is_faster(speeds: tuple[int | None, ...], transport: str, words: str) -> None:
@@ -67,12 +73,51 @@ def test_auto_takes_all_nics_where_that_is_faster(speeds: tuple[int | None, ...]
     assert (route.transport, words in route.why) == (transport, True), route.why
 
 
-def test_without_multipath_tcp_on_one_side_it_is_tcp_and_says_so() -> None:
+def test_without_multipath_tcp_on_one_side_each_network_has_a_stream_and_it_says_so() -> None:
     here, there = [nic(0, 1), nic(1, 1)], [nic(0, 2), nic(1, 2)]
-    for asked in ("auto", "multichannel"):
+    for asked in ("auto", "multichannel", "compression"):
         route = choose(ends(here, there, mptcp=(True, False)), asked)
-        assert (route.transport, route.why) == ("tcp", "Multipath TCP is off on host 'host2'")
+        assert (route.striped, nics(route)) == (True, ["mig0", "mig1"])
+        assert route.is_relayed
+        assert not route.is_multipath
+        if asked != "compression":
+            assert "one stream for each network, because Multipath TCP is off on host 'host2'" in route.why
     assert "'host1' and host 'host2'" in choose(ends(here, there, mptcp=(False, False)), "multichannel").why
+    assert not choose(ends(here, there), "multichannel").striped
+
+
+def test_a_nic_as_fast_as_relays_is_taken_alone_by_auto() -> None:
+    here, there = [nic(0, 1, 2500), nic(1, 1, 2500)], [nic(0, 2, 2500), nic(1, 2, 2500)]
+    both = ends(here, there, mptcp=(True, False))
+    assert choose(both, "auto").transport == "tcp"
+    assert choose(both, "auto").why.startswith("relays do not carry more than a NIC of 2500 Mbit/s, and Multipath TCP")
+    assert choose(both, "multichannel").striped
+
+
+def test_without_multipath_tcp_and_without_relays_it_is_tcp_and_says_so() -> None:
+    both = ends([nic(0, 1), nic(1, 1)], [nic(0, 2), nic(1, 2)], mptcp=(True, False))
+    old = dataclasses.replace(both, no_relay="host 'host2' knows another version of it, or none")
+    for asked in ("auto", "multichannel"):
+        route = choose(old, asked)
+        assert (route.transport, route.striped, nics(route)) == ("tcp", False, ["mig0"])
+        assert "Multipath TCP is off on host 'host2', and relays cannot spread it: host 'host2'" in route.why
+
+
+def test_without_relays_unequal_nics_are_left_to_the_faster_one() -> None:
+    old = dataclasses.replace(pair(500, 100), no_relay="host 'host2' knows another version of it, or none")
+    assert (choose(old, "auto").transport, nics(choose(old, "auto"))) == ("tcp", ["mig0"])
+    asked = choose(old, "multichannel")
+    assert (asked.transport, asked.striped, nics(asked)) == ("multichannel", False, ["mig0", "mig1"])
+
+
+def test_a_single_network_has_nothing_to_spread_over() -> None:
+    route = choose(ends([nic(0, 1)], [nic(0, 2)], mptcp=(False, False)), "multichannel")
+    assert (route.transport, route.striped) == ("tcp", False)
+
+
+def test_a_team_is_left_to_multipath_tcp_which_uses_all_its_members() -> None:
+    route = choose(ends([*team(1), nic(3, 1, 100)], [*team(2), nic(3, 2, 100)], allowed=False), "multichannel")
+    assert (route.striped, {path.nic_here: path.streams for path in route.paths}) == (False, {"bond0": 4, "mig3": 1})
 
 
 @pytest.mark.parametrize(
@@ -191,7 +236,9 @@ def test_whatever_the_hosts_have_the_route_is_allowed_open_and_its_own(
     blocked = data.draw(st.sets(st.sampled_from(both.offered))) if both.offered else set()
     route = choose(both, asked, blocked)
     assert route.why
-    assert route.transport in (("tcp",) if asked == "tcp" or not all(mptcp) else ("tcp", "multichannel"))
+    assert route.transport in (("tcp",) if asked == "tcp" else ("tcp", "multichannel"))
+    assert route.striped or all(mptcp) or route.transport == "tcp"
+    assert not route.striped or (route.transport == "multichannel" and len(route.paths) > 1)
     assert bool(route.paths) == bool(set(both.offered) - blocked)
     assert len(route.paths) <= 1 or route.transport == "multichannel"
     assert not blocked & {path.there for path in route.paths}

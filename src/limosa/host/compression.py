@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 
 from limosa.errors import RelayFailed
@@ -17,9 +17,9 @@ from limosa.model.route import Route
 from limosa.transport import tcp
 from limosa.transport.channel import Doorway, SocketChannel, connect_all
 from limosa.transport.relay.client import Relay
+from limosa.transport.relay.control import CARRIERS
 from limosa.transport.relay.inbound import CarrierDoorway, Inbound
 from limosa.transport.relay.outbound import Outbound, Seat
-from limosa.transport.relay.process import CARRIERS
 from limosa.wire.peer import Prepared, RelayPlace
 
 
@@ -36,7 +36,7 @@ class Compression:
     def seat(self, destination: str, route: Route, *, encrypt: bool) -> Seat:
         """The part of a move to ``destination`` in the session that takes this route."""
         way = tuple((path.here, path.there) for path in route.paths)
-        key = (destination, way, encrypt)
+        key = (destination, way, route.striped, route.transport, encrypt)
         session = self._outbound.get(key)
         if session is None or session.is_over:
             session = self._outbound[key] = self._session(route, encrypt=encrypt)
@@ -72,11 +72,25 @@ class Compression:
         await (await asyncio.shield(starting)).carry(place, stream)
 
     def _session(self, route: Route, *, encrypt: bool) -> Outbound:
-        async def dial(prepared: Prepared) -> Sequence[SocketChannel]:
-            return await connect_all([partial(self._multichannel.connect, route, prepared)] * CARRIERS)
+        return Outbound(
+            partial(self._dial, route),
+            encrypt=encrypt,
+            several=route.is_multipath,
+            window_log=self._window_log(),
+            user=self._user,
+            paths=len(route.paths) if route.striped else 1,
+            compress=route.transport == "compression",
+        )
 
-        several, log = route.is_multipath, self._window_log()
-        return Outbound(dial, encrypt=encrypt, several=several, window_log=log, user=self._user)
+    async def _dial(self, route: Route, prepared: Prepared) -> Sequence[SocketChannel]:
+        """Both carriers of each path if the route is striped, else of all together."""
+        dials: list[Callable[[], Awaitable[SocketChannel]]]
+        if route.striped:
+            token, port = prepared.token, prepared.port
+            dials = [partial(tcp.connect, path.there, port, token, path.here) for path in route.paths]
+        else:
+            dials = [partial(self._multichannel.connect, route, prepared)]
+        return await connect_all([dial for dial in dials for _ in range(CARRIERS)])
 
     async def _await(
         self, place: RelayPlace, chosen: Sequence[str], permitted: Addresses, networks: Sequence[str]
@@ -88,7 +102,7 @@ class Compression:
             if place.several:
                 door = await self._multichannel.open_door(chosen, ports, permitted, networks)
             else:
-                door = tcp.TcpDoorway(chosen[0], ports)
+                door = tcp.TcpDoorway(chosen[0], ports, further=chosen[1 : place.paths])
         except BaseException:
             await asyncio.shield(relay.end())
             raise

@@ -28,7 +28,7 @@ class Departure:
 
         Raises :class:`RelayFailed`.
         """
-        if route.transport == "compression":
+        if route.is_relayed:
             compression = self._parts.compression
             self._seats = [compression.seat(destination, route, encrypt=encrypt) for _ in range(count)]
             for seat in self._seats:

@@ -169,7 +169,7 @@ class Incoming:
         if journal.step is not None and DestinationStep(journal.step) in DESTINATION_ENDED:
             return
         hosted = await self._vms.take_up_landing(journal.header.vm, journal.header.migration)
-        destination = self._make(journal, hosted.machine)
+        destination = self._make(journal, hosted.machine, silent=hosted.fault is not None)
         self._landing[journal.header.migration] = destination
         await destination.abandoned()
         self.settled(destination)
@@ -185,9 +185,11 @@ class Incoming:
         path = self._journal_of(migration)
         return self._make(Journal.load(path), None) if path.exists() else None
 
-    def _make(self, journal: Journal, machine: MachineProtocol | None, reached_at: str = "") -> Destination:
+    def _make(
+        self, journal: Journal, machine: MachineProtocol | None, reached_at: str = "", *, silent: bool = False
+    ) -> Destination:
         landing = LandingHere(self._parts, journal.header, self.slots, reached_at)
-        return Destination(journal, landing, self._boot, machine)
+        return Destination(journal, landing, self._boot, machine, silent=silent)
 
 
 def view(destination: Destination) -> Migration:

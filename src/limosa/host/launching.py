@@ -229,6 +229,14 @@ class Launcher:
             started_at=booted_at + start_time / os.sysconf("SC_CLK_TCK"),
         )
 
+    async def end_silent(self, config: VmConfig) -> None:
+        """Kill a QEMU that answers nobody. Raises :class:`QemuError` if the kernel cannot end it."""
+        found = process.find(vnc_argument(self._files.sockets(config) / "vnc.sock"))
+        if found is not None:
+            with suppress(QemuGone):
+                await process.QemuProcess.attach(*found).kill()
+        self.clean_up(config, crashed=False)
+
     def clean_up(self, config: VmConfig, *, crashed: bool) -> None:
         """Forget a QEMU that has ended; but the record of one that crashed stays, to tell the next daemon."""
         if not crashed:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 import msgspec
 
 from limosa.background import Background
-from limosa.errors import Conflict, LimosaError, NotFound, OwnerUnknown, StateError, from_fault
+from limosa.errors import Conflict, LimosaError, NotFound, OwnerUnknown, QemuError, StateError, from_fault
 from limosa.host.files import Files
 from limosa.host.folders import Folders
 from limosa.host.launching import Launcher
@@ -332,7 +332,10 @@ class Vms:
         if hosted is None:
             hosted = HostedVm(config, VmState.INCOMING, migration=migration)
             self._vms[config.name] = hosted
-            await self._take_up(hosted, died=VmState.INCOMING)
+            try:
+                await self._take_up(hosted, died=VmState.INCOMING)
+            except QemuError as error:
+                hosted.fault = error
             hosted.state = VmState.INCOMING
         return hosted
 
@@ -400,6 +403,8 @@ class Vms:
             hosted.ending = True
             await machine.kill()
             await self._after_end(hosted, machine)
+        elif hosted.fault is not None:
+            await self._launcher.end_silent(hosted.config)
 
     def _running(self, hosted: HostedVm) -> Machine:
         if hosted.machine is None:

@@ -36,6 +36,11 @@ from limosa.wire.peer import Prepare, Prepared, Running, Standing
 #: From the source's word to a whole state here: the tail of the stream that QEMU is still loading.
 LOAD_WITHIN_S = 30.0
 
+#: From a question to the answer of a QEMU that does not hang. The source gives an abort five seconds.
+ANSWER_WITHIN_S = 2.0
+#: From the end of QEMU's session to that of its process.
+DYING_S = 1.0
+
 _LOADED = (MigrationState.COMPLETED, MigrationState.POSTCOPY_ACTIVE)
 
 
@@ -74,10 +79,14 @@ class Destination:
         landing: Landing,
         boot: str,
         machine: MachineProtocol | None = None,
+        *,
+        silent: bool = False,
     ) -> None:
+        """``silent``: there is a QEMU, but it lets nobody be its ``machine``."""
         self.journal = journal
         self.landing = landing
         self.machine = machine
+        self._silent = silent
         self._boot = boot
         loop = asyncio.get_running_loop()
         #: done, with an exception, when the waiting QEMU died
@@ -153,8 +162,6 @@ class Destination:
             if self.step in (DestinationStep.CONTINUING, DestinationStep.OWNED):
                 return Running(resumed_at=self._resumed_at)
             machine = await self._whole()
-            if self.journal.header.images:
-                await self._end_exports(machine)
             await self._claim()
             await self._write_continuing()
             if self.journal.header.was_running:
@@ -206,8 +213,18 @@ class Destination:
             return Standing(state=state, rebooted=rebooted, resumed_at=self._resumed_at)
 
     async def resolve(self, *, here: bool) -> None:
-        """A person says whether the guest is this host's, and answers for it."""
+        """A person says whether the guest is this host's, and answers for it.
+
+        Raises :class:`QemuError` if QEMU does not answer: it may have the only copy of the guest, and is kept.
+        """
         if here:
+            if await self._own_qemu() is DestinationQemu.SILENT:
+                raise QemuError(
+                    f"VM '{self.vm.name}' cannot be continued: its QEMU does not answer",
+                    todo="mend what it waits for, most likely storage, restart the daemon, and try again",
+                    vm=self.vm.name,
+                    host=self.journal.header.destination,
+                )
             await self.take_over()
             await self.adopted()
         else:
@@ -218,13 +235,16 @@ class Destination:
         try:
             if self.machine is None or self.step is not DestinationStep.RESERVED:
                 raise StateError("nothing waits here")
-            if not self._loaded.is_set():
-                await self._load(self.machine)
+            async with asyncio.timeout(LOAD_WITHIN_S):
+                if not self._loaded.is_set():
+                    await self._load(self.machine)
+                if self.journal.header.images:
+                    await self._end_exports(self.machine)
         except (LimosaError, TimeoutError) as error:
             if self.step is not DestinationStep.GONE:
                 await self._destroy()
             raise self._lost(
-                "its state did not arrive whole", str(error) or "QEMU did not finish loading it"
+                "its state did not arrive whole", str(error) or f"QEMU was not ready within {LOAD_WITHIN_S:.0f} s"
             ) from error
         return self.machine
 
@@ -264,10 +284,9 @@ class Destination:
 
     async def _load(self, machine: MachineProtocol) -> None:
         await self._arrive(machine)
-        async with asyncio.timeout(LOAD_WITHIN_S):
-            # In post-copy QEMU says that it is active a moment before it has loaded the devices, and nothing then.
-            while not self._loaded.is_set() and await machine.status() is RunState.INMIGRATE:  # noqa: ASYNC110
-                await asyncio.sleep(0.001)
+        # In post-copy QEMU says that it is active a moment before it has loaded the devices, and nothing then.
+        while not self._loaded.is_set() and await machine.status() is RunState.INMIGRATE:  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
 
     async def _arrive(self, machine: MachineProtocol) -> None:
         if (await machine.migration()).state in _LOADED:
@@ -275,8 +294,7 @@ class Destination:
         gone = asyncio.ensure_future(machine.gone.wait())
         arrived = asyncio.ensure_future(self._arrived.wait())
         try:
-            async with asyncio.timeout(LOAD_WITHIN_S):
-                await asyncio.wait({gone, arrived}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({gone, arrived}, return_when=asyncio.FIRST_COMPLETED)
             if not arrived.done():
                 raise QemuError("QEMU ended while it loaded the state", why=machine.exit_text())
         finally:
@@ -337,20 +355,24 @@ class Destination:
         self._close_disks()
         self._unfollow()
         await self.landing.release(self.machine)
-        self.machine = None
+        self.machine, self._silent = None, False
         # On a full disk the line is missing, and RESERVED with a dead QEMU says the same.
         with contextlib.suppress(StateError):
             self.journal.record(DestinationStep.GONE, time.time())
 
     async def _own_qemu(self) -> DestinationQemu:
-        if self.machine is None or self.machine.gone.is_set():
+        if self.machine is None:
+            return DestinationQemu.SILENT if self._silent else DestinationQemu.DEAD
+        if self.machine.gone.is_set():
             return DestinationQemu.DEAD
         try:
-            if await self.machine.status() is RunState.RUNNING:
-                return DestinationQemu.RUNNING
-            loaded = (await self.machine.migration()).state in _LOADED
-        except QemuError:
-            return DestinationQemu.DEAD
+            async with asyncio.timeout(ANSWER_WITHIN_S):
+                if await self.machine.status() is RunState.RUNNING:
+                    return DestinationQemu.RUNNING
+                loaded = (await self.machine.migration()).state in _LOADED
+        except (QemuError, TimeoutError):
+            await asyncio.wait({asyncio.ensure_future(self.machine.gone.wait())}, timeout=DYING_S)
+            return DestinationQemu.DEAD if self.machine.gone.is_set() else DestinationQemu.SILENT
         return DestinationQemu.LOADED if loaded else DestinationQemu.INCOMING
 
     def _follow(self, machine: MachineProtocol) -> None:

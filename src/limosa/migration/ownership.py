@@ -143,6 +143,8 @@ class DestinationQemu(StrEnum):
     INCOMING = "incoming"
     #: it has the whole state and is paused
     LOADED = "loaded"
+    #: its process lives but does not answer: it may have the whole state
+    SILENT = "silent"
     #: the guest was continued
     RUNNING = "running"
 
@@ -162,11 +164,11 @@ def decide_destination(step: DestinationStep, qemu: DestinationQemu) -> Destinat
     """The destination's next act when the source's session is gone.
 
     Destroying a partly loaded QEMU is always safe: the source's cannot have completed, or will be answered GONE. A
-    loaded one is kept, because if the source died it is the only copy there is.
+    loaded one, or one that may be, is kept, because if the source died it is the only copy there is.
     """
     if step in (DestinationStep.CONTINUING, DestinationStep.OWNED) or qemu is DestinationQemu.RUNNING:
         return DestinationAction.OWN
-    if step is DestinationStep.RESERVED and qemu is DestinationQemu.LOADED:
+    if step is DestinationStep.RESERVED and qemu in (DestinationQemu.LOADED, DestinationQemu.SILENT):
         return DestinationAction.HOLD
     return DestinationAction.DESTROY
 
@@ -181,7 +183,7 @@ def destination_state(step: DestinationStep | None, qemu: DestinationQemu) -> De
         case DestinationStep.GONE:
             return DestinationState.GONE
     match qemu:
-        case DestinationQemu.LOADED:
+        case DestinationQemu.LOADED | DestinationQemu.SILENT:
             return DestinationState.LOADED
         case DestinationQemu.INCOMING:
             return DestinationState.INCOMING

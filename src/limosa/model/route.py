@@ -45,10 +45,17 @@ class Route(Model, forbid_unknown_fields=False, frozen=True):
     paths: tuple[Path, ...] = ()
     #: in words
     why: str = ""
-    #: null if no relay carries it
+    #: relays spread it over a TCP connection for each path, without Multipath TCP
+    striped: bool = False
+    #: null if no relay compresses it
     compressed: Compressed | None = None
 
     @property
     def is_multipath(self) -> bool:
         """Whether it takes Multipath TCP, by itself or below relays."""
-        return self.transport == "multichannel" or len(self.paths) > 1
+        return not self.striped and (self.transport == "multichannel" or len(self.paths) > 1)
+
+    @property
+    def is_relayed(self) -> bool:
+        """Whether relays carry it."""
+        return self.transport == "compression" or self.striped

@@ -28,6 +28,8 @@ from limosa.qemu.session import DYING_S
 from limosa.qemu.stream import Stream
 
 LAUNCH_WITHIN_S = 30.0
+#: From a restarted daemon's call to the answer of a QEMU that runs.
+ATTACH_WITHIN_S = 10.0
 #: How long QEMU may take to resume a guest whose stream broke; it usually takes milliseconds.
 RESUME_WITHIN_S = 5.0
 
@@ -70,7 +72,7 @@ class Machine(Stream, Disks):
         runs but does not answer; it is left as it is then."""
         qemu = QemuProcess.attach(pid, start_time)
         try:
-            async with asyncio.timeout(LAUNCH_WITHIN_S):
+            async with asyncio.timeout(ATTACH_WITHIN_S):
                 monitor = await Monitor.connect(run_dir / folder.QMP, f"QEMU ({pid})")
         except (QemuGone, TimeoutError) as error:
             if await qemu.ends(DYING_S):

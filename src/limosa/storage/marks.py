@@ -65,9 +65,9 @@ def finish(image: str) -> None:
 
 def claim(image: str) -> None:
     """Before an image that was found is given to a VM. Raises :class:`Conflict` if it is being removed."""
-    if _copy(image).exists():
+    if os.path.exists(_copy(image)):
         finish(image)
-    if _removal(image).exists():
+    if os.path.exists(_removal(image)):
         raise Conflict(
             f"{image} is being removed",
             why="a move did not finish it, and 'limosa storage clean' has begun to remove it",

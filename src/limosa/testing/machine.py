@@ -53,6 +53,8 @@ class FakeMachine(FakeDisks):
         self._continued = asyncio.Event()
         self._max_throttle = self._throttle_step = 1
         self._exit_text = ""
+        self._answers = asyncio.Event()
+        self._answers.set()
 
     # --- the protocol ---
 
@@ -196,8 +198,13 @@ class FakeMachine(FakeDisks):
 
     # --- what only a fake can do ---
 
+    def hang(self) -> None:
+        """It lives, but answers nothing any more."""
+        self._answers.clear()
+
     def die(self, words: str) -> None:
         """The process ends, with these last words."""
+        self._answers.set()
         if self.gone.is_set():
             return
         self._exit_text = words or "ended by SIGKILL"
@@ -328,6 +335,7 @@ class FakeMachine(FakeDisks):
 
     async def _answer(self) -> None:
         await asyncio.sleep(0)
+        await self._answers.wait()
         if self.gone.is_set():
             raise QemuGone("QEMU has ended", why=self._exit_text)
 

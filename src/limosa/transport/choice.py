@@ -4,6 +4,9 @@ A *path* leads from a NIC here to the NIC there that is on the same network, and
 network. Several NICs of a host on one network are one path: the kernel sends everything for a network through one of
 them, unless an administrator has set up policy routing.
 
+Several paths are one Multipath TCP connection, or, where that is missing on one side or the NICs are unequal, one TCP
+connection each, over which relays spread the stream (*striped*: 011-striping).
+
 What guides ``auto``: more NICs are faster as long as the NICs are what a move waits for. One stream of QEMU's fills a
 NIC of some gigabits by itself; beyond that the processor is the limit, and then plain TCP, which costs less of it, is
 the faster one (measured on links without a limit: 006-transports).
@@ -20,13 +23,16 @@ import msgspec
 from limosa.model.network import HostNetwork, HostNic
 from limosa.model.route import Path, Route
 from limosa.transport import rdma
+from limosa.transport.relay.control import MAX_LANES
 from limosa.transport.teams import spreads
 
 #: A NIC of this speed is not what one stream waits for.
 FAST_MBIT_PER_S = 10_000
-#: How many times slower than the fastest a NIC may be. The connection's parts arrive in order, so that the others wait
-#: for what a slow one still has in its queue: 500 and 100 Mbit/s together were slower than 500 alone (measured).
+#: How many times slower than the fastest a NIC may be for Multipath TCP. A connection's parts arrive in order, so that
+#: the others wait for what a slow one still has in its queue: 500 and 100 Mbit/s were slower than 500 alone (measured).
 SLOWER = 2
+#: A NIC of this speed carries alone what relays spread over several.
+SPREAD_MBIT_PER_S = 2500
 #: What one processor compresses in a second, with what is left of it: a faster network carries more as it is.
 OUTRUN_MBIT_PER_S = 2500
 #: The kernel adds eight further connections to the first.
@@ -83,16 +89,30 @@ def _by_sockets(ends: Ends, asked: str, blocked: Collection[str]) -> Route:
         return Route(transport="tcp", why=f"nothing leads to host '{ends.destination}'")
     if asked == "compression":
         return _compression(ends, blocked)
-    reason = _against(ends, several) if asked == "multichannel" else ""
+    stripes = _stripes(ends, several)
+    reason = "it was asked for" if asked == "tcp" else _against(ends, several, stripes)
     if asked == "auto":
-        reason = _against(ends, several) or _not_worth(ends, several)
-        several = _alike(several)
-    if asked == "tcp" or reason:
-        words = reason or "it was asked for"
-        return Route(transport="tcp", paths=single[:1], why=_except(words, blocked))
-    several = _with_streams(ends, several)
-    gain = _gain(several) if asked == "auto" else "it was asked for"
-    return Route(transport="multichannel", paths=several, why=_except(gain, blocked))
+        reason = reason or _not_worth(ends, several, stripes)
+    if reason:
+        return Route(transport="tcp", paths=single[:1], why=_except(reason, blocked))
+    if not stripes:
+        several = _with_streams(ends, _alike(several) if asked == "auto" else several)
+    words = [_gain(several) if asked == "auto" else "it was asked for"]
+    words += [f"one stream for each network, because {stripes}"] if stripes else []
+    why = _except("; ".join(words), blocked)
+    return Route(transport="multichannel", paths=several, striped=bool(stripes), why=why)
+
+
+def _stripes(ends: Ends, several: Sequence[Path]) -> str:
+    """Why relays are to spread the stream over these paths instead of Multipath TCP, in words; empty: they are not."""
+    if ends.no_relay or not 1 < len(several) <= MAX_LANES:
+        return ""
+    if off := _multipath_off(ends):
+        return off
+    speeds = [path.speed_mbit_per_s or 0 for path in several]
+    unequal = len(_alike(several)) < len(several) and min(speeds) > 0 and max(speeds) < SPREAD_MBIT_PER_S
+    # One connection would use one member of a team.
+    return "the NICs are unequal" if unequal and not any(_has_team(ends, path) for path in several) else ""
 
 
 def _gain(several: Sequence[Path]) -> str:
@@ -120,7 +140,7 @@ def _compression(ends: Ends, blocked: Collection[str]) -> Route:
         return msgspec.structs.replace(bare, why=f"compression is not possible: {ends.no_relay}; {bare.why}")
     doubt = not_outrun(bare.paths)
     words = f"it was asked for, but {doubt}" if doubt else "it was asked for"
-    return Route(transport="compression", paths=bare.paths, why=_except(words, blocked))
+    return Route(transport="compression", paths=bare.paths, striped=bare.striped, why=_except(words, blocked))
 
 
 def not_outrun(paths: Sequence[Path]) -> str:
@@ -132,16 +152,21 @@ def not_outrun(paths: Sequence[Path]) -> str:
     return f"one processor does not compress faster than {total} Mbit/s" if total > OUTRUN_MBIT_PER_S else ""
 
 
-def _against(ends: Ends, several: Sequence[Path]) -> str:
-    """What makes Multipath TCP impossible, in words; empty if nothing does."""
+def _against(ends: Ends, several: Sequence[Path], stripes: str) -> str:
+    """What makes several paths impossible, in words; empty if nothing does."""
     if not several:
         return f"no NIC here is on a network of host '{ends.destination}'"
+    off = "" if stripes else _multipath_off(ends)
+    return f"{off}, and relays cannot spread it: {ends.no_relay}" if off and ends.no_relay and len(several) > 1 else off
+
+
+def _multipath_off(ends: Ends) -> str:
     off = [name for name, side in ((ends.source, ends.here), (ends.destination, ends.there)) if not side.mptcp]
     hosts = " and ".join(f"host '{name}'" for name in off)
     return f"Multipath TCP is off on {hosts}" if off else ""
 
 
-def _not_worth(ends: Ends, several: Sequence[Path]) -> str:
+def _not_worth(ends: Ends, several: Sequence[Path], stripes: str) -> str:
     """Why one connection is as good as several, in words; empty if it is not."""
     has_team = _has_team(ends, several[0])
     if len(several) == 1 and not has_team:
@@ -152,7 +177,9 @@ def _not_worth(ends: Ends, several: Sequence[Path]) -> str:
         return f"the speed of {silent.nic_here} is not known"
     if max(speeds) >= FAST_MBIT_PER_S:
         return f"one stream does not fill a NIC of {max(speeds)} Mbit/s"
-    if len(_alike(several)) == 1 and not has_team:
+    if stripes and max(speeds) >= SPREAD_MBIT_PER_S:
+        return f"relays do not carry more than a NIC of {max(speeds)} Mbit/s, and {stripes}"
+    if len(_alike(several)) == 1 and not stripes and not has_team:
         return f"the other NICs are more than {SLOWER} times slower and would hold it up"
     return ""
 

@@ -76,11 +76,18 @@ class TcpChannel:
 class TcpDoorway:
     """The destination's end: a listener. Raises :class:`NetworkError` if every port of the range is taken.
 
-    ``protocol`` is another than TCP's for Multipath TCP, whose sockets are the same but for it.
+    ``protocol`` is another than TCP's for Multipath TCP, whose sockets are the same but for it. On ``further``
+    addresses the source may come too, to the same port.
     """
 
-    def __init__(self, address: str, ports: tuple[int, int], protocol: int = socket.IPPROTO_TCP) -> None:
-        self._listener = listen_within(address, ports, protocol)
+    def __init__(
+        self,
+        address: str,
+        ports: tuple[int, int],
+        protocol: int = socket.IPPROTO_TCP,
+        further: Sequence[str] = (),
+    ) -> None:
+        self._listener, *self._others = listen_within((address, *further), ports, protocol)
         self._token = secrets.token_bytes(_TOKEN_BYTES)
 
     @property
@@ -108,9 +115,12 @@ class TcpDoorway:
         return (await self.accept_several(1))[0]
 
     async def accept_several(self, count: int) -> list[socket.socket]:
-        """Wait for so many connections of the source, at most :data:`PORTERS`. Otherwise as :meth:`accept`."""
-        turn = asyncio.Lock()
-        porters = [asyncio.ensure_future(self._admit(turn)) for _ in range(PORTERS)]
+        """Wait for so many connections of the source, of which at most :data:`PORTERS` come to each address.
+
+        Otherwise as :meth:`accept`.
+        """
+        doors = [(listener, asyncio.Lock()) for listener in (self._listener, *self._others)]
+        porters = [asyncio.ensure_future(self._admit(*door)) for door in doors for _ in range(PORTERS)]
         came: list[socket.socket] = []
         try:
             waiting = set(porters)
@@ -132,17 +142,21 @@ class TcpDoorway:
         """See :class:`limosa.transport.channel.Doorway`."""
 
     def _expect_nobody(self) -> None:
-        self._listener.close()
+        self._close_listeners()
 
     def close(self) -> None:
         """See :class:`limosa.transport.channel.Doorway`."""
-        self._listener.close()
+        self._close_listeners()
 
-    async def _admit(self, turn: asyncio.Lock) -> socket.socket:
+    def _close_listeners(self) -> None:
+        for listener in (self._listener, *self._others):
+            listener.close()
+
+    async def _admit(self, listener: socket.socket, turn: asyncio.Lock) -> socket.socket:
         """The first caller who knows the token, of those this porter asks."""
         while True:
             async with turn:  # an event loop waits for a listener on behalf of one
-                caller, _ = await asyncio.get_running_loop().sock_accept(self._listener)
+                caller, _ = await asyncio.get_running_loop().sock_accept(listener)
             if await self._is_expected(caller):
                 return caller
 
@@ -242,15 +256,22 @@ def listen(address: str, port: int, protocol: int = socket.IPPROTO_TCP) -> socke
     return listener
 
 
-def listen_within(address: str, ports: tuple[int, int], protocol: int = socket.IPPROTO_TCP) -> socket.socket:
-    """A listener on the first free port of a range. Raises :class:`NetworkError` if every one is taken."""
-    listener = _listen(address, range(ports[0], ports[1] + 1), protocol)
-    if listener is None:
-        raise NetworkError(
-            f"no port from {ports[0]} to {ports[1]} of {address} is free to receive a VM",
-            todo="see what listens there, or change the setting migration_ports",
-        )
-    return listener
+def listen_within(
+    addresses: Sequence[str], ports: tuple[int, int], protocol: int = socket.IPPROTO_TCP
+) -> list[socket.socket]:
+    """Listeners on the first port of a range that is free on each address.
+
+    Raises :class:`NetworkError` if there is none.
+    """
+    for port in range(ports[0], ports[1] + 1):
+        with contextlib.suppress(OSError), contextlib.ExitStack() as made:
+            listeners = [made.enter_context(listen(address, port, protocol)) for address in addresses]
+            made.pop_all()
+            return listeners
+    raise NetworkError(
+        f"no port from {ports[0]} to {ports[1]} of {', '.join(addresses)} is free to receive a VM",
+        todo="see what listens there, or change the setting migration_ports",
+    )
 
 
 def free_ports(address: str, ports: Iterable[int]) -> Iterator[int]:
@@ -261,10 +282,10 @@ def free_ports(address: str, ports: Iterable[int]) -> Iterator[int]:
             yield port
 
 
-def _listen(address: str, ports: range, protocol: int = socket.IPPROTO_TCP) -> socket.socket | None:
+def _listen(address: str, ports: range) -> socket.socket | None:
     for port in ports:
         with contextlib.suppress(OSError):
-            return listen(address, port, protocol)
+            return listen(address, port)
     return None
 
 

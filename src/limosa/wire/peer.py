@@ -102,7 +102,7 @@ class StreamCredentials(Model, frozen=True):
     key: Pem
 
 
-class RelayPlace(Model, frozen=True):
+class RelayPlace(Model, frozen=True, omit_defaults=True):
     """Where a stream goes that relays carry: a channel of a session between the two hosts' relays.
 
     The source's daemon makes sessions and numbers the channels of each. A destination that does not know the session
@@ -117,6 +117,8 @@ class RelayPlace(Model, frozen=True):
     credentials: StreamCredentials | None
     #: whether its connections go over several NICs, by Multipath TCP
     several: bool
+    #: paths, each with connections of its own by plain TCP, to as many addresses
+    paths: Annotated[int, Meta(ge=1, le=8)] = 1
 
 
 class Prepare(Message, tag="prepare", frozen=True, omit_defaults=True):
@@ -142,7 +144,7 @@ class Prepare(Message, tag="prepare", frozen=True, omit_defaults=True):
     rdma_pin_all: bool = False
     #: networks the source has an address in that may carry moves, for addresses that appear later
     networks: Annotated[tuple[Address, ...], Meta(max_length=4096)] = ()
-    #: with the transport ``compression``
+    #: with the transport ``compression``, and where relays spread the stream over several paths
     relay: RelayPlace | None = None
     #: small files of the VM's own that the destination must have bit by bit (the cloud-init seed), by name
     files: dict[Name, Base64] = {}

@@ -11,6 +11,8 @@
 - ``queue``: what waits for the carrier and what of it is worth compressing; ``pace``: what that is judged by. Pure.
 - ``worker``: the process that compresses, and its ``priority``; ``codec``: the two ends of a long-window zstd stream.
 - ``carrier``: one connection between the two relays, TLS or not; ``plug``: one socket to a QEMU.
+- ``lanes``: what is in place of both carriers where there are several paths; ``blocks``: what goes over which of them,
+  again if need be, and in order. Pure.
 - ``sender``, ``receiver``: the two sides of a session; ``process``: what a daemon starts.
 - ``control``: what daemon and relay say to each other; ``client``: the daemon's side of it.
 

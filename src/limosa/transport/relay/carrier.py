@@ -1,4 +1,4 @@
-"""One connection between two relays, used one way after its first words.
+"""One connection between two relays, used one way after its first words; and what a session needs of such.
 
 Python's SSL sockets must not be read by one thread while another writes. So a session has two carriers, and each is
 only written or only read once its handshake and :class:`~limosa.transport.relay.frames.Hello` are done. The server
@@ -15,10 +15,10 @@ import socket
 import ssl
 import termios
 from contextlib import suppress
-from typing import Any
+from typing import Any, Protocol
 
 from limosa.security.stream import SERVER_NAME
-from limosa.transport.relay.errors import BrokenStream
+from limosa.transport.relay.errors import BrokenStream, ConnectionLost
 
 #: The most the kernel may hold of a carrier's data before it sends it (TCP_NOTSENT_LOWAT, tcp(7)): in general, and
 #: when a guest is about to stand still. More would only be waited for.
@@ -37,9 +37,38 @@ _OPTIONS = (
 )
 _SIOCOUTQ = termios.TIOCOUTQ
 _SIOCOUTQNSD = 0x894B  # linux/sockios.h
-#: Below this a header is sent together with its payload; above, putting them together costs more than it saves.
-_TOGETHER_BYTES = 32 * 1024
+#: A header is sent together with so much of its payload: it costs a packet otherwise. What TLS puts into one record.
+_TOGETHER_BYTES = 16 * 1024
 _PORTION_BYTES = 128 * 1024
+
+
+class Out(Protocol):
+    """What a side of a session sends on."""
+
+    #: what was taken so far
+    sent_bytes: int
+
+    def send(self, header: bytes, payload: memoryview | bytes = b"") -> None:
+        """Send a frame whole; one thread at a time. Raises :class:`BrokenStream`."""
+
+    def set_short(self, short: bool) -> None:
+        """Whether only a little may wait to be sent, from now on."""
+
+    def set_unsent(self, limit: int) -> None:
+        """How much may wait to be sent, within reason."""
+
+    def unacknowledged(self) -> tuple[int, int]:
+        """Bytes that the other side has not acknowledged, and of these, those not sent yet."""
+
+
+class In(Protocol):
+    """What a side of a session receives on; one thread does."""
+
+    def receive_into(self, view: memoryview) -> None:
+        """Fill ``view``. Raises :class:`BrokenStream`, also if there will be no more."""
+
+    def receive(self, count: int) -> bytes:
+        """Exactly ``count`` bytes. Raises :class:`BrokenStream`."""
 
 
 class Carrier:
@@ -85,16 +114,13 @@ class Carrier:
                 self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, limit)
 
     def send(self, header: bytes, payload: memoryview | bytes = b"") -> None:
-        """Send a frame whole; one thread at a time. Raises :class:`BrokenStream`."""
-        together = len(payload) <= _TOGETHER_BYTES
+        """See :class:`Out`. Raises :class:`ConnectionLost`."""
+        first = max(0, _TOGETHER_BYTES - len(header))
         try:
-            if together:
-                self._send(memoryview(header + bytes(payload)))
-            else:
-                self._send(memoryview(header))
-                self._send(memoryview(payload))
+            self._send(memoryview(header + bytes(payload[:first])))
+            self._send(memoryview(payload)[first:])
         except OSError as error:
-            raise _broken(error) from error
+            raise _lost(error) from error
 
     def _send(self, data: memoryview) -> None:
         # In portions, so that other threads can follow how fast the carrier drains.
@@ -104,18 +130,18 @@ class Carrier:
             data = data[count:]
 
     def receive_into(self, view: memoryview) -> None:
-        """Fill ``view``. Raises :class:`BrokenStream`, also if the connection ends."""
+        """See :class:`In`. Raises :class:`ConnectionLost`."""
         while len(view):
             try:
                 count = self._socket.recv_into(view)
             except OSError as error:
-                raise _broken(error) from error
+                raise _lost(error) from error
             if count == 0:
-                raise BrokenStream("the connection was closed")
+                raise ConnectionLost("the connection was closed")
             view = view[count:]
 
     def receive(self, count: int) -> bytes:
-        """Exactly ``count`` bytes. Raises :class:`BrokenStream`."""
+        """See :class:`In`. Raises :class:`ConnectionLost`."""
         data = bytearray(count)
         self.receive_into(memoryview(data))
         return bytes(data)
@@ -124,11 +150,10 @@ class Carrier:
         """Bytes the kernel holds: all that the other side has not acknowledged, and of these, those not sent yet."""
         return self._ask(_SIOCOUTQ), self._ask(_SIOCOUTQNSD)
 
-    def close(self) -> None:
-        """End the connection, also for a thread that waits for it."""
+    def end(self) -> None:
+        """End the connection, also for a thread that waits for it; which is why it is not closed."""
         with suppress(OSError):
             socket.socket.shutdown(self._socket, socket.SHUT_RDWR)
-        self._socket.close()
 
     def _ask(self, request: int) -> int:
         answer: array.array[Any] = array.array("i", [0])
@@ -139,7 +164,7 @@ class Carrier:
         return int(answer[0])
 
 
-def _broken(error: OSError) -> BrokenStream:
+def _lost(error: OSError) -> ConnectionLost:
     if isinstance(error, TimeoutError):
-        return BrokenStream("the other relay says nothing")
-    return BrokenStream(f"the connection broke: {error.strerror or error}")
+        return ConnectionLost("the other relay says nothing")
+    return ConnectionLost(f"the connection broke: {error.strerror or error}")

@@ -37,7 +37,7 @@ A = TypeVar("A", bound=Answer)
 V = TypeVar("V")
 
 _decoder: msgspec.json.Decoder[FromRelay] = msgspec.json.Decoder(FromRelay)
-_DEFAULT_LEVEL = 1
+DEFAULT_LEVEL = 1
 _SO_SNDBUFFORCE = 32  # socket(7)
 #: A relay is of the same Limosa as its daemon, also where that is not installed.
 _SOURCES = Path(limosa.__file__).parent.parent
@@ -97,9 +97,10 @@ class Relay:
         *,
         credentials: StreamCredentials | None,
         window_log: int,
-        level: int | None = _DEFAULT_LEVEL,
+        level: int | None = DEFAULT_LEVEL,
     ) -> int:
-        """Be the source's side over two connections to the destination's relay, of which it gets duplicates.
+        """Be the source's side over connections to the destination's relay, of which it gets duplicates: for each path
+        a forward and a backward one.
 
         ``level``: zstd's, None for no compression. Returns the window both sides agreed on, as a power of two.
         """

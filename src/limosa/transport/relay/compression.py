@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
-from limosa.transport.relay.carrier import Carrier
+from limosa.transport.relay.carrier import Out
 from limosa.transport.relay.control import CompressionStatistics
 from limosa.transport.relay.errors import WorkerLost
 from limosa.transport.relay.frames import MAX_RAW_BYTES
@@ -33,7 +33,7 @@ _SAFELY = 0.7
 class Compression:
     """Without a ``worker``, and when it is lost, everything goes raw."""
 
-    def __init__(self, queue: Queue, carrier: Carrier, worker: Worker | None) -> None:
+    def __init__(self, queue: Queue, carrier: Out, worker: Worker | None) -> None:
         self._queue, self._carrier, self._worker = queue, carrier, worker
         #: by slot
         self._offered: dict[int, Chunk] = {}

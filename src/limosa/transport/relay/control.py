@@ -19,7 +19,10 @@ from limosa.transport.relay.frames import MAX_CHANNEL
 from limosa.wire.peer import StreamCredentials
 
 MAX_MESSAGE_BYTES = 64 * 1024
-MAX_DESCRIPTORS = 2
+#: A session's paths; each has a connection for each way.
+MAX_LANES = 8
+CARRIERS = 2
+MAX_DESCRIPTORS = CARRIERS * MAX_LANES
 #: Streams that one relay carries at once.
 MAX_CHANNELS = 64
 
@@ -32,7 +35,7 @@ class Message(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, tag_fiel
 
 
 class Open(Message):
-    """Be one side of a session. Comes with two sockets that are connected to the other relay.
+    """Be one side of a session. Comes with sockets that are connected to the other relay, two for each path.
 
     ``credentials``: null for no TLS. ``window_log``: the largest window this side allows, as a power of two.
     """

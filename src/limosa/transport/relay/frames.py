@@ -1,8 +1,9 @@
 """What two relays say to each other, byte by byte. Pure; ``docs/relay-format.md`` is the page about it.
 
-After the TLS handshake, if there is one, the source's relay says a :class:`Hello` on each of its two connections, and
-the destination's answers with one on the backward connection. From then on each connection is used one way, for frames:
-a header of 28 bytes and, for data, a payload.
+After the TLS handshake, if there is one, the source's relay says a :class:`Hello` on each of its connections, of which
+each path has two, and the destination's answers with one on the backward connections. From then on each connection is
+used one way, for frames: a header of 28 bytes and, for data, a payload. Where there are several paths, the stream of
+frames is cut into blocks (``blocks``).
 
 A header is numbered and covered by the frame's checksum, so a frame that was cut, repeated, left out, exchanged or
 changed is noticed. Whatever is noticed raises :class:`BrokenStream`: nothing behind it can be trusted, and the session
@@ -19,7 +20,7 @@ import xxhash
 
 from limosa.transport.relay.errors import BrokenStream
 
-VERSION = 1
+VERSION = 2
 #: The most one frame carries, before compression.
 MAX_RAW_BYTES = 512 * 1024
 #: What compression may add to data that cannot be compressed.
@@ -30,7 +31,7 @@ WINDOW_BYTES = 4 * 1024 * 1024
 MAX_CHANNEL = 2**32 - 1
 
 _MAGIC = b"limosa-relay"
-_HELLO = struct.Struct("!12sHBB")
+_HELLO = struct.Struct("!12sBBBB")
 _FIELDS = struct.Struct("!BBHIIII")
 _CHECKSUM = struct.Struct("!Q")
 HELLO_BYTES = _HELLO.size
@@ -48,26 +49,30 @@ class Way(IntEnum):
 
 
 class Hello(NamedTuple):
-    """First words on a connection. ``window_log`` is what is wished for, and in the answer what will be used."""
+    """First words on a connection. ``window_log`` is what is wished for, and in the answer what will be used.
+
+    ``lane``: the path's number, from 0.
+    """
 
     way: Way
     window_log: int
+    lane: int = 0
 
     def pack(self) -> bytes:
         """The bytes to send."""
-        return _HELLO.pack(_MAGIC, VERSION, self.way, self.window_log)
+        return _HELLO.pack(_MAGIC, self.lane, VERSION, self.way, self.window_log)
 
     @classmethod
     def parse(cls, data: bytes) -> Hello:
         """Raises :class:`BrokenStream` if it is no hello of a version we know."""
-        magic, version, way, window_log = _HELLO.unpack(data)
+        magic, lane, version, way, window_log = _HELLO.unpack(data)
         if magic != _MAGIC:
             raise BrokenStream("what was connected is no relay")
         if version != VERSION:
             raise BrokenStream(f"the other relay speaks version {version}, this one {VERSION}")
         if way not in list(Way):
             raise BrokenStream(f"unknown way {way}")
-        return cls(Way(way), window_log)
+        return cls(Way(way), window_log, lane)
 
 
 class Kind(IntEnum):

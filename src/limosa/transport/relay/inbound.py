@@ -15,7 +15,7 @@ from typing import Protocol
 from limosa.errors import RelayFailed
 from limosa.transport.channel import Doorway
 from limosa.transport.relay.client import Relay
-from limosa.transport.relay.process import CARRIERS
+from limosa.transport.relay.control import CARRIERS
 from limosa.wire.peer import RelayPlace
 
 
@@ -60,7 +60,7 @@ class Inbound:
 
     async def _open(self, place: RelayPlace, window_log: int) -> None:
         try:
-            connections = await self.door.accept_several(CARRIERS)
+            connections = await self.door.accept_several(CARRIERS * place.paths)
             try:
                 log = min(window_log, place.window_log)
                 await self.relay.open_receiver(connections, credentials=place.credentials, window_log=log)

@@ -23,8 +23,8 @@ from limosa.errors import LimosaError, RelayFailed
 from limosa.model.route import Compressed
 from limosa.security.stream import make_credentials
 from limosa.transport.channel import SocketChannel, Used
-from limosa.transport.relay.client import Relay
-from limosa.transport.relay.control import ChannelStatistics
+from limosa.transport.relay.client import DEFAULT_LEVEL, Relay
+from limosa.transport.relay.control import CARRIERS, ChannelStatistics
 from limosa.wire.peer import Prepared, RelayPlace, StreamCredentials
 
 #: After its last move a session is kept for so long.
@@ -36,14 +36,28 @@ ANSWER_WITHIN_S = 1.0
 #: When a stream broke, its relay is about to end, or has nothing to do with it.
 ENDS_WITHIN_S = 0.3
 
-#: Connects both carriers to the destination that is prepared.
+#: Connects all carriers to the destination that is prepared.
 Dial = Callable[[Prepared], Awaitable[Sequence[SocketChannel]]]
 
 
 class Outbound:
-    """A session, and its relay while there is one. ``dial`` connects its carriers, forward and backward."""
+    """A session, and its relay while there is one.
 
-    def __init__(self, dial: Dial, *, encrypt: bool, several: bool, window_log: int, user: str | None) -> None:
+    ``dial`` connects its carriers, forward and backward for each of ``paths``; ``several``: each goes over several NICs
+    by itself. Without ``compress`` everything goes as it is.
+    """
+
+    def __init__(
+        self,
+        dial: Dial,
+        *,
+        encrypt: bool,
+        several: bool,
+        window_log: int,
+        user: str | None,
+        paths: int = 1,
+        compress: bool = True,
+    ) -> None:
         self._dial = dial
         self._token = secrets.token_hex(16)
         self._server: StreamCredentials | None = None
@@ -51,6 +65,8 @@ class Outbound:
         if encrypt:
             self._server, self._client = make_credentials()
         self._several = several
+        self._paths = paths
+        self.compress = compress
         self._window_log = window_log
         self._user = user
         self._numbers = itertools.count()
@@ -79,6 +95,7 @@ class Outbound:
             window_log=self._window_log,
             credentials=self._server,
             several=self._several,
+            paths=self._paths,
         )
         seat = Seat(self, place)
         self._seats.add(seat)
@@ -114,7 +131,7 @@ class Outbound:
             self._background.spawn(self._relay.end())
 
     def carriers(self) -> Sequence[SocketChannel]:
-        """The connections to the other host, forward and backward; none while the session is not open."""
+        """The connections to the other host, forward and backward for each path; none while the session is not open."""
         return self._carriers
 
     async def _start(self) -> Relay:
@@ -129,7 +146,8 @@ class Outbound:
             carriers = await self._dial(prepared)
             try:
                 sockets = [one.stream for one in carriers]
-                await relay.open_sender(sockets, credentials=self._client, window_log=self._window_log)
+                level = DEFAULT_LEVEL if self.compress else None
+                await relay.open_sender(sockets, credentials=self._client, window_log=self._window_log, level=level)
             except BaseException:
                 _close(carriers)
                 raise
@@ -215,6 +233,8 @@ class RelayChannel:
                 for statistics in (await self._relay.statistics()).channels:
                     if statistics.channel == self._number:
                         self._session.figures[self._number] = statistics
+        if not self._session.compress:
+            return None
         figures = self._figures()
         return Compressed(
             raw_bytes=figures.raw_bytes,
@@ -245,7 +265,7 @@ class RelayChannel:
         return self._session.figures.get(self._number, ChannelStatistics(channel=self._number))
 
     def _carried(self) -> tuple[Used, ...]:
-        return self._carriers[0].used() if self._carriers else ()
+        return tuple(one for forward in self._carriers[::CARRIERS] for one in forward.used())
 
     async def _shorten(self) -> None:
         with contextlib.suppress(LimosaError):  # it ended, and so does the move

@@ -32,8 +32,6 @@ from limosa.wire.parsing import parse
 
 #: Chunks that wait for the carrier, of some milliseconds each.
 SLOTS = 12
-#: One for each way.
-CARRIERS = 2
 
 _decoder: msgspec.json.Decoder[FromDaemon] = msgspec.json.Decoder(FromDaemon)
 
@@ -91,7 +89,7 @@ class Relay:
     def _open(self, wish: OpenSender | OpenReceiver, sockets: list[socket.socket]) -> None:
         if self._opening:
             raise InvalidInput("there is a session already")
-        if len(sockets) != CARRIERS:
+        if not sockets or len(sockets) % control.CARRIERS:
             raise InvalidInput("the wrong number of sockets")
         self._opening = True
         work = partial(self._send, wish) if isinstance(wish, OpenSender) else partial(self._receive, wish)
@@ -99,7 +97,7 @@ class Relay:
         Thread(target=self._notices.guarded(partial(work, sockets)), daemon=True).start()
 
     def _send(self, wish: OpenSender, connections: list[socket.socket]) -> None:
-        there, back, window_log = connect(connections, wish)
+        there, back, window_log = connect(connections, wish, self._notices.guarded)
         if wish.level is None:
             self._worker.end()
         else:
@@ -109,7 +107,7 @@ class Relay:
 
     def _receive(self, wish: OpenReceiver, connections: list[socket.socket]) -> None:
         self._worker.end()
-        there, back, window_log = admit(connections, wish)
+        back, there, window_log = admit(connections, wish, self._notices.guarded)
         self._begin(Receiver(there, back, window_log, self._notices), window_log)
 
     def _begin(self, session: Sender | Receiver, window_log: int) -> None:

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Iterator
 from functools import partial
 
-from limosa.transport.relay.carrier import Carrier
+from limosa.transport.relay.carrier import In, Out
 from limosa.transport.relay.codec import Decompressor
 from limosa.transport.relay.control import ChannelStatistics, CompressionStatistics, Statistics
 from limosa.transport.relay.errors import BrokenStream
@@ -52,7 +52,7 @@ class _Channel:
 class Receiver:
     """A session as the destination's relay sees it."""
 
-    def __init__(self, forward: Carrier, backward: Carrier, window_log: int, notices: Notices) -> None:
+    def __init__(self, forward: In, backward: Out, window_log: int, notices: Notices) -> None:
         self._forward, self._backward = forward, backward
         self._notices = notices
         self._decompressor = Decompressor(window_log)

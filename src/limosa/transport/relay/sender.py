@@ -16,7 +16,7 @@ import threading
 from collections.abc import Iterator
 from functools import partial
 
-from limosa.transport.relay.carrier import Carrier
+from limosa.transport.relay.carrier import In, Out
 from limosa.transport.relay.compression import Compression
 from limosa.transport.relay.control import ChannelStatistics, Statistics
 from limosa.transport.relay.errors import BrokenStream
@@ -68,8 +68,8 @@ class Sender:
 
     def __init__(
         self,
-        forward: Carrier,
-        backward: Carrier,
+        forward: Out,
+        backward: In,
         memory: Memory,
         worker: Worker | None,
         notices: Notices,

@@ -1,0 +1,175 @@
+"""Moves whose relays spread the stream over several networks: where Multipath TCP is missing, and over unequal NICs.
+
+Everything is judged by the bytes each path has carried, which the kernel counts, never by time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from harness.commands import limosa
+from harness.disks import goes_on, number
+from harness.guests import LanClient, address_of, linux, wait_until_it_serves
+from harness.hosts import wait_until
+from harness.labs import LabHost, plug, reaches, running_lab
+from harness.steering import follow
+from limosa.lab import namespaces
+from limosa.model.migration import Migration, Outcome, Phase
+from limosa.model.vm import VmState
+from limosa.settings.host import Transport
+from limosa.wire import api, endpoints
+
+pytestmark = [pytest.mark.qemu, pytest.mark.lab]
+
+MIB = 1024 * 1024
+#: Slow enough to be interfered with, and unequal.
+SPEEDS = (60, 20)
+#: Its empty pages alone are 18 MB.
+BIG_MIB = 4096
+USED_BYTES = 1 * MIB
+SWITCH = Path("/proc/sys/net/mptcp/enabled")
+
+
+@pytest.fixture(scope="module")
+def lab() -> Iterator[list[LabHost]]:
+    with running_lab(2, nics=2, speed_mbit_per_s=SPEEDS) as hosts:
+        yield hosts
+
+
+@pytest.fixture
+def hosts(lab: list[LabHost]) -> Iterator[list[LabHost]]:
+    yield lab
+    for host in lab:
+        host.clean()
+
+
+@contextmanager
+def without_multipath_tcp(host: LabHost) -> Iterator[None]:
+    namespaces.inside(host.namespace, lambda: SWITCH.write_text("0"))
+    try:
+        yield
+    finally:
+        namespaces.inside(host.namespace, lambda: SWITCH.write_text("1"))
+
+
+def big(host: LabHost) -> None:
+    """A VM that takes seconds to move, without a guest that would have to boot."""
+    host.create(api.NewVm(name="vm", memory_mib=BIG_MIB, accelerator="tcg"))
+
+
+def begin(hosts: list[LabHost], transport: Transport = "auto", vm: str = "vm") -> str:
+    first, second = hosts
+    request = api.MoveRequest(vm=vm, destination=second.name, options=api.MoveOptions(transport=transport))
+    return first.client.call(endpoints.MOVE, request).id
+
+
+def carried(migration: Migration) -> dict[str, int]:
+    """Bytes by the source's NIC."""
+    assert migration.route is not None
+    return {path.nic_here: path.sent_bytes for path in migration.route.paths}
+
+
+def has_sent(count: int, migration: Migration) -> bool:
+    return migration.route is not None and sum(carried(migration).values()) > count
+
+
+def arrived(hosts: list[LabHost], migration: str, vm: str = "vm") -> Migration:
+    ended = hosts[0].outcome(migration)
+    assert ended.outcome is Outcome.COMPLETED, ended.fault
+    assert ended.route is not None
+    assert ended.route.striped
+    view = hosts[1].vm(vm)
+    assert view is not None
+    assert view.state is VmState.RUNNING
+    return ended
+
+
+@contextmanager
+def cut(hosts: list[LabHost], side: int, nic: str) -> Iterator[None]:
+    """A cable is out of a NIC during the block; afterwards packets go there again."""
+    plug(hosts[side], nic, in_=False)
+    try:
+        yield
+    finally:
+        plug(hosts[side], nic, in_=True)
+        there = hosts[1].lab.migration_addresses("host2")[int(nic[-1])]
+        wait_until(lambda: reaches(hosts[0], there), "the cable is in again")
+
+
+def in_proportion(migration: Migration) -> bool:
+    """Whether the slower NIC has carried about a quarter of all."""
+    used = carried(migration)
+    return 0.15 < used["mig1"] / sum(used.values()) < 0.4
+
+
+def test_unequal_nics_carry_in_proportion(hosts: list[LabHost]) -> None:
+    big(hosts[0])
+    why = "2 NICs together have 80 Mbit/s; one stream for each network, because the NICs are unequal"
+    assert f"transport: multichannel ({why})" in limosa(hosts[0], "check", "vm", "--to", "host2").out
+    ended = arrived(hosts, begin(hosts))
+    assert ended.transport == "multichannel"
+    assert ended.route is not None
+    assert ended.route.compressed is None
+    assert in_proportion(ended), carried(ended)
+    assert sum(carried(ended).values()) >= ended.progress.transferred_bytes
+
+
+@pytest.mark.parametrize("side", [0, 1], ids=["source", "destination"])
+def test_without_multipath_tcp_on_one_side_all_networks_are_used_and_it_says_so(
+    hosts: list[LabHost], side: int
+) -> None:
+    big(hosts[0])
+    with without_multipath_tcp(hosts[side]):
+        ended = arrived(hosts, begin(hosts, "multichannel"))
+    assert min(carried(ended).values()) > USED_BYTES, carried(ended)
+    why = f"one stream for each network, because Multipath TCP is off on host '{hosts[side].name}'"
+    assert why in limosa(hosts[0], "migration", "show", ended.id).out
+
+
+@pytest.mark.parametrize("side", [0, pytest.param(1, marks=pytest.mark.long)], ids=["source", "destination"])
+@pytest.mark.parametrize("nic", ["mig0", "mig1"])
+def test_a_nic_that_is_cut_costs_speed_and_not_the_move(hosts: list[LabHost], side: int, nic: str) -> None:
+    big(hosts[0])
+    migration = begin(hosts)
+    before = carried(follow(hosts[0], migration, lambda view: has_sent(4 * USED_BYTES, view)))
+    with cut(hosts, side, nic):
+        after = carried(arrived(hosts, migration))
+    other = {"mig0": "mig1", "mig1": "mig0"}[nic]
+    assert after[other] - before[other] > 5 * (after[nic] - before[nic])
+
+
+@pytest.mark.long
+def test_a_nic_whose_cable_is_put_in_again_is_used_again(hosts: list[LabHost]) -> None:
+    big(hosts[0])
+    migration = begin(hosts)
+    before = carried(follow(hosts[0], migration, lambda view: has_sent(2 * USED_BYTES, view)))
+    with cut(hosts, 0, "mig0"):
+        then = follow(hosts[0], migration, lambda view: carried(view)["mig1"] > before["mig1"] + 2 * USED_BYTES)
+    assert carried(arrived(hosts, migration))["mig0"] > carried(then)["mig0"] + 2 * USED_BYTES
+
+
+def test_compression_goes_over_all_of_them(hosts: list[LabHost]) -> None:
+    big(hosts[0])
+    ended = arrived(hosts, begin(hosts, "compression"))
+    assert ended.route is not None
+    assert ended.route.compressed is not None
+    assert ended.route.compressed.connections == 4
+    assert min(carried(ended).values()) > 0
+
+
+@pytest.mark.long
+def test_disks_go_over_all_of_them(hosts: list[LabHost]) -> None:
+    disk = api.NewDisk(path=str(hosts[0].state / "images" / "vm.qcow2"), size_mib=64)
+    hosts[0].create(msgspec.structs.replace(linux("vm", load={"disk": "vda"}), disks=(disk,)))
+    client = LanClient(hosts[0].lab, address_of(1))
+    wait_until_it_serves(client)
+    wait_until(lambda: number(client) > 3, "the guest numbers its disk")
+    ended = arrived(hosts, begin(hosts))
+    assert ended.phases[Phase.STORAGE] > 0
+    assert min(carried(ended).values()) > USED_BYTES, carried(ended)
+    goes_on(client)
