@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from limosa.errors import LimosaError, QemuError, QemuGone, StorageError
+from limosa.migration.stop import stop_stream
 from limosa.model.vm import Disk, VmConfig
 from limosa.qemu.arguments import Launch
 from limosa.qemu.machine import Machine
@@ -26,6 +27,7 @@ from limosa.qemu.protocol import (
     RunState,
     StreamParameters,
 )
+from limosa.qemu.session import GREETED_WITHIN_S
 from limosa.security.stream import make_credentials
 from limosa.testing.guest import FakeGuest
 from limosa.testing.machine import FakeMachine
@@ -755,3 +757,39 @@ class TestADestinationThatDoesNothing:
             assert await source.status() is RunState.RUNNING
 
         self.play(scenario)
+
+    def test_memory_too_waits_a_little_to_be_greeted(self) -> None:
+        async def scenario(makers: Makers) -> None:
+            source = await running_source(makers)
+            stream = await ungreeted(makers, source)
+            with pytest.raises(QemuError, match="memory") as caught:
+                await source.migrate(stream)
+            assert "does not answer" in caught.value.why
+            assert await source.status() is RunState.RUNNING
+            assert (await source.migration()).state is MigrationState.FAILED
+
+        self.play(scenario)
+
+    def test_who_gives_up_waiting_for_the_greeting_has_qemu_give_up_too(self) -> None:
+        """As when the session between the daemons is found to be broken."""
+
+        async def scenario(makers: Makers) -> None:
+            source = await running_source(makers)
+            stream = await ungreeted(makers, source)
+            waiting = asyncio.ensure_future(source.migrate(stream))
+            await asyncio.wait({waiting}, timeout=0.5)
+            waiting.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await waiting
+            async with asyncio.timeout(GREETED_WITHIN_S / 2):
+                assert await source.status() is RunState.RUNNING
+                await stop_stream(source)
+
+        self.play(scenario)
+
+
+async def ungreeted(makers: Makers, source: MachineProtocol) -> socket.socket:
+    """A connection to a destination that says nothing, for a source that is ready to send encrypted memory."""
+    _, client = make_credentials()
+    await source.prepare_outgoing(StreamParameters(credentials=client))
+    return makers.connected(makers.listener())

@@ -1,5 +1,6 @@
 """VMs on an SMB 3 share that each host has mounted for itself: they move there and back without a byte of a disk being
-sent, and what keeps a second host off an image is Limosa's lease, since QEMU's locks do not reach other clients."""
+sent, their disks move onto the share and off it, and what keeps a second host off an image is Limosa's lease, since
+QEMU's locks do not reach other clients."""
 
 from __future__ import annotations
 
@@ -12,14 +13,17 @@ import msgspec
 import pytest
 
 from harness import samba
-from harness.disks import assert_sound, goes_on, number
+from harness.commands import limosa
+from harness.crashes import disks_of
+from harness.disks import assert_keeps, assert_sound, goes_on, number
 from harness.guests import LanClient, address_of, linux, wait_until_it_serves
-from harness.hosts import wait_until
+from harness.hosts import settled, wait_until
 from harness.labs import LabHost, running_lab
 from harness.samba import Share
 from harness.steering import change, move, remove
 from limosa.cli.main import main
 from limosa.errors import Conflict, ImageLeased, PreflightRefused
+from limosa.model.migration import Outcome
 from limosa.model.storage import DiskAction
 from limosa.model.vm import VmState
 from limosa.storage import leases
@@ -42,6 +46,14 @@ class Lab:
     def lease(self) -> leases.Lease:
         """The lease on the image, as the server has it."""
         return leases.read(str(self.share.folder / "web.qcow2"))
+
+    def holder(self, image: Path) -> str:
+        """The host that holds the lease on an image, by its path on the hosts."""
+        return leases.read(str(self.share.folder / image.name)).host
+
+    def nothing_of(self, image: Path) -> bool:
+        """Whether the share has neither the image nor a lease on it."""
+        return not any(image.name in path.name for path in self.share.folder.iterdir())
 
 
 @pytest.fixture(scope="module")
@@ -102,15 +114,14 @@ def test_a_cancelled_move_leaves_the_lease_with_the_source(lab: Lab, client: Lan
     )
     wait_until(lambda: lab.lease().promised_to == lab.second.name, "the lease is promised")
     lab.first.client.call(endpoints.CANCEL_MIGRATION, migration=begun.id)
-    wait_until(lambda: not lab.lease().promised_to, "the promise is withdrawn")
-    assert lab.lease().host == lab.first.name
+    assert lab.first.outcome(begun.id).outcome is Outcome.CANCELLED
+    wait_until(lambda: settled([lab.first, lab.second]), "the destination has nothing of it any more")
+    assert (lab.lease().host, lab.lease().promised_to) == (lab.first.name, "")
     goes_on(client)
 
 
 def test_check_says_if_the_lease_is_not_the_sources(lab: Lab, client: LanClient) -> None:
     request = api.CheckRequest(vm="web", destination=lab.second.name)
-    # An image that grows can have another size for each of the two hosts.
-    lab.first.client.call(endpoints.PAUSE_VM, vm="web")
     assert lab.first.client.call(endpoints.CHECK, request).possible
     ours = lab.lease()
     served = str(lab.share.folder / "web.qcow2")
@@ -121,7 +132,6 @@ def test_check_says_if_the_lease_is_not_the_sources(lab: Lab, client: LanClient)
     assert ended.fault is not None
     assert ended.fault.code == PreflightRefused.code
     leases.change(served, lambda now: msgspec.structs.replace(ours, epoch=now.epoch + 1))
-    lab.first.client.call(endpoints.RESUME_VM, vm="web")
     goes_on(client)
 
 
@@ -182,6 +192,67 @@ def test_a_host_takes_its_own_lease_again(lab: Lab) -> None:
     assert lab.lease().host == first.name
     remove(first, "web")
     assert lab.lease().host == ""
+
+
+@pytest.fixture(scope="module")
+def local(lab: Lab) -> LanClient:
+    """A client of a guest ``web`` on the first host, with its disk where only that host sees it."""
+    first = lab.first
+    disk = api.NewDisk(path=str(first.state / "images" / "web.qcow2"), size_mib=SIZE_MIB)
+    first.create(msgspec.structs.replace(linux("web", load={"disk": "vda"}), disks=(disk,)))
+    client = LanClient(first.lab, address_of(1))
+    wait_until_it_serves(client)
+    wait_until(lambda: number(client) > 3, "the guest numbers its disk")
+    return client
+
+
+def test_a_disk_moves_onto_the_share_and_off_it(lab: Lab, local: LanClient) -> None:
+    first, second = lab.first, lab.second
+    old = only_disk(first)
+    assert limosa(first, "storage", "move", "web", "--to", "store").code == 0
+    shared = only_disk(first)
+    assert (shared.parent, old.exists()) == (lab.point, False)
+    assert lab.holder(shared) == first.name
+    goes_on(local)
+    assert [plan.action for plan in move(first, "web", second).disks] == [DiskAction.STAY]
+    assert lab.holder(shared) == second.name
+    assert limosa(second, "storage", "move", "web", "--to", "images").code == 0
+    assert only_disk(second).parent == second.state / "images"
+    assert lab.nothing_of(shared)
+    goes_on(local)
+    assert_keeps(second, "web", number(local))
+
+
+def test_a_move_between_hosts_puts_a_disk_on_the_share_and_takes_it_off(lab: Lab, local: LanClient) -> None:
+    first, second = lab.first, lab.second
+    before = only_disk(second)
+    assert move_to(second, first, "store") is DiskAction.COPY
+    shared = only_disk(first)
+    assert (shared.parent, before.exists()) == (lab.point, False)
+    assert lab.holder(shared) == first.name
+    goes_on(local)
+    assert move_to(first, second, "images") is DiskAction.COPY
+    assert only_disk(second).parent == second.state / "images"
+    assert lab.nothing_of(shared)
+    goes_on(local)
+    assert_keeps(second, "web", number(local))
+    remove(second, "web")
+
+
+def only_disk(host: LabHost) -> Path:
+    """The image of ``web``."""
+    (image,) = disks_of(host, "web")
+    return image
+
+
+def move_to(source: LabHost, destination: LabHost, location: str) -> DiskAction:
+    """Move ``web`` and have its disk go to a location of the destination; what became of it."""
+    options = api.MoveOptions(storage={"vda": location})
+    request = api.MoveRequest(vm="web", destination=destination.name, options=options)
+    ended = source.outcome(source.client.call(endpoints.MOVE, request).id)
+    assert ended.outcome is Outcome.COMPLETED, ended.fault
+    (plan,) = ended.disks
+    return plan.action
 
 
 def restart(lab: Lab, host: LabHost) -> None:

@@ -64,22 +64,29 @@ def skip_without_samba() -> None:
 
 
 class Share:
-    """A share that a server serves. ``folder`` is what the server itself sees of it."""
+    """A share that a server serves at ``address``. ``folder`` is what the server itself sees of it."""
 
-    def __init__(self, folder: Path, namespace: str) -> None:
+    def __init__(self, folder: Path, namespace: str, address: str = ADDRESS) -> None:
         self.folder = folder / "served"
         self._own = folder
         self._namespace = namespace
+        self._address = address
 
-    def serve(self) -> subprocess.Popen[bytes]:
-        """Start the server."""
+    @contextmanager
+    def served(self) -> Iterator[None]:
+        """The server runs."""
         state = self._own / "server"
         self.folder.mkdir(mode=0o755)
         state.mkdir(mode=0o755)
-        text = _SERVER.format(address=ADDRESS, state=state, share=SHARE, folder=self.folder)
+        text = _SERVER.format(address=self._address, state=state, share=SHARE, folder=self.folder)
         (state / "smb.conf").write_text(text)
         command = ["smbd", "--foreground", "--no-process-group", "-s", str(state / "smb.conf")]
-        return self._start(command, state, {})
+        server = self._start(command, state, {})
+        try:
+            yield
+        finally:
+            server.terminate()  # it ends those that serve its clients
+            server.wait()
 
     def seen(self, name: str) -> Path:
         """Where the client ``name`` shows the share."""
@@ -133,8 +140,7 @@ def shared(hosts: list[LabHost], point: Path) -> Iterator[Share]:
         held.callback(namespaces.remove, namespace)
         namespaces.inside(namespace, _raise_loopback)
         share = Share(folder, namespace)
-        server = share.serve()
-        held.callback(_end, server)
+        held.enter_context(share.served())
         point.mkdir(mode=0o755)
         for host in hosts:
             seen = held.enter_context(share.mounted(host.name))
@@ -158,8 +164,3 @@ def _is_served(folder: Path) -> bool:
     with suppress(OSError):
         return folder.is_dir() and os.listdir(folder) is not None
     return False
-
-
-def _end(server: subprocess.Popen[bytes]) -> None:
-    server.terminate()  # it ends those that serve its clients
-    server.wait()

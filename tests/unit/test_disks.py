@@ -118,6 +118,12 @@ class TestThePlan:
         assert [finding.code for finding in disks.space(plans, {"fast": tight}, "host2")] == ["space-short"]
         assert disks.space(plans[:1], {"fast": tight}, "host2") == []
 
+    def test_a_file_system_that_does_not_say_how_large_it_is_has_room(self) -> None:
+        plan = disks.copied("web1", FACT, FAST, "abc")
+        untold = msgspec.structs.replace(FAST, total_bytes=0, free_bytes=0)
+        assert disks.space([plan], {"fast": untold}, "host2") == []
+        assert msgspec.structs.replace(untold, fault="it is mounted read-only").lacks(1)
+
     def test_thick_takes_all_it_may(self) -> None:
         assert disks.copied("web1", FACT, FAST, "abc", "raw", thick=True).expected_bytes == 8 * GIB
 

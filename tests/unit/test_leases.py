@@ -311,19 +311,23 @@ def test_a_lease_without_contents_is_nobodys_to_take(image: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "source", "none"),
+    ("kind", "source", "options", "none"),
     [
-        ("cifs", "//server/vms", True),
-        ("smb3", "//server/vms", True),
-        ("fuse.smbnetfs", "smbnetfs", True),
-        ("fuse", "//server/vms", True),
-        ("fuse.sshfs", "server:/vms", False),
-        ("nfs4", "server:/vms", False),
-        ("ext4", "/dev/sda1", False),
+        ("cifs", "//server/vms", "serverino", True),
+        ("smb3", "//server/vms", "serverino,nobrl", True),
+        ("fuse.smbnetfs", "smbnetfs", "", True),
+        ("fuse", "//server/vms", "", True),
+        ("fuse.sshfs", "server:/vms", "", False),
+        ("nfs4", "server:/vms", "rw,vers=4.2,local_lock=none", False),
+        ("nfs", "server:/vms", "rw,vers=3,local_lock=none", False),
+        ("nfs", "server:/vms", "rw,vers=3,local_lock=flock", False),
+        ("nfs", "server:/vms", "rw,vers=3,local_lock=posix", True),
+        ("nfs", "server:/vms", "rw,vers=3,nolock,local_lock=all", True),
+        ("ext4", "/dev/sda1", "local_lock=all", False),
     ],
 )
-def test_file_systems_whose_locks_do_not_reach_other_hosts(kind: str, source: str, none: bool) -> None:
-    assert mounts.Mount(kind, source).has_no_locks is none
+def test_file_systems_whose_locks_do_not_reach_other_hosts(kind: str, source: str, options: str, none: bool) -> None:
+    assert mounts.Mount(kind, source, frozenset(options.split(","))).has_no_locks is none
 
 
 def test_an_image_needs_one_where_there_is_one(image: str) -> None:

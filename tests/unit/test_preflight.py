@@ -12,7 +12,7 @@ from limosa.model.facts import DestinationFacts, FileIdentity, LeaseConflict, Vm
 from limosa.model.finding import Finding, Severity
 from limosa.model.vm import Disk, HostDevice, Nic, VmConfig
 
-DISK = FileIdentity(path="/vm/web1.qcow2", machine="m", device=1, inode=2, size=3)
+DISK = FileIdentity(path="/vm/web1.qcow2", machine="m", device=1, inode=2)
 VM = VmConfig(
     name="web1",
     uuid="7b0b7d3c-57b8-4f5c-9d5e-2d2f3f1e2a10",

@@ -14,7 +14,7 @@ import pytest
 from test_preflight import VM
 
 from harness.homes import BareHome
-from limosa.errors import Cancelled, LimosaError, StorageError
+from limosa.errors import Cancelled, InvalidInput, LimosaError, StorageError
 from limosa.migration import mirrors, source
 from limosa.migration.destination import Destination
 from limosa.migration.disks import landed
@@ -343,8 +343,9 @@ def test_cancelled_before_the_destination_heard_of_it_though_it_came_by_a_move_i
         world.move.cancel()
         with pytest.raises(Cancelled) as caught:
             await running
-        # The destination has no journal of a move it never heard of.
+        # The destination has no journal of a move it never heard of, and its session is about none.
         world.destination.standing = unknown  # type: ignore[method-assign]
+        world.destination.abort = refuse  # type: ignore[method-assign]
         await Settlement(world.move, caught.value).run()
         assert (world.stayed, world.move.journal.step) == (True, "undone")
         assert await world.here.status() is RunState.RUNNING
@@ -352,6 +353,9 @@ def test_cancelled_before_the_destination_heard_of_it_though_it_came_by_a_move_i
 
     async def unknown() -> Standing:
         return Standing(DestinationState.UNKNOWN)
+
+    async def refuse(reason: str) -> None:
+        raise InvalidInput("no migration was prepared or attached in this session")
 
     play(tmp_path, scenario)
 

@@ -14,7 +14,7 @@ import pytest
 
 from limosa.errors import InvalidInput, StorageError
 from limosa.model.vm import DiskFormat
-from limosa.storage import access, images
+from limosa.storage import access, images, mounts
 
 MIB = 1024 * 1024
 USER = "nobody"
@@ -137,6 +137,31 @@ def test_an_image_of_roots_is_given(open_folder: Path) -> None:
     assert path.stat().st_uid == pwd.getpwnam(USER).pw_uid
     assert access.may(path, USER, write=True)
     images.grant(path, USER, read_only=False)
+
+
+@needs_root
+def test_on_a_share_only_a_new_image_is_given(open_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mounts, "find", lambda _: mounts.Mount("nfs4", "nas:/images"))
+    path = open_folder / "a.qcow2"
+    asyncio.run(images.create(path, "qcow2", MIB))
+    with pytest.raises(StorageError, match="may not write") as caught:
+        images.grant(path, USER, read_only=False)
+    assert "other hosts" in caught.value.why
+    access.give_new(path, USER)
+    images.grant(path, USER, read_only=False)
+    assert (path.stat().st_uid, path.stat().st_mode & 0o777) == (pwd.getpwnam(USER).pw_uid, 0o600)
+
+
+def test_a_share_with_mandatory_locks_is_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.qcow2"
+    monkeypatch.setattr(mounts, "find", lambda _: mounts.Mount("cifs", "//nas/images"))
+    with pytest.raises(StorageError, match="cannot create") as caught:
+        asyncio.run(images.create(path, "qcow2", MIB))
+    assert "nobrl" in caught.value.todo
+    assert not path.exists()
+    monkeypatch.setattr(mounts, "find", lambda _: mounts.Mount("cifs", "//nas/images", frozenset({"nobrl"})))
+    asyncio.run(images.create(path, "qcow2", MIB))
+    assert path.exists()
 
 
 @needs_root

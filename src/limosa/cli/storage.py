@@ -102,8 +102,8 @@ def _list(arguments: argparse.Namespace) -> int:
         (
             one.name + (" (default)" if one.default else ""),
             one.path,
-            format_bytes(one.free_bytes),
-            format_bytes(one.total_bytes),
+            _space(one.free_bytes, one),
+            _space(one.total_bytes, one),
             one.speed or "-",
             _sharers(one, seen),
             one.fault,
@@ -129,6 +129,10 @@ def _show(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _space(count: int, location: Location) -> str:
+    return format_bytes(count) if location.total_bytes else "unknown"
+
+
 def _facts(location: Location) -> list[tuple[str, str]]:
     mounted = f"{location.file_system}, {location.source}" if location.file_system else "unknown"
     facts = [
@@ -136,7 +140,7 @@ def _facts(location: Location) -> list[tuple[str, str]]:
         ("folder", location.path),
         ("file system", mounted),
         ("speed", location.speed or "unknown"),
-        ("space", f"{format_bytes(location.free_bytes)} of {format_bytes(location.total_bytes)} free"),
+        ("space", f"{_space(location.free_bytes, location)} of {_space(location.total_bytes, location)} free"),
         ("shared", "yes" if location.shared else "no"),
         ("default", "yes" if location.default else "no"),
     ]
@@ -192,7 +196,7 @@ def _add(arguments: argparse.Namespace) -> int:
     if arguments.json:
         say_json(found)
     else:
-        say(f"location '{found.name}' is {found.path}, {format_bytes(found.free_bytes)} free")
+        say(f"location '{found.name}' is {found.path}, {_space(found.free_bytes, found)} free")
     return 0
 
 

@@ -115,6 +115,7 @@ class Launcher:
                 if asked.size_mib is not None:
                     await images.create(Path(disk.path), disk.format, asked.size_mib * 1024 * 1024)
                     made.callback(Path(disk.path).unlink, missing_ok=True)
+                    access.give_new(Path(disk.path), self.user)
             yield
             made.pop_all()
 

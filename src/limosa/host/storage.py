@@ -102,6 +102,7 @@ class Storage:
         try:
             await asyncio.to_thread(marks.begin, plan.path, self._mark())
             await images.create(path, plan.format, plan.virtual_bytes, plan.backing, thick=plan.thick)
+            access.give_new(path, self.user)
             try:
                 await asyncio.to_thread(sync_folder, path.parent)
             except OSError as error:
@@ -136,11 +137,11 @@ class Storage:
     async def _hold(self, path: str, location: str, needed: int) -> None:
         """Between plan and deed another copy may have taken the space, so it is looked at again."""
         async with self._holding:
-            free = next((one.free_bytes for one in await self.locations() if one.name == location), 0)
-            if free < needed:
+            found = next((one for one in await self.locations() if one.name == location), None)
+            if found is None or found.lacks(needed):
                 raise StorageError(
                     f"location '{location}' has no room for {Path(path).name}",
-                    why=f"{format_bytes(free)} are free, {format_bytes(needed)} are needed",
+                    why=f"{format_bytes(found.free_bytes if found else 0)} are free, {format_bytes(needed)} are needed",
                     todo="free space there, or choose another location",
                 )
             self._held[path] = needed

@@ -225,7 +225,7 @@ def space(plans: Iterable[DiskPlan | LayerPlan], locations: Mapping[str, Locatio
                     "mend it, or choose another with --storage",
                 )
             )
-        elif location.free_bytes < count:
+        elif location.lacks(count):
             found.append(
                 Finding.error(
                     "space-short",

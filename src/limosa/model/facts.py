@@ -13,14 +13,18 @@ class FileIdentity(Model, forbid_unknown_fields=False, frozen=True):
 
     ``machine`` and ``device``/``inode`` decide on one machine (hosts that are namespaces), ``share`` and ``inode``
     on a network file system, ``location`` and ``location_path`` where an administrator named the storage alike on
-    both; ``digest`` (SHA-256, hex) serves for small read-only files that may be copies.
+    both, together with ``holder``, ``device_bytes`` or ``inode``; ``digest`` (SHA-256, hex) serves for small read-only
+    files that may be copies.
     """
 
     path: str
     machine: str
     device: int
     inode: int
-    size: int
+    #: size of a block device, which does not grow by being written as an image does; 0 for a file
+    device_bytes: int = 0
+    #: who holds the lease on it, if it was looked for and there is one
+    holder: str = ""
     share: str = ""
     location: str = ""
     location_path: str = ""

@@ -47,6 +47,10 @@ class Location(Model, forbid_unknown_fields=False, frozen=True):
     free_bytes: Bytes = 0
     fault: str = ""
 
+    def lacks(self, count: int) -> bool:
+        """Whether so many bytes do not fit. A file system that does not say how large it is has room."""
+        return bool(self.fault) or (self.total_bytes > 0 and self.free_bytes < count)
+
 
 class Sighting(Model, forbid_unknown_fields=False, frozen=True):
     """A location of this host that another host sees, and what that one calls it."""

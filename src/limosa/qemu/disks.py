@@ -14,8 +14,8 @@ from __future__ import annotations
 import asyncio
 import socket
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from limosa.qemu.arguments import image_nodes
 from limosa.qemu.monitor import Monitor
 from limosa.qemu.process import QemuProcess
 from limosa.qemu.protocol import CopyState, CopyStatistics, Event, ImageFile
-from limosa.qemu.session import Session
+from limosa.qemu.session import Session, greeted_in_time
 from limosa.security.stream import SERVER_NAME
 from limosa.wire.peer import StreamCredentials
 
@@ -35,8 +35,6 @@ _LISTENER_FD = "disks-listener"
 #: A job that QEMU was told to end ends when its last request does; a request over a dead network may take long.
 END_WITHIN_S = 60.0
 LOOK_EVERY_S = 1.0
-#: QEMU's main loop, and with it the guest's I/O, stands still until the other end has greeted it.
-GREETED_WITHIN_S = 5.0
 #: Strangers at the port must not use up the places of the source's connections.
 SPARE_CONNECTIONS = 16
 
@@ -104,9 +102,8 @@ class Disks(Session):
             "detect-zeroes": "unmap",
         }
         try:
-            with _hung_up_in_time(stream):
-                async with asyncio.timeout(GREETED_WITHIN_S):
-                    await self._execute("blockdev-add", node)
+            async with greeted_in_time(stream):
+                await self._execute("blockdev-add", node)
         except TimeoutError:
             raise StorageError(
                 f"disk {disk} could not be copied", why="the destination's QEMU does not answer"
@@ -272,17 +269,6 @@ class Disks(Session):
                 raise
             except QemuError:
                 continue
-
-
-@contextmanager
-def _hung_up_in_time(stream: socket.socket) -> Iterator[None]:
-    """Whatever ends the block early ends the connection too: QEMU waits for it with all else standing still."""
-    try:
-        yield
-    except BaseException:
-        with suppress(OSError):  # it has ended
-            stream.shutdown(socket.SHUT_RDWR)
-        raise
 
 
 def _is_of(event: Event, disk: str) -> bool:

@@ -7,8 +7,9 @@ Errors are sharpened here: whatever broke the session, if the process turns out 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Mapping
-from contextlib import suppress
+import socket
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from limosa.wire.peer import StreamCredentials
 QUIT_WITHIN_S = 5.0
 #: After its session broke, how long a dying process may take to be seen dead.
 DYING_S = 1.0
+#: QEMU's main loop, and with it the guest's I/O, stands still until the other end of a stream has greeted it.
+GREETED_WITHIN_S = 5.0
 
 
 class Session:
@@ -107,3 +110,20 @@ class Session:
         for result in results:
             if isinstance(result, BaseException):
                 raise result
+
+
+@asynccontextmanager
+async def greeted_in_time(stream: socket.socket) -> AsyncIterator[None]:
+    """Have QEMU begin a TLS session over the stream in the block. Raises ``TimeoutError`` after
+    :data:`GREETED_WITHIN_S`.
+
+    Whatever ends the block early hangs up, too: QEMU waits for the other end with all else standing still, and that may
+    be cut off.
+    """
+    try:
+        async with asyncio.timeout(GREETED_WITHIN_S):
+            yield
+    except BaseException:
+        with suppress(OSError):  # it has ended
+            stream.shutdown(socket.SHUT_RDWR)
+        raise

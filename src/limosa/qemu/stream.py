@@ -15,7 +15,7 @@ from limosa.errors import OutcomeUnknown, QemuError
 from limosa.qemu import folder, statistics
 from limosa.qemu.credentials import Endpoint
 from limosa.qemu.protocol import MigrationState, MigrationStatistics, RdmaAddress, StreamParameters
-from limosa.qemu.session import Session
+from limosa.qemu.session import Session, greeted_in_time
 from limosa.security.stream import SERVER_NAME
 
 _FINAL_FIGURES_LOOKS = 50
@@ -67,8 +67,15 @@ class Stream(Session):
         await self._prepare("client", parameters, settings, wanted={"auto-converge"})
 
     async def migrate(self, stream: socket.socket | RdmaAddress) -> None:
-        """Start to send the VM into ``stream``. Returns as soon as QEMU has accepted; nothing is sent if it refuses."""
-        await self._over(stream, "migrate")
+        """Start to send the VM into ``stream``. Returns as soon as QEMU has accepted, and has a TLS session if there is
+        to be one; nothing is sent if it refuses. Raises :class:`QemuError` also if the other end does not answer."""
+        if isinstance(stream, RdmaAddress):
+            return await self._over(stream, "migrate")
+        try:
+            async with greeted_in_time(stream):
+                await self._over(stream, "migrate")
+        except TimeoutError:
+            raise QemuError("memory could not be sent", why="the destination's QEMU does not answer") from None
 
     async def cancel_migration(self) -> None:
         """Ask QEMU to end the migration; its ``cancelled`` event says when that is done."""

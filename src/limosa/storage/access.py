@@ -4,7 +4,8 @@ The question is put to the kernel as that user, so that access lists, network sh
 
 Giving an image away is done only where it can hurt nobody: an operator may name any path of the host, and a daemon that
 is root must not be talked into handing out a system file. So only a regular file of root's with one name, on a local
-file system, outside of the system's own folders, is ever given; for everything else the error says what to do.
+file system or just made by us, outside of the system's own folders, is ever given; for everything else the error says
+what to do.
 """
 
 from __future__ import annotations
@@ -51,6 +52,15 @@ def grant(path: Path, user: str | None, *, read_only: bool) -> None:
         )
 
 
+def give_new(path: Path, user: str | None) -> None:
+    """Give the user an image that has just been made here, also on storage other hosts use: none of them has it yet.
+
+    Where that fails, or the file system knows no owners, :func:`grant` judges.
+    """
+    if user is not None and not may(path, user, write=True):
+        _give(path, user, new=True)
+
+
 def check_kind(path: Path, status: os.stat_result) -> None:
     """Raise :class:`StorageError` unless it is a file or a block device: to open others can block, or never end."""
     if not (stat.S_ISREG(status.st_mode) or stat.S_ISBLK(status.st_mode)):
@@ -66,7 +76,7 @@ def _status(path: Path) -> os.stat_result:
         raise StorageError(f"cannot look at {path}", why=error.strerror or str(error)) from error
 
 
-def _give(path: Path, user: str) -> str:
+def _give(path: Path, user: str, *, new: bool = False) -> str:
     """Give the file to the user if that is safe; else the reason why it is not."""
     real = path.resolve()
     if any(real.is_relative_to(folder) for folder in _SYSTEM):
@@ -79,7 +89,7 @@ def _give(path: Path, user: str) -> str:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode) or status.st_uid != 0 or status.st_nlink != 1:
             return "it is no regular file of root's with a single name"
-        if mounts.find(status.st_dev).share:
+        if not new and mounts.find(status.st_dev).share:
             return "it lies on storage other hosts use too"
         entry = pwd.getpwnam(user)
         os.fchown(descriptor, entry.pw_uid, entry.pw_gid)

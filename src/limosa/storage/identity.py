@@ -12,8 +12,9 @@ import os
 import stat
 from pathlib import Path, PurePosixPath
 
+from limosa.errors import StorageError
 from limosa.model.facts import FileIdentity
-from limosa.storage import access, mounts
+from limosa.storage import access, leases, mounts
 from limosa.storage.locations import innermost
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
@@ -30,10 +31,11 @@ def same_file(one: FileIdentity, other: FileIdentity) -> bool:
     1. *One kernel* (the boot id is random and new at each start; hosts are namespaces of it): same file system and
        inode are the same file.
     2. *A share*, mounted from the same server and path by both: where inode numbers are the server's, they decide.
-    3. *A shared location* that administrators of both hosts gave the same name, with the same path below it and the
-       same size. Their word, not a proof; therefore not against rule 1: on one kernel two inodes of local storage are
-       two files.
-    4. *The same contents*: for files that are only read at start, such as kernels, a copy is as good.
+    3. *The same contents*: for files that are only read at start, such as kernels, a copy is as good.
+    4. *A shared location* that administrators of both hosts gave the same name, with the same path below it. Their
+       word, not a proof; therefore not against rule 1: on one kernel two inodes of local storage are two files. And
+       what the hosts see must bear it out (:func:`_bears_out`), by something that stays as it is while the file is
+       written: never by the size or times of an image.
     """
     if one.private or other.private:
         return False
@@ -45,40 +47,61 @@ def same_file(one: FileIdentity, other: FileIdentity) -> bool:
         return one.digest == other.digest
     if one.machine == other.machine and not (one.share and other.share):
         return False
-    named = (one.location, one.location_path, one.size)
-    return one.location != "" and named == (other.location, other.location_path, other.size)
+    named = (one.location, one.location_path)
+    return one.location != "" and named == (other.location, other.location_path) and _bears_out(one, other)
+
+
+def _bears_out(one: FileIdentity, other: FileIdentity) -> bool:
+    """Whether what both hosts see agrees with the word that it is one file.
+
+    Inodes decide where neither host makes them up. Else a lease does: the other host can only have read it on the same
+    storage. Without one the word is all there is; but file systems of two kinds are two, since the share may not be
+    mounted on one of the hosts, and its place holds something else.
+    """
+    protocols = {mounts.protocol(one.share), mounts.protocol(other.share)}
+    alike = len(protocols) == 1
+    # A server of NFS gives the inodes of its own file system.
+    if protocols <= {"", "nfs"} or (alike and mounts.inodes_are_the_servers(one.share)):
+        if one.device_bytes or other.device_bytes:
+            return one.device_bytes == other.device_bytes
+        return one.inode == other.inode
+    if one.holder or other.holder:
+        return one.holder == other.holder
+    return alike
 
 
 def identify(
     path: str, locations: dict[str, str], *, digest: bool, user: str | None = None, own: str = "", below: str = ""
 ) -> FileIdentity | None:
-    """What is to know about the file on this host, or None if it is not there or cannot be opened.
+    """What is to know about the file on this host, or None if it is not there, or it or its lease cannot be read.
 
     ``locations`` are the paths of the host's shared ones by name; ``digest`` asks for one over the contents;
     ``writable`` is as ``user`` (None: we ourselves) finds it; ``own`` is the folder that is this host's alone,
     ``below`` the disk the file lies below.
     """
     try:
-        # Opening first makes a network file system ask its server, so that the size is not an old one.
+        # Opening first makes a network file system ask its server, so that what it says is not old.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError:
         return None
     try:
         status = os.fstat(descriptor)
-        size = os.lseek(descriptor, 0, os.SEEK_END) if stat.S_ISBLK(status.st_mode) else status.st_size
+        device_bytes = os.lseek(descriptor, 0, os.SEEK_END) if stat.S_ISBLK(status.st_mode) else 0
         contents = _digest(path, *version(status)) if digest and _is_small_file(status) else ""
-    except OSError:
+        mount = mounts.find(status.st_dev)
+        location, location_path = innermost(path, locations)
+        holder = _holder(path, mount) if location else ""
+    except (OSError, StorageError):
         return None
     finally:
         os.close(descriptor)
-    mount = mounts.find(status.st_dev)
-    location, location_path = innermost(path, locations)
     return FileIdentity(
         path=path,
         machine=_BOOT_ID.read_text().strip(),
         device=status.st_dev,
         inode=status.st_ino,
-        size=size,
+        device_bytes=device_bytes,
+        holder=holder,
         share=mount.share,
         location=location,
         location_path=location_path,
@@ -87,6 +110,18 @@ def identify(
         below=below,
         private=own != "" and PurePosixPath(path).is_relative_to(own) and not mount.share,
     )
+
+
+def _holder(path: str, mount: mounts.Mount) -> str:
+    """Who holds the lease on an image: host, run of its kernel, and VM, which stay the same while the VM runs there.
+
+    It is not looked for on NFS: there inodes tell, and a client that has looked into a folder may for a while not see
+    what others change in it, such as a promise. Raises ``StorageError``.
+    """
+    if mounts.protocol(mount.share) == "nfs":
+        return ""
+    lease = leases.read(path)
+    return f"{lease.host} {lease.boot} {lease.vm}" if lease.host else ""
 
 
 def _is_small_file(status: os.stat_result) -> bool:

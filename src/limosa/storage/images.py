@@ -16,6 +16,7 @@ from limosa.errors import InvalidInput, StorageError
 from limosa.model.base import Model
 from limosa.model.storage import BackingFile
 from limosa.model.vm import DiskFormat
+from limosa.storage import mounts
 from limosa.storage.access import check_kind, grant
 from limosa.storage.qcow2 import MAGIC
 
@@ -104,6 +105,12 @@ async def create(
     except OSError as error:
         raise StorageError(f"cannot create {path}", why=error.strerror or str(error)) from error
     try:
+        if image_format == "qcow2" and mounts.of(str(path)).locks_are_mandatory:
+            raise StorageError(
+                f"cannot create {path}",
+                why="qemu-img locks what it writes, and this share lets nobody write what is locked",
+                todo="mount it with the option nobrl; Limosa keeps other hosts off by itself",
+            )
         below = ["-b", backing.path, "-F", backing.format] if backing is not None else []
         options = [*below, *(["-o", "preallocation=falloc"] if thick else [])]
         await _qemu_img("create", "-q", "-f", image_format, *options, str(path), str(size_bytes))

@@ -12,24 +12,30 @@ _SHARED = frozenset({"nfs", "nfs4", "cifs", "smb3", "ceph", "fuse.ceph", "fuse.g
 #: File systems whose locks do not keep other hosts out as QEMU means them: CIFS makes mandatory ones of them, which get
 #: in the way of a move, or with ``nobrl`` sends none.
 _WITHOUT_LOCKS = frozenset({"cifs", "smb3", "fuse.smbnetfs"})
+_CIFS = frozenset({"cifs", "smb3"})
+#: How NFS says that the locks QEMU takes are kept on this host (nfs(5); ``nolock`` is shown so, too).
+_LOCKED_HERE = frozenset({"local_lock=all", "local_lock=posix"})
 _OCTAL = re.compile(r"\\([0-7]{3})")
 
 
 @dataclass(frozen=True)
 class Mount:
-    """A mount. ``source`` is what was mounted: a server's export, or a local device."""
+    """A mount. ``source`` is what was mounted: a server's export, or a local device; ``options`` are the file system's
+    own."""
 
     kind: str
     source: str
+    options: frozenset[str] = frozenset()
 
     @property
     def share(self) -> str:
         """What was mounted, for file systems that other hosts may use at the same time; empty for local ones.
 
-        FUSE may be anything, so it counts.
+        FUSE may be anything, so it counts. CIFS that numbers inodes itself is another kind.
         """
         shared = self.kind in _SHARED or self.kind == "9p" or self.kind.startswith("fuse")
-        return f"{self.kind} {self.source}" if shared else ""
+        own_numbers = self.kind in _CIFS and "serverino" not in self.options
+        return f"{self.kind}{'-noserverino' if own_numbers else ''} {self.source}" if shared else ""
 
     @property
     def has_no_locks(self) -> bool:
@@ -38,12 +44,25 @@ class Mount:
         FUSE that says no more of itself than what it mounted is SMB if that is ``//SERVER/SHARE`` or ``smbnetfs``.
         """
         smb = self.source == "smbnetfs" or self.source.startswith("//")
+        if self.kind.startswith("nfs"):
+            return bool(self.options & _LOCKED_HERE)
         return self.kind in _WITHOUT_LOCKS or (self.kind.startswith("fuse") and smb)
+
+    @property
+    def locks_are_mandatory(self) -> bool:
+        """Whether what is locked cannot be written, not even by who has locked it for reading, as QEMU does."""
+        return self.kind in _CIFS and "nobrl" not in self.options
 
 
 def inodes_are_the_servers(share: str) -> bool:
     """Whether inode numbers on a share are the same on all hosts that mounted it."""
     return share.partition(" ")[0] in _SHARED
+
+
+def protocol(share: str) -> str:
+    """The kind of a share, the same for all versions of one protocol; empty for local storage."""
+    kind = share.partition(" ")[0]
+    return {"nfs4": "nfs", "smb3": "cifs"}.get(kind, kind)
 
 
 UNKNOWN = Mount("", "")
@@ -119,8 +138,9 @@ def _lines() -> list[tuple[str, str, str, Mount]]:
     found = []
     for line in Path("/proc/self/mountinfo").read_text("utf-8", "surrogateescape").splitlines():
         head, _, tail = line.partition(" - ")
-        fields, (kind, source, *_) = head.split(), [*tail.split(" "), "", ""]
-        found.append((fields[2], _plain(fields[3]), _plain(fields[4]), Mount(kind, _plain(source))))
+        fields, (kind, source, options, *_) = head.split(), [*tail.split(" "), "", "", ""]
+        mount = Mount(kind, _plain(source), frozenset(options.split(",")))
+        found.append((fields[2], _plain(fields[3]), _plain(fields[4]), mount))
     return found
 
 

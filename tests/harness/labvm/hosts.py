@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +20,19 @@ import msgspec
 
 import limosa
 from harness.labvm.vm import LabVm, running_vms
+from limosa.client.route import TlsRoute
 from limosa.model.migration import Migration, Outcome, Side
+from limosa.network.taps import Tap
 from limosa.security import ca
+from limosa.security.identity import Role
 from limosa.settings import toml
-from limosa.settings.daemon import DaemonSettings
+from limosa.settings.daemon import DEFAULT_PORT, DaemonSettings
 from limosa.settings.host import HostSettings
 
 #: The command, which is to use the package these tests use.
 LIMOSA = str(Path(sys.executable).with_name("limosa"))
+#: By which the daemons know each other.
+ADDRESSES = {"host1": "10.7.0.1", "host2": "10.7.0.2"}
 READY_WITHIN_S = 300
 MOVED_WITHIN_S = 240.0
 FILLED_WITHIN_S = 120.0
@@ -43,6 +48,16 @@ class VmHost:
         self.vm = vm
         self.name = vm.name
         self._folder = folder
+        self.state = folder / "state"
+
+    @property
+    def route(self) -> TlsRoute:
+        """The way to the daemon from outside, where there is one."""
+        return TlsRoute(self.name, ADDRESSES[self.name], DEFAULT_PORT, self._folder.parent / "operator", "client")
+
+    def console(self, name: str) -> str:
+        """The last words of a guest on its console."""
+        return self.vm.run(f"tail -c 64 {self.state}/vms/{name}/console.log")
 
     def limosa(self, *words: str) -> str:
         """What the command line prints, inside. Raises :class:`harness.labvm.vm.CommandFailed`."""
@@ -130,22 +145,27 @@ class VmHost:
 
 @contextmanager
 def running_vm_hosts(
-    wire: Callable[[LabVm, int], dict[str, Any]], *, cables: int = 2, fill_mib: int = 48
+    wire: Callable[[LabVm, int], dict[str, Any]],
+    *,
+    cables: int = 2,
+    fill_mib: int = 48,
+    tap: Callable[[], Tap] | None = None,
 ) -> Iterator[tuple[VmHost, VmHost]]:
     """Two lab VMs, ``host1`` and ``host2``, with daemons.
 
-    ``wire`` sets up the network of a VM, the first or second, and gives its settings. The daemons know each other by
-    10.7.0.1 and 10.7.0.2, which it has to give them.
+    ``wire`` sets up the network of a VM, the first or second, and gives its settings. It has to give them the
+    addresses by which the daemons know each other. ``tap`` is that of :func:`running_vms`.
     """
-    with tempfile.TemporaryDirectory(prefix="labhosts-") as place, running_vms("host1", "host2", cables=cables) as vms:
-        folder = Path(place)
+    with ExitStack() as held:
+        folder = Path(held.enter_context(tempfile.TemporaryDirectory(prefix="labhosts-")))
+        vms = held.enter_context(running_vms(*ADDRESSES, cables=cables, tap=tap))
         folder.chmod(0o755)
         (folder / "filler").write_bytes(filler(fill_mib))
         ca.create_authority(folder / "ca")
+        ca.issue_person(folder / "ca", "operator", Role.OPERATOR, folder / "operator")
         hosts = []
         for number, vm in enumerate(vms, 1):
-            settings = wire(vm, number)
-            hosts.append(_furnish(folder, vm, number, settings))
+            hosts.append(_furnish(folder, vm, wire(vm, number)))
         for host in hosts:
             host.start()
         for host in hosts:
@@ -153,8 +173,8 @@ def running_vm_hosts(
         yield hosts[0], hosts[1]
 
 
-def _furnish(folder: Path, vm: LabVm, number: int, settings: dict[str, Any]) -> VmHost:
-    own, address = folder / vm.name, f"10.7.0.{number}"
+def _furnish(folder: Path, vm: LabVm, settings: dict[str, Any]) -> VmHost:
+    own, address = folder / vm.name, ADDRESSES[vm.name]
     for path in (own, own / "state", own / "run"):
         path.mkdir(mode=0o711)
     ca.issue_host(folder / "ca", vm.name, [address], own / "pki")
@@ -166,8 +186,7 @@ def _furnish(folder: Path, vm: LabVm, number: int, settings: dict[str, Any]) -> 
         run_dir=str(own / "run"),
     )
     toml.write(own / "host.toml", daemon)
-    peers = {"host1": "10.7.0.1", "host2": "10.7.0.2"}
-    page = {"peers": peers, "reserved_memory_mib": 0, **settings}
+    page = {"peers": ADDRESSES, "reserved_memory_mib": 0, **settings}
     toml.write(own / "state" / "settings.toml", msgspec.convert(page, HostSettings))
     return VmHost(vm, own)
 

@@ -22,6 +22,7 @@ MODULES = (
     "virtio_pci", "virtio_net", "virtio_console", "9p", "9pnet_virtio", "overlay",
     "sch_tbf", "bridge", "tun", "bonding", "team", "team_mode_loadbalance", "crc32_generic",
     "rdma_rxe", "rdma_ucm",
+    "cifs", "cmac", "ccm", "gcm", "ctr", "ghash_generic", "sha512_generic", "nfsv4",
 )  # fmt: skip
 #: Without it loading ``bonding`` makes a bond that nobody asked for.
 OPTIONS = {"bonding": "max_bonds=0"}
@@ -66,7 +67,7 @@ def _initramfs(tree: Path) -> bytes:
     modules = modules_with_dependencies(tree, MODULES)
     missing = set(MODULES) - set(modules)
     # What the kernel has built in needs no module; what only a module can be has to be there.
-    assert not missing & {"bonding", "rdma_rxe", "9p", "overlay"}, missing
+    assert not missing & {"bonding", "rdma_rxe", "cifs", "nfsv4", "9p", "overlay"}, missing
     archive = Archive()
     for path in ("bin", "modules"):
         archive.folder(path)

@@ -2,27 +2,30 @@
 
 A cable is a pair of datagram sockets in the file system, one for each end, and is pulled out as QEMU does it (QMP
 ``set_link``), so that the kernel inside sees its NIC lose the link. Everything lies in one folder that goes with the
-VMs; a QEMU dies with the thread that started it, should that never come to end it.
+VMs; a QEMU dies with the thread that started it, should that never come to end it. A VM may have one more NIC, into a
+network of the machine the tests run on.
 """
 
 from __future__ import annotations
 
 import json
+import secrets
 import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from harness.labvm.image import image
+from limosa.network.taps import Tap
 
 QEMU = "/usr/bin/qemu-system-x86_64"
 MEMORY_MIB = 768
-BOOT_WITHIN_S = 120.0
+BOOT_WITHIN_S = 300.0
 #: A command in a VM that is emulated, on a machine that may do other things too.
 DONE_WITHIN_S = 120.0
 #: Soft-RoCE is seven times faster with it than with 1500 (measured).
@@ -45,12 +48,13 @@ class Plug:
 class LabVm:
     """A VM that runs. Made by :func:`running_vms`."""
 
-    def __init__(self, name: str, folder: Path, plugs: Sequence[Plug]) -> None:
+    def __init__(self, name: str, folder: Path, plugs: Sequence[Plug], tap: Tap | None) -> None:
         self.name = name
         self._folder = folder
         self._console = folder / "console"
         self._process = subprocess.Popen(
-            ["setpriv", "--pdeathsig", "KILL", QEMU, *_arguments(folder, plugs)],
+            ["setpriv", "--pdeathsig", "KILL", QEMU, *_arguments(folder, plugs, tap)],
+            pass_fds=[] if tap is None else [tap.fd],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=(folder / "qemu.log").open("wb"),
@@ -85,7 +89,7 @@ class LabVm:
         self._order("set_link", name=nic, up=in_)
 
     def end(self) -> None:
-        """The VM is gone."""
+        """The VM is gone, as if somebody had cut its power."""
         self._process.kill()
         self._process.wait()
         for connection in (self._qmp, self._agent):
@@ -111,8 +115,11 @@ class LabVm:
 
 
 @contextmanager
-def running_vms(*names: str, cables: int) -> Iterator[tuple[LabVm, ...]]:
-    """VMs that have booted, gone afterwards. Two of them are joined by cables, ``eth0`` to ``eth0`` and so on."""
+def running_vms(*names: str, cables: int, tap: Callable[[], Tap] | None = None) -> Iterator[tuple[LabVm, ...]]:
+    """VMs that have booted, gone afterwards. Two of them are joined by cables, ``eth0`` to ``eth0`` and so on.
+
+    ``tap`` makes what the last NIC of each is plugged into, if it is to have one more.
+    """
     assert len(names) <= 2, "a cable has two ends"
     image()
     with tempfile.TemporaryDirectory(prefix="labvm-") as place, ExitStack() as ended:
@@ -120,11 +127,20 @@ def running_vms(*names: str, cables: int) -> Iterator[tuple[LabVm, ...]]:
         for number, name in enumerate(names):
             folder = Path(place) / name
             folder.mkdir()
-            vms.append(LabVm(name, folder, [_plug(Path(place), number, cable) for cable in range(cables)]))
+            vms.append(_started(folder, [_plug(Path(place), number, cable) for cable in range(cables)], tap))
             ended.callback(vms[-1].end)
         for vm in vms:
             vm.boot()
         yield tuple(vms)
+
+
+def _started(folder: Path, plugs: Sequence[Plug], make_tap: Callable[[], Tap] | None) -> LabVm:
+    tap = make_tap() if make_tap is not None else None
+    try:
+        return LabVm(folder.name, folder, plugs, tap)
+    finally:
+        if tap is not None:
+            tap.close()  # the VM's QEMU has it now
 
 
 def _plug(place: Path, end: int, cable: int) -> Plug:
@@ -132,7 +148,7 @@ def _plug(place: Path, end: int, cable: int) -> Plug:
     return Plug(place / f"cable{cable}-{end}", place / f"cable{cable}-{1 - end}", mac)
 
 
-def _arguments(folder: Path, plugs: Sequence[Plug]) -> Iterator[str]:
+def _arguments(folder: Path, plugs: Sequence[Plug], tap: Tap | None) -> Iterator[str]:
     boot = image()
     line = "console=ttyS0 quiet mitigations=off nokaslr panic=-1 net.ifnames=0 random.trust_cpu=on no_timer_check"
     yield from ("-nodefaults", "-no-user-config", "-no-reboot", "-display", "none", "-M", "q35", "-name", folder.name)
@@ -150,6 +166,10 @@ def _arguments(folder: Path, plugs: Sequence[Plug]) -> Iterator[str]:
         yield from ("-netdev", f"dgram,id=net{number},{ends}")
         nic = f"virtio-net-pci,id=eth{number},netdev=net{number},mac={plug.mac}"
         yield from ("-device", f"{nic},speed=1000,duplex=full,host_mtu={MTU},romfile=")
+    if tap is not None:
+        number, mac = len(plugs), secrets.token_bytes(3).hex(":")
+        yield from ("-netdev", f"tap,id=net{number},fd={tap.fd}")
+        yield from ("-device", f"virtio-net-pci,id=eth{number},netdev=net{number},mac=52:54:00:{mac},romfile=")
 
 
 def _line(connection: socket.socket, within_s: float) -> Any:
