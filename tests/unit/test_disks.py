@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import msgspec
 import pytest
@@ -19,7 +19,7 @@ from limosa.migration.progress import Bar, of_disks
 from limosa.model.migration import Phase, Progress
 from limosa.model.storage import BackingFile, DiskAction, DiskFacts, DiskProgress, Location
 from limosa.model.vm import Disk
-from limosa.qemu.protocol import CopyState, CopyStatistics, MigrationStatistics
+from limosa.qemu.protocol import CopyState, CopyStatistics, Event, MigrationStatistics
 from limosa.testing.disks import FakeDisks
 
 GIB = 1 << 30
@@ -274,6 +274,11 @@ class Copying(FakeDisks):
         self.gone = asyncio.Event()
         self._looks = list(looks)
         self.dropped: list[str] = []
+        self.tell: Callable[[Event], None] = lambda event: None
+
+    def on_event(self, callback: Callable[[Event], None]) -> Callable[[], None]:
+        self.tell = callback
+        return lambda: None
 
     async def copies(self) -> dict[str, CopyStatistics]:
         if self._looks:
@@ -308,6 +313,19 @@ class TestMirrors:
             await copying.until_ready(lambda: shown.append(copying.progress()[0].copied_bytes))
             assert shown == [0, 50, 100]
             assert copying.progress()[0].ready
+
+        asyncio.run(scenario())
+
+    def test_qemu_says_when(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(mirrors, "LOOK_EVERY_S", 3600.0)
+
+        async def scenario() -> None:
+            machine = Copying(at(50), at(100, CopyState.READY))
+            waiting = asyncio.ensure_future(Mirrors(machine, ["vda"], 100).until_ready(lambda: None))
+            await asyncio.sleep(0)
+            machine.tell(Event("JOB_STATUS_CHANGE", {"id": "copy-vda", "status": "ready"}, 0.0))
+            async with asyncio.timeout(10):
+                await waiting
 
         asyncio.run(scenario())
 

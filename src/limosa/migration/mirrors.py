@@ -58,13 +58,20 @@ class Mirrors:
 
         Raises :class:`MigrationFailed` if one fails, :class:`NotConverging` if one never would.
         """
-        while True:
-            await self.look()
-            show()
-            if all(copy.state is CopyState.READY for copy in self.latest.values()):
-                return
-            await self._act()
-            await asyncio.sleep(LOOK_EVERY_S)
+        changed = asyncio.Event()
+        unsubscribe = self._machine.on_event(lambda event: changed.set() if event.name == "JOB_STATUS_CHANGE" else None)
+        try:
+            while True:
+                changed.clear()
+                await self.look()
+                show()
+                if all(copy.state is CopyState.READY for copy in self.latest.values()):
+                    return
+                await self._act()
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(changed.wait(), LOOK_EVERY_S)
+        finally:
+            unsubscribe()
 
     async def look(self) -> None:
         """Ask how they stand. Raises :class:`MigrationFailed` if one has failed."""
