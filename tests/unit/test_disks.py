@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import re
 
 import msgspec
 import pytest
@@ -15,9 +16,10 @@ from limosa.errors import MigrationFailed, NotConverging, StorageError
 from limosa.migration import disks, mirrors
 from limosa.migration.mirrors import Keeping, Mirrors
 from limosa.migration.progress import Bar, of_disks
+from limosa.model.base import NAME_PATTERN
 from limosa.model.migration import Phase, Progress
 from limosa.model.storage import BackingFile, DiskAction, DiskFacts, DiskProgress, Location
-from limosa.model.vm import Disk
+from limosa.model.vm import Disk, DiskFormat
 from limosa.qemu.protocol import CopyState, CopyStatistics, MigrationStatistics
 from limosa.testing.disks import FakeDisks
 
@@ -33,6 +35,10 @@ FACT = DiskFacts(
 )
 IMAGES = Location(name="images", path="/var/images", default=True, total_bytes=100 * GIB, free_bytes=50 * GIB)
 FAST = Location(name="fast", path="/srv/fast", total_bytes=100 * GIB, free_bytes=50 * GIB)
+BULK = Location(
+    name="bulk", path="/dev/vg0", kind="lvm", unit_bytes=4 << 20, total_bytes=100 * GIB, free_bytes=50 * GIB
+)
+POOL = msgspec.structs.replace(BULK, name="pool", source="vg0/pool", thin=True, unit_bytes=1)
 PRIVATE = msgspec.structs.replace(HERE, files=(msgspec.structs.replace(HERE.files[0], private=True),))
 
 
@@ -120,6 +126,55 @@ class TestThePlan:
         base = BackingFile(path="/var/images/golden.qcow2", format="qcow2", size=GIB, digest="d")
         plan, against = planned(IMAGES, bases={"vda": base})
         assert (plan.action, plan.backing, plan.expected_bytes, against) == (DiskAction.COPY_OVERLAY, base, GIB, [])
+
+    def test_on_a_logical_volume_it_is_raw_and_whole(self) -> None:
+        base = BackingFile(path="/var/images/golden.qcow2", format="qcow2", size=GIB, digest="d")
+        plan, against = planned(IMAGES, BULK, wishes={"vda": "bulk"}, bases={"vda": base})
+        assert against == []
+        assert (plan.action, plan.format, plan.device, plan.backing) == (DiskAction.COPY, "raw", True, None)
+        assert plan.path == "/dev/vg0/web1-vda.abc.raw"
+        assert disks.landed(VM, [plan]).disks == (
+            Disk(name="vda", path=plan.path, format="raw", size_bytes=FACT.virtual_bytes),
+        )
+
+    def test_a_logical_volume_takes_whole_extents_unless_it_is_thin(self) -> None:
+        odd = msgspec.structs.replace(FACT, virtual_bytes=8 * GIB + 512)
+        assert disks.copied("web1", odd, BULK, "abc").expected_bytes == 8 * GIB + (4 << 20)
+        assert disks.copied("web1", odd, POOL, "abc").expected_bytes == FACT.chain_bytes
+
+    def test_from_a_logical_volume_to_a_file(self) -> None:
+        on_volume = Disk(name="vda", path="/dev/vg0/web1-vda.abc.raw", format="raw", size_bytes=8 * GIB)
+        vm = msgspec.structs.replace(VM, disks=(on_volume,))
+        plan = disks.copied("web1", msgspec.structs.replace(FACT, format="raw"), FAST, "xyz")
+        landed = Disk(name="vda", path="/srv/fast/web1-vda.xyz.raw", format="raw")
+        assert disks.landed(vm, [plan]).disks == (landed,)
+        stays, _ = disks.plan(vm, [], THERE, {}, "abc", {})
+        assert disks.landed(vm, stays) == vm
+
+    @pytest.mark.parametrize(
+        ("location", "image_format", "thick", "refused"),
+        [
+            (FAST, "qcow2", True, False),
+            (BULK, None, True, False),
+            (BULK, "raw", False, False),
+            (BULK, "qcow2", False, True),
+            (POOL, None, False, False),
+            (POOL, None, True, True),
+        ],
+    )
+    def test_what_an_image_cannot_be(
+        self, location: Location, image_format: DiskFormat | None, thick: bool, refused: bool
+    ) -> None:
+        found = disks.against_form(location, image_format, thick=thick)
+        assert [finding.code for finding in found] == ["form-not-possible"] * refused
+
+    @given(vm=st.from_regex(NAME_PATTERN).filter(lambda name: len(name) <= 63))
+    def test_every_name_is_one_a_logical_volume_may_have(self, vm: str) -> None:
+        name = disks.image_name(vm, "vda", "abcdefabcdef", "raw")
+        assert re.fullmatch(r"[A-Za-z0-9.][A-Za-z0-9.-]*", name)
+        assert not name.startswith(("snapshot", "pvmove"))
+        assert name.endswith("-vda.abcdefabcdef.raw")
+        assert len(name.replace("-", "--")) <= 110
 
     def test_thick_takes_all_it_may(self) -> None:
         assert disks.copied("web1", FACT, FAST, "abc", "raw", thick=True).expected_bytes == 8 * GIB

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import threading
 from pathlib import Path
 from typing import Any, cast
 
@@ -10,6 +12,7 @@ import msgspec
 import pytest
 from test_preflight import VM
 
+from harness.lvm import EXTENT, GROUP, POOL, FakeLvm
 from limosa.errors import Conflict, InvalidInput, LimosaError, NotFound, StorageError
 from limosa.host.files import Files
 from limosa.host.incoming import Incoming
@@ -17,8 +20,10 @@ from limosa.host.leasing import Leasing
 from limosa.host.page import Page
 from limosa.host.parts import Parts
 from limosa.host.storage import Storage
-from limosa.model.storage import BackingFile, DiskAction, DiskPlan, Place
+from limosa.migration import disks
+from limosa.model.storage import BackingFile, DiskAction, DiskFacts, DiskPlan, Location, Place
 from limosa.model.vm import Disk
+from limosa.storage import lvm
 from limosa.storage.locations import Locations
 from limosa.wire.peer import Prepare
 
@@ -110,17 +115,17 @@ class TestTheLedger:
         assert self.free(storage, "images") < before * 0.6
         storage.settle(image.path)
         assert self.free(storage) > before * 0.9
-        storage.remove(image.path)
-        storage.remove(image.path)
+        for _ in range(2):
+            asyncio.run(storage.remove(image.path))
         assert not Path(image.path).exists()
 
     def test_what_has_been_written_counts_once(self, storage: Storage) -> None:
         image = plan(storage, expected=64 * MIB)
         asyncio.run(storage.make(image))
-        held = storage._needed_in(str(storage.places.path("fast")))
+        held = storage._needed_in(storage.places.store("fast"))
         with Path(image.path).open("ab") as stream:
             stream.write(bytes(range(1, 256)) * (16 * MIB // 255))
-        assert held - storage._needed_in(str(storage.places.path("fast"))) >= 15 * MIB
+        assert held - storage._needed_in(storage.places.store("fast")) >= 15 * MIB
 
     def test_two_that_fit_one_by_one_do_not_fit_together(self, storage: Storage) -> None:
         async def scenario() -> list[object]:
@@ -141,7 +146,7 @@ class TestTheLedger:
         Path(image.path).write_bytes(b"precious")
         with pytest.raises(StorageError, match="exists"):
             asyncio.run(storage.make(image))
-        assert storage._needed_in(str(storage.places.path("fast"))) == 0
+        assert storage._needed_in(storage.places.store("fast")) == 0
         assert Path(image.path).read_bytes() == b"precious"
 
     def test_a_location_that_has_gone(self, storage: Storage) -> None:
@@ -149,6 +154,115 @@ class TestTheLedger:
         storage.places.path("fast").rmdir()
         with pytest.raises(StorageError):
             asyncio.run(storage.make(image))
+
+
+class TestVolumes:
+    """The same of a volume group: a pretended one."""
+
+    @pytest.fixture
+    def group(self, storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeLvm:
+        fake = FakeLvm(tmp_path)
+        monkeypatch.setattr(lvm, "PROGRAM", str(fake.program))
+        storage._page.change({"locations.bulk": {"lvm": GROUP}, "locations.thin": {"lvm": f"{GROUP}/{POOL}"}})
+        return fake
+
+    def plan(self, location: str = "bulk", size: int = 8 * EXTENT) -> DiskPlan:
+        where = Location(name=location, path=f"/dev/{GROUP}", kind="lvm", thin=location == "thin", unit_bytes=EXTENT)
+        disk = DiskFacts(name="vda", path="/a.qcow2", format="qcow2", virtual_bytes=size, allocated_bytes=0)
+        return disks.copied("web1", disk, where, TAG)
+
+    def free(self, storage: Storage, name: str) -> int:
+        return next(one.free_bytes for one in asyncio.run(storage.locations()) if one.name == name)
+
+    def test_it_takes_its_space_at_once_and_gives_it_back(self, storage: Storage, group: FakeLvm) -> None:
+        before, image = self.free(storage, "bulk"), self.plan()
+        asyncio.run(storage.make(image))
+        assert list(group.volumes) == [f"web1-vda.{TAG}.raw"]
+        assert self.free(storage, "bulk") == before - 8 * EXTENT
+        storage.settle(image.path)
+        assert self.free(storage, "bulk") == before - 8 * EXTENT
+        for _ in range(2):
+            asyncio.run(storage.remove(image.path))
+        assert group.volumes == {}
+        assert self.free(storage, "bulk") == before
+
+    def test_a_thin_one_will_still_need_its_space(self, storage: Storage, group: FakeLvm) -> None:
+        before = self.free(storage, "thin")
+        image = msgspec.structs.replace(self.plan("thin"), expected_bytes=EXTENT)
+        asyncio.run(storage.make(image))
+        assert self.free(storage, "thin") == before - EXTENT
+        storage.settle(image.path)
+        assert self.free(storage, "thin") == before
+
+    def test_two_that_fit_one_by_one_do_not_fit_together(self, storage: Storage, group: FakeLvm) -> None:
+        half = self.free(storage, "bulk") * 2 // 3 // EXTENT * EXTENT
+        one = self.plan(size=half)
+        two = msgspec.structs.replace(one, path=one.path.replace("vda", "vdb"))
+
+        async def both() -> list[object]:
+            return list(await asyncio.gather(storage.make(one), storage.make(two), return_exceptions=True))
+
+        assert sorted(type(end).__name__ for end in asyncio.run(both())) == ["NoneType", "StorageError"]
+        assert len(group.volumes) == 1
+
+    def test_who_gives_up_while_it_is_made_leaves_nothing(
+        self, storage: Storage, group: FakeLvm, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        begun, create = threading.Event(), lvm.create
+
+        def created(*arguments: Any) -> None:
+            begun.set()
+            create(*arguments)
+
+        async def scenario() -> None:
+            making = asyncio.ensure_future(storage.make(self.plan()))
+            monkeypatch.setattr(lvm, "create", created)
+            await asyncio.to_thread(begun.wait)
+            making.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await making
+
+        asyncio.run(scenario())
+        assert group.volumes == {}
+        assert storage._held == {}
+
+    @pytest.mark.parametrize(
+        ("location", "change", "fault"),
+        [
+            ("bulk", {"partial": "partial"}, "devices of the volume group are missing"),
+            ("bulk", {"permissions": "read-only"}, "the volume group is read-only"),
+            ("thin", {"zero": ""}, "the pool gives away what others left in it; see lvchange --zero y"),
+        ],
+    )
+    def test_what_keeps_it_from_use(
+        self, storage: Storage, group: FakeLvm, location: str, change: dict[str, str], fault: str
+    ) -> None:
+        group.change(**change)
+        assert next(one.fault for one in asyncio.run(storage.locations()) if one.name == location) == fault
+
+    def test_a_program_that_is_not_there(
+        self, storage: Storage, group: FakeLvm, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(lvm, "PROGRAM", "/nowhere/lvm")
+        fault = next(one.fault for one in asyncio.run(storage.locations()) if one.name == "bulk")
+        assert fault == "No such file or directory"
+        asyncio.run(storage.remove(self.plan().path))  # it is logged
+
+    def test_only_what_bears_our_tag_is_given_away(self, group: FakeLvm) -> None:
+        lvm.create(GROUP, "", "ours.raw", EXTENT)
+        group.change(lvs=group.volumes | {"root": {"size": EXTENT, "thin": False, "tag": ""}})
+        folder = Path(f"/dev/{GROUP}")
+        assert lvm.is_ours(folder / "ours.raw", os.makedev(253, 1))
+        assert not lvm.is_ours(folder / "ours.raw", os.makedev(253, 2)), "it is another device"
+        assert not lvm.is_ours(folder / "root", os.makedev(253, 2))
+        assert not lvm.is_ours(folder / POOL, os.makedev(253, 0))
+        assert not lvm.is_ours(folder / "none", os.makedev(253, 1))
+        assert not lvm.is_ours(Path("/dev/mapper/bulk-ours.raw/x"), os.makedev(253, 1))
+
+    @pytest.mark.parametrize("name", ["", "-rf", "a b", 'a" || lv_name!="', "../x", "a/b", "@tag"])
+    def test_a_name_that_is_none(self, group: FakeLvm, name: str) -> None:
+        with pytest.raises(StorageError, match="cannot be the name"):
+            lvm.remove(GROUP, name)
 
 
 class TestWhatASourceMayName:

@@ -21,7 +21,7 @@ from limosa.host.landing import LandingHere
 from limosa.host.parts import Parts
 from limosa.host.slots import Slots
 from limosa.migration.destination import Destination
-from limosa.migration.disks import image_name
+from limosa.migration.disks import image_name, on_image
 from limosa.migration.journal import Header, Journal
 from limosa.migration.ownership import DESTINATION_ENDED, DestinationStep
 from limosa.model.facts import DestinationFacts
@@ -107,9 +107,10 @@ class Incoming:
         named = {disk.name: disk for disk in request.vm.disks}
         for plan in request.disks:
             name = image_name(request.vm.name, plan.disk, request.migration, plan.format)
-            path = str(self._storage.places.path(plan.location) / name)
-            disk = named.get(plan.disk)
-            if plan.path != path or disk is None or (disk.path, disk.format) != (plan.path, plan.format):
+            store = self._storage.places.store(plan.location)
+            path = f"{store.root}/{name}"
+            plan_fits = plan.path == path and plan.device is (store.kind == "lvm")
+            if not plan_fits or plan.disk not in named or on_image(named[plan.disk], plan) != named[plan.disk]:
                 raise InvalidInput(f"the image of disk {plan.disk} cannot be {plan.path}", vm=request.vm.name)
             if os.path.lexists(path):
                 raise Conflict(f"{path} exists already", vm=request.vm.name, host=self.host)

@@ -87,7 +87,7 @@ class LandingHere:
             await asyncio.shield(self._vms.discard(hosted))
         await self._leases.hand_back()
         for path in self._header.images:
-            self._storage.remove(path)
+            await self._storage.remove(path)
         self._give_slots()
 
     def _give_slots(self) -> None:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import stat
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
 import msgspec
 
+from limosa.background import in_full
 from limosa.errors import StorageError
 from limosa.host.files import Files
 from limosa.host.page import Page
@@ -20,9 +20,9 @@ from limosa.model.base import is_clean_path
 from limosa.model.storage import BackingFile, DiskFacts, DiskPlan, Location
 from limosa.model.units import format_bytes
 from limosa.model.vm import Disk, DiskFormat
-from limosa.settings.toml import sync_folder
-from limosa.storage import access, chains, identity, images, leases, qcow2
+from limosa.storage import access, chains, identity, leases, qcow2
 from limosa.storage.locations import Locations
+from limosa.storage.stores import Store
 
 _log = logging.getLogger(__name__)
 
@@ -42,12 +42,13 @@ class Storage:
             page.on_change(slots.admit)
         #: what copies under way will still need, by the path of the image
         self._held: dict[str, int] = {}
+        #: while somebody looks at what is free in order to hold it
+        self._looking = asyncio.Lock()
 
     @property
     def places(self) -> Locations:
         """The locations by the settings of now."""
-        settings = self._page.now
-        return Locations(settings.locations, settings.default_location, self._files.images)
+        return places(self._page, self._files)
 
     async def locations(self) -> tuple[Location, ...]:
         """All locations. What copies under way will still need is not free."""
@@ -86,60 +87,53 @@ class Storage:
         return list(dict.fromkeys(str(path) for path in found if places.of(str(path))))
 
     async def make(self, plan: DiskPlan) -> None:
-        """Hold space for the image of a copy and create it, durably. Raises :class:`StorageError`; nothing is left
-        then."""
-        path = Path(plan.path)
+        """Hold space for the image of a copy, which will write all of it, and create it, durably. Raises
+        :class:`StorageError`; nothing is left then."""
+        store = self.places.store(plan.location)
         await self._hold(plan)
         try:
-            await images.create(path, plan.format, plan.virtual_bytes, plan.backing, thick=plan.thick)
-            try:
-                await asyncio.to_thread(sync_folder, path.parent)
-            except OSError as error:
-                path.unlink(missing_ok=True)
-                raise StorageError(f"cannot write {path.parent}", why=error.strerror or str(error)) from error
+            await store.create(plan.path, plan.format, plan.virtual_bytes, plan.backing, thick=plan.thick, blank=False)
         except BaseException:
             self.settle(plan.path)
             raise
 
     async def _hold(self, plan: DiskPlan) -> None:
         """Between plan and deed another copy may have taken the space, so it is looked at again."""
-        free = next((one.free_bytes for one in await self.locations() if one.name == plan.location), 0)
-        if free < plan.expected_bytes:
-            raise StorageError(
-                f"location '{plan.location}' has no room for disk {plan.disk}",
-                why=f"{format_bytes(free)} are free, {format_bytes(plan.expected_bytes)} are needed",
-                todo="free space there, or choose another location",
-            )
-        self._held[plan.path] = plan.expected_bytes
+        async with self._looking:
+            free = next((one.free_bytes for one in await self.locations() if one.name == plan.location), 0)
+            if free < plan.expected_bytes:
+                raise StorageError(
+                    f"location '{plan.location}' has no room for disk {plan.disk}",
+                    why=f"{format_bytes(free)} are free, {format_bytes(plan.expected_bytes)} are needed",
+                    todo="free space there, or choose another location",
+                )
+            self._held[plan.path] = plan.expected_bytes
 
     def settle(self, path: str) -> None:
         """An image is complete: nothing more is held for it."""
         self._held.pop(path, None)
 
-    def remove(self, path: str) -> None:
-        """Delete an image that its VM has left, or never had. Block devices stay. Never fails; what could not be
-        deleted is logged."""
+    async def remove(self, path: str) -> None:
+        """Delete an image that its VM has left, or never had. Block devices that are in no location stay. Never fails;
+        what could not be deleted is logged."""
         self.settle(path)
         try:
-            if not Path(path).is_block_device():
-                os.unlink(path)
+            await in_full(self.places.store_of(path).remove, path)
             leases.forget(path)
-        except FileNotFoundError:
-            leases.forget(path)
-        except OSError as error:
-            _log.error("%s is not used any more and could not be deleted: %s", path, error.strerror or error)
+        except (OSError, StorageError) as error:
+            _log.error("%s is not used any more: %s", path, error)
 
     def _facts(self, disk: Disk) -> DiskFacts:
         below = list(chains.below(disk.path, disk.format))
         header = qcow2.read(Path(disk.path)) if disk.format == "qcow2" else None
-        allocated = _allocated(disk.path)
+        allocated = self._taken(disk.path)
         return DiskFacts(
             name=disk.name,
             path=disk.path,
             format=disk.format,
-            virtual_bytes=header.virtual_bytes if header is not None else _size(disk.path),
+            virtual_bytes=header.virtual_bytes if header is not None else disk.size_bytes or _size(disk.path),
             allocated_bytes=allocated,
-            chain_bytes=allocated + sum(_allocated(path) for path, _ in below),
+            chain_bytes=allocated + sum(self._taken(path) for path, _ in below),
             backing=self._backing(*below[0]) if len(below) == 1 else None,
             snapshots=header.snapshots if header is not None else 0,
             location=self.places.of(disk.path),
@@ -150,18 +144,23 @@ class Storage:
         return BackingFile(path=path, format=image_format, size=_size(path), location=name, location_path=inside)
 
     def _less_held(self, location: Location) -> Location:
-        return msgspec.structs.replace(
-            location, free_bytes=max(0, location.free_bytes - self._needed_in(location.path))
-        )
+        needed = self._needed_in(self.places.store(location.name))
+        return msgspec.structs.replace(location, free_bytes=max(0, location.free_bytes - needed))
 
-    def _needed_in(self, folder: str) -> int:
-        """What copies under way to the file system of ``folder`` will still need."""
-        try:
-            device = os.stat(folder).st_dev
-        except OSError:
-            return 0
-        held = ((path, total) for path, total in list(self._held.items()) if _device(Path(path).parent) == device)
-        return sum(_still_needed(path, total) for path, total in held)
+    def _needed_in(self, store: Store) -> int:
+        """What copies under way will still need of the space that ``store`` has too."""
+        places, pool = self.places, store.pool
+        held = ((places.store_of(path), path, total) for path, total in list(self._held.items()))
+        return sum(_still_needed(one, path, total) for one, path, total in held if one.pool == pool)
+
+    def _taken(self, path: str) -> int:
+        """Bytes an image takes on its storage. Raises :class:`StorageError`."""
+        return self.places.store_of(path).taken(path)
+
+
+def places(page: Page, files: Files) -> Locations:
+    """The locations of a host by its settings of now."""
+    return Locations(page.now.locations, page.now.default_location, files.images)
 
 
 def _with_digest(backing: BackingFile) -> BackingFile:
@@ -169,15 +168,6 @@ def _with_digest(backing: BackingFile) -> BackingFile:
         return msgspec.structs.replace(backing, digest=identity.digest_of(backing.path))
     except OSError as error:
         raise StorageError(f"cannot read {backing.path}", why=error.strerror or str(error)) from error
-
-
-def _allocated(path: str) -> int:
-    """Bytes a file takes on its storage. Raises :class:`StorageError`."""
-    try:
-        status = os.stat(path)
-    except OSError as error:
-        raise StorageError(f"cannot look at {path}", why=error.strerror or str(error)) from error
-    return status.st_blocks * 512 or _size(path) if stat.S_ISBLK(status.st_mode) else status.st_blocks * 512
 
 
 def _size(path: str) -> int:
@@ -189,15 +179,8 @@ def _size(path: str) -> int:
         raise StorageError(f"cannot read {path}", why=error.strerror or str(error)) from error
 
 
-def _device(path: Path) -> int:
+def _still_needed(store: Store, path: str, total: int) -> int:
     try:
-        return os.stat(path).st_dev
-    except OSError:
-        return -1
-
-
-def _still_needed(path: str, total: int) -> int:
-    try:
-        return max(0, total - os.stat(path).st_blocks * 512)
-    except OSError:
+        return max(0, total - store.taken(path))
+    except StorageError:
         return total  # it is about to be made

@@ -20,6 +20,8 @@ from limosa.storage.identity import same_file
 
 #: A qcow2 image's own tables, for each byte of data: 8 bytes for a cluster of 64 KiB, and as much again to count them.
 _TABLES = 1 + 2 / 4096
+_NAME_MAX = 40
+_LVMS_OWN = ("snapshot", "pvmove")
 
 
 def to_copy(vm: VmConfig, here: VmFacts, there: DestinationFacts, wishes: Mapping[str, str]) -> tuple[Disk, ...]:
@@ -39,8 +41,14 @@ def to_copy(vm: VmConfig, here: VmFacts, there: DestinationFacts, wishes: Mappin
 
 
 def image_name(vm: str, disk: str, tag: str, image_format: str) -> str:
-    """The file name of a new image. ``tag`` is the identity of the move, which makes it one that nobody else has."""
-    return f"{vm}-{disk}.{tag}.{image_format}"
+    """The name of a new image. ``tag`` is the identity of the move, which makes it one that nobody else has.
+
+    The VM's name is in it for people, and so far as a logical volume may have it too (lvm(8)): at most 128 characters
+    with the group's name, of which each hyphen counts twice, and no words that LVM keeps for itself, which all begin
+    with an underscore or begin the name.
+    """
+    known_as = vm[:_NAME_MAX].replace("_", ".")
+    return f"{'vm.' if known_as.startswith(_LVMS_OWN) else ''}{known_as}-{disk}.{tag}.{image_format}"
 
 
 def plan(
@@ -70,7 +78,8 @@ def plan(
             findings.append(_no_location(disk, wishes.get(disk.name, ""), there))
         else:
             whole = copied(vm.name, fact, location, tag)
-            plans.append(_above(whole, fact, bases[disk.name]) if disk.name in bases else whole)
+            above = disk.name in bases and location.kind == "folder"
+            plans.append(_above(whole, fact, bases[disk.name]) if above else whole)
     findings += _unknown_disks(vm, wishes)
     findings += space(plans, locations, there.host)
     return tuple(plans), tuple(findings)
@@ -80,17 +89,26 @@ def landed(vm: VmConfig, plans: Iterable[DiskPlan]) -> VmConfig:
     """The VM as it will be at the destination."""
     there = {plan.disk: plan for plan in plans}
     disks = tuple(
-        msgspec.structs.replace(disk, path=there[disk.name].path, format=there[disk.name].format)
-        if disk.name in there
-        else disk
+        on_image(disk, there[disk.name]) if disk.name in there and is_work(there[disk.name]) else disk
         for disk in vm.disks
     )
     return msgspec.structs.replace(vm, disks=disks)
 
 
+def on_image(disk: Disk, plan: DiskPlan) -> Disk:
+    """The disk when it lies on the new image."""
+    size = plan.virtual_bytes if plan.device else None
+    return msgspec.structs.replace(disk, path=plan.path, format=plan.format, size_bytes=size)
+
+
 def copies(plans: Iterable[DiskPlan]) -> tuple[DiskPlan, ...]:
     """Those that are work."""
-    return tuple(plan for plan in plans if plan.action is not DiskAction.STAY)
+    return tuple(plan for plan in plans if is_work(plan))
+
+
+def is_work(plan: DiskPlan) -> bool:
+    """Whether the disk does not stay where it is."""
+    return plan.action is not DiskAction.STAY
 
 
 def _stays(disk: Disk) -> DiskPlan:
@@ -108,12 +126,15 @@ def copied(
     *,
     thick: bool = False,
 ) -> DiskPlan:
-    """The plan for a disk of the VM of that name that is copied in one piece."""
-    image_format = image_format or fact.format
+    """The plan for a disk of the VM of that name that is copied in one piece; on a logical volume it becomes raw."""
+    device = location.kind == "lvm"
+    image_format = "raw" if device else image_format or fact.format
     path = PurePosixPath(location.path) / image_name(vm, fact.name, tag, image_format)
-    expected = fact.virtual_bytes if thick else min(fact.chain_bytes, fact.virtual_bytes)
+    takes_all = thick or (device and not location.thin)
+    expected = fact.virtual_bytes if takes_all else min(fact.chain_bytes, fact.virtual_bytes)
     if image_format == "qcow2":
         expected = round(expected * _TABLES)
+    expected = -(-expected // location.unit_bytes) * location.unit_bytes
     return DiskPlan(
         disk=fact.name,
         action=DiskAction.COPY,
@@ -123,7 +144,8 @@ def copied(
         expected_bytes=expected,
         location=location.name,
         thick=thick,
-        why=f"into location '{location.name}'",
+        device=device,
+        why=f"into location '{location.name}'" + (", as a logical volume" if device else ""),
     )
 
 
@@ -175,6 +197,23 @@ def against_copying(fact: DiskFacts) -> list[Finding]:
             f"disk {fact.name} holds {fact.snapshots} snapshots, which a copy would lose",
             f"see qemu-img snapshot -l {fact.path}; delete them while the VM is stopped, or share the storage",
         )
+    ]
+
+
+def against_form(location: Location, image_format: DiskFormat | None, *, thick: bool) -> list[Finding]:
+    """Why images of a location cannot be as they are wanted."""
+    impossible = []
+    if location.kind == "lvm" and image_format not in (None, "raw"):
+        impossible.append(f"in {image_format}: a logical volume is raw")
+    if location.thin and thick:
+        impossible.append("thick: they lie in a thin pool")
+    return [
+        Finding.error(
+            "form-not-possible",
+            f"images of location '{location.name}' cannot be {what}",
+            "leave the option out, or choose another location",
+        )
+        for what in impossible
     ]
 
 
