@@ -7,6 +7,7 @@ It keeps no data and makes no devices. ``tests/contract/test_lvm.py`` holds it t
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import os
 import sys
@@ -32,9 +33,14 @@ def initial(size_bytes: int, pool_bytes: int) -> dict[str, Any]:
 
 
 def main(words: list[str]) -> None:
-    """One command, like the real one."""
-    state = json.loads(STATE.read_text())
+    """One command, like the real one: one at a time."""
     asked = arguments().parse_args(words)
+    with Path(__file__).open("rb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        do(json.loads(STATE.read_text()), asked)
+
+
+def do(state: dict[str, Any], asked: argparse.Namespace) -> None:
     group, _, volume = asked.what.partition("/")
     if group != GROUP:
         fail(f'Volume group "{group}" not found', f"Cannot process volume group {group}")

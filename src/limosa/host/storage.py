@@ -52,7 +52,7 @@ class Storage:
 
     async def locations(self) -> tuple[Location, ...]:
         """All locations. What copies under way will still need is not free."""
-        return await asyncio.to_thread(lambda: tuple(self._less_held(one) for one in self.places.look()))
+        return await asyncio.to_thread(self._look)
 
     async def facts(self, disks: Iterable[Disk]) -> tuple[DiskFacts, ...]:
         """What is to know before they are copied. Raises :class:`StorageError`."""
@@ -143,9 +143,13 @@ class Storage:
         name, inside = self.places.place(path)
         return BackingFile(path=path, format=image_format, size=_size(path), location=name, location_path=inside)
 
-    def _less_held(self, location: Location) -> Location:
-        needed = self._needed_in(self.places.store(location.name))
-        return msgspec.structs.replace(location, free_bytes=max(0, location.free_bytes - needed))
+    def _look(self) -> tuple[Location, ...]:
+        places = self.places
+        # In this order: what is taken in between counts twice, and not never.
+        needed = {name: self._needed_in(places.store(name)) for name in places.names}
+        return tuple(
+            msgspec.structs.replace(one, free_bytes=max(0, one.free_bytes - needed[one.name])) for one in places.look()
+        )
 
     def _needed_in(self, store: Store) -> int:
         """What copies under way will still need of the space that ``store`` has too."""
