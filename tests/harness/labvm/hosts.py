@@ -43,6 +43,7 @@ class VmHost:
         self.vm = vm
         self.name = vm.name
         self._folder = folder
+        self.state = folder / "state"
 
     def limosa(self, *words: str) -> str:
         """What the command line prints, inside. Raises :class:`harness.labvm.vm.CommandFailed`."""
