@@ -163,11 +163,11 @@ class TestVolumes:
     def group(self, storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeLvm:
         fake = FakeLvm(tmp_path)
         monkeypatch.setattr(lvm, "PROGRAM", str(fake.program))
-        storage._page.change({"locations.bulk": {"lvm": GROUP}, "locations.thin": {"lvm": f"{GROUP}/{POOL}"}})
+        storage._page.change({"locations.bulk": {"lvm": GROUP}})
         return fake
 
-    def plan(self, location: str = "bulk", size: int = 8 * EXTENT) -> DiskPlan:
-        where = Location(name=location, path=f"/dev/{GROUP}", kind="lvm", thin=location == "thin", unit_bytes=EXTENT)
+    def plan(self, size: int = 8 * EXTENT, *, thin: bool = False) -> DiskPlan:
+        where = Location(name="bulk", path=f"/dev/{GROUP}", kind="lvm", thin=thin, unit_bytes=EXTENT)
         disk = DiskFacts(name="vda", path="/a.qcow2", format="qcow2", virtual_bytes=size, allocated_bytes=0)
         return disks.copied("web1", disk, where, TAG)
 
@@ -187,12 +187,19 @@ class TestVolumes:
         assert self.free(storage, "bulk") == before
 
     def test_a_thin_one_will_still_need_its_space(self, storage: Storage, group: FakeLvm) -> None:
-        before = self.free(storage, "thin")
-        image = msgspec.structs.replace(self.plan("thin"), expected_bytes=EXTENT)
+        storage._page.change({"locations.bulk": {"lvm": f"{GROUP}/{POOL}"}})
+        before = self.free(storage, "bulk")
+        image = msgspec.structs.replace(self.plan(thin=True), expected_bytes=EXTENT)
         asyncio.run(storage.make(image))
-        assert self.free(storage, "thin") == before - EXTENT
+        assert self.free(storage, "bulk") == before - EXTENT
         storage.settle(image.path)
-        assert self.free(storage, "thin") == before
+        assert self.free(storage, "bulk") == before
+
+    def test_a_group_is_one_location(self, storage: Storage, group: FakeLvm) -> None:
+        with pytest.raises(InvalidInput) as caught:
+            storage._page.change({"locations.thin": {"lvm": f"{GROUP}/{POOL}"}})
+        assert "bulk is in this volume group already" in caught.value.why
+        assert storage.places.names == {"fast", "images", "bulk"}
 
     def test_two_that_fit_one_by_one_do_not_fit_together(self, storage: Storage, group: FakeLvm) -> None:
         half = self.free(storage, "bulk") * 2 // 3 // EXTENT * EXTENT
@@ -227,18 +234,19 @@ class TestVolumes:
         assert storage._held == {}
 
     @pytest.mark.parametrize(
-        ("location", "change", "fault"),
+        ("named", "change", "fault"),
         [
-            ("bulk", {"partial": "partial"}, "devices of the volume group are missing"),
-            ("bulk", {"permissions": "read-only"}, "the volume group is read-only"),
-            ("thin", {"zero": ""}, "the pool gives away what others left in it; see lvchange --zero y"),
+            (GROUP, {"partial": "partial"}, "devices of the volume group are missing"),
+            (GROUP, {"permissions": "read-only"}, "the volume group is read-only"),
+            (f"{GROUP}/{POOL}", {"zero": ""}, "the pool gives away what others left in it; see lvchange --zero y"),
         ],
     )
     def test_what_keeps_it_from_use(
-        self, storage: Storage, group: FakeLvm, location: str, change: dict[str, str], fault: str
+        self, storage: Storage, group: FakeLvm, named: str, change: dict[str, str], fault: str
     ) -> None:
         group.change(**change)
-        assert next(one.fault for one in asyncio.run(storage.locations()) if one.name == location) == fault
+        storage._page.change({"locations.bulk": {"lvm": named}})
+        assert next(one.fault for one in asyncio.run(storage.locations()) if one.name == "bulk") == fault
 
     def test_a_program_that_is_not_there(
         self, storage: Storage, group: FakeLvm, monkeypatch: pytest.MonkeyPatch

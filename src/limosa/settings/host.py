@@ -145,6 +145,10 @@ class HostSettings(Model, frozen=True):
                 parse_address(address)
             except ValueError as error:
                 raise ValueError(f"peers.{name}: {error}") from None
+        groups: dict[str, str] = {}
+        for name, place in self.locations.items():
+            if place.lvm is not None and name != groups.setdefault(place.root, name):
+                raise ValueError(f"locations.{name}: {groups[place.root]} is in this volume group already")
         if self.default_location not in {*self.locations, OWN_LOCATION}:
             raise ValueError(f"default_location: there is no location '{self.default_location}'")
         first, last = self.migration_ports
