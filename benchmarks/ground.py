@@ -7,6 +7,7 @@ also for processes that have ended meanwhile.
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import socket
@@ -15,6 +16,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,22 +30,31 @@ from limosa.lab.plan import SWITCH, Lab
 
 HOSTS = ("host1", "host2")
 CALIBRATE_S = 2.0
+GONE_WITHIN_S = 10.0
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Link:
-    """What the hosts' migration NICs are. ``mbit_per_s`` is that of each; 0 is unshaped."""
+    """What the hosts' migration NICs are: the speed of each, Mbit/s, in order; 0 is unshaped."""
 
     name: str
-    mbit_per_s: int
-    nics: int = 1
+    speeds: tuple[int, ...]
+
+    @property
+    def mbit_per_s(self) -> int:
+        """That of all together."""
+        return sum(self.speeds)
 
 
-UNSHAPED = Link("unshaped", 0)
-GIGABIT = Link("1 Gbit/s", 1000)
-TWO_NICS = Link("2 x 500 Mbit/s", 500, nics=2)
+UNSHAPED = Link("unshaped", (0,))
+FAST = Link("2.5 Gbit/s", (2500,))
+GIGABIT = Link("1 Gbit/s", (1000,))
+SLOW = Link("100 Mbit/s", (100,))
+TWO_NICS = Link("2 x 500 Mbit/s", (500, 500))
+UNEQUAL_NICS = Link("500 + 100 Mbit/s", (500, 100))
+FOUR_NICS = Link("4 x 250 Mbit/s", (250, 250, 250, 250))
 
 
 @dataclass(frozen=True)
@@ -83,6 +94,16 @@ class Ground:
 
         return self.inside(host, count)
 
+    def plug(self, host: str, nic: str, *, in_: bool) -> None:
+        """Pull the cable out of a migration NIC, or put it in again: at the far end, so that the host sees it go."""
+
+        def work() -> None:
+            with IPRoute() as netlink:
+                index = netlink.link_lookup(ifname=f"{nic}-{host}")[0]
+                netlink.link("set", index=index, state="up" if in_ else "down")
+
+        namespaces.inside(self.lab.wire, work)
+
     def add_tap(self, host: str, name: str) -> None:
         """Plug a tap into a host's switch."""
 
@@ -121,6 +142,17 @@ class Ground:
         lines = (self.group(name) / "cpu.stat").read_text().splitlines()
         return int(dict(line.split() for line in lines)["usage_usec"]) / 1e6
 
+    @contextmanager
+    def counted(self, group: str) -> Iterator[None]:
+        """Have this process, and what it starts meanwhile, counted in a control group."""
+        root = _control_groups()
+        own = root / Path("/proc/self/cgroup").read_text().split("0::/", 1)[1].strip()
+        (self.group(group) / "cgroup.procs").write_text(str(os.getpid()))
+        try:
+            yield
+        finally:
+            (own / "cgroup.procs").write_text(str(os.getpid()))
+
     def adopt_daemons(self, group: str) -> None:
         """Put the lab's own daemons into a control group."""
         for host in HOSTS:
@@ -128,42 +160,51 @@ class Ground:
 
     def calibrate(self) -> float:
         """Bytes per second that pass the migration NICs while one TCP stream on each is as fast as it can be."""
-        streams = [
-            threading.Thread(target=self._fill, args=(address,)) for address in self.lab.migration_addresses(HOSTS[1])
-        ]
         wire, began = self.bytes_on_wire(HOSTS[1]), time.monotonic()
-        for stream in streams:
-            stream.start()
-        for stream in streams:
-            stream.join()
+        self._fill_all()
         return (self.bytes_on_wire(HOSTS[1]) - wire) / (time.monotonic() - began)
 
-    def _fill(self, address: str) -> None:
-        """Send to an address of the second host."""
+    def goodput(self) -> float:
+        """What one TCP stream on each migration NIC brings meanwhile, without any headers: bytes per second."""
+        return sum(self._fill_all())
+
+    def _fill_all(self) -> list[float]:
+        """Bytes per second that a stream to each of the second host's addresses brought."""
+        addresses = self.lab.migration_addresses(HOSTS[1])
+        with ThreadPoolExecutor(len(addresses)) as streams:
+            return list(streams.map(self._fill, addresses))
+
+    def _fill(self, address: str) -> float:
+        """Send to an address of the second host; bytes per second that came."""
         with self.inside(HOSTS[1], lambda: socket.create_server((address, 0))) as listener:
             sending = threading.Thread(target=self.inside, args=(HOSTS[0], lambda: _send(listener.getsockname()[:2])))
             sending.start()
             with listener.accept()[0] as stream:
-                _drain(stream)
+                began = time.monotonic()
+                rate = _drain(stream) / (time.monotonic() - began)
             sending.join()
+            return rate
 
 
 @contextmanager
-def ground(link: Link) -> Iterator[Ground]:
-    """A lab of two hosts with such a link, and everything in it gone afterwards."""
+def ground(link: Link, daemon: Sequence[str] | None = None) -> Iterator[Ground]:
+    """A lab of two hosts with such a link, and everything in it gone afterwards.
+
+    ``daemon`` is another command to start the hosts' daemons with.
+    """
     name = f"bm{os.getpid() % 1_000_000}"
     folder = Path(tempfile.mkdtemp(prefix="limosa-benchmark-"))
-    lab = Lab(name=name, hosts=len(HOSTS), nics=link.nics, speed_mbit_per_s=link.mbit_per_s)
+    lab = Lab(name=name, hosts=len(HOSTS), nics=len(link.speeds), speed_mbit_per_s=link.speeds)
     built = Ground(lab, folder)
     try:
         folder.chmod(0o755)  # libvirt's QEMU is not root's
-        lifecycle.up(lab)
+        lifecycle.up(lab, daemon=daemon)
         yield built
     finally:
         with undisturbed():
             lifecycle.down(name)
             for group in built._groups.values():
-                group.rmdir()
+                _remove(group)
             shutil.rmtree(folder)
 
 
@@ -190,6 +231,18 @@ def run(command: Sequence[str]) -> tuple[str, float, float]:
     return said, wall_s, usage.ru_utime + usage.ru_stime
 
 
+def _remove(group: Path) -> None:
+    """Take away a control group as soon as the last of its processes, which are ended, is gone."""
+    deadline = time.monotonic() + GONE_WITHIN_S
+    while True:
+        try:
+            return group.rmdir()
+        except OSError as error:
+            if error.errno != errno.EBUSY or time.monotonic() > deadline:
+                raise
+            time.sleep(0.05)
+
+
 def _control_groups() -> Path:
     """Where control groups of the second version are mounted."""
     return next(path for path in (Path("/sys/fs/cgroup/unified"), Path("/sys/fs/cgroup")) if path.is_dir())
@@ -203,7 +256,10 @@ def _send(address: tuple[str, int]) -> None:
             stream.sendall(block)
 
 
-def _drain(stream: socket.socket) -> None:
+def _drain(stream: socket.socket) -> int:
+    """Read to the end; how many bytes came."""
     buffer = bytearray(1024 * 1024)
-    while stream.recv_into(buffer):
-        pass
+    total = 0
+    while count := stream.recv_into(buffer):
+        total += count
+    return total

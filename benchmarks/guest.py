@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from limosa.lab.image import command_line, guest_image
+from limosa.lab.image import GuestImage, command_line, guest_image
 from limosa.lab.plan import FIRST_GUEST_ADDRESS
 
-BOOT_WITHIN_S = 180.0
+#: Long, because many may boot at once where processors are few.
+BOOT_WITHIN_S = 600.0
 
 _NETWORK, _FIRST = FIRST_GUEST_ADDRESS.rsplit(".", 1)
 
@@ -29,6 +30,8 @@ BUSY = Load(memory_mib=1024, fill_mib=600, random_mib=200, rewrite_mib_per_s=20)
 IDLE = Load(memory_mib=512, fill_mib=128, random_mib=43)
 #: So little memory that a move is one of its disk.
 WRITING = Load(memory_mib=256, fill_mib=32, random_mib=16, write_mib_per_s=5)
+#: Of the image of Debian, which loads itself.
+DEBIAN = Load(memory_mib=768, fill_mib=0, random_mib=0)
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,10 @@ class Guest:
     cpu: str = ""
     #: what its disk holds at first; each system keeps a copy of its own
     disk: Path | None = None
+    #: what it boots; the lab's own image if there is none
+    image: GuestImage | None = None
+    #: further words for its kernel
+    words: str = ""
 
     @property
     def address(self) -> str:
@@ -57,12 +64,12 @@ class Guest:
     @property
     def kernel(self) -> str:
         """The kernel's file."""
-        return str(guest_image().kernel)
+        return str((self.image or guest_image()).kernel)
 
     @property
     def initrd(self) -> str:
         """The initramfs's file."""
-        return str(guest_image().initrd)
+        return str((self.image or guest_image()).initrd)
 
     @property
     def loaded(self) -> bytes:
@@ -72,7 +79,7 @@ class Guest:
     @property
     def command_line(self) -> str:
         """The kernel's command line, which says what the guest does."""
-        return command_line(
+        line = command_line(
             name=self.name,
             address=f"{self.address}/24",
             fill_mib=self.load.fill_mib,
@@ -81,3 +88,4 @@ class Guest:
             disk="vda" if self.disk is not None else "",
             write_mib_per_s=self.load.write_mib_per_s,
         )
+        return f"{line} {self.words}".rstrip()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -12,14 +13,23 @@ from benchmarks import pages
 from benchmarks.pages import Outcome
 
 
-def arguments(name: str, description: str, rounds: int) -> argparse.Namespace:
-    """The options, which are the same for all: ``json``, ``page`` and ``rounds``, by default so many."""
+def arguments(
+    name: str,
+    description: str,
+    rounds: int | None,
+    add_more: Callable[[argparse.ArgumentParser], None] = lambda _: None,
+) -> argparse.Namespace:
+    """The options: ``json``, ``page`` and ``rounds``, which all have, and those a benchmark adds.
+
+    Without a number of ``rounds`` each part has its own.
+    """
     parser = argparse.ArgumentParser(prog=f"scripts/benchmark {name}", description=description)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything that was measured")
     parser.add_argument("--page", type=Path, metavar="FILE", help="write the page that is published")
-    parser.add_argument("--rounds", type=int, default=rounds, metavar="N", help=f"rounds ({rounds})")
+    parser.add_argument("--rounds", type=int, default=rounds, metavar="N", help=f"rounds ({rounds or 'by part'})")
+    add_more(parser)
     given = parser.parse_args()
-    if given.rounds < 1:
+    if given.rounds is not None and given.rounds < 1:
         parser.error("--rounds: at least 1")
     return given
 

@@ -8,6 +8,7 @@ handed over without Nagle's algorithm, which QEMU would leave on.
 
 from __future__ import annotations
 
+import os
 import socket
 import subprocess
 import time
@@ -24,8 +25,7 @@ from limosa.security.stream import SERVER_NAME, make_credentials
 from limosa.settings.host import ConvergencePolicy
 
 PROGRAM = "/usr/bin/qemu-system-x86_64"
-PORT = 4444
-TAP = "bare0"
+FIRST_PORT = 4444
 CAPABILITIES = ("events", "return-path", "late-block-activate")
 #: The same with which Limosa begins; the script never raises it.
 DOWNTIME_LIMIT_MS = round(ConvergencePolicy().first_downtime_ms)
@@ -34,16 +34,18 @@ DOWNTIME_LIMIT_MS = round(ConvergencePolicy().first_downtime_ms)
 class Bare:
     """A guest moved by the script."""
 
-    def __init__(self, ground: Ground, guest: Guest) -> None:
-        self.name = "bare"
+    def __init__(self, ground: Ground, guest: Guest, name: str = "bare") -> None:
+        self.name = name
         self.host = HOSTS[0]
         self._ground = ground
         self._guest = guest
-        self._console = ground.folder / "bare-console"
-        self._log = ground.folder / "bare-log"
+        self._console = ground.folder / f"{guest.name}-console"
+        self._log = ground.folder / f"{guest.name}-log"
+        self._tap = f"bare{guest.number}"
+        self._port = FIRST_PORT + guest.number
         self._started = 0
         for host in HOSTS:
-            ground.add_tap(host, TAP)
+            ground.add_tap(host, self._tap)
 
     def boot(self) -> None:
         """Start the guest on the first host; returns when its memory is filled."""
@@ -65,11 +67,11 @@ class Bare:
         source, waiting = self._qmp, self._process
         process, destination = self._launch(there, ["-S", "-incoming", "defer"])
         self._prepare(source, destination, encrypted=encrypted)
-        address = (self._ground.migration_address(there), PORT)
-        destination.execute("migrate-incoming", {"uri": f"tcp:{address[0]}:{PORT}"})
-        self._hand_connection(source, address)
+        address = (self._ground.migration_address(there), self._port)
+        destination.execute("migrate-incoming", {"uri": f"tcp:{address[0]}:{address[1]}"})
+        uri = self._connect(source, address)
         source.events.clear()
-        source.execute("migrate", {"uri": "fd:stream"})
+        source.execute("migrate", {"uri": uri})
 
         stopped = source.wait(lambda event: event["event"] == "STOP")
         source.wait(_completed)
@@ -92,7 +94,7 @@ class Bare:
 
     def _launch(self, host: str, more: Sequence[str]) -> tuple[subprocess.Popen[bytes], Qmp]:
         self._started += 1
-        path = self._ground.folder / f"bare-{self._started}.qmp"
+        path = self._ground.folder / f"{self._guest.name}-{self._started}.qmp"
         command = [PROGRAM, *self._arguments(path), *more]
         return self._ground.spawn(host, self.name, command, self._log), Qmp(path)
 
@@ -108,7 +110,7 @@ class Bare:
             *("-kernel", guest.kernel, "-initrd", guest.initrd, "-append", guest.command_line),
             *("-qmp", f"unix:{qmp},server=on,wait=off"),
             *("-chardev", f"file,id=console,path={self._console},append=on", "-device", "isa-serial,chardev=console"),
-            *("-netdev", f"tap,id=net0,ifname={TAP},script=no,downscript=no"),
+            *("-netdev", f"tap,id=net0,ifname={self._tap},script=no,downscript=no"),
             *("-device", f"virtio-net-pci,netdev=net0,mac={guest.mac},romfile=,disable-legacy=on,addr=2.0"),
             *("-object", "rng-builtin,id=rng"),
             *("-device", "virtio-rng-pci,rng=rng,disable-legacy=on,vectors=0,addr=1b.0"),
@@ -128,17 +130,19 @@ class Bare:
     def _add_credentials(self, source: Qmp, destination: Qmp) -> None:
         server, client = make_credentials()
         with ExitStack() as files:
-            folder = self._ground.folder / "server"
+            folder = self._ground.folder / f"{self._guest.name}-server"
             files.enter_context(credentials.written(folder, server, "server", None))
             _add_tls(destination, folder, "server")
-            folder = self._ground.folder / "client"
+            folder = self._ground.folder / f"{self._guest.name}-client"
             files.enter_context(credentials.written(folder, client, "client", None))
             _add_tls(source, folder, "client")
 
-    def _hand_connection(self, source: Qmp, address: tuple[str, int]) -> None:
+    def _connect(self, source: Qmp, address: tuple[str, int]) -> str:
+        """Connect the source with the waiting destination. Returns what QEMU is to migrate to."""
         with self._ground.inside(self.host, lambda: socket.create_connection(address)) as connection:
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             source.execute("getfd", {"fdname": "stream"}, [connection.fileno()])
+        return "fd:stream"
 
     def _forget(self, qemu: Qmp, *, encrypted: bool) -> None:
         """Make the destination ready to be the next move's source."""
@@ -148,9 +152,9 @@ class Bare:
 
 
 def wait_for(file: Path, words: bytes) -> None:
-    """Return when a console's log has these words. Raises ``TimeoutError``."""
+    """Return when a console's log has these words. Raises ``TimeoutError``, and ``OSError`` if its folder goes."""
     deadline = time.monotonic() + BOOT_WITHIN_S
-    while not file.exists() or words not in file.read_bytes():
+    while file.name not in os.listdir(file.parent) or words not in file.read_bytes():
         if time.monotonic() > deadline:
             raise TimeoutError(f"the guest did not say {words.decode()} within {BOOT_WITHIN_S:.0f} s: {file}")
         time.sleep(0.2)

@@ -13,7 +13,7 @@ import shutil
 import socket
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from xml.sax.saxutils import escape, quoteattr
@@ -26,31 +26,39 @@ from benchmarks.systems import Moved, other
 from limosa.lab.plan import SWITCH
 from limosa.qemu import cpu
 
-CONSOLE_PORT = 4555
+NAME = "virsh"
+FIRST_CONSOLE_PORT = 4555
 # Not with --timestamp, which shows when virsh got to know of an event instead of QEMU's own time stamp.
 _EVENT = re.compile(r"^event (\S+) at (\d+\.\d+) for domain '[^']*': (.*)$", re.MULTILINE)
 _EVENTS_WITHIN_S = 5.0
 
 
+def start_daemons(ground: Ground) -> dict[str, Daemon]:
+    """libvirt on both hosts; ends with the lab."""
+    return {host: Daemon(ground, host, NAME) for host in HOSTS}
+
+
 class Virsh:
     """A guest moved by ``virsh migrate --live``."""
 
-    def __init__(self, ground: Ground, guest: Guest) -> None:
-        self.name = "virsh"
+    def __init__(self, ground: Ground, guest: Guest, daemons: Mapping[str, Daemon] | None = None) -> None:
+        """``daemons`` are those of :func:`start_daemons`; the guest gets its own if there are none."""
+        self.name = NAME
         self.host = HOSTS[0]
         self._ground = ground
         self._guest = guest
-        self._daemons = {host: Daemon(ground, host, self.name) for host in HOSTS}
+        self._daemons = daemons or start_daemons(ground)
+        self._console_port = FIRST_CONSOLE_PORT + guest.number
         self._image = "disk-0.qcow2"
 
     def boot(self) -> None:
         """Start the guest on the first host; returns when its memory is filled."""
         if self._guest.disk is not None:
             disk.copy(self._guest.disk, self._daemons[self.host].images / self._image)
-        path = self._ground.folder / "domain.xml"
+        path = self._ground.folder / f"{self._guest.name}.xml"
         path.write_text(self._domain())
         run(self._daemons[self.host].command("create", str(path)))
-        self._ground.inside(self.host, lambda: _wait_for_console(self._guest.loaded))
+        self._ground.inside(self.host, lambda: _wait_for_console(self._console_port, self._guest.loaded))
 
     def pause(self) -> None:
         """Stop the guest."""
@@ -82,6 +90,14 @@ class Virsh:
             command_cpu_s=cpu_s,
             stopped_at=stopped,
         )
+
+    def migrate(self) -> float:
+        """Move the guest, which has no disk, with nobody who watches. Returns the command's processor time."""
+        there = other(self.host)
+        words = ("migrate", "--live", self._guest.name, f"qemu+tcp://{there}/system")
+        _, _, cpu_s = run(self._daemons[self.host].command(*words))
+        self.host = there
+        return cpu_s
 
     def _prepare_disk(self, there: str) -> tuple[Sequence[str], tuple[str, str]]:
         """Make an empty image where libvirt is to copy the disk to, if there is one. Returns the options for that, and
@@ -140,7 +156,7 @@ class Virsh:
     <emulator>/usr/bin/qemu-system-x86_64</emulator>
     <controller type='usb' model='none'/>
     <serial type='tcp'>
-      <source mode='bind' host='127.0.0.1' service='{CONSOLE_PORT}'/><protocol type='raw'/>
+      <source mode='bind' host='127.0.0.1' service='{self._console_port}'/><protocol type='raw'/>
       <target type='isa-serial'/>
     </serial>
     <interface type='bridge'>
@@ -173,7 +189,9 @@ class Virsh:
         """A copy where libvirt's QEMU sees it: the cache is out of its sight."""
         copy = self._ground.folder / Path(file).name
         if not copy.exists():
-            shutil.copyfile(file, copy)
+            part = copy.with_suffix(f".{self._guest.name}")  # several guests may boot at once
+            shutil.copyfile(file, part)
+            part.rename(copy)
         return str(copy)
 
 
@@ -190,12 +208,14 @@ def _address(slot: int) -> str:
     return f"<address type='pci' bus='0' slot='{slot:#x}' function='0'/>"
 
 
-def _wait_for_console(words: bytes) -> None:
+def _wait_for_console(port: int, words: bytes) -> None:
     """Return when the guest's console has these words. Raises ``OSError``."""
     said = b""
-    with socket.create_connection(("127.0.0.1", CONSOLE_PORT), timeout=BOOT_WITHIN_S) as console:
+    with socket.create_connection(("127.0.0.1", port), timeout=BOOT_WITHIN_S) as console:
         while words not in said:
-            said += console.recv(4096)
+            if not (more := console.recv(4096)):
+                raise ConnectionResetError("the guest ended")
+            said += more
 
 
 def event_stamps(said: str, name: str, words: str) -> list[float]:

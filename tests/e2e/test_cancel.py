@@ -21,7 +21,7 @@ from harness.guests import LanClient, address_of, linux, wait_for_console
 from harness.hosts import tiny, wait_until
 from harness.labs import LabHost, running_lab
 from harness.steering import BRAKE, follow, remove, settings, slow
-from limosa.model.migration import Outcome, Phase
+from limosa.model.migration import Outcome, Phase, Side
 from limosa.model.vm import VmState
 from limosa.settings import toml
 from limosa.settings.daemon import DaemonSettings
@@ -137,6 +137,11 @@ def in_synchronise(source: LabHost, destination: LabHost) -> Iterator[str]:
         yield migration
 
 
+def landings(host: LabHost) -> list[str]:
+    moves = host.client.call(endpoints.LIST_MIGRATIONS).migrations
+    return [move.id for move in moves if move.side is Side.DESTINATION and move.outcome is Outcome.UNDER_WAY]
+
+
 Held = Callable[[LabHost, LabHost], AbstractContextManager[str]]
 PHASES: list[Held] = [in_line_at_the_source, in_line_at_the_destination, in_build_up, in_copy, in_synchronise]
 
@@ -155,8 +160,8 @@ def test_a_cancelled_move_never_was(hosts: list[LabHost], client: LanClient, hel
         assert (view.state, view.migration) == (VmState.RUNNING, None)
         wait_until(lambda: destination.vm("web") is None, "the destination has forgotten it")
         if held not in (in_line_at_the_source, in_line_at_the_destination):
-            wait_until(lambda: destination.bystanders() == [], "the destination keeps nothing")
-    wait_until(lambda: destination.bystanders() == [], "the destination keeps nothing")
+            destination.wait_until_bare()
+    destination.wait_until_bare()
     status = destination.client.call(endpoints.HOST)
     assert (status.vms, status.incoming) == (0, 0)
     # And it can be moved, by the same two hosts.

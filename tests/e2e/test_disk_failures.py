@@ -57,7 +57,7 @@ def as_before(hosts: list[LabHost], client: LanClient) -> Iterator[None]:
     goes_on(client)
     assert disks_of(hosts[0], "web") == before
     wait_until(lambda: settled(hosts), "every move has ended")  # type: ignore[arg-type]
-    wait_until(lambda: hosts[1].bystanders() == [], "the destination keeps nothing")
+    hosts[1].wait_until_bare()
     assert images(hosts[0]) == before
     assert images(hosts[1]) == []
     assert_keeps(hosts[0], "web", number(client))

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from harness.commands import LIMOSA, Said, run
-from harness.hosts import tiny, wait_until
+from harness.hosts import tiny
 from harness.labs import LabHost, running_lab
 from limosa.model.vm import VmState
 from limosa.security import ca
@@ -100,7 +100,7 @@ def test_an_operator_may_move(hosts: list[LabHost]) -> None:
     said = as_person("client", hosts, "move", "vm", "--to", "host2")
     assert said.code == 0, said.error
     assert said.object["outcome"] == "completed"
-    wait_until(lambda: hosts[0].bystanders() == [], "nothing is left at the source")
+    hosts[0].wait_until_bare()
     view = hosts[1].vm("vm")
     assert view is not None
     assert view.state is VmState.RUNNING

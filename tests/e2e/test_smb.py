@@ -19,7 +19,7 @@ from harness.labs import LabHost, running_lab
 from harness.samba import Share
 from harness.steering import change, move, remove
 from limosa.cli.main import main
-from limosa.errors import Conflict, ImageLeased
+from limosa.errors import Conflict, ImageLeased, PreflightRefused
 from limosa.model.storage import DiskAction
 from limosa.model.vm import VmState
 from limosa.storage import leases
@@ -105,6 +105,36 @@ def test_a_cancelled_move_leaves_the_lease_with_the_source(lab: Lab, client: Lan
     wait_until(lambda: not lab.lease().promised_to, "the promise is withdrawn")
     assert lab.lease().host == lab.first.name
     goes_on(client)
+
+
+def test_check_says_if_the_lease_is_not_the_sources(lab: Lab, client: LanClient) -> None:
+    request = api.CheckRequest(vm="web", destination=lab.second.name)
+    # An image that grows can have another size for each of the two hosts.
+    lab.first.client.call(endpoints.PAUSE_VM, vm="web")
+    assert lab.first.client.call(endpoints.CHECK, request).possible
+    ours = lab.lease()
+    served = str(lab.share.folder / "web.qcow2")
+    leases.change(served, lambda now: msgspec.structs.replace(now, epoch=now.epoch + 1, host="stranger"))
+    (finding,) = lab.first.client.call(endpoints.CHECK, request).findings
+    assert (finding.code, "host 'stranger' holds the lease" in finding.what) == ("image-leased", True)
+    ended = lab.first.outcome(lab.first.move("web", lab.second.name).id)
+    assert ended.fault is not None
+    assert ended.fault.code == PreflightRefused.code
+    leases.change(served, lambda now: msgspec.structs.replace(ours, epoch=now.epoch + 1))
+    lab.first.client.call(endpoints.RESUME_VM, vm="web")
+    goes_on(client)
+
+
+def test_the_hosts_know_that_they_see_one_share(lab: Lab) -> None:
+    """Whatever they call it, and without an administrator's word."""
+    change(lab.second, {"locations.nas": {"path": str(lab.point)}, "locations.store": None})
+    try:
+        seen = lab.first.client.call(endpoints.SIGHTINGS)
+        assert [(one.location, one.host, one.as_location) for one in seen.sightings] == [
+            ("store", lab.second.name, "nas")
+        ]
+    finally:
+        change(lab.second, {"locations.store": {"path": str(lab.point), "shared": True}, "locations.nas": None})
 
 
 def test_the_lease_of_a_host_that_died_stays_until_a_person_says_so(

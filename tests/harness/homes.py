@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable, Collection, Iterable, Sequence
 
 from limosa.migration.examination import DisksHere
-from limosa.model.network import HostNetwork
+from limosa.model.network import Carried, HostNetwork
 from limosa.model.route import Route
 from limosa.model.storage import BackingFile, DiskFacts
 from limosa.model.vm import Disk
@@ -57,6 +57,9 @@ class BareHome:
     async def networks(self) -> AsyncIterator[HostNetwork]:
         for one in ():
             yield one
+
+    def learn(self, carried: Collection[Carried]) -> None:
+        pass
 
     def bandwidth(self) -> int:
         return 0

@@ -61,9 +61,18 @@ class LabHost(Host):
         """What there is on this host besides its daemon: processes, taps and folders of VMs."""
         inode = namespaces.inode(self.namespace)
         daemon = daemons.pid_of(self.lab, self.name)
-        found = [f"process {pid}" for pid in namespaces.processes_in({inode or 0}) if pid != daemon]
+        found = [f"process {pid} {_command(pid)}" for pid in namespaces.processes_in({inode or 0}) if pid != daemon]
         found += [f"tap {name}" for name in self._taps()]
         return found + [str(path) for folder in (self.state / "vms", self.run / "vm") for path in folder.iterdir()]
+
+    def wait_until_bare(self) -> None:
+        """Wait until there is nothing but the daemon."""
+        try:
+            wait_until(lambda: self.bystanders() == [], f"{self.name} keeps nothing")
+        except AssertionError as error:
+            moves = self.client.call(endpoints.LIST_MIGRATIONS).migrations
+            views = [(view.vm, view.side, view.phase, view.outcome) for view in moves]
+            raise AssertionError(f"{error}, but {self.bystanders()}; moves: {views}") from None
 
     def _taps(self) -> list[str]:
         def look() -> list[str]:
@@ -136,3 +145,10 @@ def plug(host: LabHost, nic: str, *, in_: bool) -> None:
             netlink.link("set", index=index, state="up" if in_ else "down")
 
     namespaces.inside(host.lab.wire, work)
+
+
+def _command(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")[:100]
+    except OSError:
+        return "that has ended"

@@ -14,10 +14,10 @@ from standin import StandIn
 from limosa.cli.main import main
 from limosa.errors import Conflict
 from limosa.model.migration import Fault, Migration, Outcome, Phase, Progress, Side
-from limosa.model.storage import DiskAction, DiskPlan, Location, Place
+from limosa.model.storage import DiskAction, DiskPlan, Location, Place, Sighting
 from limosa.settings.host import HostSettings
 from limosa.wire import endpoints
-from limosa.wire.api import DiskMoveRequest, LocationList, SettingsChange, SettingsPage
+from limosa.wire.api import DiskMoveRequest, LocationList, SettingsChange, SettingsPage, SightingList
 
 GIB = 1 << 30
 ID = "a1b2c3d4e5f6"
@@ -33,6 +33,10 @@ FAST = Location(
 )
 GONE = Location(name="nas", path="/mnt/nas", shared=True, fault="No such file or directory")
 BULK = Location(name="bulk", path="/dev/vg0", kind="lvm", thin=True, source="vg0/thin", free_bytes=GIB)
+SEEN = SightingList(
+    sightings=(Sighting(location="nas", host="host2", as_location="store", path="/mnt/store"),),
+    silent={"host3": "no answer"},
+)
 PLAN = DiskPlan(disk="vda", action=DiskAction.COPY, path=f"/srv/fast/web1-vda.{ID}.raw", format="raw", location="fast")
 VIEW = Migration(
     id=ID,
@@ -58,6 +62,7 @@ def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIn]:
     settings = HostSettings(locations={"nas": Place(path="/mnt/old", shared=True)}, default_location="nas")
     answers = {
         endpoints.LOCATIONS: lambda _: LocationList(locations=(FAST, IMAGES, GONE, BULK)),
+        endpoints.SIGHTINGS: lambda _: SEEN,
         endpoints.SETTINGS: lambda _: SettingsPage(settings=settings),
         endpoints.CHANGE_SETTINGS: lambda _: SettingsPage(settings=settings),
         endpoints.MOVE_DISKS: lambda _: VIEW,
@@ -89,10 +94,13 @@ def test_list(host: StandIn, capsys: pytest.CaptureFixture[str]) -> None:
     assert fast.split() == ["fast", "/srv/fast", "folder", "2.0", "GiB", "4.0", "GiB", "ssd", "no"]
     assert bulk.split()[:3] == ["bulk", "vg0/thin", "LVM"]
     assert "images (default)" in images
-    assert nas.endswith("yes     No such file or directory")
+    assert nas.endswith("with host2  No such file or directory")
     assert main(["storage", "list", "--json"]) == 0
-    names = [json.loads(line)["name"] for line in capsys.readouterr().out.splitlines()]
-    assert names == ["fast", "images", "nas", "bulk"]
+    fast, images, nas, bulk = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [one["name"] for one in (fast, images, nas, bulk)] == ["fast", "images", "nas", "bulk"]
+    assert (fast["seen_by"], fast["silent"]) == ([], {})
+    assert [(one["host"], one["path"]) for one in nas["seen_by"]] == [("host2", "/mnt/store")]
+    assert nas["silent"] == {"host3": "no answer"}
 
 
 def test_show(host: StandIn, capsys: pytest.CaptureFixture[str]) -> None:
@@ -100,8 +108,13 @@ def test_show(host: StandIn, capsys: pytest.CaptureFixture[str]) -> None:
     shown = capsys.readouterr().out
     assert "xfs, /dev/sdb1" in shown
     assert "2.0 GiB of 4.0 GiB free" in shown
+    assert "seen by" not in shown
+    assert not [endpoint for endpoint, _, _ in host.seen if endpoint is endpoints.SIGHTINGS], "nobody was asked"
     assert main(["storage", "show", "nas"]) == 0
-    assert "No such file or directory" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "No such file or directory" in shown
+    assert "host 'host2', as 'store' at /mnt/store" in shown
+    assert "host 'host3': no answer" in shown
     assert main(["storage", "show", "fast", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["path"] == "/srv/fast"
     assert main(["storage", "show", "nowhere"]) == 4

@@ -15,11 +15,12 @@ import uvloop
 from pyroute2 import IPRoute
 
 from limosa.errors import NetworkError
+from limosa.network import taps
 from limosa.network.addresses import own_addresses
 from limosa.network.netlink import Netlink
 from limosa.network.nics import inventory
 from limosa.network.switches import switches
-from limosa.network.taps import open_tap
+from limosa.network.taps import Tap, open_tap, plug_in
 
 pytestmark = [pytest.mark.lab, pytest.mark.skipif(os.geteuid() != 0, reason="needs root")]
 
@@ -106,6 +107,30 @@ def test_what_is_no_switch_is_refused_and_nothing_is_left(name: str) -> None:
             await open_tap(netlink, name)
         assert (interfaces(), len(list(Path("/proc/self/fd").iterdir()))) == before
 
+    in_a_namespace(test)
+
+
+def test_a_cancelled_opening_leaves_no_tap(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, go_on = threading.Event(), threading.Event()
+
+    def slowly(ask: IPRoute, switch: str) -> Tap:
+        begun.set()
+        go_on.wait()
+        return plug_in(ask, switch)
+
+    async def test(netlink: Netlink) -> None:
+        before = interfaces()
+        opening = asyncio.ensure_future(open_tap(netlink, "lan"))
+        await asyncio.to_thread(begun.wait)
+        opening.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await opening
+        go_on.set()
+        await netlink.run(lambda ask: None)  # its thread has done by now what was asked of it before
+        await asyncio.sleep(0)
+        assert interfaces() == before
+
+    monkeypatch.setattr(taps, "plug_in", slowly)
     in_a_namespace(test)
 
 

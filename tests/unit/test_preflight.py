@@ -8,7 +8,7 @@ import msgspec
 import pytest
 
 from limosa.migration.preflight import check
-from limosa.model.facts import DestinationFacts, FileIdentity, VmFacts
+from limosa.model.facts import DestinationFacts, FileIdentity, LeaseConflict, VmFacts
 from limosa.model.finding import Finding, Severity
 from limosa.model.vm import Disk, HostDevice, Nic, VmConfig
 
@@ -128,3 +128,12 @@ def test_everything_is_found_at_once_errors_first() -> None:
     found = findings(there=bad, skew=60)
     assert [finding.severity for finding in found] == [Severity.ERROR] * 3 + [Severity.WARNING]
     assert all(finding.todo for finding in found)
+
+
+def test_a_lease_that_cannot_be_handed_on_refuses_unless_the_disk_is_copied() -> None:
+    conflict = LeaseConflict(image=DISK.path, why="host 'host3' holds the lease", todo="release it")
+    here = msgspec.structs.replace(HERE, leases=(conflict,))
+    (finding,) = findings(here=here)
+    assert (finding.code, finding.severity, finding.todo) == ("image-leased", Severity.ERROR, "release it")
+    assert "host 'host3' holds the lease" in finding.what
+    assert check(VM, "host1", here, THERE, clock_skew_s=0, reachable=True, copied={DISK.path}) == ()

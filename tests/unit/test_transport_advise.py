@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from limosa.model.network import HostNetwork, HostNic, NicAddress
+from limosa.model.network import Carried, HostNetwork, HostNic, NicAddress
 from limosa.transport.advise import advise, between
 from limosa.transport.choice import Ends, choose
 
@@ -54,6 +54,7 @@ def test_a_good_host_is_told_nothing_but_its_transport() -> None:
         ({"nics": bond("balance-rr", "layer2")}, "bond-reorders"),
         ({"nics": (nic("eth0", "10.0.1.1", rdma="mlx5_0"),), "lockable_mib": 8}, "rdma-locks-little"),
         ({"nics": bond("", "", kind="team")}, "team-of-rdma"),
+        ({"carried": (Carried(here="10.0.1.1", there="10.0.1.2", mbit_per_s=94),)}, "network-slower-than-nic"),
         ({"nics": (nic("eth0", "10.0.1.1", speed_mbit_per_s=100),), "post_copy": True}, "slow-for-post-copy"),
     ],
 )
@@ -64,6 +65,7 @@ def test_each_fault_has_its_finding(changes: dict[str, Any], code: str) -> None:
 def test_what_is_no_fault_has_none() -> None:
     assert codes(nics=bond("802.3ad", "layer3+4"), allowed=()) == {"team-of-rdma"}
     assert codes(nics=(ONE,), mptcp=False, allowed=()) == set()
+    assert codes(carried=(Carried(here="10.0.1.1", there="10.0.1.2", mbit_per_s=940),)) == set()
     assert codes(nics=(nic("eth0", "10.0.1.1", speed_mbit_per_s=100),), allowed=()) == set()
     # A second address of a NIC is no second NIC, and a NIC that may carry nothing is not looked at.
     assert codes(nics=(nic("eth0", "10.0.1.1", "10.0.1.2"),), allowed=()) == set()

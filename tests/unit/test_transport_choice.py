@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from limosa.model.network import HostNetwork, HostNic, NicAddress
+from limosa.model.network import Carried, HostNetwork, HostNic, NicAddress
 from limosa.model.route import Route
 from limosa.transport.choice import Ends, choose
 
@@ -73,6 +73,16 @@ def test_without_multipath_tcp_on_one_side_it_is_tcp_and_says_so() -> None:
         route = choose(ends(here, there, mptcp=(True, False)), asked)
         assert (route.transport, route.why) == ("tcp", "Multipath TCP is off on host 'host2'")
     assert "'host1' and host 'host2'" in choose(ends(here, there, mptcp=(False, False)), "multichannel").why
+
+
+@pytest.mark.parametrize(
+    ("said", "carried", "speed"), [(None, 90, 90), (1000, 940, 1000), (10_000, 940, 940), (1000, 5000, 1000)]
+)
+def test_a_network_is_as_fast_as_a_move_found_it(said: int | None, carried: int, speed: int) -> None:
+    known = pair(said)
+    measured = Carried(here="10.78.0.1", there="10.78.0.2", mbit_per_s=carried)
+    known = dataclasses.replace(known, here=msgspec.structs.replace(known.here, carried=(measured,)))
+    assert [path.speed_mbit_per_s for path in choose(known, "auto").paths] == [speed]
 
 
 def test_the_first_network_wins_over_the_faster_nic_but_the_faster_nic_within_one() -> None:

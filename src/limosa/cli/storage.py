@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Sequence
 
+import msgspec
+
+from limosa.cli import leftovers
 from limosa.cli.arguments import Commands, add_command, add_noun
 from limosa.cli.connection import client_of
 from limosa.cli.display import display_for, say_summary
@@ -14,11 +18,11 @@ from limosa.cli.routes import say_disks
 from limosa.client.host import HostClient
 from limosa.errors import InvalidInput, NotFound, from_fault
 from limosa.model.migration import Migration
-from limosa.model.storage import OWN_LOCATION, Location, LocationKind
+from limosa.model.storage import OWN_LOCATION, Location, LocationKind, Sighting
 from limosa.model.units import format_bytes
 from limosa.settings import toml
 from limosa.wire import endpoints
-from limosa.wire.api import DiskMoveRequest, ReleaseRequest, SettingsChange
+from limosa.wire.api import DiskMoveRequest, ReleaseRequest, SettingsChange, SightingList
 
 #: As people read them.
 KINDS: dict[LocationKind, str] = {"folder": "folder", "lvm": "LVM"}
@@ -26,7 +30,7 @@ KINDS: dict[LocationKind, str] = {"folder": "folder", "lvm": "LVM"}
 
 def register(commands: Commands[argparse.ArgumentParser]) -> None:
     """Add ``storage`` and its verbs."""
-    verbs = add_noun(commands, "storage", "locations for disk images: list, add, remove; move disks")
+    verbs = add_noun(commands, "storage", "locations for disk images: list, add, remove; move disks; leftovers")
     add_command(verbs, "list", "list the host's locations", _list, examples=["storage list", "storage list --json"])
     show = add_command(verbs, "show", "show one location", _show, examples=["storage show fast"])
     add = add_command(
@@ -84,14 +88,16 @@ def register(commands: Commands[argparse.ArgumentParser]) -> None:
     )
     release.add_argument("image", metavar="IMAGE", help="the image, by its path on this host")
     release.add_argument("--from", metavar="HOST", dest="dead", required=True, help="the host that is dead")
+    leftovers.register(verbs)
 
 
 def _list(arguments: argparse.Namespace) -> int:
     with client_of(arguments) as client:
         locations = client.call(endpoints.LOCATIONS).locations
+        seen = _seen(client, locations)
     if arguments.json:
         for location in locations:
-            say_json(location)
+            say_json(_with_hosts(location, seen))
         return 0
     rows = [
         (
@@ -101,7 +107,7 @@ def _list(arguments: argparse.Namespace) -> int:
             format_bytes(one.free_bytes),
             format_bytes(one.total_bytes),
             one.speed or "-",
-            "yes" if one.shared else "no",
+            _sharers(one, seen),
             one.fault,
         )
         for one in locations
@@ -113,13 +119,14 @@ def _list(arguments: argparse.Namespace) -> int:
 def _show(arguments: argparse.Namespace) -> int:
     with client_of(arguments) as client:
         locations = client.call(endpoints.LOCATIONS).locations
+        seen = _seen(client, [one for one in locations if one.name == arguments.name])
     location = next((one for one in locations if one.name == arguments.name), None)
     if location is None:
         raise NotFound(f"there is no location '{arguments.name}'", todo="'limosa storage list' shows them")
     if arguments.json:
-        say_json(location)
+        say_json(_with_hosts(location, seen))
         return 0
-    for key, value in _facts(location):
+    for key, value in [*_facts(location), *_hosts(location, seen)]:
         say(f"{key + ':':<14} {value}")
     return 0
 
@@ -146,6 +153,37 @@ def _place(location: Location) -> list[tuple[str, str]]:
         return [("thin pool" if location.thin else "volume group", location.source), ("volumes", location.path)]
     mounted = f"{location.file_system}, {location.source}" if location.file_system else "unknown"
     return [("folder", location.path), ("file system", mounted)]
+
+
+def _seen(client: HostClient, locations: Sequence[Location]) -> SightingList:
+    """Which hosts see them; what is not shared no other host sees, so then it is not asked."""
+    if not any(location.shared for location in locations):
+        return SightingList(sightings=())
+    return client.call(endpoints.SIGHTINGS)
+
+
+def _of(location: Location, seen: SightingList) -> list[Sighting]:
+    return [one for one in seen.sightings if one.location == location.name]
+
+
+def _sharers(location: Location, seen: SightingList) -> str:
+    if not location.shared:
+        return "no"
+    return f"with {', '.join(one.host for one in found)}" if (found := _of(location, seen)) else "yes"
+
+
+def _hosts(location: Location, seen: SightingList) -> list[tuple[str, str]]:
+    """A line for each host that sees a shared location, and for each that cannot be asked."""
+    if not location.shared:
+        return []
+    facts = [("seen by", f"host '{one.host}', as '{one.as_location}' at {one.path}") for one in _of(location, seen)]
+    facts += [("not asked", f"host '{host}': {why}") for host, why in seen.silent.items()]
+    return facts or [("seen by", "no host that is known; name hosts in the setting 'peers'")]
+
+
+def _with_hosts(location: Location, seen: SightingList) -> dict[str, object]:
+    found = {"seen_by": _of(location, seen), "silent": seen.silent if location.shared else {}}
+    return {**msgspec.to_builtins(location), **msgspec.to_builtins(found)}
 
 
 def _add(arguments: argparse.Namespace) -> int:

@@ -78,6 +78,10 @@ class Handlers:
             endpoints.LOCATIONS: self.locations,
             endpoints.MOVE_DISKS: self.move_disks,
             endpoints.RELEASE_IMAGE: self.release_image,
+            endpoints.SIGHTINGS: self.sightings,
+            endpoints.LEFTOVERS: self.leftovers,
+            endpoints.CLEAN: self.clean,
+            endpoints.IMAGE_USES: self.image_uses,
             endpoints.LIST_VMS: self.list_vms,
             endpoints.CREATE_VM: self.create_vm,
             endpoints.SHOW_VM: self.show_vm,
@@ -146,6 +150,24 @@ class Handlers:
         """Take the lease on an image from a dead host."""
         await self._services.parts.leasing.release(request.image, request.dead)
         return api.Empty()
+
+    async def sightings(self, _: api.Empty, __: dict[str, str]) -> api.SightingList:
+        """Who else sees the locations."""
+        locations = await self._services.parts.storage.locations()
+        seen, silent = await self._services.neighbours.who_sees(locations)
+        return api.SightingList(sightings=seen, silent=dict(silent))
+
+    async def leftovers(self, _: api.Empty, __: dict[str, str]) -> api.LeftoverList:
+        """What crashes left behind."""
+        return api.LeftoverList(leftovers=await self._services.leftovers.look())
+
+    async def clean(self, request: api.CleanRequest, _: dict[str, str]) -> api.CleanReport:
+        """Remove some of it; what has begun is carried through, whether or not the caller stays to hear of it."""
+        return await asyncio.shield(self._services.leftovers.clean(request.paths))
+
+    async def image_uses(self, request: api.ImagesSought, _: dict[str, str]) -> api.ImageUses:
+        """For another host."""
+        return api.ImageUses(uses=await self._services.leftovers.uses(request.images))
 
     async def list_vms(self, _: api.Empty, __: dict[str, str]) -> api.VmList:
         """All VMs."""

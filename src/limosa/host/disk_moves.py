@@ -250,6 +250,10 @@ class DiskMoves:
             await in_full(access.grant, Path(plan.path), self._user, read_only=False)
         await self._leasing.take(hosted.config, [plan.path for plan in record.plans])
 
+    async def finish(self, record: Record) -> None:
+        """The new images are alike with the old. Raises :class:`StorageError`."""
+        await self._storage.finish(plan.path for plan in record.plans)
+
     def commit(self, move: _Move) -> None:
         """Make the new images the VM's, durably. Raises :class:`StateError`; they are not then."""
         self._vms.change_disks(move.hosted, disks.landed(move.hosted.config, move.record.plans).disks)
@@ -358,6 +362,7 @@ class _Move:
         await copying.until_ready(lambda: self._show(copying))
 
     async def _switch_over(self) -> None:
+        await self._moves.finish(self.record)
         for disk in self.record.old:
             with suppress(QemuError):  # a QEMU older than 8.2 cannot; it then settles when the guest pauses to write
                 await self.machine.block_writes(disk)

@@ -7,6 +7,7 @@
                          process.json      its QEMU, while one runs
                          console.log  seed.iso  nvram.fd  qemu.log
                 migrations/ID.SIDE.jsonl   journals
+                goodput.json               how fast networks were
                 images/                    disk images: the location every host has
                 lock                       held by the daemon as long as it lives
     <run_dir>/api.sock                     the API for people on the host
@@ -47,6 +48,11 @@ class Files:
     def migrations(self) -> Path:
         """Journals."""
         return self.state / "migrations"
+
+    @property
+    def goodput(self) -> Path:
+        """How fast networks were."""
+        return self.state / "goodput.json"
 
     @property
     def images(self) -> Path:

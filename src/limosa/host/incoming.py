@@ -16,6 +16,7 @@ from limosa.errors import (
     NotFound,
     PreflightRefused,
     StateError,
+    StorageError,
 )
 from limosa.host.landing import LandingHere
 from limosa.host.parts import Parts
@@ -142,7 +143,7 @@ class Incoming:
             try:
                 await destination.adopted()
                 break
-            except StateError as error:
+            except (StateError, StorageError) as error:
                 _log.error("VM %s has landed, but %s", destination.vm.name, error)
                 await asyncio.sleep(ADOPT_EVERY_S)
         self.settled(destination)

@@ -8,11 +8,13 @@ import time
 from pathlib import Path
 
 from limosa.errors import StorageError
+from limosa.host.goodput import Goodputs
+from limosa.host.leasing import Leasing
 from limosa.host.memory import available_mib
 from limosa.host.page import Page
 from limosa.host.storage import Storage
 from limosa.host.vms import HostedVm, Vms
-from limosa.model.facts import DestinationFacts, FileIdentity, VmFacts
+from limosa.model.facts import DestinationFacts, FileIdentity, LeaseConflict, VmFacts
 from limosa.model.network import HostNetwork
 from limosa.model.vm import Accelerator, VmConfig, VmState
 from limosa.network import mptcp
@@ -38,14 +40,18 @@ class Inspector:
         capabilities: QemuCapabilities,
         netlink: Netlink,
         storage: Storage,
+        leasing: Leasing,
+        goodputs: Goodputs,
         user: str | None,
     ) -> None:
         self._daemon = daemon
         self._storage = storage
+        self._leasing = leasing
         self._page = page
         self._vms = vms
         self.capabilities = capabilities
         self._netlink = netlink
+        self.goodputs = goodputs
         self._user = user
 
     async def network(self) -> HostNetwork:
@@ -58,6 +64,7 @@ class Inspector:
             allowed=page.migration_networks,
             encrypt=page.encrypt,
             lockable_mib=lockable_mib(),
+            carried=self.goodputs.known,
         )
 
     async def switches(self) -> tuple[str, ...]:
@@ -71,8 +78,9 @@ class Inspector:
     async def vm_facts(self, hosted: HostedVm) -> VmFacts:
         """What the source says about a VM that is to move."""
         settings = self._page.now
+        running = hosted.machine is not None and hosted.state in (VmState.RUNNING, VmState.PAUSED)
         return VmFacts(
-            running=hosted.machine is not None and hosted.state in (VmState.RUNNING, VmState.PAUSED),
+            running=running,
             accelerator=hosted.accelerator or "tcg",
             qemu=self.capabilities.version,
             files=await self._files(hosted.config),
@@ -81,6 +89,7 @@ class Inspector:
             post_copy=settings.convergence.post_copy,
             network=await self.network(),
             capped=settings.bandwidth_mbit_per_s > 0 or bool(settings.network_bandwidth_mbit_per_s),
+            leases=await self._leases(hosted) if running else (),
         )
 
     async def destination_facts(
@@ -116,6 +125,12 @@ class Inspector:
             network=network,
             locations=locations,
         )
+
+    async def _leases(self, hosted: HostedVm) -> tuple[LeaseConflict, ...]:
+        try:
+            return await self._leasing.conflicts(hosted.config, hosted.migration or "")
+        except StorageError:
+            return ()  # a disk that cannot be looked at is not visible, which another finding says
 
     async def _files(self, vm: VmConfig) -> tuple[FileIdentity, ...]:
         boot = vm.boot.paths() if vm.boot else ()

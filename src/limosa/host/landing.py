@@ -72,6 +72,7 @@ class LandingHere:
     async def adopt(self, *, running: bool) -> None:
         """See :class:`limosa.migration.destination.Landing`."""
         hosted = self._vms.get(self._header.vm.name)
+        await self._storage.finish(self._header.images)
         self._vms.adopt(hosted, running=running)
         await self._leases.settle()
         if hosted.machine is None:

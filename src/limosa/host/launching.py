@@ -6,6 +6,7 @@ in the VM's run folder. A launch that fails leaves nothing.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import pwd
@@ -13,14 +14,14 @@ import secrets
 import shutil
 import time
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 
 from limosa.background import in_full
-from limosa.errors import Conflict, InvalidInput, QemuError, QemuGone, StateError
+from limosa.errors import Conflict, InvalidInput, QemuError, QemuGone, StateError, StorageError
 from limosa.host.files import Files
 from limosa.host.leasing import Leasing
 from limosa.host.memory import available_mib
@@ -36,7 +37,7 @@ from limosa.qemu.capabilities import QemuCapabilities
 from limosa.qemu.machine import Machine
 from limosa.settings import toml
 from limosa.settings.daemon import DaemonSettings
-from limosa.storage import access, chains, images, mounts, seed
+from limosa.storage import access, chains, images, marks, mounts, seed
 from limosa.storage.stores import Store
 from limosa.wire.api import NewDisk, NewNic, NewVm
 from limosa.wire.parsing import parse
@@ -146,6 +147,13 @@ class Launcher:
                 host=self._daemon.name,
             )
 
+    async def claim_images(self, config: VmConfig) -> None:
+        """Before a QEMU is started: images that were found are a VM's from now on, and no leftovers of a move.
+
+        Raises :class:`Conflict` if one is being removed as such, and :class:`StorageError`.
+        """
+        await asyncio.to_thread(_claim_images, config)
+
     # Processes
 
     async def launch(
@@ -158,9 +166,7 @@ class Launcher:
         seed_file = self._seed(config, folder, carried or {})
         unlocked = frozenset(disk.path for disk in config.disks if mounts.of(disk.path).has_no_locks)
         with ExitStack() as held:
-            taps = [await open_tap(self._netlink, nic.switch) for nic in config.nics]
-            for tap in taps:
-                held.callback(tap.close)
+            taps = [held.enter_context(closing(await open_tap(self._netlink, nic.switch))) for nic in config.nics]
             run_dir = self._files.sockets(config)
 
             def make(qmp_fd: int, console_fd: int) -> Launch:
@@ -336,3 +342,11 @@ def _pin_nic(nic: NewNic) -> Nic:
     # 52:54:00 is the prefix that QEMU and libvirt use for guests.
     made = "52:54:00:" + ":".join(f"{byte:02x}" for byte in secrets.token_bytes(3))
     return Nic(switch=nic.switch, mac=nic.mac or made)
+
+
+def _claim_images(config: VmConfig) -> None:
+    for disk in config.disks:
+        marks.claim(disk.path)
+        with suppress(StorageError):  # what cannot be read the launch tells
+            for path, _ in chains.below(disk.path, disk.format):
+                marks.claim(path)

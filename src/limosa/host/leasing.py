@@ -10,11 +10,13 @@ continues the guest; a source that gets the guest back reclaims it before the gu
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Callable, Collection, Sequence
 
 from limosa.background import in_full
 from limosa.errors import Conflict, LimosaError
+from limosa.model.facts import LeaseConflict
 from limosa.model.vm import VmConfig
 from limosa.storage import leases
 from limosa.storage.leases import Change, Lease, Rule
@@ -51,6 +53,15 @@ class Leasing:
         if not config.disks:
             return
         await in_full(_quietly, lambda: [(rule, rule.give_back) for rule in self._rules(config, only)])
+
+    async def conflicts(self, config: VmConfig, migration: str) -> tuple[LeaseConflict, ...]:
+        """The images of a running VM of which :meth:`promise` would fail, if ``migration`` promised them now."""
+
+        def work() -> tuple[LeaseConflict, ...]:
+            found = (_conflict(rule, migration) for rule in self._rules(config))
+            return tuple(conflict for conflict in found if conflict is not None)
+
+        return await asyncio.to_thread(work) if config.disks else ()
 
     async def promise(self, config: VmConfig, destination: str, migration: str, copied: Collection[str]) -> None:
         """``destination`` may claim the images by that migration, but for those that are ``copied``."""
@@ -170,6 +181,14 @@ class LandingLeases:
 
     def _handed_back(self, rule: Rule) -> Callable[[Lease], Lease]:
         return lambda now: rule.hand_back(now, self._source, self._migration)
+
+
+def _conflict(rule: Rule, migration: str) -> LeaseConflict | None:
+    try:
+        rule.promise(leases.read(rule.image), rule.host, migration)
+    except LimosaError as error:
+        return LeaseConflict(image=rule.image, why=error.why or error.what, todo=error.todo)
+    return None
 
 
 def _close(changes: Sequence[Change]) -> None:

@@ -10,7 +10,7 @@ from limosa.host.departure import Departure
 from limosa.host.parts import Parts
 from limosa.host.vms import HostedVm
 from limosa.model.facts import VmFacts
-from limosa.model.network import HostNetwork
+from limosa.model.network import Carried, HostNetwork
 from limosa.model.route import Route
 from limosa.network.changes import changes
 from limosa.transport.channel import Channel, SocketChannel
@@ -82,6 +82,11 @@ class Leaving:
         """See :class:`limosa.migration.home.Home`."""
         async for _ in changes():
             yield await self._inspector.network()
+
+    def learn(self, carried: Collection[Carried]) -> None:
+        """See :class:`limosa.migration.home.Home`."""
+        if carried:
+            self._inspector.goodputs.learn(carried)
 
     def bandwidth(self) -> int:
         """See :class:`limosa.migration.home.Home`."""

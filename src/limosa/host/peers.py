@@ -141,6 +141,11 @@ class RemotePeer:
             if not getter.done():
                 self.lost.result()
             answer = await getter
+        except asyncio.CancelledError:
+            # Its answer would be taken for that to the next question; and the destination, which may have the move wait
+            # in line for long, is to see at once that nobody waits any more.
+            self._lose("a question was given up")
+            raise
         finally:
             getter.cancel()
         if isinstance(answer, say.Failed):

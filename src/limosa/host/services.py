@@ -12,11 +12,14 @@ from limosa.errors import LimosaError, StateError
 from limosa.host.compression import Compression
 from limosa.host.disk_moves import DiskMoves
 from limosa.host.files import Files
+from limosa.host.goodput import Goodputs
 from limosa.host.incoming import Incoming
 from limosa.host.inspection import Inspector
 from limosa.host.launching import Launcher, qemu_user
 from limosa.host.leasing import Leasing
+from limosa.host.leftovers import Leftovers
 from limosa.host.multichannel import Multichannel
+from limosa.host.neighbours import Neighbours
 from limosa.host.outgoing import Outgoing
 from limosa.host.page import Page
 from limosa.host.parts import Parts
@@ -44,6 +47,8 @@ class Services:
     incoming: Incoming
     disk_moves: DiskMoves
     views: Views
+    neighbours: Neighbours
+    leftovers: Leftovers
 
 
 async def assemble(daemon: DaemonSettings, files: Files) -> Services:
@@ -58,9 +63,10 @@ async def assemble(daemon: DaemonSettings, files: Files) -> Services:
     vms = Vms(daemon.name, files, launcher)
     for fault in await vms.load():
         _log.error("%s", fault)
-    storage = Storage(page, files, user)
+    storage = Storage(page, files, user, daemon.name)
     views = Views(daemon.name, files.migrations)
-    inspector = Inspector(daemon, page, vms, capabilities, netlink, storage, user)
+    goodputs = Goodputs(files.goodput)
+    inspector = Inspector(daemon, page, vms, capabilities, netlink, storage, leasing, goodputs, user)
     multichannel = Multichannel(PathManager(), files.run)
     await multichannel.endpoints.clean()
     compression = Compression(multichannel, page, user)
@@ -76,6 +82,7 @@ async def assemble(daemon: DaemonSettings, files: Files) -> Services:
         multichannel=multichannel,
         compression=compression,
     )
+    neighbours = Neighbours(daemon.name, page, Path(daemon.certificates), files.migrations)
     return Services(
         parts=parts,
         cpus=len(os.sched_getaffinity(0)),
@@ -83,6 +90,8 @@ async def assemble(daemon: DaemonSettings, files: Files) -> Services:
         incoming=Incoming(parts),
         disk_moves=DiskMoves(parts, views, user),
         views=views,
+        neighbours=neighbours,
+        leftovers=Leftovers(parts, neighbours),
     )
 
 

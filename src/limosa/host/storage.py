@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import time
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -20,7 +21,7 @@ from limosa.model.base import is_clean_path
 from limosa.model.storage import BackingFile, DiskFacts, DiskPlan, Location
 from limosa.model.units import format_bytes
 from limosa.model.vm import Disk, DiskFormat
-from limosa.storage import access, chains, identity, leases, qcow2
+from limosa.storage import access, chains, identity, leases, marks, qcow2
 from limosa.storage.locations import Locations
 from limosa.storage.stores import Store
 
@@ -30,10 +31,11 @@ _log = logging.getLogger(__name__)
 class Storage:
     """Where this host keeps images."""
 
-    def __init__(self, page: Page, files: Files, user: str | None) -> None:
+    def __init__(self, page: Page, files: Files, user: str | None, host: str) -> None:
         self._page = page
         self._files = files
         self._user = user
+        self._host = host
         #: places for moves that copy disks on this host or from it, and for those that bring disks; two lines, so that
         #: two hosts cannot wait for each other
         self.leaving = Slots(lambda: page.now.max_storage_moves)
@@ -87,15 +89,25 @@ class Storage:
         return list(dict.fromkeys(str(path) for path in found if places.of(str(path))))
 
     async def make(self, plan: DiskPlan) -> None:
-        """Hold space for the image of a copy, which will write all of it, and create it, durably. Raises
-        :class:`StorageError`; nothing is left then."""
+        """Hold space for the image of a copy, which will write all of it, and create it, durably, with the mark of one
+        that is not finished. Raises :class:`StorageError`; nothing is left then."""
         store = self.places.store(plan.location)
+        if os.path.lexists(plan.path):
+            raise StorageError(f"{plan.path} exists already")
         await self._hold(plan)
         try:
+            await asyncio.to_thread(store.mark, plan.path, marks.Mark(host=self._host, at=time.time()))
             await store.create(plan.path, plan.format, plan.virtual_bytes, plan.backing, thick=plan.thick, blank=False)
         except BaseException:
+            marks.forget(plan.path)
             self.settle(plan.path)
             raise
+
+    async def finish(self, paths: Iterable[str]) -> None:
+        """The images are whole and about to be a VM's: durably no unfinished copies any more. Raises
+        :class:`StorageError`; they must not be a VM's then."""
+        for path in paths:
+            await asyncio.to_thread(marks.finish, path)
 
     async def _hold(self, plan: DiskPlan) -> None:
         """Between plan and deed another copy may have taken the space, so it is looked at again."""
@@ -120,6 +132,7 @@ class Storage:
         try:
             await in_full(self.places.store_of(path).remove, path)
             leases.forget(path)
+            marks.forget(path)
         except (OSError, StorageError) as error:
             _log.error("%s is not used any more: %s", path, error)
 

@@ -11,6 +11,7 @@ import asyncio
 import logging
 import time
 import uuid
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import msgspec
@@ -103,6 +104,11 @@ class Vms:
         hosted.state = VmState.RUNNING if running else VmState.PAUSED
 
     # Looking
+
+    @property
+    def damaged(self) -> Mapping[str, LimosaError]:
+        """By name, the VMs whose file cannot be read, and why."""
+        return self._folders.damaged
 
     def get(self, name: str) -> HostedVm:
         """The VM of that name. Raises :class:`NotFound`, or :class:`StateError` if its file is damaged."""
@@ -199,6 +205,7 @@ class Vms:
                 raise self._wrong_state(hosted, "is started already")
             hosted.accelerator = self._launcher.accelerator(hosted.config)
             self._launcher.check_memory(hosted.config, self.committed_mib())
+            await self._launcher.claim_images(hosted.config)
             await self._leasing.take(hosted.config)
             try:
                 machine = await self._launcher.launch(hosted.config, hosted.accelerator, incoming=False)

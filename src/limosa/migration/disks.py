@@ -6,11 +6,14 @@ in the destination's location of the same name as here, else in its default one.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import PurePosixPath
 
 import msgspec
 
+from limosa.model.base import is_name
 from limosa.model.facts import DestinationFacts, VmFacts
 from limosa.model.finding import Finding
 from limosa.model.storage import BackingFile, DiskAction, DiskFacts, DiskPlan, Location
@@ -22,6 +25,7 @@ from limosa.storage.identity import same_file
 _TABLES = 1 + 2 / 4096
 _NAME_MAX = 40
 _LVMS_OWN = ("snapshot", "pvmove")
+_IMAGE_NAME = re.compile(r"(?P<vm>[^/]+)-(?P<disk>vd[a-z])\.(?P<tag>[a-z0-9]{12})\.(qcow2|raw)")
 
 
 def to_copy(vm: VmConfig, here: VmFacts, there: DestinationFacts, wishes: Mapping[str, str]) -> tuple[Disk, ...]:
@@ -49,6 +53,21 @@ def image_name(vm: str, disk: str, tag: str, image_format: str) -> str:
     """
     known_as = vm[:_NAME_MAX].replace("_", ".")
     return f"{'vm.' if known_as.startswith(_LVMS_OWN) else ''}{known_as}-{disk}.{tag}.{image_format}"
+
+
+@dataclass(frozen=True)
+class Made:
+    """What the name of an image says that a move has made."""
+
+    vm: str
+    disk: str
+    migration: str
+
+
+def read_image_name(name: str) -> Made | None:
+    """What :func:`image_name` was given; None if the name is not of that form."""
+    match = _IMAGE_NAME.fullmatch(name)
+    return Made(match["vm"], match["disk"], match["tag"]) if match and is_name(match["vm"]) else None
 
 
 def plan(

@@ -10,7 +10,7 @@ import msgspec
 
 from limosa.migration.examination import DisksHere
 from limosa.model.facts import VmFacts
-from limosa.model.network import HostNetwork
+from limosa.model.network import Carried, HostNetwork
 from limosa.model.route import Route
 from limosa.settings.host import ConvergencePolicy
 from limosa.transport.channel import Channel, SocketChannel
@@ -82,6 +82,9 @@ class Home(Protocol):
 
     def networks(self) -> AsyncIterator[HostNetwork]:
         """This host's network, again after each change."""
+
+    def learn(self, carried: Collection[Carried]) -> None:
+        """Remember how fast the networks of this move were. Never raises."""
 
     def bandwidth(self) -> int:
         """Bytes per second this move may use now, 0: no cap."""

@@ -105,22 +105,12 @@ class Journal:
 
     @classmethod
     def load(cls, path: Path) -> Journal:
-        """Read a journal. Raises :class:`StateError` if anything but its last line is damaged."""
-        try:
-            data = path.read_bytes()
-            lines = data.split(b"\n")
-            # Acts follow their line, so a last line without its newline stands for nothing that was done.
-            complete = lines[:-1]
-            header = msgspec.json.decode(complete[0], type=Header)
-            records = [msgspec.json.decode(line, type=Record) for line in complete[1:]]
-        except (OSError, IndexError, msgspec.MsgspecError, ValueError, RecursionError) as error:
-            raise StateError(
-                f"the journal {path} is damaged",
-                why=str(error),
-                todo="see docs/recovery.md; the VM is left as it is",
-            ) from error
-        if len(data) != sum(len(line) + 1 for line in complete):
-            os.truncate(path, sum(len(line) + 1 for line in complete))
+        """Read a journal that nobody writes, and mend its end. Raises :class:`StateError` if anything but its last
+        line is damaged."""
+        data, header, records = _read(path)
+        whole = data.rfind(b"\n") + 1
+        if len(data) != whole:
+            os.truncate(path, whole)
         return cls(path, header, records)
 
     @property
@@ -160,3 +150,28 @@ class Journal:
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
+
+
+def last_step(path: Path) -> str | None:
+    """The last step in a journal, which its move may be writing at the moment; None if only the header is there.
+
+    Raises :class:`StateError` if it is damaged.
+    """
+    _, _, records = _read(path)
+    return records[-1].step if records else None
+
+
+def _read(path: Path) -> tuple[bytes, Header, list[Record]]:
+    """All bytes of a journal, and what they say."""
+    try:
+        data = path.read_bytes()
+        # Acts follow their line, so a last line without its newline stands for nothing that was done.
+        complete = data.split(b"\n")[:-1]
+        header = msgspec.json.decode(complete[0], type=Header)
+        return data, header, [msgspec.json.decode(line, type=Record) for line in complete[1:]]
+    except (OSError, IndexError, msgspec.MsgspecError, ValueError, RecursionError) as error:
+        raise StateError(
+            f"the journal {path} is damaged",
+            why=str(error),
+            todo="see docs/recovery.md; the VM is left as it is",
+        ) from error

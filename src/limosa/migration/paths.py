@@ -7,6 +7,7 @@ that was announced when nothing led there yet, so the destination is asked to an
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import AsyncIterator, Iterable, Sequence
 from dataclasses import replace
 
@@ -14,10 +15,11 @@ import msgspec
 
 from limosa.errors import LimosaError
 from limosa.migration.peer import Peer
-from limosa.model.network import HostNetwork
+from limosa.model.network import Carried, HostNetwork
 from limosa.model.route import Compressed, Path, Route
 from limosa.transport.channel import Channel, Used
 from limosa.transport.choice import MOST_PATHS, Ends, direct_path
+from limosa.transport.goodput import Goodput
 
 
 class Paths:
@@ -27,6 +29,7 @@ class Paths:
         self._route = route
         self._ends = ends
         self._channels = channels
+        self._goodput = Goodput()
 
     async def look(self) -> Route:
         """The route as it is now; what has carried nothing yet is in it as it was chosen."""
@@ -34,6 +37,7 @@ class Paths:
         paths = {(path.here, path.there): path for path in self._route.paths}
         used = self._used()
         routed = [pair for pair in paths if not pair[0] and used]
+        self._goodput.saw(time.monotonic(), used)
         for one in used:
             paths[one.here, one.there] = self._path(one, paths.get((one.here, one.there)))
         for pair in routed:
@@ -41,13 +45,19 @@ class Paths:
         self._route = msgspec.structs.replace(self._route, paths=tuple(paths.values()), compressed=compressed)
         return self._route
 
+    def carried(self) -> tuple[Carried, ...]:
+        """How fast the networks were; nothing is known of those whose speed was not what the move waited for."""
+        # Behind relays a connection may wait for the one who compresses, and RDMA's is not seen.
+        return self._goodput.best() if self._route.transport in ("tcp", "multichannel") else ()
+
     def _used(self) -> list[Used]:
         """What all streams of the move have sent over each path."""
         sums: dict[tuple[str, str], Used] = {}
         for one in (used for channel in self._channels for used in channel.used()):
             ends = one.here, one.there
             before = sums.get(ends, Used(*ends, 0, alive=False))
-            sums[ends] = Used(*ends, before.sent_bytes + one.sent_bytes, before.alive or one.alive)
+            sent, busy_s = before.sent_bytes + one.sent_bytes, max(before.busy_s, one.busy_s)
+            sums[ends] = Used(*ends, sent, before.alive or one.alive, busy_s)
         return list(sums.values())
 
     def _path(self, used: Used, known: Path | None) -> Path:

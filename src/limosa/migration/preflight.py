@@ -39,6 +39,7 @@ def check(
         _programs(vm, here, there),
         _places(vm, there),
         _files(vm, here, there, copied),
+        _leases(here, copied),
         _network(there, reachable),
         _post_copy(here, there),
         _clock(there, clock_skew_s),
@@ -158,6 +159,14 @@ def _files(vm: VmConfig, here: VmFacts, there: DestinationFacts, copied: Collect
                 "file-not-writable",
                 f"host '{there.host}' may not write {path}",
                 "give QEMU's user there the right to write it",
+            )
+
+
+def _leases(here: VmFacts, copied: Collection[str]) -> Iterator[Finding]:
+    for conflict in here.leases:
+        if conflict.image not in copied:
+            yield Finding.error(
+                "image-leased", f"{conflict.image} cannot be handed to another host: {conflict.why}", conflict.todo
             )
 
 

@@ -133,7 +133,9 @@ class Settlement:
         """The guest runs here as before; people may operate it again."""
         await mirrors.drop(machine, self.move.header.migration, [disk.name for disk in self.move.header.vm.disks])
         await machine.forget_stream()
-        await self.move.home.reclaim()
+        # What was never promised is as it was, and may be another's: then the move was refused because of that.
+        if any(record.step == SourceStep.PREPARING for record in self.move.journal.records):
+            await self.move.home.reclaim()
         if self.move.header.was_running:
             await machine.resume_if_stopped()
         await self.move.home.vm_stays()
@@ -181,10 +183,11 @@ class Settlement:
             async with asyncio.timeout(ABORT_WITHIN_S):
                 if self.move.peer is None or self.move.peer.lost.done():
                     await self._connect()
-                    assert self.move.peer is not None
-                    standing = await self.move.peer.attach(self.move.header.migration)
-                if standing is None or standing.state not in (DestinationState.GONE, DestinationState.UNKNOWN):
-                    assert self.move.peer is not None
+                    standing = None
+                assert self.move.peer is not None
+                # It may not have heard of the move yet, and then there is nothing that it could be told to destroy.
+                standing = standing or await self.move.peer.attach(self.move.header.migration)
+                if standing.state not in (DestinationState.GONE, DestinationState.UNKNOWN):
                     await self.move.peer.abort(str(self.cause or "the move was undone"))
         except (LimosaError, TimeoutError):
             return False

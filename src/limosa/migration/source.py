@@ -101,6 +101,8 @@ class SourceMove:
             await self.tear_down()
         finally:
             unsubscribe()
+            if self.paths is not None and self.home.bandwidth() == 0:
+                self.home.learn(self.paths.carried())
             self._close_channel()
 
     async def send(self, machine: MachineProtocol) -> None:

@@ -32,6 +32,14 @@ class FileIdentity(Model, forbid_unknown_fields=False, frozen=True):
     private: bool = False
 
 
+class LeaseConflict(Model, forbid_unknown_fields=False, frozen=True):
+    """Why the source cannot promise the lease on an image to a destination, and what to do."""
+
+    image: str
+    why: str
+    todo: str
+
+
 class VmFacts(Model, forbid_unknown_fields=False, frozen=True):
     """What the source knows about the VM that is to move."""
 
@@ -45,6 +53,8 @@ class VmFacts(Model, forbid_unknown_fields=False, frozen=True):
     network: HostNetwork = HostNetwork()
     #: what it may send is capped
     capped: bool = False
+    #: images whose leases it could not hand on
+    leases: tuple[LeaseConflict, ...] = ()
 
 
 class DestinationFacts(Model, forbid_unknown_fields=False, frozen=True):

@@ -42,6 +42,14 @@ class HostNic(Model, forbid_unknown_fields=False, frozen=True):
     rdma_emulated: bool = False
 
 
+class Carried(Model, forbid_unknown_fields=False, frozen=True):
+    """What a move has got through the network between two addresses, in its best second."""
+
+    here: str
+    there: str
+    mbit_per_s: int
+
+
 class HostNetwork(Model, forbid_unknown_fields=False, frozen=True):
     """What one host brings to the choice of a way to another."""
 
@@ -54,7 +62,13 @@ class HostNetwork(Model, forbid_unknown_fields=False, frozen=True):
     encrypt: bool = True
     #: how much memory a QEMU may lock for RDMA, in MiB; null: any amount
     lockable_mib: int | None = None
+    #: by moves from here
+    carried: tuple[Carried, ...] = ()
 
     def nic_of(self, address: str) -> HostNic | None:
         """The NIC that has an address."""
         return next((nic for nic in self.nics if any(own.address == address for own in nic.addresses)), None)
+
+    def carried_to(self, here: str, there: str) -> int | None:
+        """Mbit/s from an address of ours to another host's; None if no move has measured it."""
+        return next((one.mbit_per_s for one in self.carried if (one.here, one.there) == (here, there)), None)

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from msgspec import Meta
 
-from limosa.model.base import AbsolutePath, Model, Name, is_clean_path
+from limosa.model.base import AbsolutePath, MigrationId, Model, Name, is_clean_path
 from limosa.model.vm import DiskFormat, DiskName
 
 Bytes = Annotated[int, Meta(ge=0)]
@@ -63,6 +63,8 @@ class Location(Model, forbid_unknown_fields=False, frozen=True):
     #: file system type, and what was mounted: a server and path, or a device; of ``lvm``, the group and pool
     file_system: str = ""
     source: str = ""
+    #: on a share: what the folder is called wherever the share is mounted, such as ``nas:/export/vms``
+    share: str = ""
     #: other hosts see the same files: the administrator says so, or it is a network file system
     shared: bool = False
     #: new images go here unless another location is asked for
@@ -73,6 +75,57 @@ class Location(Model, forbid_unknown_fields=False, frozen=True):
     #: what a new image may take: copies under way have their share taken off
     free_bytes: Bytes = 0
     fault: str = ""
+
+
+class Sighting(Model, forbid_unknown_fields=False, frozen=True):
+    """A location of this host that another host sees, and what that one calls it."""
+
+    location: Name
+    host: Name
+    #: its location, and the folder of that
+    as_location: Name
+    path: str
+
+
+class Leftover(Model, forbid_unknown_fields=False, frozen=True):
+    """An image that has the name of one that a move made, and that nothing on its host names.
+
+    It may be removed if ``doubts`` is empty: then it is the unfinished copy of a move that is over, and ``proof`` says
+    how that is known. Else it is only shown.
+    """
+
+    path: AbsolutePath
+    location: Name
+    vm: Name
+    disk: DiskName
+    migration: MigrationId
+    #: what it takes on its storage
+    size_bytes: Bytes
+    #: when it was written last, in seconds since the epoch
+    changed_at: float
+    #: the host whose move made it; empty if it carries no mark
+    host: str = ""
+    proof: tuple[str, ...] = ()
+    doubts: tuple[str, ...] = ()
+
+
+class ImageSought(Model, frozen=True):
+    """An image on shared storage, as one host describes it to another."""
+
+    migration: MigrationId
+    #: the location it is in, and its name there
+    location: Name
+    name: Annotated[str, Meta(pattern=r"\A[^/\x00-\x1f]{1,255}\Z")]
+    #: what its server calls it; empty if it is on no share
+    share: Annotated[str, Meta(max_length=4096)] = ""
+
+
+class ImageUse(Model, forbid_unknown_fields=False, frozen=True):
+    """What a host knows of an image that it was asked about: who uses it there, in words; empty if nobody."""
+
+    use: str
+    #: a VM or a move of the host names it
+    named: bool = False
 
 
 class BackingFile(Model, forbid_unknown_fields=False, frozen=True):

@@ -11,6 +11,7 @@ host's, each time a VM comes or goes.
 
 from __future__ import annotations
 
+import asyncio
 import fcntl
 import os
 import secrets
@@ -46,9 +47,20 @@ class Tap:
 async def open_tap(netlink: Netlink, switch: str) -> Tap:
     """A new tap, up and plugged into ``switch``, with its MTU; takes a few milliseconds.
 
-    Raises :class:`NetworkError`; nothing is left then.
+    Raises :class:`NetworkError`; nothing is left then, nor if it is cancelled.
     """
-    return await netlink.run(lambda socket: plug_in(socket, switch))
+    opening = asyncio.ensure_future(netlink.run(lambda socket: plug_in(socket, switch)))
+    try:
+        return await asyncio.shield(opening)
+    except asyncio.CancelledError:
+        # What has begun goes on in its thread, and nobody else would know of its tap.
+        opening.add_done_callback(_let_go)
+        raise
+
+
+def _let_go(opening: asyncio.Future[Tap]) -> None:
+    if not opening.cancelled() and opening.exception() is None:
+        opening.result().close()
 
 
 def plug_in(socket: IPRoute, switch: str) -> Tap:

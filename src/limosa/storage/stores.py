@@ -17,7 +17,8 @@ from limosa.errors import StorageError
 from limosa.model.storage import BackingFile, Location, LocationKind
 from limosa.model.vm import DiskFormat
 from limosa.settings.toml import sync_folder
-from limosa.storage import images, mounts, speed
+from limosa.storage import images, marks, mounts, speed
+from limosa.storage.marks import Mark
 
 
 class Store(Protocol):
@@ -40,6 +41,10 @@ class Store(Protocol):
 
     def taken(self, path: str) -> int:
         """Bytes an image takes. Raises :class:`StorageError`."""
+
+    def mark(self, path: str, mark: Mark) -> None:
+        """Before an image is created that is a copy: say so beside it (:mod:`limosa.storage.marks`), where that is the
+        way. Raises :class:`StorageError`; it must not be created then."""
 
     async def create(
         self,
@@ -92,6 +97,7 @@ class Folder:
             path=self.root,
             file_system=mount.kind,
             source=mount.source,
+            share=mounts.name_on_server(self.root),
             shared=self.shared or bool(mount.share),
             default=default,
             speed=speed.of_mount(status.st_dev, mount),
@@ -109,6 +115,10 @@ class Folder:
             return os.stat(path).st_blocks * 512
         except OSError as error:
             raise StorageError(f"cannot look at {path}", why=error.strerror or str(error)) from error
+
+    def mark(self, path: str, mark: Mark) -> None:
+        """See :class:`Store`."""
+        marks.begin(path, mark)
 
     async def create(
         self,

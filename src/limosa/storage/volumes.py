@@ -23,6 +23,7 @@ from limosa.errors import StorageError
 from limosa.model.storage import BackingFile, Location, LocationKind
 from limosa.model.vm import DiskFormat
 from limosa.storage import lvm, speed
+from limosa.storage.marks import Mark
 
 #: Of linux/fs.h: write zeroes, by whatever is quickest on the device. Takes the first byte and a count.
 _BLKZEROOUT = 0x127F
@@ -73,6 +74,10 @@ class Volumes:
         if volume is None:
             raise StorageError(f"there is no logical volume {path}")
         return volume.taken_bytes
+
+    def mark(self, path: str, mark: Mark) -> None:
+        """See :class:`Store`. Nothing lies beside a volume: what was left of a crash is for journals, or a person who
+        asks ``lvs @limosa``."""
 
     async def create(
         self,

@@ -16,7 +16,7 @@ from limosa.model.finding import Finding
 from limosa.model.network import HostNetwork, HostNic
 from limosa.model.route import Route
 from limosa.transport import rdma
-from limosa.transport.choice import Ends, choose, is_allowed
+from limosa.transport.choice import SLOWER, Ends, choose, is_allowed
 from limosa.transport.teams import BY_PORT, HASHING
 
 #: Below it a page that a guest waits for in post-copy comes noticeably late behind those that are sent anyway.
@@ -28,6 +28,7 @@ def advise(name: str, network: HostNetwork, *, post_copy: bool) -> tuple[Route, 
     rules = (
         _networks(network),
         _links(network),
+        _slower_than_said(network),
         _multipath(network),
         _same_network(network),
         *(_team(network, nic) for nic in network.nics),
@@ -92,6 +93,17 @@ def _links(network: HostNetwork) -> Iterator[Finding]:
         if nic.up and not nic.carrier and nic.kind != "bridge" and (nic.addresses or nic.master):
             yield Finding.warning(
                 "no-link", f"{nic.name} is up and has no link", "see its cable and the port of its switch"
+            )
+
+
+def _slower_than_said(network: HostNetwork) -> Iterator[Finding]:
+    for path in network.carried:
+        nic = network.nic_of(path.here)
+        if nic is not None and nic.speed_mbit_per_s and SLOWER * path.mbit_per_s < nic.speed_mbit_per_s:
+            yield Finding.warning(
+                "network-slower-than-nic",
+                f"{nic.name} says {nic.speed_mbit_per_s} Mbit/s, but a move to {path.there} got {path.mbit_per_s}",
+                "see the switches and cables between, and what else uses them",
             )
 
 

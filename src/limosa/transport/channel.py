@@ -24,13 +24,14 @@ from limosa.qemu.protocol import RdmaAddress
 class Used:
     """How much went from one address to another: payload the other end has acknowledged.
 
-    ``alive``: a connection between the two is open.
+    ``alive``: a connection between the two is open. ``busy_s``: seconds in which something was under way.
     """
 
     here: str
     there: str
     sent_bytes: int
     alive: bool = True
+    busy_s: float = 0.0
 
 
 class Channel(Protocol):

@@ -203,7 +203,7 @@ def direct_path(here: HostNetwork, there: HostNetwork, address: str) -> Path | N
     far = there.nic_of(address)
     if far is None or not far.carrier or not is_allowed(address, here.allowed):
         return None
-    paths = [_path(near, own, far, address) for near, own in _neighbours(here, address)]
+    paths = [_path(near, own, far, address, here.carried_to(own, address)) for near, own in _neighbours(here, address)]
     return max(paths, key=lambda path: path.speed_mbit_per_s or 0, default=None)
 
 
@@ -217,10 +217,18 @@ def _neighbours(here: HostNetwork, address: str) -> Iterator[tuple[HostNic, str]
                 yield nic, own.address
 
 
-def _path(near: HostNic, own: str, far: HostNic, address: str) -> Path:
+def _path(near: HostNic, own: str, far: HostNic, address: str, carried: int | None) -> Path:
     speeds = near.speed_mbit_per_s, far.speed_mbit_per_s
     slower = None if None in speeds else min(speed for speed in speeds if speed is not None)
-    return Path(here=own, there=address, nic_here=near.name, nic_there=far.name, speed_mbit_per_s=slower)
+    speed = _real(slower, carried)
+    return Path(here=own, there=address, nic_here=near.name, nic_there=far.name, speed_mbit_per_s=speed)
+
+
+def _real(said: int | None, carried: int | None) -> int | None:
+    """A path's speed by what its NICs say and what a move got through it. What TCP and TLS cost makes it no slower."""
+    if said is None or carried is None:
+        return said or carried
+    return carried if carried * SLOWER < said else said
 
 
 def _routed(ends: Ends, address: str) -> Path:

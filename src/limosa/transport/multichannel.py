@@ -68,7 +68,8 @@ class MultichannelChannel(tcp.TcpChannel):
         for number, one in self._seen.items():
             ends = one.here, one.there
             before = sums.get(ends, Used(*ends, 0, alive=False))
-            sums[ends] = Used(*ends, before.sent_bytes + one.sent_bytes, before.alive or number in alive)
+            sent, busy_s = before.sent_bytes + one.sent_bytes, max(before.busy_s, one.busy_s)
+            sums[ends] = Used(*ends, sent, before.alive or number in alive, busy_s)
         return tuple(sums.values())
 
     def close(self) -> None:
@@ -171,7 +172,7 @@ def subflows(connection: socket.socket) -> dict[int, Used]:
         info = infos.raw[place * _TCP_INFO_BYTES :][:_TCP_INFO_BYTES]
         (number,) = struct.unpack_from("=I", flow)
         here, there = _address(flow[_LOCAL_AT:]), _address(flow[_PEER_AT:])
-        found[number] = Used(here, there, tcp.acknowledged_in(info))
+        found[number] = tcp.used_by(info, here, there)
     return found
 
 

@@ -34,8 +34,8 @@ TOKEN_WITHIN_S = 5.0
 PORTERS = 8
 
 _TOKEN_BYTES = 16
-#: Where tcpi_bytes_acked lies in struct tcp_info (linux/tcp.h).
-_BYTES_ACKED_AT = 120
+#: Where tcpi_bytes_acked and tcpi_busy_time (microseconds) lie in struct tcp_info (linux/tcp.h).
+_BYTES_ACKED_AT, _BUSY_TIME_AT = 120, 168
 _TCP_INFO_BYTES = 256
 #: What may wait in a shortened socket before QEMU has to wait itself (tcp(7)).
 _UNSENT_BYTES = 128 * 1024
@@ -56,7 +56,8 @@ class TcpChannel:
     def used(self) -> tuple[Used, ...]:
         """See :class:`limosa.transport.channel.Channel`."""
         with contextlib.suppress(OSError):  # also if it is closed
-            self._used = Used(self.stream.getsockname()[0], self.stream.getpeername()[0], acknowledged(self.stream))
+            info = self.stream.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO_BYTES)
+            self._used = used_by(info, self.stream.getsockname()[0], self.stream.getpeername()[0])
         return (self._used,) if self._used is not None else ()
 
     async def compressed(self) -> Compressed | None:
@@ -221,16 +222,10 @@ async def reachable(address: str, port: int) -> bool:
     return True
 
 
-def acknowledged(connection: socket.socket) -> int:
-    """Bytes of payload the other end has acknowledged (tcp(7)). Raises ``OSError``."""
-    info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO_BYTES)
-    return acknowledged_in(info)
-
-
-def acknowledged_in(info: bytes) -> int:
-    """The same from a ``struct tcp_info``."""
-    (count,) = struct.unpack_from("=Q", info, _BYTES_ACKED_AT)
-    return int(count)
+def used_by(info: bytes, here: str, there: str) -> Used:
+    """What a ``struct tcp_info`` says of a connection between two addresses."""
+    (sent,), (busy_us,) = (struct.unpack_from("=Q", info, at) for at in (_BYTES_ACKED_AT, _BUSY_TIME_AT))
+    return Used(here, there, sent, busy_s=busy_us / 1e6)
 
 
 def listen(address: str, port: int, protocol: int = socket.IPPROTO_TCP) -> socket.socket:

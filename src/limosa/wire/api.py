@@ -11,7 +11,7 @@ from limosa.model.finding import Finding
 from limosa.model.migration import Migration, Side
 from limosa.model.network import HostNetwork
 from limosa.model.route import Route
-from limosa.model.storage import DiskPlan, Location
+from limosa.model.storage import DiskPlan, ImageSought, ImageUse, Leftover, Location, Sighting
 from limosa.model.vm import (
     CloudInit,
     CpuModel,
@@ -169,6 +169,44 @@ class LocationList(Model, forbid_unknown_fields=False, frozen=True):
     """The locations of a host, by name."""
 
     locations: tuple[Location, ...]
+
+
+class SightingList(Model, forbid_unknown_fields=False, frozen=True):
+    """Which other hosts see which locations; and why some hosts that are known could not be asked, by name."""
+
+    sightings: tuple[Sighting, ...]
+    silent: dict[Name, str] = {}
+
+
+class LeftoverList(Model, forbid_unknown_fields=False, frozen=True):
+    """Images with names that moves gave them and that nothing on the host names, by path."""
+
+    leftovers: tuple[Leftover, ...]
+
+
+class CleanRequest(Model, frozen=True):
+    """Remove these images, or with no paths all that may be removed."""
+
+    paths: Annotated[tuple[AbsolutePath, ...], Meta(max_length=4096)] = ()
+
+
+class CleanReport(Model, forbid_unknown_fields=False, frozen=True):
+    """What was removed, and what stayed after all; the doubts of those say why."""
+
+    removed: tuple[Leftover, ...]
+    kept: tuple[Leftover, ...] = ()
+
+
+class ImagesSought(Model, frozen=True):
+    """A host asks another about images that both may see."""
+
+    images: Annotated[tuple[ImageSought, ...], Meta(max_length=4096)]
+
+
+class ImageUses(Model, forbid_unknown_fields=False, frozen=True):
+    """The answer to :class:`ImagesSought`, in its order."""
+
+    uses: tuple[ImageUse, ...]
 
 
 class MigrationList(Model, forbid_unknown_fields=False, frozen=True):

@@ -71,6 +71,23 @@ MOVE_DISKS = Endpoint(
     Role.OPERATOR,
     "Move disks of a running VM to another location of the host",
 )
+SIGHTINGS = Endpoint(
+    "GET", "/v1/storage/hosts", api.Empty, api.SightingList, Role.VIEWER, "Which other hosts see which locations"
+)
+LEFTOVERS = Endpoint(
+    "GET", "/v1/storage/leftovers", api.Empty, api.LeftoverList, Role.VIEWER, "Images that moves left behind"
+)
+CLEAN = Endpoint(
+    "POST",
+    "/v1/storage/removals",
+    api.CleanRequest,
+    api.CleanReport,
+    Role.OPERATOR,
+    "Remove images that moves left behind and that nobody uses",
+)
+IMAGE_USES = Endpoint(
+    "POST", "/v1/storage/uses", api.ImagesSought, api.ImageUses, Role.HOST, "Who uses these images on shared storage"
+)
 RELEASE_IMAGE = Endpoint(
     "POST",
     "/v1/storage/releases",

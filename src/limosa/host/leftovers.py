@@ -1,0 +1,261 @@
+"""Images that a crash left behind: found, shown with what proves that nobody uses them, and removed.
+
+Journals and records remove what a move made. Where they are lost, with the state folder of a host or on a disk that was
+mended, the images stay. An image is offered for removal only if all of this holds:
+
+- the mark of an unfinished copy is beside it (:mod:`limosa.storage.marks`), and its name is one that a move gives;
+- nothing on this host has a claim to it (:mod:`limosa.host.claims`): no VM, image above it, unfinished or damaged
+  journal, process, lock or lease;
+- where other hosts see it, all that are known were asked, the one that made it among them, and say the same.
+
+Whatever cannot be known is a doubt, and an image with a doubt is shown and never removed. Images without a mark,
+such as those ``--keep`` left, are always doubted. To remove one the mark is taken first, so that no VM can be started
+on it; then everything is asked once more.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import stat
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from limosa.errors import Conflict, LimosaError, NotFound, StorageError
+from limosa.host.claims import Claims, Known
+from limosa.host.neighbours import Neighbours
+from limosa.host.parts import Parts
+from limosa.migration.disks import read_image_name
+from limosa.model.storage import ImageSought, ImageUse, Leftover, Location
+from limosa.storage import leases, marks, mounts, openers
+from limosa.wire import endpoints
+from limosa.wire.api import CleanReport, ImagesSought
+
+_log = logging.getLogger(__name__)
+
+
+class Leftovers:
+    """Those of one host."""
+
+    def __init__(self, parts: Parts, neighbours: Neighbours) -> None:
+        self._host = parts.name
+        self._vms = parts.vms
+        self._storage = parts.storage
+        self._migrations = parts.files.migrations
+        self._neighbours = neighbours
+        self._cleaning = asyncio.Lock()
+
+    async def look(self) -> tuple[Leftover, ...]:
+        """Every image that may be one, by path. Never fails because of a location that cannot be read."""
+        locations = await self._storage.locations()
+        found = await asyncio.to_thread(lambda: {one.path: one for place in locations for one in _candidates(place)})
+        shared = {location.name for location in locations if location.shared}
+        return await self._judge([found[path] for path in sorted(found)], shared)
+
+    async def clean(self, paths: Sequence[str]) -> CleanReport:
+        """Remove those that are named, or all that may be removed.
+
+        Raises :class:`NotFound` and :class:`Conflict` if one that is named may not be, before anything is removed. One
+        of which the proof does not hold any more when its turn comes stays, and the report says why.
+        """
+        async with self._cleaning:
+            found = {one.path: one for one in await self.look()}
+            for path in paths:
+                self._check(path, found.get(path))
+            chosen = [found[path] for path in dict.fromkeys(paths)] or [one for one in found.values() if not one.doubts]
+            removed, kept = [], []
+            for one in chosen:
+                try:
+                    await self._remove(one)
+                    removed.append(one)
+                except LimosaError as error:
+                    kept.append(msgspec.structs.replace(one, proof=(), doubts=(str(error),)))
+            return CleanReport(removed=tuple(removed), kept=tuple(kept))
+
+    async def uses(self, images: Sequence[ImageSought]) -> tuple[ImageUse, ...]:
+        """For another host: who uses these images here."""
+        claims = await self._claims()
+        places = self._storage.places
+        shared = {location.name for location in await self._storage.locations() if location.shared}
+
+        def use(sought: ImageSought) -> ImageUse:
+            seen = [Path(path) for path in mounts.paths_of(sought.share)] if sought.share else []
+            if sought.location in shared:
+                seen.append(places.path(sought.location) / sought.name)
+            reasons = [reason for path in seen if (reason := claims.on(path, sought.migration))] + claims.unread
+            named = any(claims.by_name(path, sought.migration) for path in seen)
+            return ImageUse(use="; ".join(dict.fromkeys(reasons)), named=named)
+
+        return await asyncio.to_thread(lambda: tuple(use(sought) for sought in images))
+
+    async def _claims(self) -> Claims:
+        places, known = self._storage.places, Known.of(self._vms)
+        folders = [places.path(name) for name in places.names]
+        return await asyncio.to_thread(Claims.look, self._migrations, known, folders)
+
+    async def _judge(self, found: Sequence[Leftover], shared: Collection[str]) -> tuple[Leftover, ...]:
+        """The same with proof and doubts, without those that are in use."""
+        claims = await self._claims()
+        unused = [one for one in found if not claims.by_name(Path(one.path), one.migration)]
+        elsewhere = await self._ask([one for one in unused if one.location in shared])
+
+        def judge(one: Leftover) -> Leftover:
+            others = elsewhere.get(one.path)
+            return _judged(one, self._host, _doubts_here(one, claims, self._host), others)
+
+        judged = await asyncio.to_thread(lambda: [judge(one) for one in unused])
+        return tuple(one for one in judged if not _is_named(elsewhere.get(one.path)))
+
+    async def _ask(self, images: Sequence[Leftover]) -> dict[str, Elsewhere]:
+        """What other hosts say of images on shared storage, by path."""
+        if not images:
+            return {}
+        sought = await asyncio.to_thread(lambda: tuple(_sought(image) for image in images))
+        answers = await self._neighbours.ask(endpoints.IMAGE_USES, ImagesSought(images=sought))
+        given = {host: reply.uses for host, reply in answers.given.items() if len(reply.uses) == len(images)}
+        silent = {**answers.silent, **dict.fromkeys(answers.given.keys() - given.keys(), "it answered something else")}
+        return {
+            image.path: Elsewhere({host: uses[number] for host, uses in given.items()}, silent)
+            for number, image in enumerate(images)
+        }
+
+    def _check(self, path: str, found: Leftover | None) -> None:
+        if found is None:
+            raise NotFound(
+                f"{path} is no image that a move left behind",
+                why="it was not made by a move, or a VM or a move uses it",
+                todo="'limosa storage leftovers' shows which there are",
+                host=self._host,
+            )
+        if found.doubts:
+            raise Conflict(
+                f"{path} stays: it is not certain that nobody needs it",
+                why="; ".join(found.doubts),
+                todo="if you know that nobody does, delete the file yourself",
+                host=self._host,
+            )
+
+    async def _remove(self, one: Leftover) -> None:
+        """Remove an image if it is still certain that nobody uses it. Raises :class:`Conflict` or ``StorageError``."""
+        if not await asyncio.to_thread(marks.condemn, one.path):
+            raise Conflict(f"{one.path} has become somebody's", host=self._host)
+        try:
+            shared = {location.name for location in await self._storage.locations() if location.shared}
+            again = await self._judge([one], shared)
+            if not again or again[0].doubts:
+                why = "; ".join(again[0].doubts) if again else "a VM or a move names it"
+                raise Conflict(f"{one.path} has become somebody's", why=why, host=self._host)
+            await asyncio.to_thread(_unlink, one.path)
+        except BaseException:
+            with suppress(OSError):  # the next look finds it all the same
+                marks.spare(one.path)
+            raise
+        _log.info("removed %s, which a move of VM %s had not finished", one.path, one.vm)
+
+
+@dataclass(frozen=True)
+class Elsewhere:
+    """What other hosts say of an image, by name, and why some say nothing."""
+
+    uses: Mapping[str, ImageUse]
+    silent: Mapping[str, str]
+
+
+def _candidates(location: Location) -> Iterator[Leftover]:
+    """The images in a location that have the name of one that a move made."""
+    folder = Path(location.path)
+    try:
+        marked = {found.image.name: found.mark for found in marks.find(folder)}
+        names = {*os.listdir(folder), *marked}
+    except OSError:
+        return
+    for name in sorted(names):
+        made, mark = read_image_name(name), marked.get(name)
+        if made is None:
+            continue
+        try:
+            status: os.stat_result | None = os.lstat(folder / name)
+        except OSError:
+            status = None  # a mark whose image is not made yet, or no more
+        if status is None or stat.S_ISREG(status.st_mode):
+            yield Leftover(
+                path=str(folder / name),
+                location=location.name,
+                vm=made.vm,
+                disk=made.disk,
+                migration=made.migration,
+                size_bytes=status.st_blocks * 512 if status is not None else 0,
+                changed_at=status.st_mtime if status is not None else mark.at if mark is not None else 0.0,
+                host=mark.host if mark is not None else "",
+            )
+
+
+def _doubts_here(one: Leftover, claims: Claims, host: str) -> list[str]:
+    """What on this host keeps it from being certain that nobody uses the image."""
+    doubts = []
+    if not one.host:
+        doubts.append(
+            "it carries no mark of an unfinished copy: it was kept, or was the disk of a VM that is not known any more"
+        )
+    if claim := claims.on(Path(one.path), one.migration):
+        doubts.append(claim)
+    try:
+        lease = leases.read(one.path)
+    except LimosaError as error:
+        return [*doubts, *claims.unread, str(error)]
+    if lease.host not in ("", host) or lease.promised_to:
+        doubts.append(f"host '{lease.promised_to or lease.host}' may write it, by the lease beside it")
+    return [*doubts, *claims.unread]
+
+
+def _judged(one: Leftover, host: str, doubts: list[str], others: Elsewhere | None) -> Leftover:
+    """The image with all doubts, or with the proof; pure. ``others``: None if no other host sees it."""
+    maker_is_asked = one.host in ("", host) or (others is not None and one.host in others.uses)
+    if not maker_is_asked:
+        doubts = [*doubts, f"host '{one.host}' made it, and only that host knows its own moves"]
+    if others is not None:
+        doubts = [*doubts, *(f"host '{name}' cannot be asked: {why}" for name, why in others.silent.items())]
+        doubts += [f"on host '{name}': {use.use}" for name, use in others.uses.items() if use.use]
+        if not others.uses and not others.silent:
+            doubts.append("other hosts may use it, and none is known: name them in the setting 'peers'")
+    if doubts:
+        return msgspec.structs.replace(one, doubts=tuple(doubts))
+    proof = [
+        f"by the mark beside it, move {one.migration} on host '{one.host}' had not finished it",
+        f"no VM of host '{host}' names it, no image lies above it, and no unfinished journal speaks of its move",
+        "no process has it open, and nobody holds QEMU's lock on it",
+    ]
+    if others is not None:
+        proof.append(f"asked, and saying the same: {', '.join(others.uses)}")
+    return msgspec.structs.replace(one, proof=tuple(proof))
+
+
+def _is_named(others: Elsewhere | None) -> bool:
+    return others is not None and any(use.named for use in others.uses.values())
+
+
+def _sought(image: Leftover) -> ImageSought:
+    try:
+        share = mounts.name_on_server(str(Path(image.path).parent))
+    except OSError:
+        share = ""
+    name = Path(image.path).name
+    return ImageSought(
+        migration=image.migration, location=image.location, name=name, share=f"{share}/{name}" if share else ""
+    )
+
+
+def _unlink(path: str) -> None:
+    if os.path.lexists(path):
+        with openers.alone(Path(path)):
+            try:
+                os.unlink(path)
+            except OSError as error:
+                raise StorageError(f"cannot remove {path}", why=error.strerror or str(error)) from error
+    leases.forget(path)
+    marks.forget(path)

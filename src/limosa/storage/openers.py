@@ -1,0 +1,108 @@
+"""Who has a file open, and having it to oneself while it is removed.
+
+To look, ``/proc`` is read (proc(5)) and QEMU's lock on the image is asked for; neither disturbs anybody. To remove, the
+kernel itself is made to say that nobody else has the file open, by a lease (fcntl(2), F_SETLEASE): it gives one to
+write only where there is no other descriptor, loop devices and servers inside the kernel included, and keeps who opens
+the file from now on waiting. File systems that know no leases are looked at in ``/proc`` once more.
+
+QEMU's lock is on bytes 100 to 299 of the image (RAW_LOCK_PERM_BASE in block/file-posix.c): who has the image open holds
+some of them, so a lock on all of them keeps every QEMU out, by NFS also those of other hosts.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import signal
+import stat
+import struct
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from limosa.errors import StorageError
+
+#: struct flock: type, whence, start, length, pid (of 0 for locks of an open file description)
+_FLOCK = "hhqqi0q"
+_QEMU_FROM, _QEMU_COUNT = 100, 200
+#: fcntl(2): which signal tells of somebody who wants the file; one that is ignored unless it is handled, because the
+#: usual one would end the daemon
+_F_SETSIG = 10
+_NO_LEASES = {errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOLCK}
+
+#: Device and inode of a file.
+FileKey = tuple[int, int]
+
+
+def everywhere() -> dict[FileKey, str]:
+    """Every file that is open on this host, by any process or as a loop device, with who has it, in words."""
+    found: dict[FileKey, str] = {}
+    for process in (name for name in os.listdir("/proc") if name.isdecimal() and int(name) != os.getpid()):
+        folder = f"/proc/{process}/fd"
+        with suppress(OSError):  # it has ended
+            for descriptor in os.listdir(folder):
+                with suppress(OSError):
+                    found.setdefault(key(os.stat(f"{folder}/{descriptor}")), f"process {process} has it open")
+    for loop in Path("/sys/block").glob("loop*/loop/backing_file"):
+        with suppress(OSError):
+            found[key(os.stat(loop.read_text().rstrip("\n")))] = f"it is the loop device {loop.parents[1].name}"
+    return found
+
+
+def key(status: os.stat_result) -> FileKey:
+    """What tells a file from others on this host."""
+    return status.st_dev, status.st_ino
+
+
+def use_of(image: Path, open_files: Mapping[FileKey, str]) -> str:
+    """Who uses the image, in words; empty if nobody. Raises ``OSError``."""
+    descriptor = os.open(image, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        who = open_files.get(key(os.fstat(descriptor)), "")
+        return who or ("" if _is_unlocked(descriptor) else "a QEMU holds its lock")
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def alone(image: Path) -> Iterator[None]:
+    """Have the image to oneself: nobody has it open, and no QEMU can open it meanwhile.
+
+    Raises :class:`StorageError` if somebody has, or it is no plain file.
+    """
+    try:
+        descriptor = os.open(image, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        raise StorageError(f"cannot open {image}", why=error.strerror or str(error)) from error
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise StorageError(f"{image} is no file")
+        if why := _obstacle(descriptor):
+            raise StorageError(f"{image} is in use", why=why)
+        yield
+    finally:
+        os.close(descriptor)  # and with it go lock and lease
+
+
+def _obstacle(descriptor: int) -> str:
+    try:
+        fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, _qemus_bytes())
+    except OSError as error:
+        return "a QEMU holds its lock" if error.errno in (errno.EAGAIN, errno.EACCES) else str(error)
+    try:
+        fcntl.fcntl(descriptor, _F_SETSIG, signal.SIGURG)
+        fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+    except OSError as error:
+        who = everywhere().get(key(os.fstat(descriptor)), "")
+        return who or ("" if error.errno in _NO_LEASES else "somebody has it open")
+    return ""
+
+
+def _is_unlocked(descriptor: int) -> bool:
+    answer = fcntl.fcntl(descriptor, fcntl.F_OFD_GETLK, _qemus_bytes())
+    return int(struct.unpack(_FLOCK, answer)[0]) == fcntl.F_UNLCK
+
+
+def _qemus_bytes() -> bytes:
+    return struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, _QEMU_FROM, _QEMU_COUNT, 0)

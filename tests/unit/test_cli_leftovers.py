@@ -1,0 +1,122 @@
+"""``limosa storage leftovers`` and ``clean``: what is shown, what is asked, and what is sent then."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+import pytest
+from standin import StandIn
+
+from limosa.cli.main import main
+from limosa.errors import Conflict
+from limosa.model.storage import Leftover
+from limosa.wire import endpoints
+from limosa.wire.api import CleanReport, CleanRequest, LeftoverList
+
+OLD = Leftover(
+    path="/srv/fast/web1-vda.abcdefabcdef.qcow2",
+    location="fast",
+    vm="web1",
+    disk="vda",
+    migration="abcdefabcdef",
+    size_bytes=3 << 20,
+    changed_at=0.0,
+    host="alpha",
+    proof=("no process has it open",),
+)
+KEPT = msgspec.structs.replace(
+    OLD, path="/srv/fast/db1-vda.fedcbafedcba.raw", proof=(), doubts=("it carries no mark\x1b[2J",)
+)
+
+
+@pytest.fixture
+def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIn]:
+    monkeypatch.setenv("LIMOSA_SOCKET", str(tmp_path / "s"))
+    monkeypatch.chdir("/srv")
+    answers = {
+        endpoints.LEFTOVERS: lambda _: LeftoverList(leftovers=(KEPT, OLD)),
+        endpoints.CLEAN: lambda _: CleanReport(removed=(OLD,)),
+    }
+    with StandIn(tmp_path / "s", answers) as standin:
+        yield standin
+
+
+def answer(monkeypatch: pytest.MonkeyPatch, words: str) -> list[str]:
+    """Answer from a terminal. Gives the questions."""
+    questions: list[str] = []
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True)
+    monkeypatch.setattr("builtins.input", lambda question: questions.append(question) or words)
+    return questions
+
+
+def asked_to_remove(host: StandIn) -> list[CleanRequest]:
+    return [
+        msgspec.json.decode(body, type=CleanRequest) for endpoint, _, body in host.seen if endpoint is endpoints.CLEAN
+    ]
+
+
+def test_they_are_shown_with_proof_or_doubts(host: StandIn, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["storage", "leftovers"]) == 0
+    shown = capsys.readouterr().out
+    assert OLD.path in shown
+    assert "3.0 MiB, written" in shown
+    assert "disk vda of VM 'web1', named by move abcdefabcdef on host 'alpha'" in shown
+    assert "- no process has it open" in shown
+    assert "stays, because" in shown
+    assert "\x1b" not in shown
+    assert shown.endswith("1 image (3.0 MiB) may be removed: limosa storage clean\n")
+    assert main(["storage", "leftovers", "--json"]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["path"] for line in lines] == [KEPT.path, OLD.path]
+
+
+def test_what_was_shown_is_removed(
+    host: StandIn, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    questions = answer(monkeypatch, "y")
+    assert main(["storage", "clean"]) == 0
+    assert questions == ["Remove 1 image (3.0 MiB)? [y/N] "]
+    assert asked_to_remove(host) == [CleanRequest(paths=(OLD.path,))]
+    shown = capsys.readouterr().out
+    assert "no process has it open" in shown
+    assert shown.endswith("is removed\n3.0 MiB are free again\n")
+
+
+@pytest.mark.parametrize("words", ["", "n", "nothing"])
+def test_nothing_is_removed_without_a_yes(host: StandIn, monkeypatch: pytest.MonkeyPatch, words: str) -> None:
+    answer(monkeypatch, words)
+    assert main(["storage", "clean"]) == 0
+    assert asked_to_remove(host) == []
+
+
+def test_a_script_must_say_yes(host: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: False)
+    assert main(["storage", "clean"]) == 2
+    assert asked_to_remove(host) == []
+    assert main(["storage", "clean", "--yes", "fast/../fast/web1-vda.abcdefabcdef.qcow2"]) == 0
+    assert main(["storage", "clean", "--yes"]) == 0
+    assert asked_to_remove(host) == [CleanRequest(paths=(OLD.path,)), CleanRequest()]
+
+
+def test_what_is_no_leftover_the_host_refuses(host: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    questions = answer(monkeypatch, "y")
+    main(["storage", "clean", "/srv/own.raw"])
+    assert questions == []
+    assert asked_to_remove(host) == [CleanRequest(paths=("/srv/own.raw",))]
+
+
+def test_what_stays_after_all(host: StandIn, capsys: pytest.CaptureFixture[str]) -> None:
+    host.answers[endpoints.CLEAN] = lambda _: CleanReport(removed=(), kept=(KEPT,))
+    assert main(["storage", "clean", "--yes"]) == Conflict.exit_code
+    assert f"{KEPT.path} stays: it carries no mark" in capsys.readouterr().err
+
+
+def test_there_is_nothing(host: StandIn, capsys: pytest.CaptureFixture[str]) -> None:
+    host.answers[endpoints.LEFTOVERS] = lambda _: LeftoverList(leftovers=())
+    for verb in ("leftovers", "clean"):
+        assert main(["storage", verb]) == 0
+        assert capsys.readouterr().out == "there is no image that may be removed\n"

@@ -1,0 +1,71 @@
+"""How fast a network really was, and what the host remembers of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from limosa.host import goodput
+from limosa.host.goodput import Goodputs
+from limosa.model.network import Carried
+from limosa.transport.channel import Used
+from limosa.transport.goodput import Goodput
+
+
+def used(sent_mb: float, busy_s: float, here: str = "10.0.0.1") -> Used:
+    return Used(here, "10.0.0.2", round(sent_mb * 1e6), busy_s=busy_s)
+
+
+def measured(*looks: tuple[float, Used]) -> list[int]:
+    seen = Goodput()
+    for at, look in looks:
+        seen.saw(at, [look])
+    return [one.mbit_per_s for one in seen.best()]
+
+
+def test_the_best_second_counts() -> None:
+    assert measured((10.0, used(0, 0)), (11.0, used(100, 1)), (12.0, used(215, 2)), (13.0, used(300, 3))) == [920]
+
+
+def test_a_second_that_waited_for_the_sender_says_nothing() -> None:
+    assert measured((0.0, used(0, 0)), (1.0, used(3, 0.2)), (2.0, used(6, 0.4))) == []
+
+
+def test_less_than_a_second_says_nothing() -> None:
+    assert measured((0.0, used(0, 0)), (0.5, used(50, 0.5)), (0.9, used(90, 0.9))) == []
+
+
+def test_each_path_is_measured_by_itself() -> None:
+    seen = Goodput()
+    for at in (0.0, 1.0, 2.0):
+        seen.saw(at, [used(10 * at, at), used(50 * at, at, here="10.1.0.1")])
+    assert seen.best() == (
+        Carried(here="10.0.0.1", there="10.0.0.2", mbit_per_s=80),
+        Carried(here="10.1.0.1", there="10.0.0.2", mbit_per_s=400),
+    )
+
+
+def test_the_last_figure_of_a_path_is_remembered_over_a_restart(tmp_path: Path) -> None:
+    path = tmp_path / "goodput.json"
+    first, other = Carried(here="a", there="b", mbit_per_s=90), Carried(here="a", there="c", mbit_per_s=900)
+    Goodputs(path).learn([first, other])
+    mended = Carried(here="a", there="b", mbit_per_s=940)
+    Goodputs(path).learn([mended])
+    assert Goodputs(path).known == (other, mended)
+
+
+def test_a_file_that_cannot_be_read_is_nothing_measured(tmp_path: Path) -> None:
+    path = tmp_path / "goodput.json"
+    path.write_bytes(b'[{"here": 1')
+    assert Goodputs(path).known == ()
+
+
+def test_a_file_that_cannot_be_written_costs_nothing_else(tmp_path: Path) -> None:
+    known = Goodputs(tmp_path / "missing" / "goodput.json")
+    known.learn([Carried(here="a", there="b", mbit_per_s=90)])
+    assert len(known.known) == 1
+
+
+def test_what_is_remembered_is_bounded(tmp_path: Path) -> None:
+    known = Goodputs(tmp_path / "goodput.json")
+    known.learn(Carried(here="a", there=str(number), mbit_per_s=1) for number in range(goodput.MOST + 3))
+    assert (len(known.known), known.known[0].there) == (goodput.MOST, "3")
