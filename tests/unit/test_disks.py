@@ -137,10 +137,10 @@ class TestThePlan:
             Disk(name="vda", path=plan.path, format="raw", size_bytes=FACT.virtual_bytes),
         )
 
-    def test_a_logical_volume_takes_whole_extents_unless_it_is_thin(self) -> None:
+    def test_a_logical_volume_takes_all_its_space_and_whole_extents_unless_it_is_thin(self) -> None:
         odd = msgspec.structs.replace(FACT, virtual_bytes=8 * GIB + 512)
         assert disks.copied("web1", odd, BULK, "abc").expected_bytes == 8 * GIB + (4 << 20)
-        assert disks.copied("web1", odd, POOL, "abc").expected_bytes == FACT.chain_bytes
+        assert disks.copied("web1", odd, POOL, "abc").expected_bytes == 8 * GIB + 512
 
     def test_from_a_logical_volume_to_a_file(self) -> None:
         on_volume = Disk(name="vda", path="/dev/vg0/web1-vda.abc.raw", format="raw", size_bytes=8 * GIB)
