@@ -10,7 +10,9 @@ import argparse
 import fcntl
 import json
 import os
+import re
 import sys
+import time
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -48,13 +50,16 @@ def do(state: dict[str, Any], asked: argparse.Namespace) -> None:
         case "vgs":
             report("vg", [group_row(state)], asked.options)
         case "lvs":
-            rows = [
-                row for row in volume_rows(state) if not asked.select or asked.select == f'lv_name="{row["lv_name"]}"'
-            ]
-            report("lv", rows, asked.options)
+            report("lv", [row for row in volume_rows(state) if is_meant(row, asked.select)], asked.options)
         case "lvcreate":
             create(state, asked)
+        case "lvchange":
+            for row in volume_rows(state):
+                if row["lv_name"] != POOL and is_meant(row, asked.select):
+                    retag(state["lvs"][row["lv_name"]]["tags"], asked)
         case "lvremove":
+            if state["lvs"].get(volume, {}).get("open"):
+                fail(f"Logical volume {group}/{volume} in use.")
             if state["lvs"].pop(volume, None) is None:
                 fail(f'Failed to find logical volume "{group}/{volume}"')
     STATE.write_text(json.dumps(state))
@@ -70,7 +75,8 @@ def arguments() -> argparse.ArgumentParser:
         "units",
         "options",
         "select",
-        "addtag",
+        "config",
+        "deltag",
         "name",
         "type",
         "thinpool",
@@ -78,6 +84,7 @@ def arguments() -> argparse.ArgumentParser:
         "size",
     ):
         parser.add_argument(f"--{option}")
+    parser.add_argument("--addtag", action="append", default=[])
     parser.add_argument("what")
     return parser
 
@@ -88,10 +95,24 @@ def create(state: dict[str, Any], asked: argparse.Namespace) -> None:
     if asked.name.startswith(("snapshot", "pvmove")):
         fail('Names starting "snapshot" are reserved. Please choose a different LV name.', status=3)
     thin = asked.type == "thin"
-    size = -(-int((asked.virtualsize if thin else asked.size).removesuffix("b")) // EXTENT) * EXTENT
+    wanted = int((asked.virtualsize if thin else asked.size).removesuffix("b"))
+    if wanted % 512:
+        fail(f"Size is not a multiple of 512. Try using {wanted // 512 * 512}", status=3)
+    size = -(-wanted // EXTENT) * EXTENT
     if not thin and size > free(state):
         fail(f'Volume group "{GROUP}" has insufficient free space')
-    state["lvs"][asked.name] = {"size": size, "thin": thin, "tag": asked.addtag}
+    state["lvs"][asked.name] = {"size": size, "thin": thin, "tags": asked.addtag, "made": int(time.time())}
+
+
+def is_meant(row: dict[str, str], select: str | None) -> bool:
+    """Whether a volume is what the selection, by name and one tag at most, is about."""
+    wanted = re.fullmatch(r'lv_name="([^"]*)"(?: && lv_tags=\{"([^"]*)"\})?', select or f'lv_name="{row["lv_name"]}"')
+    assert wanted is not None, select
+    return row["lv_name"] == wanted[1] and wanted[2] in (None, *row["lv_tags"].split(","))
+
+
+def retag(tags: list[str], asked: argparse.Namespace) -> None:
+    tags[:] = sorted({*tags, *asked.addtag} - {asked.deltag})
 
 
 def free(state: dict[str, Any]) -> int:
@@ -110,32 +131,37 @@ def group_row(state: dict[str, Any]) -> dict[str, str]:
 
 
 def volume_rows(state: dict[str, Any]) -> list[dict[str, str]]:
-    pool = row(POOL, state["pool"], "0.00", "thin,pool", "", state["zero"], 0)
-    return [pool] + [
+    thin = {"data_percent": "0.00", "lv_layout": "thin,sparse"}
+    pool = thin | {"lv_layout": "thin,pool", "zero": state["zero"], "lv_role": "private"}
+    return [row(POOL, state["pool"], 0, **pool)] + [
         row(
             name,
             lv["size"],
-            "0.00" if lv["thin"] else "",
-            "thin,sparse" if lv["thin"] else "linear",
-            lv["tag"],
-            "",
             minor,
+            **(thin if lv["thin"] else {}),
+            lv_role=lv.get("role", "public"),
+            lv_tags=",".join(lv["tags"]),
+            lv_time=str(lv["made"]),
+            lv_device_open=lv.get("open", ""),
         )
         for minor, (name, lv) in enumerate(state["lvs"].items(), 1)
     ]
 
 
-def row(name: str, size: int, percent: str, layout: str, tags: str, zero: str, minor: int) -> dict[str, str]:
+def row(name: str, size: int, minor: int, **others: str) -> dict[str, str]:
     return {
         "lv_name": name,
         "lv_size": str(size),
-        "data_percent": percent,
-        "lv_layout": layout,
-        "lv_tags": tags,
-        "zero": zero,
+        "lv_time": "0",
+        "data_percent": "",
+        "lv_layout": "linear",
+        "lv_role": "public",
+        "lv_tags": "",
+        "zero": "",
         "lv_kernel_major": "253",
         "lv_kernel_minor": str(minor),
-    }
+        "lv_device_open": "",
+    } | others
 
 
 def report(kind: str, rows: list[dict[str, str]], options: str) -> None:

@@ -12,6 +12,7 @@ from limosa.host.neighbours import is_same
 from limosa.migration.disks import Made, image_name, read_image_name
 from limosa.model.storage import ImageUse, Leftover, Location
 from limosa.storage import marks
+from limosa.storage.stores import Folder
 
 ONE = Leftover(
     path="/srv/fast/web1-vda.abcdefabcdef.qcow2",
@@ -61,11 +62,11 @@ class TestCandidates:
             path.write_bytes(b"data")
         link.symlink_to(tmp_path / "own.raw")
         folder.mkdir()
-        found = {one.path: one.host for one in _candidates(Location(name="fast", path=str(tmp_path)))}
+        found = {one.path: one.host for one in _candidates("fast", Folder(str(tmp_path)))}
         assert found == {str(marked): "host1", str(plain): "", str(missing): "host1"}
 
     def test_a_location_that_has_gone(self, tmp_path: Path) -> None:
-        assert list(_candidates(Location(name="fast", path=str(tmp_path / "gone"), fault="gone"))) == []
+        assert list(_candidates("fast", Folder(str(tmp_path / "gone")))) == []
 
 
 class TestTheProof:

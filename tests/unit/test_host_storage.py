@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import stat
 import threading
 from pathlib import Path
 from typing import Any, cast
@@ -156,6 +157,13 @@ class TestTheLedger:
             asyncio.run(storage.make(image))
 
 
+def test_a_disk_has_whole_sectors(storage: Storage, tmp_path: Path) -> None:
+    path = tmp_path / "odd.raw"
+    path.write_bytes(bytes(1000))
+    (fact,) = asyncio.run(storage.facts([Disk(name="vda", path=str(path), format="raw")]))
+    assert fact.virtual_bytes == 1024
+
+
 class TestVolumes:
     """The same of a volume group: a pretended one."""
 
@@ -233,6 +241,86 @@ class TestVolumes:
         assert group.volumes == {}
         assert storage._held == {}
 
+    def test_who_gives_up_keeps_his_hands_off_what_was_there(
+        self, storage: Storage, group: FakeLvm, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        image, begun = self.plan(), threading.Event()
+        store, run = storage.places.store("bulk"), lvm._run
+        asyncio.run(store.create(image.path, "raw", EXTENT, blank=False))
+
+        def said(*arguments: str) -> bytes:
+            begun.set()
+            return run(*arguments)
+
+        async def scenario() -> None:
+            making = asyncio.ensure_future(store.create(image.path, "raw", EXTENT, blank=False))
+            await asyncio.to_thread(begun.wait)
+            making.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await making
+
+        monkeypatch.setattr(lvm, "_run", said)
+        asyncio.run(scenario())
+        assert list(group.volumes) == [f"web1-vda.{TAG}.raw"]
+
+    def test_a_copy_bears_a_mark_until_it_is_finished(self, storage: Storage, group: FakeLvm) -> None:
+        image = self.plan()
+        asyncio.run(storage.make(image))
+        (found,) = [one for one in storage.places.store("bulk").unfinished.find() if one.mark is not None]
+        assert found.mark is not None
+        assert (found.path, found.mark.host) == (image.path, "host2")
+        asyncio.run(storage.finish([image.path]))
+        assert group.volumes[f"web1-vda.{TAG}.raw"]["tags"] == [lvm.TAG]
+
+    @pytest.mark.parametrize(
+        ("state", "why"),
+        [
+            ({}, ""),
+            ({"open": "open"}, "somebody has it open"),
+            ({"role": "public,origin,thickorigin"}, "others depend on it"),
+        ],
+    )
+    def test_who_has_it(self, storage: Storage, group: FakeLvm, state: dict[str, str], why: str) -> None:
+        image = self.plan()
+        asyncio.run(storage.make(image))
+        group.change(lvs={name: lv | state for name, lv in group.volumes.items()})
+        said = storage.places.store("bulk").unfinished.user(image.path, {})
+        assert why in said
+        assert bool(why) is bool(said)
+
+    @pytest.mark.parametrize(
+        ("name", "path"),
+        [
+            ("bulk-web1--vda.abcdefabcdef.raw", "/dev/bulk/web1-vda.abcdefabcdef.raw"),
+            ("my--group-a", "/dev/my-group/a"),
+            ("group---a", "/dev/group-/a"),
+            ("bulk-thin-tpool", ""),
+            ("bulk-thin_tdata-real", ""),
+        ],
+    )
+    def test_a_volume_is_known_by_its_device(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, path: str
+    ) -> None:
+        device = tmp_path / "dm-3"
+        os.mknod(device, 0o600 | stat.S_IFBLK, os.makedev(253, 77))
+        folder = tmp_path / "253:77" / "dm"
+        folder.mkdir(parents=True)
+        monkeypatch.setattr(lvm, "_DEVICES", tmp_path)
+        for uuid, expected in (("LVM-x\n", path), ("CRYPT-x\n", "")):
+            (folder / "uuid").write_text(uuid)
+            (folder / "name").write_text(name + "\n")
+            assert lvm.path_of(str(device)) == expected
+        assert lvm.path_of(str(folder)) == lvm.path_of(str(tmp_path / "none")) == ""
+
+    def test_a_vm_gets_it_whichever_way_it_is_named(
+        self, storage: Storage, group: FakeLvm, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        image = self.plan()
+        asyncio.run(storage.make(image))
+        monkeypatch.setattr(lvm, "path_of", lambda path: image.path if path == "/dev/mapper/x" else "")
+        storage.places.claim("/dev/mapper/x")
+        assert not storage.places.store("bulk").unfinished.condemn(image.path)
+
     @pytest.mark.parametrize(
         ("named", "change", "fault"),
         [
@@ -258,7 +346,7 @@ class TestVolumes:
 
     def test_only_what_bears_our_tag_is_given_away(self, group: FakeLvm) -> None:
         lvm.create(GROUP, "", "ours.raw", EXTENT)
-        group.change(lvs=group.volumes | {"root": {"size": EXTENT, "thin": False, "tag": ""}})
+        group.change(lvs=group.volumes | {"root": {"size": EXTENT, "thin": False, "tags": [], "made": 0}})
         folder = Path(f"/dev/{GROUP}")
         assert lvm.is_ours(folder / "ours.raw", os.makedev(253, 1))
         assert not lvm.is_ours(folder / "ours.raw", os.makedev(253, 2)), "it is another device"

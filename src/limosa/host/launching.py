@@ -37,7 +37,8 @@ from limosa.qemu.capabilities import QemuCapabilities
 from limosa.qemu.machine import Machine
 from limosa.settings import toml
 from limosa.settings.daemon import DaemonSettings
-from limosa.storage import access, chains, images, marks, mounts, seed
+from limosa.storage import access, chains, images, mounts, seed
+from limosa.storage.locations import Locations
 from limosa.storage.stores import Store
 from limosa.wire.api import NewDisk, NewNic, NewVm
 from limosa.wire.parsing import parse
@@ -152,7 +153,7 @@ class Launcher:
 
         Raises :class:`Conflict` if one is being removed as such, and :class:`StorageError`.
         """
-        await asyncio.to_thread(_claim_images, config)
+        await asyncio.to_thread(_claim_images, config, places(self._page, self._files))
 
     # Processes
 
@@ -344,9 +345,11 @@ def _pin_nic(nic: NewNic) -> Nic:
     return Nic(switch=nic.switch, mac=nic.mac or made)
 
 
-def _claim_images(config: VmConfig) -> None:
+def _claim_images(config: VmConfig, locations: Locations) -> None:
     for disk in config.disks:
-        marks.claim(disk.path)
+        images_of = [disk.path]
         with suppress(StorageError):  # what cannot be read the launch tells
             for path, _ in chains.below(disk.path, disk.format):
-                marks.claim(path)
+                images_of.append(path)
+        for path in images_of:
+            locations.claim(path)

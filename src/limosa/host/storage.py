@@ -21,11 +21,14 @@ from limosa.model.base import is_clean_path
 from limosa.model.storage import BackingFile, DiskFacts, DiskPlan, Location
 from limosa.model.units import format_bytes
 from limosa.model.vm import Disk, DiskFormat
-from limosa.storage import access, chains, identity, leases, marks, qcow2
+from limosa.storage import access, chains, identity, qcow2
 from limosa.storage.locations import Locations
+from limosa.storage.marks import Mark
 from limosa.storage.stores import Store
 
 _log = logging.getLogger(__name__)
+#: QEMU shows a guest, and copies, whole ones.
+_SECTOR = 512
 
 
 class Storage:
@@ -96,10 +99,16 @@ class Storage:
             raise StorageError(f"{plan.path} exists already")
         await self._hold(plan)
         try:
-            await asyncio.to_thread(store.mark, plan.path, marks.Mark(host=self._host, at=time.time()))
-            await store.create(plan.path, plan.format, plan.virtual_bytes, plan.backing, thick=plan.thick, blank=False)
+            await store.create(
+                plan.path,
+                plan.format,
+                plan.virtual_bytes,
+                plan.backing,
+                thick=plan.thick,
+                blank=False,
+                mark=Mark(host=self._host, at=time.time()),
+            )
         except BaseException:
-            marks.forget(plan.path)
             self.settle(plan.path)
             raise
 
@@ -107,7 +116,7 @@ class Storage:
         """The images are whole and about to be a VM's: durably no unfinished copies any more. Raises
         :class:`StorageError`; they must not be a VM's then."""
         for path in paths:
-            await asyncio.to_thread(marks.finish, path)
+            await in_full(self.places.store_of(path).unfinished.finish, path)
 
     async def _hold(self, plan: DiskPlan) -> None:
         """Between plan and deed another copy may have taken the space, so it is looked at again."""
@@ -131,20 +140,19 @@ class Storage:
         self.settle(path)
         try:
             await in_full(self.places.store_of(path).remove, path)
-            leases.forget(path)
-            marks.forget(path)
-        except (OSError, StorageError) as error:
+        except StorageError as error:
             _log.error("%s is not used any more: %s", path, error)
 
     def _facts(self, disk: Disk) -> DiskFacts:
         below = list(chains.below(disk.path, disk.format))
         header = qcow2.read(Path(disk.path)) if disk.format == "qcow2" else None
         allocated = self._taken(disk.path)
+        size = header.virtual_bytes if header is not None else disk.size_bytes or _size(disk.path)
         return DiskFacts(
             name=disk.name,
             path=disk.path,
             format=disk.format,
-            virtual_bytes=header.virtual_bytes if header is not None else disk.size_bytes or _size(disk.path),
+            virtual_bytes=-(-size // _SECTOR) * _SECTOR,
             allocated_bytes=allocated,
             chain_bytes=allocated + sum(self._taken(path) for path, _ in below),
             backing=self._backing(*below[0]) if len(below) == 1 else None,

@@ -59,6 +59,7 @@ def image_name(vm: str, disk: str, tag: str, image_format: str) -> str:
 class Made:
     """What the name of an image says that a move has made."""
 
+    #: so far as :func:`image_name` keeps it
     vm: str
     disk: str
     migration: str

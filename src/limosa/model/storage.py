@@ -101,7 +101,7 @@ class Leftover(Model, forbid_unknown_fields=False, frozen=True):
     migration: MigrationId
     #: what it takes on its storage
     size_bytes: Bytes
-    #: when it was written last, in seconds since the epoch
+    #: when it was written last, in seconds since the epoch; of a logical volume, when it was made
     changed_at: float
     #: the host whose move made it; empty if it carries no mark
     host: str = ""

@@ -8,6 +8,7 @@ from pathlib import Path, PurePosixPath
 from limosa.errors import NotFound
 from limosa.model.base import is_clean_path
 from limosa.model.storage import OWN_LOCATION, Location, Place
+from limosa.storage import lvm
 from limosa.storage.stores import Folder, Store
 from limosa.storage.volumes import Volumes
 
@@ -45,6 +46,14 @@ class Locations:
         """Where an image lies: the store of its location, or the folder it is in if that is none."""
         name = self.of(path)
         return self.store(name) if name else Folder(str(PurePosixPath(path).parent))
+
+    def claim(self, path: str) -> None:
+        """Before an image that was found is given to a VM, whichever way it is named: it is no leftover of a move.
+
+        Raises :class:`limosa.errors.Conflict` if it is being removed as one, and ``StorageError``.
+        """
+        real = lvm.path_of(path) or path
+        self.store_of(real).unfinished.claim(real)
 
     @property
     def names(self) -> frozenset[str]:

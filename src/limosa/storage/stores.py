@@ -6,19 +6,20 @@ it is: QEMU, journals, ``vm.toml``. Making, removing and counting are the store'
 
 from __future__ import annotations
 
-import asyncio
 import os
 from collections.abc import Hashable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from limosa.background import in_full
 from limosa.errors import StorageError
 from limosa.model.storage import BackingFile, Location, LocationKind
 from limosa.model.vm import DiskFormat
 from limosa.settings.toml import sync_folder
-from limosa.storage import images, marks, mounts, speed
+from limosa.storage import images, leases, marks, mounts, speed
 from limosa.storage.marks import Mark
+from limosa.storage.unfinished import Unfinished, UnfinishedFiles
 
 
 class Store(Protocol):
@@ -36,15 +37,15 @@ class Store(Protocol):
     def pool(self) -> Hashable:
         """What its space is taken from: alike for stores that take theirs from the same."""
 
+    @property
+    def unfinished(self) -> Unfinished:
+        """The images in it that moves have not finished."""
+
     def look(self, name: str, *, default: bool) -> Location:
         """As it is now, under the name it has as a location. Never fails; blocks where a server is gone."""
 
     def taken(self, path: str) -> int:
         """Bytes an image takes. Raises :class:`StorageError`."""
-
-    def mark(self, path: str, mark: Mark) -> None:
-        """Before an image is created that is a copy: say so beside it (:mod:`limosa.storage.marks`), where that is the
-        way. Raises :class:`StorageError`; it must not be created then."""
 
     async def create(
         self,
@@ -55,15 +56,17 @@ class Store(Protocol):
         *,
         thick: bool = False,
         blank: bool = True,
+        mark: Mark | None = None,
     ) -> None:
         """Make a new image, durably, which only root or we may open. Raises :class:`StorageError` (exists, no space);
         nothing is left then.
 
-        Not ``blank`` may hold what somebody left there, for who writes all of it anyway.
+        Not ``blank`` may hold what somebody left there, for who writes all of it anyway. With a ``mark`` it bears that
+        from the beginning, until it is finished (:mod:`limosa.storage.unfinished`).
         """
 
     def remove(self, path: str) -> None:
-        """Delete an image if it is there. Raises :class:`StorageError`; it is still there then."""
+        """Delete an image, if it is there, and what belongs to it. Raises :class:`StorageError`; it is there then."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,11 @@ class Folder:
             return os.stat(self.root).st_dev
         except OSError:
             return self.root
+
+    @property
+    def unfinished(self) -> Unfinished:
+        """See :class:`Store`."""
+        return UnfinishedFiles(Path(self.root))
 
     def look(self, name: str, *, default: bool) -> Location:
         """See :class:`Store`."""
@@ -116,10 +124,6 @@ class Folder:
         except OSError as error:
             raise StorageError(f"cannot look at {path}", why=error.strerror or str(error)) from error
 
-    def mark(self, path: str, mark: Mark) -> None:
-        """See :class:`Store`."""
-        marks.begin(path, mark)
-
     async def create(
         self,
         path: str,
@@ -129,15 +133,18 @@ class Folder:
         *,
         thick: bool = False,
         blank: bool = True,
+        mark: Mark | None = None,
     ) -> None:
         """See :class:`Store`."""
-        await images.create(Path(path), image_format, size_bytes, backing, thick=thick)
-        folder = Path(path).parent
         try:
-            await asyncio.to_thread(sync_folder, folder)
-        except OSError as error:
-            Path(path).unlink(missing_ok=True)
-            raise StorageError(f"cannot write {folder}", why=error.strerror or str(error)) from error
+            if mark is not None:
+                await in_full(marks.begin, path, mark)
+            await images.create(Path(path), image_format, size_bytes, backing, thick=thick)
+            await _keep(Path(path))
+        except BaseException:
+            if mark is not None:
+                marks.forget(path)
+            raise
 
     def remove(self, path: str) -> None:
         """See :class:`Store`. A block device that lies there is somebody's disk: it stays."""
@@ -146,3 +153,16 @@ class Folder:
                 Path(path).unlink(missing_ok=True)
         except OSError as error:
             raise StorageError(f"cannot delete {path}", why=error.strerror or str(error)) from error
+        leases.forget(path)
+        marks.forget(path)
+
+
+async def _keep(image: Path) -> None:
+    """Have its folder keep a new image, durably; else the image is removed."""
+    try:
+        await in_full(sync_folder, image.parent)
+    except BaseException as error:
+        image.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise StorageError(f"cannot write {image.parent}", why=error.strerror or str(error)) from error
+        raise

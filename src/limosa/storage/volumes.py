@@ -12,6 +12,7 @@ import asyncio
 import fcntl
 import os
 import struct
+import threading
 from collections.abc import Hashable
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -22,8 +23,9 @@ from limosa.background import in_full
 from limosa.errors import StorageError
 from limosa.model.storage import BackingFile, Location, LocationKind
 from limosa.model.vm import DiskFormat
-from limosa.storage import lvm, speed
+from limosa.storage import lvm, speed, tags
 from limosa.storage.marks import Mark
+from limosa.storage.tags import UnfinishedVolumes
 
 #: Of linux/fs.h: write zeroes, by whatever is quickest on the device. Takes the first byte and a count.
 _BLKZEROOUT = 0x127F
@@ -46,6 +48,11 @@ class Volumes:
     def pool(self) -> Hashable:
         """See :class:`Store`."""
         return self.group, self.thin
+
+    @property
+    def unfinished(self) -> UnfinishedVolumes:
+        """See :class:`Store`."""
+        return UnfinishedVolumes(self.group)
 
     def look(self, name: str, *, default: bool) -> Location:
         """See :class:`Store`."""
@@ -75,10 +82,6 @@ class Volumes:
             raise StorageError(f"there is no logical volume {path}")
         return volume.taken_bytes
 
-    def mark(self, path: str, mark: Mark) -> None:
-        """See :class:`Store`. Nothing lies beside a volume: what was left of a crash is for journals, or a person who
-        asks ``lvs @limosa``."""
-
     async def create(
         self,
         path: str,
@@ -88,19 +91,27 @@ class Volumes:
         *,
         thick: bool = False,
         blank: bool = True,
+        mark: Mark | None = None,
     ) -> None:
         """See :class:`Store`. What a pool gives is blank by itself."""
         if image_format != "raw" or backing is not None or (thick and self.thin):
             raise StorageError(f"{path} can only be raw and stand alone", why="it is a logical volume")
+        made = threading.Event()
+
+        def work() -> None:
+            self._create(path, size_bytes, mark, blank=blank)
+            made.set()
 
         try:
-            await in_full(self._create, path, size_bytes, blank=blank)
+            await in_full(work)
         except asyncio.CancelledError:
-            await in_full(self.remove, path)
+            if made.is_set():  # else one of that name is somebody's
+                await in_full(self.remove, path)
             raise
 
-    def _create(self, path: str, size_bytes: int, *, blank: bool) -> None:
-        lvm.create(self.group, self.thin, self._name(path), size_bytes)
+    def _create(self, path: str, size_bytes: int, mark: Mark | None, *, blank: bool) -> None:
+        borne = [tags.tag(mark)] if mark is not None else []
+        lvm.create(self.group, self.thin, self._name(path), size_bytes, borne)
         try:
             if blank and not self.thin:
                 _write_zeroes(path)
