@@ -1,6 +1,7 @@
 """Files that lie below disks, as a move brings them to a host.
 
-A layer is a copy of its original byte for byte, so that what is compressed stays compressed, and both can be known to
+A layer is a file, also where its original is a logical volume: those stand alone, so layers lie in folders only. It is
+a copy of its original byte for byte, so that what is compressed stays compressed, and both can be known to
 be the same; but in a qcow2 image the name of the file below it is where that lies here. Nobody writes a layer: it is
 the daemon's, and QEMU's user may only read it.
 
@@ -14,7 +15,7 @@ from __future__ import annotations
 import os
 import pwd
 import re
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path, PurePosixPath
 
 from limosa.errors import StorageError
@@ -61,12 +62,14 @@ def make(path: Path, mark: Mark) -> None:
         raise
 
 
-def claim_below(image: str, image_format: DiskFormat, own: Collection[str] = ()) -> None:
-    """Before an image is a VM's: what lies below it is no unfinished copy any more, but for what its move has brought,
-    its ``own``. Raises :class:`Conflict` if any of it is being removed, and :class:`StorageError`."""
+def claim_below(image: str, image_format: DiskFormat, claim: Callable[[str], None], own: Collection[str]) -> None:
+    """Before an image is a VM's: ``claim`` what lies below it, but for what its move has brought, its ``own``.
+
+    Raises :class:`StorageError`, and what ``claim`` raises: :class:`Conflict` if any of it is being removed.
+    """
     for path, _ in chains.below(image, image_format):
         if path not in own:
-            marks.claim(path)
+            claim(path)
 
 
 def _create(path: Path) -> None:
