@@ -6,7 +6,6 @@ The disk lies above two files that only the source has. What happens to the disk
 
 from __future__ import annotations
 
-import contextlib
 import random
 import subprocess
 from collections.abc import Iterator
@@ -15,10 +14,9 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from harness.crashes import clean, disks_of, images, nothing_else_is_left, place, whole_chain
+from harness.crashes import broken_move, clean, disks_of, images, nothing_else_is_left, place, whole_chain
 from harness.disks import assert_clean, raw_copy
-from harness.hosts import Host, running_hosts, settled, tiny, wait_until
-from limosa.errors import LimosaError
+from harness.hosts import Host, running_hosts, tiny
 from limosa.model.migration import Outcome
 from limosa.wire import api, endpoints
 
@@ -112,26 +110,11 @@ def assert_whole(disk: Path, middle: Path) -> None:
     [pytest.param(*case, id=case[0], marks=[] if case[0] in QUICK else pytest.mark.long) for case in plans()],
 )
 def test_one_host_has_the_vm_and_its_chain(hosts: list[Host], middle: Path, plan: str, expected: str) -> None:
-    alpha, beta = hosts
-    alpha.create(with_chain(alpha, middle))
-    broken = alpha if plan.startswith("source") else beta
-    broken.kill()
-    broken.start(plan)
-    try:
-        with contextlib.suppress(LimosaError):  # the daemon may die before it has answered
-            alpha.move("vm", "beta")
-        if plan.endswith(("daemon", "both")):
-            broken.wait_for_death()
-            broken.start()
-        wait_until(lambda: settled(hosts), "every move has ended")
-        wait_until(lambda: place(hosts) == expected, expected)
-        wait_until(lambda: nothing_else_is_left(hosts), "nothing is left elsewhere")
-        owner = alpha if expected.endswith("alpha") else beta
+    hosts[0].create(with_chain(hosts[0], middle))
+    with broken_move(hosts, plan, expected) as owner:
         assert_whole(disks_of(owner, "vm")[0], middle)
         if not expected.startswith("running"):
             owner.client.call(endpoints.START_VM, vm="vm")
-    finally:
-        clean(hosts)
 
 
 def test_without_a_crash_the_chain_moves(hosts: list[Host], middle: Path) -> None:

@@ -6,17 +6,15 @@ steps of the journals there are those of the copy (``harness/daemon.py``).
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
 
 import msgspec
 import pytest
 
-from harness.crashes import clean, disks_of, images, nothing_else_is_left, place
+from harness.crashes import broken_move, clean, disks_of, images, nothing_else_is_left, place
 from harness.disks import assert_clean
-from harness.hosts import Host, running_hosts, settled, tiny, wait_until
+from harness.hosts import Host, running_hosts, tiny
 from harness.qmp import assert_no_copies
-from limosa.errors import LimosaError
 from limosa.model.migration import Outcome
 from limosa.wire import api, endpoints
 
@@ -92,28 +90,13 @@ def with_disk(host: Host) -> api.NewVm:
     [pytest.param(*case, id=case[0], marks=[] if case[0] in QUICK else pytest.mark.long) for case in plans()],
 )
 def test_one_host_has_the_vm_and_its_disk(hosts: list[Host], plan: str, expected: str) -> None:
-    alpha, beta = hosts
-    alpha.create(with_disk(alpha))
-    broken = alpha if plan.startswith("source") else beta
-    broken.kill()
-    broken.start(plan)
-    try:
-        with contextlib.suppress(LimosaError):  # the daemon may die before it has answered
-            alpha.move("vm", "beta")
-        if plan.endswith(("daemon", "both")):
-            broken.wait_for_death()
-            broken.start()
-        wait_until(lambda: settled(hosts), "every move has ended")
-        wait_until(lambda: place(hosts) == expected, expected)
-        wait_until(lambda: nothing_else_is_left(hosts), "nothing is left elsewhere")
-        owner = alpha if expected.endswith("alpha") else beta
+    hosts[0].create(with_disk(hosts[0]))
+    with broken_move(hosts, plan, expected) as owner:
         assert_clean(*disks_of(owner, "vm"))
         if expected.startswith("running"):
             assert_no_copies(owner)
         else:
             owner.client.call(endpoints.START_VM, vm="vm")
-    finally:
-        clean(hosts)
 
 
 def test_without_a_crash_the_disk_moves(hosts: list[Host]) -> None:

@@ -2,12 +2,41 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from harness.hosts import Host, runners
+from harness.hosts import Host, runners, settled, wait_until
+from limosa.errors import LimosaError
 from limosa.model.vm import DiskFormat, VmState
 from limosa.storage import chains
 from limosa.wire import endpoints
+
+
+@contextmanager
+def broken_move(hosts: list[Host], plan: str, expected: str) -> Iterator[Host]:
+    """Move ``vm`` from the first host to the second with a plan of what breaks, until all has come to its end.
+
+    Yields the host that has the VM, which is ``expected``. The VM is deleted afterwards.
+    """
+    source, destination = hosts
+    broken = source if plan.startswith("source") else destination
+    broken.kill()
+    broken.start(plan)
+    try:
+        try:
+            source.move("vm", destination.name)
+        except LimosaError:
+            assert ":begin:" in plan  # the daemon may die before it has answered
+        if plan.endswith(("daemon", "both")):
+            broken.wait_for_death()
+            broken.start()
+        wait_until(lambda: settled(hosts), "every move has ended")
+        wait_until(lambda: place(hosts) == expected, expected)
+        wait_until(lambda: nothing_else_is_left(hosts), "nothing is left elsewhere")
+        yield next(host for host in hosts if expected.endswith(host.name))
+    finally:
+        clean(hosts)
 
 
 def place(hosts: list[Host]) -> str:

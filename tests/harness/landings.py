@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from limosa.model.vm import VmConfig
 from limosa.qemu.protocol import MachineProtocol
 from limosa.testing.guest import FakeGuest
 from limosa.testing.machine import FakeMachine
@@ -13,6 +14,14 @@ from limosa.transport.channel import Doorway
 from limosa.wire.peer import LayersAwaited, Prepare
 
 ADDRESS, PORTS = "127.0.0.2", (41000, 41900)
+VM = VmConfig(
+    name="vm",
+    uuid="5c7a2b9e-0f0e-4c06-8a0b-6d4b7b6f2a11",
+    memory_mib=16,
+    cpus=1,
+    machine="pc-q35-10.0",
+    cpu="x86-64-v2",
+)
 
 
 class BareLanding:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from harness.homes import BareHome
-from harness.landings import ADDRESS, PORTS, BareLanding
+from harness.landings import ADDRESS, PORTS, VM, BareLanding
 from limosa.errors import Cancelled, LimosaError, MigrationFailed, QemuGone
 from limosa.migration.destination import Destination
 from limosa.migration.home import Terms
@@ -21,7 +21,6 @@ from limosa.model.facts import DestinationFacts, VmFacts
 from limosa.model.migration import Migration, Outcome, Phase, Progress, Side
 from limosa.model.network import HostNetwork, HostNic, NicAddress
 from limosa.model.route import Route
-from limosa.model.vm import VmConfig
 from limosa.qemu.protocol import MachineProtocol, RdmaAddress, RunState
 from limosa.settings.host import ConvergencePolicy
 from limosa.testing.guest import FakeGuest
@@ -34,14 +33,6 @@ from limosa.wire.peer import Prepare, Prepared
 
 OURS, THEIRS = "127.0.0.1", ADDRESS
 MIB = 1024 * 1024
-VM = VmConfig(
-    name="vm",
-    uuid="5c7a2b9e-0f0e-4c06-8a0b-6d4b7b6f2a11",
-    memory_mib=16,
-    cpus=1,
-    machine="pc-q35-10.0",
-    cpu="x86-64-v2",
-)
 
 
 def network(address: str) -> HostNetwork:

@@ -7,26 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from harness.landings import BareLanding
+from harness.landings import VM, BareLanding
 from limosa.errors import DestinationLost, QemuError
 from limosa.migration import destination as script
 from limosa.migration.destination import Destination
 from limosa.migration.journal import Header, Journal
 from limosa.migration.ownership import DestinationStep
 from limosa.model.migration import Side
-from limosa.model.vm import VmConfig
 from limosa.testing.machine import FakeMachine
 from limosa.testing.wire import Wire
 from limosa.wire.peer import DestinationState, Prepare
-
-VM = VmConfig(
-    name="vm",
-    uuid="5c7a2b9e-0f0e-4c06-8a0b-6d4b7b6f2a11",
-    memory_mib=16,
-    cpus=1,
-    machine="pc-q35-10.0",
-    cpu="x86-64-v2",
-)
 
 
 async def with_silent_qemu(folder: Path) -> tuple[Destination, FakeMachine]:
