@@ -21,7 +21,7 @@ from limosa.model.storage import DiskPlan
 
 pytestmark = [pytest.mark.qemu, pytest.mark.labvm, pytest.mark.long]
 
-CONTRACT = Path(__file__).parents[1] / "contract" / "test_lvm.py"
+CONTRACT = Path(__file__).parents[1] / "contract" / "test_volumes.py"
 NUMBERS_WITHIN_S = 60
 #: What a pool gives at once, and what LVM rounds its share of a small pool by.
 POOL_PIECE = 128 << 10

@@ -1,7 +1,7 @@
 #!/usr/bin/python3
 """A pretended ``lvm``: as much of the real one as Limosa asks for, with its state in ``state.json`` beside it.
 
-It keeps no data and makes no devices. ``tests/contract/test_lvm.py`` holds it to what the real one does.
+It keeps no data and makes no devices. ``tests/contract/test_volumes.py`` holds it to what the real one does.
 """
 
 from __future__ import annotations
