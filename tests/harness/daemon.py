@@ -31,6 +31,7 @@ from limosa.host.storage import Storage
 from limosa.migration import layers
 from limosa.migration.journal import Header, Journal
 from limosa.migration.mirrors import Mirrors
+from limosa.qemu.disks import Disks
 from limosa.qemu.machine import Machine
 from limosa.settings import toml
 from limosa.settings.daemon import DaemonSettings
@@ -52,10 +53,11 @@ CALLS: dict[tuple[str, str], tuple[type | ModuleType, str]] = {
     ("destination", "closed"): (Machine, "end_exports"),
     ("host", "made"): (DiskMoves, "make_images"),
     ("host", "copied"): (Mirrors, "until_ready"),
-    ("host", "settled"): (Machine, "settle_copy"),
+    ("host", "started"): (DiskMoves, "start_copier"),
+    ("host", "settled"): (Disks, "settle_copy"),
     ("host", "committed"): (DiskMoves, "commit"),
-    ("host", "finalized"): (Machine, "_dismiss"),
-    ("host", "pivoted"): (Machine, "pivot"),
+    ("host", "finalized"): (Disks, "_dismiss"),
+    ("host", "pivoted"): (Disks, "pivot"),
     ("host", "removed"): (Storage, "remove"),
 }
 

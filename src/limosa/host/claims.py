@@ -62,6 +62,10 @@ class Claims:
             or self._holder(image)
         )
 
+    def besides(self, image: Path) -> str:
+        """Who has a claim to the image of a VM that was left out of what is known, in words; empty if nobody."""
+        return self._name(image) or self._copy_above(image, ()) or self._holder(Path(os.path.realpath(image)))
+
     def by_name(self, image: Path, migration: str) -> str:
         """The same, only for VMs and moves of this host that work with it: then it is no leftover at all."""
         return self._name(image) or self._worker(migration)

@@ -1,4 +1,4 @@
-"""Disks of a running VM that move to another location of this host; ``_Move.run`` reads as the order of it.
+"""Disks of a VM that move to another location of this host; ``_Move.run`` reads as the order of it.
 
 ::
 
@@ -11,6 +11,11 @@
 At every moment the images that ``vm.toml`` names hold everything the guest was told is written. So there is nothing to
 find out after a crash: what a record names besides those is of no use, and a copy that is settled but not in use yet is
 put to use.
+
+The disks of a VM that does not run are copied in the same order by a QEMU without a guest, which lives as long as the
+move. Nobody may write them meanwhile: the VM is not started, the daemon holds their leases and QEMU's lock on them. As
+no running QEMU says by its own lock that they are this VM's alone, that is looked at before, and again before they are
+deleted.
 """
 
 from __future__ import annotations
@@ -18,8 +23,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Collection, Coroutine
-from contextlib import suppress
+from collections.abc import Collection, Coroutine, Iterable
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +42,8 @@ from limosa.errors import (
     StateError,
 )
 from limosa.host.bandwidth import MBIT_BYTES
+from limosa.host.claims import Claims, Known
+from limosa.host.launching import Launcher
 from limosa.host.parts import Parts
 from limosa.host.storage import Storage
 from limosa.host.views import Views
@@ -49,14 +56,18 @@ from limosa.migration.report import Report
 from limosa.model.base import MigrationId, Model, Name
 from limosa.model.migration import Migration, Outcome, Phase, Progress, Side
 from limosa.model.storage import DiskAction, DiskFacts, DiskPlan, Location
-from limosa.model.vm import Disk, DiskName, VmState
-from limosa.qemu.machine import Machine, does_direct_io
+from limosa.model.vm import Disk, DiskName, VmConfig, VmState
+from limosa.qemu.copier import Copier
+from limosa.qemu.disks import Disks
+from limosa.qemu.machine import does_direct_io
 from limosa.qemu.protocol import ImageFile
 from limosa.settings import toml
-from limosa.storage import access, mounts
+from limosa.storage import access, mounts, openers
 from limosa.wire.api import DiskMoveRequest
 
 _log = logging.getLogger(__name__)
+#: States in which disks can move without a QEMU of the VM's.
+_OFF = (VmState.STOPPED, VmState.CRASHED)
 
 
 class Record(Model, frozen=True, forbid_unknown_fields=False):
@@ -73,7 +84,7 @@ class Record(Model, frozen=True, forbid_unknown_fields=False):
 class DiskMoves:
     """All of this host. Its records lie beside the journals of migrations."""
 
-    def __init__(self, parts: Parts, views: Views, user: str | None) -> None:
+    def __init__(self, parts: Parts, views: Views, launcher: Launcher) -> None:
         self._host = parts.name
         self._vms = parts.vms
         self._page = parts.page
@@ -81,7 +92,7 @@ class DiskMoves:
         self._leasing = parts.leasing
         self._folder = parts.files.migrations
         self._views = views
-        self._user = user
+        self._launcher = launcher
         self._active: dict[str, _Move] = {}
         self._background = Background()
 
@@ -89,15 +100,16 @@ class DiskMoves:
         """Accept a move of disks and begin it, or put it in line. Raises :class:`Conflict`, :class:`PreflightRefused`;
         nothing is kept then."""
         hosted = self._vms.get(request.vm)
-        if hosted.machine is None or hosted.state not in (VmState.RUNNING, VmState.PAUSED):
+        fitting = _OFF if hosted.machine is None else (VmState.RUNNING, VmState.PAUSED)
+        if hosted.state not in fitting:
             raise Conflict(
-                f"VM '{request.vm}' is {hosted.state}", todo="start it first", vm=request.vm, host=self._host
+                f"VM '{request.vm}' is {hosted.state}", todo="try again in a moment", vm=request.vm, host=self._host
             )
         self._vms.check_idle(hosted)
         record = await self._plan(hosted, request)
         self._vms.check_idle(hosted)
         report = Report(self._first_view(record), self._views.publish)
-        move = _Move(self, hosted, hosted.machine, record, report, (request.bandwidth_mbit_per_s or 0) * MBIT_BYTES)
+        move = _Move(self, hosted, record, report, (request.bandwidth_mbit_per_s or 0) * MBIT_BYTES)
         hosted.migration = record.migration
         self._active[record.migration] = move
         self._views.publish(report.now)
@@ -159,6 +171,8 @@ class DiskMoves:
         against += disks.space(plans, {location.name: location}, self._host)
         if against:
             raise PreflightRefused(tuple(against), vm=hosted.config.name, host=self._host)
+        if hosted.machine is None and not request.keep:
+            await self._check_nobody_else(hosted, moved)
         return Record(
             migration=tag,
             vm=hosted.config.name,
@@ -184,12 +198,13 @@ class DiskMoves:
             move.hosted.migration = None
             self._active.pop(move.record.migration, None)
             self._views.keep(move.report.now)
-        if move.machine.gone.is_set():
+        if move.hosted.machine is not None and move.hosted.machine.gone.is_set():
             await self._vms.crashed(move.hosted)
 
     async def _undo(self, move: _Move, cause: LimosaError) -> None:
         """The VM goes on with the disks it had. What cannot be undone now is undone by the next daemon."""
         try:
+            await move.end_copier()
             moved = await self._recover(move.record)
             self.forget(move.record)
         except LimosaError as error:
@@ -205,6 +220,8 @@ class DiskMoves:
         hosted = self._vms.find(record.vm)
         if hosted is None or hosted.fault is not None:
             raise StateError(f"VM '{record.vm}' is not known", why="so it cannot be told which images it uses")
+        if hosted.machine is None:
+            await self._launcher.end_copier(hosted.config)
         for plan in record.plans:
             with suppress(QemuGone):
                 await self._end_copy(hosted, record, plan)
@@ -215,6 +232,8 @@ class DiskMoves:
                 await self._storage.remove(plan.path)
             elif old not in now.values():
                 await self._leave(hosted, record, old)
+        if hosted.machine is None:
+            await self._leasing.give_back(hosted.config, [*now.values(), *(plan.path for plan in record.plans)])
         return all(now.get(plan.disk) == plan.path for plan in record.plans)
 
     async def _end_copy(self, hosted: HostedVm, record: Record, plan: DiskPlan) -> None:
@@ -236,17 +255,46 @@ class DiskMoves:
 
     async def _leave(self, hosted: HostedVm, record: Record, old: str) -> None:
         """The VM has left an image."""
-        if record.keep:
+        who = "" if record.keep or hosted.machine is not None else (await self._claims(hosted)).besides(Path(old))
+        if who:
+            _log.error("%s is left, because %s", old, who)
+        if record.keep or who:
             await self._leasing.give_back(hosted.config, [old])
         else:
             await self._storage.remove(old)
+
+    async def _check_nobody_else(self, hosted: HostedVm, moved: Iterable[Disk]) -> None:
+        """The images of a VM that does not run are to be deleted: nobody else may have a claim to them."""
+        claims = await self._claims(hosted)
+        for disk in moved:
+            if who := claims.besides(Path(disk.path)):
+                raise Conflict(
+                    f"disk {disk.name} of VM '{hosted.config.name}' is not used by this VM alone",
+                    why=f"{disk.path}: {who}",
+                    todo="keep the image with --keep, or end the other use first",
+                    vm=hosted.config.name,
+                    host=self._host,
+                )
+
+    async def _claims(self, hosted: HostedVm) -> Claims:
+        """Those of all but this VM."""
+        known = Known.of(self._vms)
+        others = Known([config for config in known.configs if config.name != hosted.config.name], known.damaged)
+        return await asyncio.to_thread(Claims.look, self._folder, others, self._storage.places)
+
+    async def start_copier(self, hosted: HostedVm, record: Record) -> Copier:
+        """For a VM that does not run. Raises :class:`ImageLeased`, :class:`StorageError` and :class:`QemuError`."""
+        config = _with_only(hosted.config, record)
+        await self._launcher.claim_images(config)
+        await self._leasing.take(config)
+        return await self._launcher.launch_copier(config)
 
     async def make_images(self, hosted: HostedVm, record: Record) -> None:
         """Write down which, then make them and give them to QEMU's user. Raises :class:`StorageError`."""
         toml.write_atomically(self._path(record), msgspec.json.encode(record))
         for plan in record.plans:
             await self._storage.make(plan)
-            await in_full(access.grant, Path(plan.path), self._user, read_only=False)
+            await in_full(access.grant, Path(plan.path), self._launcher.user, read_only=False)
         await self._leasing.take(hosted.config, [plan.path for plan in record.plans])
 
     async def finish(self, record: Record) -> None:
@@ -262,6 +310,8 @@ class DiskMoves:
         for plan in record.plans:
             self._storage.settle(plan.path)
             await self._leave(hosted, record, record.old[plan.disk].path)
+        if hosted.machine is None:
+            await self._leasing.give_back(hosted.config)
         self.forget(record)
 
     def forget(self, record: Record) -> None:
@@ -295,11 +345,10 @@ class DiskMoves:
 class _Move:
     """One move of one VM's disks."""
 
-    def __init__(
-        self, moves: DiskMoves, hosted: HostedVm, machine: Machine, record: Record, report: Report, cap: int
-    ) -> None:
+    def __init__(self, moves: DiskMoves, hosted: HostedVm, record: Record, report: Report, cap: int) -> None:
         self.hosted = hosted
-        self.machine = machine
+        #: what copies: the VM's QEMU, or from when it has been started one without a guest
+        self._qemu: Disks | None = hosted.machine
         self.record = record
         self.report = report
         self._moves = moves
@@ -312,12 +361,33 @@ class _Move:
         """Move the disks. Raises what went wrong; the VM uses its old images then, or the next daemon sees to it."""
         self.report.enter(Phase.BUILD_UP)
         await self.guard(self._moves.make_images(self.hosted, self.record))
-        self.report.enter(Phase.STORAGE)
-        await self.guard(self._copy())
-        self.report.enter(Phase.SWITCHOVER)
-        await self._switch_over()
+        with ExitStack() as held:
+            if self._qemu is None:
+                await self.guard(self._start_copier(held))
+            self.report.enter(Phase.STORAGE)
+            await self.guard(self._copy())
+            self.report.enter(Phase.SWITCHOVER)
+            await self._switch_over()
         self.report.enter(Phase.TEAR_DOWN)
+        await self.end_copier()
         await self._moves.remove_old(self.hosted, self.record)
+
+    @property
+    def qemu(self) -> Disks:
+        """What copies."""
+        assert self._qemu is not None
+        return self._qemu
+
+    async def end_copier(self) -> None:
+        """End the QEMU without a guest, if there is one. May be repeated."""
+        if isinstance(self._qemu, Copier):
+            await self._qemu.quit()
+
+    async def _start_copier(self, held: ExitStack) -> None:
+        for disk in self.record.old.values():
+            if not mounts.of(disk.path).has_no_locks:  # else it is the lease that keeps others from writing
+                held.enter_context(openers.unwritten(disk.path))
+        self._qemu = await self._moves.start_copier(self.hosted, self.record)
 
     def cancel(self) -> None:
         """Have it cancelled. Raises :class:`Conflict` if the new images are about to be used."""
@@ -334,12 +404,13 @@ class _Move:
 
     async def guard(self, work: Coroutine[Any, Any, None]) -> None:
         """Do ``work`` unless a person cancels or QEMU dies, which raises."""
-        await unless(self.machine.gone, {self._cancelled}, self._interrupted, work)
+        gone = self._qemu.gone if self._qemu is not None else asyncio.Event()
+        await unless(gone, {self._cancelled}, self._interrupted, work)
 
     def _interrupted(self) -> None:
         if self._cancelled.done():
             raise Cancelled(f"the move of the disks of VM '{self.record.vm}' was cancelled", vm=self.record.vm)
-        raise QemuGone(f"QEMU of VM '{self.record.vm}' ended during the move", why=self.machine.exit_text())
+        raise QemuGone(f"QEMU of VM '{self.record.vm}' ended during the move", why=self.qemu.exit_text())
 
     async def _copy(self) -> None:
         plans = self.record.plans
@@ -357,8 +428,8 @@ class _Move:
             )
             whole = plan.action is DiskAction.COPY
             cap = self._cap // len(plans)
-            await self.machine.copy_to_file(plan.disk, self.record.migration, image, cap, whole=whole)
-        copying = self._copying = Mirrors(self.machine, [plan.disk for plan in plans], self._moves.patience_s)
+            await self.qemu.copy_to_file(plan.disk, self.record.migration, image, cap, whole=whole)
+        copying = self._copying = Mirrors(self.qemu, [plan.disk for plan in plans], self._moves.patience_s)
         self.report.bar = self.report.bar.with_disks(1, 0)
         await copying.until_ready(lambda: self._show(copying))
 
@@ -366,16 +437,21 @@ class _Move:
         await self._moves.finish(self.record)
         for disk in self.record.old:
             with suppress(QemuError):  # a QEMU older than 8.2 cannot; it then settles when the guest pauses to write
-                await self.machine.block_writes(disk)
-        await asyncio.gather(*(self.machine.settle_copy(disk) for disk in self.record.old))
+                await self.qemu.block_writes(disk)
+        await asyncio.gather(*(self.qemu.settle_copy(disk) for disk in self.record.old))
         self._moves.commit(self)
         for disk in self.record.old:
-            await self.machine.pivot(disk)
+            await self.qemu.pivot(disk)
 
     def _show(self, copying: Mirrors) -> None:
         bar, shown = progress.of_disks(self.report.bar, self.report.now.progress, copying.progress(), time.monotonic())
         self.report.bar = bar
         self.report.change(progress=shown)
+
+
+def _with_only(config: VmConfig, record: Record) -> VmConfig:
+    """The VM with only the disks that move."""
+    return msgspec.structs.replace(config, disks=tuple(record.old.values()))
 
 
 def _plan_of(

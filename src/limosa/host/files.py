@@ -5,7 +5,7 @@
     <state_dir>/settings.toml              the settings page
                 vms/NAME/vm.toml           a VM that belongs to this host
                          process.json      its QEMU, while one runs
-                         console.log  seed.iso  nvram.fd  qemu.log
+                         console.log  seed.iso  nvram.fd  qemu.log  qemu-disks.log
                 migrations/ID.SIDE.jsonl   journals
                 goodput.json               how fast networks were
                 images/                    disk images: the location every host has

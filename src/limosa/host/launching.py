@@ -34,7 +34,9 @@ from limosa.network.taps import open_tap
 from limosa.qemu import process
 from limosa.qemu.arguments import Launch, vnc_argument
 from limosa.qemu.capabilities import QemuCapabilities
-from limosa.qemu.machine import Machine
+from limosa.qemu.copier import Copier
+from limosa.qemu.machine import Machine, does_direct_io
+from limosa.qemu.protocol import ImageFile
 from limosa.settings import toml
 from limosa.settings.daemon import DaemonSettings
 from limosa.storage import access, chains, images, mounts, seed
@@ -163,6 +165,8 @@ class Launcher:
     ) -> Machine:
         """Start the VM's QEMU, paused. ``carried`` are files that came with it from the source, by name."""
         folder = self._files.vm(config.name)
+        if self._files.sockets(config).exists():
+            await self.end_copier(config)  # of which nobody has a record
         await in_full(self._grant, config)
         vars_file = self._firmware(config, folder)
         seed_file = self._seed(config, folder, carried or {})
@@ -195,6 +199,18 @@ class Launcher:
             await machine.kill()
             raise
         return machine
+
+    async def launch_copier(self, config: VmConfig) -> Copier:
+        """Start a QEMU without a guest that reads the disks of a VM which does not run. Raises as :meth:`launch`."""
+        await in_full(self._grant, config)
+        opened = await asyncio.to_thread(lambda: {disk.name: _image_file(disk) for disk in config.disks})
+        log = self._files.vm(config.name) / "qemu-disks.log"
+        return await Copier.launch(Path(self._daemon.qemu), opened, self._files.sockets(config), log, self.user)
+
+    async def end_copier(self, config: VmConfig) -> None:
+        """End the one of a VM, also one that an earlier daemon started. Raises :class:`QemuError` if the kernel cannot
+        end it."""
+        await Copier.end_leftover(self._files.sockets(config))
 
     async def attach(self, config: VmConfig) -> Found | None:
         """The QEMU an earlier daemon started for this VM; None if none was running when it ended."""
@@ -346,6 +362,17 @@ def qemu_user(wanted: str) -> str | None:
     except KeyError:
         return None
     return wanted
+
+
+def _image_file(disk: Disk) -> ImageFile:
+    return ImageFile(
+        disk.path,
+        disk.format,
+        direct=does_direct_io(disk.path),
+        locks=not mounts.of(disk.path).has_no_locks,
+        device=Path(disk.path).is_block_device(),
+        size_bytes=disk.size_bytes,
+    )
 
 
 def _pin_nic(nic: NewNic) -> Nic:

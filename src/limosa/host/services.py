@@ -88,7 +88,7 @@ async def assemble(daemon: DaemonSettings, files: Files) -> Services:
         cpus=len(os.sched_getaffinity(0)),
         outgoing=Outgoing(parts, Path(daemon.certificates), views),
         incoming=Incoming(parts),
-        disk_moves=DiskMoves(parts, views, user),
+        disk_moves=DiskMoves(parts, views, launcher),
         views=views,
         neighbours=neighbours,
         leftovers=Leftovers(parts, neighbours),

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 from limosa.errors import LimosaError, MigrationFailed, NotConverging, QemuError
 from limosa.model.storage import DiskAction, DiskPlan, DiskProgress
-from limosa.qemu.protocol import CopyState, CopyStatistics, MachineProtocol
+from limosa.qemu.protocol import CopyingProtocol, CopyState, CopyStatistics, MachineProtocol
 from limosa.transport.channel import SocketChannel
 from limosa.wire.peer import StreamCredentials
 
@@ -47,7 +47,7 @@ class Keeping:
 class Mirrors:
     """The copies of one move, which have begun."""
 
-    def __init__(self, machine: MachineProtocol, disks: Iterable[str], patience_s: float) -> None:
+    def __init__(self, machine: CopyingProtocol, disks: Iterable[str], patience_s: float) -> None:
         self._machine = machine
         began = time.monotonic()
         self._keeping = {disk: Keeping(patience_s, began) for disk in disks}

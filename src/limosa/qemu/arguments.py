@@ -130,6 +130,19 @@ def image_nodes(
     return file | shared, image | shared
 
 
+def without_guest(run_dir: Path, qmp_fd: int) -> list[str]:
+    """QEMU's arguments to work with images and nothing else. The second one tells it from all others."""
+    return [
+        *("-name", f"guest=disks of {_escaped(run_dir)}"),
+        *("-sandbox", SANDBOX),
+        *("-no-user-config", "-nodefaults", "-S"),
+        *("-machine", "none", "-m", "1M", "-display", "none"),
+        *("-msg", "timestamp=on"),
+        *("-chardev", f"socket,id=qmp,fd={qmp_fd},server=on,wait=off"),
+        *("-mon", "chardev=qmp,mode=control"),
+    ]
+
+
 def vnc_argument(socket: Path) -> str:
     """The argument by which a QEMU can be told from all others: its VNC socket."""
     return f"unix:{_escaped(socket)}"

@@ -24,10 +24,9 @@ from limosa.qemu.disks import Disks
 from limosa.qemu.monitor import Monitor
 from limosa.qemu.process import QemuProcess
 from limosa.qemu.protocol import Event, MigrationState, RunState
-from limosa.qemu.session import DYING_S
+from limosa.qemu.session import DYING_S, first_answer
 from limosa.qemu.stream import Stream
 
-LAUNCH_WITHIN_S = 30.0
 #: From a restarted daemon's call to the answer of a QEMU that runs.
 ATTACH_WITHIN_S = 10.0
 #: How long QEMU may take to resume a guest whose stream broke; it usually takes milliseconds.
@@ -58,7 +57,7 @@ class Machine(Stream, Disks):
         try:
             qemu = await _spawn(program, make, run_dir, log, user)
             try:
-                return cls(qemu, await _first_answer(qemu, run_dir, log), run_dir)
+                return cls(qemu, await first_answer(qemu, run_dir, log), run_dir)
             except BaseException:
                 await qemu.kill()
                 raise
@@ -173,19 +172,6 @@ async def _spawn(
             user=user,
             kvm=launch.accelerator == "kvm",
         )
-
-
-async def _first_answer(qemu: QemuProcess, run_dir: Path, log: Path) -> Monitor:
-    """A session with a QEMU that was just started. Raises :class:`QemuError` saying why it did not start."""
-    try:
-        async with asyncio.timeout(LAUNCH_WITHIN_S):
-            return await Monitor.connect(run_dir / folder.QMP, f"QEMU ({qemu.pid})")
-    except TimeoutError as error:
-        why = f"no answer within {LAUNCH_WITHIN_S:.0f} s"
-        raise QemuError("QEMU did not start", why=why, todo=f"see {log}") from error
-    except QemuGone as error:
-        await qemu.kill()  # it is ending; afterwards its last words are known
-        raise QemuError("QEMU did not start", why=qemu.exit_text(), todo=f"see {log}") from error
 
 
 def _with_disks_looked_at(launch: Launch) -> Launch:

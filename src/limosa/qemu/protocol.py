@@ -168,7 +168,26 @@ class CopyStatistics:
     error: str = ""
 
 
-class MachineProtocol(Protocol):
+class CopyingProtocol(Protocol):
+    """A QEMU that copies disks, as those who look after the copies see it. Errors are as below."""
+
+    def on_event(self, callback: Callable[[Event], None]) -> Callable[[], None]:
+        """Have ``callback`` called with each event at once, in order. Returns what ends that."""
+
+    async def copies(self) -> dict[str, CopyStatistics]:
+        """How all copies stand, by disk."""
+
+    async def cap_copy(self, disk: str, bytes_per_s: int) -> None:
+        """Cap what is copied; 0: no cap."""
+
+    async def block_writes(self, disk: str) -> None:
+        """From now on a write of the guest is done when it is in the copy too."""
+
+    async def end_copy(self, disk: str) -> None:
+        """Source: make a copy that is ready whole, flush and end it. Raises :class:`StorageError` if it failed."""
+
+
+class MachineProtocol(CopyingProtocol, Protocol):
     """A QEMU that runs one VM. Every method raises :class:`QemuGone` once its process has ended, :class:`QemuError`
     if QEMU refuses, and :class:`OutcomeUnknown` if the connection broke before QEMU answered."""
 
@@ -178,9 +197,6 @@ class MachineProtocol(Protocol):
 
     def exit_text(self) -> str:
         """Why the process ended, in QEMU's own words where it had some. Empty while it runs."""
-
-    def on_event(self, callback: Callable[[Event], None]) -> Callable[[], None]:
-        """Have ``callback`` called with each event at once, in order. Returns what ends that."""
 
     async def status(self) -> RunState:
         """QEMU's run state."""
@@ -266,18 +282,6 @@ class MachineProtocol(Protocol):
         ``whole``: with what is below an overlay. ``bytes_per_s``: a cap, 0 for none. ``encrypt`` needs
         :meth:`trust_disks`.
         """
-
-    async def copies(self) -> dict[str, CopyStatistics]:
-        """How all copies stand, by disk."""
-
-    async def cap_copy(self, disk: str, bytes_per_s: int) -> None:
-        """Cap what is copied; 0: no cap."""
-
-    async def block_writes(self, disk: str) -> None:
-        """From now on a write of the guest is done when it is in the copy too."""
-
-    async def end_copy(self, disk: str) -> None:
-        """Source: make a copy that is ready whole, flush and end it. Raises :class:`StorageError` if it failed."""
 
     async def drop_copy(self, disk: str, tag: str) -> None:
         """Give a copy up, or close one that has ended. The disk is as it was. May be repeated."""

@@ -21,6 +21,7 @@ from limosa.qemu.process import QemuProcess
 from limosa.qemu.protocol import Event
 from limosa.wire.peer import StreamCredentials
 
+LAUNCH_WITHIN_S = 30.0
 QUIT_WITHIN_S = 5.0
 #: After its session broke, how long a dying process may take to be seen dead.
 DYING_S = 1.0
@@ -110,6 +111,19 @@ class Session:
         for result in results:
             if isinstance(result, BaseException):
                 raise result
+
+
+async def first_answer(qemu: QemuProcess, run_dir: Path, log: Path) -> Monitor:
+    """A session with a QEMU that was just started. Raises :class:`QemuError` saying why it did not start."""
+    try:
+        async with asyncio.timeout(LAUNCH_WITHIN_S):
+            return await Monitor.connect(run_dir / folder.QMP, f"QEMU ({qemu.pid})")
+    except TimeoutError as error:
+        why = f"no answer within {LAUNCH_WITHIN_S:.0f} s"
+        raise QemuError("QEMU did not start", why=why, todo=f"see {log}") from error
+    except QemuGone as error:
+        await qemu.kill()  # it is ending; afterwards its last words are known
+        raise QemuError("QEMU did not start", why=qemu.exit_text(), todo=f"see {log}") from error
 
 
 @asynccontextmanager

@@ -26,6 +26,8 @@ from limosa.errors import StorageError
 #: struct flock: type, whence, start, length, pid (of 0 for locks of an open file description)
 _FLOCK = "hhqqi0q"
 _QEMU_FROM, _QEMU_COUNT = 100, 200
+#: of each hundred the bytes that speak of writing and of resizing (BLK_PERM_WRITE and BLK_PERM_RESIZE)
+_WRITE, _RESIZE = 1, 3
 #: fcntl(2): which signal tells of somebody who wants the file; one that is ignored unless it is handled, because the
 #: usual one would end the daemon
 _F_SETSIG = 10
@@ -85,6 +87,39 @@ def alone(image: Path) -> Iterator[None]:
         os.close(descriptor)  # and with it go lock and lease
 
 
+@contextmanager
+def unwritten(image: str) -> Iterator[None]:
+    """Keep every QEMU from writing the image meanwhile, by the lock one has that does not let others write. Who reads
+    it is not disturbed. A file system without locks for open files gives none.
+
+    Raises :class:`StorageError` if one writes it, or it cannot be opened.
+    """
+    try:
+        descriptor = os.open(image, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        raise StorageError(f"cannot open {image}", why=error.strerror or str(error)) from error
+    try:
+        for sort in (_WRITE, _RESIZE):
+            _forbid(descriptor, image, sort)
+        yield
+    finally:
+        os.close(descriptor)  # and with it goes the lock
+
+
+def _forbid(descriptor: int, image: str, sort: int) -> None:
+    """As ``raw_check_lock_bytes`` and ``raw_apply_lock_bytes`` do it: first say it, then see who does it already."""
+    does_not_let, does = _QEMU_FROM + 100 + sort, _QEMU_FROM + sort
+    try:
+        fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, _lock(fcntl.F_RDLCK, does_not_let, 1))
+        answer = fcntl.fcntl(descriptor, fcntl.F_OFD_GETLK, _lock(fcntl.F_WRLCK, does, 1))
+    except OSError as error:
+        if error.errno in _NO_LEASES:
+            return
+        raise StorageError(f"cannot lock {image}", why=error.strerror or str(error)) from error
+    if struct.unpack(_FLOCK, answer)[0] != fcntl.F_UNLCK:
+        raise StorageError(f"{image} is in use", why="a QEMU writes it", todo="stop the VM that does")
+
+
 def _obstacle(descriptor: int) -> str:
     try:
         fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, _qemus_bytes())
@@ -105,4 +140,8 @@ def _is_unlocked(descriptor: int) -> bool:
 
 
 def _qemus_bytes() -> bytes:
-    return struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, _QEMU_FROM, _QEMU_COUNT, 0)
+    return _lock(fcntl.F_WRLCK, _QEMU_FROM, _QEMU_COUNT)
+
+
+def _lock(sort: int, start: int, count: int) -> bytes:
+    return struct.pack(_FLOCK, sort, os.SEEK_SET, start, count, 0)

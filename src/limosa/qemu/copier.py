@@ -1,0 +1,82 @@
+"""A QEMU without a guest, which copies the disks of a VM that does not run.
+
+It is the program that VMs run on, without a machine (``-machine none``), as their user and in their sandbox, so that
+what copies a disk is the same whether its guest runs or not: block jobs, formats, holes, caps, flushes. It opens the
+disks read-only. It lives as long as one move; a daemon that comes again knows it by its run folder, which is that of
+the VM, and ends it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from limosa.errors import QemuGone
+from limosa.qemu import folder, process
+from limosa.qemu.arguments import image_nodes, without_guest
+from limosa.qemu.disks import Disks
+from limosa.qemu.process import QemuProcess
+from limosa.qemu.protocol import ImageFile
+from limosa.qemu.session import first_answer
+
+
+class Copier(Disks):
+    """One such QEMU. Made by :meth:`launch`; ended by :meth:`quit`."""
+
+    @classmethod
+    async def launch(
+        cls, program: Path, disks: Mapping[str, ImageFile], run_dir: Path, log: Path, user: str | None
+    ) -> Copier:
+        """Start one that has these images open as disks, by name. ``run_dir`` is made (its parent must exist).
+
+        Raises :class:`limosa.errors.QemuError` with QEMU's own words; nothing runs and no socket is left then.
+        """
+        await cls.end_leftover(run_dir)
+        folder.create(run_dir, process.owner_of(user))
+        try:
+            with folder.listen(run_dir / folder.QMP) as qmp:
+                command = [str(program), *without_guest(run_dir, qmp.fileno())]
+                qemu = await process.spawn(command, pass_fds=(qmp.fileno(),), log=log, user=user, kvm=False)
+            try:
+                made = cls(qemu, await first_answer(qemu, run_dir, log), run_dir)
+                for name, image in disks.items():
+                    await made._open(name, image)
+                return made
+            except BaseException:
+                await qemu.kill()
+                raise
+        except BaseException:
+            folder.remove(run_dir)
+            raise
+
+    @staticmethod
+    async def end_leftover(run_dir: Path) -> None:
+        """End the one that uses ``run_dir``, if there is one. Raises :class:`limosa.errors.QemuError` if the kernel
+        cannot end it."""
+        found = process.find(without_guest(run_dir, 0)[1])
+        if found is None:
+            return
+        try:
+            await QemuProcess.attach(*found).kill()
+        except QemuGone:
+            return
+        finally:
+            folder.remove(run_dir)
+
+    async def disk_node(self, disk: str) -> str:
+        """The node that is the disk: no device has it, so none can change it for another."""
+        return disk
+
+    async def _open(self, name: str, image: ImageFile) -> None:
+        nodes = image_nodes(
+            name,
+            image.format,
+            image.path,
+            driver="host_device" if image.device else "file",
+            read_only=True,
+            direct=image.direct,
+            locks=image.locks,
+            size_bytes=image.size_bytes,
+        )
+        for node in nodes:
+            await self._execute("blockdev-add", node)
