@@ -175,5 +175,5 @@ def test_a_disk_that_fills_up_fails_the_move(host: Host, wanted: bytes, tmp_path
             begin(host, "fast")
         assert [path.name for path in small.iterdir()] == ["filler"]
     finally:
-        subprocess.run(["umount", str(small)], check=True)
+        subprocess.run(["umount", "--lazy", str(small)], check=True)
     assert assert_one_whole_disk(host, wanted) == old

@@ -60,7 +60,7 @@ def register(commands: Commands[argparse.ArgumentParser]) -> None:
     move = add_command(
         verbs,
         "move",
-        "move disks of a running VM to another location of its host",
+        "move disks of a VM, whether it runs or not, to another location of its host",
         _move,
         examples=[
             "storage move web1 --to fast",
@@ -68,7 +68,8 @@ def register(commands: Commands[argparse.ArgumentParser]) -> None:
             "storage move db1 --to fast --keep --bandwidth 500",
         ],
         notes="All disks that are not there, or those that are named. The old images are deleted when the\n"
-        "new ones are in use. 'limosa migration cancel' stops it: the VM goes on with the disks it has.",
+        "new ones are in use. 'limosa migration cancel' stops it: the VM goes on with the disks it has.\n"
+        "A VM that does not run cannot be started, deleted or moved until it has ended.",
     )
     move.add_argument("vm", metavar="VM")
     move.add_argument("--to", metavar="LOCATION", required=True, help="a location of the host")

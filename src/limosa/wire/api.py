@@ -153,7 +153,7 @@ class CheckReport(Model, forbid_unknown_fields=False, frozen=True):
 
 
 class DiskMoveRequest(Model, frozen=True):
-    """Ask for disks of a running VM to be moved to another location of its host; no names: all that are not there."""
+    """Ask for disks of a VM to be moved to another location of its host; no names: all that are not there."""
 
     vm: Name
     location: Name

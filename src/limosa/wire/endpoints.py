@@ -69,7 +69,7 @@ MOVE_DISKS = Endpoint(
     api.DiskMoveRequest,
     Migration,
     Role.OPERATOR,
-    "Move disks of a running VM to another location of the host",
+    "Move disks of a VM, whether it runs or not, to another location of the host",
 )
 SIGHTINGS = Endpoint(
     "GET", "/v1/storage/hosts", api.Empty, api.SightingList, Role.VIEWER, "Which other hosts see which locations"
