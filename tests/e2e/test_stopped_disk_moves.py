@@ -161,7 +161,7 @@ def test_an_image_that_is_written_is_not_copied(host: Host, wanted: bytes) -> No
 def test_a_disk_that_fills_up_fails_the_move(host: Host, wanted: bytes, tmp_path: Path) -> None:
     (old,) = disks_of(host, "web")
     small = host.state / "fast"
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m,mode=711", "tmpfs", str(small)], check=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=48m,mode=711", "tmpfs", str(small)], check=True)
     try:
         begun = begin(host, "fast", bandwidth_mbit_per_s=SLOWLY)
         follow(host, begun.id, copying)
