@@ -1,10 +1,14 @@
-"""Work that goes on by itself: asyncio keeps only a weak reference to a task, so somebody has to hold it."""
+"""Work that goes on by itself: asyncio keeps only a weak reference to a task, so somebody has to hold it; and work in a
+thread, which nobody can stop, so somebody has to wait for it."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
-from typing import Any
+from collections.abc import Callable, Coroutine
+from typing import Any, ParamSpec, TypeVar
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class Background:
@@ -28,3 +32,13 @@ class Background:
         """Return when nothing is left, also of what was begun meanwhile."""
         while self._tasks:
             await asyncio.wait(self._tasks)
+
+
+async def in_full(work: Callable[P, T], *arguments: P.args, **options: P.kwargs) -> T:
+    """Do work in a thread. Who is cancelled meanwhile waits for its end: what follows must not run beside it."""
+    task = asyncio.ensure_future(asyncio.to_thread(work, *arguments, **options))
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait({task})
+        raise

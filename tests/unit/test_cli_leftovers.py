@@ -66,7 +66,7 @@ def test_they_are_shown_with_proof_or_doubts(host: StandIn, capsys: pytest.Captu
     assert main(["storage", "leftovers"]) == 0
     shown = capsys.readouterr().out
     assert OLD.path in shown
-    assert "3.0 MiB, written" in shown
+    assert "3.0 MiB, of " in shown
     assert "disk vda of VM 'web1', named by move abcdefabcdef on host 'alpha'" in shown
     assert "- no process has it open" in shown
     assert "stays, because" in shown

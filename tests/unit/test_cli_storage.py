@@ -32,6 +32,9 @@ FAST = Location(
     free_bytes=2 * GIB,
 )
 GONE = Location(name="nas", path="/mnt/nas", shared=True, fault="No such file or directory")
+BULK = Location(
+    name="bulk", path="/dev/vg0", kind="lvm", thin=True, source="vg0/thin", total_bytes=10 * GIB, free_bytes=GIB
+)
 SEEN = SightingList(
     sightings=(Sighting(location="nas", host="host2", as_location="store", path="/mnt/store"),),
     silent={"host3": "no answer"},
@@ -60,7 +63,7 @@ def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIn]:
     monkeypatch.chdir(tmp_path)
     settings = HostSettings(locations={"nas": Place(path="/mnt/old", shared=True)}, default_location="nas")
     answers = {
-        endpoints.LOCATIONS: lambda _: LocationList(locations=(FAST, IMAGES, GONE)),
+        endpoints.LOCATIONS: lambda _: LocationList(locations=(FAST, IMAGES, GONE, BULK)),
         endpoints.SIGHTINGS: lambda _: SEEN,
         endpoints.SETTINGS: lambda _: SettingsPage(settings=settings),
         endpoints.CHANGE_SETTINGS: lambda _: SettingsPage(settings=settings),
@@ -88,14 +91,15 @@ def asked(host: StandIn) -> DiskMoveRequest:
 
 def test_list(host: StandIn, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["storage", "list"]) == 0
-    head, fast, images, nas = capsys.readouterr().out.splitlines()
-    assert head.split() == ["NAME", "FOLDER", "FREE", "TOTAL", "SPEED", "SHARED", "NOTE"]
-    assert fast.split() == ["fast", "/srv/fast", "2.0", "GiB", "4.0", "GiB", "ssd", "no"]
+    head, fast, images, nas, bulk = capsys.readouterr().out.splitlines()
+    assert head.split() == ["NAME", "PLACE", "KIND", "FREE", "TOTAL", "SPEED", "SHARED", "NOTE"]
+    assert fast.split() == ["fast", "/srv/fast", "folder", "2.0", "GiB", "4.0", "GiB", "ssd", "no"]
+    assert bulk.split()[:3] == ["bulk", "vg0/thin", "LVM"]
     assert "images (default)" in images
     assert nas.endswith("with host2  No such file or directory")
     assert main(["storage", "list", "--json"]) == 0
-    fast, images, nas = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [one["name"] for one in (fast, images, nas)] == ["fast", "images", "nas"]
+    fast, images, nas, bulk = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [one["name"] for one in (fast, images, nas, bulk)] == ["fast", "images", "nas", "bulk"]
     assert (fast["seen_by"], fast["silent"]) == ([], {})
     assert [(one["host"], one["path"]) for one in nas["seen_by"]] == [("host2", "/mnt/store")]
     assert nas["silent"] == {"host3": "no answer"}
@@ -126,6 +130,16 @@ def test_add(host: StandIn, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert capsys.readouterr().out == "location 'fast' is /srv/fast, 2.0 GiB free\n"
 
 
+def test_a_volume_group(host: StandIn, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["storage", "add", "bulk", "--lvm", "vg0/thin"]) == 0
+    assert changes(host) == [{"locations.bulk": {"lvm": "vg0/thin", "shared": False}}]
+    assert capsys.readouterr().out == "location 'bulk' is vg0/thin, 1.0 GiB free\n"
+    assert main(["storage", "show", "bulk"]) == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert [line.split(maxsplit=1) for line in shown[:2]] == [["name:", "bulk"], ["kind:", "LVM"]]
+    assert any(line.split() == ["thin", "pool:", "vg0/thin"] for line in shown)
+
+
 @pytest.mark.parametrize("default", [False, True])
 def test_a_folder_that_is_not_there_changes_nothing(host: StandIn, default: bool) -> None:
     """Not even what there was of that name, and which was the default."""
@@ -134,7 +148,10 @@ def test_a_folder_that_is_not_there_changes_nothing(host: StandIn, default: bool
     assert changes(host)[1:] == [before | ({"default_location": "nas"} if default else {})]
 
 
-@pytest.mark.parametrize("words", [["add", "fast"], ["add"], ["remove"], ["show"], ["move", "web1"], ["nope"]])
+@pytest.mark.parametrize(
+    "words",
+    [["add", "fast"], ["add", "fast", "/a", "--lvm", "vg0"], ["add"], ["remove"], ["show"], ["move", "web1"], ["nope"]],
+)
 def test_bad_words_never_reach_the_host(host: StandIn, words: list[str]) -> None:
     assert main(["storage", *words]) == 2
     assert host.seen == []
@@ -152,7 +169,7 @@ def test_bad_moves_never_reach_the_host(host: StandIn, words: list[str]) -> None
 def test_remove(host: StandIn, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["storage", "remove", "fast"]) == 0
     assert changes(host) == [{"locations.fast": None}]
-    assert "its files stay" in capsys.readouterr().out
+    assert "its images stay" in capsys.readouterr().out
     assert main(["storage", "remove", "images"]) == 2
     assert main(["storage", "remove", "nowhere"]) == 4
     assert len(changes(host)) == 1

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterable, Sequence
 
 import msgspec
 import pytest
@@ -13,12 +14,13 @@ from hypothesis import strategies as st
 from test_preflight import HERE, THERE, VM
 
 from limosa.errors import MigrationFailed, NotConverging, StorageError
-from limosa.migration import disks, mirrors
+from limosa.migration import disks, examination, mirrors
 from limosa.migration.mirrors import Keeping, Mirrors
 from limosa.migration.progress import Bar, of_disks
+from limosa.model.base import NAME_PATTERN
 from limosa.model.migration import Phase, Progress
 from limosa.model.storage import BackingFile, DiskAction, DiskFacts, DiskProgress, Location
-from limosa.model.vm import Disk
+from limosa.model.vm import Disk, DiskFormat
 from limosa.qemu.protocol import CopyState, CopyStatistics, Event, MigrationStatistics
 from limosa.testing.disks import FakeDisks
 
@@ -34,6 +36,10 @@ FACT = DiskFacts(
 )
 IMAGES = Location(name="images", path="/var/images", default=True, total_bytes=100 * GIB, free_bytes=50 * GIB)
 FAST = Location(name="fast", path="/srv/fast", total_bytes=100 * GIB, free_bytes=50 * GIB)
+BULK = Location(
+    name="bulk", path="/dev/vg0", kind="lvm", unit_bytes=4 << 20, total_bytes=100 * GIB, free_bytes=50 * GIB
+)
+POOL = msgspec.structs.replace(BULK, name="pool", source="vg0/pool", thin=True, unit_bytes=1)
 PRIVATE = msgspec.structs.replace(HERE, files=(msgspec.structs.replace(HERE.files[0], private=True),))
 
 
@@ -124,6 +130,56 @@ class TestThePlan:
         assert disks.space([plan], {"fast": untold}, "host2") == []
         assert msgspec.structs.replace(untold, fault="it is mounted read-only").lacks(1)
 
+    def test_on_a_logical_volume_it_is_raw_and_whole(self) -> None:
+        base = BackingFile(path="/var/images/golden.qcow2", format="qcow2", size=GIB, digest="d")
+        overlay = msgspec.structs.replace(FACT, below=(base,))
+        plan, against = planned(IMAGES, BULK, fact=overlay, wishes={"vda": "bulk"}, found={"d": base})
+        assert against == []
+        assert (plan.action, plan.format, plan.device, plan.backing) == (DiskAction.COPY, "raw", True, None)
+        assert plan.path == "/dev/vg0/web1-vda.abc.raw"
+        assert disks.landed(VM, [plan]).disks == (
+            Disk(name="vda", path=plan.path, format="raw", size_bytes=FACT.virtual_bytes),
+        )
+
+    def test_a_logical_volume_takes_all_its_space_and_whole_extents_unless_it_is_thin(self) -> None:
+        odd = msgspec.structs.replace(FACT, virtual_bytes=8 * GIB + 512)
+        assert disks.copied("web1", odd, BULK, "abc").expected_bytes == 8 * GIB + (4 << 20)
+        assert disks.copied("web1", odd, POOL, "abc").expected_bytes == 8 * GIB + 512
+
+    def test_from_a_logical_volume_to_a_file(self) -> None:
+        on_volume = Disk(name="vda", path="/dev/vg0/web1-vda.abc.raw", format="raw", size_bytes=8 * GIB)
+        vm = msgspec.structs.replace(VM, disks=(on_volume,))
+        plan = disks.copied("web1", msgspec.structs.replace(FACT, format="raw"), FAST, "xyz")
+        landed = Disk(name="vda", path="/srv/fast/web1-vda.xyz.raw", format="raw")
+        assert disks.landed(vm, [plan]).disks == (landed,)
+        stays = disks.plan(vm, [], THERE, {}, "abc", {})
+        assert disks.landed(vm, stays.disks) == vm
+
+    @pytest.mark.parametrize(
+        ("location", "image_format", "thick", "refused"),
+        [
+            (FAST, "qcow2", True, False),
+            (BULK, None, True, False),
+            (BULK, "raw", False, False),
+            (BULK, "qcow2", False, True),
+            (POOL, None, False, False),
+            (POOL, None, True, True),
+        ],
+    )
+    def test_what_an_image_cannot_be(
+        self, location: Location, image_format: DiskFormat | None, thick: bool, refused: bool
+    ) -> None:
+        found = disks.against_form(location, image_format, thick=thick)
+        assert [finding.code for finding in found] == ["form-not-possible"] * refused
+
+    @given(vm=st.from_regex(NAME_PATTERN).filter(lambda name: len(name) <= 63))
+    def test_every_name_is_one_a_logical_volume_may_have(self, vm: str) -> None:
+        name = disks.image_name(vm, "vda", "abcdefabcdef", "raw")
+        assert re.fullmatch(r"[A-Za-z0-9.][A-Za-z0-9.-]*", name)
+        assert not name.startswith(("snapshot", "pvmove"))
+        assert name.endswith("-vda.abcdefabcdef.raw")
+        assert len(name.replace("-", "--")) <= 110
+
     def test_thick_takes_all_it_may(self) -> None:
         assert disks.copied("web1", FACT, FAST, "abc", "raw", thick=True).expected_bytes == 8 * GIB
 
@@ -190,6 +246,30 @@ class TestChains:
         there = msgspec.structs.replace(THERE, locations=(FAST, IMAGES, gold))
         made = disks.plan(VM, [OVERLAY], there, {"vda": "images"}, "abcdefabcdef", {})
         assert [(layer.location, layer.file.location) for layer in made.layers] == [("gold",) * 2, ("images",) * 2]
+
+    def test_it_goes_where_the_disk_goes_if_that_name_is_a_volume_groups(self) -> None:
+        gold = msgspec.structs.replace(BULK, name="gold")
+        there = msgspec.structs.replace(THERE, locations=(FAST, IMAGES, gold))
+        made = disks.plan(VM, [OVERLAY], there, {}, "abcdefabcdef", {})
+        assert [layer.location for layer in made.layers] == ["fast", "fast"]
+
+    def test_of_disks_that_go_to_volumes_nothing_below_is_looked_at(self) -> None:
+        on_volume, in_folder = OVERLAY, msgspec.structs.replace(OVERLAY, name="vdb", below=(LOWEST,))
+        there = msgspec.structs.replace(THERE, locations=(FAST, IMAGES, BULK))
+        asked = []
+
+        class Here:
+            async def facts(self, _: Iterable[Disk]) -> tuple[DiskFacts, ...]:
+                raise NotImplementedError
+
+            async def digest(self, backing: BackingFile) -> BackingFile:
+                asked.append(backing.path)
+                return backing
+
+        facts = (on_volume, in_folder)
+        assert asyncio.run(examination._with_digests(Here(), facts, there, {"vda": "bulk"})) == facts
+        assert asked == [LOWEST.path]
+        assert not disks.may_lie_above(OVERLAY, msgspec.structs.replace(THERE, locations=()), "")
 
     def test_it_needs_space(self) -> None:
         assert [finding.code for finding in self.planned(OVERLAY, free=3 * GIB - 1).findings] == ["space-short"]

@@ -245,6 +245,11 @@ class TestWhatASourceMaySend:
         layer = self.layer(storage, file=msgspec.structs.replace(file, path=path))
         assert isinstance(self.refusal(storage, layer), InvalidInput)
 
+    def test_a_file_among_volumes(self, storage: Storage) -> None:
+        storage._page.change({"locations.bulk": {"lvm": "vg0"}})
+        file = msgspec.structs.replace(self.layer(storage).file, path=f"/dev/vg0/golden.{TAG}-1.raw", location="bulk")
+        assert isinstance(self.refusal(storage, self.layer(storage, file=file, location="bulk")), InvalidInput)
+
     def test_a_file_that_is_somebodys(self, storage: Storage) -> None:
         layer = self.layer(storage)
         Path(layer.file.path).write_bytes(b"precious")

@@ -13,8 +13,10 @@ from limosa.host.leftovers import _candidates, _highest_first
 from limosa.host.neighbours import is_same
 from limosa.host.proof import Elsewhere, all_judged, doubts_here, verdict
 from limosa.migration.disks import Made, image_name, read_name
-from limosa.model.storage import ImageUse, Leftover, Location
+from limosa.model.storage import ImageUse, Leftover, Location, Place
 from limosa.storage import layers, leases, marks
+from limosa.storage.locations import Locations
+from limosa.storage.stores import Folder
 
 TAG = "abcdefabcdef"
 ONE = Leftover(
@@ -76,11 +78,11 @@ class TestCandidates:
             path.write_bytes(b"data")
         link.symlink_to(tmp_path / "own.raw")
         folder.mkdir()
-        found = {one.path: one.host for one in _candidates(Location(name="fast", path=str(tmp_path)))}
+        found = {one.path: one.host for one in _candidates("fast", Folder(str(tmp_path)))}
         assert found == {str(marked): "host1", str(plain): "", str(missing): "host1"}
 
     def test_a_location_that_has_gone(self, tmp_path: Path) -> None:
-        assert list(_candidates(Location(name="fast", path=str(tmp_path / "gone"), fault="gone"))) == []
+        assert list(_candidates("fast", Folder(str(tmp_path / "gone")))) == []
 
 
 class TestTheProof:
@@ -129,8 +131,9 @@ class TestChains:
 
     def judged(self, tmp_path: Path) -> dict[Path, Leftover]:
         """Those that no VM and no move works with."""
-        claims = Claims.look(tmp_path / "migrations", Known([], {}), [tmp_path])
-        found = list(_candidates(Location(name="fast", path=str(tmp_path))))
+        places = Locations({"fast": Place(path=str(tmp_path))}, "fast", tmp_path / "own")
+        claims = Claims.look(tmp_path / "migrations", Known([], {}), places)
+        found = list(_candidates("fast", places.store("fast")))
         unused = [one for one in found if not claims.by_name(Path(one.path), TAG)]
         judged = all_judged(
             unused, lambda one, going: verdict(one, "host1", doubts_here(one, claims, "host1", going), None)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import stat
+import threading
 from pathlib import Path
 from typing import Any, cast
 
@@ -10,6 +13,7 @@ import msgspec
 import pytest
 from test_preflight import VM
 
+from harness.lvm import EXTENT, GROUP, POOL, FakeLvm
 from limosa.errors import Conflict, InvalidInput, LimosaError, NotFound, StorageError
 from limosa.host.files import Files
 from limosa.host.incoming import Incoming
@@ -17,8 +21,10 @@ from limosa.host.leasing import Leasing
 from limosa.host.page import Page
 from limosa.host.parts import Parts
 from limosa.host.storage import Storage
-from limosa.model.storage import BackingFile, DiskAction, DiskPlan, Place
+from limosa.migration import disks
+from limosa.model.storage import BackingFile, DiskAction, DiskFacts, DiskPlan, Location, Place
 from limosa.model.vm import Disk
+from limosa.storage import lvm
 from limosa.storage.locations import Locations
 from limosa.wire.peer import Prepare
 
@@ -110,17 +116,17 @@ class TestTheLedger:
         assert self.free(storage, "images") < before * 0.6
         storage.settle(image.path)
         assert self.free(storage) > before * 0.9
-        storage.remove(image.path)
-        storage.remove(image.path)
+        for _ in range(2):
+            asyncio.run(storage.remove(image.path))
         assert not Path(image.path).exists()
 
     def test_what_has_been_written_counts_once(self, storage: Storage) -> None:
         image = plan(storage, expected=64 * MIB)
         asyncio.run(storage.make(image))
-        held = storage._needed_in(str(storage.places.path("fast")))
+        held = storage._needed_in(storage.places.store("fast"))
         with Path(image.path).open("ab") as stream:
             stream.write(bytes(range(1, 256)) * (16 * MIB // 255))
-        assert held - storage._needed_in(str(storage.places.path("fast"))) >= 15 * MIB
+        assert held - storage._needed_in(storage.places.store("fast")) >= 15 * MIB
 
     def test_two_that_fit_one_by_one_do_not_fit_together(self, storage: Storage) -> None:
         async def scenario() -> list[object]:
@@ -141,7 +147,7 @@ class TestTheLedger:
         Path(image.path).write_bytes(b"precious")
         with pytest.raises(StorageError, match="exists"):
             asyncio.run(storage.make(image))
-        assert storage._needed_in(str(storage.places.path("fast"))) == 0
+        assert storage._needed_in(storage.places.store("fast")) == 0
         assert Path(image.path).read_bytes() == b"precious"
 
     def test_a_location_that_has_gone(self, storage: Storage) -> None:
@@ -149,6 +155,216 @@ class TestTheLedger:
         storage.places.path("fast").rmdir()
         with pytest.raises(StorageError):
             asyncio.run(storage.make(image))
+
+
+def test_a_disk_has_whole_sectors(storage: Storage, tmp_path: Path) -> None:
+    path = tmp_path / "odd.raw"
+    path.write_bytes(bytes(1000))
+    (fact,) = asyncio.run(storage.facts([Disk(name="vda", path=str(path), format="raw")]))
+    assert fact.virtual_bytes == 1024
+
+
+class TestVolumes:
+    """The same of a volume group: a pretended one."""
+
+    @pytest.fixture
+    def group(self, storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeLvm:
+        fake = FakeLvm(tmp_path)
+        monkeypatch.setattr(lvm, "PROGRAM", str(fake.program))
+        storage._page.change({"locations.bulk": {"lvm": GROUP}})
+        return fake
+
+    def plan(self, size: int = 8 * EXTENT, *, thin: bool = False) -> DiskPlan:
+        where = Location(name="bulk", path=f"/dev/{GROUP}", kind="lvm", thin=thin, unit_bytes=EXTENT)
+        disk = DiskFacts(name="vda", path="/a.qcow2", format="qcow2", virtual_bytes=size, allocated_bytes=0)
+        return disks.copied("web1", disk, where, TAG)
+
+    def free(self, storage: Storage, name: str) -> int:
+        return next(one.free_bytes for one in asyncio.run(storage.locations()) if one.name == name)
+
+    def test_it_takes_its_space_at_once_and_gives_it_back(self, storage: Storage, group: FakeLvm) -> None:
+        before, image = self.free(storage, "bulk"), self.plan()
+        asyncio.run(storage.make(image))
+        assert list(group.volumes) == [f"web1-vda.{TAG}.raw"]
+        assert self.free(storage, "bulk") == before - 8 * EXTENT
+        storage.settle(image.path)
+        assert self.free(storage, "bulk") == before - 8 * EXTENT
+        for _ in range(2):
+            asyncio.run(storage.remove(image.path))
+        assert group.volumes == {}
+        assert self.free(storage, "bulk") == before
+
+    def test_a_thin_one_will_still_need_its_space(self, storage: Storage, group: FakeLvm) -> None:
+        storage._page.change({"locations.bulk": {"lvm": f"{GROUP}/{POOL}"}})
+        before = self.free(storage, "bulk")
+        image = msgspec.structs.replace(self.plan(thin=True), expected_bytes=EXTENT)
+        asyncio.run(storage.make(image))
+        assert self.free(storage, "bulk") == before - EXTENT
+        storage.settle(image.path)
+        assert self.free(storage, "bulk") == before
+
+    def test_a_group_is_one_location(self, storage: Storage, group: FakeLvm) -> None:
+        with pytest.raises(InvalidInput) as caught:
+            storage._page.change({"locations.thin": {"lvm": f"{GROUP}/{POOL}"}})
+        assert "bulk is in this volume group already" in caught.value.why
+        assert storage.places.names == {"fast", "images", "bulk"}
+
+    def test_two_that_fit_one_by_one_do_not_fit_together(self, storage: Storage, group: FakeLvm) -> None:
+        half = self.free(storage, "bulk") * 2 // 3 // EXTENT * EXTENT
+        one = self.plan(size=half)
+        two = msgspec.structs.replace(one, path=one.path.replace("vda", "vdb"))
+
+        async def both() -> list[object]:
+            return list(await asyncio.gather(storage.make(one), storage.make(two), return_exceptions=True))
+
+        assert sorted(type(end).__name__ for end in asyncio.run(both())) == ["NoneType", "StorageError"]
+        assert len(group.volumes) == 1
+
+    def test_who_gives_up_while_it_is_made_leaves_nothing(
+        self, storage: Storage, group: FakeLvm, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        begun, create = threading.Event(), lvm.create
+
+        def created(*arguments: Any) -> None:
+            begun.set()
+            create(*arguments)
+
+        async def scenario() -> None:
+            making = asyncio.ensure_future(storage.make(self.plan()))
+            monkeypatch.setattr(lvm, "create", created)
+            await asyncio.to_thread(begun.wait)
+            making.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await making
+
+        asyncio.run(scenario())
+        assert group.volumes == {}
+        assert storage._held == {}
+
+    def test_who_gives_up_keeps_his_hands_off_what_was_there(
+        self, storage: Storage, group: FakeLvm, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        image, begun = self.plan(), threading.Event()
+        store, run = storage.places.store("bulk"), lvm._run
+        asyncio.run(store.create(image.path, "raw", EXTENT, blank=False))
+
+        def said(*arguments: str) -> bytes:
+            begun.set()
+            return run(*arguments)
+
+        async def scenario() -> None:
+            making = asyncio.ensure_future(store.create(image.path, "raw", EXTENT, blank=False))
+            await asyncio.to_thread(begun.wait)
+            making.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await making
+
+        monkeypatch.setattr(lvm, "_run", said)
+        asyncio.run(scenario())
+        assert list(group.volumes) == [f"web1-vda.{TAG}.raw"]
+
+    def test_a_copy_bears_a_mark_until_it_is_finished(self, storage: Storage, group: FakeLvm) -> None:
+        image = self.plan()
+        asyncio.run(storage.make(image))
+        (found,) = [one for one in storage.places.store("bulk").unfinished.find() if one.mark is not None]
+        assert found.mark is not None
+        assert (found.path, found.mark.host) == (image.path, "host2")
+        asyncio.run(storage.finish([image.path]))
+        assert group.volumes[f"web1-vda.{TAG}.raw"]["tags"] == [lvm.TAG]
+
+    @pytest.mark.parametrize(
+        ("state", "why"),
+        [
+            ({}, ""),
+            ({"open": "open"}, "somebody has it open"),
+            ({"role": "public,origin,thickorigin"}, "others depend on it"),
+        ],
+    )
+    def test_who_has_it(self, storage: Storage, group: FakeLvm, state: dict[str, str], why: str) -> None:
+        image = self.plan()
+        asyncio.run(storage.make(image))
+        group.change(lvs={name: lv | state for name, lv in group.volumes.items()})
+        said = storage.places.store("bulk").unfinished.user(image.path, {})
+        assert why in said
+        assert bool(why) is bool(said)
+
+    @pytest.mark.parametrize(
+        ("name", "path"),
+        [
+            ("bulk-web1--vda.abcdefabcdef.raw", "/dev/bulk/web1-vda.abcdefabcdef.raw"),
+            ("my--group-a", "/dev/my-group/a"),
+            ("group---a", "/dev/group-/a"),
+            ("bulk-thin-tpool", ""),
+            ("bulk-thin_tdata-real", ""),
+        ],
+    )
+    def test_a_volume_is_known_by_its_device(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, path: str
+    ) -> None:
+        device = tmp_path / "dm-3"
+        os.mknod(device, 0o600 | stat.S_IFBLK, os.makedev(253, 77))
+        folder = tmp_path / "253:77" / "dm"
+        folder.mkdir(parents=True)
+        monkeypatch.setattr(lvm, "_DEVICES", tmp_path)
+        for uuid, expected in (("LVM-x\n", path), ("CRYPT-x\n", "")):
+            (folder / "uuid").write_text(uuid)
+            (folder / "name").write_text(name + "\n")
+            assert lvm.path_of(str(device)) == expected
+        assert lvm.path_of(str(folder)) == lvm.path_of(str(tmp_path / "none")) == ""
+
+    def test_a_vm_gets_it_whichever_way_it_is_named(
+        self, storage: Storage, group: FakeLvm, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        image = self.plan()
+        asyncio.run(storage.make(image))
+        monkeypatch.setattr(lvm, "path_of", lambda path: image.path if path == "/dev/mapper/x" else "")
+        storage.places.claim("/dev/mapper/x")
+        assert not storage.places.store("bulk").unfinished.condemn(image.path)
+
+    @pytest.mark.parametrize(
+        ("named", "change", "fault"),
+        [
+            (GROUP, {"partial": "partial"}, "devices of the volume group are missing"),
+            (GROUP, {"permissions": "read-only"}, "the volume group is read-only"),
+            (f"{GROUP}/{POOL}", {"zero": ""}, "the pool gives away what others left in it; see lvchange --zero y"),
+        ],
+    )
+    def test_what_keeps_it_from_use(
+        self, storage: Storage, group: FakeLvm, named: str, change: dict[str, str], fault: str
+    ) -> None:
+        group.change(**change)
+        storage._page.change({"locations.bulk": {"lvm": named}})
+        assert next(one.fault for one in asyncio.run(storage.locations()) if one.name == "bulk") == fault
+
+    def test_no_volume_lies_below_a_disk(self, storage: Storage, group: FakeLvm) -> None:
+        named = {"location": "bulk", "location_path": "golden.raw"}
+        wanted = BackingFile(path=f"/dev/{GROUP}/golden.raw", format="raw", size=1, digest="d", **named)
+        folders = [storage.places.path(name) for name in ("fast", "images")]
+        assert storage._candidates(wanted) == [str(folder / "golden.raw") for folder in folders]
+
+    def test_a_program_that_is_not_there(
+        self, storage: Storage, group: FakeLvm, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(lvm, "PROGRAM", "/nowhere/lvm")
+        fault = next(one.fault for one in asyncio.run(storage.locations()) if one.name == "bulk")
+        assert fault == "No such file or directory"
+        asyncio.run(storage.remove(self.plan().path))  # it is logged
+
+    def test_only_what_bears_our_tag_is_given_away(self, group: FakeLvm) -> None:
+        lvm.create(GROUP, "", "ours.raw", EXTENT)
+        group.change(lvs=group.volumes | {"root": {"size": EXTENT, "thin": False, "tags": [], "made": 0}})
+        folder = Path(f"/dev/{GROUP}")
+        assert lvm.is_ours(folder / "ours.raw", os.makedev(253, 1))
+        assert not lvm.is_ours(folder / "ours.raw", os.makedev(253, 2)), "it is another device"
+        assert not lvm.is_ours(folder / "root", os.makedev(253, 2))
+        assert not lvm.is_ours(folder / POOL, os.makedev(253, 0))
+        assert not lvm.is_ours(folder / "none", os.makedev(253, 1))
+        assert not lvm.is_ours(Path("/dev/mapper/bulk-ours.raw/x"), os.makedev(253, 1))
+
+    @pytest.mark.parametrize("name", ["", "-rf", "a b", 'a" || lv_name!="', "../x", "a/b", "@tag"])
+    def test_a_name_that_is_none(self, group: FakeLvm, name: str) -> None:
+        with pytest.raises(StorageError, match="cannot be the name"):
+            lvm.remove(GROUP, name)
 
 
 class TestWhatASourceMayName:

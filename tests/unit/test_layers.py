@@ -160,11 +160,11 @@ class TestNames:
         disk = overlay(tmp_path / "disk.qcow2", middle, "qcow2")
         for path in (golden, middle, disk):
             marks.begin(str(path), MARK)
-        layers.claim_below(str(disk), "qcow2", {str(middle)})
+        layers.claim_below(str(disk), "qcow2", marks.claim, {str(middle)})
         assert [marks.has(str(path)) for path in (golden, middle, disk)] == [False, True, True]
         marks.condemn(str(middle))
         with pytest.raises(Conflict, match="is being removed"):
-            layers.claim_below(str(disk), "qcow2")
+            layers.claim_below(str(disk), "qcow2", marks.claim, ())
 
 
 class TestWhoSaysWhy:

@@ -17,7 +17,7 @@ from limosa.errors import InvalidInput
 from limosa.model.base import is_clean_path
 from limosa.model.vm import CloudInit, DirectBoot, Disk, HostDevice, Nic, VmConfig
 from limosa.qemu import cpu
-from limosa.qemu.arguments import Launch, build
+from limosa.qemu.arguments import Launch, build, image_nodes
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 JSON_OPTIONS = ("-device", "-blockdev", "-object", "-netdev")
@@ -120,6 +120,21 @@ def test_disks_say_their_format_and_boot_in_order() -> None:
     assert nodes["vdb-file"]["read-only"] is True
     found = devices(arguments)
     assert [found[name]["bootindex"] for name in ("vda-device", "vdb-device")] == [1, 2]
+
+
+def test_a_disk_may_be_a_part_of_its_device() -> None:
+    vm = config(disks=(Disk(name="vda", path="/dev/vg0/a", format="raw", size_bytes=1536),))
+    nodes = {node["node-name"]: node for node in parsed(build(launch(vm)), "-blockdev")}
+    assert nodes["vda"]["size"] == 1536
+    assert "size" not in nodes["vda-file"]
+
+
+def test_zeroes_are_looked_for_unless_space_is_to_be_kept() -> None:
+    _, image = image_nodes("vda.x", "raw", "/a", look_for_zeroes=True)
+    assert (image["detect-zeroes"], image["discard"]) == ("unmap", "unmap")
+    _, thick = image_nodes("vda.x", "raw", "/a", look_for_zeroes=True, thick=True)
+    assert "detect-zeroes" not in thick
+    assert "detect-zeroes" not in image_nodes("vda.x", "raw", "/a")[1]
 
 
 def test_each_nic_is_given_its_tap() -> None:

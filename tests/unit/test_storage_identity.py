@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import stat
 from pathlib import Path
 
 import msgspec
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 from limosa.model.facts import FileIdentity
 from limosa.storage import leases, mounts
-from limosa.storage.identity import identify, same_file
+from limosa.storage.identity import identify, same_file, version
 from limosa.storage.leases import Rule
 from limosa.storage.mounts import Mount
 
@@ -251,3 +252,12 @@ def test_inodes_a_client_has_numbered_prove_nothing() -> None:
 def test_the_kernels_table_of_mounts() -> None:
     assert mounts.find(Path("/proc").stat().st_dev).kind == "proc"
     assert mounts.find(os.makedev(4000, 4000)) == mounts.UNKNOWN
+
+
+def test_what_a_block_device_has_is_never_what_it_had(tmp_path: Path) -> None:
+    """It does not tell when it was written, so nothing that was known of it counts."""
+    file, device = tmp_path / "file", tmp_path / "device"
+    file.touch()
+    os.mknod(device, 0o600 | stat.S_IFBLK, os.makedev(253, 77))
+    assert version(file.stat()) == version(file.stat())
+    assert version(device.stat()) != version(device.stat())

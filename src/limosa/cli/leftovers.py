@@ -65,7 +65,7 @@ def _leftovers(arguments: argparse.Namespace) -> int:
 def _show(one: Leftover) -> None:
     say(f"{one.path}")
     age = format_seconds(max(0.0, time.time() - one.changed_at))
-    say(f"  {format_bytes(one.size_bytes)}, written {age} ago")
+    say(f"  {format_bytes(one.size_bytes)}, of {age} ago")
     maker = f" on host '{one.host}'" if one.host else ""
     kind = f"disk {one.disk} of VM '{one.vm}'" if one.vm else "a file below disks"
     say(f"  {kind}, named by move {one.migration}{maker}")

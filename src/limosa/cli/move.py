@@ -85,7 +85,7 @@ def register(commands: Commands[argparse.ArgumentParser]) -> None:
             choices=get_args(Chain),
             default="keep",
             help="of disks that are copied: keep the files below them, and send those the destination does not have "
-            "(keep, the default), or have each arrive in one piece (flatten)",
+            "(keep, the default), or have each arrive in one piece (flatten), as it always does in a volume group",
         )
     _add_transport(check)
 

@@ -19,11 +19,14 @@ from limosa.cli.routes import say_disks
 from limosa.client.host import HostClient
 from limosa.errors import InvalidInput, NotFound, from_fault
 from limosa.model.migration import Migration
-from limosa.model.storage import OWN_LOCATION, Chain, Location, Sighting
+from limosa.model.storage import OWN_LOCATION, Chain, Location, LocationKind, Sighting
 from limosa.model.units import format_bytes
 from limosa.settings import toml
 from limosa.wire import endpoints
 from limosa.wire.api import DiskMoveRequest, ReleaseRequest, SettingsChange, SightingList
+
+#: As people read them.
+KINDS: dict[LocationKind, str] = {"folder": "folder", "lvm": "LVM"}
 
 
 def register(commands: Commands[argparse.ArgumentParser]) -> None:
@@ -34,20 +37,26 @@ def register(commands: Commands[argparse.ArgumentParser]) -> None:
     add = add_command(
         verbs,
         "add",
-        "name a folder as a location",
+        "name a folder or an LVM volume group as a location",
         _add,
-        examples=["storage add fast /srv/fast", "storage add store /mnt/store --shared --default"],
+        examples=[
+            "storage add fast /srv/fast",
+            "storage add store /mnt/store --shared --default",
+            "storage add bulk --lvm vg0/thin",
+        ],
         notes="A folder on a network share is known to be shared by itself. Say --shared where several\n"
-        "hosts see the same files in another way, and add it on each of them under one name.",
+        "hosts see the same files in another way, and add it on each of them under one name.\n"
+        "In a volume group each image is a logical volume, and raw.",
     )
     add.add_argument("--shared", action="store_true", help="other hosts see the same files in theirs of this name")
     add.add_argument("--default", action="store_true", help="new images go here unless another is asked for")
     remove = add_command(
-        verbs, "remove", "forget a location; its files stay", _remove, examples=["storage remove fast"]
+        verbs, "remove", "forget a location; its images stay", _remove, examples=["storage remove fast"]
     )
     for parser in (show, add, remove):
         parser.add_argument("name", metavar="NAME", help="the location's name")
-    add.add_argument("path", metavar="FOLDER", help="a folder that exists on the host")
+    add.add_argument("path", metavar="FOLDER", nargs="?", help="a folder that exists on the host")
+    add.add_argument("--lvm", metavar="GROUP[/POOL]", help="instead: a volume group of the host, or a thin pool in one")
     move = add_command(
         verbs,
         "move",
@@ -71,7 +80,7 @@ def register(commands: Commands[argparse.ArgumentParser]) -> None:
         choices=get_args(Chain),
         default="keep",
         help="leave the files below a disk below it (keep, the default), or copy all into one image (flatten), as is "
-        "always done with --thick, --format raw, and to a shared location from one that is not",
+        "always done with --thick, --format raw, to a volume group, and to a shared location from one that is not",
     )
     move.add_argument("--keep", action="store_true", help="keep the old images")
     move.add_argument("--bandwidth", metavar="MBIT/S", type=int, help="cap for this move, 0: none")
@@ -101,7 +110,8 @@ def _list(arguments: argparse.Namespace) -> int:
     rows = [
         (
             one.name + (" (default)" if one.default else ""),
-            one.path,
+            _named(one),
+            KINDS[one.kind],
             _space(one.free_bytes, one),
             _space(one.total_bytes, one),
             one.speed or "-",
@@ -110,7 +120,7 @@ def _list(arguments: argparse.Namespace) -> int:
         )
         for one in locations
     ]
-    say_table(("NAME", "FOLDER", "FREE", "TOTAL", "SPEED", "SHARED", "NOTE"), rows)
+    say_table(("NAME", "PLACE", "KIND", "FREE", "TOTAL", "SPEED", "SHARED", "NOTE"), rows)
     return 0
 
 
@@ -134,17 +144,27 @@ def _space(count: int, location: Location) -> str:
 
 
 def _facts(location: Location) -> list[tuple[str, str]]:
-    mounted = f"{location.file_system}, {location.source}" if location.file_system else "unknown"
     facts = [
         ("name", location.name),
-        ("folder", location.path),
-        ("file system", mounted),
+        ("kind", KINDS[location.kind]),
+        *_place(location),
         ("speed", location.speed or "unknown"),
         ("space", f"{_space(location.free_bytes, location)} of {_space(location.total_bytes, location)} free"),
         ("shared", "yes" if location.shared else "no"),
         ("default", "yes" if location.default else "no"),
     ]
     return [*facts, ("fault", location.fault)] if location.fault else facts
+
+
+def _named(location: Location) -> str:
+    return location.source if location.kind == "lvm" else location.path
+
+
+def _place(location: Location) -> list[tuple[str, str]]:
+    if location.kind == "lvm":
+        return [("thin pool" if location.thin else "volume group", location.source), ("volumes", location.path)]
+    mounted = f"{location.file_system}, {location.source}" if location.file_system else "unknown"
+    return [("folder", location.path), ("file system", mounted)]
 
 
 def _seen(client: HostClient, locations: Sequence[Location]) -> SightingList:
@@ -179,8 +199,13 @@ def _with_hosts(location: Location, seen: SightingList) -> dict[str, object]:
 
 
 def _add(arguments: argparse.Namespace) -> int:
-    path = os.path.normpath(os.path.join(os.getcwd(), arguments.path))
-    values: dict[str, object] = {f"locations.{arguments.name}": {"path": path, "shared": arguments.shared}}
+    if (arguments.path is None) is (arguments.lvm is None):
+        raise InvalidInput("a location is a folder or a volume group", todo="say FOLDER or --lvm GROUP")
+    path = os.path.normpath(os.path.join(os.getcwd(), arguments.path)) if arguments.path is not None else None
+    place = {"path": path, "lvm": arguments.lvm, "shared": arguments.shared}
+    values: dict[str, object] = {
+        f"locations.{arguments.name}": {key: value for key, value in place.items() if value is not None}
+    }
     if arguments.default:
         values["default_location"] = arguments.name
     with client_of(arguments) as client:
@@ -192,11 +217,14 @@ def _add(arguments: argparse.Namespace) -> int:
             if arguments.default:
                 old["default_location"] = before.default_location
             client.call(endpoints.CHANGE_SETTINGS, SettingsChange(values=old))
-            raise InvalidInput(f"{path} cannot be a location", why=found.fault, todo="name a folder that exists there")
+            what = "a folder" if path is not None else "a volume group"
+            raise InvalidInput(
+                f"{path or arguments.lvm} cannot be a location", why=found.fault, todo=f"name {what} that exists there"
+            )
     if arguments.json:
         say_json(found)
     else:
-        say(f"location '{found.name}' is {found.path}, {_space(found.free_bytes, found)} free")
+        say(f"location '{found.name}' is {_named(found)}, {_space(found.free_bytes, found)} free")
     return 0
 
 
@@ -208,7 +236,7 @@ def _remove(arguments: argparse.Namespace) -> int:
             raise NotFound(f"there is no location '{arguments.name}'", todo="'limosa storage list' shows them")
         client.call(endpoints.CHANGE_SETTINGS, SettingsChange(values={f"locations.{arguments.name}": None}))
     if not arguments.json:
-        say(f"location '{arguments.name}' is forgotten; its files stay")
+        say(f"location '{arguments.name}' is forgotten; its images stay")
     return 0
 
 

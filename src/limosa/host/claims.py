@@ -7,7 +7,7 @@ has made wrong. What cannot be read may name any image, so it is a doubt about a
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +21,7 @@ from limosa.migration.journal import last_step
 from limosa.migration.ownership import DESTINATION_ENDED, SOURCE_ENDED, DestinationStep
 from limosa.model.vm import VmConfig
 from limosa.storage import chains, marks, openers, qcow2
+from limosa.storage.locations import Locations
 from limosa.storage.openers import FileKey
 
 _ENDED: frozenset[str | None] = frozenset({*SOURCE_ENDED, *DESTINATION_ENDED})
@@ -31,6 +32,7 @@ class Claims:
     """What this host knew at one moment. Made by :meth:`look`, in a thread."""
 
     migrations: Path
+    places: Locations
     open_files: Mapping[FileKey, str]
     #: by file, and by path for files that are not there, who names it
     named: dict[FileKey | str, str] = field(default_factory=dict)
@@ -40,14 +42,14 @@ class Claims:
     unread: list[str] = field(default_factory=list)
 
     @classmethod
-    def look(cls, migrations: Path, known: Known, folders: Iterable[Path]) -> Claims:
-        """``folders`` are those in which images may lie above others. Can block where a server is gone."""
-        claims = cls(migrations, openers.everywhere())
+    def look(cls, migrations: Path, known: Known, places: Locations) -> Claims:
+        """``places`` are where images may lie, some above others. Can block where a server is gone."""
+        claims = cls(migrations, places, openers.everywhere())
         claims.unread.extend(f"the file of VM '{name}' cannot be read: {why}" for name, why in known.damaged.items())
         for config in known.configs:
             claims._of_vm(config)
-        for folder in folders:
-            claims._of_images_in(folder)
+        for name in places.names:
+            claims._of_images_in(places.path(name))
         return claims
 
     def on(self, image: Path, migration: str, but: Collection[Path] = ()) -> str:
@@ -97,11 +99,9 @@ class Claims:
     def _holder(self, image: Path) -> str:
         """A process."""
         try:
-            return openers.use_of(image, self.open_files)
-        except FileNotFoundError:
-            return ""
-        except OSError as error:
-            return f"it cannot be told who has it open: {error.strerror or error}"
+            return self.places.store_of(str(image)).unfinished.user(str(image), self.open_files)
+        except StorageError as error:
+            return f"it cannot be told who has it open: {error}"
 
     def _of_vm(self, config: VmConfig) -> None:
         for disk in config.disks:

@@ -25,7 +25,7 @@ from typing import Any
 
 import msgspec
 
-from limosa.background import Background
+from limosa.background import Background, in_full
 from limosa.errors import (
     Cancelled,
     Conflict,
@@ -155,6 +155,7 @@ class DiskMoves:
         seen = {one.name for one in locations.values() if one.shared}
         plans = tuple(_plan_of(hosted, facts[disk.name], location, tag, request, seen) for disk in moved)
         against = [finding for fact in facts.values() for finding in disks.against_copying(fact)]
+        against += disks.against_form(location, request.format, thick=request.thick)
         against += disks.space(plans, {location.name: location}, self._host)
         if against:
             raise PreflightRefused(tuple(against), vm=hosted.config.name, host=self._host)
@@ -211,7 +212,7 @@ class DiskMoves:
         for plan in record.plans:
             old = record.old[plan.disk].path
             if now.get(plan.disk) != plan.path:
-                self._storage.remove(plan.path)
+                await self._storage.remove(plan.path)
             elif old not in now.values():
                 await self._leave(hosted, record, old)
         return all(now.get(plan.disk) == plan.path for plan in record.plans)
@@ -238,14 +239,14 @@ class DiskMoves:
         if record.keep:
             await self._leasing.give_back(hosted.config, [old])
         else:
-            self._storage.remove(old)
+            await self._storage.remove(old)
 
     async def make_images(self, hosted: HostedVm, record: Record) -> None:
         """Write down which, then make them and give them to QEMU's user. Raises :class:`StorageError`."""
         toml.write_atomically(self._path(record), msgspec.json.encode(record))
         for plan in record.plans:
             await self._storage.make(plan)
-            access.grant(Path(plan.path), self._user, read_only=False)
+            await in_full(access.grant, Path(plan.path), self._user, read_only=False)
         await self._leasing.take(hosted.config, [plan.path for plan in record.plans])
 
     async def finish(self, record: Record) -> None:
@@ -349,6 +350,10 @@ class _Move:
                 direct=does_direct_io(plan.path),
                 thick=plan.thick,
                 locks=not mounts.of(plan.path).has_no_locks,
+                device=plan.device,
+                size_bytes=plan.virtual_bytes if plan.device else None,
+                # A device does not tell where it has nothing but zeroes.
+                look_for_zeroes=Path(self.record.old[plan.disk].path).is_block_device(),
             )
             whole = plan.action is DiskAction.COPY
             cap = self._cap // len(plans)

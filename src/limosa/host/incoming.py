@@ -23,7 +23,7 @@ from limosa.host.layers import Layers
 from limosa.host.parts import Parts
 from limosa.host.slots import Slots
 from limosa.migration.destination import Destination
-from limosa.migration.disks import image_name
+from limosa.migration.disks import image_name, on_image
 from limosa.migration.journal import Header, Journal
 from limosa.migration.ownership import DESTINATION_ENDED, DestinationStep
 from limosa.model.facts import DestinationFacts
@@ -113,9 +113,10 @@ class Incoming:
         named = {disk.name: disk for disk in request.vm.disks}
         for plan in request.disks:
             name = image_name(request.vm.name, plan.disk, request.migration, plan.format)
-            path = str(self._storage.places.path(plan.location) / name)
-            disk = named.get(plan.disk)
-            if plan.path != path or disk is None or (disk.path, disk.format) != (plan.path, plan.format):
+            store = self._storage.places.store(plan.location)
+            path = f"{store.root}/{name}"
+            plan_fits = plan.path == path and plan.device is (store.kind == "lvm")
+            if not plan_fits or plan.disk not in named or on_image(named[plan.disk], plan) != named[plan.disk]:
                 raise InvalidInput(f"the image of disk {plan.disk} cannot be {plan.path}", vm=request.vm.name)
             if os.path.lexists(path):
                 raise Conflict(f"{path} exists already", vm=request.vm.name, host=self.host)
@@ -127,7 +128,8 @@ class Incoming:
         for number, plan in enumerate(request.layers, start=1):
             file = plan.file
             name = layers.name(plan.origin, request.migration, number, file.format)
-            if file.path != str(self._storage.places.path(plan.location) / name):
+            store = self._storage.places.store(plan.location)
+            if store.kind != "folder" or file.path != f"{store.root}/{name}":
                 raise InvalidInput(f"the copy of {plan.origin} cannot be {file.path}", vm=request.vm.name)
             if os.path.lexists(file.path):
                 raise Conflict(f"{file.path} exists already", vm=request.vm.name, host=self.host)

@@ -97,7 +97,7 @@ class LandingHere:
             await asyncio.shield(self._vms.discard(hosted))
         await self._leases.hand_back()
         for path in self._header.images:
-            self._storage.remove(path)
+            await self._storage.remove(path)
         await self._layers.give_up(self._header.layers, self._header.migration)
         self._give_slots()
 

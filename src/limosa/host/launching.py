@@ -14,17 +14,19 @@ import secrets
 import shutil
 import time
 from collections.abc import AsyncIterator
-from contextlib import ExitStack, asynccontextmanager, closing, suppress
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 
+from limosa.background import in_full
 from limosa.errors import Conflict, InvalidInput, QemuError, QemuGone, StateError, StorageError
 from limosa.host.files import Files
 from limosa.host.leasing import Leasing
 from limosa.host.memory import available_mib
 from limosa.host.page import Page
+from limosa.host.storage import places
 from limosa.model.base import Model
 from limosa.model.vm import Accelerator, Disk, Nic, VmConfig
 from limosa.network.netlink import Netlink
@@ -35,11 +37,14 @@ from limosa.qemu.capabilities import QemuCapabilities
 from limosa.qemu.machine import Machine
 from limosa.settings import toml
 from limosa.settings.daemon import DaemonSettings
-from limosa.storage import access, chains, images, layers, marks, mounts, seed
+from limosa.storage import access, chains, images, mounts, seed
+from limosa.storage.locations import Locations
+from limosa.storage.stores import Store
 from limosa.wire.api import NewDisk, NewNic, NewVm
 from limosa.wire.parsing import parse
 
 _log = logging.getLogger(__name__)
+MIB = 1024 * 1024
 DISK_NAMES = [f"vd{letter}" for letter in "abcdefghijklmnopqrstuvwxyz"]
 
 
@@ -110,12 +115,13 @@ class Launcher:
     @asynccontextmanager
     async def new_disks(self, new: NewVm, config: VmConfig) -> AsyncIterator[None]:
         """Create the images that were asked for with a size; remove them again if they, or what follows, fail."""
-        with ExitStack() as made:
+        async with AsyncExitStack() as made:
             for asked, disk in zip(new.disks, config.disks, strict=True):
                 if asked.size_mib is not None:
-                    await images.create(Path(disk.path), disk.format, asked.size_mib * 1024 * 1024)
-                    made.callback(Path(disk.path).unlink, missing_ok=True)
-                    access.give_new(Path(disk.path), self.user)
+                    store = self._store_of(disk.path)
+                    await store.create(disk.path, disk.format, asked.size_mib * MIB)
+                    made.push_async_callback(in_full, store.remove, disk.path)
+                    await in_full(access.give_new, Path(disk.path), self.user)
             yield
             made.pop_all()
 
@@ -148,7 +154,7 @@ class Launcher:
 
         Raises :class:`Conflict` if one is being removed as such, and :class:`StorageError`.
         """
-        await asyncio.to_thread(_claim_images, config)
+        await asyncio.to_thread(_claim_images, config, places(self._page, self._files))
 
     # Processes
 
@@ -157,7 +163,7 @@ class Launcher:
     ) -> Machine:
         """Start the VM's QEMU, paused. ``carried`` are files that came with it from the source, by name."""
         folder = self._files.vm(config.name)
-        self._grant(config)
+        await in_full(self._grant, config)
         vars_file = self._firmware(config, folder)
         seed_file = self._seed(config, folder, carried or {})
         unlocked = frozenset(disk.path for disk in config.disks if mounts.of(disk.path).has_no_locks)
@@ -306,7 +312,19 @@ class Launcher:
 
     async def _pin_disks(self, new: NewVm) -> list[Disk]:
         free = iter([name for name in DISK_NAMES if name not in {disk.name for disk in new.disks}])
-        return [await _pin_disk(disk, disk.name or next(free)) for disk in new.disks]
+        return [await self._pin_disk(disk, disk.name or next(free)) for disk in new.disks]
+
+    async def _pin_disk(self, disk: NewDisk, name: str) -> Disk:
+        pinned = Disk(name=name, path=disk.path, format=disk.format or "qcow2", read_only=disk.read_only)
+        if disk.size_mib is None:
+            known = disk.format or await images.detect_format(Path(disk.path))
+            return msgspec.structs.replace(pinned, format=known)
+        if self._store_of(disk.path).kind == "lvm":
+            return msgspec.structs.replace(pinned, format=disk.format or "raw", size_bytes=disk.size_mib * MIB)
+        return pinned
+
+    def _store_of(self, path: str) -> Store:
+        return places(self._page, self._files).store_of(path)
 
     def _check_cpu(self, config: VmConfig) -> None:
         known, missing = self._capabilities.supports(config.cpu, self.accelerator(config))
@@ -330,22 +348,16 @@ def qemu_user(wanted: str) -> str | None:
     return wanted
 
 
-async def _pin_disk(disk: NewDisk, name: str) -> Disk:
-    if disk.size_mib is not None:
-        disk_format = disk.format or "qcow2"
-    else:
-        disk_format = disk.format or await images.detect_format(Path(disk.path))
-    return Disk(name=name, path=disk.path, format=disk_format, read_only=disk.read_only)
-
-
 def _pin_nic(nic: NewNic) -> Nic:
     # 52:54:00 is the prefix that QEMU and libvirt use for guests.
     made = "52:54:00:" + ":".join(f"{byte:02x}" for byte in secrets.token_bytes(3))
     return Nic(switch=nic.switch, mac=nic.mac or made)
 
 
-def _claim_images(config: VmConfig) -> None:
+def _claim_images(config: VmConfig, locations: Locations) -> None:
     for disk in config.disks:
-        marks.claim(disk.path)
+        chain = [disk.path]
         with suppress(StorageError):  # what cannot be read the launch tells
-            layers.claim_below(disk.path, disk.format)
+            chain.extend(path for path, _ in chains.below(disk.path, disk.format))
+        for path in chain:
+            locations.claim(path)

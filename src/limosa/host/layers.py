@@ -106,7 +106,8 @@ class Layers:
         below = await self._found(plan.backing)
         await self._storage.make(msgspec.structs.replace(plan, backing=below))
         async with self._removing:  # from here on the image keeps what is below it from being removed
-            await asyncio.to_thread(layers.claim_below, plan.path, plan.format, brought)
+            claim = self._storage.places.claim
+            await asyncio.to_thread(layers.claim_below, plan.path, plan.format, claim, brought)
             if (await self._found(below)).path != below.path:
                 raise _gone(below)
 
@@ -122,7 +123,7 @@ class Layers:
                 self._storage.settle(layer.path)
                 configs, doubt = [hosted.config for hosted in self._vms.all()], self._vms.is_unsure
                 if os.path.lexists(layer.path) and not doubt and await self._is_nobodys(layer, migration, configs):
-                    self._storage.remove(layer.path)
+                    await self._storage.remove(layer.path)
 
     async def _is_nobodys(self, layer: BackingFile, migration: str, configs: Sequence[VmConfig]) -> bool:
         try:

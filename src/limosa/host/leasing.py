@@ -14,6 +14,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Collection, Sequence
 
+from limosa.background import in_full
 from limosa.errors import Conflict, LimosaError
 from limosa.model.facts import LeaseConflict
 from limosa.model.vm import VmConfig
@@ -41,17 +42,17 @@ class Leasing:
                 taken.append(rule)
 
         try:
-            await _in_full(work)
+            await in_full(work)
         except LimosaError as error:
             error.vm, error.host = config.name, self._host
-            await _in_full(_quietly, lambda: [(rule, rule.give_back) for rule in taken])
+            await in_full(_quietly, lambda: [(rule, rule.give_back) for rule in taken])
             raise
 
     async def give_back(self, config: VmConfig, only: Collection[str] | None = None) -> None:
         """When the VM's QEMU has ended, or left these images. Never fails: what is not given back stays ours."""
         if not config.disks:
             return
-        await _in_full(_quietly, lambda: [(rule, rule.give_back) for rule in self._rules(config, only)])
+        await in_full(_quietly, lambda: [(rule, rule.give_back) for rule in self._rules(config, only)])
 
     async def conflicts(self, config: VmConfig, migration: str) -> tuple[LeaseConflict, ...]:
         """The images of a running VM of which :meth:`promise` would fail, if ``migration`` promised them now."""
@@ -72,7 +73,7 @@ class Leasing:
 
     async def withdraw(self, config: VmConfig, migration: str) -> None:
         """As :meth:`reclaim`, for a guest that has died. Never fails."""
-        await _in_full(_quietly, lambda: [(rule, _withdrawn(rule, migration)) for rule in self._rules(config)])
+        await in_full(_quietly, lambda: [(rule, _withdrawn(rule, migration)) for rule in self._rules(config)])
 
     def landing(self, config: VmConfig, source: str, migration: str, made: Collection[str]) -> LandingLeases:
         """Those of a VM that is to land here, where ``made`` are images that were made for it."""
@@ -88,7 +89,7 @@ class Leasing:
                 todo="stop the VM",
                 host=dead,
             )
-        await _in_full(leases.change, image, lambda now: leases.release(now, image, dead))
+        await in_full(leases.change, image, lambda now: leases.release(now, image, dead))
 
     async def _change(
         self, config: VmConfig, how: Callable[[Rule], Callable[[Lease], Lease]], but: Collection[str] = ()
@@ -98,7 +99,7 @@ class Leasing:
                 if rule.image not in but:
                     leases.change(rule.image, how(rule))
 
-        await _in_full(work)
+        await in_full(work)
 
     def _rules(self, config: VmConfig, only: Collection[str] | None = None) -> list[Rule]:
         """One for each image that needs a lease."""
@@ -137,14 +138,14 @@ class LandingLeases:
                 else:
                     self._prepared.append(Change(rule.image, rule.claim(leases.read(rule.image), self._migration)))
 
-        await _in_full(work)
+        await in_full(work)
 
     async def claim(self) -> None:
         """Make them this host's, in the blackout: a rename and a look for each. Raises :class:`ImageLeased`; some may
         be claimed then, which :meth:`hand_back` mends."""
         if self._prepared == []:
             return  # not even a thread: most VMs have none
-        await _in_full(self._claim)
+        await in_full(self._claim)
 
     def _claim(self) -> None:
         prepared, self._prepared = self._prepared, None
@@ -158,7 +159,7 @@ class LandingLeases:
         """Remove what is of no use any more, when there is time."""
         to_close, self._to_close = self._to_close, []
         if to_close:
-            await _in_full(_close, to_close)
+            await in_full(_close, to_close)
 
     async def hand_back(self) -> None:
         """What was prepared here is destroyed and the guest never ran here: what was claimed is the source's. Never
@@ -169,7 +170,7 @@ class LandingLeases:
             self._prepared, self._to_close = None, []
             _quietly(lambda: [(rule, self._handed_back(rule)) for rule in self._others()])
 
-        await _in_full(work)
+        await in_full(work)
 
     def _others(self) -> list[Rule]:
         """Those of images the source has, too. Raises :class:`limosa.errors.StorageError`."""
@@ -180,16 +181,6 @@ class LandingLeases:
 
     def _handed_back(self, rule: Rule) -> Callable[[Lease], Lease]:
         return lambda now: rule.hand_back(now, self._source, self._migration)
-
-
-async def _in_full(work: Callable[..., object], *arguments: object) -> None:
-    """Do work in a thread. Who is cancelled meanwhile waits for its end: what follows must not run beside it."""
-    task = asyncio.ensure_future(asyncio.to_thread(work, *arguments))
-    try:
-        await asyncio.shield(task)
-    except asyncio.CancelledError:
-        await asyncio.wait({task})
-        raise
 
 
 def _conflict(rule: Rule, migration: str) -> LeaseConflict | None:

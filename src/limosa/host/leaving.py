@@ -111,7 +111,7 @@ class Leaving:
             await self._leasing.give_back(self._hosted.config)  # images that stay behind and were not claimed
             self._vms.forget(self._hosted)
         for path in images:
-            self.disks.remove(path)
+            await self.disks.remove(path)
 
     async def vm_stays(self) -> None:
         """See :class:`limosa.migration.home.Home`."""

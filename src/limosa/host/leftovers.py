@@ -3,7 +3,7 @@
 Journals and records remove what a move made. Where they are lost, with the state folder of a host or on a disk that was
 mended, the images stay. An image is offered for removal only if all of this holds:
 
-- the mark of an unfinished copy is beside it (:mod:`limosa.storage.marks`), and its name is one that a move gives;
+- it has the mark of an unfinished copy (:mod:`limosa.storage.unfinished`), and its name is one that a move gives;
 - nothing on this host has a claim to it (:mod:`limosa.host.claims`): no VM, image above it, unfinished or damaged
   journal, process, lock or lease;
 - where other hosts see it, all that are known were asked, the one that made it among them, and say the same.
@@ -21,22 +21,22 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-import os
-import stat
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
 import msgspec
 
+from limosa.background import in_full
 from limosa.errors import Conflict, LimosaError, NotFound, StorageError
 from limosa.host.claims import Claims, Known
 from limosa.host.neighbours import Neighbours
 from limosa.host.parts import Parts
 from limosa.host.proof import Elsewhere, all_judged, doubts_here, is_named, verdict
 from limosa.migration.disks import read_name
-from limosa.model.storage import ImageSought, ImageUse, Leftover, Location
-from limosa.storage import chains, leases, marks, mounts, openers
+from limosa.model.storage import ImageSought, ImageUse, Leftover
+from limosa.storage import chains, mounts
+from limosa.storage.stores import Store
 from limosa.wire import endpoints
 from limosa.wire.api import CleanReport, ImagesSought
 
@@ -57,7 +57,10 @@ class Leftovers:
     async def look(self) -> tuple[Leftover, ...]:
         """Every image that may be one, by path. Never fails because of a location that cannot be read."""
         locations = await self._storage.locations()
-        found = await asyncio.to_thread(lambda: {one.path: one for place in locations for one in _candidates(place)})
+        places = self._storage.places
+        found = await asyncio.to_thread(
+            lambda: {one.path: one for name in places.names for one in _candidates(name, places.store(name))}
+        )
         shared = {location.name for location in locations if location.shared}
         return await self._judge([found[path] for path in sorted(found)], shared)
 
@@ -101,9 +104,7 @@ class Leftovers:
         return seen
 
     async def _claims(self) -> Claims:
-        places, known = self._storage.places, Known.of(self._vms)
-        folders = [places.path(name) for name in places.names]
-        return await asyncio.to_thread(Claims.look, self._migrations, known, folders)
+        return await asyncio.to_thread(Claims.look, self._migrations, Known.of(self._vms), self._storage.places)
 
     async def _judge(self, found: Sequence[Leftover], shared: Collection[str]) -> tuple[Leftover, ...]:
         """The same with proof and doubts, without those that are in use."""
@@ -143,13 +144,14 @@ class Leftovers:
             raise Conflict(
                 f"{path} stays: it is not certain that nobody needs it",
                 why="; ".join(found.doubts),
-                todo="if you know that nobody does, delete the file yourself",
+                todo="if you know that nobody does, delete it yourself",
                 host=self._host,
             )
 
     async def _remove(self, one: Leftover) -> None:
         """Remove an image if it is still certain that nobody uses it. Raises :class:`Conflict` or ``StorageError``."""
-        if not await asyncio.to_thread(marks.condemn, one.path):
+        unfinished = self._storage.places.store_of(one.path).unfinished
+        if not await in_full(unfinished.condemn, one.path):
             raise Conflict(f"{one.path} has become somebody's", host=self._host)
         try:
             shared = {location.name for location in await self._storage.locations() if location.shared}
@@ -157,41 +159,29 @@ class Leftovers:
             if not again or again[0].doubts:
                 why = "; ".join(again[0].doubts) if again else "a VM or a move names it"
                 raise Conflict(f"it is not certain that nobody needs {one.path}", why=why, host=self._host)
-            await asyncio.to_thread(_unlink, one.path)
+            await in_full(unfinished.remove, one.path)
         except BaseException:
-            with suppress(OSError):  # the next look finds it all the same
-                marks.spare(one.path)
+            with suppress(OSError, StorageError):  # the next look finds it all the same
+                await in_full(unfinished.spare, one.path)
             raise
         _log.info("removed %s, which move %s had not finished", one.path, one.migration)
 
 
-def _candidates(location: Location) -> Iterator[Leftover]:
+def _candidates(location: str, store: Store) -> Iterator[Leftover]:
     """The images in a location that have the name of one that a move made."""
-    folder = Path(location.path)
-    try:
-        marked = {found.image.name: found.mark for found in marks.find(folder)}
-        names = {*os.listdir(folder), *marked}
-    except OSError:
-        return
-    for name in sorted(names):
-        made, mark = read_name(name), marked.get(name)
-        if made is None:
-            continue
-        try:
-            status: os.stat_result | None = os.lstat(folder / name)
-        except OSError:
-            status = None  # a mark whose image is not made yet, or no more
-        if status is None or stat.S_ISREG(status.st_mode):
-            yield Leftover(
-                path=str(folder / name),
-                location=location.name,
-                vm=made.vm,
-                disk=made.disk,
-                migration=made.migration,
-                size_bytes=status.st_blocks * 512 if status is not None else 0,
-                changed_at=status.st_mtime if status is not None else mark.at if mark is not None else 0.0,
-                host=mark.host if mark is not None else "",
-            )
+    with suppress(StorageError):  # it has gone
+        for found in store.unfinished.find():
+            if made := read_name(Path(found.path).name):
+                yield Leftover(
+                    path=found.path,
+                    location=location,
+                    vm=made.vm,
+                    disk=made.disk,
+                    migration=made.migration,
+                    size_bytes=found.size_bytes,
+                    changed_at=found.changed_at,
+                    host=found.mark.host if found.mark is not None else "",
+                )
 
 
 def _highest_first(images: Iterable[Leftover]) -> list[Leftover]:
@@ -223,14 +213,3 @@ def _sought(image: Leftover) -> ImageSought:
     return ImageSought(
         migration=image.migration, location=image.location, name=name, share=f"{share}/{name}" if share else ""
     )
-
-
-def _unlink(path: str) -> None:
-    if os.path.lexists(path):
-        with openers.alone(Path(path)):
-            try:
-                os.unlink(path)
-            except OSError as error:
-                raise StorageError(f"cannot remove {path}", why=error.strerror or str(error)) from error
-    leases.forget(path)
-    marks.forget(path)

@@ -56,10 +56,10 @@ def verdict(one: Leftover, host: str, doubts: list[str], others: Elsewhere | Non
     if doubts:
         return msgspec.structs.replace(one, doubts=tuple(doubts))
     proof = [
-        f"by the mark beside it, move {one.migration} on host '{one.host}' had not finished it",
+        f"by its mark, move {one.migration} on host '{one.host}' had not finished it",
         f"no VM of host '{host}' names it, no image that stays lies above it, "
         "and no unfinished journal speaks of its move",
-        "no process has it open, and nobody holds QEMU's lock on it",
+        "nobody has it open, or holds QEMU's lock on it",
     ]
     if others is not None:
         proof.append(f"asked, and saying the same: {', '.join(others.uses)}")

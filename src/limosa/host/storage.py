@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import stat
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import msgspec
 
+from limosa.background import in_full
 from limosa.errors import StorageError
 from limosa.host.files import Files
 from limosa.host.page import Page
@@ -21,11 +21,14 @@ from limosa.model.base import is_clean_path
 from limosa.model.storage import BackingFile, DiskFacts, DiskPlan, LayerPlan, Location
 from limosa.model.units import format_bytes
 from limosa.model.vm import Disk, DiskFormat
-from limosa.settings.toml import sync_folder
-from limosa.storage import access, chains, images, layers, leases, marks, qcow2
+from limosa.storage import access, chains, layers, qcow2
 from limosa.storage.locations import Locations
+from limosa.storage.marks import Mark
+from limosa.storage.stores import Store
 
 _log = logging.getLogger(__name__)
+#: QEMU shows a guest, and copies, whole ones.
+_SECTOR = 512
 
 
 class Storage:
@@ -44,18 +47,17 @@ class Storage:
             page.on_change(slots.admit)
         #: what copies under way will still need, by the path of the image
         self._held: dict[str, int] = {}
-        #: one at a time looks at what is free and takes of it
-        self._holding = asyncio.Lock()
+        #: while somebody looks at what is free in order to hold it
+        self._looking = asyncio.Lock()
 
     @property
     def places(self) -> Locations:
         """The locations by the settings of now."""
-        settings = self._page.now
-        return Locations(settings.locations, settings.default_location, self._files.images)
+        return places(self._page, self._files)
 
     async def locations(self) -> tuple[Location, ...]:
         """All locations. What copies under way will still need is not free."""
-        return await asyncio.to_thread(lambda: tuple(self._less_held(one) for one in self.places.look()))
+        return await asyncio.to_thread(self._look)
 
     async def facts(self, disks: Iterable[Disk]) -> tuple[DiskFacts, ...]:
         """What is to know before they are copied. Raises :class:`StorageError`."""
@@ -70,7 +72,7 @@ class Storage:
 
         That is: under the same path; in the location of the same name; in any location under the same file name, or
         that of a layer and its original. Only files in a location count, so that nobody can have another file of the
-        host shown to a guest.
+        host shown to a guest, and no logical volumes: those stand alone.
         """
         return await asyncio.to_thread(self._find, wanted)
 
@@ -84,32 +86,34 @@ class Storage:
         return None
 
     def _candidates(self, wanted: BackingFile) -> list[str]:
-        places, folders = self.places, [self.places.path(name) for name in sorted(self.places.names)]
-        found = [Path(wanted.path), *(folder / Path(wanted.path).name for folder in folders)]
-        if wanted.location in places.names and is_clean_path(f"/{wanted.location_path}"):
-            found.insert(1, places.path(wanted.location) / wanted.location_path)
-        for folder in folders:
+        stores = {name: self.places.store(name) for name in sorted(self.places.names)}
+        folders = {name: Path(store.root) for name, store in stores.items() if store.kind == "folder"}
+        found = [Path(wanted.path), *(folder / Path(wanted.path).name for folder in folders.values())]
+        if wanted.location in folders and is_clean_path(f"/{wanted.location_path}"):
+            found.insert(1, folders[wanted.location] / wanted.location_path)
+        for folder in folders.values():
             found += _alike(folder, wanted)
-        return list(dict.fromkeys(str(path) for path in found if places.of(str(path))))
+        return list(dict.fromkeys(str(path) for path in found if self.places.of(str(path)) in folders))
 
     async def make(self, plan: DiskPlan) -> None:
-        """Hold space for the image of a copy and create it, durably, with the mark of one that is not finished. Raises
-        :class:`StorageError`; nothing is left then."""
-        path = Path(plan.path)
-        if path.exists():
-            raise StorageError(f"{path} exists already")
+        """Hold space for the image of a copy, which will write all of it, and create it, durably, with the mark of one
+        that is not finished. Raises :class:`StorageError`; nothing is left then. Who is cancelled removes it."""
+        store = self.places.store(plan.location)
+        if os.path.lexists(plan.path):
+            raise StorageError(f"{plan.path} exists already")
         await self._hold(plan.path, plan.location, plan.expected_bytes)
         try:
-            await asyncio.to_thread(marks.begin, plan.path, self._mark())
-            await images.create(path, plan.format, plan.virtual_bytes, plan.backing, thick=plan.thick)
-            access.give_new(path, self.user)
-            try:
-                await asyncio.to_thread(sync_folder, path.parent)
-            except OSError as error:
-                path.unlink(missing_ok=True)
-                raise StorageError(f"cannot write {path.parent}", why=error.strerror or str(error)) from error
+            await store.create(
+                plan.path,
+                plan.format,
+                plan.virtual_bytes,
+                plan.backing,
+                thick=plan.thick,
+                blank=False,
+                mark=self._mark(),
+            )
+            await in_full(access.give_new, Path(plan.path), self.user)
         except BaseException:
-            marks.forget(plan.path)
             self.settle(plan.path)
             raise
 
@@ -117,11 +121,9 @@ class Storage:
         """Hold space for a file that is to lie below disks and create it, empty, and otherwise as :meth:`make`."""
         path = plan.file.path
         await self._hold(path, plan.location, plan.expected_bytes)
-        making = asyncio.ensure_future(asyncio.to_thread(layers.make, Path(path), self._mark()))
         try:
-            await asyncio.shield(making)
+            await in_full(layers.make, Path(path), self._mark())
         except BaseException:
-            await asyncio.wait({making})  # who is cancelled removes it next, which must not come before it is made
             self.settle(path)
             raise
 
@@ -129,14 +131,14 @@ class Storage:
         """The images are whole and about to be a VM's: durably no unfinished copies any more. Raises
         :class:`StorageError`; they must not be a VM's then."""
         for path in paths:
-            await asyncio.to_thread(marks.finish, path)
+            await in_full(self.places.store_of(path).unfinished.finish, path)
 
-    def _mark(self) -> marks.Mark:
-        return marks.Mark(host=self._host, at=time.time())
+    def _mark(self) -> Mark:
+        return Mark(host=self._host, at=time.time())
 
     async def _hold(self, path: str, location: str, needed: int) -> None:
         """Between plan and deed another copy may have taken the space, so it is looked at again."""
-        async with self._holding:
+        async with self._looking:
             found = next((one for one in await self.locations() if one.name == location), None)
             if found is None or found.lacks(needed):
                 raise StorageError(
@@ -150,31 +152,28 @@ class Storage:
         """An image is complete: nothing more is held for it."""
         self._held.pop(path, None)
 
-    def remove(self, path: str) -> None:
-        """Delete an image that its VM has left, or never had. Block devices stay. Never fails; what could not be
-        deleted is logged."""
+    async def remove(self, path: str) -> None:
+        """Delete an image that its VM has left, or never had. Block devices that are in no location stay. Never fails;
+        what could not be deleted is logged."""
         self.settle(path)
         try:
-            if not Path(path).is_block_device():
-                os.unlink(path)
-            _forget(path)
-        except FileNotFoundError:
-            _forget(path)
-        except OSError as error:
-            _log.error("%s is not used any more and could not be deleted: %s", path, error.strerror or error)
+            await in_full(self.places.store_of(path).remove, path)
+        except StorageError as error:
+            _log.error("%s is not used any more: %s", path, error)
 
     def _facts(self, disk: Disk) -> DiskFacts:
-        below = list(chains.below(disk.path, disk.format))
+        below = tuple(self._backing(*one) for one in chains.below(disk.path, disk.format))
         header = qcow2.read(Path(disk.path)) if disk.format == "qcow2" else None
-        allocated = _allocated(disk.path)
+        allocated = self._taken(disk.path)
+        size = header.virtual_bytes if header is not None else disk.size_bytes or _size(disk.path)
         return DiskFacts(
             name=disk.name,
             path=disk.path,
             format=disk.format,
-            virtual_bytes=header.virtual_bytes if header is not None else _size(disk.path),
+            virtual_bytes=-(-size // _SECTOR) * _SECTOR,
             allocated_bytes=allocated,
-            chain_bytes=allocated + sum(_allocated(path) for path, _ in below),
-            below=tuple(self._backing(*one) for one in below),
+            chain_bytes=allocated + sum(file.allocated_bytes for file in below),
+            below=below,
             snapshots=header.snapshots if header is not None else 0,
             location=self.places.of(disk.path),
         )
@@ -185,30 +184,33 @@ class Storage:
             path=path,
             format=image_format,
             size=_size(path),
-            allocated_bytes=_allocated(path),
+            allocated_bytes=self._taken(path),
             location=name,
             location_path=inside,
         )
 
-    def _less_held(self, location: Location) -> Location:
-        return msgspec.structs.replace(
-            location, free_bytes=max(0, location.free_bytes - self._needed_in(location.path))
+    def _look(self) -> tuple[Location, ...]:
+        places = self.places
+        # In this order: what is taken in between counts twice, and not never.
+        needed = {name: self._needed_in(places.store(name)) for name in places.names}
+        return tuple(
+            msgspec.structs.replace(one, free_bytes=max(0, one.free_bytes - needed[one.name])) for one in places.look()
         )
 
-    def _needed_in(self, folder: str) -> int:
-        """What copies under way to the file system of ``folder`` will still need."""
-        try:
-            device = os.stat(folder).st_dev
-        except OSError:
-            return 0
-        held = ((path, total) for path, total in list(self._held.items()) if _device(Path(path).parent) == device)
-        return sum(_still_needed(path, total) for path, total in held)
+    def _needed_in(self, store: Store) -> int:
+        """What copies under way will still need of the space that ``store`` has too."""
+        places, pool = self.places, store.pool
+        held = ((places.store_of(path), path, total) for path, total in list(self._held.items()))
+        return sum(_still_needed(one, path, total) for one, path, total in held if one.pool == pool)
+
+    def _taken(self, path: str) -> int:
+        """Bytes an image takes on its storage. Raises :class:`StorageError`."""
+        return self.places.store_of(path).taken(path)
 
 
-def _forget(path: str) -> None:
-    """Remove what lay beside an image."""
-    leases.forget(path)
-    marks.forget(path)
+def places(page: Page, files: Files) -> Locations:
+    """The locations of a host by its settings of now."""
+    return Locations(page.now.locations, page.now.default_location, files.images)
 
 
 def _with_digest(backing: BackingFile) -> BackingFile:
@@ -222,15 +224,6 @@ def _alike(folder: Path, wanted: BackingFile) -> Iterator[Path]:
         yield from sorted(path for path in folder.iterdir() if layers.stem(path.name) == stem)
 
 
-def _allocated(path: str) -> int:
-    """Bytes a file takes on its storage. Raises :class:`StorageError`."""
-    try:
-        status = os.stat(path)
-    except OSError as error:
-        raise StorageError(f"cannot look at {path}", why=error.strerror or str(error)) from error
-    return status.st_blocks * 512 or _size(path) if stat.S_ISBLK(status.st_mode) else status.st_blocks * 512
-
-
 def _size(path: str) -> int:
     """Bytes a file, or block device, has. Raises :class:`StorageError`."""
     try:
@@ -240,15 +233,8 @@ def _size(path: str) -> int:
         raise StorageError(f"cannot read {path}", why=error.strerror or str(error)) from error
 
 
-def _device(path: Path) -> int:
+def _still_needed(store: Store, path: str, total: int) -> int:
     try:
-        return os.stat(path).st_dev
-    except OSError:
-        return -1
-
-
-def _still_needed(path: str, total: int) -> int:
-    try:
-        return max(0, total - os.stat(path).st_blocks * 512)
-    except OSError:
+        return max(0, total - store.taken(path))
+    except StorageError:
         return total  # it is about to be made

@@ -26,6 +26,8 @@ from limosa.storage.identity import same_file
 
 #: A qcow2 image's own tables, for each byte of data: 8 bytes for a cluster of 64 KiB, and as much again to count them.
 _TABLES = 1 + 2 / 4096
+_NAME_MAX = 40
+_LVMS_OWN = ("snapshot", "pvmove")
 _IMAGE_NAME = re.compile(r"(?P<vm>[^/]+)-(?P<disk>vd[a-z])\.(?P<tag>[a-z0-9]{12})\.(qcow2|raw)")
 
 
@@ -55,15 +57,22 @@ def to_copy(vm: VmConfig, here: VmFacts, there: DestinationFacts, wishes: Mappin
 
 
 def image_name(vm: str, disk: str, tag: str, image_format: str) -> str:
-    """The file name of a new image. ``tag`` is the identity of the move, which makes it one that nobody else has."""
-    return f"{vm}-{disk}.{tag}.{image_format}"
+    """The name of a new image. ``tag`` is the identity of the move, which makes it one that nobody else has.
+
+    The VM's name is in it for people, and so far as a logical volume may have it too (lvm(8)): at most 128 characters
+    with the group's name, of which each hyphen counts twice, and no words that LVM keeps for itself, which all begin
+    with an underscore or begin the name.
+    """
+    known_as = vm[:_NAME_MAX].replace("_", ".")
+    return f"{'vm.' if known_as.startswith(_LVMS_OWN) else ''}{known_as}-{disk}.{tag}.{image_format}"
 
 
 @dataclass(frozen=True)
 class Made:
-    """What the name of a file says that a move has made. ``vm`` and ``disk`` are null for one that lies below disks."""
+    """What a name says that a move has made. ``vm`` and ``disk`` are null for a file that lies below disks."""
 
     migration: str
+    #: so far as :func:`image_name` keeps it
     vm: str | None = None
     disk: str | None = None
 
@@ -77,6 +86,12 @@ def read_name(name: str) -> Made | None:
     return Made(tag) if tag else None
 
 
+def may_lie_above(fact: DiskFacts, there: DestinationFacts, wish: str) -> bool:
+    """Whether the copy of a disk can lie above files: in a folder of the destination, and on no logical volume."""
+    location = _location(fact.location, _locations(there), wish)
+    return location is not None and location.kind == "folder"
+
+
 def plan(
     vm: VmConfig,
     facts: Sequence[DiskFacts],
@@ -87,11 +102,11 @@ def plan(
 ) -> Planned:
     """The plan for every disk.
 
-    ``facts``: of those :func:`to_copy` names; ``found``: what the destination has of the files below them, by digest,
-    null if disks are to arrive in one piece.
+    ``facts``: of those :func:`to_copy` names, with digests where one :func:`may_lie_above` others; ``found``: what the
+    destination has of the files below them, by digest, null if disks are to arrive in one piece.
     """
     known = {fact.name: fact for fact in facts}
-    locations = {location.name: location for location in there.locations}
+    locations = _locations(there)
     chains = Chains(found or {}, tag)
     plans: list[DiskPlan] = []
     findings: list[Finding] = []
@@ -107,7 +122,8 @@ def plan(
             findings.append(_no_location(disk, wish, there))
             continue
         whole = copied(vm.name, fact, location, tag)
-        plans.append(chains.keep(whole, fact, partial(_of_layer, locations, location)) if found is not None else whole)
+        keeps = found is not None and location.kind == "folder"
+        plans.append(chains.keep(whole, fact, partial(_of_layer, locations, location)) if keeps else whole)
     findings += _unknown_disks(vm, wishes)
     findings += space([*copies(plans), *chains.layers], locations, there.host)
     return Planned(tuple(plans), chains.layers, tuple(findings))
@@ -117,17 +133,26 @@ def landed(vm: VmConfig, plans: Iterable[DiskPlan]) -> VmConfig:
     """The VM as it will be at the destination."""
     there = {plan.disk: plan for plan in plans}
     disks = tuple(
-        msgspec.structs.replace(disk, path=there[disk.name].path, format=there[disk.name].format)
-        if disk.name in there
-        else disk
+        on_image(disk, there[disk.name]) if disk.name in there and is_work(there[disk.name]) else disk
         for disk in vm.disks
     )
     return msgspec.structs.replace(vm, disks=disks)
 
 
+def on_image(disk: Disk, plan: DiskPlan) -> Disk:
+    """The disk when it lies on the new image."""
+    size = plan.virtual_bytes if plan.device else None
+    return msgspec.structs.replace(disk, path=plan.path, format=plan.format, size_bytes=size)
+
+
 def copies(plans: Iterable[DiskPlan]) -> tuple[DiskPlan, ...]:
     """Those that are work."""
-    return tuple(plan for plan in plans if plan.action is not DiskAction.STAY)
+    return tuple(plan for plan in plans if is_work(plan))
+
+
+def is_work(plan: DiskPlan) -> bool:
+    """Whether the disk does not stay where it is."""
+    return plan.action is not DiskAction.STAY
 
 
 def _stays(disk: Disk) -> DiskPlan:
@@ -145,12 +170,16 @@ def copied(
     *,
     thick: bool = False,
 ) -> DiskPlan:
-    """The plan for a disk of the VM of that name that is copied in one piece."""
-    image_format = image_format or fact.format
+    """The plan for a disk of the VM of that name that is copied in one piece; on a logical volume it becomes raw."""
+    device = location.kind == "lvm"
+    image_format = "raw" if device else image_format or fact.format
     path = PurePosixPath(location.path) / image_name(vm, fact.name, tag, image_format)
-    expected = fact.virtual_bytes if thick else min(fact.chain_bytes, fact.virtual_bytes)
+    # A thin volume too: the kernel's thin pools know no WRITE ZEROES, so zeroes are written, and take space, like data.
+    takes_all = thick or device
+    expected = fact.virtual_bytes if takes_all else min(fact.chain_bytes, fact.virtual_bytes)
     if image_format == "qcow2":
         expected = round(expected * _TABLES)
+    expected = -(-expected // location.unit_bytes) * location.unit_bytes
     return DiskPlan(
         disk=fact.name,
         action=DiskAction.COPY,
@@ -160,8 +189,13 @@ def copied(
         expected_bytes=expected,
         location=location.name,
         thick=thick,
-        why=f"into location '{location.name}'",
+        device=device,
+        why=f"into location '{location.name}'" + (", as a logical volume" if device else ""),
     )
+
+
+def _locations(there: DestinationFacts) -> dict[str, Location]:
+    return {location.name: location for location in there.locations}
 
 
 def _location(name: str, locations: Mapping[str, Location], wish: str) -> Location | None:
@@ -172,8 +206,10 @@ def _location(name: str, locations: Mapping[str, Location], wish: str) -> Locati
 
 
 def _of_layer(locations: Mapping[str, Location], of_disk: Location, name: str) -> Location:
-    """What lies below a disk goes to the location of the same name as here, too, else where the disk goes."""
-    return locations.get(name, of_disk)
+    """What lies below a disk goes to the location of the same name as here, too, else where the disk goes; but only
+    into a folder, as that is."""
+    of_name = locations.get(name, of_disk)
+    return of_name if of_name.kind == "folder" else of_disk
 
 
 def _no_location(disk: Disk, wish: str, there: DestinationFacts) -> Finding:
@@ -209,8 +245,25 @@ def against_copying(fact: DiskFacts) -> list[Finding]:
     ]
 
 
+def against_form(location: Location, image_format: DiskFormat | None, *, thick: bool) -> list[Finding]:
+    """Why images of a location cannot be as they are wanted."""
+    impossible = []
+    if location.kind == "lvm" and image_format not in (None, "raw"):
+        impossible.append(f"in {image_format}: a logical volume is raw")
+    if location.thin and thick:
+        impossible.append("thick: they lie in a thin pool")
+    return [
+        Finding.error(
+            "form-not-possible",
+            f"images of location '{location.name}' cannot be {what}",
+            "leave the option out, or choose another location",
+        )
+        for what in impossible
+    ]
+
+
 def space(plans: Iterable[DiskPlan | LayerPlan], locations: Mapping[str, Location], host: str) -> list[Finding]:
-    """Why the locations cannot take the copies that are planned for them."""
+    """Why the locations cannot take what is planned for them."""
     needed: dict[str, int] = {}
     for plan_ in plans:
         needed[plan_.location] = needed.get(plan_.location, 0) + plan_.expected_bytes

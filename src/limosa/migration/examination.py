@@ -11,7 +11,7 @@ import msgspec
 
 from limosa.migration import disks, preflight
 from limosa.migration.peer import Peer
-from limosa.model.facts import VmFacts
+from limosa.model.facts import DestinationFacts, VmFacts
 from limosa.model.finding import Finding
 from limosa.model.route import Route
 from limosa.model.storage import BackingFile, Chain, DiskFacts, DiskPlan, LayerPlan
@@ -93,7 +93,7 @@ async def examine(
     route = await _open_route(ends, asked, there.trial_port)
     of_disks = await disks_here.facts(copied) if copied else ()
     if question.chain == "keep":
-        of_disks = await _with_digests(disks_here, of_disks)
+        of_disks = await _with_digests(disks_here, of_disks, there, question.storage)
     found = await _found(peer, of_disks) if question.chain == "keep" else None
     planned = disks.plan(vm, of_disks, there, question.storage, question.tag, found)
     findings = preflight.check(
@@ -119,19 +119,22 @@ def _no_rdma(question: Question, here: VmFacts, *, disks_move: bool) -> str:
     return "a cap on bandwidth is set, which QEMU does not keep by RDMA" if here.capped else ""
 
 
-async def _with_digests(disks_here: DisksHere, facts: Sequence[DiskFacts]) -> tuple[DiskFacts, ...]:
-    """The facts with the digests of all files below the disks."""
-    return tuple(
-        [
-            msgspec.structs.replace(fact, below=tuple([await disks_here.digest(file) for file in fact.below]))
-            for fact in facts
-        ]
-    )
+async def _with_digests(
+    disks_here: DisksHere, facts: Iterable[DiskFacts], there: DestinationFacts, wishes: Mapping[str, str]
+) -> tuple[DiskFacts, ...]:
+    """The facts with the digests of all files below disks whose copies may lie above files."""
+    known = []
+    for fact in facts:
+        below = fact.below
+        if disks.may_lie_above(fact, there, wishes.get(fact.name, "")):
+            below = tuple([await disks_here.digest(file) for file in below])
+        known.append(msgspec.structs.replace(fact, below=below))
+    return tuple(known)
 
 
 async def _found(peer: Peer, facts: Sequence[DiskFacts]) -> dict[str, BackingFile]:
     """What lies below disks here, where the destination has it too; by digest."""
-    wanted = {file.digest: file for fact in facts for file in fact.below}
+    wanted = {file.digest: file for fact in facts for file in fact.below if file.digest}
     if not wanted:
         return {}
     found = await peer.find_files(list(wanted.values()))

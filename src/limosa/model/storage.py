@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from msgspec import Meta
 
-from limosa.model.base import AbsolutePath, MigrationId, Model, Name
+from limosa.model.base import AbsolutePath, MigrationId, Model, Name, is_clean_path
 from limosa.model.vm import DiskFormat, DiskName
 
 Bytes = Annotated[int, Meta(ge=0)]
@@ -19,11 +19,37 @@ Chain = Literal["keep", "flatten"]
 OWN_LOCATION = "images"
 
 
-class Place(Model, frozen=True):
-    """A location as its administrator names it: a folder, and whether other hosts see the same files below theirs."""
+LocationKind = Literal["folder", "lvm"]
 
-    path: AbsolutePath
+VolumeGroup = Annotated[
+    str,
+    Meta(
+        pattern=r"\A[A-Za-z0-9_][A-Za-z0-9_+.-]{0,62}(/[A-Za-z0-9_][A-Za-z0-9_+.-]{0,62})?\Z",
+        description="an LVM volume group, or one of its thin pools: GROUP or GROUP/POOL",
+    ),
+]
+
+
+class Place(Model, frozen=True, omit_defaults=True):
+    """A location as its administrator names it: a folder, and whether other hosts see the same files below theirs; or
+    a volume group of this host."""
+
+    path: AbsolutePath | None = None
+    lvm: VolumeGroup | None = None
     shared: bool = False
+
+    def __post_init__(self) -> None:
+        if (self.path is None) is (self.lvm is None):
+            raise ValueError("a location is a folder (path) or a volume group (lvm)")
+        if self.lvm is not None and self.shared:
+            raise ValueError("a volume group is one host's: it cannot be shared")
+        if self.path is not None and not is_clean_path(self.path):
+            raise ValueError("the path has an empty, '.' or '..' component")
+
+    @property
+    def root(self) -> str:
+        """The folder below which its images have their paths."""
+        return self.path or f"/dev/{(self.lvm or '').partition('/')[0]}"
 
 
 class Location(Model, forbid_unknown_fields=False, frozen=True):
@@ -31,7 +57,13 @@ class Location(Model, forbid_unknown_fields=False, frozen=True):
 
     name: Name
     path: str
-    #: file system type, and what was mounted: a server and path, or a device
+    #: an image in a folder is a file, one in a volume group (``lvm``) a logical volume, which is raw
+    kind: LocationKind = "folder"
+    #: of ``lvm``: volumes take space only as they are written
+    thin: bool = False
+    #: space is given in pieces of this size
+    unit_bytes: Annotated[int, Meta(ge=1)] = 1
+    #: file system type, and what was mounted: a server and path, or a device; of ``lvm``, the group and pool
     file_system: str = ""
     source: str = ""
     #: on a share: what the folder is called wherever the share is mounted, such as ``nas:/export/vms``
@@ -77,7 +109,7 @@ class Leftover(Model, forbid_unknown_fields=False, frozen=True):
     migration: MigrationId
     #: what it takes on its storage
     size_bytes: Bytes
-    #: when it was written last, in seconds since the epoch
+    #: when it was written last, in seconds since the epoch; of a logical volume, when it was made
     changed_at: float
     #: the host whose move made it; empty if it carries no mark
     host: str = ""
@@ -164,6 +196,8 @@ class DiskPlan(Model, forbid_unknown_fields=False, frozen=True):
     location: str = ""
     #: all its space is taken at once
     thick: bool = False
+    #: it is a block device, which may be larger than the disk
+    device: bool = False
     backing: BackingFile | None = None
     #: in words
     why: str = ""

@@ -34,6 +34,8 @@ class Disk(Model, frozen=True):
     path: AbsolutePath
     format: DiskFormat
     read_only: bool = False
+    #: of a block device that is larger than the disk: what of it the guest sees
+    size_bytes: Annotated[int, Meta(ge=512, multiple_of=512)] | None = None
 
     def __post_init__(self) -> None:
         if not is_clean_path(self.path):

@@ -109,17 +109,25 @@ def image_nodes(
     direct: bool = False,
     thick: bool = False,
     locks: bool = True,
+    size_bytes: int | None = None,
+    look_for_zeroes: bool = False,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """QEMU's description of an open image: the file ``NAME-file`` and above it the format node ``NAME``.
 
     The format is said, never guessed from the contents. A ``thick`` image keeps its space whatever the guest discards.
-    Without ``locks`` QEMU takes none of its own on the file.
+    Without ``locks`` QEMU takes none of its own on the file. ``size_bytes``: what of a raw image is the disk, if not
+    all; ``look_for_zeroes``: make holes where zeroes are written, which must be looked for, unless it is ``thick``.
     """
     shared = {"read-only": read_only, "discard": "ignore" if thick else "unmap", "cache": {"direct": direct}}
     file: dict[str, Any] = {"driver": driver, "node-name": f"{name}-file", "filename": path}
     if not locks:
         file["locking"] = "off"
-    return file | shared, {"driver": image_format, "node-name": name, "file": f"{name}-file"} | shared
+    image: dict[str, Any] = {"driver": image_format, "node-name": name, "file": f"{name}-file"}
+    if size_bytes is not None:
+        image["size"] = size_bytes
+    if look_for_zeroes and not thick:
+        image["detect-zeroes"] = "unmap"
+    return file | shared, image | shared
 
 
 def vnc_argument(socket: Path) -> str:
@@ -209,6 +217,7 @@ def _disks(launch: Launch) -> Iterable[str]:
             read_only=disk.read_only,
             direct=disk.path not in launch.buffered,
             locks=disk.path not in launch.unlocked,
+            size_bytes=disk.size_bytes,
         )
         yield from _virtio(
             "blk",

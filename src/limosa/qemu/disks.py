@@ -69,9 +69,12 @@ class Disks(Session):
             name,
             image.format,
             image.path,
+            driver="host_device" if image.device else "file",
             direct=image.direct,
             thick=image.thick,
             locks=image.locks,
+            size_bytes=image.size_bytes,
+            look_for_zeroes=image.look_for_zeroes,
         )
         try:
             for node in nodes:

@@ -139,6 +139,11 @@ class ImageFile:
     thick: bool = False
     #: QEMU keeps others off it by locks of its own; off where the file system's do not work
     locks: bool = True
+    #: it is a block device, of which the disk is the first ``size_bytes``
+    device: bool = False
+    size_bytes: int | None = None
+    #: where the disk has zeroes make holes, also where they were read as data
+    look_for_zeroes: bool = False
 
 
 class CopyState(StrEnum):

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from msgspec import Meta
 
-from limosa.model.base import Model, Name, is_clean_path
+from limosa.model.base import Model, Name
 from limosa.model.storage import OWN_LOCATION, Place
 from limosa.settings.address import PeerAddress, parse_address
 
@@ -119,8 +119,8 @@ class HostSettings(Model, frozen=True):
     locations: Annotated[
         dict[Name, Place],
         Meta(
-            description="folders for disk images by name; hosts that call a location of one name shared see the same "
-            "files below it. Relates to default_location"
+            description="folders (path) and LVM volume groups (lvm) for disk images by name; hosts that call a folder "
+            "of one name shared see the same files below it. Relates to default_location"
         ),
     ] = {}
     default_location: Annotated[
@@ -145,9 +145,10 @@ class HostSettings(Model, frozen=True):
                 parse_address(address)
             except ValueError as error:
                 raise ValueError(f"peers.{name}: {error}") from None
+        groups: dict[str, str] = {}
         for name, place in self.locations.items():
-            if not is_clean_path(place.path):
-                raise ValueError(f"locations.{name}: the path has an empty, '.' or '..' component")
+            if place.lvm is not None and name != groups.setdefault(place.root, name):
+                raise ValueError(f"locations.{name}: {groups[place.root]} is in this volume group already")
         if self.default_location not in {*self.locations, OWN_LOCATION}:
             raise ValueError(f"default_location: there is no location '{self.default_location}'")
         first, last = self.migration_ports

@@ -4,8 +4,8 @@ The question is put to the kernel as that user, so that access lists, network sh
 
 Giving an image away is done only where it can hurt nobody: an operator may name any path of the host, and a daemon that
 is root must not be talked into handing out a system file. So only a regular file of root's with one name, on a local
-file system or just made by us, outside of the system's own folders, is ever given; for everything else the error says
-what to do.
+file system or just made by us, outside of the system's own folders, is ever given, and a logical volume that Limosa has
+made, which is given anew after each restart of the host; for everything else the error says what to do.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import threading
 from pathlib import Path
 
 from limosa.errors import StorageError
-from limosa.storage import mounts
+from limosa.storage import lvm, mounts
 
 _SYSTEM = ("/bin", "/boot", "/dev", "/etc", "/lib", "/lib64", "/proc", "/root", "/sbin", "/sys", "/usr")
 #: The number of the system call setgroups(2).
@@ -79,6 +79,8 @@ def _status(path: Path) -> os.stat_result:
 def _give(path: Path, user: str, *, new: bool = False) -> str:
     """Give the file to the user if that is safe; else the reason why it is not."""
     real = path.resolve()
+    if path.is_block_device():
+        return _give_volume(path, user)
     if any(real.is_relative_to(folder) for folder in _SYSTEM):
         return "it lies in a folder of the system's"
     try:
@@ -97,6 +99,21 @@ def _give(path: Path, user: str, *, new: bool = False) -> str:
         return str(error)
     finally:
         os.close(descriptor)
+    return ""
+
+
+def _give_volume(path: Path, user: str) -> str:
+    """Give a logical volume of ours to the user; else the reason why it is none."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            if not lvm.is_ours(path, os.fstat(descriptor).st_rdev):
+                return "it is no logical volume that Limosa has made"
+            os.fchown(descriptor, pwd.getpwnam(user).pw_uid, -1)
+        finally:
+            os.close(descriptor)
+    except (OSError, KeyError, StorageError) as error:
+        return str(error)
     return ""
 
 

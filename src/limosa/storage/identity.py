@@ -10,6 +10,7 @@ import functools
 import hashlib
 import os
 import stat
+import time
 from pathlib import Path, PurePosixPath
 
 from limosa.errors import StorageError
@@ -136,5 +137,7 @@ def _digest(path: str, *_version: int) -> str:
 
 
 def version(status: os.stat_result) -> tuple[int, ...]:
-    """What is otherwise as soon as the file is another, or has other contents."""
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+    """What is otherwise as soon as the file is another, or has other contents. A block device does not tell when it was
+    written, so what it has is never what it had."""
+    looked_at = time.monotonic_ns() if stat.S_ISBLK(status.st_mode) else 0
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns, looked_at

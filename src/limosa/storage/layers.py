@@ -1,8 +1,8 @@
 """Files that lie below disks, as a move brings them to a host.
 
 A layer is a copy of its original byte for byte, so that what is compressed stays compressed, and both can be known to
-be the same; but in a qcow2 image the name of the file below it is where that lies here. Nobody writes a layer: it is
-the daemon's, and QEMU's user may only read it.
+be the same; but in a qcow2 image the name of the file below it is where that lies here. It is a file in a folder, for
+logical volumes stand alone. Nobody writes it: it is the daemon's, and QEMU's user may only read it.
 
 Its name keeps that of the original, so that later moves know where to look, and has the identity of the move, which
 makes it one that nobody else has: ``golden.k3v9x0p2m7aq-1.qcow2``. A name proves nothing; contents are compared.
@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 import pwd
 import re
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path, PurePosixPath
 
 from limosa.errors import StorageError
@@ -61,12 +61,14 @@ def make(path: Path, mark: Mark) -> None:
         raise
 
 
-def claim_below(image: str, image_format: DiskFormat, own: Collection[str] = ()) -> None:
-    """Before an image is a VM's: what lies below it is no unfinished copy any more, but for what its move has brought,
-    its ``own``. Raises :class:`Conflict` if any of it is being removed, and :class:`StorageError`."""
+def claim_below(image: str, image_format: DiskFormat, claim: Callable[[str], None], own: Collection[str]) -> None:
+    """Before an image is a VM's: ``claim`` what lies below it, but for what its move has brought, its ``own``.
+
+    Raises :class:`StorageError`, and what ``claim`` raises: :class:`Conflict` if any of it is being removed.
+    """
     for path, _ in chains.below(image, image_format):
         if path not in own:
-            marks.claim(path)
+            claim(path)
 
 
 def _create(path: Path) -> None:

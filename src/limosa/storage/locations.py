@@ -1,18 +1,16 @@
-"""Locations: named folders for images, and what the kernel says about each."""
+"""Locations: named places for images. What each is and does is its :class:`limosa.storage.stores.Store`."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 
 from limosa.errors import NotFound
 from limosa.model.base import is_clean_path
 from limosa.model.storage import OWN_LOCATION, Location, Place
-from limosa.storage import mounts
-
-_MEMORY = frozenset({"tmpfs", "ramfs"})
-_DEVICES = Path("/sys/dev/block")
+from limosa.storage import lvm
+from limosa.storage.stores import Folder, Store
+from limosa.storage.volumes import Volumes
 
 
 def innermost(path: str, folders: Mapping[str, str]) -> tuple[str, str]:
@@ -33,12 +31,29 @@ class Locations:
         self._places = {OWN_LOCATION: Place(path=str(own))} | dict(named)
         self._default = default
 
-    def path(self, name: str) -> Path:
-        """The folder of a location. Raises :class:`NotFound`."""
+    def store(self, name: str) -> Store:
+        """What a location is. Raises :class:`NotFound`."""
         if name not in self._places:
             names = ", ".join(sorted(self._places))
             raise NotFound(f"there is no location '{name}'", todo=f"choose one of {names}")
-        return Path(self._places[name].path)
+        return _store(self._places[name])
+
+    def path(self, name: str) -> Path:
+        """The folder below which a location's images have their paths. Raises :class:`NotFound`."""
+        return Path(self.store(name).root)
+
+    def store_of(self, path: str) -> Store:
+        """Where an image lies: the store of its location, or the folder it is in if that is none."""
+        name = self.of(path)
+        return self.store(name) if name else Folder(str(PurePosixPath(path).parent))
+
+    def claim(self, path: str) -> None:
+        """Before an image that was found is given to a VM, whichever way it is named: it is no leftover of a move.
+
+        Raises :class:`limosa.errors.Conflict` if it is being removed as one, and ``StorageError``.
+        """
+        real = lvm.path_of(path) or path
+        self.store_of(real).unfinished.claim(real)
 
     @property
     def names(self) -> frozenset[str]:
@@ -48,7 +63,7 @@ class Locations:
     def place(self, path: str) -> tuple[str, str]:
         """The innermost location a file is in, and its path below that; both empty if it is in none, or a path with
         ``..`` does not let that be told."""
-        return innermost(path, {name: place.path for name, place in self._places.items()})
+        return innermost(path, {name: place.root for name, place in self._places.items()})
 
     def of(self, path: str) -> str:
         """The name of that location."""
@@ -57,50 +72,19 @@ class Locations:
     @property
     def own(self) -> str:
         """The folder that is this host's alone."""
-        return self._places[OWN_LOCATION].path
+        return self._places[OWN_LOCATION].root
 
     def shared(self) -> dict[str, str]:
         """Folders that an administrator says other hosts see too, by name."""
-        return {name: place.path for name, place in self._places.items() if place.shared}
+        return {name: place.root for name, place in self._places.items() if place.shared}
 
     def look(self) -> tuple[Location, ...]:
         """All of them as they are now, by name. Asks file systems, which can block where a server is gone."""
-        return tuple(self._look(name, self._places[name]) for name in sorted(self._places))
-
-    def _look(self, name: str, place: Place) -> Location:
-        default = name == self._default
-        try:
-            status = os.stat(place.path)
-            space = os.statvfs(place.path)
-        except OSError as error:
-            why = error.strerror or str(error)
-            return Location(name=name, path=place.path, shared=place.shared, default=default, fault=why)
-        mount = mounts.find(status.st_dev)
-        read_only = bool(space.f_flag & os.ST_RDONLY)
-        return Location(
-            name=name,
-            path=place.path,
-            file_system=mount.kind,
-            source=mount.source,
-            share=mounts.name_on_server(place.path),
-            shared=place.shared or bool(mount.share),
-            default=default,
-            speed=_speed(status.st_dev, mount),
-            total_bytes=space.f_blocks * space.f_frsize,
-            free_bytes=space.f_bavail * space.f_frsize,
-            fault="it is mounted read-only" if read_only else "",
-        )
+        return tuple(self.store(name).look(name, default=name == self._default) for name in sorted(self._places))
 
 
-def _speed(device: int, mount: mounts.Mount) -> str:
-    if mount.share:
-        return "network"
-    if mount.kind in _MEMORY:
-        return "memory"
-    block = _DEVICES / f"{os.major(device)}:{os.minor(device)}"
-    for queue in (block / "queue", block.resolve().parent / "queue"):  # a partition's is its disk's
-        try:
-            return "disk" if (queue / "rotational").read_text().strip() == "1" else "ssd"
-        except OSError:
-            continue
-    return ""
+def _store(place: Place) -> Store:
+    if place.lvm is not None:
+        group, _, pool = place.lvm.partition("/")
+        return Volumes(group, pool)
+    return Folder(place.root, place.shared)

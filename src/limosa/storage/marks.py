@@ -11,6 +11,8 @@ A file that was brought to lie below disks has one in the same way, until a disk
 Who wants to remove such an image takes the mark first, by renaming it to ``.IMAGE.limosa-removal``; who wants to give
 the image to a VM deletes it first. One of the two is done, on shares too, so that an image is never removed from under
 a VM that has just been given it.
+
+Logical volumes have a tag instead (:mod:`limosa.storage.tags`).
 """
 
 from __future__ import annotations
@@ -70,11 +72,16 @@ def claim(image: str) -> None:
     if os.path.exists(_copy(image)):
         finish(image)
     if os.path.exists(_removal(image)):
-        raise Conflict(
-            f"{image} is being removed",
-            why="a move did not finish it, and 'limosa storage clean' has begun to remove it",
-            todo=f"use another image; if the removal was interrupted, finish it: limosa storage clean {image}",
-        )
+        raise being_removed(image)
+
+
+def being_removed(image: str) -> Conflict:
+    """Why an image may not be given to a VM."""
+    return Conflict(
+        f"{image} is being removed",
+        why="a move did not finish it, and 'limosa storage clean' has begun to remove it",
+        todo=f"use another image; if the removal was interrupted, finish it: limosa storage clean {image}",
+    )
 
 
 def condemn(image: str) -> bool:

@@ -31,7 +31,7 @@ _QEMU_FROM, _QEMU_COUNT = 100, 200
 _F_SETSIG = 10
 _NO_LEASES = {errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOLCK}
 
-#: Device and inode of a file.
+#: Device and inode of a file; of a block device what it is, since it may have several nodes.
 FileKey = tuple[int, int]
 
 
@@ -52,7 +52,7 @@ def everywhere() -> dict[FileKey, str]:
 
 def key(status: os.stat_result) -> FileKey:
     """What tells a file from others on this host."""
-    return status.st_dev, status.st_ino
+    return (-1, status.st_rdev) if stat.S_ISBLK(status.st_mode) else (status.st_dev, status.st_ino)
 
 
 def use_of(image: Path, open_files: Mapping[FileKey, str]) -> str:

@@ -1,0 +1,168 @@
+"""What a location can be: a folder with files, or a group of logical volumes (:mod:`limosa.storage.volumes`).
+
+An image is known by its path, which lies right below the store's ``root``, and is the same to everybody else whatever
+it is: QEMU, journals, ``vm.toml``. Making, removing and counting are the store's.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Hashable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from limosa.background import in_full
+from limosa.errors import StorageError
+from limosa.model.storage import BackingFile, Location, LocationKind
+from limosa.model.vm import DiskFormat
+from limosa.settings.toml import sync_folder
+from limosa.storage import images, leases, marks, mounts, speed
+from limosa.storage.marks import Mark
+from limosa.storage.unfinished import Unfinished, UnfinishedFiles
+
+
+class Store(Protocol):
+    """Where images lie."""
+
+    @property
+    def kind(self) -> LocationKind:
+        """Which of the two it is."""
+
+    @property
+    def root(self) -> str:
+        """The folder below which images have their paths."""
+
+    @property
+    def pool(self) -> Hashable:
+        """What its space is taken from: alike for stores that take theirs from the same."""
+
+    @property
+    def unfinished(self) -> Unfinished:
+        """The images in it that moves have not finished."""
+
+    def look(self, name: str, *, default: bool) -> Location:
+        """As it is now, under the name it has as a location. Never fails; blocks where a server is gone."""
+
+    def taken(self, path: str) -> int:
+        """Bytes an image takes. Raises :class:`StorageError`."""
+
+    async def create(
+        self,
+        path: str,
+        image_format: DiskFormat,
+        size_bytes: int,
+        backing: BackingFile | None = None,
+        *,
+        thick: bool = False,
+        blank: bool = True,
+        mark: Mark | None = None,
+    ) -> None:
+        """Make a new image, durably, which only root or we may open. Raises :class:`StorageError` (exists, no space);
+        nothing is left then.
+
+        Not ``blank`` may hold what somebody left there, for who writes all of it anyway. With a ``mark`` it bears that
+        from the beginning, until it is finished (:mod:`limosa.storage.unfinished`).
+        """
+
+    def remove(self, path: str) -> None:
+        """Delete an image, if it is there, and what belongs to it. Raises :class:`StorageError`; it is there then."""
+
+
+@dataclass(frozen=True)
+class Folder:
+    """Images are files. ``shared``: an administrator says that other hosts see them too."""
+
+    root: str
+    shared: bool = False
+    kind: LocationKind = "folder"
+
+    @property
+    def pool(self) -> Hashable:
+        """See :class:`Store`."""
+        try:
+            return os.stat(self.root).st_dev
+        except OSError:
+            return self.root
+
+    @property
+    def unfinished(self) -> Unfinished:
+        """See :class:`Store`."""
+        return UnfinishedFiles(Path(self.root))
+
+    def look(self, name: str, *, default: bool) -> Location:
+        """See :class:`Store`."""
+        try:
+            status = os.stat(self.root)
+            space = os.statvfs(self.root)
+        except OSError as error:
+            why = error.strerror or str(error)
+            return Location(name=name, path=self.root, shared=self.shared, default=default, fault=why)
+        mount = mounts.find(status.st_dev)
+        read_only = bool(space.f_flag & os.ST_RDONLY)
+        return Location(
+            name=name,
+            path=self.root,
+            file_system=mount.kind,
+            source=mount.source,
+            share=mounts.name_on_server(self.root),
+            shared=self.shared or bool(mount.share),
+            default=default,
+            speed=speed.of_mount(status.st_dev, mount),
+            total_bytes=space.f_blocks * space.f_frsize,
+            free_bytes=space.f_bavail * space.f_frsize,
+            fault="it is mounted read-only" if read_only else "",
+        )
+
+    def taken(self, path: str) -> int:
+        """See :class:`Store`. A block device that lies there takes all it has."""
+        try:
+            if Path(path).is_block_device():
+                with open(path, "rb") as stream:
+                    return stream.seek(0, os.SEEK_END)
+            return os.stat(path).st_blocks * 512
+        except OSError as error:
+            raise StorageError(f"cannot look at {path}", why=error.strerror or str(error)) from error
+
+    async def create(
+        self,
+        path: str,
+        image_format: DiskFormat,
+        size_bytes: int,
+        backing: BackingFile | None = None,
+        *,
+        thick: bool = False,
+        blank: bool = True,
+        mark: Mark | None = None,
+    ) -> None:
+        """See :class:`Store`."""
+        try:
+            if mark is not None:
+                await in_full(marks.begin, path, mark)
+            await images.create(Path(path), image_format, size_bytes, backing, thick=thick)
+            await _keep(Path(path))
+        except BaseException:
+            if mark is not None:
+                marks.forget(path)
+            raise
+
+    def remove(self, path: str) -> None:
+        """See :class:`Store`. A block device that lies there is somebody's disk: it stays."""
+        try:
+            if not Path(path).is_block_device():
+                Path(path).unlink(missing_ok=True)
+        except OSError as error:
+            raise StorageError(f"cannot delete {path}", why=error.strerror or str(error)) from error
+        leases.forget(path)
+        marks.forget(path)
+
+
+async def _keep(image: Path) -> None:
+    """Have its folder keep a new image, durably; else the image is removed."""
+    try:
+        await in_full(sync_folder, image.parent)
+    except BaseException as error:
+        image.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise StorageError(f"cannot write {image.parent}", why=error.strerror or str(error)) from error
+        raise
