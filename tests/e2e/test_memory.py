@@ -19,9 +19,9 @@ from pyroute2 import IPRoute
 
 from harness.homes import BareHome
 from harness.relays import SO_MAX_PACING_RATE
-from limosa.host.compression import Compression
 from limosa.host.multichannel import Multichannel
 from limosa.host.page import Page
+from limosa.host.relays import Relays
 from limosa.lab import namespaces
 from limosa.lab.image import command_line, guest_image
 from limosa.migration.destination import Destination
@@ -177,7 +177,7 @@ class Relayed(Plain):
     transport = "compression"
 
     def __init__(self, folder: Path) -> None:
-        self._relays = Compression(Multichannel(PathManager(), folder), Page(folder / "settings.toml"), None)
+        self._relays = Relays(Multichannel(PathManager(), folder), Page(folder / "settings.toml"), None)
         self._seat: Seat | None = None
         self.made: list[Compressed] = []
 
@@ -211,7 +211,7 @@ class Striped(Plain):
     mptcp = False
 
     def __init__(self, folder: Path) -> None:
-        self._relays = Compression(Multichannel(PathManager(), folder), Page(folder / "settings.toml"), None)
+        self._relays = Relays(Multichannel(PathManager(), folder), Page(folder / "settings.toml"), None)
         self._sessions = 0
         self._seat: Seat | None = None
         self._carriers: Sequence[SocketChannel] = ()

@@ -31,16 +31,14 @@ class Arrival:
             return await rdma.open_door(machine, chosen[0], self._parts.page.now.migration_ports)
         if request.relay is not None:
             chosen, source = await self._chosen(request), self._source
-            return await self._parts.compression.open_door(
-                source, request.relay, chosen, self._offered, request.networks
-            )
+            return await self._parts.relays.open_door(source, request.relay, chosen, self._offered, request.networks)
         return await self._open_bare(request)
 
     async def open_layers(self, request: Prepare) -> Doorway:
         """Where the source is awaited for files below disks. Raises :class:`NetworkError`."""
         if request.layers_relay is not None:
             chosen, place = await self._chosen(request), request.layers_relay
-            return await self._parts.compression.open_door(self._source, place, chosen, self._offered, request.networks)
+            return await self._parts.relays.open_door(self._source, place, chosen, self._offered, request.networks)
         if request.disk_credentials is None:
             raise InvalidInput("disks come along without credentials", vm=request.vm.name)
         return await self._open_bare(request)
@@ -70,7 +68,7 @@ class Arrival:
             for place in places:
                 with socket.socket(socket.AF_UNIX) as stream:
                     stream.connect(listener.getsockname())
-                    await self._parts.compression.carry(self._source, place, stream)
+                    await self._parts.relays.carry(self._source, place, stream)
 
     async def _open_bare(self, request: Prepare) -> tcp.TcpDoorway:
         ports = self._parts.page.now.migration_ports

@@ -29,8 +29,8 @@ class Departure:
         Raises :class:`RelayFailed`.
         """
         if route.is_relayed:
-            compression = self._parts.compression
-            self._seats = [compression.seat(destination, route, encrypt=encrypt) for _ in range(count)]
+            relays = self._parts.relays
+            self._seats = [relays.seat(destination, route, encrypt=encrypt) for _ in range(count)]
             for seat in self._seats:
                 await seat.open()
         return [seat.place for seat in self._seats]

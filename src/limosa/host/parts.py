@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from limosa.host.compression import Compression
 from limosa.host.files import Files
 from limosa.host.inspection import Inspector
 from limosa.host.leasing import Leasing
 from limosa.host.multichannel import Multichannel
 from limosa.host.page import Page
+from limosa.host.relays import Relays
 from limosa.host.storage import Storage
 from limosa.host.vms import Vms
 
@@ -27,4 +27,4 @@ class Parts:
     leasing: Leasing
     inspector: Inspector
     multichannel: Multichannel
-    compression: Compression
+    relays: Relays

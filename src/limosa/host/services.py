@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from limosa.errors import LimosaError, StateError
-from limosa.host.compression import Compression
 from limosa.host.disk_moves import DiskMoves
 from limosa.host.files import Files
 from limosa.host.goodput import Goodputs
@@ -23,6 +22,7 @@ from limosa.host.neighbours import Neighbours
 from limosa.host.outgoing import Outgoing
 from limosa.host.page import Page
 from limosa.host.parts import Parts
+from limosa.host.relays import Relays
 from limosa.host.storage import Storage
 from limosa.host.views import Views
 from limosa.host.vms import Vms
@@ -69,7 +69,7 @@ async def assemble(daemon: DaemonSettings, files: Files) -> Services:
     inspector = Inspector(daemon, page, vms, capabilities, netlink, storage, leasing, goodputs, user)
     multichannel = Multichannel(PathManager(), files.run)
     await multichannel.endpoints.clean()
-    compression = Compression(multichannel, page, user)
+    relays = Relays(multichannel, page, user)
     parts = Parts(
         name=daemon.name,
         boot=boot,
@@ -80,7 +80,7 @@ async def assemble(daemon: DaemonSettings, files: Files) -> Services:
         leasing=leasing,
         inspector=inspector,
         multichannel=multichannel,
-        compression=compression,
+        relays=relays,
     )
     neighbours = Neighbours(daemon.name, page, Path(daemon.certificates), files.migrations)
     return Services(

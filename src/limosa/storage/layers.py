@@ -1,9 +1,8 @@
 """Files that lie below disks, as a move brings them to a host.
 
-A layer is a file, also where its original is a logical volume: those stand alone, so layers lie in folders only. It is
-a copy of its original byte for byte, so that what is compressed stays compressed, and both can be known to
-be the same; but in a qcow2 image the name of the file below it is where that lies here. Nobody writes a layer: it is
-the daemon's, and QEMU's user may only read it.
+A layer is a copy of its original byte for byte, so that what is compressed stays compressed, and both can be known to
+be the same; but in a qcow2 image the name of the file below it is where that lies here. It is a file in a folder, for
+logical volumes stand alone. Nobody writes it: it is the daemon's, and QEMU's user may only read it.
 
 Its name keeps that of the original, so that later moves know where to look, and has the identity of the move, which
 makes it one that nobody else has: ``golden.k3v9x0p2m7aq-1.qcow2``. A name proves nothing; contents are compared.

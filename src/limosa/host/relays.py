@@ -23,7 +23,7 @@ from limosa.transport.relay.outbound import Outbound, Seat
 from limosa.wire.peer import Prepared, RelayPlace
 
 
-class Compression:
+class Relays:
     """All sessions of this host. Relays run as ``user``, as QEMU does."""
 
     def __init__(self, multichannel: Multichannel, page: Page, user: str | None) -> None:
