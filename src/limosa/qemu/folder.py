@@ -8,6 +8,8 @@
     RUN_DIR/stream/        ours, for a moment: TLS credentials of a migration
     RUN_DIR/disks/         the same for disks that are copied
 
+One without a guest, which copies the disks of a VM that does not run, has only ``qmp.sock``.
+
 Nobody but root and QEMU's user gets in. QEMU may make names in it but, because the folder is root's and sticky, cannot
 remove or replace ours: what the daemon opens there is what the daemon made.
 """
