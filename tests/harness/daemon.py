@@ -27,6 +27,7 @@ from limosa.host import vms
 from limosa.host.disk_moves import DiskMoves
 from limosa.host.layers import Layers
 from limosa.host.serve import serve
+from limosa.host.stopped import StoppedDisks
 from limosa.host.storage import Storage
 from limosa.migration import layers
 from limosa.migration.journal import Header, Journal
@@ -53,7 +54,7 @@ CALLS: dict[tuple[str, str], tuple[type | ModuleType, str]] = {
     ("destination", "closed"): (Machine, "end_exports"),
     ("host", "made"): (DiskMoves, "make_images"),
     ("host", "copied"): (Mirrors, "until_ready"),
-    ("host", "started"): (DiskMoves, "start_copier"),
+    ("host", "started"): (StoppedDisks, "start"),
     ("host", "settled"): (Disks, "settle_copy"),
     ("host", "committed"): (DiskMoves, "commit"),
     ("host", "finalized"): (Disks, "_dismiss"),

@@ -23,7 +23,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Collection, Coroutine, Iterable
+from collections.abc import Collection, Coroutine
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
@@ -42,9 +42,9 @@ from limosa.errors import (
     StateError,
 )
 from limosa.host.bandwidth import MBIT_BYTES
-from limosa.host.claims import Claims, Known
 from limosa.host.launching import Launcher
 from limosa.host.parts import Parts
+from limosa.host.stopped import StoppedDisks, unwritten
 from limosa.host.storage import Storage
 from limosa.host.views import Views
 from limosa.host.vms import HostedVm
@@ -56,13 +56,13 @@ from limosa.migration.report import Report
 from limosa.model.base import MigrationId, Model, Name
 from limosa.model.migration import Migration, Outcome, Phase, Progress, Side
 from limosa.model.storage import DiskAction, DiskFacts, DiskPlan, Location
-from limosa.model.vm import Disk, DiskName, VmConfig, VmState
+from limosa.model.vm import Disk, DiskName, VmState
 from limosa.qemu.copier import Copier
 from limosa.qemu.disks import Disks
 from limosa.qemu.machine import does_direct_io
 from limosa.qemu.protocol import ImageFile
 from limosa.settings import toml
-from limosa.storage import access, mounts, openers
+from limosa.storage import access, mounts
 from limosa.wire.api import DiskMoveRequest
 
 _log = logging.getLogger(__name__)
@@ -92,7 +92,8 @@ class DiskMoves:
         self._leasing = parts.leasing
         self._folder = parts.files.migrations
         self._views = views
-        self._launcher = launcher
+        self._user = launcher.user
+        self.stopped = StoppedDisks(parts, launcher)
         self._active: dict[str, _Move] = {}
         self._background = Background()
 
@@ -172,7 +173,7 @@ class DiskMoves:
         if against:
             raise PreflightRefused(tuple(against), vm=hosted.config.name, host=self._host)
         if hosted.machine is None and not request.keep:
-            await self._check_nobody_else(hosted, moved)
+            await self.stopped.check_nobody_else(hosted, moved)
         return Record(
             migration=tag,
             vm=hosted.config.name,
@@ -221,7 +222,7 @@ class DiskMoves:
         if hosted is None or hosted.fault is not None:
             raise StateError(f"VM '{record.vm}' is not known", why="so it cannot be told which images it uses")
         if hosted.machine is None:
-            await self._launcher.end_copier(hosted.config)
+            await self.stopped.end(hosted.config)
         for plan in record.plans:
             with suppress(QemuGone):
                 await self._end_copy(hosted, record, plan)
@@ -233,7 +234,7 @@ class DiskMoves:
             elif old not in now.values():
                 await self._leave(hosted, record, old)
         if hosted.machine is None:
-            await self._leasing.give_back(hosted.config, [*now.values(), *(plan.path for plan in record.plans)])
+            await self.stopped.give_back(hosted.config, [plan.path for plan in record.plans])
         return all(now.get(plan.disk) == plan.path for plan in record.plans)
 
     async def _end_copy(self, hosted: HostedVm, record: Record, plan: DiskPlan) -> None:
@@ -255,7 +256,7 @@ class DiskMoves:
 
     async def _leave(self, hosted: HostedVm, record: Record, old: str) -> None:
         """The VM has left an image."""
-        who = "" if record.keep or hosted.machine is not None else (await self._claims(hosted)).besides(Path(old))
+        who = "" if record.keep or hosted.machine is not None else await self.stopped.who_else(hosted, old)
         if who:
             _log.error("%s is left, because %s", old, who)
         if record.keep or who:
@@ -263,38 +264,12 @@ class DiskMoves:
         else:
             await self._storage.remove(old)
 
-    async def _check_nobody_else(self, hosted: HostedVm, moved: Iterable[Disk]) -> None:
-        """The images of a VM that does not run are to be deleted: nobody else may have a claim to them."""
-        claims = await self._claims(hosted)
-        for disk in moved:
-            if who := claims.besides(Path(disk.path)):
-                raise Conflict(
-                    f"disk {disk.name} of VM '{hosted.config.name}' is not used by this VM alone",
-                    why=f"{disk.path}: {who}",
-                    todo="keep the image with --keep, or end the other use first",
-                    vm=hosted.config.name,
-                    host=self._host,
-                )
-
-    async def _claims(self, hosted: HostedVm) -> Claims:
-        """Those of all but this VM."""
-        known = Known.of(self._vms)
-        others = Known([config for config in known.configs if config.name != hosted.config.name], known.damaged)
-        return await asyncio.to_thread(Claims.look, self._folder, others, self._storage.places)
-
-    async def start_copier(self, hosted: HostedVm, record: Record) -> Copier:
-        """For a VM that does not run. Raises :class:`ImageLeased`, :class:`StorageError` and :class:`QemuError`."""
-        config = _with_only(hosted.config, record)
-        await self._launcher.claim_images(config)
-        await self._leasing.take(config)
-        return await self._launcher.launch_copier(config)
-
     async def make_images(self, hosted: HostedVm, record: Record) -> None:
         """Write down which, then make them and give them to QEMU's user. Raises :class:`StorageError`."""
         toml.write_atomically(self._path(record), msgspec.json.encode(record))
         for plan in record.plans:
             await self._storage.make(plan)
-            await in_full(access.grant, Path(plan.path), self._launcher.user, read_only=False)
+            await in_full(access.grant, Path(plan.path), self._user, read_only=False)
         await self._leasing.take(hosted.config, [plan.path for plan in record.plans])
 
     async def finish(self, record: Record) -> None:
@@ -311,7 +286,7 @@ class DiskMoves:
             self._storage.settle(plan.path)
             await self._leave(hosted, record, record.old[plan.disk].path)
         if hosted.machine is None:
-            await self._leasing.give_back(hosted.config)
+            await self.stopped.give_back(hosted.config)
         self.forget(record)
 
     def forget(self, record: Record) -> None:
@@ -384,10 +359,8 @@ class _Move:
             await self._qemu.quit()
 
     async def _start_copier(self, held: ExitStack) -> None:
-        for disk in self.record.old.values():
-            if not mounts.of(disk.path).has_no_locks:  # else it is the lease that keeps others from writing
-                held.enter_context(openers.unwritten(disk.path))
-        self._qemu = await self._moves.start_copier(self.hosted, self.record)
+        held.enter_context(unwritten(self.record.old.values()))
+        self._qemu = await self._moves.stopped.start(self.hosted.config, self.record.old.values())
 
     def cancel(self) -> None:
         """Have it cancelled. Raises :class:`Conflict` if the new images are about to be used."""
@@ -447,11 +420,6 @@ class _Move:
         bar, shown = progress.of_disks(self.report.bar, self.report.now.progress, copying.progress(), time.monotonic())
         self.report.bar = bar
         self.report.change(progress=shown)
-
-
-def _with_only(config: VmConfig, record: Record) -> VmConfig:
-    """The VM with only the disks that move."""
-    return msgspec.structs.replace(config, disks=tuple(record.old.values()))
 
 
 def _plan_of(
