@@ -384,7 +384,7 @@ class TestWhatASourceMayName:
                 leasing=Leasing("host2", "boot"),
                 inspector=nobody,
                 multichannel=nobody,
-                compression=nobody,
+                relays=nobody,
             )
         )
 

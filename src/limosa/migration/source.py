@@ -47,6 +47,8 @@ from limosa.transport.choice import connected
 from limosa.wire.peer import Prepare, Prepared, StreamCredentials
 
 LOOK_EVERY_S = 0.2
+#: From the end of the stream to the destination's word that its QEMU has ended.
+LAST_WORDS_WITHIN_S = 1.0
 
 T = TypeVar("T")
 
@@ -293,9 +295,15 @@ class SourceMove:
         except MigrationFailed as error:
             fault = await self.channel.fault() if self.channel is not None else None
             if fault is None:
+                await self.guard(self._last_words())
                 raise
             fault.vm, fault.host = self.header.vm.name, self.header.destination
             raise fault from error
+
+    async def _last_words(self) -> None:
+        """Let the destination say first why its QEMU ended: ours only knows that its stream broke."""
+        if self.peer is not None:
+            await asyncio.wait({self.peer.lost}, timeout=LAST_WORDS_WITHIN_S)
 
     async def switch_over(self, machine: MachineProtocol) -> None:
         """Give the destination the word. From here on only ``settle`` may let the guest run here again."""

@@ -24,7 +24,8 @@ from limosa.qemu.protocol import RdmaAddress
 class Used:
     """How much went from one address to another: payload the other end has acknowledged.
 
-    ``alive``: a connection between the two is open. ``busy_s``: seconds in which something was under way.
+    ``alive``: a connection between the two is open. ``busy_s``: seconds in which something was under
+    way and the receiver had room for more.
     """
 
     here: str

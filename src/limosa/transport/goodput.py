@@ -1,8 +1,8 @@
 """How fast a network really was: what moves have carried over each path, at its best.
 
 A NIC says how fast its cable is, and a virtual one nothing at all. The network behind may be slower: a switch, a leased
-line, a provider's limit. Only a second in which the connection always had something under way counts, so that a guest
-with little to send does not make its network slow.
+line, a provider's limit. Only a second in which the connection always had something under way, and the receiver had
+room for more, counts: neither a guest with little to send nor a host that is busy makes its network slow.
 """
 
 from __future__ import annotations

@@ -34,8 +34,8 @@ TOKEN_WITHIN_S = 5.0
 PORTERS = 8
 
 _TOKEN_BYTES = 16
-#: Where tcpi_bytes_acked and tcpi_busy_time (microseconds) lie in struct tcp_info (linux/tcp.h).
-_BYTES_ACKED_AT, _BUSY_TIME_AT = 120, 168
+#: Where tcpi_bytes_acked, tcpi_busy_time and tcpi_rwnd_limited (microseconds) lie in struct tcp_info (linux/tcp.h).
+_BYTES_ACKED_AT, _BUSY_TIME_AT, _RECEIVER_LIMITED_AT = 120, 168, 176
 _TCP_INFO_BYTES = 256
 #: What may wait in a shortened socket before QEMU has to wait itself (tcp(7)).
 _UNSENT_BYTES = 128 * 1024
@@ -238,8 +238,9 @@ async def reachable(address: str, port: int) -> bool:
 
 def used_by(info: bytes, here: str, there: str) -> Used:
     """What a ``struct tcp_info`` says of a connection between two addresses."""
-    (sent,), (busy_us,) = (struct.unpack_from("=Q", info, at) for at in (_BYTES_ACKED_AT, _BUSY_TIME_AT))
-    return Used(here, there, sent, busy_s=busy_us / 1e6)
+    places = (_BYTES_ACKED_AT, _BUSY_TIME_AT, _RECEIVER_LIMITED_AT)
+    sent, busy_us, receiver_us = (struct.unpack_from("=Q", info, at)[0] for at in places)
+    return Used(here, there, sent, busy_s=(busy_us - receiver_us) / 1e6)
 
 
 def listen(address: str, port: int, protocol: int = socket.IPPROTO_TCP) -> socket.socket:
