@@ -34,7 +34,7 @@ SHORT_BYTES = 64 * 1024
 #: A relay that does not answer within this is not waited for to show figures.
 ANSWER_WITHIN_S = 1.0
 #: When a stream broke, its relay is about to end, or has nothing to do with it.
-ENDS_WITHIN_S = 0.3
+ENDS_WITHIN_S = 1.0
 
 #: Connects all carriers to the destination that is prepared.
 Dial = Callable[[Prepared], Awaitable[Sequence[SocketChannel]]]
