@@ -14,6 +14,7 @@ from benchmarks.guest import Guest
 from benchmarks.measurements import Compared, Measurements
 from benchmarks.program import say
 from benchmarks.systems.limosa import Limosa
+from limosa.model import reading
 
 TRANSPORTS = ("tcp", "multichannel", "compression", "auto")
 
@@ -39,7 +40,7 @@ def memory(rounds: int, measured: Measurements) -> None:
 
 def _compared(limosa: Limosa, transport: str, file: Path) -> Compared:
     limosa.move(encrypted=True, transport=transport)
-    found = msgspec.json.decode(file.read_bytes().splitlines()[-1], type=_Found)
+    found = reading.decode(file.read_bytes().splitlines()[-1], _Found)
     compared = Compared(
         transport=transport,
         way=limosa.told["transport"],

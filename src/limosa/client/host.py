@@ -23,6 +23,7 @@ import msgspec
 from limosa.client.http import Connection
 from limosa.client.route import Route, UnixRoute
 from limosa.errors import HostUnreachable, InvalidInput, LimosaError, from_fault
+from limosa.model import reading
 from limosa.model.migration import Fault
 from limosa.wire.api import Empty
 from limosa.wire.endpoints import Endpoint, Reply, Request
@@ -126,7 +127,7 @@ class HostClient:
         if issubclass(cls, Empty) and not data:
             return cls()
         try:
-            return msgspec.json.decode(data, type=cls)
+            return reading.decode(data, cls)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as fault:
             raise HostUnreachable(
                 "the host gave an answer that this command does not understand",
@@ -138,7 +139,7 @@ class HostClient:
 def error_of(status: int, data: bytes) -> LimosaError:
     """The error that a refusing reply stands for."""
     try:
-        return from_fault(msgspec.json.decode(data, type=Fault))
+        return from_fault(reading.decode(data, Fault))
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return LimosaError(
             f"the host refused the request with status {status}",

@@ -27,6 +27,7 @@ from limosa.host.memory import meminfo_mib
 from limosa.host.openapi import document
 from limosa.host.services import Services
 from limosa.host.session import Session
+from limosa.model import reading
 from limosa.model.base import Model
 from limosa.model.migration import Migration, Side
 from limosa.model.vm import Vm
@@ -275,7 +276,7 @@ class Handlers:
 
 
 def _route(endpoint: Endpoint[Any, Any], handler: Handler) -> Route:
-    decoder = msgspec.json.Decoder(endpoint.request)
+    decoder = reading.decoder(endpoint.request)
 
     async def answer(request: Request) -> Response:
         _authorise(request.scope, endpoint.role)

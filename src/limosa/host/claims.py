@@ -12,13 +12,12 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import msgspec
-
 from limosa.errors import LimosaError, StorageError
 from limosa.host.vms import Vms
 from limosa.migration.disks import read_name
 from limosa.migration.journal import last_step
 from limosa.migration.ownership import DESTINATION_ENDED, SOURCE_ENDED, DestinationStep
+from limosa.model import reading
 from limosa.model.vm import VmConfig
 from limosa.storage import chains, marks, openers, qcow2
 from limosa.storage.locations import Locations
@@ -88,7 +87,7 @@ class Claims:
         for path in sorted(self.migrations.glob(f"{migration}.*")):
             try:
                 if path.suffix != ".jsonl":
-                    msgspec.json.decode(path.read_bytes())
+                    reading.decode(path.read_bytes(), object)
                     if not path.name.endswith(".view.json"):
                         yield f"{path} says that the move is not over", True
                 elif (step := last_step(path)) == DestinationStep.OWNED:

@@ -53,6 +53,7 @@ from limosa.migration.interruption import unless
 from limosa.migration.journal import new_identity
 from limosa.migration.mirrors import Mirrors
 from limosa.migration.report import Report
+from limosa.model import reading
 from limosa.model.base import MigrationId, Model, Name
 from limosa.model.migration import Migration, Outcome, Phase, Progress, Side
 from limosa.model.storage import DiskAction, DiskFacts, DiskPlan, Location
@@ -138,7 +139,7 @@ class DiskMoves:
         """Bring to an end what an earlier daemon left."""
         for path in sorted(self._folder.glob("*.disks.json")):
             try:
-                record = msgspec.json.decode(path.read_bytes(), type=Record)
+                record = reading.decode(path.read_bytes(), Record)
                 moved = await self._recover(record)
                 self._tell_of(record, moved=moved)
                 path.unlink()

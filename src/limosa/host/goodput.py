@@ -12,6 +12,7 @@ from pathlib import Path
 
 import msgspec
 
+from limosa.model import reading
 from limosa.model.network import Carried
 
 _log = logging.getLogger(__name__)
@@ -26,7 +27,7 @@ class Goodputs:
         self._path = path
         self._known: dict[tuple[str, str], Carried] = {}
         with contextlib.suppress(OSError, msgspec.MsgspecError):
-            self._take(msgspec.json.decode(path.read_bytes(), type=tuple[Carried, ...]))
+            self._take(reading.decode(path.read_bytes(), tuple[Carried, ...]))
 
     @property
     def known(self) -> tuple[Carried, ...]:

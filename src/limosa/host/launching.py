@@ -27,6 +27,7 @@ from limosa.host.leasing import Leasing
 from limosa.host.memory import available_mib
 from limosa.host.page import Page
 from limosa.host.storage import places
+from limosa.model import reading
 from limosa.model.base import Model
 from limosa.model.vm import Accelerator, Disk, Nic, VmConfig
 from limosa.network.netlink import Netlink
@@ -60,7 +61,7 @@ class ProcessRecord(Model, frozen=True, forbid_unknown_fields=False):
     started_at: float
 
 
-_record_decoder = msgspec.json.Decoder(ProcessRecord)
+_record_decoder = reading.decoder(ProcessRecord)
 
 
 @dataclass(frozen=True)

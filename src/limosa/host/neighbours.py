@@ -21,6 +21,7 @@ from limosa.client.host import HostClient
 from limosa.client.route import TlsRoute
 from limosa.errors import HostUnreachable, LimosaError
 from limosa.host.page import Page
+from limosa.model import reading
 from limosa.model.base import Model, Name
 from limosa.model.storage import Location, Sighting
 from limosa.settings.address import split_address
@@ -130,6 +131,6 @@ def is_same(ours: Location, theirs: Location) -> bool:
 def _met(journal: Path) -> _Met | None:
     try:
         with journal.open("rb") as stream:
-            return msgspec.json.decode(stream.readline(), type=_Met)
+            return reading.decode(stream.readline(), _Met)
     except (OSError, msgspec.MsgspecError):
         return None

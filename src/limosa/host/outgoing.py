@@ -27,6 +27,7 @@ from limosa.migration.peer import Dialler
 from limosa.migration.report import Report
 from limosa.migration.settle import Settlement
 from limosa.migration.source import SourceMove
+from limosa.model import reading
 from limosa.model.base import is_name
 from limosa.model.finding import Finding, Severity
 from limosa.model.migration import Migration, Outcome, Phase, Progress, Side
@@ -166,7 +167,7 @@ class Outgoing:
 
     def _begin(self, journal: Journal, hosted: HostedVm | None, *, settle: bool = False) -> Migration:
         header = journal.header
-        options = msgspec.convert(header.options, MoveOptions)
+        options = reading.convert(header.options, MoveOptions)
         terms = self._terms(options)
         report = Report(self._first_view(header, terms.transport), self._views.publish)
         own_cap = (options.bandwidth_mbit_per_s or 0) * MBIT_BYTES

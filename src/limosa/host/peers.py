@@ -21,6 +21,7 @@ from websockets.exceptions import InvalidHandshake, WebSocketException
 from limosa.errors import HostNotTrusted, HostUnreachable, InvalidInput, from_fault
 from limosa.migration import layers
 from limosa.migration.peer import SendLayers
+from limosa.model import reading
 from limosa.model.base import MigrationId
 from limosa.model.facts import DestinationFacts
 from limosa.model.storage import BackingFile
@@ -44,7 +45,7 @@ UNACKNOWLEDGED_MS = 5000
 MAX_MESSAGE_BYTES = 16 * 1024 * 1024
 
 Answer = TypeVar("Answer")
-_decoder = msgspec.json.Decoder(say.FromDestination)
+_decoder = reading.decoder(say.FromDestination)
 
 
 class RemotePeer:

@@ -18,12 +18,13 @@ from limosa.background import Background
 from limosa.errors import Conflict, InvalidInput, LimosaError, NotPermitted
 from limosa.host.incoming import Incoming
 from limosa.migration.destination import Destination
+from limosa.model import reading
 from limosa.security.identity import Identity
 from limosa.wire import peer as say
 from limosa.wire import versions
 from limosa.wire.parsing import parse
 
-_decoder = msgspec.json.Decoder(say.FromSource)
+_decoder = reading.decoder(say.FromSource)
 _log = logging.getLogger(__name__)
 
 #: A source asks one thing after another; more than this unanswered is no conversation.

@@ -10,6 +10,7 @@ from pathlib import Path
 import msgspec
 
 from limosa.errors import NotFound
+from limosa.model import reading
 from limosa.model.migration import Migration, Outcome
 
 
@@ -63,7 +64,7 @@ class Views:
     def recall(self, migration: str) -> None:
         """Know again a move that an earlier daemon has kept."""
         with contextlib.suppress(OSError, msgspec.MsgspecError):
-            self._views[migration] = msgspec.json.decode(self._path(migration).read_bytes(), type=Migration)
+            self._views[migration] = reading.decode(self._path(migration).read_bytes(), Migration)
 
     def _path(self, migration: str) -> Path:
         return self._folder / f"{migration}.view.json"

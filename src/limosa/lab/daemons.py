@@ -25,6 +25,7 @@ import msgspec
 from limosa.errors import HostUnreachable, LimosaError, StateError
 from limosa.lab import namespaces
 from limosa.lab.plan import Lab
+from limosa.model import reading
 from limosa.model.base import Model
 
 READY_WITHIN_S = 30.0
@@ -115,7 +116,7 @@ def stop(lab: Lab, host: str) -> bool:
 def pid_of(lab: Lab, host: str) -> int | None:
     """The host's daemon, if it runs."""
     try:
-        record = msgspec.json.decode(_record_path(lab, host).read_bytes(), type=DaemonRecord)
+        record = reading.decode(_record_path(lab, host).read_bytes(), DaemonRecord)
     except (OSError, msgspec.DecodeError):
         return None  # never started, or a crash tore the file: what is in the namespace is found without it
     return record.pid if _start_time(record.pid) == record.start_time else None

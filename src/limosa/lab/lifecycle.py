@@ -21,6 +21,7 @@ from limosa.errors import Conflict, InvalidInput, NotFound, NotPermitted, StateE
 from limosa.lab import daemons, namespaces, wiring
 from limosa.lab.hosts import RUN, STATE
 from limosa.lab.plan import SWITCH, Lab, check_name
+from limosa.model import reading
 from limosa.model.base import Model
 from limosa.security import ca
 from limosa.settings import toml
@@ -117,7 +118,7 @@ def load(name: str) -> Lab:
     check_name(name)
     path = STATE / name / "lab.json"
     try:
-        return msgspec.json.decode(path.read_bytes(), type=Lab)
+        return reading.decode(path.read_bytes(), Lab)
     except FileNotFoundError as fault:
         raise NotFound(f"there is no lab '{name}'", todo="build it with 'limosa lab up'") from fault
     except PermissionError as fault:

@@ -22,6 +22,7 @@ import msgspec
 
 from limosa.errors import StateError
 from limosa.migration.ownership import DestinationStep, SourceStep
+from limosa.model import reading
 from limosa.model.base import MigrationId, Model, Name
 from limosa.model.migration import Fault, Side
 from limosa.model.storage import BackingFile
@@ -170,8 +171,8 @@ def _read(path: Path) -> tuple[bytes, Header, list[Record]]:
         data = path.read_bytes()
         # Acts follow their line, so a last line without its newline stands for nothing that was done.
         complete = data.split(b"\n")[:-1]
-        header = msgspec.json.decode(complete[0], type=Header)
-        return data, header, [msgspec.json.decode(line, type=Record) for line in complete[1:]]
+        header = reading.decode(complete[0], Header)
+        return data, header, [reading.decode(line, Record) for line in complete[1:]]
     except (OSError, IndexError, msgspec.MsgspecError, ValueError, RecursionError) as error:
         raise StateError(
             f"the journal {path} is damaged",

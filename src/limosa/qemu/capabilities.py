@@ -21,6 +21,7 @@ from typing import Any
 import msgspec
 
 from limosa.errors import QemuError, StateError
+from limosa.model import reading
 from limosa.model.base import Model
 from limosa.model.vm import Accelerator
 from limosa.qemu import cpu as cpu_models
@@ -116,7 +117,7 @@ async def probe(program: Path, cache: Path, user: str | None = None) -> QemuCapa
     """
     key = _key(program, user)
     with contextlib.suppress(OSError, msgspec.MsgspecError, ValueError, RecursionError):
-        known = msgspec.json.decode(cache.read_bytes(), type=QemuCapabilities)
+        known = reading.decode(cache.read_bytes(), QemuCapabilities)
         if known.key == key:
             return known
     found = await _Probe(program, user).run(key)

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from limosa.errors import InvalidInput, LimosaError, StateError
+from limosa.model import reading
 from limosa.model.base import Model
 
 T = TypeVar("T", bound=Model)
@@ -29,7 +30,7 @@ def decode(text: str, cls: type[T], *, where: str, error: type[LimosaError] = In
 def convert(raw: Any, cls: type[T], *, where: str, error: type[LimosaError] = InvalidInput) -> T:
     """The struct that plain data describes. Raises ``error`` naming ``where`` and the field."""
     try:
-        return msgspec.convert(raw, cls)
+        return reading.convert(raw, cls)
     except msgspec.ValidationError as fault:
         raise error(f"{where} is not valid", why=str(fault), todo="mend the field that is named") from fault
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import msgspec
 
 from limosa.errors import InvalidInput, StorageError
+from limosa.model import reading
 from limosa.model.base import Model
 from limosa.model.storage import BackingFile
 from limosa.model.vm import DiskFormat
@@ -46,8 +47,8 @@ async def info(path: Path, image_format: DiskFormat) -> ImageInfo:
     """
     output = await _qemu_img("info", "--force-share", "--output=json", "-f", image_format, str(path))
     try:
-        raw = msgspec.json.decode(output)
-        found = msgspec.convert(raw, ImageInfo)
+        raw = reading.decode(output, dict)
+        found = reading.convert(raw, ImageInfo)
     except msgspec.MsgspecError as error:
         raise StorageError(f"qemu-img tells something strange about {path}", why=str(error)) from error
     if raw.get("format-specific", {}).get("data", {}).get("data-file"):

@@ -30,6 +30,7 @@ from pathlib import Path
 import msgspec
 
 from limosa.errors import ImageLeased, StorageError
+from limosa.model import reading
 from limosa.model.base import Model
 from limosa.storage import mounts
 
@@ -183,7 +184,7 @@ def read(image: str) -> Lease:
             if not epochs:
                 return FREE
             data = (folder / _number(epochs[-1]) / _FILE).read_bytes()
-            return msgspec.structs.replace(msgspec.json.decode(data, type=Lease), epoch=epochs[-1])
+            return msgspec.structs.replace(reading.decode(data, Lease), epoch=epochs[-1])
         except (FileNotFoundError, NotADirectoryError):
             continue  # it was followed by another and removed while we looked
         except (OSError, msgspec.MsgspecError) as error:

@@ -19,6 +19,7 @@ from typing import TypeVar
 import msgspec
 
 from limosa.errors import StorageError
+from limosa.model import reading
 from limosa.model.base import Model
 
 PROGRAM = "/usr/sbin/lvm"
@@ -163,8 +164,8 @@ def _report(command: str, kind: str, cls: type[T], *arguments: str) -> tuple[T, 
     fields = ",".join(cls.__struct_fields__)
     output = _run(command, *_SHAPE, "--options", fields, *arguments)
     try:
-        (report,) = msgspec.json.decode(output)["report"]
-        return tuple(msgspec.convert(row, cls, strict=False) for row in report[kind])
+        (report,) = reading.decode(output, dict)["report"]
+        return tuple(reading.convert(row, cls, strict=False) for row in report[kind])
     except (msgspec.MsgspecError, KeyError, ValueError, TypeError) as error:
         raise StorageError(f"lvm {command} tells something strange", why=str(error)) from error
 

@@ -25,6 +25,7 @@ from pathlib import Path
 import msgspec
 
 from limosa.errors import Conflict, StorageError
+from limosa.model import reading
 from limosa.model.base import Model
 from limosa.settings.toml import sync_folder
 
@@ -126,7 +127,7 @@ def _read(path: Path) -> Mark | None:
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         try:
-            return msgspec.json.decode(os.read(descriptor, _MOST_BYTES), type=Mark)
+            return reading.decode(os.read(descriptor, _MOST_BYTES), Mark)
         finally:
             os.close(descriptor)
     except (OSError, msgspec.MsgspecError):

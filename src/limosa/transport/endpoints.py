@@ -31,6 +31,7 @@ import msgspec
 
 from limosa.background import Background
 from limosa.errors import LimosaError, StateError
+from limosa.model import reading
 from limosa.model.base import Model
 from limosa.network.mptcp import FLAG_IMPLICIT, FLAG_SIGNAL, MOST, Endpoint, Limits
 
@@ -103,7 +104,7 @@ class Endpoints:
     async def clean(self) -> None:
         """Take away what an earlier daemon left. Never raises: what cannot be done is logged."""
         try:
-            left = msgspec.json.decode(self._file.read_bytes(), type=Record)
+            left = reading.decode(self._file.read_bytes(), Record)
         except FileNotFoundError:
             return
         except (OSError, msgspec.MsgspecError) as error:

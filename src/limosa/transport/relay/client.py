@@ -26,6 +26,7 @@ import msgspec
 
 import limosa
 from limosa.errors import InvalidInput, RelayFailed
+from limosa.model import reading
 from limosa.qemu.process import owner_of
 from limosa.transport.relay import control
 from limosa.transport.relay.control import Answer, ChannelStatistics, FromRelay, Statistics
@@ -36,7 +37,7 @@ from limosa.wire.peer import StreamCredentials
 A = TypeVar("A", bound=Answer)
 V = TypeVar("V")
 
-_decoder: msgspec.json.Decoder[FromRelay] = msgspec.json.Decoder(FromRelay)
+_decoder: msgspec.json.Decoder[FromRelay] = reading.decoder(FromRelay)
 DEFAULT_LEVEL = 1
 _SO_SNDBUFFORCE = 32  # socket(7)
 #: A relay is of the same Limosa as its daemon, also where that is not installed.

@@ -20,6 +20,7 @@ from threading import Lock, Thread
 import msgspec
 
 from limosa.errors import InvalidInput
+from limosa.model import reading
 from limosa.transport.relay import control
 from limosa.transport.relay.control import FromDaemon, OpenChannel, OpenReceiver, OpenSender, Shorten
 from limosa.transport.relay.notices import Notices
@@ -33,7 +34,7 @@ from limosa.wire.parsing import parse
 #: Chunks that wait for the carrier, of some milliseconds each.
 SLOTS = 12
 
-_decoder: msgspec.json.Decoder[FromDaemon] = msgspec.json.Decoder(FromDaemon)
+_decoder: msgspec.json.Decoder[FromDaemon] = reading.decoder(FromDaemon)
 
 
 class Relay:
