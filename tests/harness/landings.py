@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from limosa.migration.journal import Header
+from limosa.model.migration import Side
 from limosa.model.vm import VmConfig
 from limosa.qemu.protocol import MachineProtocol
 from limosa.testing.guest import FakeGuest
@@ -22,6 +24,21 @@ VM = VmConfig(
     machine="pc-q35-10.0",
     cpu="x86-64-v2",
 )
+
+
+def header(side: Side) -> Header:
+    """Of the move ``m1`` of that VM."""
+    return Header(
+        migration="m1",
+        side=side,
+        vm=VM,
+        accelerator="kvm",
+        source="here",
+        destination="there",
+        address="",
+        accepted_at=0.0,
+        boot="boot",
+    )
 
 
 class BareLanding:

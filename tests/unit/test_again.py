@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from harness.homes import BareHome
-from harness.landings import ADDRESS, PORTS, VM, BareLanding
+from harness.landings import ADDRESS, PORTS, BareLanding, header
 from limosa.errors import Cancelled, LimosaError, MigrationFailed, QemuGone
 from limosa.migration.destination import Destination
 from limosa.migration.home import Terms
-from limosa.migration.journal import Header, Journal
+from limosa.migration.journal import Journal
 from limosa.migration.ownership import DestinationStep, SourceStep
 from limosa.migration.report import Report
 from limosa.migration.source import SourceMove
@@ -117,7 +117,7 @@ class Move:
             accepted_at=0.0,
         )
         self.report = Report(first, lambda view: None)
-        self.journal = Journal.begin(folder, self._header(Side.SOURCE))
+        self.journal = Journal.begin(folder, header(Side.SOURCE))
         terms = Terms(ConvergencePolicy(first_downtime_ms=60), "rdma", encrypt=False)
         self.script = SourceMove(self.journal, self.source, self._dial, self.home, terms, self.report)
 
@@ -132,22 +132,9 @@ class Move:
             folder.mkdir()
             self.landings.append(There(self.wire))
             self.tries.append(
-                Destination(Journal.begin(folder, self._header(Side.DESTINATION)), self.landings[-1], boot="boot")
+                Destination(Journal.begin(folder, header(Side.DESTINATION)), self.landings[-1], boot="boot")
             )
         return LocalPeer(self.tries[-1], FACTS, PORTS)
-
-    def _header(self, side: Side) -> Header:
-        return Header(
-            migration="m1",
-            side=side,
-            vm=VM,
-            accelerator="kvm",
-            source="here",
-            destination="there",
-            address="",
-            accepted_at=0.0,
-            boot="boot",
-        )
 
 
 def play(scenario: Awaitable[None]) -> None:

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from harness.landings import VM, BareLanding
+from harness.landings import VM, BareLanding, header
 from limosa.errors import DestinationLost, QemuError
 from limosa.migration import destination as script
+from limosa.migration import interruption
 from limosa.migration.destination import Destination
-from limosa.migration.journal import Header, Journal
+from limosa.migration.journal import Journal
 from limosa.migration.ownership import DestinationStep
 from limosa.model.migration import Side
 from limosa.testing.machine import FakeMachine
@@ -21,19 +22,8 @@ from limosa.wire.peer import DestinationState, Prepare
 
 async def with_silent_qemu(folder: Path) -> tuple[Destination, FakeMachine]:
     """A landing that was prepared, and whose QEMU then hung."""
-    header = Header(
-        migration="m1",
-        side=Side.DESTINATION,
-        vm=VM,
-        accelerator="kvm",
-        source="here",
-        destination="there",
-        address="",
-        accepted_at=0.0,
-        boot="boot",
-    )
     place = BareLanding(Wire())
-    landing = Destination(Journal.begin(folder, header), place, boot="boot")
+    landing = Destination(Journal.begin(folder, header(Side.DESTINATION)), place, boot="boot")
     request = Prepare(
         migration="m1", vm=VM, accelerator="kvm", running=True, transport="tcp", credentials=None, post_copy=False
     )
@@ -44,8 +34,9 @@ async def with_silent_qemu(folder: Path) -> tuple[Destination, FakeMachine]:
 
 @pytest.fixture(autouse=True)
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    for limit in ("ANSWER_WITHIN_S", "DYING_S", "LOAD_WITHIN_S"):
+    for limit in ("ANSWER_WITHIN_S", "LOAD_WITHIN_S"):
         monkeypatch.setattr(script, limit, 0.01)
+    monkeypatch.setattr(interruption, "DYING_S", 0.01)
 
 
 def test_it_is_kept_because_it_may_have_the_guest(tmp_path: Path) -> None:

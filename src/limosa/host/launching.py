@@ -254,10 +254,7 @@ class Launcher:
 
     async def end_silent(self, config: VmConfig) -> None:
         """Kill a QEMU that answers nobody. Raises :class:`QemuError` if the kernel cannot end it."""
-        found = process.find(vnc_argument(self._files.sockets(config) / "vnc.sock"))
-        if found is not None:
-            with suppress(QemuGone):
-                await process.QemuProcess.attach(*found).kill()
+        await process.end(vnc_argument(self._files.sockets(config) / "vnc.sock"))
         self.clean_up(config, crashed=False)
 
     def clean_up(self, config: VmConfig, *, crashed: bool) -> None:

@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterable
 from typing import Protocol
 
 from limosa.errors import Conflict, DestinationLost, LimosaError, QemuError, QemuGone, StateError
+from limosa.migration.interruption import is_gone
 from limosa.migration.journal import Journal
 from limosa.migration.ownership import (
     DestinationAction,
@@ -39,8 +40,6 @@ LOAD_WITHIN_S = 30.0
 
 #: From a question to the answer of a QEMU that does not hang. The source gives an abort five seconds.
 ANSWER_WITHIN_S = 2.0
-#: From the end of QEMU's session to that of its process.
-DYING_S = 1.0
 
 _LOADED = (MigrationState.COMPLETED, MigrationState.POSTCOPY_ACTIVE)
 
@@ -380,8 +379,7 @@ class Destination:
                     return DestinationQemu.RUNNING
                 loaded = (await self.machine.migration()).state in _LOADED
         except (QemuError, TimeoutError):
-            await asyncio.wait({asyncio.ensure_future(self.machine.gone.wait())}, timeout=DYING_S)
-            return DestinationQemu.DEAD if self.machine.gone.is_set() else DestinationQemu.SILENT
+            return DestinationQemu.DEAD if await is_gone(self.machine) else DestinationQemu.SILENT
         return DestinationQemu.LOADED if loaded else DestinationQemu.INCOMING
 
     def _follow(self, machine: MachineProtocol) -> None:

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Collection, Coroutine
+from contextlib import suppress
 from typing import Any, TypeVar
+
+from limosa.qemu.protocol import MachineProtocol
+from limosa.qemu.session import DYING_S
 
 T = TypeVar("T")
 
@@ -31,3 +35,11 @@ async def unless(
         if not task.done():
             task.cancel()
             await asyncio.wait({task})
+
+
+async def is_gone(machine: MachineProtocol) -> bool:
+    """Whether a QEMU that did not answer has ended: its session breaks a moment before that is known."""
+    with suppress(TimeoutError):
+        async with asyncio.timeout(DYING_S):
+            await machine.gone.wait()
+    return machine.gone.is_set()

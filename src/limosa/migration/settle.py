@@ -14,6 +14,7 @@ from collections.abc import Iterator
 
 from limosa.errors import Cancelled, HostUnreachable, LimosaError, OwnerUnknown, QemuError
 from limosa.migration import mirrors
+from limosa.migration.interruption import is_gone
 from limosa.migration.ownership import SOURCE_ENDED, SourceAction, SourceQemu, SourceStep, decide_source
 from limosa.migration.source import POST_COPY, SourceMove
 from limosa.migration.stop import stop_stream
@@ -85,8 +86,7 @@ class Settlement:
         try:
             state = (await machine.migration()).state
         except QemuError:
-            await asyncio.wait({asyncio.ensure_future(machine.gone.wait())}, timeout=1)
-            return SourceQemu.DEAD if machine.gone.is_set() else SourceQemu.HOLDS
+            return SourceQemu.DEAD if await is_gone(machine) else SourceQemu.HOLDS
         # A QEMU that came here by a move itself says "completed" of that until it is told to migrate.
         told = any(record.step == SourceStep.MIGRATING for record in self.move.journal.records)
         completed = told and state in _COMPLETED and not self._home_again

@@ -9,15 +9,15 @@ the VM, and ends it.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
-from limosa.errors import QemuGone
 from limosa.qemu import folder, process
 from limosa.qemu.arguments import image_nodes, without_guest
 from limosa.qemu.disks import Disks
 from limosa.qemu.process import QemuProcess
 from limosa.qemu.protocol import ImageFile
-from limosa.qemu.session import first_answer
+from limosa.qemu.session import started
 
 
 class Copier(Disks):
@@ -32,35 +32,18 @@ class Copier(Disks):
         Raises :class:`limosa.errors.QemuError` with QEMU's own words; nothing runs and no socket is left then.
         """
         await cls.end_leftover(run_dir)
-        folder.create(run_dir, process.owner_of(user))
-        try:
-            with folder.listen(run_dir / folder.QMP) as qmp:
-                command = [str(program), *without_guest(run_dir, qmp.fileno())]
-                qemu = await process.spawn(command, pass_fds=(qmp.fileno(),), log=log, user=user, kvm=False)
-            try:
-                made = cls(qemu, await first_answer(qemu, run_dir, log), run_dir)
-                for name, image in disks.items():
-                    await made._open(name, image)
-                return made
-            except BaseException:
-                await qemu.kill()
-                raise
-        except BaseException:
-            folder.remove(run_dir)
-            raise
+        async with started(run_dir, log, user, partial(_spawn, program, run_dir, log, user)) as (qemu, monitor):
+            made = cls(qemu, monitor, run_dir)
+            for name, image in disks.items():
+                await made._open(name, image)
+            return made
 
     @staticmethod
     async def end_leftover(run_dir: Path) -> None:
         """End the one that uses ``run_dir``, if there is one. Raises :class:`limosa.errors.QemuError` if the kernel
         cannot end it."""
-        found = process.find(without_guest(run_dir, 0)[1])
-        if found is None:
-            return
-        try:
-            await QemuProcess.attach(*found).kill()
-        except QemuGone:
-            return
-        finally:
+        # The search goes through all processes of the host, and every start of a VM comes here.
+        if (run_dir / folder.QMP).exists() and await process.end(without_guest(run_dir, 0)[1]):
             folder.remove(run_dir)
 
     async def disk_node(self, disk: str) -> str:
@@ -80,3 +63,9 @@ class Copier(Disks):
         )
         for node in nodes:
             await self._execute("blockdev-add", node)
+
+
+async def _spawn(program: Path, run_dir: Path, log: Path, user: str | None) -> QemuProcess:
+    with folder.listen(run_dir / folder.QMP) as qmp:
+        command = [str(program), *without_guest(run_dir, qmp.fileno())]
+        return await process.spawn(command, pass_fds=(qmp.fileno(),), log=log, user=user, kvm=False)

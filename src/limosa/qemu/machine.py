@@ -15,6 +15,7 @@ import os
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 from limosa.errors import OutcomeUnknown, QemuError, QemuGone
@@ -24,7 +25,7 @@ from limosa.qemu.disks import Disks
 from limosa.qemu.monitor import Monitor
 from limosa.qemu.process import QemuProcess
 from limosa.qemu.protocol import Event, MigrationState, RunState
-from limosa.qemu.session import DYING_S, first_answer
+from limosa.qemu.session import DYING_S, started
 from limosa.qemu.stream import Stream
 
 #: From a restarted daemon's call to the answer of a QEMU that runs.
@@ -51,19 +52,9 @@ class Machine(Stream, Disks):
         ``run_dir`` is made (its parent must exist), ``log`` receives what QEMU writes, ``user`` is whom it runs as
         (None: as we do). Raises :class:`QemuError` with QEMU's own words; nothing runs and no socket is left then.
         """
-        owner = process.owner_of(user)
         await cls._end_leftover(run_dir)
-        folder.create(run_dir, owner)
-        try:
-            qemu = await _spawn(program, make, run_dir, log, user)
-            try:
-                return cls(qemu, await first_answer(qemu, run_dir, log), run_dir)
-            except BaseException:
-                await qemu.kill()
-                raise
-        except BaseException:
-            folder.remove(run_dir)
-            raise
+        async with started(run_dir, log, user, partial(_spawn, program, make, run_dir, log, user)) as (qemu, monitor):
+            return cls(qemu, monitor, run_dir)
 
     @classmethod
     async def attach(cls, run_dir: Path, pid: int, start_time: int) -> Machine:

@@ -195,6 +195,19 @@ def find(argument: str) -> tuple[int, int] | None:
     return None
 
 
+async def end(argument: str) -> bool:
+    """Kill the process that was started with exactly this argument; whether there was one.
+
+    Raises :class:`QemuError` if the kernel cannot end it.
+    """
+    found = find(argument)
+    if found is None:
+        return False
+    with contextlib.suppress(QemuGone):
+        await QemuProcess.attach(*found).kill()
+    return True
+
+
 def start_time_of(pid: int) -> int | None:
     """When the process ``pid`` started, in clock ticks after boot, or None if there is none."""
     fields = _stat(pid)

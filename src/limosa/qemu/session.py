@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from limosa.errors import OutcomeUnknown, QemuError, QemuGone
 from limosa.qemu import folder
 from limosa.qemu.credentials import Endpoint, written
 from limosa.qemu.monitor import Monitor
-from limosa.qemu.process import QemuProcess
+from limosa.qemu.process import QemuProcess, owner_of
 from limosa.qemu.protocol import Event
 from limosa.wire.peer import StreamCredentials
 
@@ -113,8 +113,29 @@ class Session:
                 raise result
 
 
-async def first_answer(qemu: QemuProcess, run_dir: Path, log: Path) -> Monitor:
-    """A session with a QEMU that was just started. Raises :class:`QemuError` saying why it did not start."""
+@asynccontextmanager
+async def started(
+    run_dir: Path, log: Path, user: str | None, spawn: Callable[[], Awaitable[QemuProcess]]
+) -> AsyncIterator[tuple[QemuProcess, Monitor]]:
+    """Make the run folder, ``spawn`` a QEMU that listens there, and have it answer.
+
+    Raises :class:`QemuError` saying why it did not start. Then, and if the block fails, nothing runs and no socket is
+    left.
+    """
+    folder.create(run_dir, owner_of(user))
+    try:
+        qemu = await spawn()
+        try:
+            yield qemu, await _first_answer(qemu, run_dir, log)
+        except BaseException:
+            await qemu.kill()
+            raise
+    except BaseException:
+        folder.remove(run_dir)
+        raise
+
+
+async def _first_answer(qemu: QemuProcess, run_dir: Path, log: Path) -> Monitor:
     try:
         async with asyncio.timeout(LAUNCH_WITHIN_S):
             return await Monitor.connect(run_dir / folder.QMP, f"QEMU ({qemu.pid})")
