@@ -56,7 +56,7 @@ class Limosa:
         """Let it run again."""
         say(self._ground, self.host, "vm", "resume", self._guest.name)
 
-    def move(self, *, encrypted: bool, transport: str = "auto") -> Moved:
+    def move(self, *, encrypted: bool, transport: str = "tcp") -> Moved:
         """Move the guest to the other host. Raises ``RuntimeError`` if its disk is not where it should be then."""
         if encrypted is not self._encrypted:
             change_settings(self._ground, f"encrypt={'on' if encrypted else 'off'}")

@@ -53,24 +53,46 @@ def nics(route: Route) -> list[str]:
 @pytest.mark.parametrize(
     ("speeds", "transport", "words"),
     [
-        ((1000,), "tcp", "only NIC"),
-        ((500, 500), "multichannel", "2 NICs together have 1000 Mbit/s"),
-        ((500, 250), "multichannel", "750 Mbit/s"),
+        ((5000,), "tcp", "only NIC"),
+        ((2000, 2000), "multichannel", "2 NICs together have 4000 Mbit/s"),
+        ((2000, 1000), "multichannel", "3000 Mbit/s; not compressed: a processor does not compress faster than 3000"),
         (
-            (500, 100),
+            (2400, 900),
             "multichannel",
-            "600 Mbit/s; one stream for each network, because the NICs are unequal",
+            "3300 Mbit/s; one stream for each network, because the NICs are unequal",
         ),
         ((5000, 1000), "tcp", "more than 2 times slower"),
         ((5000, 5000, 1000), "multichannel", "2 NICs together have 10000 Mbit/s"),
         ((10_000, 10_000), "tcp", "does not fill"),
-        ((1000, None), "tcp", "speed of mig1 is not known"),
-        ((100, 200, 300), "multichannel", "3 NICs together have 600"),
+        ((5000, None), "tcp", "speed of mig1 is not known"),
+        ((1000, 900, 800), "multichannel", "3 NICs together have 2700"),
     ],
 )
 def test_auto_takes_all_nics_where_that_is_faster(speeds: tuple[int | None, ...], transport: str, words: str) -> None:
     route = choose(pair(*speeds), "auto")
     assert (route.transport, words in route.why) == (transport, True), route.why
+
+
+@pytest.mark.parametrize("speeds", [(100,), (2500,), (1000, 1000), (500, 100), (100, 200, 300)])
+def test_auto_compresses_what_a_processor_is_faster_at_than_the_nics(speeds: tuple[int, ...]) -> None:
+    route, bare = choose(pair(*speeds), "auto"), choose(pair(*speeds), "multichannel")
+    assert (route.transport, route.paths, route.striped) == ("compression", bare.paths, bare.striped)
+    assert route.why.startswith(f"a processor compresses faster than {sum(speeds)} Mbit/s; ")
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"capped": True}, "the cap on bandwidth counts what is sent before it is compressed"),
+        ({"no_relay": "host 'host2' knows another version of it, or none"}, "host 'host2' knows another version"),
+    ],
+)
+def test_auto_does_not_compress_where_that_gains_nothing_and_says_why(change: dict[str, Any], why: str) -> None:
+    route = choose(dataclasses.replace(pair(1000), **change), "auto")
+    assert (route.transport, f"; not compressed: {why}" in route.why) == ("tcp", True), route.why
+    unknown = choose(pair(None), "auto")
+    assert unknown.transport == "tcp"
+    assert unknown.why.endswith("; not compressed: the speed of mig0 is not known")
 
 
 def test_without_multipath_tcp_on_one_side_each_network_has_a_stream_and_it_says_so() -> None:
@@ -87,10 +109,10 @@ def test_without_multipath_tcp_on_one_side_each_network_has_a_stream_and_it_says
 
 
 def test_a_nic_as_fast_as_relays_is_taken_alone_by_auto() -> None:
-    here, there = [nic(0, 1, 2500), nic(1, 1, 2500)], [nic(0, 2, 2500), nic(1, 2, 2500)]
+    here, there = [nic(0, 1, 3000), nic(1, 1, 3000)], [nic(0, 2, 3000), nic(1, 2, 3000)]
     both = ends(here, there, mptcp=(True, False))
     assert choose(both, "auto").transport == "tcp"
-    assert choose(both, "auto").why.startswith("relays do not carry more than a NIC of 2500 Mbit/s, and Multipath TCP")
+    assert choose(both, "auto").why.startswith("relays do not carry more than a NIC of 3000 Mbit/s, and Multipath TCP")
     assert choose(both, "multichannel").striped
 
 
@@ -147,7 +169,7 @@ def test_nics_on_one_network_are_one_path() -> None:
 
 def test_what_is_blocked_or_unplugged_is_no_path() -> None:
     route = choose(pair(500, 500), "auto", blocked={"10.79.0.2"})
-    assert (route.transport, nics(route)) == ("tcp", ["mig0"])
+    assert (route.transport, nics(route)) == ("compression", ["mig0"])
     assert route.why.endswith("no connection to 10.79.0.2")
     unplugged = ends([nic(0, 1), nic(1, 1, carrier=False)], [nic(0, 2), nic(1, 2)])
     assert nics(choose(unplugged, "multichannel")) == ["mig0"]
@@ -159,7 +181,7 @@ def test_hosts_without_a_common_network_are_routed() -> None:
     assert (route.transport, route.paths[0].here, route.paths[0].there) == ("tcp", "", "10.79.0.2")
 
 
-def team(host: int, *, policy: str = "layer3+4", speed: int | None = 2000, links: int = 2) -> list[HostNic]:
+def team(host: int, *, policy: str = "layer3+4", speed: int | None = 4000, links: int = 2) -> list[HostNic]:
     """A bond of two NICs, of which so many have a link."""
     made = msgspec.structs.replace(
         nic(0, host, speed),
@@ -169,17 +191,19 @@ def team(host: int, *, policy: str = "layer3+4", speed: int | None = 2000, links
         hash_policy=policy,
         members=("mig1", "mig2"),
     )
-    members = [nic(number, 0, 1000, carrier=number <= links) for number in (1, 2)]
+    members = [nic(number, 0, 2000, carrier=number <= links) for number in (1, 2)]
     return [made, *(msgspec.structs.replace(one, master="bond0", addresses=()) for one in members)]
 
 
 def test_a_team_that_hashes_ports_gets_several_connections() -> None:
-    for here, there in ((team(1), team(2)), (team(1), [nic(0, 2, 2000)]), ([nic(0, 1, 2000)], team(2))):
+    for here, there in ((team(1), team(2)), (team(1), [nic(0, 2, 4000)]), ([nic(0, 1, 4000)], team(2))):
         route = choose(ends(here, there), "auto")
         assert (route.transport, [path.streams for path in route.paths]) == ("multichannel", [8])
-        assert route.why == "8 connections use all members of the team, which has 2000 Mbit/s"
+        assert route.why.startswith("8 connections use all members of the team, which has 4000 Mbit/s; not compressed")
     assert choose(ends(team(1), team(2)), "multichannel").paths[0].streams == 8
     assert choose(ends(team(1), team(2)), "tcp").paths[0].streams == 1
+    slow = choose(ends(team(1, speed=2000), team(2, speed=2000)), "auto")
+    assert (slow.transport, slow.paths[0].streams) == ("compression", 8)
 
 
 def test_a_team_beside_a_nic_shares_the_connections_there_may_be() -> None:
@@ -236,11 +260,12 @@ def test_whatever_the_hosts_have_the_route_is_allowed_open_and_its_own(
     blocked = data.draw(st.sets(st.sampled_from(both.offered))) if both.offered else set()
     route = choose(both, asked, blocked)
     assert route.why
-    assert route.transport in (("tcp",) if asked == "tcp" else ("tcp", "multichannel"))
-    assert route.striped or all(mptcp) or route.transport == "tcp"
-    assert not route.striped or (route.transport == "multichannel" and len(route.paths) > 1)
+    assert route.transport in (("tcp",) if asked == "tcp" else ("tcp", "multichannel", "compression"))
+    assert route.transport != "compression" or (asked == "auto" and not both.no_relay)
+    assert route.striped or all(mptcp) or len(route.paths) <= 1
+    assert not route.striped or (route.transport != "tcp" and len(route.paths) > 1)
     assert bool(route.paths) == bool(set(both.offered) - blocked)
-    assert len(route.paths) <= 1 or route.transport == "multichannel"
+    assert len(route.paths) <= 1 or route.transport != "tcp"
     assert not blocked & {path.there for path in route.paths}
     for ends_of in ("here", "there", "nic_here", "nic_there"):
         values = [getattr(path, ends_of) for path in route.paths]
@@ -257,7 +282,7 @@ def test_whatever_the_hosts_have_the_route_is_allowed_open_and_its_own(
         ((1000,), ["mig0"], "it was asked for"),
         ((2500,), ["mig0"], "it was asked for"),
         ((500, 500), ["mig0", "mig1"], "it was asked for"),
-        ((10_000,), ["mig0"], "it was asked for, but one processor does not compress faster than 10000 Mbit/s"),
+        ((10_000,), ["mig0"], "it was asked for, but a processor does not compress faster than 10000 Mbit/s"),
         ((None,), ["mig0"], "it was asked for, but the speed of mig0 is not known"),
     ],
 )

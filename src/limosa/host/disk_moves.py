@@ -360,7 +360,8 @@ class _Move:
             await self._qemu.quit()
 
     async def _start_copier(self, held: ExitStack) -> None:
-        held.enter_context(unwritten(self.record.old.values()))
+        # To open a file on a share that does not answer takes as long as that does.
+        await in_full(held.enter_context, unwritten(self.record.old.values()))
         self._qemu = await self._moves.stopped.start(self.hosted.config, self.record.old.values())
 
     def cancel(self) -> None:

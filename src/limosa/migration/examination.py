@@ -87,7 +87,8 @@ async def examine(
         there.addresses,
         no_relay,
         _no_rdma(question, here, disks_move=bool(copied)),
-        vm.memory_mib,
+        capped=here.capped,
+        memory_mib=vm.memory_mib,
     )
     asked = "rdma" if question.rdma_failed else question.transport
     route = await _open_route(ends, asked, there.trial_port)

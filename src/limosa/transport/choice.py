@@ -9,7 +9,8 @@ connection each, over which relays spread the stream (*striped*: 011-striping).
 
 What guides ``auto``: more NICs are faster as long as the NICs are what a move waits for. One stream of QEMU's fills a
 NIC of some gigabits by itself; beyond that the processor is the limit, and then plain TCP, which costs less of it, is
-the faster one (measured on links without a limit: 006-transports).
+the faster one (measured on links without a limit: 006-transports). As long as the NICs are what it waits for, idle
+processor time makes less of what they must carry, so there it also compresses.
 """
 
 from __future__ import annotations
@@ -55,6 +56,8 @@ class Ends:
     no_relay: str = ""
     #: what keeps this move from RDMA, whatever devices there are; empty if nothing does
     no_rdma: str = ""
+    #: whether a cap on bandwidth counts what is sent, which it does before compression
+    capped: bool = False
     #: the VM's, 0 where none is meant
     memory_mib: int = 0
 
@@ -66,7 +69,7 @@ def choose(ends: Ends, asked: str, blocked: Collection[str] = ()) -> Route:
     address is left.
     """
     if asked not in ("auto", "rdma"):
-        return _by_sockets(ends, asked, blocked)
+        return _asked(ends, asked, blocked)
     direct = _direct(ends, blocked)
     ways = rdma.paths(ends.here, ends.there, direct)
     sides = ends.source, ends.destination, ends.here, ends.there
@@ -76,19 +79,60 @@ def choose(ends: Ends, asked: str, blocked: Collection[str] = ()) -> Route:
     if not reason:
         words = "it was asked for" if asked == "rdma" else f"{ways[0].nic_here} and {ways[0].nic_there} have RDMA"
         return Route(transport="rdma", paths=ways[:1], why=_except(words, blocked))
-    other = _by_sockets(ends, "auto", blocked)
+    other = _fastest(ends, blocked)
     # Most hosts have no RDMA and need not hear of it.
     tell = asked == "rdma" or ways
     return msgspec.structs.replace(other, why=f"{other.why}; not rdma: {reason}") if tell else other
 
 
-def _by_sockets(ends: Ends, asked: str, blocked: Collection[str]) -> Route:
-    """The route where QEMU is given sockets."""
+def _fastest(ends: Ends, blocked: Collection[str]) -> Route:
+    """The fastest route where QEMU is given sockets."""
+    bare = _uncompressed(ends, "auto", blocked)
+    if not bare.paths:
+        return bare
+    if doubt := _against_compression(ends, bare):
+        return msgspec.structs.replace(bare, why=f"{bare.why}; not compressed: {doubt}")
+    why = f"a processor compresses faster than {_speed(bare.paths)} Mbit/s; {bare.why}"
+    return msgspec.structs.replace(bare, transport="compression", why=why)
+
+
+def _asked(ends: Ends, asked: str, blocked: Collection[str]) -> Route:
+    """The route for ``tcp``, ``multichannel`` or ``compression``, as far as that is possible."""
+    if asked != "compression":
+        return _uncompressed(ends, asked, blocked)
+    bare = _uncompressed(ends, "auto", blocked)
+    if not bare.paths:
+        return bare
+    if ends.no_relay:
+        return msgspec.structs.replace(bare, why=f"compression is not possible: {ends.no_relay}; {bare.why}")
+    doubt = _against_compression(ends, bare)
+    words = f"it was asked for, but {doubt}" if doubt else "it was asked for"
+    return msgspec.structs.replace(bare, transport="compression", why=_except(words, blocked))
+
+
+def _against_compression(ends: Ends, route: Route) -> str:
+    """Why compressing gains nothing on this route, or is not possible, in words; empty if it may."""
+    if ends.no_relay:
+        return ends.no_relay
+    if ends.capped:
+        return "the cap on bandwidth counts what is sent before it is compressed"
+    for path in route.paths:
+        if not path.speed_mbit_per_s:
+            return f"the speed of {path.nic_here or path.there} is not known"
+    total = _speed(route.paths)
+    return f"a processor does not compress faster than {total} Mbit/s" if total > OUTRUN_MBIT_PER_S else ""
+
+
+def _speed(paths: Sequence[Path]) -> int:
+    """That of all paths together, as far as it is known."""
+    return sum(path.speed_mbit_per_s or 0 for path in paths)
+
+
+def _uncompressed(ends: Ends, asked: str, blocked: Collection[str]) -> Route:
+    """The route for ``auto``, ``tcp`` or ``multichannel`` where QEMU is given sockets."""
     single, several = _single(ends, blocked), _several(ends, blocked)
     if not single:
         return Route(transport="tcp", why=f"nothing leads to host '{ends.destination}'")
-    if asked == "compression":
-        return _compression(ends, blocked)
     stripes = _stripes(ends, several)
     reason = "it was asked for" if asked == "tcp" else _against(ends, several, stripes)
     if asked == "auto":
@@ -116,10 +160,9 @@ def _stripes(ends: Ends, several: Sequence[Path]) -> str:
 
 
 def _gain(several: Sequence[Path]) -> str:
-    total = sum(path.speed_mbit_per_s or 0 for path in several)
     if len(several) > 1:
-        return f"{len(several)} NICs together have {total} Mbit/s"
-    return f"{several[0].streams} connections use all members of the team, which has {total} Mbit/s"
+        return f"{len(several)} NICs together have {_speed(several)} Mbit/s"
+    return f"{several[0].streams} connections use all members of the team, which has {_speed(several)} Mbit/s"
 
 
 def _with_streams(ends: Ends, several: Sequence[Path]) -> tuple[Path, ...]:
@@ -131,25 +174,6 @@ def _with_streams(ends: Ends, several: Sequence[Path]) -> tuple[Path, ...]:
 def _has_team(ends: Ends, path: Path) -> bool:
     near, far = ends.here.nic_of(path.here), ends.there.nic_of(path.there)
     return (near is not None and spreads(ends.here, near)) or (far is not None and spreads(ends.there, far))
-
-
-def _compression(ends: Ends, blocked: Collection[str]) -> Route:
-    """Relays over what would be chosen without them; only that if they are not possible."""
-    bare = _by_sockets(ends, "auto", blocked)
-    if ends.no_relay:
-        return msgspec.structs.replace(bare, why=f"compression is not possible: {ends.no_relay}; {bare.why}")
-    doubt = not_outrun(bare.paths)
-    words = f"it was asked for, but {doubt}" if doubt else "it was asked for"
-    return Route(transport="compression", paths=bare.paths, striped=bare.striped, why=_except(words, blocked))
-
-
-def not_outrun(paths: Sequence[Path]) -> str:
-    """Why compressing gains nothing over these paths, in words; empty if it may."""
-    for path in paths:
-        if not path.speed_mbit_per_s:
-            return f"the speed of {path.nic_here or path.there} is not known"
-    total = sum(path.speed_mbit_per_s or 0 for path in paths)
-    return f"one processor does not compress faster than {total} Mbit/s" if total > OUTRUN_MBIT_PER_S else ""
 
 
 def _against(ends: Ends, several: Sequence[Path], stripes: str) -> str:

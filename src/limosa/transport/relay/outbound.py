@@ -1,9 +1,9 @@
 """The source's daemon and a session to another host: who takes part, when it is opened, when it ends.
 
 A session is opened by the first move that has come so far, shared by all that follow the same way meanwhile, and kept
-for some seconds after the last, so that a row of moves keeps its window. A move takes a :class:`Seat` and opens its
-channel here before it asks the destination to prepare, because what the destination's end says first must find it
-open; it connects when the destination is prepared. If the relay ends, its moves fail; later ones take another session.
+for some seconds after the last, so that a row of moves keeps its window. A move takes a :class:`Seat`, whose channel is
+open here before anything can come for it, because what the destination's end says first must find it open; it connects
+when the destination is prepared. If the relay ends, its moves fail; later ones take another session.
 
 The daemon keeps duplicates of the carriers to see what each path has carried, and closes them as soon as the relay has
 ended: the other side is to see the end of a session when it comes.
@@ -17,6 +17,7 @@ import itertools
 import secrets
 import socket
 from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
 
 from limosa.background import Background
 from limosa.errors import LimosaError, RelayFailed
@@ -80,6 +81,11 @@ class Outbound:
         self._background = Background()
         #: the last figures of channels
         self.figures: dict[int, ChannelStatistics] = {}
+
+    @property
+    def is_running(self) -> bool:
+        """Whether there is a relay, which may have other moves' channels already."""
+        return self._relay is not None
 
     @property
     def is_over(self) -> bool:
@@ -174,28 +180,38 @@ class Seat:
     def __init__(self, session: Outbound, place: RelayPlace) -> None:
         self.place = place
         self._session = session
-        self._connection: socket.socket | None = None
+        #: opens the channel; its socket is ours until :meth:`connect` has given it away
+        self._opening: asyncio.Task[socket.socket] | None = None
 
     async def open(self) -> None:
-        """Open the channel here. Raises :class:`RelayFailed`."""
-        relay = await self._session.started()
-        self._connection = await relay.open_channel(self.place.channel)
+        """Open the channel here. A relay that is still to be started is not waited for: what it is asked before its
+        session is open it does before that. Raises :class:`RelayFailed`."""
+        at_once = self._session.is_running
+        self._opening = asyncio.ensure_future(self._open())
+        self._opening.add_done_callback(_look_at)
+        if at_once:
+            await asyncio.shield(self._opening)
 
     async def connect(self, prepared: Prepared) -> RelayChannel:
         """The connection for QEMU. Raises :class:`RelayFailed`, :class:`DestinationLost`, :class:`NetworkError`."""
-        assert self._connection is not None
+        assert self._opening is not None
+        connection = await asyncio.shield(self._opening)
         relay = await self._session.relay(prepared)
         number = self.place.channel
         self._session.figures[number] = ChannelStatistics(channel=number)
-        connection, self._connection = self._connection, None
+        self._opening = None
         return RelayChannel(self._session, relay, number, connection)
 
     def release(self) -> None:
         """The move has ended. May be repeated."""
-        if self._connection is not None:
-            self._connection.close()
-            self._connection = None
+        if self._opening is not None:
+            self._opening.add_done_callback(_hang_up)
+            self._opening = None
         self._session.leave(self)
+
+    async def _open(self) -> socket.socket:
+        relay = await self._session.started()
+        return await relay.open_channel(self.place.channel)
 
 
 class RelayChannel:
@@ -272,10 +288,15 @@ class RelayChannel:
             await self._relay.shorten(self._number)
 
 
-def _look_at(task: asyncio.Task[Relay]) -> None:
+def _look_at(task: asyncio.Task[Any]) -> None:
     """Whoever asked has what was raised, if anybody still waits."""
     if not task.cancelled():
         task.exception()
+
+
+def _hang_up(task: asyncio.Task[socket.socket]) -> None:
+    if not task.cancelled() and task.exception() is None:
+        task.result().close()
 
 
 def _close(carriers: Sequence[SocketChannel]) -> None:
