@@ -10,6 +10,7 @@ from limosa.transport.relay.errors import BrokenStream
 from limosa.transport.relay.frames import (
     HEADER_BYTES,
     MAX_RAW_BYTES,
+    VERSION,
     WINDOW_BYTES,
     Form,
     FrameReader,
@@ -38,7 +39,7 @@ def test_no_other_bytes_are_a_hello(data: bytes) -> None:
 def test_another_version_is_named() -> None:
     packed = bytearray(Hello(Way.FORWARD, 27).pack())
     packed[13] += 1
-    with pytest.raises(BrokenStream, match="speaks version 3, this one 2"):
+    with pytest.raises(BrokenStream, match=f"speaks version {VERSION + 1}, this one {VERSION}"):
         Hello.parse(bytes(packed))
 
 

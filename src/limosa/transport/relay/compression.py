@@ -78,7 +78,8 @@ class Compression:
 
     def made_late(self) -> list[Chunk]:
         """Chunks that went raw and are in the window nevertheless: the other side is to hear of them, in this order,
-        before anything that was compressed after them. They are the caller's to release."""
+        before anything that was compressed after them. The caller says when it has (:meth:`Queue.learn`). What is being
+        sent may be among them."""
         made, self._made_late = self._made_late, []
         return made
 
@@ -138,7 +139,7 @@ class Compression:
             self._worker = None
         for chunk in self._offered.values():
             if chunk.state is State.LATE:
-                self._queue.release(chunk)
+                self._queue.learn(chunk)
             else:
                 chunk.state = State.WAITING
         self._offered.clear()

@@ -6,8 +6,9 @@ used one way, for frames: a header of 28 bytes and, for data, a payload. Where t
 frames is cut into blocks (``blocks``).
 
 A header is numbered and covered by the frame's checksum, so a frame that was cut, repeated, left out, exchanged or
-changed is noticed. Whatever is noticed raises :class:`BrokenStream`: nothing behind it can be trusted, and the session
-ends.
+changed is noticed. That of data is over all its channel has said so far (:class:`Said`), and is taken as soon as the
+bytes were read, so bytes that a relay itself loses, exchanges or overwrites are noticed too. Whatever is noticed raises
+:class:`BrokenStream`: nothing behind it can be trusted, and the session ends.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import xxhash
 
 from limosa.transport.relay.errors import BrokenStream
 
-VERSION = 2
+VERSION = 3
 #: The most one frame carries, before compression.
 MAX_RAW_BYTES = 512 * 1024
 #: What compression may add to data that cannot be compressed.
@@ -38,6 +39,9 @@ HELLO_BYTES = _HELLO.size
 HEADER_BYTES = _FIELDS.size + _CHECKSUM.size
 _SEQUENCE_MASK = 0xFFFFFFFF
 _NOTHING = xxhash.xxh3_64_intdigest(b"")
+
+#: What was said on a channel one way: ``update`` it with what follows, ``intdigest`` is the checksum of all so far.
+Said = xxhash.xxh3_64
 
 
 class Way(IntEnum):
@@ -114,13 +118,14 @@ class Header(NamedTuple):
         return self.kind in (Kind.DATA, Kind.LEARN)
 
     def verify(self, raw_digest: int) -> None:
-        """Raises :class:`BrokenStream` if ``raw_digest`` (of the payload, decompressed) is not what was sent."""
+        """Raises :class:`BrokenStream` if ``raw_digest`` is not what was sent: of data that of all its channel has said
+        up to its end, of what is only learnt that of itself, both decompressed."""
         if raw_digest != self.checksum:
             raise BrokenStream(f"data of channel {self.channel} is not what was sent: checksum differs")
 
 
 def digest(data: bytes | bytearray | memoryview) -> int:
-    """The checksum of a payload, before compression."""
+    """The checksum of a payload by itself, before compression."""
     return xxhash.xxh3_64_intdigest(data)
 
 
@@ -131,7 +136,7 @@ class FrameWriter:
         self._sequence = 0
 
     def data(self, channel: int, form: Form, raw_length: int, wire_length: int, raw_digest: int) -> bytes:
-        """The header of a payload that follows it."""
+        """The header of a payload that follows it; ``raw_digest`` is of all the channel has said up to its end."""
         return self._header(Kind.DATA, form, channel, raw_length, wire_length, raw_digest)
 
     def learn(self, channel: int, raw_length: int, wire_length: int, raw_digest: int) -> bytes:

@@ -40,8 +40,10 @@ class State(Enum):
     WAITING = auto()
     OFFERED = auto()
     DONE = auto()
-    #: begun, but not waited for
+    #: begun, but not waited for: it goes raw, and the worker reads its slot
     LATE = auto()
+    #: was late, and the worker is done with it
+    LEARNT = auto()
 
 
 @dataclass(slots=True, eq=False)
@@ -53,7 +55,9 @@ class Chunk:
     slot: int = _NO_SLOT
     length: int = 0
     state: State = State.WAITING
-    #: once the worker has made it: the compressed length, and the checksum of the raw bytes
+    #: the checksum of all its channel has said up to its end
+    said: int = 0
+    #: once the worker has made it: the compressed length, and the checksum of the raw bytes by themselves
     wire_length: int = 0
     digest: int = 0
     #: processor time that took
@@ -109,14 +113,16 @@ class Queue:
             self._filling = self._free.pop()
         return self._filling, 0, length
 
-    def append(self, channel: int, length: int) -> None:
-        """``length`` bytes were read to where :meth:`room` said; 0: none came."""
+    def append(self, channel: int, length: int, said: int = 0) -> None:
+        """``length`` bytes were read to where :meth:`room` said, which makes ``said`` the checksum of all the channel
+        has said; 0: none came."""
         growing, self._growing = self._growing, None
         slot, self._filling = self._filling, _NO_SLOT
-        if growing is not None:
+        if growing is not None and length:
             growing.length += length
+            growing.said = said
         elif length:
-            self._chunks.append(Chunk(channel, Kind.DATA, slot, length))
+            self._chunks.append(Chunk(channel, Kind.DATA, slot, length, said=said))
         elif slot != _NO_SLOT:
             self._free.append(slot)
         self.waiting_bytes += length
@@ -137,19 +143,19 @@ class Queue:
         return self._chunks[0]
 
     def pop(self) -> Chunk:
-        """The head was sent; its slot is free, unless it is late."""
+        """The head was sent; its slot is free, unless the worker still reads it."""
         chunk = self._chunks.popleft()
         self._sending = False
         self.waiting_bytes -= chunk.length
         if chunk.state is not State.LATE:
-            self.release(chunk)
+            self._release(chunk)
         return chunk
 
-    def release(self, chunk: Chunk) -> None:
-        """Nobody needs the slot of a chunk that was sent any more."""
-        if chunk.slot != _NO_SLOT:
-            self._free.append(chunk.slot)
-            chunk.slot = _NO_SLOT
+    def learn(self, chunk: Chunk) -> None:
+        """The worker is done with a late chunk: its slot is free, unless the chunk is being sent out of it."""
+        chunk.state = State.LEARNT
+        if chunk not in self._chunks:
+            self._release(chunk)
 
     # --- compressing ---
 
@@ -188,6 +194,11 @@ class Queue:
         return chunk.kind is Kind.DATA and chunk is not self._growing and not (place == 0 and self._sending)
 
     # --- inside ---
+
+    def _release(self, chunk: Chunk) -> None:
+        if chunk.slot != _NO_SLOT:
+            self._free.append(chunk.slot)
+            chunk.slot = _NO_SLOT
 
     def _room_behind(self, channel: int) -> int:
         """What may be added to the last chunk."""

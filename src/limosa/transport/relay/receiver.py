@@ -23,6 +23,7 @@ from limosa.transport.relay.frames import (
     FrameWriter,
     Header,
     Kind,
+    Said,
     digest,
 )
 from limosa.transport.relay.notices import Notices
@@ -39,6 +40,8 @@ class _Channel:
 
     def __init__(self, plug: Plug) -> None:
         self.plug = plug
+        #: by its QEMU, and by the source's
+        self.said, self.heard = Said(), Said()
         #: taken by its QEMU, and the source was not told yet
         self.owed = 0
         self.broken = False
@@ -105,6 +108,7 @@ class Receiver:
             header = frames.header(first)
             data = self._payload(header)
             if header.kind is Kind.LEARN:
+                header.verify(digest(data))
                 continue
             channel = self._channels.get(header.channel)
             if channel is not None and not channel.broken:
@@ -113,7 +117,7 @@ class Receiver:
                 raise BrokenStream(f"channel {header.channel} was never opened")
 
     def _payload(self, header: Header) -> memoryview:
-        """The raw bytes of a frame, verified; they lie in a buffer that the next call uses again."""
+        """The raw bytes of a frame, not verified yet; they lie in a buffer that the next call uses again."""
         data = self._buffer[: header.raw_length if header.has_payload else 0]
         if not header.has_payload:
             return data
@@ -121,10 +125,12 @@ class Receiver:
             self._forward.receive_into(data)
         else:
             self._decompressor.decompress(self._forward.receive(header.wire_length), data)
-        header.verify(digest(data))
         return data
 
     def _deliver(self, channel: _Channel, header: Header, data: memoryview) -> None:
+        if header.kind is Kind.DATA:
+            channel.heard.update(data)
+            header.verify(channel.heard.intdigest())
         try:
             if header.kind is Kind.DATA:
                 taken = channel.plug.write(data)
@@ -168,8 +174,9 @@ class Receiver:
             self._say(Kind.END, number)
         elif count is not None:
             data = self._back_buffer[:count]
+            channel.said.update(data)
             with self._speaking:
-                self._backward.send(self._frames.data(number, Form.RAW, count, count, digest(data)), data)
+                self._backward.send(self._frames.data(number, Form.RAW, count, count, channel.said.intdigest()), data)
 
     def _flush(self, channel: _Channel) -> None:
         try:

@@ -28,7 +28,7 @@ from limosa.transport.relay.frames import (
     FrameWriter,
     Header,
     Kind,
-    digest,
+    Said,
 )
 from limosa.transport.relay.notices import Notices
 from limosa.transport.relay.plug import Plug
@@ -50,6 +50,8 @@ class _Channel:
         self.credit = WINDOW_BYTES
         self.short = False
         self.broken = False
+        #: by its QEMU, and by the destination's
+        self.said, self.heard = Said(), Said()
         self.statistics = ChannelStatistics(channel=plug.number)
 
     @property
@@ -174,12 +176,15 @@ class Sender:
             length = min(length, channel.allowance)
         count: int | None = None
         if length > 0:
+            view = self._memory.raw(slot, offset, offset + length)
             try:
-                count = channel.plug.read_into(self._memory.raw(slot, offset, offset + length))
+                count = channel.plug.read_into(view)
             except OSError:
                 self._break(channel)
+            if count:
+                channel.said.update(view[:count])
         with self._lock:
-            self._queue.append(number, count or 0)
+            self._queue.append(number, count or 0, channel.said.intdigest())
             if count == 0:
                 channel.plug.input_ended = True
                 self._queue.mark(number, Kind.END)
@@ -236,12 +241,11 @@ class Sender:
         self._teach()
         if chunk.state is State.DONE:
             form = Form.COMPRESSED
-            payload, raw_digest = self._memory.compressed(chunk.slot, chunk.wire_length), chunk.digest
+            payload = self._memory.compressed(chunk.slot, chunk.wire_length)
         else:
             form = Form.RAW
             payload = self._memory.raw(chunk.slot, 0, chunk.length)
-            raw_digest = digest(payload)
-        self._forward.send(self._frames.data(chunk.channel, form, chunk.length, len(payload), raw_digest), payload)
+        self._forward.send(self._frames.data(chunk.channel, form, chunk.length, len(payload), chunk.said), payload)
         self._count(chunk, len(payload), compressed=form is not Form.RAW)
 
     def _teach(self) -> None:
@@ -257,7 +261,7 @@ class Sender:
                 channel.statistics.cpu_s += chunk.cpu_s
         with self._lock:
             for chunk in made:
-                self._queue.release(chunk)
+                self._queue.learn(chunk)
 
     def _count(self, chunk: Chunk, wire_length: int, *, compressed: bool) -> None:
         channel = self._channels.get(chunk.channel)
@@ -265,7 +269,8 @@ class Sender:
             channel.statistics.wire_bytes += wire_length + HEADER_BYTES
             channel.statistics.compressed_chunks += compressed
             channel.statistics.raw_chunks += not compressed
-            channel.statistics.cpu_s += chunk.cpu_s
+            if compressed:
+                channel.statistics.cpu_s += chunk.cpu_s
 
     # --- the backward thread ---
 
@@ -274,10 +279,8 @@ class Sender:
         while True:
             header = frames.header(self._backward.receive(HEADER_BYTES))
             payload = memoryview(self._backward.receive(header.wire_length))
-            if header.kind is Kind.DATA:
-                if header.form is not Form.RAW:
-                    raise BrokenStream("the return path is never compressed")
-                header.verify(digest(payload))
+            if header.kind is Kind.DATA and header.form is not Form.RAW:
+                raise BrokenStream("the return path is never compressed")
             channel = self._channels.get(header.channel)
             if channel is not None:
                 self._obey(channel, header, payload)
@@ -286,6 +289,9 @@ class Sender:
         if header.kind is Kind.CREDIT:
             self._grant(channel, header.raw_length)
             return
+        if header.kind is Kind.DATA:
+            channel.heard.update(payload)
+            header.verify(channel.heard.intdigest())
         try:
             if header.kind is Kind.DATA:
                 channel.plug.write(payload)

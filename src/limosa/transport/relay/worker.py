@@ -48,14 +48,21 @@ class Memory:
         self._view = memoryview(mmap.mmap(-1, slots * (MAX_RAW_BYTES + _TWIN_BYTES)))
 
     def raw(self, slot: int, begin: int, end: int) -> memoryview:
-        """Bytes of a slot."""
+        """Bytes of a slot. Raises ``IndexError`` if there is no such slot."""
+        self._check(slot)
         start = slot * MAX_RAW_BYTES
         return self._view[start + begin : start + end]
 
     def compressed(self, slot: int, length: int) -> memoryview:
-        """The first bytes of a slot's twin."""
+        """The first bytes of a slot's twin. Raises ``IndexError`` if there is no such slot."""
+        self._check(slot)
         start = self.slots * MAX_RAW_BYTES + slot * _TWIN_BYTES
         return self._view[start : start + length]
+
+    def _check(self, slot: int) -> None:
+        # A negative one would be counted from the end, and somebody else's bytes taken for a chunk's.
+        if not 0 <= slot < self.slots:
+            raise IndexError(slot)
 
 
 class Result(NamedTuple):

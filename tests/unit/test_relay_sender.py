@@ -1,0 +1,143 @@
+"""The sending side, step by step in one thread: what its threads may do between each other's steps."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+
+import pytest
+
+from limosa.transport.relay.carrier import In, Out
+from limosa.transport.relay.codec import Compressor, Decompressor
+from limosa.transport.relay.errors import BrokenStream
+from limosa.transport.relay.frames import HEADER_BYTES, Form, FrameReader, Kind, Said, digest
+from limosa.transport.relay.notices import Notices
+from limosa.transport.relay.plug import Plug
+from limosa.transport.relay.queue import State
+from limosa.transport.relay.sender import Sender
+from limosa.transport.relay.worker import Memory, Result, Worker
+
+KIB = 1024
+WINDOW_LOG = 20
+#: bytes a second, so that waiting for the worker is worth it
+SLOW = 10e6
+
+
+class Wire(Out, In):
+    """Keeps what is sent; nothing comes."""
+
+    def __init__(self) -> None:
+        self.sent_bytes = 0
+        self.data = bytearray()
+
+    def send(self, header: bytes, payload: memoryview | bytes = b"") -> None:
+        self.data += header + bytes(payload)
+
+    def set_short(self, short: bool) -> None:
+        pass
+
+    def set_unsent(self, limit: int) -> None:
+        pass
+
+    def receive_into(self, view: memoryview) -> None:
+        raise AssertionError("nobody listens here")
+
+    def receive(self, count: int) -> bytes:
+        raise AssertionError("nobody listens here")
+
+    def unacknowledged(self) -> tuple[int, int]:
+        return 0, 0
+
+
+class SlowWorker(Worker):
+    """Has begun with whatever it is offered, and is done when it is told to be."""
+
+    def __init__(self, memory: Memory) -> None:
+        self._memory = memory
+        self._compressor = Compressor(WINDOW_LOG, 1)
+        self._begun: list[tuple[int, int]] = []
+        self._made: list[Result] = []
+
+    def offer(self, slot: int, length: int) -> None:
+        self._begun.append((slot, length))
+
+    def withdraw(self) -> int | None:
+        return None
+
+    def work(self) -> None:
+        slot, length = self._begun.pop(0)
+        raw = self._memory.raw(slot, 0, length)
+        made = self._compressor.compress(raw)
+        self._memory.compressed(slot, len(made))[:] = made
+        self._made.append(Result(slot, len(made), digest(raw), 0.001, 0.001))
+
+    def result(self) -> Result | None:
+        return self._made.pop(0) if self._made else None
+
+
+class Bench:
+    """A sender with one channel, whose QEMU says what it is told to."""
+
+    def __init__(self) -> None:
+        self.wire = Wire()
+        self.memory = Memory(3)
+        self.worker = SlowWorker(self.memory)
+        self.daemon, control = socket.socketpair()
+        self.sender = Sender(self.wire, self.wire, self.memory, self.worker, Notices(control))
+        self.qemu, ours = socket.socketpair()
+        self.sender.open_channel(Plug(0, ours))
+        self.sender._compression._line.rate = SLOW
+
+    def read(self, data: bytes) -> None:
+        """Its QEMU says something, and the pump reads it."""
+        self.qemu.sendall(data)
+        self.sender._read(self.sender._channels[0])
+
+    def arrived(self) -> bytes:
+        """What the destination's QEMU would get; raises if it would not."""
+        frames, decompressor, rest = FrameReader(), Decompressor(WINDOW_LOG), memoryview(bytes(self.wire.data))
+        said, came = Said(), b""
+        while rest:
+            header = frames.header(rest[:HEADER_BYTES])
+            end = HEADER_BYTES + header.wire_length
+            data, rest = bytes(rest[HEADER_BYTES:end]), rest[end:]
+            if header.form is Form.COMPRESSED:
+                raw = memoryview(bytearray(header.raw_length))
+                decompressor.decompress(data, raw)
+                data = bytes(raw)
+            if header.kind is Kind.DATA:
+                said.update(data)
+                header.verify(said.intdigest())
+                came += data
+        return came
+
+
+@pytest.fixture
+def bench() -> Iterator[Bench]:
+    made = Bench()
+    yield made
+    for one in (made.qemu, made.daemon):
+        one.close()
+
+
+def test_a_chunk_that_is_made_just_when_it_is_not_waited_for_any_longer_goes_as_it_is(bench: Bench) -> None:
+    first, second = bytes(range(251)) * 400, b"of the next" * 5000
+    bench.read(first)
+    chunk = bench.sender._next()  # waits for the worker, in vain
+    assert chunk.state is State.LATE
+    bench.worker.work()
+    bench.sender._on_results()  # the pump comes between the decision and the sending
+    bench.sender._transmit(chunk)
+    bench.read(second)  # would go to the slot the chunk is still sent out of, if that were free
+    bench.sender._queue.pop()
+    bench.sender._transmit(bench.sender._next())
+    assert bench.arrived() == first + second
+
+
+def test_what_is_overwritten_between_reading_and_sending_is_noticed(bench: Bench) -> None:
+    bench.read(b"what was said")
+    chunk = bench.sender._next()
+    bench.memory.raw(chunk.slot, 0, 4)[:] = b"this"
+    bench.sender._transmit(chunk)
+    with pytest.raises(BrokenStream, match="checksum"):
+        bench.arrived()
