@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tomllib
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,6 +19,8 @@ MAX_FILE_BYTES = 4 * 1024 * 1024
 
 def decode(text: str, cls: type[T], *, where: str, error: type[LimosaError] = InvalidInput) -> T:
     """The struct that ``text`` describes. Raises ``error`` naming ``where`` and the place of the fault."""
+    import tomllib  # noqa: PLC0415 - most commands read no file; loading the parser would take as long as many a call
+
     try:
         raw = tomllib.loads(text)
     except (ValueError, RecursionError) as fault:  # TOMLDecodeError is a ValueError; a number too long is another
