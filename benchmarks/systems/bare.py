@@ -21,7 +21,8 @@ from benchmarks.guest import BOOT_WITHIN_S, Guest
 from benchmarks.qmp import Message, Qmp, stamp
 from benchmarks.systems import Moved, other
 from limosa.qemu import cpu, credentials
-from limosa.security.stream import SERVER_NAME, make_credentials
+from limosa.security.stream import make_credentials
+from limosa.security.tls import SERVER_NAME
 from limosa.settings.host import ConvergencePolicy
 
 PROGRAM = "/usr/bin/qemu-system-x86_64"

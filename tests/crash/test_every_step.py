@@ -22,9 +22,9 @@ MOMENTS = ("before", "after")
 HANDED_OVER = ("handing-over", "confirmed", "finished")
 
 
-@pytest.fixture(scope="module")
-def hosts() -> Iterator[list[Host]]:
-    with running_hosts("alpha", "beta") as made:
+@pytest.fixture(scope="module", params=["tcp", pytest.param("compression", marks=pytest.mark.long)])
+def hosts(request: pytest.FixtureRequest) -> Iterator[list[Host]]:
+    with running_hosts("alpha", "beta", transport=request.param) as made:
         yield made
 
 

@@ -28,7 +28,7 @@ STALL_S = 3.0
 
 @pytest.fixture(scope="module")
 def hosts() -> Iterator[Hosts]:
-    with running_lab() as (first, second):
+    with running_lab(transport="auto") as (first, second):
         yield first, second
 
 

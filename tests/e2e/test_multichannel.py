@@ -35,7 +35,7 @@ USED_BYTES = 1 * MIB
 
 @pytest.fixture(scope="module")
 def lab() -> Iterator[list[LabHost]]:
-    with running_lab(2, nics=2, speed_mbit_per_s=(SLOW_MBIT_PER_S, SLOW_MBIT_PER_S)) as hosts:
+    with running_lab(2, nics=2, speed_mbit_per_s=(SLOW_MBIT_PER_S, SLOW_MBIT_PER_S), transport="auto") as hosts:
         yield hosts
 
 

@@ -37,7 +37,7 @@ SWITCH = Path("/proc/sys/net/mptcp/enabled")
 
 @pytest.fixture(scope="module")
 def lab() -> Iterator[list[LabHost]]:
-    with running_lab(2, nics=2, speed_mbit_per_s=SPEEDS) as hosts:
+    with running_lab(2, nics=2, speed_mbit_per_s=SPEEDS, transport="auto") as hosts:
         yield hosts
 
 

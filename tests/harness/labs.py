@@ -15,6 +15,7 @@ from pathlib import Path
 from pyroute2 import IPRoute
 
 from harness.hosts import Host, wait_until
+from harness.steering import change
 from limosa.lab import daemons, lifecycle, namespaces
 from limosa.lab.plan import UPLINK, Lab
 from limosa.model.vm import VmState
@@ -121,12 +122,21 @@ class LabHost(Host):
 
 
 @contextmanager
-def running_lab(hosts: int = 2, *, nics: int = 1, speed_mbit_per_s: int | Sequence[int] = 0) -> Iterator[list[LabHost]]:
-    """A lab of its own name, gone afterwards with everything in it."""
+def running_lab(
+    hosts: int = 2, *, nics: int = 1, speed_mbit_per_s: int | Sequence[int] = 0, transport: str = "tcp"
+) -> Iterator[list[LabHost]]:
+    """A lab of its own name, gone afterwards with everything in it.
+
+    Moves take the plainest ``transport``, so that a test of something else need not wait for relays; ``auto`` is what
+    users have.
+    """
     lab = lifecycle.plan(f"t{secrets.token_hex(3)}", hosts, nics, speed_mbit_per_s)
     try:
         lifecycle.up(lab)
-        yield [LabHost(lab, name) for name in lab.host_names]
+        made = [LabHost(lab, name) for name in lab.host_names]
+        for host in made:
+            change(host, {"transport": transport})
+        yield made
     finally:
         lifecycle.down(lab.name)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import os
 import pty
 import signal
@@ -12,6 +11,7 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import msgspec
 import pytest
 from websockets.asyncio.server import ServerConnection, serve, unix_serve
 from websockets.exceptions import ConnectionClosedOK
@@ -225,7 +225,7 @@ def test_over_tls(tls_route: TlsRoute) -> None:
 
 def test_over_tls_another_host_is_not_taken_for_the_one_called(tls_route: TlsRoute) -> None:
     with pytest.raises(HostNotTrusted, match="Hostname mismatch"):
-        run(said_back(dataclasses.replace(tls_route, name="host2"), "web1", b""))
+        run(said_back(msgspec.structs.replace(tls_route, name="host2"), "web1", b""))
 
 
 def test_no_daemon(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from limosa.transport.relay.frames import MAX_GROWTH_BYTES, MAX_RAW_BYTES, Kind
-from limosa.transport.relay.queue import SHORT_BYTES, Chunk, Queue, State
+from limosa.transport.relay.queue import Chunk, Queue, State
 
 SLOTS = 5
 KIB = 1024
@@ -14,6 +14,7 @@ KIB = 1024
 GIGABIT = 119e6
 FAST_LINE = 3e9
 PACE = 1 / 300e6
+LITTLE_BYTES = 256 * KIB
 
 
 class Bench:
@@ -95,9 +96,7 @@ def numbered(channel: int, start: int, count: int) -> bytes:
 
 steps = st.one_of(
     st.tuples(st.just("fill"), st.sampled_from([1, 2]), st.integers(0, 600 * KIB)),
-    st.tuples(
-        st.sampled_from(["offer", "start", "work", "send", "sent_it", "short", "long"]), st.just(0), st.just(0)
-    ),
+    st.tuples(st.sampled_from(["offer", "start", "work", "send", "sent_it", "short", "long"]), st.just(0), st.just(0)),
 )
 
 
@@ -109,7 +108,7 @@ def test_every_byte_comes_out_once_in_order_and_nothing_overlaps(history: list[t
         if step == "fill":
             bench.fill(channel, count)
         elif step in ("short", "long"):
-            bench.queue.set_short(step == "short")
+            bench.queue.set_waiting_limit(LITTLE_BYTES if step == "short" else None)
         else:
             getattr(bench, step)()
         check_places(bench.queue)
@@ -180,10 +179,10 @@ def test_channels_take_turns_in_order() -> None:
 
 def test_little_waits_when_it_was_shortened() -> None:
     bench = Bench()
-    bench.queue.set_short(True)
+    bench.queue.set_waiting_limit(LITTLE_BYTES)
     while bench.fill(1, MAX_RAW_BYTES):
         pass
-    assert SHORT_BYTES - 16 * KIB < bench.queue.waiting_bytes <= SHORT_BYTES
+    assert LITTLE_BYTES - 16 * KIB < bench.queue.waiting_bytes <= LITTLE_BYTES
 
 
 def full(chunks: int) -> Bench:

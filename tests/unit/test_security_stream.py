@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from limosa.security.stream import SERVER_NAME, make_credentials
+from limosa.security.stream import make_credentials
+from limosa.security.tls import SERVER_NAME
 from limosa.wire.peer import StreamCredentials
 
 QEMU = "qemu-system-x86_64"

@@ -7,13 +7,15 @@ import os
 import sys
 from collections.abc import Sequence
 
+from limosa.quickly import import_msgspec_quickly
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     # What is imported stays; looking through it for garbage would take a tenth of a short command's time.
     gc.disable()
     try:
-        _import_msgspec_quickly()
+        import_msgspec_quickly()
         from limosa.cli import program  # noqa: PLC0415 - after the line above
 
         parsed = program.parse(sys.argv[1:] if arguments is None else arguments)
@@ -36,18 +38,3 @@ def console_script() -> None:
     except BrokenPipeError:
         code = code or 1
     os._exit(code)
-
-
-def _import_msgspec_quickly() -> None:
-    """Import msgspec without ``typing_extensions``, which costs a quarter of a short command's time.
-
-    msgspec prefers it where it is installed and takes ``typing`` otherwise; from Python 3.11 on both are the same for
-    what Limosa uses. Other libraries may need it, so the bar is lifted again.
-    """
-    if "typing_extensions" in sys.modules or "msgspec" in sys.modules:
-        return
-    sys.modules["typing_extensions"] = None  # type: ignore[assignment]
-    try:
-        import msgspec  # noqa: F401, PLC0415
-    finally:
-        del sys.modules["typing_extensions"]

@@ -47,6 +47,8 @@ from limosa.transport.choice import connected
 from limosa.wire.peer import Prepare, Prepared, StreamCredentials
 
 LOOK_EVERY_S = 0.2
+#: So long before a guest may stop first, what waits on the way is made little: it would have to wait for that.
+SHORTEN_BEFORE_S = 0.5
 #: From the end of the stream to the destination's word that its QEMU has ended.
 LAST_WORDS_WITHIN_S = 1.0
 
@@ -74,6 +76,7 @@ class SourceMove:
         self.report = report
         self.peer: Peer | None = None
         self.channel: Channel | None = None
+        self._is_short = False
         self.examined: Examined | None = None
         self.paths: Paths | None = None
         loop = asyncio.get_running_loop()
@@ -370,7 +373,7 @@ class SourceMove:
         for channel in (self.channel, *self.disk_channels):
             if channel is not None:
                 channel.close()
-        self.channel, self.disk_channels = None, []
+        self.channel, self.disk_channels, self._is_short = None, [], False
         self.home.disconnect()
 
     def _on_event(self, event: Event) -> None:
@@ -380,14 +383,18 @@ class SourceMove:
                 self.report.enter(Phase.SWITCHOVER, silently=True)
             case "MIGRATION_PASS" if event.data.get("pass", 0) > 1 and self.report.now.phase is Phase.COPY:
                 self.report.enter(Phase.SYNCHRONISE)
-                if self.channel is not None:
-                    self.channel.shorten()
+                self._shorten()
             case "MIGRATION":
                 state = MigrationState(event.data["status"])
                 if state is MigrationState.PRE_SWITCHOVER and not self.paused.done():
                     self.paused.set_result(None)
                 if state in ENDINGS and not self.sent.done():
                     self.sent.set_result(state)
+
+    def _shorten(self) -> None:
+        if self.channel is not None and not self._is_short:
+            self._is_short = True
+            self.channel.shorten()
 
     async def _watch(self, machine: MachineProtocol) -> None:
         judge = Convergence.begin(self.terms.policy)
@@ -400,6 +407,8 @@ class SourceMove:
     async def _look(self, machine: MachineProtocol, judge: Convergence, look: MigrationStatistics) -> Convergence:
         if look.state is not MigrationState.ACTIVE:
             return judge
+        if look.remaining_bytes < SHORTEN_BEFORE_S * look.rate_bytes_per_s:
+            self._shorten()
         judge, action = judge.judge(time.monotonic(), look)
         await self._act(machine, action)
         self.report.bar = self.report.bar.moved(self.report.now.phase, look)

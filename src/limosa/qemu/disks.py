@@ -27,7 +27,7 @@ from limosa.qemu.monitor import Monitor
 from limosa.qemu.process import QemuProcess
 from limosa.qemu.protocol import CopyState, CopyStatistics, Event, ImageFile
 from limosa.qemu.session import Session, greeted_in_time
-from limosa.security.stream import SERVER_NAME
+from limosa.security.tls import SERVER_NAME
 from limosa.wire.peer import StreamCredentials
 
 _TLS_ID = "disks-tls"

@@ -16,7 +16,7 @@ from limosa.qemu import folder, statistics
 from limosa.qemu.credentials import Endpoint
 from limosa.qemu.protocol import MigrationState, MigrationStatistics, RdmaAddress, StreamParameters
 from limosa.qemu.session import Session, greeted_in_time
-from limosa.security.stream import SERVER_NAME
+from limosa.security.tls import SERVER_NAME
 
 _FINAL_FIGURES_LOOKS = 50
 _TLS_ID = "stream-tls"

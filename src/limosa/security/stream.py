@@ -15,10 +15,8 @@ import datetime
 from cryptography import x509
 
 from limosa.security.certificate import CLIENT, SERVER, Authority, Validity, certificate_pem, key_pem, make_key
+from limosa.security.tls import SERVER_NAME
 from limosa.wire.peer import StreamCredentials
-
-#: The name in the server's certificate: what the source's QEMU is told to expect (``tls-hostname``).
-SERVER_NAME = "limosa-migration"
 
 _BACK = datetime.timedelta(days=1)
 _LENGTH = datetime.timedelta(days=7)

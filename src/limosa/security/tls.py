@@ -20,6 +20,8 @@ from limosa.errors import LimosaError, StateError
 from limosa.wire.peer import StreamCredentials
 
 Kind = Literal["host", "client"]
+#: The name in a stream's server certificate: what the source is told to expect (QEMU's ``tls-hostname``).
+SERVER_NAME = "limosa-migration"
 _REFUSED = "it ended the connection when it had seen the certificate"
 
 

@@ -9,8 +9,9 @@ connection each, over which relays spread the stream (*striped*: 011-striping).
 
 What guides ``auto``: more NICs are faster as long as the NICs are what a move waits for. One stream of QEMU's fills a
 NIC of some gigabits by itself; beyond that the processor is the limit, and then plain TCP, which costs less of it, is
-the faster one (measured on links without a limit: 006-transports). As long as the NICs are what it waits for, idle
-processor time makes less of what they must carry, so there it also compresses.
+the faster one (measured on links without a limit: 006-transports). What is encrypted goes through relays anyway, whose
+TLS costs less than QEMU's, and which compress as far as that is faster; what is not, where the NICs are slower than a
+processor compresses.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ SLOWER = 2
 #: A NIC of this speed carries alone what relays spread over several.
 SPREAD_MBIT_PER_S = 2500
 #: What one processor compresses in a second, with what is left of it: a faster network carries more as it is.
-OUTRUN_MBIT_PER_S = 2500
+OUTRUN_MBIT_PER_S = 2000
 #: The kernel adds eight further connections to the first.
 MOST_PATHS = 9
 #: Connections in all where there is a team; one less than there may be, for a NIC that appears. Their ports are chance,
@@ -90,9 +91,13 @@ def _fastest(ends: Ends, blocked: Collection[str]) -> Route:
     bare = _uncompressed(ends, "auto", blocked)
     if not bare.paths:
         return bare
-    if doubt := _against_compression(ends, bare):
+    if doubt := _against_relays(ends):
         return msgspec.structs.replace(bare, why=f"{bare.why}; not compressed: {doubt}")
-    why = f"a processor compresses faster than {_speed(bare.paths)} Mbit/s; {bare.why}"
+    doubt = _outrun(bare.paths)
+    if doubt and not ends.here.encrypt:
+        return msgspec.structs.replace(bare, why=f"{bare.why}; not compressed: {doubt}")
+    words = f"a processor compresses faster than {_speed(bare.paths)} Mbit/s"
+    why = f"{'relays encrypt faster than QEMU' if doubt else words}; {bare.why}"
     return msgspec.structs.replace(bare, transport="compression", why=why)
 
 
@@ -105,21 +110,23 @@ def _asked(ends: Ends, asked: str, blocked: Collection[str]) -> Route:
         return bare
     if ends.no_relay:
         return msgspec.structs.replace(bare, why=f"compression is not possible: {ends.no_relay}; {bare.why}")
-    doubt = _against_compression(ends, bare)
+    doubt = _against_relays(ends) or _outrun(bare.paths)
     words = f"it was asked for, but {doubt}" if doubt else "it was asked for"
     return msgspec.structs.replace(bare, transport="compression", why=_except(words, blocked))
 
 
-def _against_compression(ends: Ends, route: Route) -> str:
-    """Why compressing gains nothing on this route, or is not possible, in words; empty if it may."""
-    if ends.no_relay:
-        return ends.no_relay
-    if ends.capped:
-        return "the cap on bandwidth counts what is sent before it is compressed"
-    for path in route.paths:
+def _against_relays(ends: Ends) -> str:
+    """Why they are not possible or gain nothing, whatever the route, in words; empty if they may."""
+    capped = "the cap on bandwidth counts what is sent before it is compressed" if ends.capped else ""
+    return ends.no_relay or capped
+
+
+def _outrun(paths: Sequence[Path]) -> str:
+    """Why compressing gains nothing over these paths, in words; empty if it may."""
+    for path in paths:
         if not path.speed_mbit_per_s:
             return f"the speed of {path.nic_here or path.there} is not known"
-    total = _speed(route.paths)
+    total = _speed(paths)
     return f"a processor does not compress faster than {total} Mbit/s" if total > OUTRUN_MBIT_PER_S else ""
 
 

@@ -27,7 +27,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 
 from limosa.errors import LimosaError, NetworkError, StorageError
-from limosa.security.stream import SERVER_NAME
+from limosa.security.tls import SERVER_NAME
 
 _PIECE = struct.Struct(">QQ")
 _PIECE_BYTES = 256 * 1024

@@ -2,6 +2,10 @@
 
 import sys
 
-from limosa.transport.relay.process import main
+from limosa.quickly import import_msgspec_quickly
+
+import_msgspec_quickly()
+
+from limosa.transport.relay.process import main  # noqa: E402 - after the line above
 
 main(sys.argv[1:])

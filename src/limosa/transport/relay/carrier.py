@@ -17,14 +17,14 @@ import termios
 from contextlib import suppress
 from typing import Any, Protocol
 
-from limosa.security.stream import SERVER_NAME
+from limosa.security.tls import SERVER_NAME
 from limosa.transport.relay.errors import BrokenStream, ConnectionLost
 
 #: The most the kernel may hold of a carrier's data before it sends it (TCP_NOTSENT_LOWAT, tcp(7)): in general, and
 #: when a guest is about to stand still. More would only be waited for.
 UNSENT_BYTES = 1024 * 1024
 SHORT_UNSENT_BYTES = 128 * 1024
-_LEAST_UNSENT_BYTES = 64 * 1024
+_LEAST_UNSENT_BYTES = 32 * 1024
 _OPTIONS = (
     (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
     (socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_BYTES),

@@ -24,8 +24,12 @@ _log = logging.getLogger(__name__)
 _MOST_OFFERED = 2
 #: A chunk is what the carrier needs this long for: other streams wait for no more, and the worker can be waited for.
 _CHUNK_S = 0.003
-#: What the kernel may hold unsent is what the carrier needs this long for.
-_UNSENT_S = 0.008
+#: What the kernel may hold unsent, and what may wait for it, is what the carrier needs so long for: a guest that stops
+#: waits for all of it. Less when one is about to.
+_UNSENT_S, _SHORT_UNSENT_S = 0.008, 0.002
+_WAITING_S, _SHORT_WAITING_S = 0.100, 0.002
+#: At most, when a guest is about to stop.
+SHORT_WAITING_BYTES = 256 * 1024
 #: Of the time that waiting for the worker costs nothing, so much is spent on it.
 _SAFELY = 0.7
 
@@ -39,7 +43,14 @@ class Compression:
         self._offered: dict[int, Chunk] = {}
         self._made_late: list[Chunk] = []
         self._line, self._pace, self._patience = Line(), Pace(), Patience()
+        self._short = False
         self.statistics = CompressionStatistics()
+
+    def set_short(self, short: bool) -> None:
+        """Whether only a little may wait, from now on."""
+        self._short = short
+        self._carrier.set_short(short)
+        self._limit()
 
     def interests(self, act: Callable[[], None]) -> Iterator[Interest]:
         """What the pump has to wait for; ``act`` is to call :meth:`take_results`."""
@@ -124,11 +135,18 @@ class Compression:
     def _look(self) -> None:
         unacknowledged, unsent = self._carrier.unacknowledged()
         self._line.note(time.monotonic(), self._carrier.sent_bytes, unacknowledged, unsent)
-        carried = self._line.carries(_CHUNK_S) or MAX_RAW_BYTES
-        compressed = self._worker is not None and self._patience.trusts
-        self._queue.set_chunk_limit(int(carried / self._pace.remainder) if compressed else carried)
-        if (unsent_bytes := self._line.carries(_UNSENT_S)) is not None:
-            self._carrier.set_unsent(unsent_bytes)
+        self._limit()
+
+    def _limit(self) -> None:
+        """Have wait what the carrier takes in a certain time, by what is known of it."""
+        remainder = self._pace.remainder if self._worker is not None and self._patience.trusts else 1.0
+        waiting = self._line.carries((_SHORT_WAITING_S if self._short else _WAITING_S) / remainder)
+        if self._short:
+            waiting = min(waiting or SHORT_WAITING_BYTES, SHORT_WAITING_BYTES)
+        self._queue.set_waiting_limit(waiting)
+        self._queue.set_chunk_limit(self._line.carries(_CHUNK_S / remainder) or MAX_RAW_BYTES)
+        if (unsent := self._line.carries(_SHORT_UNSENT_S if self._short else _UNSENT_S)) is not None:
+            self._carrier.set_unsent(unsent)
 
     def _lose_worker(self) -> None:
         """It died: what it had goes raw, and so does all that follows. What it knew is lost with it, and the next

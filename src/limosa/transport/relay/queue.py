@@ -26,8 +26,8 @@ from limosa.transport.relay.frames import MAX_RAW_BYTES, Kind
 
 #: A chunk that has less room than this does not grow any more.
 _LEAST_READ_BYTES = 16 * 1024
-#: What may wait once a guest is about to stand still.
-SHORT_BYTES = 256 * 1024
+#: The least that may wait: the worker needs something to be at while something is sent.
+LEAST_WAITING_BYTES = 64 * 1024
 #: What it takes to wake the worker and to hear from it.
 _TELLING_S = 0.0001
 _LEAST_CHUNK_BYTES = 32 * 1024
@@ -72,7 +72,7 @@ class Queue:
         self.waiting_bytes = 0
         self._free = list(range(slots))
         self._chunks: deque[Chunk] = deque()
-        self._short = False
+        self._waiting_limit: int | None = None
         self._chunk_limit = MAX_RAW_BYTES
         self._sending = False
         #: a read is under way: behind this chunk, or to this slot
@@ -85,13 +85,13 @@ class Queue:
     def __iter__(self) -> Iterator[Chunk]:
         return iter(self._chunks)
 
-    def set_short(self, short: bool) -> None:
-        """Whether only a little may wait, from now on; what waits already stays."""
-        self._short = short
+    def set_waiting_limit(self, limit: int | None) -> None:
+        """How much may wait from now on, within reason; None: all there are slots for. What waits already stays."""
+        self._waiting_limit = max(LEAST_WAITING_BYTES, limit) if limit is not None else None
 
     def set_chunk_limit(self, limit: int) -> None:
         """How large a chunk may grow from now on, within reason."""
-        most = SHORT_BYTES // 2 if self._short else MAX_RAW_BYTES
+        most = MAX_RAW_BYTES if self._waiting_limit is None else min(MAX_RAW_BYTES, self._waiting_limit // 2)
         self._chunk_limit = max(_LEAST_CHUNK_BYTES, min(limit, most))
 
     # --- filling ---
@@ -211,7 +211,7 @@ class Queue:
         return _enough(min(self._chunk_limit, self._allowed())) if self._free else 0
 
     def _allowed(self) -> int:
-        return SHORT_BYTES - self.waiting_bytes if self._short else MAX_RAW_BYTES
+        return MAX_RAW_BYTES if self._waiting_limit is None else self._waiting_limit - self.waiting_bytes
 
     def _grows(self, chunk: Chunk, channel: int) -> bool:
         """Whether bytes of ``channel`` can be added to ``chunk``."""

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from functools import partial
 
 from limosa.transport.relay.carrier import In, Out
-from limosa.transport.relay.compression import Compression
+from limosa.transport.relay.compression import SHORT_WAITING_BYTES, Compression
 from limosa.transport.relay.control import ChannelStatistics, Statistics
 from limosa.transport.relay.errors import BrokenStream
 from limosa.transport.relay.frames import (
@@ -33,13 +33,13 @@ from limosa.transport.relay.frames import (
 from limosa.transport.relay.notices import Notices
 from limosa.transport.relay.plug import Plug
 from limosa.transport.relay.pump import Interest, Pump
-from limosa.transport.relay.queue import SHORT_BYTES, Chunk, Queue, State
+from limosa.transport.relay.queue import Chunk, Queue, State
 from limosa.transport.relay.worker import Memory, Worker
 
 #: Of one channel, before others have their turn.
 _READS_AT_ONCE = 4
 #: What may be on its way to a destination's QEMU once its guest is about to stand still.
-_SHORT_WINDOW_BYTES = 4 * SHORT_BYTES
+_SHORT_WINDOW_BYTES = 4 * SHORT_WAITING_BYTES
 
 
 class _Channel:
@@ -126,9 +126,7 @@ class Sender:
             return Statistics(channels=channels, compression=self._compression.statistics)
 
     def _adjust(self) -> None:
-        short = any(channel.short for channel in self._channels.values())
-        self._queue.set_short(short)
-        self._forward.set_short(short)
+        self._compression.set_short(any(channel.short for channel in self._channels.values()))
 
     # --- the pump ---
 
