@@ -152,6 +152,6 @@ def test_post_copy_brings_it_to_its_end(
     assert any("the guest runs at the destination, the rest of its memory follows" in note for note in notes)
     assert within_budget(seen)
     assert last.progress.transferred_bytes > max(view.progress.transferred_bytes for view in seen[:-3])
-    assert source.bystanders() == []
+    assert source.remains() == []
     assert destination.vm("web").state is VmState.RUNNING
     assert conversation.faults == []

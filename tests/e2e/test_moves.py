@@ -75,7 +75,7 @@ def test_a_move_tells_what_it_was(hosts: Hosts, client: LanClient) -> None:
     assert 0 < migration.transfer_s < migration.total_s
     assert migration.progress.transferred_bytes > 10 * 1024 * 1024
     assert first.client.call(endpoints.SHOW_MIGRATION, migration=begun.id) == migration
-    assert first.bystanders() == []
+    assert first.remains() == []
     move(second, "web", first)
 
 

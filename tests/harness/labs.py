@@ -72,6 +72,10 @@ class LabHost(Host):
         found += [f"tap {name}" for name in self._taps()]
         return found + [str(path) for folder in (self.state / "vms", self.run / "vm") for path in folder.iterdir()]
 
+    def remains(self) -> list[str]:
+        """The same without relays, which are kept for a while for the next move."""
+        return [one for one in self.bystanders() if "limosa.transport.relay" not in one]
+
     def wait_until_bare(self) -> None:
         """Wait until there is nothing but the daemon."""
         try:
