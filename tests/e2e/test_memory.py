@@ -219,7 +219,7 @@ class Striped(Plain):
     async def seats(self, route: Route, *, encrypt: bool) -> list[RelayPlace]:
         assert route.striped
         self._sessions += 1  # each round has one of its own, in which no path is broken yet
-        self._seat = self._relays.seat(f"there {self._sessions}", route, encrypt=encrypt)
+        self._seat = self._relays.seat(f"there {self._sessions}", route, self, encrypt=encrypt)
         await self._seat.open()
         return [self._seat.place]
 

@@ -96,6 +96,10 @@ class Channel:
 
     def shorten(self) -> None: ...
 
+    @property
+    def connections(self) -> tuple[()]:
+        return ()
+
     def used(self) -> tuple[()]:
         return ()
 

@@ -83,6 +83,7 @@ def test_auto_compresses_what_a_processor_is_faster_at_than_the_nics(speeds: tup
     route, bare = choose(pair(*speeds), "auto"), choose(pair(*speeds), "multichannel")
     assert (route.transport, route.paths, route.striped) == ("compression", bare.paths, bare.striped)
     assert route.why.startswith(f"a processor compresses faster than {sum(speeds)} Mbit/s; ")
+    assert not route.alone, "alike VMs share what was sent"
 
 
 @pytest.mark.parametrize("speeds", [(2500,), (25_000,), (25_000, 25_000), (5000, 5000), (None,)])
@@ -92,6 +93,7 @@ def test_auto_has_relays_encrypt_wherever_it_goes(speeds: tuple[int | None, ...]
     assert bare.transport in ("tcp", "multichannel")
     assert (route.transport, route.paths, route.striped) == ("compression", bare.paths, bare.striped)
     assert route.why.startswith("relays encrypt faster than QEMU; ")
+    assert route.alone, "VMs do not wait for one another's relays"
 
 
 @pytest.mark.parametrize(

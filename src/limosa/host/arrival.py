@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 import tempfile
 from collections.abc import Sequence
@@ -22,6 +23,20 @@ class Arrival:
         self._parts = parts
         self._source = source
         self._reached_at = reached_at
+        #: of relays, which take as long to start as QEMU does
+        self._relayed: asyncio.Task[Doorway] | None = None
+
+    def begin(self, request: Prepare) -> None:
+        """Begin what takes long and needs no QEMU. :meth:`close` ends it, unless :meth:`open_door` has taken it."""
+        if request.relay is not None:
+            self._relayed = asyncio.ensure_future(self._open_relayed(request, request.relay))
+
+    def close(self) -> None:
+        """Give up what was begun. May be repeated."""
+        begun, self._relayed = self._relayed, None
+        if begun is not None:
+            begun.cancel()
+            begun.add_done_callback(_close)
 
     async def open_door(self, request: Prepare, machine: MachineProtocol) -> Doorway:
         """Where the source is awaited for guest memory. Raises :class:`NetworkError`."""
@@ -29,16 +44,16 @@ class Arrival:
             self._check_unencrypted()
             chosen = await self._chosen(request)
             return await rdma.open_door(machine, chosen[0], self._parts.page.now.migration_ports)
-        if request.relay is not None:
-            chosen, source = await self._chosen(request), self._source
-            return await self._parts.relays.open_door(source, request.relay, chosen, self._offered, request.networks)
+        if self._relayed is not None:
+            door = await asyncio.shield(self._relayed)
+            self._relayed = None
+            return door
         return await self._open_bare(request)
 
     async def open_layers(self, request: Prepare) -> Doorway:
         """Where the source is awaited for files below disks. Raises :class:`NetworkError`."""
         if request.layers_relay is not None:
-            chosen, place = await self._chosen(request), request.layers_relay
-            return await self._parts.relays.open_door(self._source, place, chosen, self._offered, request.networks)
+            return await self._open_relayed(request, request.layers_relay)
         if request.disk_credentials is None:
             raise InvalidInput("disks come along without credentials", vm=request.vm.name)
         return await self._open_bare(request)
@@ -70,6 +85,10 @@ class Arrival:
                     stream.connect(listener.getsockname())
                     await self._parts.relays.carry(self._source, place, stream)
 
+    async def _open_relayed(self, request: Prepare, place: RelayPlace) -> Doorway:
+        chosen = await self._chosen(request)
+        return await self._parts.relays.open_door(self._source, place, chosen, self._offered, request.networks)
+
     async def _open_bare(self, request: Prepare) -> tcp.TcpDoorway:
         ports = self._parts.page.now.migration_ports
         chosen = await self._chosen(request)
@@ -93,3 +112,8 @@ class Arrival:
 
     async def _offered(self) -> tuple[str, ...]:
         return stream_addresses(await self._parts.inspector.network(), self._reached_at)
+
+
+def _close(begun: asyncio.Task[Doorway]) -> None:
+    if not begun.cancelled() and begun.exception() is None:
+        begun.result().close()

@@ -30,7 +30,7 @@ class Departure:
         """
         if route.is_relayed:
             relays = self._parts.relays
-            self._seats = [relays.seat(destination, route, encrypt=encrypt) for _ in range(count)]
+            self._seats = [relays.seat(destination, route, self, encrypt=encrypt) for _ in range(count)]
             for seat in self._seats:
                 await seat.open()
         return [seat.place for seat in self._seats]

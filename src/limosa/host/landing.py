@@ -59,6 +59,7 @@ class LandingHere:
     async def launch(self, request: Prepare) -> MachineProtocol:
         """See :class:`limosa.migration.destination.Landing`."""
         assert self._hosted is not None
+        self._arrival.begin(request)
         brought = {plan.file.path for plan in request.layers}
         for plan in request.disks:
             await self._layers.make_above(plan, brought)
@@ -92,6 +93,7 @@ class LandingHere:
 
     async def release(self, machine: MachineProtocol | None) -> None:
         """See :class:`limosa.migration.destination.Landing`."""
+        self._arrival.close()
         hosted = self._hosted or self._vms.find_landing(self._header.vm, self._header.migration)
         if hosted is not None:
             await asyncio.shield(self._vms.discard(hosted))

@@ -19,7 +19,7 @@ from limosa.transport.channel import Doorway, SocketChannel, connect_all
 from limosa.transport.relay.client import Relay
 from limosa.transport.relay.control import CARRIERS
 from limosa.transport.relay.inbound import CarrierDoorway, Inbound
-from limosa.transport.relay.outbound import Outbound, Seat
+from limosa.transport.relay.outbound import LINGER_S, Outbound, Seat
 from limosa.wire.peer import Prepared, RelayPlace
 
 
@@ -33,12 +33,13 @@ class Relays:
         self._outbound: dict[tuple[object, ...], Outbound] = {}
         self._inbound: dict[tuple[str, str], asyncio.Task[Inbound]] = {}
 
-    def seat(self, destination: str, route: Route, *, encrypt: bool) -> Seat:
-        """The part of a move to ``destination`` in the session that takes this route."""
+    def seat(self, destination: str, route: Route, move: object, *, encrypt: bool) -> Seat:
+        """The part of ``move``, which goes to ``destination``, in the session that takes this route."""
         way = tuple((path.here, path.there) for path in route.paths)
-        key = (destination, way, route.striped, route.transport, encrypt)
+        key = (destination, way, route.striped, route.transport, encrypt, move if route.alone else None)
+        self._outbound = {key: session for key, session in self._outbound.items() if not session.is_over}
         session = self._outbound.get(key)
-        if session is None or session.is_over:
+        if session is None:
             session = self._outbound[key] = self._session(route, encrypt=encrypt)
         return session.seat()
 
@@ -59,7 +60,12 @@ class Relays:
         if starting is None:
             starting = self._inbound[key] = asyncio.ensure_future(self._await(place, chosen, permitted, networks))
             starting.add_done_callback(lambda done: self._forget_later(key, done))
-        return await (await asyncio.shield(starting)).doorway(place)
+        try:
+            session = await asyncio.shield(starting)
+        except asyncio.CancelledError:
+            starting.add_done_callback(_end_if_unused)
+            raise
+        return await session.doorway(place)
 
     async def carry(self, source: str, place: RelayPlace, stream: socket.socket) -> None:
         """Have a further stream of a VM, for which the door was opened before, come into ``stream``.
@@ -80,6 +86,7 @@ class Relays:
             user=self._user,
             paths=len(route.paths) if route.striped else 1,
             compress=route.transport == "compression",
+            linger_s=0.0 if route.alone else LINGER_S,
         )
 
     async def _dial(self, route: Route, prepared: Prepared) -> Sequence[SocketChannel]:
@@ -121,3 +128,8 @@ class Relays:
 
     def _window_log(self) -> int:
         return (self._page.now.compression_window_mib * 1024 * 1024).bit_length() - 1
+
+
+def _end_if_unused(started: asyncio.Task[Inbound]) -> None:
+    if not started.cancelled() and started.exception() is None:
+        started.result().end_if_unused()

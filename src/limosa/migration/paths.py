@@ -36,8 +36,10 @@ class Paths:
         compressed = together([await channel.compressed() for channel in self._channels])
         paths = {(path.here, path.there): path for path in self._route.paths}
         used = self._used()
+        # Streams may share connections, and with other moves; how fast these are is seen when each counts once.
+        connections = {id(one): one for channel in self._channels for one in channel.connections}
         routed = [pair for pair in paths if not pair[0] and used]
-        self._goodput.saw(time.monotonic(), used)
+        self._goodput.saw(time.monotonic(), _sums(used for one in connections.values() for used in one.used()))
         for one in used:
             paths[one.here, one.there] = self._path(one, paths.get((one.here, one.there)))
         for pair in routed:
@@ -47,18 +49,11 @@ class Paths:
 
     def carried(self) -> tuple[Carried, ...]:
         """How fast the networks were; nothing is known of those whose speed was not what the move waited for."""
-        # Behind relays a connection may wait for the one who compresses, and RDMA's is not seen.
-        return self._goodput.best() if self._route.transport in ("tcp", "multichannel") else ()
+        return self._goodput.best()
 
     def _used(self) -> list[Used]:
         """What all streams of the move have sent over each path."""
-        sums: dict[tuple[str, str], Used] = {}
-        for one in (used for channel in self._channels for used in channel.used()):
-            ends = one.here, one.there
-            before = sums.get(ends, Used(*ends, 0, alive=False))
-            sent, busy_s = before.sent_bytes + one.sent_bytes, max(before.busy_s, one.busy_s)
-            sums[ends] = Used(*ends, sent, before.alive or one.alive, busy_s)
-        return list(sums.values())
+        return _sums(used for channel in self._channels for used in channel.used())
 
     def _path(self, used: Used, known: Path | None) -> Path:
         if known is None:
@@ -87,6 +82,17 @@ class Paths:
 
     def _possible(self) -> set[tuple[str, str]]:
         return set(_pairs(direct_path(self._ends.here, self._ends.there, one) for one in self._ends.offered))
+
+
+def _sums(parts: Iterable[Used]) -> list[Used]:
+    """All that went from one address to another as one."""
+    sums: dict[tuple[str, str], Used] = {}
+    for one in parts:
+        ends = one.here, one.there
+        before = sums.get(ends, Used(*ends, 0, alive=False))
+        sent, busy_s = before.sent_bytes + one.sent_bytes, max(before.busy_s, one.busy_s)
+        sums[ends] = Used(*ends, sent, before.alive or one.alive, busy_s)
+    return list(sums.values())
 
 
 def together(parts: Iterable[Compressed | None]) -> Compressed | None:

@@ -47,6 +47,8 @@ class Route(Model, forbid_unknown_fields=False, frozen=True):
     why: str = ""
     #: relays spread it over a TCP connection for each path, without Multipath TCP
     striped: bool = False
+    #: its relays carry no other VM
+    alone: bool = False
     #: null if no relay compresses it
     compressed: Compressed | None = None
 

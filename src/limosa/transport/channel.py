@@ -11,7 +11,7 @@ RDMA alone is otherwise: no socket of ours can carry it, so that QEMU is given a
 from __future__ import annotations
 
 import socket
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -47,6 +47,10 @@ class Channel(Protocol):
 
         QEMU takes for sent what was taken from it. What waits would be sent while the guest stands still.
         """
+
+    @property
+    def connections(self) -> Sequence[SocketChannel]:
+        """Those to the other host, which other streams may share: what they have used is that of all."""
 
     def used(self) -> tuple[Used, ...]:
         """What went which way since the beginning, also over paths that are gone. Never raises."""

@@ -98,7 +98,8 @@ def _fastest(ends: Ends, blocked: Collection[str]) -> Route:
         return msgspec.structs.replace(bare, why=f"{bare.why}; not compressed: {doubt}")
     words = f"a processor compresses faster than {_speed(bare.paths)} Mbit/s"
     why = f"{'relays encrypt faster than QEMU' if doubt else words}; {bare.why}"
-    return msgspec.structs.replace(bare, transport="compression", why=why)
+    # Where it is the processors a move waits for, VMs would wait for one another in a relay they share.
+    return msgspec.structs.replace(bare, transport="compression", alone=bool(doubt), why=why)
 
 
 def _asked(ends: Ends, asked: str, blocked: Collection[str]) -> Route:

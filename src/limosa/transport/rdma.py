@@ -34,6 +34,11 @@ class RdmaChannel:
     def shorten(self) -> None:
         """See :class:`limosa.transport.channel.Channel`: no kernel is between, in which anything could wait."""
 
+    @property
+    def connections(self) -> tuple[()]:
+        """See :class:`limosa.transport.channel.Channel`: the kernel knows of none."""
+        return ()
+
     def used(self) -> tuple[Used, ...]:
         """See :class:`limosa.transport.channel.Channel`: nobody counts what the device has carried for one QEMU."""
         return ()

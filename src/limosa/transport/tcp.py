@@ -53,6 +53,11 @@ class TcpChannel:
         with contextlib.suppress(OSError):  # also if it is closed: then the stream is at its end
             self.stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _UNSENT_BYTES)
 
+    @property
+    def connections(self) -> tuple[TcpChannel]:
+        """See :class:`limosa.transport.channel.Channel`: it is one."""
+        return (self,)
+
     def used(self) -> tuple[Used, ...]:
         """See :class:`limosa.transport.channel.Channel`."""
         with contextlib.suppress(OSError):  # also if it is closed

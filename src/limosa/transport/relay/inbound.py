@@ -55,6 +55,10 @@ class Inbound:
     def leave(self) -> None:
         """A landing has ended, or its stream has."""
         self._landings -= 1
+        self.end_if_unused()
+
+    def end_if_unused(self) -> None:
+        """End a session that was never opened and in which nobody lands."""
         if self._landings == 0 and not self.opened.done():
             self.opened.cancel()
 

@@ -45,7 +45,7 @@ class Outbound:
     """A session, and its relay while there is one.
 
     ``dial`` connects its carriers, forward and backward for each of ``paths``; ``several``: each goes over several NICs
-    by itself. Without ``compress`` everything goes as it is.
+    by itself. Without ``compress`` everything goes as it is. After its last move it is kept for ``linger_s``.
     """
 
     def __init__(
@@ -58,6 +58,7 @@ class Outbound:
         user: str | None,
         paths: int = 1,
         compress: bool = True,
+        linger_s: float = LINGER_S,
     ) -> None:
         self._dial = dial
         self._token = secrets.token_hex(16)
@@ -68,6 +69,7 @@ class Outbound:
         self._several = several
         self._paths = paths
         self.compress = compress
+        self._linger_s = linger_s
         self._window_log = window_log
         self._user = user
         self._numbers = itertools.count()
@@ -128,7 +130,7 @@ class Outbound:
         self._seats.discard(seat)
         self.figures.pop(seat.place.channel, None)
         if not self._seats:
-            self._linger = asyncio.get_running_loop().call_later(LINGER_S, self.end)
+            self._linger = asyncio.get_running_loop().call_later(self._linger_s, self.end)
 
     def end(self) -> None:
         """End the session for good, unless somebody takes part."""
@@ -227,6 +229,11 @@ class RelayChannel:
         #: what the session had sent over each path before this stream began
         self._before = {(one.here, one.there): one.sent_bytes for one in self._carried()}
 
+    @property
+    def connections(self) -> Sequence[SocketChannel]:
+        """See :class:`limosa.transport.channel.Channel`: the session's."""
+        return self._carriers[::CARRIERS]
+
     def shorten(self) -> None:
         """See :class:`limosa.transport.channel.Channel`."""
         with contextlib.suppress(OSError):  # it is closed: then the stream is at its end
@@ -281,7 +288,7 @@ class RelayChannel:
         return self._session.figures.get(self._number, ChannelStatistics(channel=self._number))
 
     def _carried(self) -> tuple[Used, ...]:
-        return tuple(one for forward in self._carriers[::CARRIERS] for one in forward.used())
+        return tuple(one for forward in self.connections for one in forward.used())
 
     async def _shorten(self) -> None:
         with contextlib.suppress(LimosaError):  # it ended, and so does the move
