@@ -49,7 +49,9 @@ class Paths:
 
     def carried(self) -> tuple[Carried, ...]:
         """How fast the networks were; nothing is known of those whose speed was not what the move waited for."""
-        return self._goodput.best()
+        # Relays that spread a stream give each path what it takes, which is less than it could where others are faster.
+        spread = self._route.is_relayed and len(self._route.paths) > 1
+        return () if spread else self._goodput.best()
 
     def _used(self) -> list[Used]:
         """What all streams of the move have sent over each path."""
