@@ -21,8 +21,9 @@ _SYSTEMS = (
 _METHOD = """\
 A guest of 1 GiB, of which 600 MiB are filled (one third random) and 20 MiB/s rewritten, is moved back and forth by
 Limosa, by a bare QMP script with the same QEMU and the least a safe move needs (the floor), and by
-`virsh migrate --live` with its defaults, turn by turn in one run. Figures are medians, in brackets the range. Where
-guests are emulated on the few cores that also carry the copy, ranges are wide.
+`virsh migrate --live` with its defaults, turn by turn in one run, all over one TCP connection (`--transport tcp`).
+Figures are medians, in brackets the range. Where guests are emulated on the few cores that also carry the copy, ranges
+are wide.
 
 - *Wall time*: from the start of the command to its end. *Transfer time*: QEMU's own total time. *Overhead*: the
   difference.

@@ -47,7 +47,7 @@ def cases() -> Iterator[object]:
         yield pytest.param(plan, expected, id=plan, marks=[] if plan in QUICK else pytest.mark.long)
 
 
-@pytest.mark.parametrize(("plan", "expected"), cases())
+@pytest.mark.parametrize(("plan", "expected"), list(cases()))
 def test_whoever_has_the_vm_has_every_number(hosts: list[LabHost], client: LanClient, plan: str, expected: str) -> None:
     source, destination = sorted(hosts, key=lambda host: host.vm("web") is None)
     broken = source if plan.startswith("source") else destination
