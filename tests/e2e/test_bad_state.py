@@ -252,6 +252,23 @@ def test_what_a_crash_left_of_a_vm_is_not_in_the_way(damaged: tuple[Host, dict[P
     assert [path.name for path in (host.state / "vms" / "empty").iterdir()] == ["vm.toml"]
 
 
+@pytest.mark.parametrize(("lives", "born_later"), [(True, 0), (False, 1)])
+def test_a_name_is_held_by_a_qemu_nobody_knows_only_as_long_as_that_runs(
+    damaged: tuple[Host, dict[Path, bytes]], lives: bool, born_later: int
+) -> None:
+    host, _ = damaged
+    record = json.loads((host.state / "vms" / "whole" / "process.json").read_bytes())
+    folder = host.state / "vms" / "ghost"
+    folder.mkdir(exist_ok=True)
+    (folder / "process.json").write_text(json.dumps(record | {"start_time": record["start_time"] + born_later}))
+    if lives:
+        with pytest.raises(StateError, match="of a VM that this daemon does not know"):
+            host.client.call(endpoints.CREATE_VM, tiny("ghost"))
+    else:
+        host.client.call(endpoints.CREATE_VM, tiny("ghost"))
+        host.client.call(endpoints.DELETE_VM, vm="ghost")
+
+
 def test_a_vm_that_was_mended_is_there_after_a_restart(damaged: tuple[Host, dict[Path, bytes]]) -> None:
     host, _ = damaged
     path = host.state / "vms" / "other" / "vm.toml"

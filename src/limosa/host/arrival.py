@@ -23,17 +23,20 @@ class Arrival:
         self._parts = parts
         self._source = source
         self._reached_at = reached_at
-        #: of relays, which take as long to start as QEMU does
-        self._relayed: asyncio.Task[Doorway] | None = None
+        #: for guest memory, until it is taken
+        self._door: asyncio.Task[Doorway] | None = None
 
     def begin(self, request: Prepare) -> None:
-        """Begin what takes long and needs no QEMU. :meth:`close` ends it, unless :meth:`open_door` has taken it."""
-        if request.relay is not None:
-            self._relayed = asyncio.ensure_future(self._open_relayed(request, request.relay))
+        """Begin to open the door for guest memory, which takes as long as to start a QEMU if that needs a relay.
+
+        :meth:`close` gives it up, unless :meth:`open_door` has taken it.
+        """
+        if request.transport != "rdma":
+            self._door = asyncio.ensure_future(self._open(request, request.relay))
 
     def close(self) -> None:
         """Give up what was begun. May be repeated."""
-        begun, self._relayed = self._relayed, None
+        begun, self._door = self._door, None
         if begun is not None:
             begun.cancel()
             begun.add_done_callback(_close)
@@ -44,19 +47,16 @@ class Arrival:
             self._check_unencrypted()
             chosen = await self._chosen(request)
             return await rdma.open_door(machine, chosen[0], self._parts.page.now.migration_ports)
-        if self._relayed is not None:
-            door = await asyncio.shield(self._relayed)
-            self._relayed = None
-            return door
-        return await self._open_bare(request)
+        assert self._door is not None
+        door = await asyncio.shield(self._door)
+        self._door = None
+        return door
 
     async def open_layers(self, request: Prepare) -> Doorway:
         """Where the source is awaited for files below disks. Raises :class:`NetworkError`."""
-        if request.layers_relay is not None:
-            return await self._open_relayed(request, request.layers_relay)
-        if request.disk_credentials is None:
+        if request.layers_relay is None and request.disk_credentials is None:
             raise InvalidInput("disks come along without credentials", vm=request.vm.name)
-        return await self._open_bare(request)
+        return await self._open(request, request.layers_relay)
 
     async def open_disks(self, request: Prepare, machine: MachineProtocol) -> Doorway | None:
         """Have QEMU await the disks that come along. Returns the door at which it does, None if relays bring them."""
@@ -85,7 +85,9 @@ class Arrival:
                     stream.connect(listener.getsockname())
                     await self._parts.relays.carry(self._source, place, stream)
 
-    async def _open_relayed(self, request: Prepare, place: RelayPlace) -> Doorway:
+    async def _open(self, request: Prepare, place: RelayPlace | None) -> Doorway:
+        if place is None:
+            return await self._open_bare(request)
         chosen = await self._chosen(request)
         return await self._parts.relays.open_door(self._source, place, chosen, self._offered, request.networks)
 

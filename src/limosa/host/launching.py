@@ -257,6 +257,19 @@ class Launcher:
         await process.end(vnc_argument(self._files.sockets(config) / "vnc.sock"))
         self.clean_up(config, crashed=False)
 
+    def forget_ended(self, config: VmConfig) -> None:
+        """Remove the record of a QEMU that has ended, if no VM has it: what is left where a journal was lost."""
+        folder = self._files.vm(config.name)
+        path = folder / "process.json"
+        if (folder / "vm.toml").exists():
+            return
+        try:
+            record: ProcessRecord = parse(path.read_bytes(), _record_decoder, str(path))
+        except (OSError, InvalidInput):
+            return
+        if record.boot != self._boot or process.start_time_of(record.pid) != record.start_time:
+            path.unlink(missing_ok=True)
+
     def clean_up(self, config: VmConfig, *, crashed: bool) -> None:
         """Forget a QEMU that has ended; but the record of one that crashed stays, to tell the next daemon."""
         if not crashed:

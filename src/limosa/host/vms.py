@@ -191,7 +191,7 @@ class Vms:
         self._vms[new.name] = created
         try:
             async with created.lock, self._launcher.new_disks(new, created.config):
-                self._folders.make(created.config)
+                self._make_folder(created.config)
                 try:
                     self._folders.keep(created.config)
                 except StateError:
@@ -271,7 +271,7 @@ class Vms:
         """
         self._check_free(config.name, config.uuid)
         self._launcher.check_memory(config, self.committed_mib())
-        self._folders.make(config)
+        self._make_folder(config)
         hosted = HostedVm(config, VmState.INCOMING, migration=migration)
         self._vms[config.name] = hosted
         return hosted
@@ -282,6 +282,10 @@ class Vms:
         machine = await self._launcher.launch(hosted.config, accelerator, incoming=True, carried=carried)
         self._attach(hosted, machine)
         return machine
+
+    def _make_folder(self, config: VmConfig) -> None:
+        self._launcher.forget_ended(config)
+        self._folders.make(config)
 
     def adopt(self, hosted: HostedVm, *, running: bool) -> None:
         """A VM that landed is this host's from now on, durably."""
