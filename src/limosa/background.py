@@ -1,5 +1,6 @@
-"""Work that goes on by itself: asyncio keeps only a weak reference to a task, so somebody has to hold it; and work in a
-thread, which nobody can stop, so somebody has to wait for it."""
+"""Work that goes on by itself: asyncio keeps only a weak reference to a task, so somebody has to hold it; what is to be
+done with something that nobody waits for any more; and work in a thread, which nobody can stop, so somebody has to wait
+for it."""
 
 from __future__ import annotations
 
@@ -32,6 +33,16 @@ class Background:
         """Return when nothing is left, also of what was begun meanwhile."""
         while self._tasks:
             await asyncio.wait(self._tasks)
+
+
+def then(task: asyncio.Task[T], act: Callable[[T], object]) -> None:
+    """Have ``act`` called with what ``task`` gives, once it does. If it fails nobody needs to hear of that any more."""
+
+    def look(done: asyncio.Task[T]) -> None:
+        if not done.cancelled() and done.exception() is None:
+            act(done.result())
+
+    task.add_done_callback(look)
 
 
 async def in_full(work: Callable[P, T], *arguments: P.args, **options: P.kwargs) -> T:

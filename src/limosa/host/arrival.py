@@ -7,6 +7,7 @@ import socket
 import tempfile
 from collections.abc import Sequence
 
+from limosa.background import then
 from limosa.errors import Conflict, InvalidInput, NetworkError
 from limosa.host.parts import Parts
 from limosa.network.addresses import stream_addresses
@@ -39,7 +40,7 @@ class Arrival:
         begun, self._door = self._door, None
         if begun is not None:
             begun.cancel()
-            begun.add_done_callback(_close)
+            then(begun, lambda door: door.close())
 
     async def open_door(self, request: Prepare, machine: MachineProtocol) -> Doorway:
         """Where the source is awaited for guest memory. Raises :class:`NetworkError`."""
@@ -114,8 +115,3 @@ class Arrival:
 
     async def _offered(self) -> tuple[str, ...]:
         return stream_addresses(await self._parts.inspector.network(), self._reached_at)
-
-
-def _close(begun: asyncio.Task[Doorway]) -> None:
-    if not begun.cancelled() and begun.exception() is None:
-        begun.result().close()

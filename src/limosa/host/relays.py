@@ -10,6 +10,7 @@ import socket
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 
+from limosa.background import then
 from limosa.errors import RelayFailed
 from limosa.host.multichannel import Addresses, Multichannel
 from limosa.host.page import Page
@@ -37,7 +38,7 @@ class Relays:
         """The part of ``move``, which goes to ``destination``, in the session that takes this route."""
         way = tuple((path.here, path.there) for path in route.paths)
         key = (destination, way, route.striped, route.transport, encrypt, move if route.alone else None)
-        self._outbound = {key: session for key, session in self._outbound.items() if not session.is_over}
+        self._outbound = {known: session for known, session in self._outbound.items() if not session.is_over}
         session = self._outbound.get(key)
         if session is None:
             session = self._outbound[key] = self._session(route, encrypt=encrypt)
@@ -63,7 +64,7 @@ class Relays:
         try:
             session = await asyncio.shield(starting)
         except asyncio.CancelledError:
-            starting.add_done_callback(_end_if_unused)
+            then(starting, Inbound.end_if_unused)
             raise
         return await session.doorway(place)
 
@@ -128,8 +129,3 @@ class Relays:
 
     def _window_log(self) -> int:
         return (self._page.now.compression_window_mib * 1024 * 1024).bit_length() - 1
-
-
-def _end_if_unused(started: asyncio.Task[Inbound]) -> None:
-    if not started.cancelled() and started.exception() is None:
-        started.result().end_if_unused()

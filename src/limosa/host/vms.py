@@ -283,10 +283,6 @@ class Vms:
         self._attach(hosted, machine)
         return machine
 
-    def _make_folder(self, config: VmConfig) -> None:
-        self._launcher.forget_ended(config)
-        self._folders.make(config)
-
     def adopt(self, hosted: HostedVm, *, running: bool) -> None:
         """A VM that landed is this host's from now on, durably."""
         self._folders.keep(hosted.config)
@@ -354,6 +350,10 @@ class Vms:
         return path.read_bytes() if config.cloud_init is not None else None
 
     # Below
+
+    def _make_folder(self, config: VmConfig) -> None:
+        self._launcher.forget_ended(config)
+        self._folders.make(config)
 
     def _attach(self, hosted: HostedVm, machine: Machine) -> None:
         hosted.machine = machine

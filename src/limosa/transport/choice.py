@@ -91,15 +91,13 @@ def _fastest(ends: Ends, blocked: Collection[str]) -> Route:
     bare = _uncompressed(ends, "auto", blocked)
     if not bare.paths:
         return bare
-    if doubt := _against_relays(ends):
+    outrun = _outrun(bare.paths)
+    if doubt := _against_relays(ends) or ("" if ends.here.encrypt else outrun):
         return msgspec.structs.replace(bare, why=f"{bare.why}; not compressed: {doubt}")
-    doubt = _outrun(bare.paths)
-    if doubt and not ends.here.encrypt:
-        return msgspec.structs.replace(bare, why=f"{bare.why}; not compressed: {doubt}")
-    words = f"a processor compresses faster than {_speed(bare.paths)} Mbit/s"
-    why = f"{'relays encrypt faster than QEMU' if doubt else words}; {bare.why}"
+    faster = f"a processor compresses faster than {_speed(bare.paths)} Mbit/s"
+    why = f"{'relays encrypt faster than QEMU' if outrun else faster}; {bare.why}"
     # Where it is the processors a move waits for, VMs would wait for one another in a relay they share.
-    return msgspec.structs.replace(bare, transport="compression", alone=bool(doubt), why=why)
+    return msgspec.structs.replace(bare, transport="compression", alone=bool(outrun), why=why)
 
 
 def _asked(ends: Ends, asked: str, blocked: Collection[str]) -> Route:

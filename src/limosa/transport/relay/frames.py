@@ -123,6 +123,11 @@ class Header(NamedTuple):
         if raw_digest != self.checksum:
             raise BrokenStream(f"data of channel {self.channel} is not what was sent: checksum differs")
 
+    def verify_next(self, said: Said, data: memoryview) -> None:
+        """:meth:`verify` data that follows what the channel has ``said`` before, which is brought up to date."""
+        said.update(data)
+        self.verify(said.intdigest())
+
 
 def digest(data: bytes | bytearray | memoryview) -> int:
     """The checksum of a payload by itself, before compression."""

@@ -19,7 +19,7 @@ import socket
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
-from limosa.background import Background
+from limosa.background import Background, then
 from limosa.errors import LimosaError, RelayFailed
 from limosa.model.route import Compressed
 from limosa.security.stream import make_credentials
@@ -207,7 +207,7 @@ class Seat:
     def release(self) -> None:
         """The move has ended. May be repeated."""
         if self._opening is not None:
-            self._opening.add_done_callback(_hang_up)
+            then(self._opening, socket.socket.close)
             self._opening = None
         self._session.leave(self)
 
@@ -299,11 +299,6 @@ def _look_at(task: asyncio.Task[Any]) -> None:
     """Whoever asked has what was raised, if anybody still waits."""
     if not task.cancelled():
         task.exception()
-
-
-def _hang_up(task: asyncio.Task[socket.socket]) -> None:
-    if not task.cancelled() and task.exception() is None:
-        task.result().close()
 
 
 def _close(carriers: Sequence[SocketChannel]) -> None:

@@ -27,7 +27,7 @@ from limosa.transport.relay.frames import MAX_RAW_BYTES, Kind
 #: A chunk that has less room than this does not grow any more.
 _LEAST_READ_BYTES = 16 * 1024
 #: The least that may wait: the worker needs something to be at while something is sent.
-LEAST_WAITING_BYTES = 64 * 1024
+_LEAST_WAITING_BYTES = 64 * 1024
 #: What it takes to wake the worker and to hear from it.
 _TELLING_S = 0.0001
 _LEAST_CHUNK_BYTES = 32 * 1024
@@ -87,7 +87,7 @@ class Queue:
 
     def set_waiting_limit(self, limit: int | None) -> None:
         """How much may wait from now on, within reason; None: all there are slots for. What waits already stays."""
-        self._waiting_limit = max(LEAST_WAITING_BYTES, limit) if limit is not None else None
+        self._waiting_limit = max(_LEAST_WAITING_BYTES, limit) if limit is not None else None
 
     def set_chunk_limit(self, limit: int) -> None:
         """How large a chunk may grow from now on, within reason."""

@@ -128,11 +128,9 @@ class Receiver:
         return data
 
     def _deliver(self, channel: _Channel, header: Header, data: memoryview) -> None:
-        if header.kind is Kind.DATA:
-            channel.heard.update(data)
-            header.verify(channel.heard.intdigest())
         try:
             if header.kind is Kind.DATA:
+                header.verify_next(channel.heard, data)
                 taken = channel.plug.write(data)
                 self._took(channel, taken)
                 if taken == len(data):

@@ -287,11 +287,9 @@ class Sender:
         if header.kind is Kind.CREDIT:
             self._grant(channel, header.raw_length)
             return
-        if header.kind is Kind.DATA:
-            channel.heard.update(payload)
-            header.verify(channel.heard.intdigest())
         try:
             if header.kind is Kind.DATA:
+                header.verify_next(channel.heard, payload)
                 channel.plug.write(payload)
             elif header.kind is Kind.END:
                 channel.plug.finish()
