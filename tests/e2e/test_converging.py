@@ -15,7 +15,7 @@ import pytest
 
 from harness.commands import limosa
 from harness.guests import LanClient, address_of, linux, wait_for_console
-from harness.labs import LabHost, running_lab
+from harness.labs import RELAYS, LabHost, running_lab
 from harness.steering import change, follow, settings, views
 from limosa.model.migration import Migration, Outcome, Phase
 from limosa.model.vm import VmState
@@ -152,6 +152,6 @@ def test_post_copy_brings_it_to_its_end(
     assert any("the guest runs at the destination, the rest of its memory follows" in note for note in notes)
     assert within_budget(seen)
     assert last.progress.transferred_bytes > max(view.progress.transferred_bytes for view in seen[:-3])
-    assert source.remains() == []
+    source.wait_until_bare(but=RELAYS)
     assert destination.vm("web").state is VmState.RUNNING
     assert conversation.faults == []

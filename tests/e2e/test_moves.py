@@ -9,7 +9,7 @@ from pyroute2 import IPRoute
 
 from harness.guests import LanClient, address_of, linux, wait_until_it_serves
 from harness.hosts import tiny
-from harness.labs import LabHost, running_lab
+from harness.labs import RELAYS, LabHost, running_lab
 from harness.steering import move, remove
 from limosa.lab import namespaces
 from limosa.lab.plan import SWITCH, UPLINK
@@ -75,7 +75,7 @@ def test_a_move_tells_what_it_was(hosts: Hosts, client: LanClient) -> None:
     assert 0 < migration.transfer_s < migration.total_s
     assert migration.progress.transferred_bytes > 10 * 1024 * 1024
     assert first.client.call(endpoints.SHOW_MIGRATION, migration=begun.id) == migration
-    assert first.remains() == []
+    first.wait_until_bare(but=RELAYS)
     move(second, "web", first)
 
 

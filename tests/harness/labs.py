@@ -21,6 +21,9 @@ from limosa.lab.plan import UPLINK, Lab
 from limosa.model.vm import VmState
 from limosa.wire import endpoints
 
+#: what the command of every relay has in it; relays are kept for a while for the next move
+RELAYS = "limosa.transport.relay"
+
 
 class LabHost(Host):
     """A host of a lab. Its daemon is restarted with a plan for ``daemon.py`` in its environment."""
@@ -72,18 +75,18 @@ class LabHost(Host):
         found += [f"tap {name}" for name in self._taps()]
         return found + [str(path) for folder in (self.state / "vms", self.run / "vm") for path in folder.iterdir()]
 
-    def remains(self) -> list[str]:
-        """The same without relays, which are kept for a while for the next move."""
-        return [one for one in self.bystanders() if "limosa.transport.relay" not in one]
+    def wait_until_bare(self, but: str | None = None) -> None:
+        """Wait until there is nothing but the daemon, and processes that have this in their command: ``RELAYS``."""
 
-    def wait_until_bare(self) -> None:
-        """Wait until there is nothing but the daemon."""
+        def left() -> list[str]:
+            return [one for one in self.bystanders() if but is None or but not in one]
+
         try:
-            wait_until(lambda: self.bystanders() == [], f"{self.name} keeps nothing")
+            wait_until(lambda: left() == [], f"{self.name} keeps nothing")
         except AssertionError as error:
             moves = self.client.call(endpoints.LIST_MIGRATIONS).migrations
             views = [(view.vm, view.side, view.phase, view.outcome) for view in moves]
-            raise AssertionError(f"{error}, but {self.bystanders()}; moves: {views}") from None
+            raise AssertionError(f"{error}, but {left()}; moves: {views}") from None
 
     def _taps(self) -> list[str]:
         def look() -> list[str]:
