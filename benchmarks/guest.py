@@ -31,7 +31,7 @@ IDLE = Load(memory_mib=512, fill_mib=128, random_mib=43)
 #: So little memory that a move is one of its disk.
 WRITING = Load(memory_mib=256, fill_mib=32, random_mib=16, write_mib_per_s=5)
 #: Of the image of Debian, which loads itself.
-DEBIAN = Load(memory_mib=768, fill_mib=0, random_mib=0)
+DEBIAN = Load(memory_mib=512, fill_mib=0, random_mib=0)
 
 
 @dataclass(frozen=True)

@@ -106,13 +106,13 @@ def boot(ground: Ground, guest: Guest, image: Path | None = None) -> None:
 
 def images(ground: Ground, host: str) -> Path:
     """The folder of a host's own location."""
-    return _state(ground, host) / "images"
+    return _state(ground, host) / OWN_LOCATION
 
 
 def add_locations(ground: Ground) -> None:
-    """Give each host a second location."""
+    """Give each host a second location: below its state, which the other does not see."""
     for host in HOSTS:
-        folder = ground.folder / f"other-{host}"
+        folder = _state(ground, host) / OTHER_LOCATION
         folder.mkdir(mode=0o711)
         say(ground, host, "storage", "add", OTHER_LOCATION, str(folder))
 
