@@ -11,9 +11,10 @@ from limosa.transport.relay.queue import Chunk, Queue, State
 SLOTS = 5
 KIB = 1024
 #: bytes a second, and seconds a byte
+SLOW_LINE = 12e6
 GIGABIT = 119e6
 FAST_LINE = 3e9
-PACE = 1 / 300e6
+PACE, SLOW_PACE = 1 / 300e6, 1 / 150e6
 LITTLE_BYTES = 256 * KIB
 
 
@@ -96,6 +97,7 @@ def numbered(channel: int, start: int, count: int) -> bytes:
 
 steps = st.one_of(
     st.tuples(st.just("fill"), st.sampled_from([1, 2]), st.integers(0, 600 * KIB)),
+    st.tuples(st.sampled_from(["hurry", "forget"]), st.sampled_from([1, 2]), st.just(0)),
     st.tuples(st.sampled_from(["offer", "start", "work", "send", "sent_it", "short", "long"]), st.just(0), st.just(0)),
 )
 
@@ -107,6 +109,8 @@ def test_every_byte_comes_out_once_in_order_and_nothing_overlaps(history: list[t
     for step, channel, count in history:
         if step == "fill":
             bench.fill(channel, count)
+        elif step in ("hurry", "forget"):
+            getattr(bench.queue, step)(channel)
         elif step in ("short", "long"):
             bench.queue.set_waiting_limit(LITTLE_BYTES if step == "short" else None)
         else:
@@ -185,6 +189,29 @@ def test_little_waits_when_it_was_shortened() -> None:
     assert LITTLE_BYTES - 16 * KIB < bench.queue.waiting_bytes <= LITTLE_BYTES
 
 
+def test_what_hurries_goes_ahead_of_others_and_little_of_it_waits() -> None:
+    bench = Bench()
+    while bench.fill(1, MAX_RAW_BYTES):
+        pass
+    bench.queue.begin()
+    bench.queue.set_hurried_limit(LITTLE_BYTES)
+    bench.queue.hurry(2)
+    while bench.fill(2, 100 * KIB):
+        pass
+    assert [chunk.channel for chunk in bench.queue] == [1, 2, 1, 1, 1]
+    assert LITTLE_BYTES - 16 * KIB < list(bench.queue)[1].length <= LITTLE_BYTES
+
+
+def test_what_hurries_stays_behind_what_its_channel_said_before() -> None:
+    bench = Bench()
+    for channel in (1, 2, 1):
+        bench.fill(channel, KIB)
+    bench.queue.hurry(2)
+    list(bench.queue)[1].state = State.OFFERED
+    bench.fill(2, KIB)
+    assert [chunk.channel for chunk in bench.queue] == [1, 2, 2, 1]
+
+
 def full(chunks: int) -> Bench:
     bench = Bench()
     bench.queue.set_chunk_limit(200 * KIB)
@@ -194,9 +221,12 @@ def full(chunks: int) -> Bench:
     return bench
 
 
-def test_on_a_slow_line_the_very_next_chunk_is_worth_it() -> None:
+def test_on_a_slow_line_every_chunk_is_worth_it_once_the_worker_is_ahead() -> None:
     bench = full(3)
-    assert bench.queue.worth(0.0, GIGABIT, PACE, 0.3) is bench.queue.head()
+    chunks = list(bench.queue)
+    assert bench.queue.worth(0.0, SLOW_LINE, PACE, 0.3) is chunks[1]
+    chunks[1].state, chunks[1].wire_length = State.DONE, 60 * KIB
+    assert bench.queue.worth(0.0, SLOW_LINE, PACE, 0.3) is chunks[2]
 
 
 def test_on_a_fast_line_nothing_is() -> None:
@@ -205,11 +235,20 @@ def test_on_a_fast_line_nothing_is() -> None:
 
 def test_on_a_fast_line_that_is_busy_only_what_it_reaches_late_is() -> None:
     bench = full(4)
-    # 200 KiB take 0.07 ms on the line; 0.68 ms with the worker, and 0.1 ms to tell it and to hear from it.
+    # 200 KiB take 0.07 ms on the line; 0.68 ms with the worker, which others may make 1.02, and 0.1 ms to tell it and
+    # to hear from it. A quarter of all that waits is its lead.
     chunks = list(bench.queue)
-    assert bench.queue.worth(0.75e-3, FAST_LINE, PACE, 0.3) is chunks[0]
-    assert bench.queue.worth(0.70e-3, FAST_LINE, PACE, 0.3) is chunks[1]
-    assert bench.queue.worth(0.40e-3, FAST_LINE, PACE, 0.3) is None
+    assert bench.queue.worth(1.54e-3, FAST_LINE, PACE, 0.3) is chunks[0]
+    assert bench.queue.worth(1.47e-3, FAST_LINE, PACE, 0.3) is chunks[1]
+    assert bench.queue.worth(1.10e-3, FAST_LINE, PACE, 0.3) is None
+
+
+def test_a_worker_that_is_ahead_needs_no_lead() -> None:
+    bench = full(4)
+    chunks = list(bench.queue)
+    assert bench.queue.worth(0.0, GIGABIT, SLOW_PACE, 0.3) is chunks[2]
+    chunks[0].state, chunks[0].wire_length = State.DONE, 200 * KIB
+    assert bench.queue.worth(0.0, GIGABIT, SLOW_PACE, 0.3) is chunks[1]
 
 
 def test_offers_keep_the_order_of_the_queue() -> None:

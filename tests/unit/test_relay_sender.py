@@ -61,6 +61,9 @@ class SlowWorker(Worker):
     def offer(self, slot: int, length: int) -> None:
         self._begun.append((slot, length))
 
+    def fileno(self) -> int:
+        return -1
+
     def withdraw(self) -> int | None:
         return None
 
@@ -141,3 +144,33 @@ def test_what_is_overwritten_between_reading_and_sending_is_noticed(bench: Bench
     bench.sender._transmit(chunk)
     with pytest.raises(BrokenStream, match="checksum"):
         bench.arrived()
+
+
+def test_channels_take_turns_at_what_room_there_is(bench: Bench) -> None:
+    other, ours = socket.socketpair()
+    with other:
+        bench.sender.open_channel(Plug(1, ours))
+        first = [bench.sender._interests()[1].descriptor for _ in range(4)]  # behind the worker's
+    assert first[:2] == first[2:]
+    assert set(first) == {ours.fileno(), bench.sender._channels[0].plug.fileno()}
+
+
+def test_what_hurries_while_the_worker_is_waited_for_goes_first(bench: Bench) -> None:
+    other, ours = socket.socketpair()
+    with other:
+        bench.sender.open_channel(Plug(1, ours))
+        bench.sender.shorten(1)
+        bench.read(bytes(range(250)) * 200)
+        other.sendall(b"in a hurry" * 1000)
+
+        def wait_for(_done: object, _timeout: float) -> None:
+            bench.sender._lock.release()
+            bench.sender._read(bench.sender._channels[1])
+            bench.sender._lock.acquire()
+
+        bench.sender._done.wait_for = wait_for  # type: ignore[method-assign]
+        sent = [bench.sender._next()]
+        bench.sender._transmit(sent[0])
+        bench.sender._queue.pop()
+        sent.append(bench.sender._next())
+    assert [chunk.channel for chunk in sent] == [1, 0]

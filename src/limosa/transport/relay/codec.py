@@ -51,7 +51,7 @@ class Decompressor:
         decompressor = zstandard.ZstdDecompressor(max_window_size=1 << window_log)
         self._stream = decompressor.stream_reader(cast(IO[bytes], self._source))
 
-    def decompress(self, data: bytes, into: memoryview) -> None:
+    def decompress(self, data: bytes | memoryview, into: memoryview) -> None:
         """Fill ``into`` from the next piece of the stream. Raises :class:`BrokenStream`; no more can be read then."""
         self._source.data = data
         try:
@@ -66,9 +66,9 @@ class _Source:
     """Gives each piece once; asked again, the piece was too short."""
 
     def __init__(self) -> None:
-        self.data = b""
+        self.data: bytes | memoryview = b""
 
-    def read(self, _size: int) -> bytes:
+    def read(self, _size: int) -> bytes | memoryview:
         """The piece. Raises :class:`BrokenStream` if it was taken already."""
         data, self.data = self.data, b""
         if not data:

@@ -27,7 +27,7 @@ _CHUNK_S = 0.003
 #: What the kernel may hold unsent, and what may wait for it, is what the carrier needs so long for: a guest that stops
 #: waits for all of it. Less when one is about to.
 _UNSENT_S, _SHORT_UNSENT_S = 0.008, 0.002
-_WAITING_S, _SHORT_WAITING_S = 0.100, 0.002
+_WAITING_S, _SHORT_WAITING_S = 0.030, 0.002
 #: At most, when a guest is about to stop.
 SHORT_WAITING_BYTES = 256 * 1024
 #: Of the time that waiting for the worker costs nothing, so much is spent on it.
@@ -47,7 +47,7 @@ class Compression:
         self.statistics = CompressionStatistics()
 
     def set_short(self, short: bool) -> None:
-        """Whether only a little may wait, from now on."""
+        """Whether only a little may wait in the kernel, from now on."""
         self._short = short
         self._carrier.set_short(short)
         self._limit()
@@ -140,10 +140,9 @@ class Compression:
     def _limit(self) -> None:
         """Have wait what the carrier takes in a certain time, by what is known of it."""
         remainder = self._pace.remainder if self._worker is not None and self._patience.trusts else 1.0
-        waiting = self._line.carries((_SHORT_WAITING_S if self._short else _WAITING_S) / remainder)
-        if self._short:
-            waiting = min(waiting or SHORT_WAITING_BYTES, SHORT_WAITING_BYTES)
-        self._queue.set_waiting_limit(waiting)
+        self._queue.set_waiting_limit(self._line.carries(_WAITING_S / remainder))
+        hurried = self._line.carries(_SHORT_WAITING_S / remainder) or SHORT_WAITING_BYTES
+        self._queue.set_hurried_limit(min(hurried, SHORT_WAITING_BYTES))
         self._queue.set_chunk_limit(self._line.carries(_CHUNK_S / remainder) or MAX_RAW_BYTES)
         if (unsent := self._line.carries(_SHORT_UNSENT_S if self._short else _UNSENT_S)) is not None:
             self._carrier.set_unsent(unsent)

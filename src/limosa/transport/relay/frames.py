@@ -27,7 +27,7 @@ MAX_RAW_BYTES = 512 * 1024
 #: What compression may add to data that cannot be compressed.
 MAX_GROWTH_BYTES = 512
 #: How much of one channel may be on its way until the destination's QEMU has taken it.
-WINDOW_BYTES = 4 * 1024 * 1024
+WINDOW_BYTES = 8 * 1024 * 1024
 #: Channels are numbered by the source's daemon, upwards, and no number is used twice in a session.
 MAX_CHANNEL = 2**32 - 1
 

@@ -13,13 +13,17 @@ _MEASURE_OVER_S = 0.01
 #: After so long without a look nobody knows whether there was always something to drain.
 _LOOKED_AWAY_S = 0.1
 _WEIGHT = 0.3
+#: Chunks smaller than this tell less: what they need besides their bytes' time is not small beside it.
+_WEIGHTY_BYTES = 256 * 1024
+#: No processor is as slow as this; a worker that is was held up, and is to be given another chance.
+_SLOWEST_BYTES_PER_S = 50e6
 #: A worker that gets less than a quarter of a processor is not planned with, but tried and found late.
 _MOST_SLOWED = 4.0
 _HOPE = 0.75
 #: Who had the processor for at least this part of the time did not have to wait for others.
 _SERVED = 0.6
-_PATIENCE_FIRST_S = 0.01
-_PATIENCE_MOST_S = 1.0
+_PATIENCE_FIRST_S = 0.002
+_PATIENCE_MOST_S = 0.05
 
 
 class Line:
@@ -76,10 +80,11 @@ class Pace:
 
     def note(self, raw_length: int, wire_length: int, seconds: float, cpu_seconds: float) -> None:
         """The worker took ``seconds`` for a chunk, ``cpu_seconds`` of it processor time."""
-        self._alone += _WEIGHT * (cpu_seconds / raw_length - self._alone)
-        seen = self.seconds_per_byte + _WEIGHT * (seconds / raw_length - self.seconds_per_byte)
+        weight = _WEIGHT * min(1.0, raw_length / _WEIGHTY_BYTES)
+        self._alone += weight * (min(cpu_seconds / raw_length, 1 / _SLOWEST_BYTES_PER_S) - self._alone)
+        seen = self.seconds_per_byte + weight * (seconds / raw_length - self.seconds_per_byte)
         self.seconds_per_byte = min(seen, _MOST_SLOWED * self._alone)
-        self._remainder += _WEIGHT * (wire_length / raw_length - self._remainder)
+        self._remainder += weight * (wire_length / raw_length - self._remainder)
 
 
 class Patience:

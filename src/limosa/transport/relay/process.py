@@ -32,7 +32,7 @@ from limosa.transport.relay.worker import Memory, Worker
 from limosa.wire.parsing import parse
 
 #: Chunks that wait for the carrier, of some milliseconds each.
-SLOTS = 12
+SLOTS = 20
 
 _decoder: msgspec.json.Decoder[FromDaemon] = reading.decoder(FromDaemon)
 

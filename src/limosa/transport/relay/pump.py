@@ -40,7 +40,7 @@ class Pump:
         writers: dict[int, Callable[[], None]] = {}
         for descriptor, act, writing in self._interests():
             (writers if writing else readers)[descriptor] = act
-        for descriptor in {*readers, *writers}:
+        for descriptor in {**readers, **writers}:  # acted on in this order
             events = (select.POLLIN if descriptor in readers else 0) | (select.POLLOUT if descriptor in writers else 0)
             poll.register(descriptor, events)
         for descriptor, events in poll.poll():

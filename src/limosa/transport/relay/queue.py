@@ -5,6 +5,9 @@ a chunk with :meth:`Queue.append`: as long as nobody has begun with the last chu
 added to it, so chunks are small when the carrier is idle and large when it is not, and no byte waits for a chunk to
 fill.
 
+A channel whose guest is about to stand still is *hurried*: what is read from it goes ahead of all other channels'
+chunks, and little of it waits. Where those are with the worker already it goes raw, for the worker's order is theirs.
+
 A chunk may be *offered* to the worker, and withdrawn as long as the worker has not begun with it. If it has, and does
 not get on, the chunk goes raw and is *late*: its slot stays taken, because the worker reads it, and what the worker
 makes of it is sent when it comes, for the window of the compressed stream contains it from then on. Chunks are offered
@@ -30,7 +33,14 @@ _LEAST_READ_BYTES = 16 * 1024
 _LEAST_WAITING_BYTES = 64 * 1024
 #: What it takes to wake the worker and to hear from it.
 _TELLING_S = 0.0001
+#: It is planned to take longer than it does on average by so much: a chunk that is late is sent twice.
+_SAFETY = 1.5
+#: Where it begins anew it begins with a lead: this part of all that waits. Others may take so much time from it before
+#: anything is late.
+_LEAD = 0.25
 _LEAST_CHUNK_BYTES = 32 * 1024
+#: What hurries finds a slot.
+_KEPT_SLOTS = 1
 _NO_SLOT = -1
 
 
@@ -73,6 +83,8 @@ class Queue:
         self._free = list(range(slots))
         self._chunks: deque[Chunk] = deque()
         self._waiting_limit: int | None = None
+        self._hurried: set[int] = set()
+        self._hurried_limit = _LEAST_WAITING_BYTES
         self._chunk_limit = MAX_RAW_BYTES
         self._sending = False
         #: a read is under way: behind this chunk, or to this slot
@@ -89,6 +101,18 @@ class Queue:
         """How much may wait from now on, within reason; None: all there are slots for. What waits already stays."""
         self._waiting_limit = max(_LEAST_WAITING_BYTES, limit) if limit is not None else None
 
+    def set_hurried_limit(self, limit: int) -> None:
+        """How much of each hurried channel may wait from now on, within reason."""
+        self._hurried_limit = max(_LEAST_WAITING_BYTES, limit)
+
+    def hurry(self, channel: int) -> None:
+        """From now on what is read from this channel goes ahead of what others have waiting."""
+        self._hurried.add(channel)
+
+    def forget(self, channel: int) -> None:
+        """Nothing will be read from this channel any more."""
+        self._hurried.discard(channel)
+
     def set_chunk_limit(self, limit: int) -> None:
         """How large a chunk may grow from now on, within reason."""
         most = MAX_RAW_BYTES if self._waiting_limit is None else min(MAX_RAW_BYTES, self._waiting_limit // 2)
@@ -98,7 +122,7 @@ class Queue:
 
     def has_room(self, channel: int) -> bool:
         """Whether something may be read from ``channel`` now."""
-        return self._room_behind(channel) > 0 or self._room_anew() > 0
+        return self._room_behind(channel) > 0 or self._room_anew(channel) > 0
 
     def room(self, channel: int) -> tuple[int, int, int]:
         """Where, and how much, may be read from ``channel`` now: slot, offset in it and length, which is 0 if nothing
@@ -107,9 +131,10 @@ class Queue:
         Each read must be followed by :meth:`append` before the next.
         """
         if length := self._room_behind(channel):
-            self._growing = self._chunks[-1]
-            return self._growing.slot, self._growing.length, length
-        if length := self._room_anew():
+            self._growing = growing = self._last(channel)
+            assert growing is not None
+            return growing.slot, growing.length, length
+        if length := self._room_anew(channel):
             self._filling = self._free.pop()
         return self._filling, 0, length
 
@@ -122,7 +147,7 @@ class Queue:
             growing.length += length
             growing.said = said
         elif length:
-            self._chunks.append(Chunk(channel, Kind.DATA, slot, length, said=said))
+            self._chunks.insert(self._place(channel), Chunk(channel, Kind.DATA, slot, length, said=said))
         elif slot != _NO_SLOT:
             self._free.append(slot)
         self.waiting_bytes += length
@@ -166,16 +191,16 @@ class Queue:
         second. ``pace``: seconds the worker takes for a byte. ``remainder``: what compression left of a byte of others.
         """
         reached_after_s = idle_after_s
-        done_after_s = 0.0
+        is_ahead = any(chunk.state in (State.OFFERED, State.DONE) for chunk in self._chunks)
+        done_after_s = 0.0 if is_ahead else _LEAD * (idle_after_s + self.waiting_bytes / rate)
         # The worker's order is the queue's, so nothing before what was offered already may be offered now.
         offered = [place for place, chunk in enumerate(self._chunks) if chunk.state is not State.WAITING]
         for place, chunk in enumerate(self._chunks):
             raw_after_s = reached_after_s + chunk.length / rate
-            compressed_after_s = (
-                max(reached_after_s, done_after_s + _TELLING_S + chunk.length * pace) + chunk.length * remainder / rate
-            )
+            made_after_s = done_after_s + _TELLING_S + _SAFETY * chunk.length * pace
+            compressed_after_s = max(reached_after_s, made_after_s) + chunk.length * remainder / rate
             if chunk.state is State.OFFERED:
-                done_after_s += _TELLING_S + chunk.length * pace
+                done_after_s = made_after_s
                 reached_after_s = compressed_after_s
             elif chunk.state is State.DONE:
                 reached_after_s += chunk.wire_length / rate
@@ -202,25 +227,39 @@ class Queue:
 
     def _room_behind(self, channel: int) -> int:
         """What may be added to the last chunk."""
-        if not self._chunks or not self._grows(self._chunks[-1], channel):
+        chunk = self._last(channel)
+        if chunk is None or not self._grows(chunk):
             return 0
-        return _enough(min(self._chunk_limit - self._chunks[-1].length, self._allowed()))
+        return _enough(min(self._chunk_limit - chunk.length, self._allowed(channel)))
 
-    def _room_anew(self) -> int:
+    def _room_anew(self, channel: int) -> int:
         """What a new chunk may hold."""
-        return _enough(min(self._chunk_limit, self._allowed())) if self._free else 0
+        kept = 0 if channel in self._hurried else _KEPT_SLOTS
+        return _enough(min(self._chunk_limit, self._allowed(channel))) if len(self._free) > kept else 0
 
-    def _allowed(self) -> int:
+    def _allowed(self, channel: int) -> int:
+        """How much more of a channel may wait."""
+        if channel in self._hurried:
+            return self._hurried_limit - sum(chunk.length for chunk in self._chunks if chunk.channel == channel)
         return MAX_RAW_BYTES if self._waiting_limit is None else self._waiting_limit - self.waiting_bytes
 
-    def _grows(self, chunk: Chunk, channel: int) -> bool:
-        """Whether bytes of ``channel`` can be added to ``chunk``."""
-        return (
-            chunk.channel == channel
-            and chunk.kind is Kind.DATA
-            and chunk.state is State.WAITING
-            and not (self._sending and len(self._chunks) == 1)
-        )
+    def _last(self, channel: int) -> Chunk | None:
+        """The chunk behind which bytes of a channel go, if it is of that channel."""
+        if channel in self._hurried:
+            return next((chunk for chunk in reversed(self._chunks) if chunk.channel == channel), None)
+        return self._chunks[-1] if self._chunks and self._chunks[-1].channel == channel else None
+
+    def _place(self, channel: int) -> int:
+        """Where in the queue a new chunk of a channel goes."""
+        if channel not in self._hurried:
+            return len(self._chunks)
+        own = [place for place, chunk in enumerate(self._chunks) if chunk.channel == channel]
+        return own[-1] + 1 if own else int(self._sending)
+
+    def _grows(self, chunk: Chunk) -> bool:
+        """Whether bytes can be added to ``chunk``."""
+        is_sent = self._sending and chunk is self._chunks[0]
+        return chunk.kind is Kind.DATA and chunk.state is State.WAITING and not is_sent
 
 
 def _enough(length: int) -> int:

@@ -17,6 +17,7 @@ from limosa.transport.relay.control import ChannelStatistics, CompressionStatist
 from limosa.transport.relay.errors import BrokenStream
 from limosa.transport.relay.frames import (
     HEADER_BYTES,
+    MAX_GROWTH_BYTES,
     MAX_RAW_BYTES,
     Form,
     FrameReader,
@@ -31,7 +32,7 @@ from limosa.transport.relay.plug import Plug
 from limosa.transport.relay.pump import Interest, Pump
 
 #: Credit is given in portions of at least this.
-_GRANT_BYTES = 128 * 1024
+_GRANT_BYTES = 256 * 1024
 _BACK_BYTES = 64 * 1024
 
 
@@ -60,6 +61,7 @@ class Receiver:
         self._notices = notices
         self._decompressor = Decompressor(window_log)
         self._buffer = memoryview(bytearray(MAX_RAW_BYTES))
+        self._compressed = memoryview(bytearray(MAX_RAW_BYTES + MAX_GROWTH_BYTES))
         self._back_buffer = memoryview(bytearray(_BACK_BYTES))
         self._channels: dict[int, _Channel] = {}
         #: numbers that were ever opened: what still comes for those that ended is dropped
@@ -124,7 +126,9 @@ class Receiver:
         if header.form is Form.RAW:
             self._forward.receive_into(data)
         else:
-            self._decompressor.decompress(self._forward.receive(header.wire_length), data)
+            compressed = self._compressed[: header.wire_length]
+            self._forward.receive_into(compressed)
+            self._decompressor.decompress(compressed, data)
         return data
 
     def _deliver(self, channel: _Channel, header: Header, data: memoryview) -> None:

@@ -90,6 +90,7 @@ class Sender:
         self._compression = Compression(self._queue, forward, worker)
         #: the pump found no room, or what keeps a channel from being forgotten, and wants to be told of progress
         self._held_up = False
+        self._turn = 0
 
     def start(self) -> None:
         """Begin; returns at once."""
@@ -117,6 +118,7 @@ class Sender:
         with self._lock:
             if number in self._channels:
                 self._channels[number].short = True
+                self._queue.hurry(number)
                 self._adjust()
 
     def statistics(self) -> Statistics:
@@ -135,9 +137,16 @@ class Sender:
             self._held_up = False
             self._forget_ended()
             interests = list(self._compression.interests(self._on_results))
-            for channel in self._channels.values():
+            for channel in self._in_turn():
                 interests.extend(self._interests_in(channel))
             return interests
+
+    def _in_turn(self) -> list[_Channel]:
+        """Another one first each time: what room there is may be enough for one of them only."""
+        channels = list(self._channels.values())
+        self._turn += 1
+        first = self._turn % max(1, len(channels))
+        return channels[first:] + channels[:first]
 
     def _interests_in(self, channel: _Channel) -> Iterator[Interest]:
         descriptor = channel.plug.fileno()
@@ -158,6 +167,7 @@ class Sender:
             else:
                 channel.plug.close()
                 del self._channels[number]
+                self._queue.forget(number)
                 self._adjust()
                 self._notices.channel_ended(channel.statistics)
 
@@ -225,12 +235,15 @@ class Sender:
     def _next(self) -> Chunk:
         """The head of the queue, once it is known how it will be sent."""
         with self._lock:
-            while (chunk := self._queue.head()) is None:
-                self._arrived.wait()
-            self._compression.offer()
-            if chunk.state is State.OFFERED:
-                self._compression.decide(chunk, self._done)
-            return self._queue.begin()
+            while True:
+                while (chunk := self._queue.head()) is None:
+                    self._arrived.wait()
+                self._compression.offer()
+                if chunk.state is State.OFFERED:
+                    self._compression.decide(chunk, self._done)
+                # What hurries may have gone ahead of it meanwhile.
+                if self._queue.head() is chunk:
+                    return self._queue.begin()
 
     def _transmit(self, chunk: Chunk) -> None:
         if chunk.kind is not Kind.DATA:
