@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from harness.hosts import runners, settled, wait_until
 from harness.labs import LabHost, running_lab
 from harness.steering import follow, remove, settings
 from limosa.lab import daemons
-from limosa.model.migration import Migration, Outcome
+from limosa.model.migration import Migration, Outcome, Phase
 from limosa.model.route import Compressed
 from limosa.transport.relay.outbound import LINGER_S
 from limosa.wire import api, endpoints
@@ -206,21 +206,21 @@ def test_a_destination_that_stops_reading_is_cancelled_as_fast(hosts: list[LabHo
         (qemu,) = [pid for pid in hosts[1].qemus() if b"guest=vm" in command(pid)]
         os.kill(qemu, signal.SIGSTOP)
         with settings(hosts[0], {"bandwidth_mbit_per_s": 0}):
-            follow(hosts[0], migration, stands_still())
+            follow(hosts[0], migration, lambda view: view.phase is Phase.SYNCHRONISE)
             cancels_at_once(hosts, migration)
     stays(hosts, session=True)
 
 
-def stands_still() -> Callable[[Migration], bool]:
-    """Whether as much had been sent ten views before."""
-    seen: list[int] = []
-
-    def look(view: Migration) -> bool:
-        made = compressed(view)
-        seen.append(made.sent_bytes if made is not None else 0)
-        return len(seen) > 10 and seen[-1] == seen[-10]
-
-    return look
+def test_a_guest_that_stands_still_for_a_destination_that_stops_reading_runs_on(hosts: list[LabHost]) -> None:
+    with under_way(hosts) as migration:
+        (qemu,) = [pid for pid in hosts[1].qemus() if b"guest=vm" in command(pid)]
+        os.kill(qemu, signal.SIGSTOP)
+        with settings(hosts[0], {"bandwidth_mbit_per_s": 0}):
+            ended = hosts[0].outcome(migration)
+    assert ended.outcome is Outcome.FAILED
+    assert ended.fault is not None
+    assert (ended.fault.code, "stood still" in ended.fault.what) == ("migration-failed", True), ended.fault
+    stays(hosts, session=True)
 
 
 def cancels_at_once(hosts: list[LabHost], migration: str) -> None:

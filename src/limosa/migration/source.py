@@ -15,8 +15,10 @@ wherever, ``settle`` brings it to an end; it is also where a restarted daemon be
 from __future__ import annotations
 
 import asyncio
+import socket
 import time
 from collections.abc import Coroutine
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
@@ -40,7 +42,7 @@ from limosa.model.finding import Severity
 from limosa.model.migration import Phase, Progress
 from limosa.model.route import Route
 from limosa.model.units import MIB
-from limosa.qemu.protocol import Event, MachineProtocol, MigrationState, MigrationStatistics, StreamParameters
+from limosa.qemu.protocol import Event, MachineProtocol, MigrationState, MigrationStatistics, RunState, StreamParameters
 from limosa.security.stream import make_credentials
 from limosa.transport.channel import Channel, SocketChannel
 from limosa.transport.choice import connected
@@ -49,6 +51,10 @@ from limosa.wire.peer import Prepare, Prepared, StreamCredentials
 LOOK_EVERY_S = 0.2
 #: So long before a guest may stop first, what waits on the way is made little: it would have to wait for that.
 SHORTEN_BEFORE_S = 0.5
+#: A guest that has stopped runs on here if its destination has not loaded everything within this. The largest budget
+#: for a blackout is a fifth of it.
+STANDS_STILL_S = 10.0
+ANSWERS_WITHIN_S = 1.0
 #: From the end of the stream to the destination's word that its QEMU has ended.
 LAST_WORDS_WITHIN_S = 1.0
 
@@ -92,6 +98,7 @@ class SourceMove:
         #: bytes of files below disks
         self.layers_sent = 0
         self.stopped_at: float | None = None
+        self.stands_still = asyncio.Event()
 
     async def run(self) -> None:
         """Move the VM. Raises what went wrong; then nothing is settled yet."""
@@ -107,6 +114,9 @@ class SourceMove:
                 await self.send(self.machine)
             await self.switch_over(self.machine)
             await self.tear_down()
+        except LimosaError:
+            self._cut_off()
+            raise
         finally:
             unsubscribe()
             if self.paths is not None and self.home.bandwidth() == 0:
@@ -135,6 +145,7 @@ class SourceMove:
         self.terms = replace(self._asked, rdma_failed=str(failure))
         self.sent, self.paused = [asyncio.get_running_loop().create_future() for _ in range(2)]
         self.stopped_at = None
+        self.stands_still.clear()
 
     async def build_up(self, machine: MachineProtocol, peer: Peer) -> Prepared:
         """Check, then have the destination build everything while QEMU here is set up."""
@@ -266,10 +277,11 @@ class SourceMove:
         await machine.migrate(self.channel.stream)
         watch = asyncio.ensure_future(self._watch(machine))
         finish = asyncio.ensure_future(self._finish_disks(machine))
+        limit = asyncio.ensure_future(self._not_for_ever(machine))
         follow = asyncio.ensure_future(self.paths.follow(self.home.networks(), self.peer))
         try:
             # Looking must not delay the hand-over, so it goes on beside the waiting.
-            waiting: set[asyncio.Future[Any]] = {self.sent, watch, finish}
+            waiting: set[asyncio.Future[Any]] = {self.sent, watch, finish, limit}
             while not self.sent.done():
                 done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
                 for one in done - {self.sent}:
@@ -277,6 +289,7 @@ class SourceMove:
         finally:
             watch.cancel()
             finish.cancel()
+            limit.cancel()
             follow.cancel()
         state = self.sent.result()
         if state not in (MigrationState.COMPLETED, MigrationState.POSTCOPY_ACTIVE):
@@ -288,6 +301,23 @@ class SourceMove:
         if self.mirrors is not None:
             await self.mirrors.finish()
         await machine.continue_migration()
+
+    async def _not_for_ever(self, machine: MachineProtocol) -> None:
+        """End the move if the guest stands still for too long: until all is loaded there it can run on here."""
+        await self.stands_still.wait()
+        await asyncio.sleep(STANDS_STILL_S)
+        with suppress(TimeoutError):  # see _cut_off
+            async with asyncio.timeout(ANSWERS_WITHIN_S):
+                if await machine.status() is not RunState.FINISH_MIGRATE:
+                    return  # it was not the move that stopped it
+        vm, host = self.header.vm.name, self.header.destination
+        raise MigrationFailed(
+            f"host '{host}' did not take the rest of VM '{vm}', which stood still meanwhile",
+            why=f"its QEMU had not loaded everything within {STANDS_STILL_S:.0f} s",
+            todo="see the VM's qemu.log there, and whether that host has processor time and memory left",
+            vm=vm,
+            host=host,
+        )
 
     async def _copied(self, machine: MachineProtocol, prepared: Prepared) -> None:
         """:meth:`copy`, guarded. What carries the stream knows best why it broke."""
@@ -376,10 +406,19 @@ class SourceMove:
         self.channel, self.disk_channels, self._is_short = None, [], False
         self.home.disconnect()
 
+    def _cut_off(self) -> None:
+        """Have a QEMU that sends the rest to nobody fail. While it waits for its socket it holds the lock it needs
+        to hear of a cancel (``migration_completion`` with the BQL, migration/migration.c)."""
+        sends_the_rest = self.stands_still.is_set() and not self.sent.done()
+        if sends_the_rest and self.channel is not None and isinstance(self.channel.stream, socket.socket):
+            with suppress(OSError):
+                self.channel.stream.shutdown(socket.SHUT_RDWR)
+
     def _on_event(self, event: Event) -> None:
         match event.name:
             case "STOP":
                 self.stopped_at = event.at
+                self.stands_still.set()
                 self.report.enter(Phase.SWITCHOVER, silently=True)
             case "MIGRATION_PASS" if event.data.get("pass", 0) > 1 and self.report.now.phase is Phase.COPY:
                 self.report.enter(Phase.SYNCHRONISE)
