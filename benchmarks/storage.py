@@ -161,6 +161,8 @@ def _copy(guests: Guests, number: int) -> Iterator[Copied]:
         wall_s = ways[by]()
         say(f"one host, round {number + 1}: {by}: {wall_s:.2f} s")
         yield Copied(by=by, round=number, wall_s=wall_s)
+    # Home again, where the other host does not see it.
+    _awake(guests.limosa, guests.limosa.move_disk)
 
 
 def _awake(system: System, work: Callable[[], float]) -> float:
