@@ -110,7 +110,7 @@ def images(ground: Ground, host: str) -> Path:
 
 
 def add_locations(ground: Ground) -> None:
-    """Give each host a second location. Both are on one machine and see each other's: there no disk needs to be copied."""
+    """Give each host a second location, which the other sees, too: the machine is the same."""
     for host in HOSTS:
         folder = _state(ground, host) / OTHER_LOCATION
         folder.mkdir(mode=0o711)
