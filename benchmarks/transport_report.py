@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from benchmarks import pages
 from benchmarks.measurements import Compared, Cut, Drained, Streamed, Trip
@@ -22,7 +22,7 @@ _METHOD = """\
 All moves are Limosa's, with TLS, turn by turn in one run; `multifd-zstd` is QEMU's own compression (level 1, two
 channels, TLS), driven by a bare QMP script. Guests: *busy*, 1 GiB, of which 600 MiB are filled (one third random, the
 rest text) and 20 MiB/s rewritten; *small*, 512 MiB, of which 128 MiB are filled the same way, for a line that the busy
-one would outrun; *Debian*, 768 MiB, Debian 12 with systemd, sshd and some services, booted from memory, idle. Figures
+one would outrun; *Debian*, 512 MiB, Debian 12 with systemd, sshd and some services, booted from memory, idle. Figures
 are medians, in brackets the range. Where guests are emulated on the few cores that also carry the copy, ranges are
 wide.
 
@@ -52,10 +52,12 @@ class Report(Outcome, frozen=True):
     compared: tuple[Compared, ...] = ()
 
 
-def page(report: Report) -> str:
-    """The page that is published."""
-    file = "docs/benchmarks-transports.md"
-    head = pages.head(report, title="Benchmarks of transports", command="transports", file=file, method=_METHOD)
+def page(report: Report, only: Sequence[str] = ()) -> str:
+    """The page that is published. ``only``: the parts that were measured, if not all."""
+    title, command, file = "Benchmarks of transports", "transports", "docs/benchmarks-transports.md"
+    if only:
+        title, command, file = f"{title}: {', '.join(only)}", f"{command} --only {','.join(only)}", "FILE"
+    head = pages.head(report, title=title, command=command, file=file, method=_METHOD)
     return "\n".join([*head, *pages.targets(report.rows), *_measured(report), *pages.others(report.rows), ""])
 
 

@@ -203,6 +203,7 @@ def test_the_page_has_all_parts() -> None:
         trips=trips,
         drains=drains,
     )
+    assert "transports --only drain,cuts --page" in transport_report.page(report, ["drain", "cuts"])
     text = transport_report.page(report)
     for title in ("## Compression: busy guest, 1 Gbit/s, other VMs idle", "## Nics: busy guest", "## Drain, 1 rounds"):
         assert title in text
