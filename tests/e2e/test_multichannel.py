@@ -89,7 +89,7 @@ def kernel(host: LabHost) -> tuple[tuple[Endpoint, ...], Limits]:
 
 
 def is_clean(host: LabHost) -> bool:
-    return kernel(host) == ((), Limits(2, 0, 4)) and not (host.run / "mptcp.json").exists()
+    return kernel(host) == ((), Limits(2, 0)) and not (host.run / "mptcp.json").exists()
 
 
 def in_host(host: LabHost, work: Callable[[IPRoute, int], None], nic: str) -> None:
@@ -166,12 +166,12 @@ def test_what_an_administrator_set_is_used_and_stays(hosts: list[LabHost]) -> No
 
     async def set_up() -> None:
         await PathManager().announce(theirs)
-        await PathManager().set_limits(Limits(8, 3, 4))
+        await PathManager().set_limits(Limits(8, 3))
 
     async def take_away() -> None:
         for one in await PathManager().endpoints():
             await PathManager().withdraw(one)
-        await PathManager().set_limits(Limits(2, 0, 4))
+        await PathManager().set_limits(Limits(2, 0))
 
     big(hosts[0])
     namespaces.inside(hosts[1].namespace, lambda: asyncio.run(set_up()))

@@ -15,7 +15,7 @@ from limosa.network.mptcp import FLAG_IMPLICIT, FLAG_SIGNAL, Endpoint, Limits
 from limosa.transport.endpoints import Endpoints
 
 MINE, OTHER, THEIRS = "10.79.0.11", "10.80.0.11", "10.81.0.11"
-DEFAULT, RAISED = Limits(2, 0, 4), Limits(8, 8, 1)
+DEFAULT, RAISED = Limits(2, 0), Limits(8, 8)
 
 
 class Kernel:
@@ -79,7 +79,7 @@ def test_set_by_the_first_move_and_gone_with_the_last(tmp_path: Path) -> None:
 def test_what_an_administrator_made_is_used_and_left_alone(tmp_path: Path) -> None:
     async def scenario() -> None:
         theirs = Endpoint(THEIRS, 1, FLAG_SIGNAL)
-        kernel = Kernel(RAISED, (theirs,))
+        kernel = Kernel(Limits(8, 8), (theirs,))
         endpoints = Endpoints(kernel, tmp_path / "mptcp.json")
         hold = await endpoints.hold([THEIRS, MINE])
         await endpoints.announce(hold, [THEIRS])
@@ -87,12 +87,12 @@ def test_what_an_administrator_made_is_used_and_left_alone(tmp_path: Path) -> No
         await endpoints.idle()
         assert kernel.there == {THEIRS: theirs}
         assert kernel.acts == [f"announce {MINE}", f"withdraw {MINE}"]
-        assert kernel.now == RAISED
+        assert kernel.now == Limits(8, 8)
 
     play(scenario)
 
 
-@pytest.mark.parametrize("changed", [Limits(4, 4, 1), Limits(0, 0, 1), Limits(8, 8, 2)])
+@pytest.mark.parametrize("changed", [Limits(4, 4), Limits(0, 0)])
 def test_limits_somebody_changed_meanwhile_stay(tmp_path: Path, changed: Limits) -> None:
     async def scenario() -> None:
         kernel = Kernel()
@@ -155,7 +155,7 @@ def test_a_refusal_leaves_nothing(tmp_path: Path) -> None:
 @given(
     mine=st.sets(st.sampled_from([MINE, OTHER])),
     theirs=st.sets(st.just(THEIRS)),
-    limits=st.builds(Limits, st.integers(0, 8), st.integers(0, 8), st.integers(0, 5)),
+    limits=st.builds(Limits, st.integers(0, 8), st.integers(0, 8)),
 )
 @settings(deadline=None)
 def test_the_next_daemon_takes_away_what_a_killed_one_left(

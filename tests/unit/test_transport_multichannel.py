@@ -113,7 +113,7 @@ def test_all_announced_paths_are_used_and_nothing_is_left(tmp_path: Path) -> Non
         await ends.close()
         assert [(used.there, used.alive) for used in ends.channel.used()] == [(one, False) for one in THEIRS]
         manager = PathManager()
-        assert (await manager.endpoints(), await manager.limits()) == ((), Limits(2, 0, 4))
+        assert (await manager.endpoints(), await manager.limits()) == ((), Limits(2, 0))
         assert list(tmp_path.iterdir()) == []
 
     play(scenario)

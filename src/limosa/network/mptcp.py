@@ -3,14 +3,12 @@
 An *endpoint* is an address of this host that connections may use besides the one they were made with. With the flag
 ``signal`` the kernel announces it to the other end of every Multipath TCP connection; that end then connects to it as
 well, from whichever of its NICs leads there. *Limits* say how many further connections each may have and how many
-announced addresses it takes up, and how long a path that carries nothing any more is waited for. All of it belongs to
-the network namespace.
+announced addresses it takes up. Both belong to the network namespace.
 """
 
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -30,9 +28,6 @@ FLAG_IMPLICIT = 16
 MOST = 8
 
 _SWITCH = Path("/proc/sys/net/mptcp/enabled")
-_LOSSES = Path("/proc/sys/net/mptcp/stale_loss_cnt")
-#: Where the kernel has no such setting (Linux 5.14 and older), or it is not ours to change.
-NO_LOSSES = 0
 
 
 @dataclass(frozen=True)
@@ -48,20 +43,14 @@ class Endpoint:
 
 @dataclass(frozen=True)
 class Limits:
-    """For each connection: how many further ones, and how many announced addresses.
-
-    ``losses``: after so many retransmission timeouts without an answer what a path has goes again over the others
-    (``stale_loss_cnt``; each timeout is twice the one before, so that the kernel's own 4 are some seconds).
-    """
+    """For each connection: how many further ones, and how many announced addresses."""
 
     subflows: int
     accepted: int
-    losses: int = NO_LOSSES
 
-    def widened_to(self, other: Limits) -> Limits:
-        """Whatever of both lets a connection do more, each by itself."""
-        losses = min(self.losses, other.losses)
-        return Limits(max(self.subflows, other.subflows), max(self.accepted, other.accepted), losses)
+    def raised_to(self, other: Limits) -> Limits:
+        """The larger of both, each by itself."""
+        return Limits(max(self.subflows, other.subflows), max(self.accepted, other.accepted))
 
 
 def is_on() -> bool:
@@ -102,15 +91,12 @@ class PathManager:
         """The limits in force."""
         (answer,) = await self._ask("read the limits of", lambda socket: socket.limits("show"))
         subflows, accepted = (attribute(answer, f"MPTCP_PM_ATTR_{name}") for name in ("SUBFLOWS", "RCV_ADD_ADDRS"))
-        return Limits(subflows or 0, accepted or 0, _losses())
+        return Limits(subflows or 0, accepted or 0)
 
     async def set_limits(self, limits: Limits) -> None:
-        """Set all limits, for connections that begin from now on."""
+        """Set both limits, for connections that begin from now on."""
         arguments = {"subflows": limits.subflows, "add_addr_accepted": limits.accepted}
         await self._ask("set the limits of", lambda socket: socket.limits("set", **arguments))
-        if limits.losses != NO_LOSSES:
-            with kernel_refusals("cannot set the limits of Multipath TCP"):
-                _LOSSES.write_text(f"{limits.losses}\n")
 
     async def _ask(self, what: str, request: Callable[[MPTCP], Iterable[Any]]) -> tuple[Any, ...]:
         """The answers to one request."""
@@ -125,10 +111,6 @@ class PathManager:
                 return tuple(request(socket))
 
         return await asyncio.get_running_loop().run_in_executor(self._thread, connect_and_ask)
-
-
-def _losses() -> int:
-    return int(_LOSSES.read_text()) if os.access(_LOSSES, os.W_OK) else NO_LOSSES
 
 
 def _field(address: str) -> str:

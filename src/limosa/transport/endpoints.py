@@ -4,8 +4,7 @@ The rules:
 
 - The first move raises the limits, the last one to end puts them back: never lower than they were, and only if nobody
   has changed them meanwhile. They are raised to the most there is, because the kernel lets a connection that has
-  reached its limit never use a NIC that appears later. A path that is silent is given up after one timeout instead of
-  four, which were up to 2.6 s (measured) in which a move with a NIC cut stood still.
+  reached its limit never use a NIC that appears later.
 - An address is announced by the first move that needs it and withdrawn after the last. One that an administrator has
   made an endpoint is used as it is and left alone.
 - Where a team of NICs spreads connections by their ports, an address is announced several times, with ports on which
@@ -24,7 +23,6 @@ import asyncio
 import logging
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable
-from dataclasses import astuple
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -42,8 +40,6 @@ _log = logging.getLogger(__name__)
 Answer = TypeVar("Answer")
 
 
-#: See :class:`limosa.network.mptcp.Limits`.
-LOSSES = 1
 #: An address and a port, 0 for the connection's own.
 Place = tuple[str, int]
 
@@ -72,8 +68,8 @@ class Record(Model, frozen=True):
     endpoints there were before the first move. ``before`` is null while no move runs."""
 
     endpoints: tuple[Place, ...] = ()
-    before: tuple[int, int, int] | None = None
-    raised: tuple[int, int, int] | None = None
+    before: tuple[int, int] | None = None
+    raised: tuple[int, int] | None = None
     implicit: tuple[str, ...] = ()
 
 
@@ -188,10 +184,10 @@ class Endpoints:
         if self._record.before is not None:
             return
         before = await self._manager.limits()
-        raised = before.widened_to(Limits(MOST, MOST, LOSSES))
+        raised = before.raised_to(Limits(MOST, MOST))
         self._write(
-            before=astuple(before),
-            raised=astuple(raised),
+            before=(before.subflows, before.accepted),
+            raised=(raised.subflows, raised.accepted),
             implicit=tuple(one.address for one in await self._manager.endpoints() if one.flags & FLAG_IMPLICIT),
         )
         if raised != before:
