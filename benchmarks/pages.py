@@ -45,10 +45,11 @@ def head(outcome: Outcome, *, title: str, command: str, file: str, method: str) 
         "",
         "Versions: " + ", ".join(f"{name} {version}".strip() for name, version in _named(versions)) + ".",
         "",
-        "Links, as plain TCP streams fill them: "
-        + "; ".join(f"{name} {rate * 8 / 1e9:.2f} Gbit/s" for name, rate in outcome.calibration.items())
-        + ".",
-        "",
+    )
+    if outcome.calibration:
+        links = "; ".join(f"{name} {rate * 8 / 1e9:.2f} Gbit/s" for name, rate in outcome.calibration.items())
+        yield from (f"Links, as plain TCP streams fill them: {links}.", "")
+    yield from (
         *method.splitlines(),
         "",
     )
