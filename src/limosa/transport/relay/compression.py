@@ -43,13 +43,11 @@ class Compression:
         self._offered: dict[int, Chunk] = {}
         self._made_late: list[Chunk] = []
         self._line, self._pace, self._patience = Line(), Pace(), Patience()
-        self._short = False
         self.statistics = CompressionStatistics()
 
-    def set_short(self, short: bool) -> None:
-        """Whether only a little may wait in the kernel, from now on."""
-        self._short = short
-        self._carrier.set_short(short)
+    def adjust(self) -> None:
+        """Another channel hurries, or one that did is gone: then little may wait in the kernel, or more again."""
+        self._carrier.set_short(self._queue.any_hurries)
         self._limit()
 
     def interests(self, act: Callable[[], None]) -> Iterator[Interest]:
@@ -144,7 +142,7 @@ class Compression:
         hurried = self._line.carries(_SHORT_WAITING_S / remainder) or SHORT_WAITING_BYTES
         self._queue.set_hurried_limit(min(hurried, SHORT_WAITING_BYTES))
         self._queue.set_chunk_limit(self._line.carries(_CHUNK_S / remainder) or MAX_RAW_BYTES)
-        if (unsent := self._line.carries(_SHORT_UNSENT_S if self._short else _UNSENT_S)) is not None:
+        if (unsent := self._line.carries(_SHORT_UNSENT_S if self._queue.any_hurries else _UNSENT_S)) is not None:
             self._carrier.set_unsent(unsent)
 
     def _lose_worker(self) -> None:

@@ -113,6 +113,15 @@ class Queue:
         """Nothing will be read from this channel any more."""
         self._hurried.discard(channel)
 
+    def hurries(self, channel: int) -> bool:
+        """Whether this channel does."""
+        return channel in self._hurried
+
+    @property
+    def any_hurries(self) -> bool:
+        """Whether there is a channel that does."""
+        return bool(self._hurried)
+
     def set_chunk_limit(self, limit: int) -> None:
         """How large a chunk may grow from now on, within reason."""
         most = MAX_RAW_BYTES if self._waiting_limit is None else min(MAX_RAW_BYTES, self._waiting_limit // 2)
@@ -122,7 +131,7 @@ class Queue:
 
     def has_room(self, channel: int) -> bool:
         """Whether something may be read from ``channel`` now."""
-        return self._room_behind(channel) > 0 or self._room_anew(channel) > 0
+        return self._behind(channel) is not None or self._room_anew(channel) > 0
 
     def room(self, channel: int) -> tuple[int, int, int]:
         """Where, and how much, may be read from ``channel`` now: slot, offset in it and length, which is 0 if nothing
@@ -130,10 +139,9 @@ class Queue:
 
         Each read must be followed by :meth:`append` before the next.
         """
-        if length := self._room_behind(channel):
-            self._growing = growing = self._last(channel)
-            assert growing is not None
-            return growing.slot, growing.length, length
+        if (growing := self._behind(channel)) is not None:
+            self._growing = growing
+            return growing.slot, growing.length, self._room_in(growing)
         if length := self._room_anew(channel):
             self._filling = self._free.pop()
         return self._filling, 0, length
@@ -225,12 +233,14 @@ class Queue:
             self._free.append(chunk.slot)
             chunk.slot = _NO_SLOT
 
-    def _room_behind(self, channel: int) -> int:
-        """What may be added to the last chunk."""
+    def _behind(self, channel: int) -> Chunk | None:
+        """The chunk to which more of a channel may be added."""
         chunk = self._last(channel)
-        if chunk is None or not self._grows(chunk):
-            return 0
-        return _enough(min(self._chunk_limit - chunk.length, self._allowed(channel)))
+        return chunk if chunk is not None and self._grows(chunk) and self._room_in(chunk) > 0 else None
+
+    def _room_in(self, chunk: Chunk) -> int:
+        """What may be added to a chunk that grows."""
+        return _enough(min(self._chunk_limit - chunk.length, self._allowed(chunk.channel)))
 
     def _room_anew(self, channel: int) -> int:
         """What a new chunk may hold."""

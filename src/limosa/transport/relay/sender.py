@@ -48,16 +48,10 @@ class _Channel:
     def __init__(self, plug: Plug) -> None:
         self.plug = plug
         self.credit = WINDOW_BYTES
-        self.short = False
         self.broken = False
         #: by its QEMU, and by the destination's
         self.said, self.heard = Said(), Said()
         self.statistics = ChannelStatistics(channel=plug.number)
-
-    @property
-    def allowance(self) -> int:
-        """What may be read from its QEMU now."""
-        return self.credit - (WINDOW_BYTES - _SHORT_WINDOW_BYTES if self.short else 0)
 
     @property
     def over(self) -> bool:
@@ -117,18 +111,14 @@ class Sender:
         """Have little of this channel wait from now on; no effect if it ended."""
         with self._lock:
             if number in self._channels:
-                self._channels[number].short = True
                 self._queue.hurry(number)
-                self._adjust()
+                self._compression.adjust()
 
     def statistics(self) -> Statistics:
         """Of the channels that are open, and of compression."""
         with self._lock:
             channels = [channel.statistics for channel in self._channels.values()]
             return Statistics(channels=channels, compression=self._compression.statistics)
-
-    def _adjust(self) -> None:
-        self._compression.set_short(any(channel.short for channel in self._channels.values()))
 
     # --- the pump ---
 
@@ -150,13 +140,18 @@ class Sender:
 
     def _interests_in(self, channel: _Channel) -> Iterator[Interest]:
         descriptor = channel.plug.fileno()
-        if not channel.plug.input_ended and channel.allowance > 0:
+        if not channel.plug.input_ended and self._allowance(channel) > 0:
             if self._queue.has_room(channel.plug.number):
                 yield Interest(descriptor, partial(self._read, channel))
             else:
                 self._held_up = True
         if channel.plug.kept_bytes and not channel.broken:
             yield Interest(descriptor, partial(self._flush, channel), writing=True)
+
+    def _allowance(self, channel: _Channel) -> int:
+        """What may be read from its QEMU now."""
+        kept_back = WINDOW_BYTES - _SHORT_WINDOW_BYTES if self._queue.hurries(channel.plug.number) else 0
+        return channel.credit - kept_back
 
     def _forget_ended(self) -> None:
         for number, channel in list(self._channels.items()):
@@ -168,7 +163,7 @@ class Sender:
                 channel.plug.close()
                 del self._channels[number]
                 self._queue.forget(number)
-                self._adjust()
+                self._compression.adjust()
                 self._notices.channel_ended(channel.statistics)
 
     def _read(self, channel: _Channel) -> None:
@@ -181,7 +176,7 @@ class Sender:
         number = channel.plug.number
         with self._lock:
             slot, offset, length = self._queue.room(number)
-            length = min(length, channel.allowance)
+            length = min(length, self._allowance(channel))
         count: int | None = None
         if length > 0:
             view = self._memory.raw(slot, offset, offset + length)
@@ -314,7 +309,7 @@ class Sender:
 
     def _grant(self, channel: _Channel, count: int) -> None:
         with self._lock:
-            stood_still = channel.allowance <= 0
+            stood_still = self._allowance(channel) <= 0
             channel.credit += count
         if stood_still:
             self._pump.wake()
