@@ -21,6 +21,7 @@ from socket import if_nametoindex
 
 from pyroute2 import IPRoute
 
+from limosa.background import then
 from limosa.network.netlink import Netlink, kernel_refusals
 from limosa.network.switches import Switch, find_switch
 
@@ -54,13 +55,8 @@ async def open_tap(netlink: Netlink, switch: str) -> Tap:
         return await asyncio.shield(opening)
     except asyncio.CancelledError:
         # What has begun goes on in its thread, and nobody else would know of its tap.
-        opening.add_done_callback(_let_go)
+        then(opening, Tap.close)
         raise
-
-
-def _let_go(opening: asyncio.Future[Tap]) -> None:
-    if not opening.cancelled() and opening.exception() is None:
-        opening.result().close()
 
 
 def plug_in(socket: IPRoute, switch: str) -> Tap:
