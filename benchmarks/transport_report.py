@@ -56,7 +56,8 @@ def page(report: Report, only: Sequence[str] = ()) -> str:
     """The page that is published. ``only``: the parts that were measured, if not all."""
     title, command, file = "Benchmarks of transports", "transports", "docs/benchmarks-transports.md"
     if only:
-        title, command, file = f"{title}: {', '.join(only)}", f"{command} --only {','.join(only)}", "FILE"
+        title, command = f"{title}: {', '.join(only)}", f"{command} --only {','.join(only)}"
+        file = f"docs/benchmarks-{'-'.join(only)}.md"
     head = pages.head(report, title=title, command=command, file=file, method=_METHOD)
     return "\n".join([*head, *pages.targets(report.rows), *_measured(report), *pages.others(report.rows), ""])
 
