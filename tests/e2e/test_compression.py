@@ -14,7 +14,7 @@ import pytest
 
 from harness.commands import limosa
 from harness.hosts import runners, settled, wait_until
-from harness.labs import LabHost, running_lab
+from harness.labs import RELAYS, LabHost, running_lab
 from harness.steering import follow, remove, settings
 from limosa.lab import daemons
 from limosa.model.migration import Migration, Outcome, Phase
@@ -90,7 +90,7 @@ def relays(host: LabHost) -> list[int]:
 
 
 def relay_processes(host: LabHost) -> list[int]:
-    return [pid for pid in host.processes() if b"limosa.transport.relay" in command(pid)]
+    return [pid for pid in host.processes() if RELAYS.encode() in command(pid)]
 
 
 def command(pid: int) -> bytes:
