@@ -132,7 +132,7 @@ def test_shortened_streams_come_out_too() -> None:
     async def work() -> None:
         async with pair(bytes_per_s=SLOW) as relays:
             here, there = await relays.channel()
-            await relays.source.shorten(0)
+            await relays.source.set_short(0, short=True)
             came: list[bytes] = []
             await asyncio.gather(asyncio.to_thread(read, there, came), asyncio.to_thread(write, here, TEXT + NOISE))
             assert b"".join(came) == TEXT + NOISE

@@ -97,7 +97,7 @@ def numbered(channel: int, start: int, count: int) -> bytes:
 
 steps = st.one_of(
     st.tuples(st.just("fill"), st.sampled_from([1, 2]), st.integers(0, 600 * KIB)),
-    st.tuples(st.sampled_from(["hurry", "forget"]), st.sampled_from([1, 2]), st.just(0)),
+    st.tuples(st.sampled_from(["hurry", "calm"]), st.sampled_from([1, 2]), st.just(0)),
     st.tuples(st.sampled_from(["offer", "start", "work", "send", "sent_it", "short", "long"]), st.just(0), st.just(0)),
 )
 
@@ -109,8 +109,8 @@ def test_every_byte_comes_out_once_in_order_and_nothing_overlaps(history: list[t
     for step, channel, count in history:
         if step == "fill":
             bench.fill(channel, count)
-        elif step in ("hurry", "forget"):
-            getattr(bench.queue, step)(channel)
+        elif step in ("hurry", "calm"):
+            bench.queue.set_hurried(channel, step == "hurry")
         elif step in ("short", "long"):
             bench.queue.set_waiting_limit(LITTLE_BYTES if step == "short" else None)
         else:
@@ -195,7 +195,7 @@ def test_what_hurries_goes_ahead_of_others_and_little_of_it_waits() -> None:
         pass
     bench.queue.begin()
     bench.queue.set_hurried_limit(LITTLE_BYTES)
-    bench.queue.hurry(2)
+    bench.queue.set_hurried(2, True)
     while bench.fill(2, 100 * KIB):
         pass
     assert [chunk.channel for chunk in bench.queue] == [1, 2, 1, 1, 1]
@@ -206,7 +206,7 @@ def test_what_hurries_stays_behind_what_its_channel_said_before() -> None:
     bench = Bench()
     for channel in (1, 2, 1):
         bench.fill(channel, KIB)
-    bench.queue.hurry(2)
+    bench.queue.set_hurried(2, True)
     list(bench.queue)[1].state = State.OFFERED
     bench.fill(2, KIB)
     assert [chunk.channel for chunk in bench.queue] == [1, 2, 2, 1]
@@ -266,3 +266,16 @@ def test_neither_what_is_being_sent_nor_what_is_being_read_behind_is_offered() -
     bench.queue.append(1, 0)
     bench.queue.begin()
     assert bench.queue.worth(1.0, GIGABIT, PACE, 0.3) is None
+
+
+def test_what_does_not_hurry_any_more_stays_in_order_and_waits_its_turn() -> None:
+    bench = Bench()
+    bench.queue.set_hurried(2, True)
+    for channel in (1, 2, 1):
+        bench.fill(channel, KIB)
+    bench.queue.set_hurried(2, False)
+    bench.fill(2, KIB)
+    assert [chunk.channel for chunk in bench.queue] == [2, 1, 2]
+    bench.queue.set_hurried(2, True)
+    bench.fill(2, 2 * KIB)
+    assert [(chunk.channel, chunk.length) for chunk in bench.queue] == [(2, KIB), (1, 2 * KIB), (2, 3 * KIB)]

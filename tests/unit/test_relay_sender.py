@@ -159,7 +159,7 @@ def test_what_hurries_while_the_worker_is_waited_for_goes_first(bench: Bench) ->
     other, ours = socket.socketpair()
     with other:
         bench.sender.open_channel(Plug(1, ours))
-        bench.sender.shorten(1)
+        bench.sender.set_short(1, True)
         bench.read(bytes(range(250)) * 200)
         other.sendall(b"in a hurry" * 1000)
 

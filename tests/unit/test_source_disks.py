@@ -94,7 +94,7 @@ class Channel:
     def __init__(self, stream: socket.socket) -> None:
         self.stream = stream
 
-    def shorten(self) -> None: ...
+    def set_short(self, short: bool) -> None: ...
 
     @property
     def connections(self) -> tuple[()]:

@@ -34,12 +34,12 @@ async def admitted(door: TcpDoorway) -> None:
         stream.setblocking(True)
         for one in (stream, channel.stream):
             assert one.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
-        channel.shorten()
+        channel.set_short(True)
         channel.stream.sendall(b"memory")
         assert stream.recv(100) == b"memory"
         stream.sendall(b"return path")
         assert channel.stream.recv(100) == b"return path"
-    channel.shorten()  # too late, and no harm
+    channel.set_short(True)  # too late, and no harm
 
 
 def test_the_source_comes_in() -> None:

@@ -49,8 +49,9 @@ from limosa.transport.choice import connected
 from limosa.wire.peer import Prepare, Prepared, StreamCredentials
 
 LOOK_EVERY_S = 0.2
-#: So long before a guest may stop first, what waits on the way is made little: it would have to wait for that.
-SHORTEN_BEFORE_S = 0.5
+#: So long before a guest may stop, what waits on the way is made little: it would have to wait for that. If it will go on
+#: for so much longer it is made more again, which is faster.
+SHORTEN_BEFORE_S, LENGTHEN_BEFORE_S = 0.5, 0.8
 #: A guest that has stopped runs on here if its destination has not loaded everything within this. The largest budget
 #: for a blackout is a fifth of it.
 STANDS_STILL_S = 10.0
@@ -422,7 +423,7 @@ class SourceMove:
                 self.report.enter(Phase.SWITCHOVER, silently=True)
             case "MIGRATION_PASS" if event.data.get("pass", 0) > 1 and self.report.now.phase is Phase.COPY:
                 self.report.enter(Phase.SYNCHRONISE)
-                self._shorten()
+                self._set_short(True)  # this one may be over at once
             case "MIGRATION":
                 state = MigrationState(event.data["status"])
                 if state is MigrationState.PRE_SWITCHOVER and not self.paused.done():
@@ -430,10 +431,10 @@ class SourceMove:
                 if state in ENDINGS and not self.sent.done():
                     self.sent.set_result(state)
 
-    def _shorten(self) -> None:
-        if self.channel is not None and not self._is_short:
-            self._is_short = True
-            self.channel.shorten()
+    def _set_short(self, short: bool) -> None:
+        if self.channel is not None and self._is_short is not short:
+            self._is_short = short
+            self.channel.set_short(short)
 
     async def _watch(self, machine: MachineProtocol) -> None:
         judge = Convergence.begin(self.terms.policy)
@@ -447,7 +448,9 @@ class SourceMove:
         if look.state is not MigrationState.ACTIVE:
             return judge
         if look.remaining_bytes < SHORTEN_BEFORE_S * look.rate_bytes_per_s:
-            self._shorten()
+            self._set_short(True)
+        elif look.remaining_bytes > LENGTHEN_BEFORE_S * look.rate_bytes_per_s:
+            self._set_short(False)
         judge, action = judge.judge(time.monotonic(), look)
         await self._act(machine, action)
         self.report.bar = self.report.bar.moved(self.report.now.phase, look)

@@ -155,9 +155,19 @@ class Disks(Session):
     async def end_copy(self, disk: str) -> None:
         """Of a copy to a host that is ready: make it whole and flush it, then end it. It stays open for
         :meth:`drop_copy`. Raises :class:`StorageError` if the copy failed."""
-        # Without force, a job that is ready ends as completed, but for the pivot (qapi/block-core.json).
-        await self._execute("block-job-cancel", {"device": f"copy-{disk}"})
-        await self._reaches(disk, {CopyState.ENDED})
+        ended: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        unsubscribe = self.on_event(lambda event: _settle(ended, event) if _is_end_of(event, disk) else None)
+        try:
+            # Without force, a job that is ready ends as completed, but for the pivot (qapi/block-core.json).
+            await self._execute("block-job-cancel", {"device": f"copy-{disk}"})
+            # The guest stands still: QEMU's event says all there is to know, and is there before any answer.
+            await asyncio.wait({ended}, timeout=LOOK_EVERY_S)
+        finally:
+            unsubscribe()
+        if not ended.done():
+            await self._reaches(disk, {CopyState.ENDED})
+        elif ended.result():
+            raise StorageError(f"disk {disk} could not be copied", why=ended.result())
         # The guest stands still, and need not wait for the answer to this; it is said before anything that follows.
         self._background.spawn(self._dismiss(disk))
         await asyncio.sleep(0)
@@ -276,6 +286,17 @@ class Disks(Session):
 
 def _is_of(event: Event, disk: str) -> bool:
     return event.name == "JOB_STATUS_CHANGE" and event.data["id"] == f"copy-{disk}"
+
+
+def _is_end_of(event: Event, disk: str) -> bool:
+    return event.name in ("BLOCK_JOB_COMPLETED", "BLOCK_JOB_CANCELLED") and event.data["device"] == f"copy-{disk}"
+
+
+def _settle(ended: asyncio.Future[str], event: Event) -> None:
+    """Make the end of a job known: empty, or why it failed."""
+    if not ended.done():
+        given_up = "it was ended" if event.name == "BLOCK_JOB_CANCELLED" else ""
+        ended.set_result(event.data.get("error", given_up))
 
 
 def _is_ours(job: dict[str, Any]) -> bool:

@@ -42,8 +42,8 @@ class Channel(Protocol):
     def stream(self) -> socket.socket | RdmaAddress:
         """Connected to the destination, and QEMU is to get a duplicate; or where QEMU is to call."""
 
-    def shorten(self) -> None:
-        """Let little wait between QEMU and the network from now on, at some cost of throughput. Never raises.
+    def set_short(self, short: bool) -> None:
+        """Whether little may wait between QEMU and the network from now on, at some cost of throughput. Never raises.
 
         QEMU takes for sent what was taken from it. What waits would be sent while the guest stands still.
         """

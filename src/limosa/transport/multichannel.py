@@ -47,7 +47,7 @@ class MultichannelChannel(tcp.TcpChannel):
         #: by the kernel's number of the connection: one that has died is not told any more
         self._seen: dict[int, Used] = {}
 
-    def shorten(self) -> None:
+    def set_short(self, short: bool) -> None:
         """See :class:`limosa.transport.channel.Channel`: it does nothing.
 
         What waits, waits in the connections this one is made of, where ``TCP_NOTSENT_LOWAT`` has no effect; and with it

@@ -4,7 +4,7 @@ What was measured for the settings here, with a guest of 1 GiB on a link of 1 Gb
 
 - With Nagle's algorithm on the last small piece of the VM's state waits for the acknowledgement of the one before, up
   to 40 ms, and so does a piece of the TLS handshake. So it is off on both ends.
-- What the kernel has taken and not sent yet is sent while the guest stands still. From the second pass on little may
+- What the kernel has taken and not sent yet is sent while the guest stands still. When that may be soon little may
   wait (``TCP_NOTSENT_LOWAT``): 40 to 11 ms. In the first pass that would cost a third of the throughput with TLS on a
   fast link and gain nothing.
 """
@@ -39,6 +39,8 @@ _BYTES_ACKED_AT, _BUSY_TIME_AT, _RECEIVER_LIMITED_AT = 120, 168, 176
 _TCP_INFO_BYTES = 256
 #: What may wait in a shortened socket before QEMU has to wait itself (tcp(7)).
 _UNSENT_BYTES = 128 * 1024
+#: Of that option: what the system's setting says.
+_NO_LIMIT = 0
 
 
 class TcpChannel:
@@ -48,10 +50,11 @@ class TcpChannel:
         self.stream = connection
         self._used: Used | None = None
 
-    def shorten(self) -> None:
+    def set_short(self, short: bool) -> None:
         """See :class:`limosa.transport.channel.Channel`."""
         with contextlib.suppress(OSError):  # also if it is closed: then the stream is at its end
-            self.stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _UNSENT_BYTES)
+            limit = _UNSENT_BYTES if short else _NO_LIMIT
+            self.stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, limit)
 
     @property
     def connections(self) -> tuple[TcpChannel]:

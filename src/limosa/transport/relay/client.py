@@ -133,16 +133,16 @@ class Relay:
         try:
             with theirs:
                 for end in (ours, theirs):
-                    _widen(end)
+                    widen(end)
                 await self.carry(number, theirs)
         except BaseException:
             ours.close()
             raise
         return ours
 
-    async def shorten(self, number: int) -> None:
-        """From the second pass on, have little of this channel wait: it would be sent while the guest stands still."""
-        await self._ask(control.Done, control.Shorten(channel=number))
+    async def set_short(self, number: int, short: bool) -> None:
+        """Whether little of this channel may wait from now on: it would be sent while the guest stands still."""
+        await self._ask(control.Done, control.SetShort(channel=number, short=short))
 
     async def statistics(self) -> Statistics:
         """The open channels' figures and the worker's."""
@@ -230,7 +230,7 @@ def _break(waiting: asyncio.Future[V], error: RelayFailed) -> None:
         waiting.exception()  # it may have no listener
 
 
-def _widen(sock: socket.socket) -> None:
+def widen(sock: socket.socket) -> None:
     """Let a chunk fit into a socket: with the usual 208 KiB each would take several turns, half of the throughput."""
     try:
         sock.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, MAX_RAW_BYTES)

@@ -69,10 +69,11 @@ class OpenChannel(Message, tag="open-channel"):
     channel: Channel
 
 
-class Shorten(Message, tag="shorten"):
-    """This channel's guest is about to stand still: have little wait from now on."""
+class SetShort(Message, tag="set-short"):
+    """Whether this channel's guest is about to stand still: have little wait then."""
 
     channel: Channel
+    short: bool
 
 
 class Done(Message, tag="done"):
@@ -132,7 +133,7 @@ class Failed(Message, tag="failed"):
     why: str
 
 
-FromDaemon = OpenSender | OpenReceiver | OpenChannel | Shorten | AskStatistics
+FromDaemon = OpenSender | OpenReceiver | OpenChannel | SetShort | AskStatistics
 Answer = Done | Refused | Statistics
 FromRelay = Answer | Opened | ChannelEnded | Failed
 

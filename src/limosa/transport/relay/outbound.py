@@ -24,7 +24,7 @@ from limosa.errors import LimosaError, RelayFailed
 from limosa.model.route import Compressed
 from limosa.security.stream import make_credentials
 from limosa.transport.channel import SocketChannel, Used
-from limosa.transport.relay.client import DEFAULT_LEVEL, Relay
+from limosa.transport.relay.client import DEFAULT_LEVEL, Relay, widen
 from limosa.transport.relay.control import CARRIERS, ChannelStatistics
 from limosa.wire.peer import Prepared, RelayPlace, StreamCredentials
 
@@ -234,11 +234,14 @@ class RelayChannel:
         """See :class:`limosa.transport.channel.Channel`: the session's."""
         return self._carriers[::CARRIERS]
 
-    def shorten(self) -> None:
+    def set_short(self, short: bool) -> None:
         """See :class:`limosa.transport.channel.Channel`."""
         with contextlib.suppress(OSError):  # it is closed: then the stream is at its end
-            self.stream.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SHORT_BYTES)
-        self._background.spawn(self._shorten())
+            if short:
+                self.stream.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SHORT_BYTES)
+            else:
+                widen(self.stream)
+        self._background.spawn(self._set_short(short))
 
     def used(self) -> tuple[Used, ...]:
         """See :class:`limosa.transport.channel.Channel`: the VM's part of what each path of the session has carried."""
@@ -290,9 +293,9 @@ class RelayChannel:
     def _carried(self) -> tuple[Used, ...]:
         return tuple(one for forward in self.connections for one in forward.used())
 
-    async def _shorten(self) -> None:
+    async def _set_short(self, short: bool) -> None:
         with contextlib.suppress(LimosaError):  # it ended, and so does the move
-            await self._relay.shorten(self._number)
+            await self._relay.set_short(self._number, short)
 
 
 def _look_at(task: asyncio.Task[Any]) -> None:

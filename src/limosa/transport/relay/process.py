@@ -22,7 +22,7 @@ import msgspec
 from limosa.errors import InvalidInput
 from limosa.model import reading
 from limosa.transport.relay import control
-from limosa.transport.relay.control import FromDaemon, OpenChannel, OpenReceiver, OpenSender, Shorten
+from limosa.transport.relay.control import FromDaemon, OpenChannel, OpenReceiver, OpenSender, SetShort
 from limosa.transport.relay.notices import Notices
 from limosa.transport.relay.plug import Plug
 from limosa.transport.relay.receiver import Receiver
@@ -81,8 +81,8 @@ class Relay:
             self._open_channel(request.channel, sockets)
         elif self._session is None:
             raise InvalidInput("there is no session yet")
-        elif isinstance(request, Shorten):
-            self._session.shorten(request.channel)
+        elif isinstance(request, SetShort):
+            self._session.set_short(request.channel, request.short)
         else:
             return self._session.statistics()
         return control.Done()

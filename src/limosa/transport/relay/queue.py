@@ -105,13 +105,12 @@ class Queue:
         """How much of each hurried channel may wait from now on, within reason."""
         self._hurried_limit = max(_LEAST_WAITING_BYTES, limit)
 
-    def hurry(self, channel: int) -> None:
-        """From now on what is read from this channel goes ahead of what others have waiting."""
-        self._hurried.add(channel)
-
-    def forget(self, channel: int) -> None:
-        """Nothing will be read from this channel any more."""
-        self._hurried.discard(channel)
+    def set_hurried(self, channel: int, hurried: bool) -> None:
+        """Whether what is read from this channel goes ahead of what others have waiting, from now on."""
+        if hurried:
+            self._hurried.add(channel)
+        else:
+            self._hurried.discard(channel)
 
     def hurries(self, channel: int) -> bool:
         """Whether this channel does."""

@@ -92,7 +92,7 @@ class Receiver:
         self._channels[plug.number] = _Channel(plug)
         self._pump.wake()
 
-    def shorten(self, number: int) -> None:
+    def set_short(self, number: int, short: bool) -> None:
         """Nothing waits here that could be shortened: the source's side does it."""
 
     def statistics(self) -> Statistics:

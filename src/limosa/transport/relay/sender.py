@@ -107,12 +107,13 @@ class Sender:
             self._channels[plug.number] = _Channel(plug)
         self._pump.wake()
 
-    def shorten(self, number: int) -> None:
-        """Have little of this channel wait from now on; no effect if it ended."""
+    def set_short(self, number: int, short: bool) -> None:
+        """Whether little of this channel may wait from now on; no effect if it ended."""
         with self._lock:
             if number in self._channels:
-                self._queue.hurry(number)
+                self._queue.set_hurried(number, short)
                 self._compression.adjust()
+        self._pump.wake()
 
     def statistics(self) -> Statistics:
         """Of the channels that are open, and of compression."""
@@ -162,7 +163,7 @@ class Sender:
             else:
                 channel.plug.close()
                 del self._channels[number]
-                self._queue.forget(number)
+                self._queue.set_hurried(number, False)
                 self._compression.adjust()
                 self._notices.channel_ended(channel.statistics)
 
