@@ -193,6 +193,9 @@ class World(BareHome):
 
     async def announce(self, addresses: Sequence[str]) -> None: ...
 
+    async def disks_whole(self) -> None:
+        self.destination.disks_whole()
+
     async def take_over(self) -> Any:
         return await self.destination.take_over()
 
@@ -312,6 +315,21 @@ def test_copies_are_whole_before_the_last_memory_goes(tmp_path: Path) -> None:
         assert phases[:3] == [Phase.BUILD_UP, Phase.STORAGE, Phase.COPY]
         percents = [view.progress.percent for view in world.seen]
         assert percents == sorted(percents)
+
+    play(tmp_path, scenario)
+
+
+def test_nobody_can_write_the_disks_any_more_when_the_last_memory_has_not_gone_yet(tmp_path: Path) -> None:
+    async def scenario(world: World) -> None:
+        go_on = world.here.continue_migration
+
+        async def when_closed() -> None:
+            await until(lambda: "close" in world.said)
+            await go_on()
+
+        world.here.continue_migration = when_closed  # type: ignore[method-assign]
+        await world.move.run()
+        assert world.said == ["copy", "end", "close", "continue", "resume"]
 
     play(tmp_path, scenario)
 

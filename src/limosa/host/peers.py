@@ -91,6 +91,10 @@ class RemotePeer:
         """See :class:`limosa.migration.peer.Peer`."""
         await self._send(say.Announce(addresses=tuple(addresses)))
 
+    async def disks_whole(self) -> None:
+        """See :class:`limosa.migration.peer.Peer`."""
+        await self._send(say.DisksWhole())
+
     async def take_over(self) -> say.Running:
         """See :class:`limosa.migration.peer.Peer`."""
         return await self._ask(say.TakeOver(), say.Running)

@@ -109,6 +109,8 @@ class Session:
                 await self._prepare(message)
             case say.Announce(addresses=addresses):
                 self._current().announce(addresses)
+            case say.DisksWhole():
+                self._current().disks_whole()
             case say.TakeOver():
                 # Not to be torn apart by the end of the connection: the word was given.
                 await asyncio.shield(self._take_over())

@@ -160,6 +160,11 @@ class Destination:
         if self._door is not None:
             self._door.announce(addresses)
 
+    def disks_whole(self) -> None:
+        """The copies of our disks have ended: begin to let nobody write them any more."""
+        if self.journal.header.images and self.machine is not None and self._exports_end is None:
+            self._exports_end = asyncio.ensure_future(self.machine.end_exports())
+
     async def take_over(self) -> Running:
         """Continue the guest. The caller says by this that nobody else does, and never will.
 
@@ -247,7 +252,7 @@ class Destination:
                 if not self._loaded.is_set():
                     await self._load(self.machine)
                 if self.journal.header.images:
-                    await self._end_exports(self.machine)
+                    await self._end_exports()
         except (LimosaError, TimeoutError) as error:
             if self.step is not DestinationStep.GONE:
                 await self._destroy()
@@ -343,11 +348,11 @@ class Destination:
             unsubscribe()
             gone.cancel()
 
-    async def _end_exports(self, machine: MachineProtocol) -> None:
-        """Let nobody write our disks any more. Begun as soon as all state is here: the copies ended before that."""
-        if self._exports_end is None:
-            self._exports_end = asyncio.ensure_future(machine.end_exports())
-        await asyncio.shield(self._exports_end)
+    async def _end_exports(self) -> None:
+        """Let nobody write our disks any more. The copies have ended by now, at the latest."""
+        self.disks_whole()
+        if self._exports_end is not None:
+            await asyncio.shield(self._exports_end)
         self._close_disks()
 
     def _close_disks(self) -> None:
@@ -397,8 +402,7 @@ class Destination:
             self._arrived.set()
             if event.data["status"] == MigrationState.COMPLETED:
                 self._loaded.set()
-                if self.journal.header.images and self.machine is not None and self._exports_end is None:
-                    self._exports_end = asyncio.ensure_future(self.machine.end_exports())
+                self.disks_whole()
 
     async def _until_gone(self, machine: MachineProtocol) -> None:
         await machine.gone.wait()

@@ -39,6 +39,10 @@ class Peer(Protocol):
     async def announce(self, addresses: Sequence[str]) -> None:
         """A way to these addresses of the destination has appeared here; the stream may use them, if it can."""
 
+    async def disks_whole(self) -> None:
+        """The copies of disks have ended; the destination can let nobody write them any more, while the last memory
+        comes."""
+
     async def take_over(self) -> Running:
         """Give the word: the guest is the destination's, and goes on there."""
 

@@ -299,9 +299,11 @@ class SourceMove:
     async def _finish_disks(self, machine: MachineProtocol) -> None:
         """When the guest stands still, make the copies of its disks whole, and only then let the last memory go."""
         await self.paused
-        if self.mirrors is not None:
+        if self.mirrors is None or self.peer is None:
+            await machine.continue_migration()
+        else:
             await self.mirrors.finish()
-        await machine.continue_migration()
+            await both(machine.continue_migration(), self.peer.disks_whole())
 
     async def _not_for_ever(self, machine: MachineProtocol) -> None:
         """End the move if the guest stands still for too long: until all is loaded there it can run on here."""

@@ -51,6 +51,10 @@ class LocalPeer:
         """See :class:`limosa.migration.peer.Peer`."""
         self._destination.announce(addresses)
 
+    async def disks_whole(self) -> None:
+        """See :class:`limosa.migration.peer.Peer`."""
+        self._destination.disks_whole()
+
     async def take_over(self) -> Running:
         """See :class:`limosa.migration.peer.Peer`."""
         return await self._destination.take_over()

@@ -15,6 +15,7 @@
                      <-  Prepared
                                         (guest memory flows from QEMU to QEMU)
     Announce         ->                 (no answer) let the stream use these addresses of yours, if it can
+    DisksWhole       ->                 (no answer) nobody writes your disks any more
     TakeOver         ->                 continue the guest
                      <-  Running        as soon as it runs
                      <-  Adopted        when it is durable that the VM belongs here
@@ -201,6 +202,11 @@ class Announce(Message, tag="announce", frozen=True):
     addresses: Annotated[tuple[Address, ...], Meta(max_length=64)]
 
 
+class DisksWhole(Message, tag="disks-whole", frozen=True):
+    """The guest stands still and the copies of its disks have ended: nobody is to write them any more. There is no
+    answer."""
+
+
 class TakeOver(Message, tag="take-over", frozen=True):
     """The source's QEMU has completed and will not run again: continue the guest, unless it was paused before."""
 
@@ -273,7 +279,7 @@ class Lost(Message, frozen=True, tag="lost"):
     fault: Fault
 
 
-FromSource = Hello | Inspect | FindFiles | Prepare | Announce | TakeOver | Abort | Attach
+FromSource = Hello | Inspect | FindFiles | Prepare | Announce | DisksWhole | TakeOver | Abort | Attach
 FromDestination = (
     Welcome
     | Facts
