@@ -33,7 +33,7 @@ FAST_MBIT_PER_S = 10_000
 #: How many times slower than the fastest a NIC may be for Multipath TCP. A connection's parts arrive in order, so that
 #: the others wait for what a slow one still has in its queue: 500 and 100 Mbit/s were slower than 500 alone (measured).
 SLOWER = 2
-#: A NIC of this speed carries alone what relays spread over several.
+#: What relays spread over several NICs on a few processors; a NIC of this speed carries that alone.
 SPREAD_MBIT_PER_S = 2500
 #: What one processor compresses in a second, with what is left of it: a faster network carries more as it is.
 OUTRUN_MBIT_PER_S = 2000
@@ -160,9 +160,13 @@ def _stripes(ends: Ends, several: Sequence[Path]) -> str:
     if off := _multipath_off(ends):
         return off
     speeds = [path.speed_mbit_per_s or 0 for path in several]
-    unequal = len(_alike(several)) < len(several) and min(speeds) > 0 and max(speeds) < SPREAD_MBIT_PER_S
     # One connection would use one member of a team.
-    return "the NICs are unequal" if unequal and not any(_has_team(ends, path) for path in several) else ""
+    if min(speeds) == 0 or any(_has_team(ends, path) for path in several):
+        return ""
+    if len(_alike(several)) < len(several) and max(speeds) < SPREAD_MBIT_PER_S:
+        return "the NICs are unequal"
+    by_relays = ends.here.encrypt and sum(speeds) <= SPREAD_MBIT_PER_S
+    return "relays, which encrypt it, fill the NICs better so" if by_relays else ""
 
 
 def _gain(several: Sequence[Path]) -> str:
