@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from hypothesis import given
 from hypothesis import strategies as st
 
-from limosa.migration.progress import Bar, remaining_s
+from limosa.migration.progress import Bar, pace, remaining_s
 from limosa.model.migration import Phase
 from limosa.qemu.protocol import MigrationStatistics
 
@@ -40,6 +42,14 @@ def test_later_passes_go_by_the_least_that_remained() -> None:
     half = bar.moved(Phase.SYNCHRONISE, look(500))
     assert half.moved(Phase.SYNCHRONISE, look(900)).percent == half.percent
     assert 91 < half.percent < 92
+
+
+def test_empty_pages_count_in_the_first_pass() -> None:
+    first = MigrationStatistics(
+        remaining_bytes=500, total_bytes=1500, rate_bytes_per_s=1.0, iteration=1, total_s=10.0, dirty_rate_bytes_per_s=50
+    )
+    assert (pace(first), remaining_s(first)) == (100.0, 10.0)
+    assert pace(dataclasses.replace(first, iteration=2)) == 1.0
 
 
 def test_remaining_time_is_not_promised_to_a_guest_that_writes_faster() -> None:

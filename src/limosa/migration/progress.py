@@ -85,9 +85,16 @@ class Bar:
         return replace(self, percent=max(self.percent, min(percent, 99.0)))
 
 
+def pace(look: MigrationStatistics) -> float:
+    """Bytes of guest memory that are done with in a second: in the first pass empty pages, too, of which hardly
+    anything is sent."""
+    passed = look.total_bytes - look.remaining_bytes if look.iteration <= 1 else 0
+    return max(look.rate_bytes_per_s, passed / look.total_s if look.total_s > 0 else 0.0)
+
+
 def remaining_s(look: MigrationStatistics) -> float | None:
     """Seconds until the memory is sent if guest and network go on as now; None if they would never be."""
-    gain = look.rate_bytes_per_s - look.dirty_rate_bytes_per_s
+    gain = pace(look) - look.dirty_rate_bytes_per_s
     if look.rate_bytes_per_s <= 0 or gain <= 0:
         return None
     return look.remaining_bytes / gain

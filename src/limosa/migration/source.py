@@ -449,9 +449,10 @@ class SourceMove:
     async def _look(self, machine: MachineProtocol, judge: Convergence, look: MigrationStatistics) -> Convergence:
         if look.state is not MigrationState.ACTIVE:
             return judge
-        if look.remaining_bytes < SHORTEN_BEFORE_S * look.rate_bytes_per_s:
+        pace = progress.pace(look)
+        if look.remaining_bytes < SHORTEN_BEFORE_S * pace:
             self._set_short(True)
-        elif look.remaining_bytes > LENGTHEN_BEFORE_S * look.rate_bytes_per_s:
+        elif look.remaining_bytes > LENGTHEN_BEFORE_S * pace:
             self._set_short(False)
         judge, action = judge.judge(time.monotonic(), look)
         await self._act(machine, action)
