@@ -46,7 +46,7 @@ def test_later_passes_go_by_the_least_that_remained() -> None:
 
 def test_empty_pages_count_in_the_first_pass() -> None:
     first = MigrationStatistics(
-        remaining_bytes=500, total_bytes=1500, rate_bytes_per_s=1.0, iteration=1, total_s=10.0, dirty_rate_bytes_per_s=50
+        remaining_bytes=500, total_bytes=1500, rate_bytes_per_s=1, iteration=1, total_s=10, dirty_rate_bytes_per_s=50
     )
     assert (pace(first), remaining_s(first)) == (100.0, 10.0)
     assert pace(dataclasses.replace(first, iteration=2)) == 1.0
