@@ -2,8 +2,22 @@
 
 from __future__ import annotations
 
+import pytest
+
+from limosa.errors import InvalidInput
 from limosa.settings import toml
+from limosa.settings.host import HostSettings
 from limosa.wire.api import NewDisk, NewNic, NewVm
+
+
+def test_what_is_wrong_is_named_as_a_user_knows_it() -> None:
+    with pytest.raises(InvalidInput) as caught:
+        toml.convert({"convergence": {"patience_s": 0}}, HostSettings, where="the page", todo="see the page")
+    assert (caught.value.what, caught.value.todo) == ("the page is not valid", "see the page")
+    assert caught.value.why == "convergence.patience_s: Expected `float` >= 1.0"
+    with pytest.raises(InvalidInput) as caught:
+        toml.convert([], HostSettings, where="the page")
+    assert caught.value.why == "Expected `object`, got `array`"
 
 
 def test_nothing_is_written_for_what_is_null_also_inside_lists() -> None:

@@ -124,6 +124,22 @@ def test_without_multipath_tcp_on_one_side_each_network_has_a_stream_and_it_says
     assert not choose(ends(here, there), "multichannel").striped
 
 
+@pytest.mark.parametrize(
+    ("speeds", "striped"), [((500, 500), True), ((1000, 1000), True), ((2000, 2000), False), ((1000, None), False)]
+)
+def test_relays_that_encrypt_spread_it_themselves_as_far_as_they_carry(
+    speeds: tuple[int | None, ...], striped: bool
+) -> None:
+    here, there = [nic(i, 1, s) for i, s in enumerate(speeds)], [nic(i, 2, s) for i, s in enumerate(speeds)]
+    route = choose(ends(here, there, encrypt=True), "multichannel")
+    assert (route.transport, route.striped, nics(route)) == ("multichannel", striped, ["mig0", "mig1"])
+    assert ("one stream for each network, because relays, which encrypt it," in route.why) is striped
+    assert not choose(ends(here, there), "multichannel").striped
+    if striped:
+        compressed = choose(ends(here, there, encrypt=True), "auto")
+        assert (compressed.transport, compressed.striped) == ("compression", True)
+
+
 def test_a_nic_as_fast_as_relays_is_taken_alone_by_auto() -> None:
     here, there = [nic(0, 1, 3000), nic(1, 1, 3000)], [nic(0, 2, 3000), nic(1, 2, 3000)]
     both = ends(here, there, mptcp=(True, False))

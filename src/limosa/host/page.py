@@ -33,7 +33,9 @@ class Page:
         raw = msgspec.to_builtins(self.now)
         for path, value in values.items():
             _set(raw, path, value)
-        settings = toml.convert(raw, HostSettings, where="the new settings page")
+        settings = toml.convert(
+            raw, HostSettings, where="the new settings page", todo="'limosa host settings' says what each may be"
+        )
         toml.write(self._path, settings)
         self.now = settings
         for callback in self._changed:

@@ -28,12 +28,25 @@ def decode(text: str, cls: type[T], *, where: str, error: type[LimosaError] = In
     return convert(raw, cls, where=where, error=error)
 
 
-def convert(raw: Any, cls: type[T], *, where: str, error: type[LimosaError] = InvalidInput) -> T:
+def convert(
+    raw: Any,
+    cls: type[T],
+    *,
+    where: str,
+    todo: str = "mend the field that is named",
+    error: type[LimosaError] = InvalidInput,
+) -> T:
     """The struct that plain data describes. Raises ``error`` naming ``where`` and the field."""
     try:
         return reading.convert(raw, cls)
     except msgspec.ValidationError as fault:
-        raise error(f"{where} is not valid", why=str(fault), todo="mend the field that is named") from fault
+        raise error(f"{where} is not valid", why=_with_field_first(str(fault)), todo=todo) from fault
+
+
+def _with_field_first(fault: str) -> str:
+    """msgspec's words about a field, with the field's name as a user knows it."""
+    what, at, path = fault.rpartition(" - at `$")
+    return f"{path.rstrip('`').lstrip('.')}: {what}" if at else fault
 
 
 def read(path: Path, cls: type[T], *, error: type[LimosaError] = InvalidInput) -> T:
