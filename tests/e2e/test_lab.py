@@ -87,7 +87,7 @@ class TestLifecycle:
                 address.split("/")[0] for address in status["addresses"]
             }
             # From the LAN, over mutual TLS, with the lab's own operator certificate.
-            outside = [LIMOSA, "lab", "exec", "--name", name, "client", "--", LIMOSA, "--host", "10.77.0.11"]
+            outside = [LIMOSA, "lab", "exec", "--name", name, "client", "--", "limosa", "--host", "10.77.0.11"]
             assert json.loads(subprocess.check_output([*outside, "host", "status", "--json"]))["name"] == "host1"
             with pytest.raises(Conflict):
                 lifecycle.up(lifecycle.plan(name, 1, 1, 0))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from limosa.cli.arguments import Commands, add_command, add_noun
@@ -177,8 +179,10 @@ def _run_at(arguments: argparse.Namespace, command: list[str]) -> int:
     from limosa.lab import lifecycle, namespaces  # noqa: PLC0415
 
     namespace, environment = lifecycle.place(lifecycle.load(arguments.name), arguments.place)
+    # Who has called this program by its path, as it is not installed, finds it by its name there.
+    path = os.pathsep.join([os.environ.get("PATH", os.defpath), str(Path(sys.executable).parent)])
     namespaces.enter(namespace)
     try:
-        os.execvpe(command[0], command, {**os.environ, **environment})
+        os.execvpe(command[0], command, {**os.environ, "PATH": path, **environment})
     except OSError as fault:
         raise NotFound(f"cannot run '{command[0]}'", why=fault.strerror or str(fault)) from fault
