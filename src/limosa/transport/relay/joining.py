@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import socket
 import threading
+import time
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
@@ -25,6 +26,8 @@ from limosa.transport.relay.session import HANDSHAKE_WITHIN_S, answer, connect, 
 #: Makes of work what a thread of the process may run.
 Guarded = Callable[[Callable[[], None]], Callable[[], None]]
 
+_LOOK_EVERY_S = 0.1
+
 
 class Calling:
     """The source's side, from the session's first lane on. ``on_lost``: see :class:`Lanes`."""
@@ -35,7 +38,8 @@ class Calling:
         self._lanes, self._wish, self._window_log = lanes, wish, window_log
         self._guarded, self._on_lost = guarded, on_lost
         self._newest = 0
-        self._coming = _Count()
+        #: lanes that are about to join
+        self._coming: set[int] = set()
 
     def add(self, number: int, connections: list[socket.socket]) -> None:
         """Have a lane join over a forward and a backward connection. Returns at once.
@@ -46,10 +50,10 @@ class Calling:
             raise InvalidInput("the wrong number of sockets")
         if number <= self._newest:
             raise InvalidInput(f"a lane {number} was there before")
-        if self._lanes.alive + self._coming.value >= MAX_LANES:
+        if len(self._lanes.numbers | self._coming) >= MAX_LANES:
             raise InvalidInput(f"there are {MAX_LANES} lanes already")
         self._newest = number
-        self._coming.add(1)
+        self._coming.add(number)
         threading.Thread(target=self._guarded(partial(self._join, number, connections)), daemon=True).start()
 
     def _join(self, number: int, connections: list[socket.socket]) -> None:
@@ -62,7 +66,7 @@ class Calling:
         except BrokenStream as error:
             self._on_lost(number, str(error))
         finally:
-            self._coming.add(-1)
+            self._coming.discard(number)
 
 
 class _Half(NamedTuple):
@@ -78,18 +82,20 @@ class Admission:
     def __init__(self, lanes: Lanes, wish: Open, guarded: Guarded, begin: Callable[[int], None]) -> None:
         self._lanes, self._wish, self._guarded, self._begin = lanes, wish, guarded, begin
         self._window_log: int | None = None
-        self._begun = False
         self._halves: dict[int, _Half] = {}
         #: lanes of which anything has come
         self._known: set[int] = set()
         self._changed = threading.Condition()
-        self._coming = _Count()
+        #: held while a lane joins
+        self._turn = threading.Lock()
+        #: connections of which it is not known yet what becomes of them
+        self._coming: set[socket.socket] = set()
 
     def add(self, connection: socket.socket) -> None:
         """Take another connection. Returns at once. Raises :class:`InvalidInput` if there are as many as may be."""
-        if CARRIERS * self._lanes.alive + self._coming.value >= CARRIERS * MAX_LANES:
+        if len(self._lanes.numbers) >= MAX_LANES or len(self._coming) >= CARRIERS * MAX_LANES:
             raise InvalidInput(f"there are {MAX_LANES} lanes already")
-        self._coming.add(1)
+        self._coming.add(connection)
         threading.Thread(target=self._guarded(partial(self._admit, connection)), daemon=True).start()
 
     def _admit(self, connection: socket.socket) -> None:
@@ -102,7 +108,7 @@ class Admission:
         except BrokenStream:
             return  # its handshake failed, which has closed it
         finally:
-            self._coming.add(-1)
+            self._coming.discard(connection)
 
     def _meet(self, mine: _Half) -> None:
         """Wait for the other half of the lane, or, if this is it, have the lane join."""
@@ -113,44 +119,33 @@ class Admission:
                 self._wait(lane, mine)
                 return
             self._changed.notify_all()
-            if self._window_log is None:
-                self._window_log = min(self._wish.window_log, mine.hello.window_log, other.hello.window_log)
-        ways = {half.hello.way: half.carrier for half in (mine, other)}
         try:
-            if ways.keys() != {Way.FORWARD, Way.BACKWARD}:
-                raise BrokenStream("the connections are not one of each way")
-            agreed = answer(ways[Way.FORWARD], ways[Way.BACKWARD], self._window_log, lane)
+            with self._turn:
+                self._join(lane, {half.hello.way: half for half in (mine, other)})
         except BrokenStream:
             other.carrier.end()
             raise
-        self._join(agreed.lane, agreed.out, agreed.back)
 
     def _wait(self, lane: int, mine: _Half) -> None:
         if lane in self._known:
             raise BrokenStream(f"a lane {lane} was there before")
         self._known.add(lane)
         self._halves[lane] = mine
-        if not self._changed.wait_for(lambda: self._halves.get(lane) is not mine, HANDSHAKE_WITHIN_S):
-            del self._halves[lane]
-            raise BrokenStream("the other connection of the lane did not come")
+        until = time.monotonic() + HANDSHAKE_WITHIN_S
+        while not self._changed.wait_for(lambda: self._halves.get(lane) is not mine, _LOOK_EVERY_S):
+            # A lane that the source has given up must not keep others out.
+            if mine.carrier.has_ended() or time.monotonic() > until:
+                del self._halves[lane]
+                raise BrokenStream("the other connection of the lane did not come")
 
-    def _join(self, lane: int, out: Carrier, back: Carrier) -> None:
-        with self._changed:
-            is_first = not self._begun
-            self._begun = True
-        self._lanes.join(lane, out, back)
+    def _join(self, lane: int, halves: dict[Way, _Half]) -> None:
+        if halves.keys() != {Way.FORWARD, Way.BACKWARD} or len(self._lanes.numbers) >= MAX_LANES:
+            raise BrokenStream("the connections are not one of each way, or there are lanes enough")
+        forward, backward = halves[Way.FORWARD], halves[Way.BACKWARD]
+        is_first = self._window_log is None
+        window_log = self._window_log or min(self._wish.window_log, forward.hello.window_log)
+        agreed = answer(forward.carrier, backward.carrier, window_log, lane)
+        self._window_log = window_log
+        self._lanes.join(lane, agreed.out, agreed.back)
         if is_first:
-            assert self._window_log is not None
-            self._begin(self._window_log)
-
-
-class _Count:
-    """Of threads, which change it."""
-
-    def __init__(self) -> None:
-        self.value = 0
-        self._lock = threading.Lock()
-
-    def add(self, count: int) -> None:
-        with self._lock:
-            self.value += count
+            self._begin(window_log)

@@ -91,9 +91,9 @@ class Lanes:
         self._why = ""
 
     @property
-    def alive(self) -> int:
-        """How many lanes are not lost."""
-        return len(self._lanes)
+    def numbers(self) -> set[int]:
+        """Those of the lanes that are not lost."""
+        return {lane.number for lane in self._lanes}
 
     def join(self, number: int, out: Carrier, back: Carrier) -> None:
         """Have another lane, of a number that was never used: the carrier to send on and the one to receive on."""
