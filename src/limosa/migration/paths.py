@@ -75,7 +75,9 @@ class Paths:
     async def follow(self, networks: AsyncIterator[HostNetwork], peer: Peer) -> None:
         """Have NICs used that appear, until cancelled."""
         if self._route.striped:
-            await asyncio.gather(self._follow_here(networks, peer), self._follow_there(peer))
+            async with asyncio.TaskGroup() as both:
+                both.create_task(self._follow_here(networks, peer))
+                both.create_task(self._follow_there(peer))
             return
         if self._route.transport not in ("multichannel", "compression"):
             return
