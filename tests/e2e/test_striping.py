@@ -16,8 +16,17 @@ from harness.commands import limosa
 from harness.disks import goes_on, number
 from harness.guests import LanClient, address_of, linux, wait_until_it_serves
 from harness.hosts import wait_until
-from harness.labs import LabHost, break_connections, end_relays, plug, reaches, running_lab, without_address
-from harness.steering import follow
+from harness.labs import (
+    LabHost,
+    break_connections,
+    end_relays,
+    off_the_network,
+    plug,
+    reaches,
+    running_lab,
+    without_address,
+)
+from harness.steering import follow, settings
 from limosa.lab import namespaces
 from limosa.model.migration import Migration, Outcome, Phase
 from limosa.model.vm import VmState
@@ -36,6 +45,8 @@ BIG_MIB = 4096
 #: For a path that has a second less than the others.
 BIGGER_MIB = 8192
 USED_BYTES = 1 * MIB
+#: Nothing ends under it before a test wants it to.
+BRAKE = {"bandwidth_mbit_per_s": 4}
 SWITCH = Path("/proc/sys/net/mptcp/enabled")
 
 
@@ -196,6 +207,19 @@ def test_a_nic_whose_cable_was_out_when_the_move_began_is_used(wide: list[LabHos
         migration = begin(wide)
         view = follow(wide[0], migration, lambda view: has_sent(USED_BYTES, view))
         assert set(carried(view)) == {"mig0", "mig1"}
+    assert carried(arrived(wide, migration))["mig2"] > USED_BYTES
+
+
+def test_a_path_that_was_blocked_when_the_move_began_is_used_when_it_is_open(wide: list[LabHost]) -> None:
+    big(wide[0])
+    with settings(wide[0], BRAKE):
+        with off_the_network(wide[1], "mig2"):
+            migration = begin(wide)
+            view = follow(wide[0], migration, lambda view: has_sent(0, view))
+            assert set(carried(view)) == {"mig0", "mig1"}
+            assert view.route is not None
+            assert "no connection to" in view.route.why
+        follow(wide[0], migration, lambda view: "mig2" in carried(view))
     assert carried(arrived(wide, migration))["mig2"] > USED_BYTES
 
 

@@ -184,6 +184,23 @@ def end_relays(host: LabHost) -> None:
     wait_until(lambda: relay_processes(host) == [], "its relays are gone")
 
 
+@contextmanager
+def off_the_network(host: LabHost, nic: str) -> Iterator[None]:
+    """The switch passes nothing on from and to a migration NIC during the block, though it has its link."""
+
+    def attach(bridge: int) -> int:
+        with IPRoute() as netlink:
+            port = netlink.link("get", ifname=f"{nic}-{host.name}")[0]
+            netlink.link("set", index=port["index"], master=bridge)
+            return int(port.get("master") or 0)
+
+    bridge = namespaces.inside(host.lab.wire, lambda: attach(0))
+    try:
+        yield
+    finally:
+        namespaces.inside(host.lab.wire, lambda: attach(bridge))
+
+
 def in_host(host: LabHost, work: Callable[[IPRoute, int], None], nic: str) -> None:
     """Do something to a NIC of a host, inside it."""
 

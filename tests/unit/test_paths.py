@@ -121,7 +121,12 @@ class Spread:
             yield Offered(network=there, addresses=offered(there))
 
     def follow(
-        self, chosen: Sequence[int], before: Ends, here: Sequence[HostNetwork] = (), there: Sequence[HostNetwork] = ()
+        self,
+        chosen: Sequence[int],
+        before: Ends,
+        here: Sequence[HostNetwork] = (),
+        there: Sequence[HostNetwork] = (),
+        blocked: Sequence[str] = (),
     ) -> None:
         """Follow these changes, here first."""
         self.changes_there = there
@@ -130,7 +135,7 @@ class Spread:
             paths=tuple(Path(here=one[0], there=one[1]) for one in map(way, chosen)),
             striped=True,
         )
-        paths = Paths(route, before, cast(Any, [self]))
+        paths = Paths(route, before, cast(Any, [self]), blocked)
 
         async def changes() -> AsyncIterator[HostNetwork]:
             for one in here:
@@ -164,6 +169,14 @@ def test_what_could_have_been_chosen_and_was_not_stays_out_until_it_goes_and_com
     assert stream.wanted == [way(1), way(2)]
     stream.follow([1, 2], both(all_, network(2, 1, 2, 3)), here=[all_, without, all_])
     assert stream.wanted == [way(1), way(2), way(3)]
+
+
+def test_what_was_only_blocked_is_tried_again() -> None:
+    ends = both(network(1, 1, 2, 3), network(2, 1, 2, 3))
+    stream = Spread(1, 2)
+    stream.follow([1, 2], ends, here=[ends.here], blocked=[way(3)[1]])
+    assert stream.wanted == [way(1), way(2), way(3)]
+    assert stream.announced == [way(3)[1]]
 
 
 def test_a_path_without_a_lane_is_wanted_as_long_as_its_nics_are_there() -> None:

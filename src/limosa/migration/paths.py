@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Collection, Iterable, Sequence
 from dataclasses import replace
 
 import msgspec
@@ -25,15 +25,18 @@ from limosa.transport.goodput import Goodput
 
 
 class Paths:
-    """The paths of one move."""
+    """The paths of one move. ``blocked``: addresses of the destination to which no connection could be made before."""
 
-    def __init__(self, route: Route, ends: Ends, channels: Sequence[Channel]) -> None:
+    def __init__(
+        self, route: Route, ends: Ends, channels: Sequence[Channel], blocked: Collection[str] = frozenset()
+    ) -> None:
         self._route = route
         self._ends = ends
         self._channels = channels
         self._goodput = Goodput()
+        chosen = {(path.here, path.there) for path in route.paths}
         #: what could be used and was not chosen, for whatever reason, as long as it is there
-        self._refused = self._possible() - {(path.here, path.there) for path in route.paths}
+        self._refused = {way for way in self._possible() - chosen if way[1] not in blocked}
 
     async def look(self) -> Route:
         """The route as it is now; what has carried nothing yet is in it as it was chosen."""

@@ -250,7 +250,7 @@ class SourceMove:
         await self.home.sending()
         route, copies = self.examined.route, disks.copies(self.examined.disks)
         self.disk_channels = await self.home.connect_disks(route, prepared, len(copies))
-        self.paths = Paths(route, self.examined.ends, self.disk_channels)
+        self.paths = Paths(route, self.examined.ends, self.disk_channels, self.examined.blocked)
         bandwidth = self.home.bandwidth() // len(copies)
         await mirrors.send(machine, self.header.migration, copies, self.disk_channels, self.disk_credentials, bandwidth)
         copying = self.mirrors = Mirrors(machine, [plan.disk for plan in copies], self.terms.policy.patience_s)
@@ -274,7 +274,8 @@ class SourceMove:
         assert self.examined is not None
         self.journal.record(SourceStep.MIGRATING, time.time(), durable=False)
         self.channel = await self.home.connect(self.examined.route, prepared)
-        self.paths = Paths(self.examined.route, self.examined.ends, [self.channel, *self.disk_channels])
+        channels = [self.channel, *self.disk_channels]
+        self.paths = Paths(self.examined.route, self.examined.ends, channels, self.examined.blocked)
         await machine.migrate(self.channel.stream)
         watch = asyncio.ensure_future(self._watch(machine))
         finish = asyncio.ensure_future(self._finish_disks(machine))

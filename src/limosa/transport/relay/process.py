@@ -108,13 +108,13 @@ class Relay:
     def _open(self, wish: OpenSender | OpenReceiver, sockets: list[socket.socket]) -> None:
         if self._opening:
             raise InvalidInput("there is a session already")
-        if isinstance(wish, OpenReceiver) and wish.striped:
-            self._opening = True
-            self._await_lanes(wish)
-            return
-        if len(sockets) != control.CARRIERS:
+        awaiting = wish if isinstance(wish, OpenReceiver) and wish.striped else None
+        if len(sockets) != (control.CARRIERS if awaiting is None else 0):
             raise InvalidInput("the wrong number of sockets")
         self._opening = True
+        if awaiting is not None:
+            self._await_lanes(awaiting)
+            return
         work = partial(self._send, wish) if isinstance(wish, OpenSender) else partial(self._receive, wish)
         # The main thread goes on listening to the daemon, whose end is ours, too.
         Thread(target=self._notices.guarded(partial(work, sockets)), daemon=True).start()
