@@ -14,7 +14,7 @@ import pytest
 
 from harness.commands import limosa
 from harness.hosts import runners, settled, wait_until
-from harness.labs import RELAYS, LabHost, running_lab
+from harness.labs import LabHost, end_relays, relay_processes, running_lab
 from harness.steering import follow, remove, settings
 from limosa.lab import daemons
 from limosa.model.migration import Migration, Outcome, Phase
@@ -50,13 +50,6 @@ def hosts(lab: list[LabHost]) -> Iterator[list[LabHost]]:
             end_relays(host)
 
 
-def end_relays(host: LabHost) -> None:
-    """Not to wait until they do it by themselves."""
-    for pid in relays(host):
-        os.kill(pid, signal.SIGKILL)
-    wait_until(lambda: relay_processes(host) == [], "its relays are gone")
-
-
 def big(name: str = "vm") -> api.NewVm:
     """A VM that takes seconds to move, without a guest that would have to boot."""
     return api.NewVm(name=name, memory_mib=BIG_MIB, accelerator="tcg")
@@ -87,10 +80,6 @@ def relays(host: LabHost) -> list[int]:
     """The relays of a host, without the processes that compress for them."""
     daemon = daemons.pid_of(host.lab, host.name)
     return [pid for pid in relay_processes(host) if parent(pid) == daemon]
-
-
-def relay_processes(host: LabHost) -> list[int]:
-    return [pid for pid in host.processes() if RELAYS.encode() in command(pid)]
 
 
 def command(pid: int) -> bytes:

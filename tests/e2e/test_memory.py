@@ -43,7 +43,8 @@ from limosa.settings.host import ConvergencePolicy
 from limosa.storage.identity import identify
 from limosa.testing.peer import LocalPeer
 from limosa.transport import tcp
-from limosa.transport.channel import Channel, Doorway, SocketChannel
+from limosa.transport.channel import Channel, Doorway
+from limosa.transport.relay.carriers import Way
 from limosa.transport.relay.frames import VERSION as RELAY_VERSION
 from limosa.transport.relay.outbound import Outbound, Seat
 from limosa.wire.peer import Prepare, Prepared, RelayPlace, Running
@@ -197,7 +198,7 @@ class Relayed(Plain):
     async def _permitted(self) -> tuple[str, ...]:
         return (ADDRESS,)
 
-    async def _dial(self, prepared: Prepared) -> list[tcp.TcpChannel]:
+    async def _dial(self, prepared: Prepared, way: Way) -> list[tcp.TcpChannel]:
         carriers = [await tcp.connect(prepared.address, prepared.port, prepared.token) for _ in range(2)]
         carriers[0].stream.setsockopt(socket.SOL_SOCKET, SO_MAX_PACING_RATE, BRAKE_BYTES_PER_S)
         return carriers
@@ -214,7 +215,6 @@ class Striped(Plain):
         self._relays = Relays(Multichannel(PathManager(), folder), Page(folder / "settings.toml"), None)
         self._sessions = 0
         self._seat: Seat | None = None
-        self._carriers: Sequence[SocketChannel] = ()
 
     async def seats(self, route: Route, *, encrypt: bool) -> list[RelayPlace]:
         assert route.striped
@@ -225,9 +225,7 @@ class Striped(Plain):
 
     async def connect(self, route: Route, prepared: Prepared) -> Channel:
         assert self._seat is not None
-        channel = await self._seat.connect(prepared)
-        self._carriers = self._seat._session.carriers()
-        return channel
+        return await self._seat.connect(prepared)
 
     async def open_door(self, request: Prepare, machine: MachineProtocol) -> Doorway:
         assert request.relay is not None
@@ -235,7 +233,8 @@ class Striped(Plain):
 
     def on_pass(self, number: int) -> None:
         if number == ENOUGH_PASSES // 2:
-            self._carriers[0].stream.shutdown(socket.SHUT_RDWR)
+            assert self._seat is not None
+            self._seat._session.carriers.forward[0].stream.shutdown(socket.SHUT_RDWR)
 
     async def _permitted(self) -> tuple[str, ...]:
         return THEIRS

@@ -11,11 +11,10 @@ import signal
 from collections.abc import Callable, Iterator
 
 import pytest
-from pyroute2 import IPRoute
 
 from harness.commands import limosa
 from harness.hosts import wait_until
-from harness.labs import LabHost, plug, reaches, running_lab
+from harness.labs import LabHost, in_host, plug, reaches, running_lab, without_address
 from harness.steering import follow, settings
 from limosa.lab import daemons, namespaces
 from limosa.model.migration import Migration, Outcome
@@ -92,16 +91,6 @@ def is_clean(host: LabHost) -> bool:
     return kernel(host) == ((), Limits(2, 0)) and not (host.run / "mptcp.json").exists()
 
 
-def in_host(host: LabHost, work: Callable[[IPRoute, int], None], nic: str) -> None:
-    """Do something to a NIC of a host, inside it."""
-
-    def enter() -> None:
-        with IPRoute() as netlink:
-            work(netlink, netlink.link("get", ifname=nic)[0]["index"])
-
-    namespaces.inside(host.namespace, enter)
-
-
 def test_both_nics_carry_the_move_and_nothing_is_left(hosts: list[LabHost]) -> None:
     big(hosts[0])
     checked = limosa(hosts[0], "check", "vm", "--to", "host2")
@@ -136,16 +125,11 @@ def test_a_nic_that_is_cut_costs_speed_and_not_the_move(hosts: list[LabHost], si
 
 @pytest.mark.parametrize("side", ["source", "destination"])
 def test_a_nic_that_appears_in_mid_move_is_used(hosts: list[LabHost], side: str) -> None:
-    host = hosts[0] if side == "source" else hosts[1]
-    address = {"address": host.lab.migration_addresses(host.name)[1], "prefixlen": 24}
     big(hosts[0])
-    in_host(host, lambda netlink, index: netlink.addr("del", index=index, **address), "mig1")
-    migration = begin(hosts)
-    try:
+    with without_address(hosts[0] if side == "source" else hosts[1], "mig1"):
+        migration = begin(hosts)
         view = follow(hosts[0], migration, has_sent(USED_BYTES))
         assert "mig1" not in carried(view)
-    finally:
-        in_host(host, lambda netlink, index: netlink.addr("add", index=index, **address), "mig1")
     assert carried(arrived(hosts, migration))["mig1"] > USED_BYTES
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import random
 import signal
@@ -10,8 +11,8 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Coroutine
-from contextlib import suppress
+from collections.abc import Coroutine, Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from harness.relays import SO_MAX_PACING_RATE, WINDOW_LOG, Pair, carriers, pair
 from limosa.errors import InvalidInput, RelayFailed
 from limosa.security.stream import make_credentials
 from limosa.transport.relay.client import Relay
-from limosa.transport.relay.control import ChannelStatistics
+from limosa.transport.relay.control import MAX_LANES, ChannelStatistics
 from limosa.transport.relay.frames import HELLO_BYTES, Form, FrameWriter, Hello, Way, digest
 from limosa.transport.tcp import TcpChannel
 
@@ -251,6 +252,190 @@ def test_when_the_last_path_is_cut_every_stream_ends() -> None:
                 assert await asyncio.to_thread(here.recv, 100) == b""
             await asyncio.gather(relays.source.ended.wait(), relays.destination.ended.wait())
             assert "the connection" in relays.source.why()
+
+    run(work())
+
+
+async def carries(relays: Pair, sock: socket.socket) -> None:
+    """Send until the connection that ``sock`` is an end of has carried something of a stream."""
+    channel = TcpChannel(sock)
+    before = channel.used()[0].sent_bytes
+    while channel.used()[0].sent_bytes < before + MIB:
+        assert (await move(relays, NOISE))[0] == NOISE
+
+
+@contextmanager
+def lane(bytes_per_s: int | None = None) -> Iterator[tuple[list[socket.socket], list[socket.socket]]]:
+    """The connections of another lane: their near and their far ends."""
+    near, far = carriers(bytes_per_s)
+    try:
+        yield near, far
+    finally:
+        for one in (*near, *far):
+            one.close()
+
+
+@pytest.mark.parametrize("tls", [True, False])
+def test_a_lane_that_joins_in_mid_session_carries(tls: bool) -> None:
+    async def work() -> None:
+        async with pair(tls=tls, level=None, bytes_per_s=[SLOW // 4]) as relays:
+            here, there = await relays.channel()
+            came: list[bytes] = []
+            streams = [asyncio.to_thread(read, there, came), asyncio.to_thread(write, here, NOISE * 4)]
+            going = asyncio.gather(*streams)
+            with lane(SLOW // 4) as (near, far):
+                await relays.join(1, near, far)
+                await going
+                assert b"".join(came) == NOISE * 4
+                await carries(relays, near[0])
+
+    run(work())
+
+
+def test_a_lost_lane_is_told_and_another_takes_its_place() -> None:
+    async def work() -> None:
+        async with pair(level=None, bytes_per_s=[SLOW // 4] * 2, hold=True) as relays:
+            await carries(relays, relays.near[2])  # else the first one may be the only one still
+            newest = relays.near[:2]
+            for number, lost in ((2, 0), (3, 2), (4, 3)):
+                newest[number % 2].shutdown(socket.SHUT_RDWR)
+                assert await relays.lost.get() == lost
+                newest, far = carriers(SLOW // 4)
+                relays.near += newest
+                relays.far += far
+                await relays.join(number, newest, far)
+                await carries(relays, newest[0])
+
+    run(work())
+
+
+def test_lanes_come_and_go_while_a_stream_flows() -> None:
+    async def work() -> None:
+        async with pair(bytes_per_s=[SLOW // 8, SLOW // 8], hold=True) as relays:
+            here, there = await relays.channel()
+            came: list[bytes] = []
+            going = asyncio.gather(
+                asyncio.to_thread(read, there, came), asyncio.to_thread(write, here, NOISE * 4 + TEXT)
+            )
+            lanes = {0: relays.near[:2], 1: relays.near[2:]}
+            for number in itertools.count(2):
+                near, far = carriers(SLOW // 8)
+                relays.near += near
+                relays.far += far
+                await relays.join(number, near, far)
+                before = TcpChannel(near[0])
+                while before.used()[0].sent_bytes < MIB // 2 and not going.done():  # noqa: ASYNC110 - a kernel tells nobody
+                    await asyncio.sleep(0.001)
+                if going.done():
+                    break
+                lanes[number] = near
+                oldest = min(lanes)
+                lanes.pop(oldest)[number % 2].shutdown(socket.SHUT_RDWR)
+                assert await relays.lost.get() == oldest
+            await going
+            assert number > 3
+            assert b"".join(came) == NOISE * 4 + TEXT
+
+    run(work())
+
+
+def hello(number: int, way: Way) -> bytes:
+    return Hello(way, WINDOW_LOG, number).pack()
+
+
+WRONG = {
+    "nothing": (b"", b""),
+    "a half": (hello(1, Way.FORWARD), b""),
+    "garbage": (os.urandom(64), os.urandom(64)),
+    "cut short": (hello(1, Way.FORWARD)[:9], b""),
+    "twice the same way": (hello(1, Way.FORWARD), hello(1, Way.FORWARD)),
+    "an answer": (hello(1, Way.ANSWER), hello(1, Way.BACKWARD)),
+    "two lanes": (hello(1, Way.FORWARD), hello(2, Way.BACKWARD)),
+    "a lane that is there": (hello(0, Way.FORWARD), hello(0, Way.BACKWARD)),
+    "another version": tuple(hello(1, way).replace(b"\x04", b"\x03") for way in (Way.FORWARD, Way.BACKWARD)),
+}
+
+
+@pytest.mark.parametrize("words", WRONG.values(), ids=WRONG.keys())
+def test_first_words_that_are_none_cost_their_connections_and_nothing_else(words: tuple[bytes, bytes]) -> None:
+    async def work() -> None:
+        async with pair(tls=False, level=None, bytes_per_s=[None]) as relays:
+            with lane() as (near, far):
+                for sock, said, end in zip(near, words, far[::-1], strict=True):
+                    sock.sendall(said)
+                    await relays.destination.add_connection(end)
+                    end.close()
+                assert (await move(relays, TEXT))[0] == TEXT
+                for sock in near:
+                    with suppress(OSError):  # it is closed already
+                        sock.shutdown(socket.SHUT_WR)
+                    assert await asyncio.to_thread(closed, sock)
+            with lane() as (near, far):
+                await relays.join(3, near, far)
+                await carries(relays, near[0])
+
+    run(work())
+
+
+def closed(sock: socket.socket) -> bool:
+    """Whether the other end closes it without a word."""
+    try:
+        return sock.recv(100) == b""
+    except ConnectionError:
+        return True
+
+
+def test_a_destination_that_gives_no_answer_costs_the_source_one_lane() -> None:
+    async def work() -> None:
+        async with pair(tls=False, level=None, bytes_per_s=[None]) as relays:
+            with lane() as (near, far):
+                await relays.source.add_lane(1, near)
+                far[0].sendall(Hello(Way.ANSWER, WINDOW_LOG, 7).pack())
+                assert await relays.lost.get() == 1
+            with lane() as (near, far):
+                await relays.source.add_lane(2, near)
+                far[0].sendall(Hello(Way.ANSWER, WINDOW_LOG - 1, 2).pack())
+                assert await relays.lost.get() == 2
+            with lane() as (near, far):
+                await relays.source.add_lane(3, near)
+                for one in far:
+                    one.close()
+                assert await relays.lost.get() == 3
+            assert (await move(relays, TEXT))[0] == TEXT
+
+    run(work())
+
+
+def test_a_stranger_with_other_credentials_does_not_join() -> None:
+    async def work() -> None:
+        _, stranger = make_credentials()
+        async with pair(level=None, bytes_per_s=[None]) as relays:
+            other = await Relay.start()
+            with lane() as (near, far):
+                for one in far:
+                    await relays.destination.add_connection(one)
+                    one.close()
+                with pytest.raises(RelayFailed):
+                    await other.open_sender(near, credentials=stranger, window_log=WINDOW_LOG, striped=True)
+            assert (await move(relays, TEXT))[0] == TEXT
+
+    run(work())
+
+
+def test_more_lanes_than_there_may_be_are_refused() -> None:
+    async def work() -> None:
+        async with pair(tls=False, level=None, bytes_per_s=[None] * MAX_LANES) as relays:
+            with lane() as (near, _), pytest.raises(InvalidInput, match="8 lanes already"):
+                await relays.source.add_lane(MAX_LANES, near)
+        async with pair(tls=False, level=None, bytes_per_s=[None, None]) as relays:
+            with lane() as (near, _), pytest.raises(InvalidInput, match="was there before"):
+                await relays.source.add_lane(1, near)
+        async with pair(tls=False) as relays:
+            with lane() as (near, far):
+                with pytest.raises(InvalidInput, match="no lane joins"):
+                    await relays.source.add_lane(1, near)
+                with pytest.raises(InvalidInput, match="awaits no lanes"):
+                    await relays.destination.add_connection(far[0])
 
     run(work())
 

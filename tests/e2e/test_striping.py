@@ -16,8 +16,17 @@ from harness.commands import limosa
 from harness.disks import goes_on, number
 from harness.guests import LanClient, address_of, linux, wait_until_it_serves
 from harness.hosts import wait_until
-from harness.labs import LabHost, plug, reaches, running_lab
-from harness.steering import follow
+from harness.labs import (
+    LabHost,
+    break_connections,
+    end_relays,
+    off_the_network,
+    plug,
+    reaches,
+    running_lab,
+    without_address,
+)
+from harness.steering import follow, settings
 from limosa.lab import namespaces
 from limosa.model.migration import Migration, Outcome, Phase
 from limosa.model.vm import VmState
@@ -29,9 +38,15 @@ pytestmark = [pytest.mark.qemu, pytest.mark.lab]
 MIB = 1024 * 1024
 #: Slow enough to be interfered with, and unequal.
 SPEEDS = (60, 20)
+#: With one that others do without.
+THREE_SPEEDS = (60, 20, 20)
 #: Its empty pages alone are 18 MB.
 BIG_MIB = 4096
+#: For a path that has a second less than the others.
+BIGGER_MIB = 8192
 USED_BYTES = 1 * MIB
+#: Nothing ends under it before a test wants it to.
+BRAKE = {"bandwidth_mbit_per_s": 4}
 SWITCH = Path("/proc/sys/net/mptcp/enabled")
 
 
@@ -48,6 +63,21 @@ def hosts(lab: list[LabHost]) -> Iterator[list[LabHost]]:
         host.clean()
 
 
+@pytest.fixture(scope="module")
+def wide_lab() -> Iterator[list[LabHost]]:
+    with running_lab(2, nics=3, speed_mbit_per_s=THREE_SPEEDS, transport="auto") as hosts:
+        yield hosts
+
+
+@pytest.fixture
+def wide(wide_lab: list[LabHost]) -> Iterator[list[LabHost]]:
+    """Hosts with three NICs."""
+    yield wide_lab
+    for host in wide_lab:
+        host.clean()
+        end_relays(host)
+
+
 @contextmanager
 def without_multipath_tcp(host: LabHost) -> Iterator[None]:
     namespaces.inside(host.namespace, lambda: SWITCH.write_text("0"))
@@ -57,9 +87,9 @@ def without_multipath_tcp(host: LabHost) -> Iterator[None]:
         namespaces.inside(host.namespace, lambda: SWITCH.write_text("1"))
 
 
-def big(host: LabHost) -> None:
+def big(host: LabHost, memory_mib: int = BIG_MIB) -> None:
     """A VM that takes seconds to move, without a guest that would have to boot."""
-    host.create(api.NewVm(name="vm", memory_mib=BIG_MIB, accelerator="tcg"))
+    host.create(api.NewVm(name="vm", memory_mib=memory_mib, accelerator="tcg"))
 
 
 def begin(hosts: list[LabHost], transport: Transport = "multichannel", vm: str = "vm") -> str:
@@ -157,6 +187,60 @@ def test_a_nic_whose_cable_is_put_in_again_is_used_again(hosts: list[LabHost]) -
     with cut(hosts, 0, "mig0"):
         then = follow(hosts[0], migration, lambda view: carried(view)["mig1"] > before["mig1"] + 2 * USED_BYTES)
     assert carried(arrived(hosts, migration))["mig0"] > carried(then)["mig0"] + 2 * USED_BYTES
+
+
+@pytest.mark.parametrize("side", [0, 1], ids=["source", "destination"])
+def test_a_nic_that_appears_in_mid_move_is_used(wide: list[LabHost], side: int) -> None:
+    big(wide[0], BIGGER_MIB)
+    with without_address(wide[side], "mig2"):
+        migration = begin(wide)
+        view = follow(wide[0], migration, lambda view: has_sent(USED_BYTES, view))
+        assert set(carried(view)) == {"mig0", "mig1"}
+    assert carried(arrived(wide, migration))["mig2"] > USED_BYTES
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("side", [0, 1], ids=["source", "destination"])
+def test_a_nic_whose_cable_was_out_when_the_move_began_is_used(wide: list[LabHost], side: int) -> None:
+    big(wide[0], BIGGER_MIB)
+    with cut(wide, side, "mig2"):
+        migration = begin(wide)
+        view = follow(wide[0], migration, lambda view: has_sent(USED_BYTES, view))
+        assert set(carried(view)) == {"mig0", "mig1"}
+    assert carried(arrived(wide, migration))["mig2"] > USED_BYTES
+
+
+def test_a_path_that_was_blocked_when_the_move_began_is_used_when_it_is_open(wide: list[LabHost]) -> None:
+    big(wide[0])
+    with settings(wide[0], BRAKE):
+        with off_the_network(wide[1], "mig2"):
+            migration = begin(wide)
+            view = follow(wide[0], migration, lambda view: has_sent(0, view))
+            assert set(carried(view)) == {"mig0", "mig1"}
+            assert view.route is not None
+            assert "no connection to" in view.route.why
+        follow(wide[0], migration, lambda view: "mig2" in carried(view))
+    assert carried(arrived(wide, migration))["mig2"] > USED_BYTES
+
+
+@pytest.mark.parametrize("nic", ["mig0", "mig1"])
+def test_a_path_whose_connections_break_is_used_again(hosts: list[LabHost], nic: str) -> None:
+    big(hosts[0], BIGGER_MIB)
+    migration = begin(hosts)
+    before = carried(follow(hosts[0], migration, lambda view: has_sent(2 * USED_BYTES, view)))
+    break_connections(hosts[0], nic)
+    after = carried(arrived(hosts, migration))
+    assert after[nic] > before[nic] + USED_BYTES
+
+
+def test_a_nic_whose_address_goes_and_comes_back_is_used_again(hosts: list[LabHost]) -> None:
+    big(hosts[0], BIGGER_MIB)
+    migration = begin(hosts)
+    before = carried(follow(hosts[0], migration, lambda view: has_sent(2 * USED_BYTES, view)))
+    with without_address(hosts[0], "mig1"):
+        break_connections(hosts[0], "mig1")
+        then = follow(hosts[0], migration, lambda view: carried(view)["mig0"] > before["mig0"] + USED_BYTES)
+    assert carried(arrived(hosts, migration))["mig1"] > carried(then)["mig1"] + USED_BYTES
 
 
 def test_compression_goes_over_all_of_them(hosts: list[LabHost]) -> None:

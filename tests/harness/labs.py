@@ -7,9 +7,10 @@ import os
 import secrets
 import signal
 import socket
+import subprocess
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from pyroute2 import IPRoute
@@ -168,6 +169,63 @@ def plug(host: LabHost, nic: str, *, in_: bool) -> None:
             netlink.link("set", index=index, state="up" if in_ else "down")
 
     namespaces.inside(host.lab.wire, work)
+
+
+def relay_processes(host: LabHost) -> list[int]:
+    """Its relays, and the processes that compress for them."""
+    return [pid for pid in host.processes() if RELAYS in _command(pid)]
+
+
+def end_relays(host: LabHost) -> None:
+    """Not to wait until they do it by themselves, and not to have the next move take their session."""
+    for pid in relay_processes(host):
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: relay_processes(host) == [], "its relays are gone")
+
+
+@contextmanager
+def off_the_network(host: LabHost, nic: str) -> Iterator[None]:
+    """The switch passes nothing on from and to a migration NIC during the block, though it has its link."""
+
+    def attach(bridge: int) -> int:
+        with IPRoute() as netlink:
+            port = netlink.link("get", ifname=f"{nic}-{host.name}")[0]
+            netlink.link("set", index=port["index"], master=bridge)
+            return int(port.get("master") or 0)
+
+    bridge = namespaces.inside(host.lab.wire, lambda: attach(0))
+    try:
+        yield
+    finally:
+        namespaces.inside(host.lab.wire, lambda: attach(bridge))
+
+
+def in_host(host: LabHost, work: Callable[[IPRoute, int], None], nic: str) -> None:
+    """Do something to a NIC of a host, inside it."""
+
+    def enter() -> None:
+        with IPRoute() as netlink:
+            work(netlink, netlink.link("get", ifname=nic)[0]["index"])
+
+    namespaces.inside(host.namespace, enter)
+
+
+@contextmanager
+def without_address(host: LabHost, nic: str) -> Iterator[None]:
+    """A migration NIC has no address during the block; afterwards it appears."""
+    address = {"address": host.lab.migration_addresses(host.name)[int(nic[-1])], "prefixlen": 24}
+    in_host(host, lambda netlink, index: netlink.addr("del", index=index, **address), nic)
+    try:
+        yield
+    finally:
+        in_host(host, lambda netlink, index: netlink.addr("add", index=index, **address), nic)
+
+
+def break_connections(host: LabHost, nic: str) -> None:
+    """Have the kernel end every TCP connection from the address of a migration NIC, as a reset does."""
+    address = host.lab.migration_addresses(host.name)[int(nic[-1])]
+    namespaces.inside(host.namespace, lambda: subprocess.run(["ss", "-K", "src", address], check=True))
 
 
 def reaches(host: LabHost, address: str) -> bool:

@@ -26,6 +26,14 @@ class Pair:
     near: list[socket.socket]
     far: list[socket.socket]
     numbers: list[int] = field(default_factory=list)
+    #: lanes the source's has lost
+    lost: asyncio.Queue[int] = field(default_factory=asyncio.Queue)
+
+    async def join(self, number: int, near: Sequence[socket.socket], far: Sequence[socket.socket]) -> None:
+        """Have a lane join. The sockets stay the caller's."""
+        for one in far:
+            await self.destination.add_connection(one)
+        await self.source.add_lane(number, near)
 
     async def channel(self) -> tuple[socket.socket, socket.socket]:
         """A new channel: what the source's QEMU would hold, and the destination's. Blocking sockets, to be closed."""
@@ -61,21 +69,31 @@ async def pair(
     user: str | None = None,
     hold: bool = False,
 ) -> AsyncIterator[Pair]:
-    """Two relays; both are gone afterwards. Several speeds are as many paths.
+    """Two relays; both are gone afterwards. With a list of speeds the session is striped, over as many paths.
 
     ``hold``: keep duplicates of the connections; neither side sees by itself then that the other has ended.
     """
     server, client = make_credentials() if tls else (None, None)
+    striped = isinstance(bytes_per_s, Sequence)
     near, far = carriers(*(bytes_per_s if isinstance(bytes_per_s, Sequence) else [bytes_per_s]))
     source, destination = await asyncio.gather(Relay.start(user=user), Relay.start(user=user))
+    relays = Pair(source, destination, near, far[::-1])
+    source.on_lane_lost = relays.lost.put_nowait
     try:
-        await asyncio.gather(
-            destination.open_receiver(far, credentials=server, window_log=window_log),
-            source.open_sender(near, credentials=client, window_log=window_log, level=level),
-        )
+        if striped:
+            await destination.await_lanes(credentials=server, window_log=window_log)
+            for one in far[-2:]:
+                await destination.add_connection(one)
+        opening = source.open_sender(near[:2], credentials=client, window_log=window_log, level=level, striped=striped)
+        if striped:
+            await asyncio.gather(destination.opened(), opening)
+        else:
+            await asyncio.gather(destination.open_receiver(far, credentials=server, window_log=window_log), opening)
+        for number in range(1, len(near) // 2):
+            await relays.join(number, near[2 * number :][:2], relays.far[2 * number :][:2])
         for one in () if hold else (*near, *far):
             one.close()
-        yield Pair(source, destination, near, far[::-1])
+        yield relays
     finally:
         for one in (*near, *far):
             one.close()

@@ -21,6 +21,13 @@ def header(*, came: int = 0, read: int = 0) -> Header:
     return Header(0, read, came, 0)
 
 
+def over(lanes: int) -> Outgoing:
+    outgoing = Outgoing()
+    for number in range(lanes):
+        outgoing.join(number)
+    return outgoing
+
+
 def filled(outgoing: Outgoing, count: int) -> None:
     for number in range(count):
         outgoing.add(bytes([number]))
@@ -36,12 +43,14 @@ class Network:
 
     def __init__(self, lanes: int) -> None:
         self.now = 0.0
-        self.outgoing, self.incoming = Outgoing(lanes), Incoming()
-        self.there: list[deque[Block]] = [deque() for _ in range(lanes)]
-        self.back: list[deque[Header]] = [deque() for _ in range(lanes)]
-        self.came = [0] * lanes
-        self.alive = list(range(lanes))
+        self.outgoing, self.incoming = Outgoing(), Incoming()
+        self.there: list[deque[Block]] = []
+        self.back: list[deque[Header]] = []
+        self.came: list[int] = []
+        self.alive: list[int] = []
         self.sent, self.read = bytearray(), bytearray()
+        for _ in range(lanes):
+            self.join()
 
     def do(self, act: int, number: int) -> None:
         """One of the things that can happen, on one of the lanes that are left."""
@@ -53,12 +62,23 @@ class Network:
             self.consume()
         elif number % 16:
             self.now += LATE_S
+        elif number % 32:
+            self.join()
         else:
             self.break_(lane)
 
+    def join(self) -> None:
+        if len(self.alive) < MOST_LANES:
+            lane = len(self.there)
+            self.there.append(deque())
+            self.back.append(deque())
+            self.came.append(0)
+            self.alive.append(lane)
+            self.outgoing.join(lane)
+
     def send(self, lane: int) -> None:
         if self.outgoing.has_room():
-            data = NOISE[len(self.sent) :][: 100 * lane + 1]
+            data = NOISE[len(self.sent) :][: 100 * (lane % MOST_LANES) + 1]
             self.outgoing.add(data)
             self.sent += data
 
@@ -127,7 +147,7 @@ def test_a_block_that_is_too_long_breaks_the_session() -> None:
 
 
 def test_a_lane_that_stands_still_costs_what_it_has_once_and_gets_no_more() -> None:
-    outgoing = Outgoing(2)
+    outgoing = over(2)
     filled(outgoing, 6)
     assert [taken(outgoing, lane) for lane in (0, 0, 1)] == [b"\0", b"\1", b"\2"]
     outgoing.on_header(1, header(came=1), 0.1)
@@ -141,7 +161,7 @@ def test_a_lane_that_stands_still_costs_what_it_has_once_and_gets_no_more() -> N
 
 
 def test_the_last_lane_is_waited_for() -> None:
-    outgoing = Outgoing(2)
+    outgoing = over(2)
     filled(outgoing, 4)
     assert [taken(outgoing, lane) for lane in (0, 1)] == [b"\0", b"\1"]
     assert taken(outgoing, 0, 10.0) is None, "it was the first to be late"
@@ -150,7 +170,7 @@ def test_the_last_lane_is_waited_for() -> None:
 
 
 def test_of_what_a_lost_lane_had_only_what_did_not_arrive_goes_again() -> None:
-    outgoing = Outgoing(2)
+    outgoing = over(2)
     filled(outgoing, 3)
     for _ in range(2):
         taken(outgoing, 0)
@@ -162,8 +182,36 @@ def test_of_what_a_lost_lane_had_only_what_did_not_arrive_goes_again() -> None:
     outgoing.on_header(0, header(came=2, read=1), 0.0)  # it was said before the lane broke
 
 
+def test_a_lane_that_joins_takes_what_is_next_and_what_others_have_lost() -> None:
+    outgoing = over(1)
+    filled(outgoing, 3)
+    assert taken(outgoing, 0) == b"\0"
+    outgoing.join(1)
+    assert taken(outgoing, 1) == b"\1"
+    outgoing.lose(0)
+    assert [taken(outgoing, 1) for _ in range(2)] == [b"\0", b"\2"]
+    outgoing.on_header(1, header(came=3, read=3), 0.0)
+    assert outgoing.under_way_bytes == 0
+
+
+def test_a_lane_that_joins_one_that_is_late_goes_on_with_everything() -> None:
+    outgoing = over(1)
+    filled(outgoing, 2)
+    assert taken(outgoing, 0) == b"\0"
+    outgoing.join(1)
+    assert [taken(outgoing, 1, LATE_S) for _ in range(2)] == [b"\0", b"\1"]
+    assert taken(outgoing, 0, LATE_S) is None
+
+
+def test_without_a_lane_nothing_is_taken_and_nothing_more_than_there_is_room_for() -> None:
+    outgoing = Outgoing()
+    assert not outgoing.has_room()
+    outgoing.join(0)
+    assert outgoing.has_room()
+
+
 def test_no_more_is_sent_than_the_window_has_room_for() -> None:
-    outgoing, incoming = Outgoing(1), Incoming()
+    outgoing, incoming = over(1), Incoming()
     block, count = bytes(BLOCK_BYTES), 0
     while outgoing.has_room():
         outgoing.add(block)
@@ -182,7 +230,7 @@ def test_no_more_is_sent_than_the_window_has_room_for() -> None:
 
 @pytest.mark.parametrize("said", [header(came=2), header(read=2), header(came=2**32 - 1)])
 def test_to_have_had_more_than_was_sent_breaks_the_session(said: Header) -> None:
-    outgoing = Outgoing(1)
+    outgoing = over(1)
     filled(outgoing, 1)
     taken(outgoing, 0)
     with pytest.raises(BrokenStream, match="more than was sent"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import Callable, Collection, Coroutine, Sequence
+from collections.abc import Callable, Collection, Coroutine, Iterable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -95,6 +95,8 @@ class Channel:
         self.stream = stream
 
     def set_short(self, short: bool) -> None: ...
+
+    def spread_over(self, ways: Iterable[tuple[str, str]]) -> None: ...
 
     @property
     def connections(self) -> tuple[()]:

@@ -7,7 +7,7 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
 from limosa.errors import (
@@ -31,10 +31,11 @@ from limosa.model.finding import Finding
 from limosa.model.migration import Migration, Outcome, Phase, Progress, Side
 from limosa.model.storage import BackingFile
 from limosa.network.addresses import stream_addresses
+from limosa.network.changes import changes
 from limosa.qemu.protocol import MachineProtocol
 from limosa.storage import layers
 from limosa.transport import tcp
-from limosa.wire.peer import Inspect, Prepare
+from limosa.wire.peer import Inspect, Offered, Prepare
 
 _log = logging.getLogger(__name__)
 
@@ -68,6 +69,13 @@ class Incoming:
         addresses = stream_addresses(network, reached_at)
         port = await trial.enter_async_context(tcp.trial(addresses, self._page.now.migration_ports))
         return await self._inspector.destination_facts(asked.vm, asked.accelerator, network, addresses, port)
+
+    async def offers(self, reached_at: str) -> AsyncIterator[Offered]:
+        """This host's network and its addresses for guest memory, again after each change. Raises
+        :class:`NetworkError`."""
+        async for _ in changes():
+            network = await self._inspector.network()
+            yield Offered(network=network, addresses=stream_addresses(network, reached_at))
 
     async def find_files(self, files: Sequence[BackingFile]) -> tuple[BackingFile | None, ...]:
         """Where this host has files with these contents; None where it has not."""

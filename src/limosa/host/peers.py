@@ -11,7 +11,7 @@ import asyncio
 import socket
 import ssl
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any, TypeVar
 
 import msgspec
@@ -58,6 +58,8 @@ class RemotePeer:
         self.lost: asyncio.Future[None] = loop.create_future()
         self._adopted: asyncio.Future[None] = loop.create_future()
         self._answers: asyncio.Queue[Any] = asyncio.Queue()
+        self._offered: say.Offered | None = None
+        self._has_offered = asyncio.Event()
         self._reader = asyncio.ensure_future(self._read())
 
     async def inspect(self, vm: VmConfig, accelerator: Accelerator) -> tuple[DestinationFacts, float]:
@@ -94,6 +96,16 @@ class RemotePeer:
     async def disks_whole(self) -> None:
         """See :class:`limosa.migration.peer.Peer`."""
         await self._send(say.DisksWhole())
+
+    async def offers(self) -> AsyncIterator[say.Offered]:
+        """See :class:`limosa.migration.peer.Peer`."""
+        seen = None
+        while True:
+            while self._offered is seen or self._offered is None:
+                await self._has_offered.wait()
+                self._has_offered.clear()
+            seen = self._offered
+            yield seen
 
     async def take_over(self) -> say.Running:
         """See :class:`limosa.migration.peer.Peer`."""
@@ -178,6 +190,9 @@ class RemotePeer:
             case say.Adopted():
                 if not self._adopted.done():
                     self._adopted.set_result(None)
+            case say.Offered():
+                self._offered = message
+                self._has_offered.set()
             case say.Lost(fault=fault):
                 if not self.lost.done():
                     self.lost.set_exception(from_fault(fault))

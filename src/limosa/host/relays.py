@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 from limosa.background import then
@@ -17,8 +17,10 @@ from limosa.host.page import Page
 from limosa.model.route import Route
 from limosa.transport import tcp
 from limosa.transport.channel import Doorway, SocketChannel, connect_all
+from limosa.transport.relay.carriers import Way
 from limosa.transport.relay.client import Relay
-from limosa.transport.relay.control import CARRIERS
+from limosa.transport.relay.control import CARRIERS, MAX_LANES
+from limosa.transport.relay.doorway import LastingDoorway
 from limosa.transport.relay.inbound import CarrierDoorway, Inbound
 from limosa.transport.relay.outbound import LINGER_S, Outbound, Seat
 from limosa.wire.peer import Prepared, RelayPlace
@@ -85,20 +87,18 @@ class Relays:
             several=route.is_multipath,
             window_log=self._window_log(),
             user=self._user,
-            paths=len(route.paths) if route.striped else 1,
+            ways=[(path.here, path.there) for path in (route.paths if route.striped else route.paths[:1])],
+            striped=route.striped,
             compress=route.transport == "compression",
             linger_s=0.0 if route.alone else LINGER_S,
         )
 
-    async def _dial(self, route: Route, prepared: Prepared) -> Sequence[SocketChannel]:
-        """Both carriers of each path if the route is striped, else of all together."""
-        dials: list[Callable[[], Awaitable[SocketChannel]]]
-        if route.striped:
-            token, port = prepared.token, prepared.port
-            dials = [partial(tcp.connect, path.there, port, token, path.here) for path in route.paths]
-        else:
-            dials = [partial(self._multichannel.connect, route, prepared)]
-        return await connect_all([dial for dial in dials for _ in range(CARRIERS)])
+    async def _dial(self, route: Route, prepared: Prepared, way: Way) -> Sequence[SocketChannel]:
+        """Both carriers, over one path if the route is striped, else over all together."""
+        if not route.striped:
+            return await connect_all([partial(self._multichannel.connect, route, prepared)] * CARRIERS)
+        here, there = way
+        return await connect_all([partial(tcp.connect, there, prepared.port, prepared.token, here)] * CARRIERS)
 
     async def _await(
         self, place: RelayPlace, chosen: Sequence[str], permitted: Addresses, networks: Sequence[str]
@@ -106,11 +106,13 @@ class Relays:
         relay = await Relay.start(user=self._user)
         try:
             ports = self._page.now.migration_ports
-            door: CarrierDoorway
-            if place.several:
+            door: CarrierDoorway | LastingDoorway
+            if place.striped:
+                door = LastingDoorway(chosen[:MAX_LANES], ports, permitted)
+            elif place.several:
                 door = await self._multichannel.open_door(chosen, ports, permitted, networks)
             else:
-                door = tcp.TcpDoorway(chosen[0], ports, further=chosen[1 : place.paths])
+                door = tcp.TcpDoorway(chosen[0], ports)
         except BaseException:
             await asyncio.shield(relay.end())
             raise

@@ -145,6 +145,8 @@ class Session:
             teller.cancel()
         self._background.spawn(self._tell_loss(self._destination))
         await self._send(prepared)
+        if request.relay is not None and request.relay.striped:
+            self._background.spawn(self._tell_network())
 
     async def _take_over(self) -> None:
         destination = self._current()
@@ -180,6 +182,13 @@ class Session:
     async def _tell(self, news: asyncio.Queue[say.InLine | say.LayersAwaited]) -> None:
         while True:
             await self._send(await news.get())
+
+    async def _tell_network(self) -> None:
+        try:
+            async for offered in self._incoming.offers(self._reached_at):
+                await self._send(offered)
+        except LimosaError as error:
+            _log.error("paths that appear here are not used: %s", error)
 
     async def _tell_loss(self, destination: Destination) -> None:
         try:

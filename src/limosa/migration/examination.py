@@ -62,6 +62,8 @@ class Examined:
     disks: tuple[DiskPlan, ...]
     #: files below them that are sent too
     layers: tuple[LayerPlan, ...] = ()
+    #: addresses of the destination to which no connection could be made
+    blocked: frozenset[str] = frozenset()
 
 
 async def examine(
@@ -91,7 +93,7 @@ async def examine(
         memory_mib=vm.memory_mib,
     )
     asked = "rdma" if question.rdma_failed else question.transport
-    route = await _open_route(ends, asked, there.trial_port)
+    route, blocked = await _open_route(ends, asked, there.trial_port)
     of_disks = await disks_here.facts(copied) if copied else ()
     if question.chain == "keep":
         of_disks = await _with_digests(disks_here, of_disks, there, question.storage)
@@ -108,7 +110,7 @@ async def examine(
     )
     instead = (not_by_rdma(route),) if asked == "rdma" and route.transport != "rdma" else ()
     all_findings = (*planned.findings, *findings, *instead, *between(ends, route))
-    return Examined(all_findings, route, ends, planned.disks, planned.layers)
+    return Examined(all_findings, route, ends, planned.disks, planned.layers, blocked)
 
 
 def _no_rdma(question: Question, here: VmFacts, *, disks_move: bool) -> str:
@@ -142,15 +144,15 @@ async def _found(peer: Peer, facts: Sequence[DiskFacts]) -> dict[str, BackingFil
     return {digest: file for digest, file in zip(wanted, found, strict=True) if file is not None}
 
 
-async def _open_route(ends: Ends, transport: str, port: int) -> Route:
-    """The best route of which every path can be connected; one without paths if there is none."""
+async def _open_route(ends: Ends, transport: str, port: int) -> tuple[Route, frozenset[str]]:
+    """The best route of which every path can be connected, one without paths if there is none; and what is blocked."""
     open_: set[str] = set()
     blocked: set[str] = set() if port else set(ends.offered)
     while True:
         route = choose(ends, transport, blocked)
         untried = [path.there for path in route.paths if path.there not in open_]
         if not untried:
-            return route
+            return route, frozenset(blocked)
         answers = await asyncio.gather(*(tcp.reachable(address, port) for address in untried))
         for address, answer in zip(untried, answers, strict=True):
             (open_ if answer else blocked).add(address)

@@ -1,14 +1,16 @@
 """The paths a move really takes: asked of its connection, named by their NICs, and shown with what each has carried.
 
 Which NICs there are may change while the move runs. A NIC that appears here may lead to an address of the destination
-that was announced when nothing led there yet, so the destination is asked to announce it again.
+that was announced when nothing led there yet, so the destination is asked to announce it again. Where relays spread
+the stream, paths are ours to choose and to connect: the destination is asked to listen, and tells what appears there.
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Collection, Iterable, Sequence
 from dataclasses import replace
 
 import msgspec
@@ -18,18 +20,23 @@ from limosa.migration.peer import Peer
 from limosa.model.network import Carried, HostNetwork
 from limosa.model.route import Compressed, Path, Route
 from limosa.transport.channel import Channel, Used
-from limosa.transport.choice import MOST_PATHS, Ends, direct_path
+from limosa.transport.choice import MOST_PATHS, Ends, direct_path, spread
 from limosa.transport.goodput import Goodput
 
 
 class Paths:
-    """The paths of one move."""
+    """The paths of one move. ``blocked``: addresses of the destination to which no connection could be made before."""
 
-    def __init__(self, route: Route, ends: Ends, channels: Sequence[Channel]) -> None:
+    def __init__(
+        self, route: Route, ends: Ends, channels: Sequence[Channel], blocked: Collection[str] = frozenset()
+    ) -> None:
         self._route = route
         self._ends = ends
         self._channels = channels
         self._goodput = Goodput()
+        chosen = {(path.here, path.there) for path in route.paths}
+        #: what could be used and was not chosen, for whatever reason, as long as it is there
+        self._refused = {way for way in self._possible() - chosen if way[1] not in blocked}
 
     async def look(self) -> Route:
         """The route as it is now; what has carried nothing yet is in it as it was chosen."""
@@ -69,7 +76,12 @@ class Paths:
         return Path(here=used.here, there=used.there, nic_here=names[0], nic_there=names[1])
 
     async def follow(self, networks: AsyncIterator[HostNetwork], peer: Peer) -> None:
-        """Have NICs used that appear here, until cancelled."""
+        """Have NICs used that appear, until cancelled."""
+        if self._route.striped:
+            async with asyncio.TaskGroup() as both:
+                both.create_task(self._follow_here(networks, peer))
+                both.create_task(self._follow_there(peer))
+            return
         if self._route.transport not in ("multichannel", "compression"):
             return
         known = self._possible()
@@ -81,6 +93,29 @@ class Paths:
                 with contextlib.suppress(LimosaError):  # the move itself notices that the session is lost
                     await peer.announce(appeared[:MOST_PATHS])
             known = now
+
+    async def _follow_here(self, networks: AsyncIterator[HostNetwork], peer: Peer) -> None:
+        async for network in networks:
+            await self._spread(replace(self._ends, here=network), peer)
+
+    async def _follow_there(self, peer: Peer) -> None:
+        async for offered in peer.offers():
+            await self._spread(replace(self._ends, there=offered.network, offered=offered.addresses), peer)
+
+    async def _spread(self, ends: Ends, peer: Peer) -> None:
+        """Have relays use what is possible between the two ends now."""
+        self._ends = ends
+        self._refused &= self._possible()
+        alive = [self._named(used) for used in self._used() if used.alive]
+        # A path whose NIC is gone may not be noticed by its connections for a minute, and must not keep its place.
+        paths = spread(ends, [path for path in alive if path.nic_here and path.nic_there], self._refused)
+        ways = list(_pairs(paths))
+        used = set(_pairs(alive))
+        if appeared := [there for here, there in ways if (here, there) not in used]:
+            with contextlib.suppress(LimosaError):  # the move itself notices that the session is lost
+                await peer.announce(appeared)
+        for channel in self._channels:
+            channel.spread_over(ways)
 
     def _possible(self) -> set[tuple[str, str]]:
         return set(_pairs(direct_path(self._ends.here, self._ends.there, one) for one in self._ends.offered))

@@ -4,14 +4,14 @@ script in one process both are."""
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from typing import Any, Protocol
 
 from limosa.model.base import MigrationId
 from limosa.model.facts import DestinationFacts
 from limosa.model.storage import BackingFile
 from limosa.model.vm import Accelerator, VmConfig
-from limosa.wire.peer import LayersAwaited, Prepare, Prepared, Running, Standing
+from limosa.wire.peer import LayersAwaited, Offered, Prepare, Prepared, Running, Standing
 
 #: Sends the files below disks that the destination awaits.
 SendLayers = Callable[[LayersAwaited], Coroutine[Any, Any, None]]
@@ -42,6 +42,9 @@ class Peer(Protocol):
     async def disks_whole(self) -> None:
         """The copies of disks have ended; the destination can let nobody write them any more, while the last memory
         comes."""
+
+    def offers(self) -> AsyncIterator[Offered]:
+        """The destination's network, again after each change, while a stream may be spread over paths that appear."""
 
     async def take_over(self) -> Running:
         """Give the word: the guest is the destination's, and goes on there."""

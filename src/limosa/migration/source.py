@@ -17,8 +17,8 @@ from __future__ import annotations
 import asyncio
 import socket
 import time
-from collections.abc import Coroutine
-from contextlib import suppress
+from collections.abc import Coroutine, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
@@ -250,11 +250,12 @@ class SourceMove:
         await self.home.sending()
         route, copies = self.examined.route, disks.copies(self.examined.disks)
         self.disk_channels = await self.home.connect_disks(route, prepared, len(copies))
-        self.paths = Paths(route, self.examined.ends, self.disk_channels)
+        self.paths = Paths(route, self.examined.ends, self.disk_channels, self.examined.blocked)
         bandwidth = self.home.bandwidth() // len(copies)
         await mirrors.send(machine, self.header.migration, copies, self.disk_channels, self.disk_credentials, bandwidth)
         copying = self.mirrors = Mirrors(machine, [plan.disk for plan in copies], self.terms.policy.patience_s)
-        await copying.until_ready(lambda: self._show_disks(copying))
+        with self._following(self.paths):
+            await copying.until_ready(lambda: self._show_disks(copying))
 
     def _show_disks(self, copying: Mirrors) -> None:
         self.report.bar, shown = progress.of_disks(
@@ -271,30 +272,39 @@ class SourceMove:
         if self.mirrors is not None:
             await self.home.sending()
         assert self.examined is not None
-        assert self.peer is not None
         self.journal.record(SourceStep.MIGRATING, time.time(), durable=False)
         self.channel = await self.home.connect(self.examined.route, prepared)
-        self.paths = Paths(self.examined.route, self.examined.ends, [self.channel, *self.disk_channels])
+        channels = [self.channel, *self.disk_channels]
+        self.paths = Paths(self.examined.route, self.examined.ends, channels, self.examined.blocked)
         await machine.migrate(self.channel.stream)
         watch = asyncio.ensure_future(self._watch(machine))
         finish = asyncio.ensure_future(self._finish_disks(machine))
         limit = asyncio.ensure_future(self._not_for_ever(machine))
-        follow = asyncio.ensure_future(self.paths.follow(self.home.networks(), self.peer))
         try:
             # Looking must not delay the hand-over, so it goes on beside the waiting.
             waiting: set[asyncio.Future[Any]] = {self.sent, watch, finish, limit}
-            while not self.sent.done():
-                done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-                for one in done - {self.sent}:
-                    one.result()
+            with self._following(self.paths):
+                while not self.sent.done():
+                    done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+                    for one in done - {self.sent}:
+                        one.result()
         finally:
             watch.cancel()
             finish.cancel()
             limit.cancel()
-            follow.cancel()
         state = self.sent.result()
         if state not in (MigrationState.COMPLETED, MigrationState.POSTCOPY_ACTIVE):
             raise await self._failure(machine, state)
+
+    @contextmanager
+    def _following(self, paths: Paths) -> Iterator[None]:
+        """Have NICs used that appear during the block."""
+        assert self.peer is not None
+        follow = asyncio.ensure_future(paths.follow(self.home.networks(), self.peer))
+        try:
+            yield
+        finally:
+            follow.cancel()
 
     async def _finish_disks(self, machine: MachineProtocol) -> None:
         """When the guest stands still, make the copies of its disks whole, and only then let the last memory go."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 
 import msgspec
 
@@ -19,7 +19,7 @@ from limosa.model.facts import DestinationFacts
 from limosa.model.storage import BackingFile
 from limosa.model.vm import Accelerator, VmConfig
 from limosa.transport import tcp
-from limosa.wire.peer import LayersAwaited, Prepare, Prepared, Running, Standing
+from limosa.wire.peer import LayersAwaited, Offered, Prepare, Prepared, Running, Standing
 
 
 class LocalPeer:
@@ -54,6 +54,10 @@ class LocalPeer:
     async def disks_whole(self) -> None:
         """See :class:`limosa.migration.peer.Peer`."""
         self._destination.disks_whole()
+
+    async def offers(self) -> AsyncIterator[Offered]:
+        """See :class:`limosa.migration.peer.Peer`: nothing changes."""
+        yield Offered(network=self._facts.network, addresses=self._facts.addresses)
 
     async def take_over(self) -> Running:
         """See :class:`limosa.migration.peer.Peer`."""

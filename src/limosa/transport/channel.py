@@ -52,6 +52,10 @@ class Channel(Protocol):
     def connections(self) -> Sequence[SocketChannel]:
         """Those to the other host, which other streams may share: what they have used is that of all."""
 
+    def spread_over(self, ways: Iterable[tuple[str, str]]) -> None:
+        """If it is spread over connections of its own, have one over each of these paths, from an address here to one
+        there, as soon as that can be. Never raises."""
+
     def used(self) -> tuple[Used, ...]:
         """What went which way since the beginning, also over paths that are gone. Never raises."""
 

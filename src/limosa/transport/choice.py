@@ -236,12 +236,22 @@ def _single(ends: Ends, blocked: Collection[str]) -> tuple[Path, ...]:
 
 def _several(ends: Ends, blocked: Collection[str]) -> tuple[Path, ...]:
     """One path for each network, each with NICs of its own, all of the best one's IP version."""
-    chosen: list[Path] = []
-    for path in _direct(ends, blocked):
+    return tuple(_add_paths([], _direct(ends, blocked))[:MOST_PATHS])
+
+
+def spread(ends: Ends, kept: Sequence[Path], refused: Collection[tuple[str, str]]) -> tuple[Path, ...]:
+    """Where relays are to spread a stream that goes over the paths ``kept`` already: over these, and over what is
+    possible on other NICs, except from one address to another that is ``refused``."""
+    possible = [path for path in _direct(ends, ()) if (path.here, path.there) not in refused]
+    return tuple(_add_paths(list(kept), possible)[:MAX_LANES])
+
+
+def _add_paths(chosen: list[Path], possible: Sequence[Path]) -> list[Path]:
+    for path in possible:
         taken = any(path.nic_here == one.nic_here or path.nic_there == one.nic_there for one in chosen)
         if not taken and (not chosen or _version(path.there) == _version(chosen[0].there)):
             chosen.append(path)
-    return tuple(chosen[:MOST_PATHS])
+    return chosen
 
 
 def _direct(ends: Ends, blocked: Collection[str]) -> list[Path]:

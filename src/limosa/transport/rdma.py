@@ -39,6 +39,9 @@ class RdmaChannel:
         """See :class:`limosa.transport.channel.Channel`: the kernel knows of none."""
         return ()
 
+    def spread_over(self, ways: Iterable[tuple[str, str]]) -> None:
+        """See :class:`limosa.transport.channel.Channel`: it goes over one device."""
+
     def used(self) -> tuple[Used, ...]:
         """See :class:`limosa.transport.channel.Channel`: nobody counts what the device has carried for one QEMU."""
         return ()

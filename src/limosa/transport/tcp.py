@@ -61,6 +61,9 @@ class TcpChannel:
         """See :class:`limosa.transport.channel.Channel`: it is one."""
         return (self,)
 
+    def spread_over(self, ways: Iterable[tuple[str, str]]) -> None:
+        """See :class:`limosa.transport.channel.Channel`: it is one connection."""
+
     def used(self) -> tuple[Used, ...]:
         """See :class:`limosa.transport.channel.Channel`."""
         with contextlib.suppress(OSError):  # also if it is closed

@@ -15,6 +15,7 @@
                      <-  Prepared
                                         (guest memory flows from QEMU to QEMU)
     Announce         ->                 (no answer) let the stream use these addresses of yours, if it can
+                     <-  Offered        (any number, if relays spread the stream) this is my network now
     DisksWhole       ->                 (no answer) nobody writes your disks any more
     TakeOver         ->                 continue the guest
                      <-  Running        as soon as it runs
@@ -40,6 +41,7 @@ from msgspec import Meta
 from limosa.model.base import MigrationId, Model, Name
 from limosa.model.facts import DestinationFacts
 from limosa.model.migration import Fault
+from limosa.model.network import HostNetwork
 from limosa.model.storage import BackingFile, DiskPlan, LayerPlan
 from limosa.model.vm import Accelerator, VmConfig
 
@@ -121,8 +123,8 @@ class RelayPlace(Model, frozen=True, omit_defaults=True):
     credentials: StreamCredentials | None
     #: whether its connections go over several NICs, by Multipath TCP
     several: bool
-    #: paths, each with connections of its own by plain TCP, to as many addresses
-    paths: Annotated[int, Meta(ge=1, le=8)] = 1
+    #: whether it has connections of its own for each path, by plain TCP, of which more may come at any time
+    striped: bool = False
 
 
 class Prepare(Message, tag="prepare", frozen=True, omit_defaults=True):
@@ -207,6 +209,17 @@ class DisksWhole(Message, tag="disks-whole", frozen=True):
     answer."""
 
 
+class Offered(Message, tag="offered", frozen=True):
+    """Said unasked where the stream may use paths that appear: the destination's network, as it is now.
+
+    Only to a source whose relays spread the stream; one that does not know this does not have them do so.
+    """
+
+    network: HostNetwork
+    #: those for guest memory, in the destination's order
+    addresses: Annotated[tuple[Address, ...], Meta(max_length=4096)]
+
+
 class TakeOver(Message, tag="take-over", frozen=True):
     """The source's QEMU has completed and will not run again: continue the guest, unless it was paused before."""
 
@@ -287,6 +300,7 @@ FromDestination = (
     | InLine
     | LayersAwaited
     | Prepared
+    | Offered
     | Running
     | Adopted
     | Gone

@@ -11,6 +11,9 @@ place in the stream. :class:`Outgoing` gives each lane a block when it asks for 
 A lane from which nothing came back for longer than it usually takes is *late*: what it has goes again over others, and
 it is given nothing before it gets on. What a *lost* lane had goes again too. The last lane that is not late is not
 called so, because there is nothing better to do than to wait for it.
+
+Lanes come and go at any time. A number stands for one lane and is never used again, so that what is still heard of a
+lost one is not taken for another's.
 """
 
 from __future__ import annotations
@@ -89,11 +92,6 @@ class _Lane:
     came_at: float = 0.0
     usual_s: float = _USUAL_S
     late: bool = False
-    lost: bool = False
-
-    @property
-    def is_good(self) -> bool:
-        return not self.late and not self.lost
 
     def late_at(self) -> float | None:
         """When it will be late if nothing comes back; None: there is nothing to come."""
@@ -104,10 +102,11 @@ class _Lane:
 
 
 class Outgoing:
-    """What one end sends over so many lanes, which are numbered from 0."""
+    """What one end sends over its lanes, of which it has none at first."""
 
-    def __init__(self, lanes: int) -> None:
-        self._lanes = [_Lane() for _ in range(lanes)]
+    def __init__(self) -> None:
+        #: those that are not lost
+        self._lanes: dict[int, _Lane] = {}
         self._end = 0
         self._read = 0
         #: not given to any lane yet
@@ -120,7 +119,7 @@ class Outgoing:
     @property
     def lanes_left(self) -> int:
         """How many are not lost."""
-        return sum(not lane.lost for lane in self._lanes)
+        return len(self._lanes)
 
     @property
     def waiting_bytes(self) -> int:
@@ -137,30 +136,34 @@ class Outgoing:
         self._end += len(data)
         self.under_way_bytes += len(data)
 
+    def join(self, number: int) -> None:
+        """Another lane, which has carried nothing yet."""
+        self._lanes[number] = _Lane()
+
     def take(self, number: int, now: float) -> Block | None:
         """The next block for a lane that has room; None: there is none for it now."""
         self._look(now)
-        lane = self._lanes[number]
-        block = self._next() if lane.is_good else None
-        if block is not None:
-            lane.flights.append(_Flight(block, now))
+        lane = self._lanes.get(number)
+        if lane is None or lane.late or (block := self._next()) is None:
+            return None
+        lane.flights.append(_Flight(block, now))
         return block
 
     def look_again_at(self) -> float | None:
         """When :meth:`take` may find something although nothing has happened; None: never."""
-        good = [lane for lane in self._lanes if lane.is_good]
+        good = self._good()
         times = [at for lane in good if (at := lane.late_at()) is not None]
         return min(times, default=None) if len(good) > 1 else None
 
     def on_header(self, number: int, header: Header, now: float) -> None:
         """The other end said this on a lane. Raises :class:`BrokenStream` if it cannot be so."""
-        lane = self._lanes[number]
+        lane = self._lanes.get(number)
         # What a lane has brought before it was lost was given to others already.
-        count = 0 if lane.lost else (header.came - lane.came) & _COUNT_MASK
-        if count > len(lane.flights) or header.read > self._end:
+        count = (header.came - lane.came) & _COUNT_MASK if lane is not None else 0
+        if header.read > self._end or (lane is not None and count > len(lane.flights)):
             raise BrokenStream("the other relay has had more than was sent")
         self._read = max(self._read, header.read)
-        if count:
+        if lane is not None and count:
             lane.came += count
             lane.came_at, lane.late = now, False
             for _ in range(count):
@@ -168,18 +171,18 @@ class Outgoing:
 
     def lose(self, number: int) -> None:
         """A lane has broken: it takes no more, and what it had goes again over others."""
-        lane = self._lanes[number]
-        lane.lost = True
-        self._give_again(lane)
-        lane.flights.clear()
+        self._give_again(self._lanes.pop(number))
 
     def _look(self, now: float) -> None:
         """See which lanes are late."""
-        for lane in self._lanes:
+        for lane in self._good():
             at = lane.late_at()
-            if lane.is_good and at is not None and at < now and sum(one.is_good for one in self._lanes) > 1:
+            if at is not None and at < now and len(self._good()) > 1:
                 lane.late = True
                 self._give_again(lane)
+
+    def _good(self) -> list[_Lane]:
+        return [lane for lane in self._lanes.values() if not lane.late]
 
     def _give_again(self, lane: _Lane) -> None:
         for flight in lane.flights:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import array
 import fcntl
+import select
 import socket
 import ssl
 import termios
@@ -149,6 +150,12 @@ class Carrier:
     def unacknowledged(self) -> tuple[int, int]:
         """Bytes the kernel holds: all that the other side has not acknowledged, and of these, those not sent yet."""
         return self._ask(_SIOCOUTQ), self._ask(_SIOCOUTQNSD)
+
+    def has_ended(self) -> bool:
+        """Whether the other side has ended it, or it broke; by a look that does not wait."""
+        look = select.poll()
+        look.register(self._socket, select.POLLRDHUP)
+        return bool(look.poll(0))
 
     def end(self) -> None:
         """End the connection, also for a thread that waits for it; which is why it is not closed."""

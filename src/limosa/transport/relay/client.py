@@ -48,7 +48,7 @@ class Relay:
     """A relay process. Made by :meth:`start`; belongs to one event loop.
 
     Every call raises :class:`RelayFailed` if the relay ended, also while the call waits. ``on_channel_ended`` is called
-    with the last figures of each channel.
+    with the last figures of each channel, ``on_lane_lost`` with the number of a lane that broke or did not come about.
     """
 
     def __init__(self, process: subprocess.Popen[bytes], sock: socket.socket) -> None:
@@ -56,6 +56,7 @@ class Relay:
         #: set as soon as the relay is gone, whoever ended it; its streams have ended then
         self.ended = asyncio.Event()
         self.on_channel_ended: Callable[[ChannelStatistics], None] = lambda _: None
+        self.on_lane_lost: Callable[[int], None] = lambda _: None
         self._why = ""
         self._process, self._socket = process, sock
         self._asked: deque[asyncio.Future[Answer]] = deque()
@@ -99,25 +100,51 @@ class Relay:
         credentials: StreamCredentials | None,
         window_log: int,
         level: int | None = DEFAULT_LEVEL,
+        striped: bool = False,
     ) -> int:
-        """Be the source's side over connections to the destination's relay, of which it gets duplicates: for each path
-        a forward and a backward one.
+        """Be the source's side over connections to the destination's relay, of which it gets duplicates: a forward and
+        a backward one, which are lane 0 if it is ``striped``.
 
         ``level``: zstd's, None for no compression. Returns the window both sides agreed on, as a power of two.
         """
-        return await self._open(
-            control.OpenSender(credentials=credentials, window_log=window_log, level=level), connections
-        )
+        wish = control.OpenSender(credentials=credentials, window_log=window_log, level=level, striped=striped)
+        return await self._open(wish, connections)
 
     async def open_receiver(
         self, connections: Sequence[socket.socket], *, credentials: StreamCredentials | None, window_log: int
     ) -> int:
         """Be the destination's side. Otherwise as :meth:`open_sender`."""
-        return await self._open(control.OpenReceiver(credentials=credentials, window_log=window_log), connections)
+        wish = control.OpenReceiver(credentials=credentials, window_log=window_log, striped=False)
+        return await self._open(wish, connections)
+
+    async def await_lanes(self, *, credentials: StreamCredentials | None, window_log: int) -> None:
+        """Be the destination's side of a striped session, which is :meth:`opened` with its first lane."""
+        await self._ask(
+            control.Done, control.OpenReceiver(credentials=credentials, window_log=window_log, striped=True)
+        )
+
+    async def opened(self) -> int:
+        """Wait for the session to be open. Returns the window, as a power of two."""
+        return await asyncio.shield(self._opened)
+
+    async def add_lane(self, number: int, connections: Sequence[socket.socket]) -> None:
+        """At the source of a striped session: have another lane join, over a forward and a backward connection.
+
+        It gets duplicates, and is not waited for. ``number``: higher than all before. Raises :class:`InvalidInput` if
+        there are as many lanes as may be.
+        """
+        await self._ask(control.Done, control.AddLane(lane=number), [one.fileno() for one in connections])
+
+    async def add_connection(self, connection: socket.socket) -> None:
+        """At the destination of a striped session: another connection of the source's, of which it gets a duplicate.
+
+        It is not waited for. Raises :class:`InvalidInput` if there are as many lanes as may be.
+        """
+        await self._ask(control.Done, control.AddConnection(), [connection.fileno()])
 
     async def _open(self, wish: control.Open, connections: Sequence[socket.socket]) -> int:
         await self._ask(control.Done, wish, [one.fileno() for one in connections])
-        return await self._opened
+        return await self.opened()
 
     async def carry(self, number: int, stream: socket.socket) -> None:
         """Carry another stream, which stands: the relay gets a duplicate. See :meth:`open_channel`."""
@@ -190,6 +217,8 @@ class Relay:
             self._why = message.why
         elif isinstance(message, control.Opened):
             _set(self._opened, message.window_log)
+        elif isinstance(message, control.LaneLost):
+            self.on_lane_lost(message.lane)
         elif isinstance(message, control.ChannelEnded):
             self.on_channel_ended(message.statistics)
         elif self._asked:

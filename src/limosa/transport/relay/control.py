@@ -1,7 +1,7 @@
 """What a daemon and its relay say to each other: JSON messages, each one packet of a Unix socket, with descriptors.
 
 The daemon asks, the relay answers in the order asked. Besides, the relay says unasked that the session is up, that a
-channel ended, and why the session failed, as its last words.
+lane was lost, that a channel ended, and why the session failed, as its last words.
 """
 
 from __future__ import annotations
@@ -15,14 +15,13 @@ import msgspec
 from msgspec import Meta
 
 from limosa.transport.relay.codec import MAX_WINDOW_LOG, MIN_WINDOW_LOG
-from limosa.transport.relay.frames import MAX_CHANNEL
+from limosa.transport.relay.frames import MAX_CHANNEL, MAX_LANE
 from limosa.wire.peer import StreamCredentials
 
 MAX_MESSAGE_BYTES = 64 * 1024
-#: A session's paths; each has a connection for each way.
+#: A session's paths at one time; each has a connection for each way.
 MAX_LANES = 8
 CARRIERS = 2
-MAX_DESCRIPTORS = CARRIERS * MAX_LANES
 #: Streams that one relay carries at once.
 MAX_CHANNELS = 64
 
@@ -35,23 +34,46 @@ class Message(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, tag_fiel
 
 
 class Open(Message):
-    """Be one side of a session. Comes with sockets that are connected to the other relay, two for each path.
+    """Be one side of a session. Comes with two sockets that are connected to the other relay.
 
     ``credentials``: null for no TLS. ``window_log``: the largest window this side allows, as a power of two.
+    ``striped``: the session may go over several paths, of which more may join at any time.
     """
 
     credentials: StreamCredentials | None
     window_log: WindowLog
+    striped: bool
 
 
 class OpenSender(Open, tag="open-sender"):
-    """Be the source's side. ``level``: zstd's; null for no compression."""
+    """Be the source's side. ``level``: zstd's; null for no compression. If it is striped the sockets are lane 0."""
 
     level: Annotated[int, Meta(ge=-7, le=3)] | None
 
 
 class OpenReceiver(Open, tag="open-receiver"):
-    """Be the destination's side."""
+    """Be the destination's side. If it is striped it comes without sockets; it is up with its first lane."""
+
+
+class AddLane(Message, tag="add-lane"):
+    """At the source: have another path join. Comes with two sockets. The answer does not wait for it.
+
+    ``lane``: higher than all before.
+    """
+
+    lane: Annotated[int, Meta(ge=1, le=MAX_LANE)]
+
+
+class AddConnection(Message, tag="add-connection"):
+    """At the destination: the source has made another connection, which says itself of which lane it is. Comes with its
+    socket."""
+
+
+class LaneLost(Message, tag="lane-lost"):
+    """Said unasked: a lane broke, or did not come about."""
+
+    lane: int
+    why: str
 
 
 class Opened(Message, tag="opened"):
@@ -133,9 +155,9 @@ class Failed(Message, tag="failed"):
     why: str
 
 
-FromDaemon = OpenSender | OpenReceiver | OpenChannel | SetShort | AskStatistics
+FromDaemon = OpenSender | OpenReceiver | AddLane | AddConnection | OpenChannel | SetShort | AskStatistics
 Answer = Done | Refused | Statistics
-FromRelay = Answer | Opened | ChannelEnded | Failed
+FromRelay = Answer | Opened | LaneLost | ChannelEnded | Failed
 
 _encoder = msgspec.json.Encoder()
 
@@ -148,7 +170,7 @@ def send(sock: socket.socket, message: Message, descriptors: Sequence[int] = ())
 
 def receive(sock: socket.socket) -> tuple[bytes, list[socket.socket]]:
     """The next packet, empty at the end, and the sockets that came with it. Raises ``OSError``."""
-    data, descriptors, flags, _ = socket.recv_fds(sock, MAX_MESSAGE_BYTES, MAX_DESCRIPTORS)
+    data, descriptors, flags, _ = socket.recv_fds(sock, MAX_MESSAGE_BYTES, CARRIERS)
     sockets = [socket.socket(fileno=descriptor) for descriptor in descriptors]
     if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
         for each in sockets:

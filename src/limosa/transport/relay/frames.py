@@ -1,8 +1,8 @@
 """What two relays say to each other, byte by byte. Pure; ``docs/relay-format.md`` is the page about it.
 
 After the TLS handshake, if there is one, the source's relay says a :class:`Hello` on each of its connections, of which
-each path has two, and the destination's answers with one on the backward connections. From then on each connection is
-used one way, for frames: a header of 28 bytes and, for data, a payload. Where there are several paths, the stream of
+each path has two, and the destination's answers with one on the backward connection. From then on each connection is
+used one way, for frames: a header of 28 bytes and, for data, a payload. Where there may be several paths, the stream of
 frames is cut into blocks (``blocks``).
 
 A header is numbered and covered by the frame's checksum, so a frame that was cut, repeated, left out, exchanged or
@@ -21,7 +21,7 @@ import xxhash
 
 from limosa.transport.relay.errors import BrokenStream
 
-VERSION = 3
+VERSION = 4
 #: The most one frame carries, before compression.
 MAX_RAW_BYTES = 512 * 1024
 #: What compression may add to data that cannot be compressed.
@@ -30,6 +30,8 @@ MAX_GROWTH_BYTES = 512
 WINDOW_BYTES = 8 * 1024 * 1024
 #: Channels are numbered by the source's daemon, upwards, and no number is used twice in a session.
 MAX_CHANNEL = 2**32 - 1
+#: So are lanes, from 0.
+MAX_LANE = 255
 
 _MAGIC = b"limosa-relay"
 _HELLO = struct.Struct("!12sBBBB")
@@ -55,7 +57,7 @@ class Way(IntEnum):
 class Hello(NamedTuple):
     """First words on a connection. ``window_log`` is what is wished for, and in the answer what will be used.
 
-    ``lane``: the path's number, from 0.
+    ``lane``: the path's number, which is used once in a session.
     """
 
     way: Way

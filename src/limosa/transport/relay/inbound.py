@@ -3,19 +3,22 @@
 The source's daemon names the session. The first landing that names one has its relay started and its door opened, and
 the relay knows a VM's channel before the source hears that it may connect, so no frame of a channel can come too early.
 A session that was never connected ends with its last landing; an open one ends when the source ends it or is gone.
+Until then the door of a striped one is open for further connections.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 from collections.abc import Iterable
 from typing import Protocol
 
-from limosa.errors import RelayFailed
+from limosa.errors import InvalidInput, RelayFailed
 from limosa.transport.channel import Doorway
 from limosa.transport.relay.client import Relay
 from limosa.transport.relay.control import CARRIERS
+from limosa.transport.relay.doorway import LastingDoorway
 from limosa.wire.peer import RelayPlace
 
 
@@ -29,12 +32,13 @@ class CarrierDoorway(Doorway, Protocol):
 class Inbound:
     """A session, with the door at which its carriers are awaited. ``window_log``: the most this host allows."""
 
-    def __init__(self, relay: Relay, door: CarrierDoorway, place: RelayPlace, window_log: int) -> None:
+    def __init__(self, relay: Relay, door: CarrierDoorway | LastingDoorway, place: RelayPlace, window_log: int) -> None:
         self.relay = relay
         self.door = door
         # A door that is closed does not know these any more.
         self.address, self.port, self.token = door.address, door.port, door.token
         self._landings = 0
+        self._letting_in: asyncio.Task[None] | None = None
         self.opened = asyncio.ensure_future(self._open(place, window_log))
         self.opened.add_done_callback(lambda done: done.cancelled() or done.exception())  # it may have no listener
         self.ended = asyncio.ensure_future(self._until_ended())
@@ -64,21 +68,38 @@ class Inbound:
 
     async def _open(self, place: RelayPlace, window_log: int) -> None:
         try:
-            connections = await self.door.accept_several(CARRIERS * place.paths)
-            try:
-                log = min(window_log, place.window_log)
-                await self.relay.open_receiver(connections, credentials=place.credentials, window_log=log)
-            finally:
-                # The relay has its own, so that they end with it.
-                for one in connections:
-                    one.close()
+            log = min(window_log, place.window_log)
+            if isinstance(self.door, LastingDoorway):
+                await self.relay.await_lanes(credentials=place.credentials, window_log=log)
+                self._letting_in = asyncio.ensure_future(self._let_in(self.door))
+                await self.relay.opened()
+            else:
+                await self._connect(self.door, place, log)
         except BaseException:
             await asyncio.shield(self.relay.end())
             raise
 
+    async def _connect(self, door: CarrierDoorway, place: RelayPlace, window_log: int) -> None:
+        connections = await door.accept_several(CARRIERS)
+        try:
+            await self.relay.open_receiver(connections, credentials=place.credentials, window_log=window_log)
+        finally:
+            # The relay has its own, so that they end with it.
+            for one in connections:
+                one.close()
+
+    async def _let_in(self, door: LastingDoorway) -> None:
+        """Give the relay each connection that comes, until it has ended."""
+        with contextlib.suppress(RelayFailed):
+            while True:
+                with await door.caller() as connection, contextlib.suppress(InvalidInput):  # it has enough
+                    await self.relay.add_connection(connection)
+
     async def _until_ended(self) -> None:
         await self.relay.ended.wait()
         self.opened.cancel()
+        if self._letting_in is not None:
+            self._letting_in.cancel()
         self.door.close()
 
 

@@ -10,15 +10,15 @@ that reads the other. What goes where and when it goes again is decided in ``blo
 lock. A writer waits for room in its socket, and a reader for nothing but its socket, so neither end can make the other
 wait for ever.
 
-A lane whose connection breaks is lost and the others go on. What makes no sense, and the loss of the last lane, raise
-:class:`BrokenStream`, which ends the session.
+A lane whose connection breaks is lost and the others go on; another may join at any time (``joining``). What makes no
+sense, and the loss of the last lane, raise :class:`BrokenStream`, which ends the session.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 
 from limosa.transport.relay import blocks
@@ -67,29 +67,44 @@ class Lane:
 class Lanes:
     """All lanes of a session: a :class:`~limosa.transport.relay.carrier.Out` and an ``In`` at once.
 
-    ``carriers``: of each path, the one to send on and the one to receive on. ``guarded`` makes of work what a thread of
-    the process may run (see ``notices``).
+    It has none until the first joins, and waits for that. ``guarded`` makes of work what a thread of the process may
+    run (see ``notices``); ``on_lost`` is called, by any thread, with the number of a lane that is lost and the reason.
     """
 
     def __init__(
         self,
-        carriers: Sequence[tuple[Carrier, Carrier]],
         guarded: Callable[[Callable[[], None]], Callable[[], None]],
+        on_lost: Callable[[int, str], None],
     ) -> None:
         #: taken from the caller so far
         self.sent_bytes = 0
+        self._guarded, self._on_lost = guarded, on_lost
         self._lock = threading.Lock()
-        self._lanes = [Lane(number, out, back, self._lock) for number, (out, back) in enumerate(carriers)]
-        self._outgoing, self._incoming = Outgoing(len(carriers)), Incoming()
+        #: those that are not lost; replaced as a whole, for who goes through them without the lock
+        self._lanes: tuple[Lane, ...] = ()
+        self._outgoing, self._incoming = Outgoing(), Incoming()
         #: there is room to send, there is something to read
         self._room, self._came = threading.Condition(self._lock), threading.Condition(self._lock)
         self._rest = memoryview(b"")
         self._block_bytes = _LEAST_BLOCK_BYTES
         self._short = False
         self._why = ""
-        for lane in self._lanes:
-            for work in (self._write, self._read):
-                threading.Thread(target=guarded(partial(self._run, work, lane)), daemon=True).start()
+
+    @property
+    def numbers(self) -> set[int]:
+        """Those of the lanes that are not lost."""
+        return {lane.number for lane in self._lanes}
+
+    def join(self, number: int, out: Carrier, back: Carrier) -> None:
+        """Have another lane, of a number that was never used: the carrier to send on and the one to receive on."""
+        lane = Lane(number, out, back, self._lock)
+        with self._lock:
+            self._lanes += (lane,)
+            self._outgoing.join(number)
+            self._room.notify()
+        out.set_short(self._short)
+        for work in (self._write, self._read):
+            threading.Thread(target=self._guarded(partial(self._run, work, lane)), daemon=True).start()
 
     # --- what a carrier can do ---
 
@@ -129,7 +144,7 @@ class Lanes:
 
     def unacknowledged(self) -> tuple[int, int]:
         """See :class:`limosa.transport.relay.carrier.Out`."""
-        unsent = sum(lane.out.unacknowledged()[1] for lane in self._lanes if not lane.lost)
+        unsent = sum(lane.out.unacknowledged()[1] for lane in self._lanes)
         with self._lock:
             return self._outgoing.under_way_bytes, self._outgoing.waiting_bytes + unsent
 
@@ -213,11 +228,14 @@ class Lanes:
             if lane.lost:
                 return
             lane.lost = True
+            self._lanes = tuple(one for one in self._lanes if one is not lane)
             self._outgoing.lose(lane.number)
-            if self._outgoing.lanes_left == 0:
+            if not self._lanes:
                 self._why = why
             self._room.notify_all()
             self._came.notify_all()
             self._wake()
+            lane.turn.notify()  # its own writer ends
         lane.out.end()
         lane.back.end()
+        self._on_lost(lane.number, why)

@@ -29,6 +29,10 @@ class Notices:
         """A channel is over."""
         self.say(control.ChannelEnded(statistics=statistics))
 
+    def lane_lost(self, lane: int, why: str) -> None:
+        """A lane broke, or did not come about."""
+        self.say(control.LaneLost(lane=lane, why=why))
+
     def guarded(self, work: Callable[[], None]) -> Callable[[], None]:
         """``work`` as a thread may run it: whatever it raises is said, and ends the process.
 

@@ -5,8 +5,8 @@ for some seconds after the last, so that a row of moves keeps its window. A move
 open here before anything can come for it, because what the destination's end says first must find it open; it connects
 when the destination is prepared. If the relay ends, its moves fail; later ones take another session.
 
-The daemon keeps duplicates of the carriers to see what each path has carried, and closes them as soon as the relay has
-ended: the other side is to see the end of a session when it comes.
+Its connections (``carriers``) are closed as soon as the relay has ended: the other side is to see the end of a session
+when it comes.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import contextlib
 import itertools
 import secrets
 import socket
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any
 
 from limosa.background import Background, then
@@ -24,8 +25,9 @@ from limosa.errors import LimosaError, RelayFailed
 from limosa.model.route import Compressed
 from limosa.security.stream import make_credentials
 from limosa.transport.channel import SocketChannel, Used
+from limosa.transport.relay.carriers import Carriers, Dial, Way
 from limosa.transport.relay.client import DEFAULT_LEVEL, Relay, widen
-from limosa.transport.relay.control import CARRIERS, ChannelStatistics
+from limosa.transport.relay.control import ChannelStatistics
 from limosa.wire.peer import Prepared, RelayPlace, StreamCredentials
 
 #: After its last move a session is kept for so long.
@@ -37,15 +39,13 @@ ANSWER_WITHIN_S = 1.0
 #: When a stream broke, its relay is about to end, or has nothing to do with it.
 ENDS_WITHIN_S = 1.0
 
-#: Connects all carriers to the destination that is prepared.
-Dial = Callable[[Prepared], Awaitable[Sequence[SocketChannel]]]
-
 
 class Outbound:
     """A session, and its relay while there is one.
 
-    ``dial`` connects its carriers, forward and backward for each of ``paths``; ``several``: each goes over several NICs
-    by itself. Without ``compress`` everything goes as it is. After its last move it is kept for ``linger_s``.
+    ``dial`` connects it over one of ``ways``, or, if it is ``striped``, over each; ``several``: each connection goes
+    over several NICs by itself. Without ``compress`` everything goes as it is. After its last move it is kept for
+    ``linger_s``.
     """
 
     def __init__(
@@ -56,25 +56,25 @@ class Outbound:
         several: bool,
         window_log: int,
         user: str | None,
-        paths: int = 1,
+        ways: Sequence[Way] = (("", ""),),
+        striped: bool = False,
         compress: bool = True,
         linger_s: float = LINGER_S,
     ) -> None:
-        self._dial = dial
         self._token = secrets.token_hex(16)
         self._server: StreamCredentials | None = None
         self._client: StreamCredentials | None = None
         if encrypt:
             self._server, self._client = make_credentials()
         self._several = several
-        self._paths = paths
+        self._striped = striped
         self.compress = compress
         self._linger_s = linger_s
         self._window_log = window_log
         self._user = user
         self._numbers = itertools.count()
         self._seats: set[Seat] = set()
-        self._carriers: Sequence[SocketChannel] = ()
+        self.carriers = Carriers(dial, ways, striped=striped, is_used=lambda: bool(self._seats))
         self._starting: asyncio.Task[Relay] | None = None
         self._opening: asyncio.Task[Relay] | None = None
         self._relay: Relay | None = None
@@ -103,7 +103,7 @@ class Outbound:
             window_log=self._window_log,
             credentials=self._server,
             several=self._several,
-            paths=self._paths,
+            striped=self._striped,
         )
         seat = Seat(self, place)
         self._seats.add(seat)
@@ -138,31 +138,27 @@ class Outbound:
             self._ending = True
             self._background.spawn(self._relay.end())
 
-    def carriers(self) -> Sequence[SocketChannel]:
-        """The connections to the other host, forward and backward for each path; none while the session is not open."""
-        return self._carriers
-
     async def _start(self) -> Relay:
         relay = self._relay = await Relay.start(user=self._user)
         relay.on_channel_ended = self._keep_last
+        relay.on_lane_lost = self.carriers.lose
         self._background.spawn(self._until_ended(relay))
         return relay
 
     async def _open(self, prepared: Prepared) -> Relay:
         relay = await self.started()
+        open_session = partial(
+            relay.open_sender,
+            credentials=self._client,
+            window_log=self._window_log,
+            level=DEFAULT_LEVEL if self.compress else None,
+            striped=self._striped,
+        )
         try:
-            carriers = await self._dial(prepared)
-            try:
-                sockets = [one.stream for one in carriers]
-                level = DEFAULT_LEVEL if self.compress else None
-                await relay.open_sender(sockets, credentials=self._client, window_log=self._window_log, level=level)
-            except BaseException:
-                _close(carriers)
-                raise
+            await self.carriers.open(prepared, relay, open_session)
         except BaseException:
             await asyncio.shield(relay.end())
             raise
-        self._carriers = carriers
         return relay
 
     def _keep_last(self, statistics: ChannelStatistics) -> None:
@@ -172,8 +168,7 @@ class Outbound:
     async def _until_ended(self, relay: Relay) -> None:
         await relay.ended.wait()
         self._ending = True
-        _close(self._carriers)
-        self._carriers = ()
+        self.carriers.close()
 
 
 class Seat:
@@ -225,14 +220,13 @@ class RelayChannel:
         self._relay = relay
         self._number = number
         self._background = Background()
-        self._carriers = session.carriers()
         #: what the session had sent over each path before this stream began
-        self._before = {(one.here, one.there): one.sent_bytes for one in self._carried()}
+        self._before = {(one.here, one.there): one.sent_bytes for one in session.carriers.used()}
 
     @property
     def connections(self) -> Sequence[SocketChannel]:
         """See :class:`limosa.transport.channel.Channel`: the session's."""
-        return self._carriers[::CARRIERS]
+        return self._session.carriers.forward
 
     def set_short(self, short: bool) -> None:
         """See :class:`limosa.transport.channel.Channel`."""
@@ -243,11 +237,15 @@ class RelayChannel:
                 widen(self.stream)
         self._background.spawn(self._set_short(short))
 
+    def spread_over(self, ways: Iterable[Way]) -> None:
+        """See :class:`limosa.transport.channel.Channel`: the session is, and other VMs' streams with it."""
+        self._session.carriers.want(ways)
+
     def used(self) -> tuple[Used, ...]:
         """See :class:`limosa.transport.channel.Channel`: the VM's part of what each path of the session has carried."""
         since = [
             Used(one.here, one.there, max(0, one.sent_bytes - self._before.get((one.here, one.there), 0)), one.alive)
-            for one in self._carried()
+            for one in self._session.carriers.used()
         ]
         whole, own = sum(one.sent_bytes for one in since), self._figures().wire_bytes
         return tuple(Used(one.here, one.there, own * one.sent_bytes // max(1, whole), one.alive) for one in since)
@@ -267,7 +265,7 @@ class RelayChannel:
             sent_bytes=figures.wire_bytes,
             ratio=round(figures.raw_bytes / figures.wire_bytes, 3) if figures.wire_bytes else None,
             cpu_s=round(figures.cpu_s, 3),
-            connections=sum(one.alive for carrier in self._carriers for one in carrier.used()),
+            connections=self._session.carriers.alive(),
         )
 
     async def fault(self) -> LimosaError | None:
@@ -290,9 +288,6 @@ class RelayChannel:
     def _figures(self) -> ChannelStatistics:
         return self._session.figures.get(self._number, ChannelStatistics(channel=self._number))
 
-    def _carried(self) -> tuple[Used, ...]:
-        return tuple(one for forward in self.connections for one in forward.used())
-
     async def _set_short(self, short: bool) -> None:
         with contextlib.suppress(LimosaError):  # it ended, and so does the move
             await self._relay.set_short(self._number, short)
@@ -302,8 +297,3 @@ def _look_at(task: asyncio.Task[Any]) -> None:
     """Whoever asked has what was raised, if anybody still waits."""
     if not task.cancelled():
         task.exception()
-
-
-def _close(carriers: Sequence[SocketChannel]) -> None:
-    for carrier in carriers:
-        carrier.close()

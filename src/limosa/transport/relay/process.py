@@ -22,7 +22,18 @@ import msgspec
 from limosa.errors import InvalidInput
 from limosa.model import reading
 from limosa.transport.relay import control
-from limosa.transport.relay.control import FromDaemon, OpenChannel, OpenReceiver, OpenSender, SetShort
+from limosa.transport.relay.carrier import In, Out
+from limosa.transport.relay.control import (
+    AddConnection,
+    AddLane,
+    FromDaemon,
+    OpenChannel,
+    OpenReceiver,
+    OpenSender,
+    SetShort,
+)
+from limosa.transport.relay.joining import Admission, Calling
+from limosa.transport.relay.lanes import Lanes
 from limosa.transport.relay.notices import Notices
 from limosa.transport.relay.plug import Plug
 from limosa.transport.relay.receiver import Receiver
@@ -44,6 +55,9 @@ class Relay:
         self._socket, self._memory, self._worker = sock, memory, worker
         self._notices = Notices(sock)
         self._session: Sender | Receiver | None = None
+        #: of a session that is striped
+        self._calling: Calling | None = None
+        self._admission: Admission | None = None
         self._opening = False
         #: channels that were opened before the session; the lock is held while either changes
         self._early: list[Plug] = []
@@ -79,10 +93,14 @@ class Relay:
             self._open(request, sockets)
         elif isinstance(request, OpenChannel):
             self._open_channel(request.channel, sockets)
+        elif isinstance(request, AddConnection):
+            self._add_connection(sockets)
         elif self._session is None:
             raise InvalidInput("there is no session yet")
         elif isinstance(request, SetShort):
             self._session.set_short(request.channel, request.short)
+        elif isinstance(request, AddLane):
+            self._add_lane(request.lane, sockets)
         else:
             return self._session.statistics()
         return control.Done()
@@ -90,26 +108,61 @@ class Relay:
     def _open(self, wish: OpenSender | OpenReceiver, sockets: list[socket.socket]) -> None:
         if self._opening:
             raise InvalidInput("there is a session already")
-        if not sockets or len(sockets) % control.CARRIERS:
+        awaiting = wish if isinstance(wish, OpenReceiver) and wish.striped else None
+        if len(sockets) != (control.CARRIERS if awaiting is None else 0):
             raise InvalidInput("the wrong number of sockets")
         self._opening = True
+        if awaiting is not None:
+            self._await_lanes(awaiting)
+            return
         work = partial(self._send, wish) if isinstance(wish, OpenSender) else partial(self._receive, wish)
         # The main thread goes on listening to the daemon, whose end is ours, too.
         Thread(target=self._notices.guarded(partial(work, sockets)), daemon=True).start()
 
     def _send(self, wish: OpenSender, connections: list[socket.socket]) -> None:
-        there, back, window_log = connect(connections, wish, self._notices.guarded)
+        agreed = connect(connections, wish)
+        window_log = agreed.window_log
+        out: Out = agreed.out
+        back: In = agreed.back
+        if wish.striped:
+            out = back = lanes = self._lanes()
+            lanes.join(agreed.lane, agreed.out, agreed.back)
+            self._calling = Calling(lanes, wish, window_log, self._notices.guarded, self._notices.lane_lost)
         if wish.level is None:
             self._worker.end()
         else:
             self._worker.begin(window_log, wish.level)
         worker = None if wish.level is None else self._worker
-        self._begin(Sender(there, back, self._memory, worker, self._notices), window_log)
+        self._begin(Sender(out, back, self._memory, worker, self._notices), window_log)
 
     def _receive(self, wish: OpenReceiver, connections: list[socket.socket]) -> None:
         self._worker.end()
-        back, there, window_log = admit(connections, wish, self._notices.guarded)
-        self._begin(Receiver(there, back, window_log, self._notices), window_log)
+        agreed = admit(connections, wish)
+        self._begin(Receiver(agreed.back, agreed.out, agreed.window_log, self._notices), agreed.window_log)
+
+    def _await_lanes(self, wish: OpenReceiver) -> None:
+        self._worker.end()
+        lanes = self._lanes()
+
+        def begin(window_log: int) -> None:
+            self._begin(Receiver(lanes, lanes, window_log, self._notices), window_log)
+
+        self._admission = Admission(lanes, wish, self._notices.guarded, begin)
+
+    def _lanes(self) -> Lanes:
+        return Lanes(self._notices.guarded, self._notices.lane_lost)
+
+    def _add_lane(self, number: int, sockets: list[socket.socket]) -> None:
+        if self._calling is None:
+            raise InvalidInput("no lane joins this session from here")
+        self._calling.add(number, sockets)
+
+    def _add_connection(self, sockets: list[socket.socket]) -> None:
+        if self._admission is None:
+            raise InvalidInput("this session awaits no lanes")
+        if len(sockets) != 1:
+            raise InvalidInput("the wrong number of sockets")
+        self._admission.add(sockets[0])
 
     def _begin(self, session: Sender | Receiver, window_log: int) -> None:
         with self._lock:

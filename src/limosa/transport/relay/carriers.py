@@ -1,0 +1,201 @@
+"""The source's daemon and the connections of a session: made, made again when they are lost, and counted.
+
+A session over one path has two, as long as it lasts. A striped one has two for each path, its lanes: it is opened over
+the path that can be connected first, and the others join as they can be. As long as anybody takes part, every second
+each path that is wanted and has no lane is connected, whether it had one or never had. Which paths are wanted may
+change at any time.
+
+The daemon keeps duplicates of the connections to see what each path has carried. What a lane carried that was lost
+counts on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
+from typing import Any
+
+from limosa.background import then
+from limosa.errors import LimosaError
+from limosa.transport.channel import SocketChannel, Used
+from limosa.transport.relay.client import Relay
+from limosa.transport.relay.control import MAX_LANES
+from limosa.transport.relay.frames import MAX_LANE
+from limosa.wire.peer import Prepared
+
+#: A path: from an address here, empty where routing decides, to an address there.
+Way = tuple[str, str]
+#: Makes a forward and a backward connection to the destination that is prepared. Raises :class:`LimosaError`.
+Dial = Callable[[Prepared, Way], Coroutine[Any, Any, Sequence[SocketChannel]]]
+
+DIAL_EVERY_S = 1.0
+#: At first sooner: where a path has appeared the destination may only be about to listen.
+_SOON_S = 0.05
+#: A path that takes longer is tried again; the first to be connected has as long as any connection.
+DIAL_WITHIN_S = 3.0
+
+
+class _Lane:
+    """A path's connections."""
+
+    def __init__(self, way: Way, connections: Sequence[SocketChannel]) -> None:
+        self.way = way
+        self.forward, self.backward = connections
+        self.lost = False
+
+    def ways(self) -> set[Way]:
+        return {self.way, *((one.here, one.there) for one in self.forward.used())}
+
+    def close(self) -> None:
+        self.forward.used()  # remembers the last figures
+        self.forward.close()
+        self.backward.close()
+
+
+class Carriers:
+    """The connections of one session. ``is_used``: whether anybody takes part."""
+
+    def __init__(self, dial: Dial, ways: Sequence[Way], *, striped: bool, is_used: Callable[[], bool]) -> None:
+        self._dial = dial
+        self._wanted = tuple(ways)
+        self._striped = striped
+        self._is_used = is_used
+        #: all there ever were, by number; of a session that is not striped one
+        self._lanes: dict[int, _Lane] = {}
+        self._joining: dict[Way, asyncio.Task[None]] = {}
+        self._keeping: asyncio.Task[None] | None = None
+        self._changed = asyncio.Event()
+
+    @property
+    def forward(self) -> Sequence[SocketChannel]:
+        """Those that guest memory goes over, or went over."""
+        return [lane.forward for lane in self._lanes.values()]
+
+    def used(self) -> tuple[Used, ...]:
+        """What went over each path, all its connections together."""
+        sums: dict[Way, Used] = {}
+        for lane in self._lanes.values():
+            for one in lane.forward.used():
+                before = sums.get((one.here, one.there), Used(one.here, one.there, 0, alive=False))
+                alive = before.alive or (one.alive and not lane.lost)
+                sums[one.here, one.there] = Used(one.here, one.there, before.sent_bytes + one.sent_bytes, alive)
+        return tuple(sums.values())
+
+    def alive(self) -> int:
+        """How many connections there are."""
+        lanes = [lane for lane in self._lanes.values() if not lane.lost]
+        return sum(one.alive for lane in lanes for end in (lane.forward, lane.backward) for one in end.used())
+
+    async def open(
+        self,
+        prepared: Prepared,
+        relay: Relay,
+        open_session: Callable[[Sequence[socket.socket]], Awaitable[object]],
+    ) -> None:
+        """Connect, and have the session opened over the path that is there first; the others join as they can.
+
+        Raises :class:`LimosaError`, of connecting what is wrong with the best path; no connection is left then.
+        """
+        dialling = {way: asyncio.ensure_future(self._dial(prepared, way)) for way in self._wanted}
+        try:
+            way = await _first(dialling)
+            connections = dialling.pop(way).result()
+            self._add(way, connections)
+            await open_session([one.stream for one in connections])
+        except BaseException:
+            for task in dialling.values():
+                task.cancel()
+                then(task, _close)
+            self.close()
+            raise
+        for way, task in dialling.items():
+            self._have_join(relay, way, task)
+        if self._striped:
+            self._keeping = asyncio.ensure_future(self._keep(prepared, relay))
+
+    def want(self, ways: Iterable[Way]) -> None:
+        """Which paths are to be used from now on. Lanes over others stay as long as they last."""
+        self._wanted = tuple(ways)
+        self._changed.set()
+
+    def lose(self, number: int) -> None:
+        """The relay has lost a lane, or none came about."""
+        lane = self._lanes[number]
+        if not lane.lost:
+            lane.lost = True
+            lane.close()
+
+    def close(self) -> None:
+        """The session has ended."""
+        for task in (self._keeping, *self._joining.values()):
+            if task is not None:
+                task.cancel()
+        for lane in self._lanes.values():
+            if not lane.lost:
+                lane.close()
+
+    async def _keep(self, prepared: Prepared, relay: Relay) -> None:
+        pause_s = DIAL_EVERY_S
+        while True:
+            if self._changed.is_set():
+                self._changed.clear()
+                pause_s = _SOON_S
+            if self._is_used():
+                for way in self._missing():
+                    self._have_join(relay, way, self._dial_again(prepared, way))
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(pause_s):
+                    await self._changed.wait()
+            pause_s = min(2 * pause_s, DIAL_EVERY_S)
+
+    def _missing(self) -> list[Way]:
+        """Paths that are wanted and have no lane, as many as may join."""
+        alive = [lane for lane in self._lanes.values() if not lane.lost]
+        # Where routing has decided, both with and without the address here.
+        there = {*self._joining, *(way for lane in alive for way in lane.ways())}
+        coming = len(self._joining)
+        room = min(MAX_LANES - len(alive) - coming, MAX_LANE + 1 - len(self._lanes) - coming)
+        return [way for way in self._wanted if way not in there][: max(0, room)]
+
+    async def _dial_again(self, prepared: Prepared, way: Way) -> Sequence[SocketChannel]:
+        async with asyncio.timeout(DIAL_WITHIN_S):
+            return await self._dial(prepared, way)
+
+    def _have_join(self, relay: Relay, way: Way, dialling: Awaitable[Sequence[SocketChannel]]) -> None:
+        self._joining[way] = asyncio.ensure_future(self._join(relay, way, dialling))
+
+    async def _join(self, relay: Relay, way: Way, dialling: Awaitable[Sequence[SocketChannel]]) -> None:
+        try:
+            with contextlib.suppress(LimosaError, OSError):  # it is tried again; TimeoutError is one
+                connections = await dialling
+                number = self._add(way, connections)
+                try:
+                    await relay.add_lane(number, [one.stream for one in connections])
+                except LimosaError:
+                    self.lose(number)
+        finally:
+            del self._joining[way]
+
+    def _add(self, way: Way, connections: Sequence[SocketChannel]) -> int:
+        number = len(self._lanes)
+        self._lanes[number] = _Lane(way, connections)
+        return number
+
+
+async def _first(dialling: Mapping[Way, asyncio.Task[Sequence[SocketChannel]]]) -> Way:
+    """The path that is connected first. If none can be, what is wrong with the best is raised."""
+    waiting = set(dialling.values())
+    while waiting:
+        _, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+        for way, task in dialling.items():
+            if task.done() and task.exception() is None:
+                return way
+    await next(iter(dialling.values()))
+    raise AssertionError("that has failed")
+
+
+def _close(connections: Sequence[SocketChannel]) -> None:
+    for one in connections:
+        one.close()
