@@ -131,7 +131,12 @@ class LabHost(Host):
 
 @contextmanager
 def running_lab(
-    hosts: int = 2, *, nics: int = 1, speed_mbit_per_s: int | Sequence[int] = 0, transport: str = "tcp"
+    hosts: int = 2,
+    *,
+    nics: int = 1,
+    speed_mbit_per_s: int | Sequence[int] = 0,
+    transport: str = "tcp",
+    encrypt: bool = True,
 ) -> Iterator[list[LabHost]]:
     """A lab of its own name, gone afterwards with everything in it.
 
@@ -143,7 +148,7 @@ def running_lab(
         lifecycle.up(lab)
         made = [LabHost(lab, name) for name in lab.host_names]
         for host in made:
-            change(host, {"transport": transport})
+            change(host, {"transport": transport, "encrypt": encrypt})
         yield made
     finally:
         lifecycle.down(lab.name)
