@@ -7,7 +7,7 @@ import dataclasses
 from hypothesis import given
 from hypothesis import strategies as st
 
-from limosa.migration.progress import Bar, pace, remaining_s
+from limosa.migration.progress import Bar, remaining_s
 from limosa.model.migration import Phase
 from limosa.qemu.protocol import MigrationStatistics
 
@@ -48,12 +48,19 @@ def test_empty_pages_count_in_the_first_pass() -> None:
     first = MigrationStatistics(
         remaining_bytes=500, total_bytes=1500, rate_bytes_per_s=1, iteration=1, total_s=10, dirty_rate_bytes_per_s=50
     )
-    assert (pace(first), remaining_s(first)) == (100.0, 10.0)
-    assert pace(dataclasses.replace(first, iteration=2)) == 1.0
+    bar = Bar().moved(Phase.COPY, first)
+    assert (bar.pace, remaining_s(first, bar.pace)) == (100.0, 10.0)
+    later = dataclasses.replace(first, remaining_bytes=100, total_s=10.5)
+    assert bar.moved(Phase.COPY, later).pace == 800.0
+    stuck = dataclasses.replace(first, total_s=20.0)
+    assert bar.moved(Phase.COPY, stuck).pace == 1.0
+    assert bar.moved(Phase.SYNCHRONISE, dataclasses.replace(later, iteration=2)).pace == 1.0
+    again = dataclasses.replace(first, remaining_bytes=1400, total_s=0.5)
+    assert bar.moved(Phase.COPY, again).pace == 1.0, "it began anew, another way"
 
 
 def test_remaining_time_is_not_promised_to_a_guest_that_writes_faster() -> None:
-    assert remaining_s(look(1000)) == 10
-    assert remaining_s(look(1000, dirty=50)) == 20
-    assert remaining_s(look(1000, dirty=100)) is None
-    assert remaining_s(look(1000, rate=0)) is None
+    assert remaining_s(look(1000), 100) == 10
+    assert remaining_s(look(1000, dirty=50), 100) == 20
+    assert remaining_s(look(1000, dirty=100), 100) is None
+    assert remaining_s(look(1000, rate=0), 0) is None

@@ -40,6 +40,11 @@ class Bar:
     memory_begins: float = BEGINS[Phase.COPY]
     #: when how much of the disks had been copied
     looks: tuple[tuple[float, int], ...] = ()
+    #: bytes of guest memory that are done with in a second, by the last look at QEMU
+    pace: float = 0.0
+    #: what remained then, and the seconds of QEMU's migration
+    remained: int | None = None
+    remained_at_s: float = 0.0
 
     def entered(self, phase: Phase) -> Bar:
         """The bar at the beginning of a phase."""
@@ -59,6 +64,17 @@ class Bar:
 
     def moved(self, phase: Phase, look: MigrationStatistics) -> Bar:
         """The bar after a look at QEMU."""
+        return self._paced(look)._moved(phase, look)
+
+    def _paced(self, look: MigrationStatistics) -> Bar:
+        """In the first pass empty pages count, of which hardly anything is sent."""
+        remained = self.remained if self.remained is not None else look.total_bytes
+        passed, seconds = remained - look.remaining_bytes, look.total_s - self.remained_at_s
+        pace = passed / seconds if look.iteration <= 1 and seconds > 0 else 0.0
+        pace = max(look.rate_bytes_per_s, pace)
+        return replace(self, pace=pace, remained=look.remaining_bytes, remained_at_s=look.total_s)
+
+    def _moved(self, phase: Phase, look: MigrationStatistics) -> Bar:
         if phase is Phase.COPY and look.total_bytes > 0:
             share = 1 - min(1.0, look.remaining_bytes / look.total_bytes)
             return self._at_least(self.memory_begins + share * (BEGINS[Phase.SYNCHRONISE] - self.memory_begins))
@@ -85,16 +101,9 @@ class Bar:
         return replace(self, percent=max(self.percent, min(percent, 99.0)))
 
 
-def pace(look: MigrationStatistics) -> float:
-    """Bytes of guest memory that are done with in a second: in the first pass empty pages, too, of which hardly
-    anything is sent."""
-    passed = look.total_bytes - look.remaining_bytes if look.iteration <= 1 else 0
-    return max(look.rate_bytes_per_s, passed / look.total_s if look.total_s > 0 else 0.0)
-
-
-def remaining_s(look: MigrationStatistics) -> float | None:
+def remaining_s(look: MigrationStatistics, pace: float) -> float | None:
     """Seconds until the memory is sent if guest and network go on as now; None if they would never be."""
-    gain = pace(look) - look.dirty_rate_bytes_per_s
+    gain = pace - look.dirty_rate_bytes_per_s
     if look.rate_bytes_per_s <= 0 or gain <= 0:
         return None
     return look.remaining_bytes / gain
@@ -150,7 +159,7 @@ def progress(bar: Bar, look: MigrationStatistics, *, limit_ms: float, note: str)
         rate_bytes_per_s=look.rate_bytes_per_s,
         dirty_rate_bytes_per_s=look.dirty_rate_bytes_per_s,
         iteration=look.iteration,
-        remaining_s=remaining_s(look),
+        remaining_s=remaining_s(look, bar.pace),
         downtime_limit_ms=limit_ms,
         throttle_percent=look.throttle_percent,
         note=note,

@@ -420,10 +420,11 @@ class SourceMove:
         self.home.disconnect()
 
     def _cut_off(self) -> None:
-        """Have a QEMU that sends the rest to nobody fail. While it waits for its socket it holds the lock it needs
-        to hear of a cancel (``migration_completion`` with the BQL, migration/migration.c)."""
-        sends_the_rest = self.stands_still.is_set() and not self.sent.done()
-        if sends_the_rest and self.channel is not None and isinstance(self.channel.stream, socket.socket):
+        """Have a QEMU that has not sent everything fail, as a cancel does. It may not hear of a cancel: while it sends
+        the rest, and waits for its socket, it holds the lock it needs for that (``migration_completion`` with the BQL,
+        migration/migration.c)."""
+        has_more = not self.sent.done()
+        if has_more and self.channel is not None and isinstance(self.channel.stream, socket.socket):
             with suppress(OSError):
                 self.channel.stream.shutdown(socket.SHUT_RDWR)
 
@@ -459,16 +460,15 @@ class SourceMove:
     async def _look(self, machine: MachineProtocol, judge: Convergence, look: MigrationStatistics) -> Convergence:
         if look.state is not MigrationState.ACTIVE:
             return judge
-        pace = progress.pace(look)
-        if look.remaining_bytes < SHORTEN_BEFORE_S * pace:
+        bar = self.report.bar = self.report.bar.moved(self.report.now.phase, look)
+        if look.remaining_bytes < SHORTEN_BEFORE_S * bar.pace:
             self._set_short(True)
-        elif look.remaining_bytes > LENGTHEN_BEFORE_S * pace:
+        elif look.remaining_bytes > LENGTHEN_BEFORE_S * bar.pace:
             self._set_short(False)
         judge, action = judge.judge(time.monotonic(), look)
         await self._act(machine, action)
-        self.report.bar = self.report.bar.moved(self.report.now.phase, look)
         note = "" if isinstance(action, convergence.GiveUp) else action.note
-        shown = progress.progress(self.report.bar, look, limit_ms=judge.downtime_limit_ms, note=note)
+        shown = progress.progress(bar, look, limit_ms=judge.downtime_limit_ms, note=note)
         self.report.change(progress=self._with_disks(shown), route=await self._route())
         return judge
 
