@@ -44,7 +44,7 @@ from limosa.storage.identity import identify
 from limosa.testing.peer import LocalPeer
 from limosa.transport import tcp
 from limosa.transport.channel import Channel, Doorway
-from limosa.transport.relay.carriers import Way
+from limosa.transport.relay.carriers import AddressPair
 from limosa.transport.relay.frames import VERSION as RELAY_VERSION
 from limosa.transport.relay.outbound import Outbound, Seat
 from limosa.wire.peer import Prepare, Prepared, RelayPlace, Running
@@ -198,7 +198,7 @@ class Relayed(Plain):
     async def _permitted(self) -> tuple[str, ...]:
         return (ADDRESS,)
 
-    async def _dial(self, prepared: Prepared, way: Way) -> list[tcp.TcpChannel]:
+    async def _dial(self, prepared: Prepared, way: AddressPair) -> list[tcp.TcpChannel]:
         carriers = [await tcp.connect(prepared.address, prepared.port, prepared.token) for _ in range(2)]
         carriers[0].stream.setsockopt(socket.SOL_SOCKET, SO_MAX_PACING_RATE, BRAKE_BYTES_PER_S)
         return carriers

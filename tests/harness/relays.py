@@ -78,7 +78,7 @@ async def pair(
     near, far = carriers(*(bytes_per_s if isinstance(bytes_per_s, Sequence) else [bytes_per_s]))
     source, destination = await asyncio.gather(Relay.start(user=user), Relay.start(user=user))
     relays = Pair(source, destination, near, far[::-1])
-    source.on_lane_lost = relays.lost.put_nowait
+    source.on_lane_lost = lambda number, _: relays.lost.put_nowait(number)
     try:
         if striped:
             await destination.await_lanes(credentials=server, window_log=window_log)

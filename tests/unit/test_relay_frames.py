@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 from limosa.transport.relay.errors import BrokenStream
 from limosa.transport.relay.frames import (
     HEADER_BYTES,
+    HELLO_BYTES,
+    MAX_LANE,
     MAX_RAW_BYTES,
     VERSION,
     WINDOW_BYTES,
@@ -25,12 +27,12 @@ payloads = st.binary(min_size=1, max_size=200)
 channels = st.integers(0, 2**32 - 1)
 
 
-@given(st.sampled_from(Way), st.integers(10, 31), st.integers(0, 255))
+@given(st.sampled_from(Way), st.integers(10, 31), st.integers(0, MAX_LANE))
 def test_a_hello_is_read_as_it_was_said(way: Way, window_log: int, lane: int) -> None:
     assert Hello.parse(Hello(way, window_log, lane).pack()) == (way, window_log, lane)
 
 
-@given(st.binary(min_size=16, max_size=16))
+@given(st.binary(min_size=HELLO_BYTES, max_size=HELLO_BYTES))
 def test_no_other_bytes_are_a_hello(data: bytes) -> None:
     with pytest.raises(BrokenStream):
         Hello.parse(data)
@@ -38,7 +40,7 @@ def test_no_other_bytes_are_a_hello(data: bytes) -> None:
 
 def test_another_version_is_named() -> None:
     packed = bytearray(Hello(Way.FORWARD, 27).pack())
-    packed[13] += 1
+    packed[14] += 1
     with pytest.raises(BrokenStream, match=f"speaks version {VERSION + 1}, this one {VERSION}"):
         Hello.parse(bytes(packed))
 

@@ -4,8 +4,10 @@ every way out."""
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import socket
 from collections.abc import Callable, Collection, Coroutine, Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,8 +16,9 @@ import pytest
 from test_preflight import VM
 
 from harness.homes import BareHome
-from limosa.errors import Cancelled, InvalidInput, LimosaError, StorageError
+from limosa.errors import Cancelled, InvalidInput, LimosaError, QemuError, StorageError
 from limosa.migration import mirrors, source
+from limosa.migration.convergence import Convergence, StartPostCopy
 from limosa.migration.destination import Destination
 from limosa.migration.disks import landed
 from limosa.migration.examination import Examined
@@ -28,7 +31,7 @@ from limosa.model.migration import Migration, Outcome, Phase, Progress, Side
 from limosa.model.network import HostNetwork
 from limosa.model.route import Route
 from limosa.model.storage import DiskAction, DiskPlan
-from limosa.qemu.protocol import CopyState, MachineProtocol, MigrationState, RunState
+from limosa.qemu.protocol import CopyState, MachineProtocol, MigrationState, MigrationStatistics, RunState
 from limosa.settings.host import ConvergencePolicy
 from limosa.testing.guest import FakeGuest
 from limosa.testing.machine import FakeMachine
@@ -332,6 +335,41 @@ def test_nobody_can_write_the_disks_any_more_when_the_last_memory_has_not_gone_y
         world.here.continue_migration = when_closed  # type: ignore[method-assign]
         await world.move.run()
         assert world.said == ["copy", "end", "close", "continue", "resume"]
+
+    play(tmp_path, scenario)
+
+
+def test_little_waits_on_the_way_when_the_guest_may_stop_soon(tmp_path: Path) -> None:
+    async def scenario(world: World) -> None:
+        asked: list[bool] = []
+        world.move.channel = channel = cast(Any, Channel(world.ours.dup()))
+        channel.set_short = asked.append
+        policy = ConvergencePolicy(blackout_budget_ms=2000)
+
+        def judge(limit_ms: float, *, in_post_copy: bool = False) -> Convergence:
+            return dataclasses.replace(Convergence.begin(policy), downtime_limit_ms=limit_ms, in_post_copy=in_post_copy)
+
+        for remaining, now in (
+            (200, judge(2)),
+            (40, judge(2)),
+            (200, judge(2)),
+            (200, judge(2000)),
+            (400, judge(2000)),
+            (400, judge(2, in_post_copy=True)),
+        ):
+            world.move._let_wait(100.0, MigrationStatistics(remaining_bytes=remaining), now)
+        assert asked == [True, False, True, False, True]
+
+    play(tmp_path, scenario)
+
+
+def test_a_stream_of_which_there_is_no_way_back_is_not_cut_off(tmp_path: Path) -> None:
+    async def scenario(world: World) -> None:
+        world.move.channel = cast(Any, Channel(world.ours))
+        with suppress(QemuError):  # whatever it answers
+            await world.move._act(world.here, StartPostCopy("nothing else helps"))
+        world.move._cut_off()
+        world.ours.send(b"a page")
 
     play(tmp_path, scenario)
 

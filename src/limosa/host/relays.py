@@ -17,7 +17,7 @@ from limosa.host.page import Page
 from limosa.model.route import Route
 from limosa.transport import tcp
 from limosa.transport.channel import Doorway, SocketChannel, connect_all
-from limosa.transport.relay.carriers import Way
+from limosa.transport.relay.carriers import AddressPair
 from limosa.transport.relay.client import Relay
 from limosa.transport.relay.control import CARRIERS, MAX_LANES
 from limosa.transport.relay.doorway import LastingDoorway
@@ -93,7 +93,7 @@ class Relays:
             linger_s=0.0 if route.alone else LINGER_S,
         )
 
-    async def _dial(self, route: Route, prepared: Prepared, way: Way) -> Sequence[SocketChannel]:
+    async def _dial(self, route: Route, prepared: Prepared, way: AddressPair) -> Sequence[SocketChannel]:
         """Both carriers, over one path if the route is striped, else over all together."""
         if not route.striped:
             return await connect_all([partial(self._multichannel.connect, route, prepared)] * CARRIERS)

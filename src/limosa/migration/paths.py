@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import time
-from collections.abc import AsyncIterator, Collection, Iterable, Sequence
+from collections.abc import AsyncIterator, Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
 
 import msgspec
@@ -22,6 +23,8 @@ from limosa.model.route import Compressed, Path, Route
 from limosa.transport.channel import Channel, Used
 from limosa.transport.choice import MOST_PATHS, Ends, direct_path, spread
 from limosa.transport.goodput import Goodput
+
+_log = logging.getLogger(__name__)
 
 
 class Paths:
@@ -95,12 +98,14 @@ class Paths:
             known = now
 
     async def _follow_here(self, networks: AsyncIterator[HostNetwork], peer: Peer) -> None:
-        async for network in networks:
-            await self._spread(replace(self._ends, here=network), peer)
+        with _logged():
+            async for network in networks:
+                await self._spread(replace(self._ends, here=network), peer)
 
     async def _follow_there(self, peer: Peer) -> None:
-        async for offered in peer.offers():
-            await self._spread(replace(self._ends, there=offered.network, offered=offered.addresses), peer)
+        with _logged():
+            async for offered in peer.offers():
+                await self._spread(replace(self._ends, there=offered.network, offered=offered.addresses), peer)
 
     async def _spread(self, ends: Ends, peer: Peer) -> None:
         """Have relays use what is possible between the two ends now."""
@@ -114,11 +119,22 @@ class Paths:
         if appeared := [there for here, there in ways if (here, there) not in used]:
             with contextlib.suppress(LimosaError):  # the move itself notices that the session is lost
                 await peer.announce(appeared)
+        if self._ends is not ends:
+            return  # there was news meanwhile
         for channel in self._channels:
             channel.spread_over(ways)
 
     def _possible(self) -> set[tuple[str, str]]:
         return set(_pairs(direct_path(self._ends.here, self._ends.there, one) for one in self._ends.offered))
+
+
+@contextlib.contextmanager
+def _logged() -> Iterator[None]:
+    """What one end cannot be asked any more is no reason not to follow the other."""
+    try:
+        yield
+    except LimosaError as error:
+        _log.warning("NICs that appear from now on are not used: %s", error)
 
 
 def _sums(parts: Iterable[Used]) -> list[Used]:

@@ -84,6 +84,8 @@ class SourceMove:
         self.peer: Peer | None = None
         self.channel: Channel | None = None
         self._is_short = False
+        #: until a post-copy is asked for, of which nobody knows at once whether it has begun
+        self._way_back = True
         self.examined: Examined | None = None
         self.paths: Paths | None = None
         loop = asyncio.get_running_loop()
@@ -309,9 +311,10 @@ class SourceMove:
     async def _finish_disks(self, machine: MachineProtocol) -> None:
         """When the guest stands still, make the copies of its disks whole, and only then let the last memory go."""
         await self.paused
-        if self.mirrors is None or self.peer is None:
+        if self.mirrors is None:
             await machine.continue_migration()
         else:
+            assert self.peer is not None
             await self.mirrors.finish()
             await both(machine.continue_migration(), self.peer.disks_whole())
 
@@ -423,7 +426,7 @@ class SourceMove:
         """Have a QEMU that has not sent everything fail, as a cancel does. It may not hear of a cancel: while it sends
         the rest, and waits for its socket, it holds the lock it needs for that (``migration_completion`` with the BQL,
         migration/migration.c)."""
-        has_more = not self.sent.done()
+        has_more = self._way_back and not self.sent.done()
         if has_more and self.channel is not None and isinstance(self.channel.stream, socket.socket):
             with suppress(OSError):
                 self.channel.stream.shutdown(socket.SHUT_RDWR)
@@ -461,16 +464,22 @@ class SourceMove:
         if look.state is not MigrationState.ACTIVE:
             return judge
         bar = self.report.bar = self.report.bar.moved(self.report.now.phase, look)
-        if look.remaining_bytes < SHORTEN_BEFORE_S * bar.pace:
-            self._set_short(True)
-        elif look.remaining_bytes > LENGTHEN_BEFORE_S * bar.pace:
-            self._set_short(False)
         judge, action = judge.judge(time.monotonic(), look)
+        self._let_wait(bar.pace, look, judge)
         await self._act(machine, action)
         note = "" if isinstance(action, convergence.GiveUp) else action.note
         shown = progress.progress(bar, look, limit_ms=judge.downtime_limit_ms, note=note)
         self.report.change(progress=self._with_disks(shown), route=await self._route())
         return judge
+
+    def _let_wait(self, pace: float, look: MigrationStatistics, judge: Convergence) -> None:
+        """Have little or much wait on the way, by how soon the guest may stop: when what is left takes less than the
+        limit."""
+        limit_s = judge.downtime_limit_ms / 1000
+        if judge.in_post_copy or look.remaining_bytes < (limit_s + SHORTEN_BEFORE_S) * pace:
+            self._set_short(True)
+        elif look.remaining_bytes > (limit_s + LENGTHEN_BEFORE_S) * pace:
+            self._set_short(False)
 
     def _with_disks(self, shown: Progress) -> Progress:
         if self.mirrors is None:
@@ -486,6 +495,7 @@ class SourceMove:
             case convergence.Throttle(percent):
                 await machine.set_throttle(percent, convergence.THROTTLE_STEP_PERCENT)
             case convergence.StartPostCopy():
+                self._way_back = False
                 await machine.start_post_copy()
             case convergence.GiveUp(why):
                 vm = self.header.vm.name

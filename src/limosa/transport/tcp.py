@@ -161,6 +161,10 @@ class TcpDoorway:
 
     def _close_listeners(self) -> None:
         for listener in (self._listener, *self._others):
+            # The loop may still wait for it, and would take the next one of its number for it.
+            with contextlib.suppress(RuntimeError):  # there is no loop
+                if listener.fileno() != -1:
+                    asyncio.get_running_loop().remove_reader(listener)
             listener.close()
 
     async def _admit(self, listener: socket.socket, turn: asyncio.Lock) -> socket.socket:

@@ -13,24 +13,29 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import socket
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from typing import Any
 
 from limosa.background import then
-from limosa.errors import LimosaError
+from limosa.errors import LimosaError, RelayFailed
 from limosa.transport.channel import SocketChannel, Used
 from limosa.transport.relay.client import Relay
 from limosa.transport.relay.control import MAX_LANES
 from limosa.transport.relay.frames import MAX_LANE
 from limosa.wire.peer import Prepared
 
+_log = logging.getLogger(__name__)
+
 #: A path: from an address here, empty where routing decides, to an address there.
-Way = tuple[str, str]
+AddressPair = tuple[str, str]
 #: Makes a forward and a backward connection to the destination that is prepared. Raises :class:`LimosaError`.
-Dial = Callable[[Prepared, Way], Coroutine[Any, Any, Sequence[SocketChannel]]]
+Dial = Callable[[Prepared, AddressPair], Coroutine[Any, Any, Sequence[SocketChannel]]]
 
 DIAL_EVERY_S = 1.0
+#: A path whose lanes do not live for so long is dialled less and less often, up to this.
+_LIVES_S, _DIAL_AT_LEAST_EVERY_S = 10.0, 30.0
 #: At first sooner: where a path has appeared the destination may only be about to listen.
 _SOON_S = 0.05
 #: A path that takes longer is tried again; the first to be connected has as long as any connection.
@@ -40,12 +45,13 @@ DIAL_WITHIN_S = 3.0
 class _Lane:
     """A path's connections."""
 
-    def __init__(self, way: Way, connections: Sequence[SocketChannel]) -> None:
+    def __init__(self, way: AddressPair, connections: Sequence[SocketChannel]) -> None:
         self.way = way
+        self.since = asyncio.get_running_loop().time()
         self.forward, self.backward = connections
         self.lost = False
 
-    def ways(self) -> set[Way]:
+    def ways(self) -> set[AddressPair]:
         return {self.way, *((one.here, one.there) for one in self.forward.used())}
 
     def close(self) -> None:
@@ -57,16 +63,22 @@ class _Lane:
 class Carriers:
     """The connections of one session. ``is_used``: whether anybody takes part."""
 
-    def __init__(self, dial: Dial, ways: Sequence[Way], *, striped: bool, is_used: Callable[[], bool]) -> None:
+    def __init__(self, dial: Dial, ways: Sequence[AddressPair], *, striped: bool, is_used: Callable[[], bool]) -> None:
         self._dial = dial
-        self._wanted = tuple(ways)
+        self._first = tuple(ways)
+        #: by who takes part
+        self._wishes: dict[object, tuple[AddressPair, ...]] = {}
+        #: paths that are not dialled before a time, and the pause that made it so
+        self._resting: dict[AddressPair, tuple[float, float]] = {}
+        self._told: set[tuple[AddressPair, str]] = set()
         self._striped = striped
         self._is_used = is_used
         #: all there ever were, by number; of a session that is not striped one
         self._lanes: dict[int, _Lane] = {}
-        self._joining: dict[Way, asyncio.Task[None]] = {}
+        self._joining: dict[AddressPair, asyncio.Task[None]] = {}
         self._keeping: asyncio.Task[None] | None = None
         self._changed = asyncio.Event()
+        self._closed = False
 
     @property
     def forward(self) -> Sequence[SocketChannel]:
@@ -75,7 +87,7 @@ class Carriers:
 
     def used(self) -> tuple[Used, ...]:
         """What went over each path, all its connections together."""
-        sums: dict[Way, Used] = {}
+        sums: dict[AddressPair, Used] = {}
         for lane in self._lanes.values():
             for one in lane.forward.used():
                 before = sums.get((one.here, one.there), Used(one.here, one.there, 0, alive=False))
@@ -98,12 +110,14 @@ class Carriers:
 
         Raises :class:`LimosaError`, of connecting what is wrong with the best path; no connection is left then.
         """
-        dialling = {way: asyncio.ensure_future(self._dial(prepared, way)) for way in self._wanted}
+        dialling = {way: asyncio.ensure_future(self._dial(prepared, way)) for way in self._first}
         try:
             way = await _first(dialling)
             connections = dialling.pop(way).result()
             self._add(way, connections)
             await open_session([one.stream for one in connections])
+            if self._closed:
+                raise RelayFailed("the relay ended as soon as its session was open", why=relay.why())
         except BaseException:
             for task in dialling.values():
                 task.cancel()
@@ -115,20 +129,38 @@ class Carriers:
         if self._striped:
             self._keeping = asyncio.ensure_future(self._keep(prepared, relay))
 
-    def want(self, ways: Iterable[Way]) -> None:
-        """Which paths are to be used from now on. Lanes over others stay as long as they last."""
-        self._wanted = tuple(ways)
+    def want(self, who: object, ways: Iterable[AddressPair]) -> None:
+        """Which paths one that takes part wants used from now on. Lanes over others stay as long as they last."""
+        self._wishes[who] = tuple(ways)
+        self._resting.clear()
         self._changed.set()
 
-    def lose(self, number: int) -> None:
+    def leave(self, who: object) -> None:
+        """It takes no part any more."""
+        self._wishes.pop(who, None)
+
+    def lose(self, number: int, why: str) -> None:
         """The relay has lost a lane, or none came about."""
         lane = self._lanes[number]
-        if not lane.lost:
-            lane.lost = True
-            lane.close()
+        if lane.lost:
+            return
+        lane.lost = True
+        lane.close()
+        self._rest(lane)
+        if (lane.way, why) not in self._told:
+            self._told.add((lane.way, why))
+            _log.warning("a stream has lost its path from %s to %s: %s", *(end or "any" for end in lane.way), why)
+
+    def _rest(self, lane: _Lane) -> None:
+        now = asyncio.get_running_loop().time()
+        _, pause_s = self._resting.pop(lane.way, (0.0, DIAL_EVERY_S / 2))
+        if now - lane.since < _LIVES_S:
+            pause_s = min(2 * pause_s, _DIAL_AT_LEAST_EVERY_S)
+            self._resting[lane.way] = (now + pause_s, pause_s)
 
     def close(self) -> None:
         """The session has ended."""
+        self._closed = True
         for task in (self._keeping, *self._joining.values()):
             if task is not None:
                 task.cancel()
@@ -150,41 +182,47 @@ class Carriers:
                     await self._changed.wait()
             pause_s = min(2 * pause_s, DIAL_EVERY_S)
 
-    def _missing(self) -> list[Way]:
+    def _missing(self) -> list[AddressPair]:
         """Paths that are wanted and have no lane, as many as may join."""
         alive = [lane for lane in self._lanes.values() if not lane.lost]
         # Where routing has decided, both with and without the address here.
         there = {*self._joining, *(way for lane in alive for way in lane.ways())}
         coming = len(self._joining)
         room = min(MAX_LANES - len(alive) - coming, MAX_LANE + 1 - len(self._lanes) - coming)
-        return [way for way in self._wanted if way not in there][: max(0, room)]
+        now = asyncio.get_running_loop().time()
+        there |= {way for way, (until, _) in self._resting.items() if now < until}
+        return [way for way in self._wanted() if way not in there][: max(0, room)]
 
-    async def _dial_again(self, prepared: Prepared, way: Way) -> Sequence[SocketChannel]:
+    def _wanted(self) -> Sequence[AddressPair]:
+        """All that anybody wants, each once; what the session began with until somebody has said so."""
+        return tuple(dict.fromkeys(way for ways in self._wishes.values() for way in ways)) or self._first
+
+    async def _dial_again(self, prepared: Prepared, way: AddressPair) -> Sequence[SocketChannel]:
         async with asyncio.timeout(DIAL_WITHIN_S):
             return await self._dial(prepared, way)
 
-    def _have_join(self, relay: Relay, way: Way, dialling: Awaitable[Sequence[SocketChannel]]) -> None:
+    def _have_join(self, relay: Relay, way: AddressPair, dialling: Awaitable[Sequence[SocketChannel]]) -> None:
         self._joining[way] = asyncio.ensure_future(self._join(relay, way, dialling))
 
-    async def _join(self, relay: Relay, way: Way, dialling: Awaitable[Sequence[SocketChannel]]) -> None:
+    async def _join(self, relay: Relay, way: AddressPair, dialling: Awaitable[Sequence[SocketChannel]]) -> None:
         try:
             with contextlib.suppress(LimosaError, OSError):  # it is tried again; TimeoutError is one
                 connections = await dialling
                 number = self._add(way, connections)
                 try:
                     await relay.add_lane(number, [one.stream for one in connections])
-                except LimosaError:
-                    self.lose(number)
+                except LimosaError as error:
+                    self.lose(number, str(error))
         finally:
             del self._joining[way]
 
-    def _add(self, way: Way, connections: Sequence[SocketChannel]) -> int:
+    def _add(self, way: AddressPair, connections: Sequence[SocketChannel]) -> int:
         number = len(self._lanes)
         self._lanes[number] = _Lane(way, connections)
         return number
 
 
-async def _first(dialling: Mapping[Way, asyncio.Task[Sequence[SocketChannel]]]) -> Way:
+async def _first(dialling: Mapping[AddressPair, asyncio.Task[Sequence[SocketChannel]]]) -> AddressPair:
     """The path that is connected first. If none can be, what is wrong with the best is raised."""
     waiting = set(dialling.values())
     while waiting:

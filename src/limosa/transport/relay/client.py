@@ -48,7 +48,8 @@ class Relay:
     """A relay process. Made by :meth:`start`; belongs to one event loop.
 
     Every call raises :class:`RelayFailed` if the relay ended, also while the call waits. ``on_channel_ended`` is called
-    with the last figures of each channel, ``on_lane_lost`` with the number of a lane that broke or did not come about.
+    with the last figures of each channel, ``on_lane_lost`` with the number of a lane that broke or did not come about,
+    and why.
     """
 
     def __init__(self, process: subprocess.Popen[bytes], sock: socket.socket) -> None:
@@ -56,7 +57,7 @@ class Relay:
         #: set as soon as the relay is gone, whoever ended it; its streams have ended then
         self.ended = asyncio.Event()
         self.on_channel_ended: Callable[[ChannelStatistics], None] = lambda _: None
-        self.on_lane_lost: Callable[[int], None] = lambda _: None
+        self.on_lane_lost: Callable[[int, str], None] = lambda _number, _why: None
         self._why = ""
         self._process, self._socket = process, sock
         self._asked: deque[asyncio.Future[Answer]] = deque()
@@ -218,7 +219,7 @@ class Relay:
         elif isinstance(message, control.Opened):
             _set(self._opened, message.window_log)
         elif isinstance(message, control.LaneLost):
-            self.on_lane_lost(message.lane)
+            self.on_lane_lost(message.lane, message.why)
         elif isinstance(message, control.ChannelEnded):
             self.on_channel_ended(message.statistics)
         elif self._asked:

@@ -20,6 +20,8 @@ _log = logging.getLogger(__name__)
 
 #: After the kernel would not give a caller.
 _AGAIN_AFTER_S = 1.0
+#: Connections that nobody has asked for yet.
+_MOST_WAITING = 16
 
 
 class LastingDoorway(tcp.TcpDoorway):
@@ -36,7 +38,7 @@ class LastingDoorway(tcp.TcpDoorway):
         self._port = self.port
         self._permitted = permitted
         self._open = True
-        self._came: asyncio.Queue[socket.socket] = asyncio.Queue()
+        self._came: asyncio.Queue[socket.socket] = asyncio.Queue(_MOST_WAITING)
         self._work = Background()
         for listener in (self._listener, *self._others):
             self._serve(listener)
@@ -80,6 +82,10 @@ class LastingDoorway(tcp.TcpDoorway):
     async def _let_in(self, listener: socket.socket, turn: asyncio.Lock) -> None:
         while True:
             try:
-                self._came.put_nowait(await self._admit(listener, turn))
+                caller = await self._admit(listener, turn)
+                try:
+                    self._came.put_nowait(caller)
+                except asyncio.QueueFull:
+                    caller.close()
             except OSError:
                 await asyncio.sleep(_AGAIN_AFTER_S)

@@ -31,10 +31,10 @@ WINDOW_BYTES = 8 * 1024 * 1024
 #: Channels are numbered by the source's daemon, upwards, and no number is used twice in a session.
 MAX_CHANNEL = 2**32 - 1
 #: So are lanes, from 0.
-MAX_LANE = 255
+MAX_LANE = 65535
 
 _MAGIC = b"limosa-relay"
-_HELLO = struct.Struct("!12sBBBB")
+_HELLO = struct.Struct("!12sHBBB")
 _FIELDS = struct.Struct("!BBHIIII")
 _CHECKSUM = struct.Struct("!Q")
 HELLO_BYTES = _HELLO.size

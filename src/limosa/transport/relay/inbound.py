@@ -90,10 +90,10 @@ class Inbound:
 
     async def _let_in(self, door: LastingDoorway) -> None:
         """Give the relay each connection that comes, until it has ended."""
-        with contextlib.suppress(RelayFailed):
-            while True:
-                with await door.caller() as connection, contextlib.suppress(InvalidInput):  # it has enough
-                    await self.relay.add_connection(connection)
+        while not self.relay.ended.is_set():
+            # It has enough of them, or is too busy to listen: the source tries again.
+            with await door.caller() as connection, contextlib.suppress(InvalidInput, RelayFailed):
+                await self.relay.add_connection(connection)
 
     async def _until_ended(self) -> None:
         await self.relay.ended.wait()

@@ -25,7 +25,7 @@ from limosa.errors import LimosaError, RelayFailed
 from limosa.model.route import Compressed
 from limosa.security.stream import make_credentials
 from limosa.transport.channel import SocketChannel, Used
-from limosa.transport.relay.carriers import Carriers, Dial, Way
+from limosa.transport.relay.carriers import AddressPair, Carriers, Dial
 from limosa.transport.relay.client import DEFAULT_LEVEL, Relay, widen
 from limosa.transport.relay.control import ChannelStatistics
 from limosa.wire.peer import Prepared, RelayPlace, StreamCredentials
@@ -56,7 +56,7 @@ class Outbound:
         several: bool,
         window_log: int,
         user: str | None,
-        ways: Sequence[Way] = (("", ""),),
+        ways: Sequence[AddressPair] = (("", ""),),
         striped: bool = False,
         compress: bool = True,
         linger_s: float = LINGER_S,
@@ -129,6 +129,7 @@ class Outbound:
         """A move has ended; after the last one the session is kept for a while."""
         self._seats.discard(seat)
         self.figures.pop(seat.place.channel, None)
+        self.carriers.leave(seat.place.channel)
         if not self._seats:
             self._linger = asyncio.get_running_loop().call_later(self._linger_s, self.end)
 
@@ -237,9 +238,9 @@ class RelayChannel:
                 widen(self.stream)
         self._background.spawn(self._set_short(short))
 
-    def spread_over(self, ways: Iterable[Way]) -> None:
+    def spread_over(self, ways: Iterable[AddressPair]) -> None:
         """See :class:`limosa.transport.channel.Channel`: the session is, and other VMs' streams with it."""
-        self._session.carriers.want(ways)
+        self._session.carriers.want(self._number, ways)
 
     def used(self) -> tuple[Used, ...]:
         """See :class:`limosa.transport.channel.Channel`: the VM's part of what each path of the session has carried."""

@@ -1,0 +1,132 @@
+"""The connections of a session: which are made, made again, and when; with a relay that only takes note."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any, cast
+
+import pytest
+
+from limosa.errors import RelayFailed
+from limosa.transport.channel import Used
+from limosa.transport.relay import carriers
+from limosa.transport.relay.carriers import Carriers
+from limosa.wire.peer import Prepared
+
+FIRST, SECOND, THIRD = (("10.0.0.1", "10.0.0.2"), ("10.1.0.1", "10.1.0.2"), ("10.2.0.1", "10.2.0.2"))
+PREPARED = Prepared(address="10.0.0.2", port=1, token="0" * 32)
+
+
+class Connection:
+    """A connection over a path."""
+
+    def __init__(self, way: tuple[str, str]) -> None:
+        self.stream = None
+        self.way = way
+        self.closed = False
+
+    def used(self) -> tuple[Used, ...]:
+        return (Used(*self.way, 0, alive=not self.closed),)
+
+    def close(self) -> None:
+        self.closed = True
+
+
+class Relay:
+    """Takes every lane."""
+
+    async def add_lane(self, number: int, connections: Any) -> None: ...
+
+    def why(self) -> str:
+        return "it was killed"
+
+
+class World:
+    """A session over two paths; ``dialled`` has those that were connected, in order."""
+
+    def __init__(self) -> None:
+        self.dialled: list[tuple[str, str]] = []
+        self.made: list[Connection] = []
+        self.carriers = Carriers(cast(Any, self._dial), (FIRST, SECOND), striped=True, is_used=lambda: True)
+
+    async def _dial(self, _prepared: Prepared, way: tuple[str, str]) -> list[Connection]:
+        self.dialled.append(way)
+        pair = [Connection(way), Connection(way)]
+        self.made += pair
+        return pair
+
+    async def open(self, meanwhile: Callable[[], None] = lambda: None) -> None:
+        async def open_session(_sockets: Any) -> None:
+            meanwhile()
+
+        await self.carriers.open(PREPARED, cast(Any, Relay()), open_session)
+
+    async def until(self, what: Callable[[], bool]) -> None:
+        while not what():  # noqa: ASYNC110 - anything may make it true
+            await asyncio.sleep(0.001)
+
+
+def play(monkeypatch: pytest.MonkeyPatch, scenario: Callable[[World], Awaitable[None]], lives_s: float = 60) -> None:
+    monkeypatch.setattr(carriers, "DIAL_EVERY_S", 0.01)
+    monkeypatch.setattr(carriers, "_LIVES_S", lives_s)
+    monkeypatch.setattr(carriers, "_DIAL_AT_LEAST_EVERY_S", 3600)
+
+    async def within_time() -> None:
+        world = World()
+        async with asyncio.timeout(20):
+            await scenario(world)
+            world.carriers.close()
+            await world.until(lambda: all(one.closed for one in world.made))
+
+    asyncio.run(within_time())
+
+
+def test_a_path_that_has_lost_its_lane_is_connected_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario(world: World) -> None:
+        await world.open()
+        await world.until(lambda: len(world.dialled) == 2)
+        for lanes in range(2, 6):
+            await world.until(lambda lanes=lanes: len(world.carriers.forward) == lanes)  # type: ignore[misc]
+            world.carriers.lose(lanes - 1, "the cable was cut")
+        await world.until(lambda: len(world.dialled) == 6)
+
+    play(monkeypatch, scenario, lives_s=0)
+
+
+def test_a_path_whose_lanes_do_not_live_is_connected_less_and_less_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario(world: World) -> None:
+        await world.open()
+        while len(world.carriers.forward) < 8:
+            world.carriers.lose(len(world.carriers.forward) - 1, "no relay answers there")
+            lost = len(world.carriers.forward)
+            await world.until(lambda lost=lost: len(world.carriers.forward) > lost)  # type: ignore[misc]
+        pauses = [pause_s for _, pause_s in world.carriers._resting.values()]
+        assert max(pauses) > 4 * carriers.DIAL_EVERY_S
+        world.carriers.want(1, (FIRST, SECOND))
+        assert not world.carriers._resting, "the NICs have changed"
+
+    play(monkeypatch, scenario)
+
+
+def test_what_one_move_does_not_want_another_may(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario(world: World) -> None:
+        await world.open()
+        world.carriers.want(1, (FIRST, THIRD))
+        world.carriers.want(2, (FIRST,))
+        await world.until(lambda: THIRD in world.dialled)
+        world.carriers.leave(1)
+        world.carriers.lose(world.dialled.index(THIRD), "the cable was cut")
+        await world.until(lambda: world.carriers._keeping is not None)
+        assert THIRD not in world.carriers._missing()
+
+    play(monkeypatch, scenario, lives_s=0)
+
+
+def test_a_relay_that_ends_while_its_session_opens_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario(world: World) -> None:
+        with pytest.raises(RelayFailed):
+            await world.open(world.carriers.close)
+        assert world.carriers._keeping is None
+
+    play(monkeypatch, scenario)
