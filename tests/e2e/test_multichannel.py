@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from harness.commands import limosa
-from harness.hosts import wait_until
+from harness.hosts import settled, wait_until
 from harness.labs import LabHost, in_host, plug, reaches, running_lab, without_address
 from harness.steering import follow, settings
 from limosa.lab import daemons, namespaces
@@ -188,6 +188,7 @@ def test_a_daemon_that_is_killed_leaves_nothing_for_long(hosts: list[LabHost], s
         host.start()
     wait_until(lambda: all(is_clean(one) for one in hosts), "nothing is left in the kernels")
     wait_until(lambda: running(hosts) == ["host1"], "the VM stays")
+    wait_until(lambda: settled(list(hosts)), "every journal has come to its end")
 
 
 def running(hosts: list[LabHost]) -> list[str]:
