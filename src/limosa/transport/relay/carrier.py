@@ -26,6 +26,7 @@ from limosa.transport.relay.errors import BrokenStream, ConnectionLost
 UNSENT_BYTES = 1024 * 1024
 SHORT_UNSENT_BYTES = 128 * 1024
 _LEAST_UNSENT_BYTES = 32 * 1024
+_TCP_RTO_MAX_MS = 44  # linux/tcp.h, since Linux 6.15
 _OPTIONS = (
     (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
     (socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_BYTES),
@@ -35,6 +36,9 @@ _OPTIONS = (
     (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 10),
     (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3),
     (socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 60_000),
+    # A path that was cut is tried every second. The kernel doubles its pauses otherwise, and is silent for as long as
+    # the cut has lasted when the cable is in again.
+    (socket.IPPROTO_TCP, _TCP_RTO_MAX_MS, 1000),
 )
 _SIOCOUTQ = termios.TIOCOUTQ
 _SIOCOUTQNSD = 0x894B  # linux/sockios.h
