@@ -35,7 +35,8 @@ def broken_move(hosts: list[Host], plan: str, expected: str) -> Iterator[Host]:
         wait_until(lambda: settled(hosts), "every move has ended")
         wait_until(lambda: place(hosts) in expected.split(" or "), expected)
         wait_until(lambda: nothing_else_is_left(hosts), "nothing is left elsewhere")
-        yield next(host for host in hosts if place(hosts).endswith(host.name))
+        found = place(hosts)
+        yield next(host for host in hosts if found.endswith(host.name))
     finally:
         clean(hosts)
 

@@ -473,8 +473,8 @@ class SourceMove:
         return judge
 
     def _let_wait(self, pace: float, look: MigrationStatistics, judge: Convergence) -> None:
-        """Have little or much wait on the way, by how soon the guest may stop: when what is left takes less than the
-        limit."""
+        """Have little or much wait on the way, by how soon the guest may stop: QEMU stops it when what remains takes no
+        longer than the downtime limit."""
         limit_s = judge.downtime_limit_ms / 1000
         if judge.in_post_copy or look.remaining_bytes < (limit_s + SHORTEN_BEFORE_S) * pace:
             self._set_short(True)

@@ -118,7 +118,7 @@ class MultichannelDoorway(tcp.TcpDoorway):
         for usher in self._ushers:
             usher.cancel()
         for listener in self._further.values():
-            listener.close()
+            tcp.close_listener(listener)
         super().close()
 
     def listen_on(self, address: str) -> bool:

@@ -161,11 +161,7 @@ class TcpDoorway:
 
     def _close_listeners(self) -> None:
         for listener in (self._listener, *self._others):
-            # The loop may still wait for it, and would take the next one of its number for it.
-            with contextlib.suppress(RuntimeError):  # there is no loop
-                if listener.fileno() != -1:
-                    asyncio.get_running_loop().remove_reader(listener)
-            listener.close()
+            close_listener(listener)
 
     async def _admit(self, listener: socket.socket, turn: asyncio.Lock) -> socket.socket:
         """The first caller who knows the token, of those this porter asks."""
@@ -270,6 +266,14 @@ def listen(address: str, port: int, protocol: int = socket.IPPROTO_TCP) -> socke
         listener.close()
         raise
     return listener
+
+
+def close_listener(listener: socket.socket) -> None:
+    """Close it. A loop may still wait for a caller there, and would take the next socket of its number for it."""
+    with contextlib.suppress(RuntimeError):  # there is no loop
+        if listener.fileno() != -1:
+            asyncio.get_running_loop().remove_reader(listener)
+    listener.close()
 
 
 def listen_within(

@@ -65,7 +65,7 @@ class Carriers:
 
     def __init__(self, dial: Dial, ways: Sequence[AddressPair], *, striped: bool, is_used: Callable[[], bool]) -> None:
         self._dial = dial
-        self._first = tuple(ways)
+        self._initial = tuple(ways)
         #: by who takes part
         self._wishes: dict[object, tuple[AddressPair, ...]] = {}
         #: paths that are not dialled before a time, and the pause that made it so
@@ -110,7 +110,7 @@ class Carriers:
 
         Raises :class:`LimosaError`, of connecting what is wrong with the best path; no connection is left then.
         """
-        dialling = {way: asyncio.ensure_future(self._dial(prepared, way)) for way in self._first}
+        dialling = {way: asyncio.ensure_future(self._dial(prepared, way)) for way in self._initial}
         try:
             way = await _first(dialling)
             connections = dialling.pop(way).result()
@@ -195,7 +195,7 @@ class Carriers:
 
     def _wanted(self) -> Sequence[AddressPair]:
         """All that anybody wants, each once; what the session began with until somebody has said so."""
-        return tuple(dict.fromkeys(way for ways in self._wishes.values() for way in ways)) or self._first
+        return tuple(dict.fromkeys(way for ways in self._wishes.values() for way in ways)) or self._initial
 
     async def _dial_again(self, prepared: Prepared, way: AddressPair) -> Sequence[SocketChannel]:
         async with asyncio.timeout(DIAL_WITHIN_S):
