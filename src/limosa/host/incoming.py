@@ -31,7 +31,6 @@ from limosa.model.finding import Finding
 from limosa.model.migration import Migration, Outcome, Phase, Progress, Side
 from limosa.model.storage import BackingFile
 from limosa.network.addresses import stream_addresses
-from limosa.network.changes import changes
 from limosa.qemu.protocol import MachineProtocol
 from limosa.storage import layers
 from limosa.transport import tcp
@@ -73,8 +72,7 @@ class Incoming:
     async def offers(self, reached_at: str) -> AsyncIterator[Offered]:
         """This host's network and its addresses for guest memory, again after each change. Raises
         :class:`NetworkError`."""
-        async for _ in changes():
-            network = await self._inspector.network()
+        async for network in self._inspector.networks():
             yield Offered(network=network, addresses=stream_addresses(network, reached_at))
 
     async def find_files(self, files: Sequence[BackingFile]) -> tuple[BackingFile | None, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 from limosa.errors import StorageError
@@ -18,6 +19,7 @@ from limosa.model.facts import DestinationFacts, FileIdentity, LeaseConflict, Vm
 from limosa.model.network import HostNetwork
 from limosa.model.vm import Accelerator, VmConfig, VmState
 from limosa.network import mptcp
+from limosa.network.changes import changes
 from limosa.network.netlink import Netlink
 from limosa.network.nics import inventory
 from limosa.network.switches import switches
@@ -53,6 +55,11 @@ class Inspector:
         self._netlink = netlink
         self.goodputs = goodputs
         self._user = user
+
+    async def networks(self) -> AsyncIterator[HostNetwork]:
+        """:meth:`network`, again after each change. Raises :class:`NetworkError`."""
+        async for _ in changes():
+            yield await self.network()
 
     async def network(self) -> HostNetwork:
         """Our NICs, and which networks may carry moves."""

@@ -12,7 +12,6 @@ from limosa.host.vms import HostedVm
 from limosa.model.facts import VmFacts
 from limosa.model.network import Carried, HostNetwork
 from limosa.model.route import Route
-from limosa.network.changes import changes
 from limosa.transport.channel import Channel, SocketChannel
 from limosa.wire.peer import LayersAwaited, Prepared, RelayPlace
 
@@ -82,10 +81,9 @@ class Leaving:
         """See :class:`limosa.migration.home.Home`."""
         return await self._departure.connect_layers(route, awaited)
 
-    async def networks(self) -> AsyncIterator[HostNetwork]:
+    def networks(self) -> AsyncIterator[HostNetwork]:
         """See :class:`limosa.migration.home.Home`."""
-        async for _ in changes():
-            yield await self._inspector.network()
+        return self._inspector.networks()
 
     def learn(self, carried: Collection[Carried]) -> None:
         """See :class:`limosa.migration.home.Home`."""
