@@ -90,7 +90,7 @@ def test_frames_out_of_order_are_noticed(order: list[int]) -> None:
         (Form.RAW, 10, 9),
         (Form.RAW, MAX_RAW_BYTES + 1, MAX_RAW_BYTES + 1),
         (Form.COMPRESSED, MAX_RAW_BYTES + 1, 10),
-        (Form.COMPRESSED, 10, 10 + 513),
+        (Form.COMPRESSED, 10, 10 + 2049),
         (Form.COMPRESSED, 10, 0),
     ],
 )

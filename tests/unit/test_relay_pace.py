@@ -77,14 +77,15 @@ def test_a_worker_that_is_late_is_left_alone_longer_each_time() -> None:
     assert not patience.trusts
 
 
-def test_a_worker_that_found_a_free_processor_is_forgiven_step_by_step() -> None:
+def test_a_worker_that_found_a_free_processor_is_forgiven() -> None:
     patience = Patience()
     for _ in range(3):
         patience.late(0.0)
-    for trusted in (False, False, True):
-        patience.served(0.002, 0.0019)
-        assert patience.allows(0.0)
-        assert patience.trusts == trusted
+    assert not patience.allows(0.0)
+    assert not patience.trusts
+    patience.served(0.002, 0.0019)
+    assert patience.allows(0.0)
+    assert patience.trusts
 
 
 def test_a_worker_that_had_to_wait_for_others_is_not() -> None:

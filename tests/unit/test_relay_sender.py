@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+import select
 import socket
 from collections.abc import Iterator
 
@@ -15,7 +17,7 @@ from limosa.transport.relay.notices import Notices
 from limosa.transport.relay.plug import Plug
 from limosa.transport.relay.queue import State
 from limosa.transport.relay.sender import Sender
-from limosa.transport.relay.worker import Memory, Result, Worker
+from limosa.transport.relay.worker import NO_SLOT, Memory, Result, Worker
 
 KIB = 1024
 WINDOW_LOG = 20
@@ -50,25 +52,32 @@ class Wire(Out, In):
 
 
 class SlowWorker(Worker):
-    """Has begun with whatever it is offered, and is done when it is told to be."""
+    """Has begun with the first chunk it is offered, or when told to, and is done when it is told to be."""
 
-    def __init__(self, memory: Memory) -> None:
+    def __init__(self, memory: Memory, window_log: int) -> None:
         self._memory = memory
-        self._compressor = Compressor(WINDOW_LOG, 1)
-        self._begun: list[tuple[int, int]] = []
+        self._compressor = Compressor(window_log, 1)
+        self._offered: list[tuple[int, int]] = []
+        self.has_begun = True
         self._made: list[Result] = []
 
     def offer(self, slot: int, length: int) -> None:
-        self._begun.append((slot, length))
+        self._offered.append((slot, length))
 
     def fileno(self) -> int:
         return -1
 
     def withdraw(self) -> int | None:
-        return None
+        kept = 1 if self.has_begun else 0
+        return self._offered.pop(kept)[0] if len(self._offered) > kept else None
 
     def work(self) -> None:
-        slot, length = self._begun.pop(0)
+        if not self._offered:
+            return
+        slot, length = self._offered.pop(0)
+        if slot == NO_SLOT:
+            self._made.append(Result(slot, 0, 0, 0.0, 0.0))
+            return
         raw = self._memory.raw(slot, 0, length)
         made = self._compressor.compress(raw)
         self._memory.compressed(slot, len(made))[:] = made
@@ -81,10 +90,11 @@ class SlowWorker(Worker):
 class Bench:
     """A sender with one channel, whose QEMU says what it is told to."""
 
-    def __init__(self) -> None:
+    def __init__(self, slots: int = 3, window_log: int = WINDOW_LOG) -> None:
         self.wire = Wire()
-        self.memory = Memory(3)
-        self.worker = SlowWorker(self.memory)
+        self.memory = Memory(slots)
+        self.worker = SlowWorker(self.memory, window_log)
+        self._window_log = window_log
         self.daemon, control = socket.socketpair()
         self.sender = Sender(self.wire, self.wire, self.memory, self.worker, Notices(control))
         self.qemu, ours = socket.socketpair()
@@ -96,9 +106,9 @@ class Bench:
         self.qemu.sendall(data)
         self.sender._read(self.sender._channels[0])
 
-    def arrived(self) -> bytes:
-        """What the destination's QEMU would get; raises if it would not."""
-        frames, decompressor, rest = FrameReader(), Decompressor(WINDOW_LOG), memoryview(bytes(self.wire.data))
+    def arrived(self, channel: int = 0) -> bytes:
+        """What a channel's QEMU at the destination would get; raises if it would not."""
+        frames, decompressor, rest = FrameReader(), Decompressor(self._window_log), memoryview(bytes(self.wire.data))
         said, came = Said(), b""
         while rest:
             header = frames.header(rest[:HEADER_BYTES])
@@ -108,7 +118,7 @@ class Bench:
                 raw = memoryview(bytearray(header.raw_length))
                 decompressor.decompress(data, raw)
                 data = bytes(raw)
-            if header.kind is Kind.DATA:
+            if header.kind is Kind.DATA and header.channel == channel:
                 said.update(data)
                 header.verify(said.intdigest())
                 came += data
@@ -174,3 +184,91 @@ def test_what_hurries_while_the_worker_is_waited_for_goes_first(bench: Bench) ->
         bench.sender._queue.pop()
         sent.append(bench.sender._next())
     assert [chunk.channel for chunk in sent] == [1, 0]
+
+
+#: Pages as QEMU says them, few and in a window of fewer, so that they are known, forgotten and known again.
+PAGES = [(4096 * number | 0x28).to_bytes(8, "big") + bytes([number]) * 4096 for number in range(12)]
+FEW_PAGES_LOG = 15
+
+
+class Crowd:
+    """Two channels and a worker, of whom any does something whenever another may: reproducible by its seed."""
+
+    def __init__(self, seed: int) -> None:
+        self.chance = random.Random(seed)
+        self.bench = Bench(slots=6, window_log=FEW_PAGES_LOG)
+        other, ours = socket.socketpair()
+        self.sender = self.bench.sender
+        self.sender.open_channel(Plug(1, ours))
+        self.sender._done.wait_for = self._wait_for  # type: ignore[assignment]
+        self.qemus, self.said = [self.bench.qemu, other], [b"", b""]
+        work, hear = self.bench.worker.work, self.hear
+        self.meanwhile = [self.say, self.hurry, self.begin, work, work, work, hear, hear]
+
+    def act(self) -> None:
+        self.chance.choice(self.meanwhile)()
+        self.read()
+
+    def say(self) -> None:
+        channel = self.chance.randrange(2)
+        if self.sender._queue.has_room(channel):
+            words = b"".join(self.chance.choices(PAGES, k=self.chance.randrange(1, 12)))
+            self.qemus[channel].sendall(words)
+            self.said[channel] += words
+
+    def read(self) -> None:
+        for channel in self.sender._channels.values():
+            if self.sender._queue.has_room(channel.plug.number):
+                self.sender._read(channel)
+
+    def hurry(self) -> None:
+        self.sender.set_short(self.chance.randrange(2), self.chance.choice((False, True)))
+
+    def begin(self) -> None:
+        self.bench.worker.has_begun = self.chance.choice((False, True))
+
+    def hear(self) -> None:
+        self.sender._on_results()
+
+    def send(self) -> None:
+        if self.sender._queue.head() is None:
+            return
+        chunk = self.sender._next()
+        self.act()
+        self.sender._transmit(chunk)
+        self.act()
+        self.sender._queue.pop()
+
+    def finish(self) -> None:
+        self.meanwhile = [self.bench.worker.work, self.hear]
+        while self.sender._queue.head() is not None or self._unread():
+            self.act()
+            self.send()
+
+    def close(self) -> None:
+        for end in (*self.qemus, self.bench.daemon):
+            end.close()
+        for channel in self.sender._channels.values():
+            channel.plug.close()
+
+    def _unread(self) -> bool:
+        poll = select.poll()
+        for channel in self.sender._channels.values():
+            poll.register(channel.plug.fileno(), select.POLLIN)
+        return bool(poll.poll(0))
+
+    def _wait_for(self, _done: object, _timeout: float) -> None:
+        self.sender._lock.release()
+        for _ in range(self.chance.randrange(8)):
+            self.act()
+        self.sender._lock.acquire()
+
+
+@pytest.mark.parametrize("seed", range(200))
+def test_whoever_is_first_meanwhile_everything_arrives(seed: int) -> None:
+    crowd = Crowd(seed)
+    for _ in range(crowd.chance.randrange(1, 120)):
+        crowd.chance.choice((crowd.act, crowd.send))()
+    crowd.finish()
+    assert [crowd.bench.arrived(0), crowd.bench.arrived(1)] == crowd.said
+    crowd.close()

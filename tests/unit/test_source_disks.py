@@ -350,9 +350,9 @@ def test_little_waits_on_the_way_when_the_guest_may_stop_soon(tmp_path: Path) ->
             return dataclasses.replace(Convergence.begin(policy), downtime_limit_ms=limit_ms, in_post_copy=in_post_copy)
 
         for remaining, now in (
-            (200, judge(2)),
-            (40, judge(2)),
-            (200, judge(2)),
+            (100, judge(2)),
+            (20, judge(2)),
+            (100, judge(2)),
             (200, judge(2000)),
             (400, judge(2000)),
             (400, judge(2, in_post_copy=True)),

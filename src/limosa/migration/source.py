@@ -51,7 +51,7 @@ from limosa.wire.peer import Prepare, Prepared, StreamCredentials
 LOOK_EVERY_S = 0.2
 #: So long before a guest may stop, what waits on the way is made little: it would have to wait for that. If it will go
 #: on for so much longer it is made more again, which is faster.
-SHORTEN_BEFORE_S, LENGTHEN_BEFORE_S = 0.5, 0.8
+SHORTEN_BEFORE_S, LENGTHEN_BEFORE_S = 0.3, 0.6
 #: A guest that has stopped runs on here if its destination has not loaded everything within this. The largest budget
 #: for a blackout is a fifth of it.
 STANDS_STILL_S = 10.0

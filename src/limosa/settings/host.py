@@ -88,7 +88,7 @@ class HostSettings(Model, frozen=True):
         Meta(
             ge=1,
             le=1024,
-            description="memory, a power of two, in which compression finds what an earlier VM has sent already; "
+            description="memory, a power of two, in which compression finds pages that an earlier VM has sent already; "
             "taken on both hosts while VMs move with it. The smaller of both hosts' counts",
         ),
     ] = 512

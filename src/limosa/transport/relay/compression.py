@@ -17,11 +17,11 @@ from limosa.transport.relay.frames import MAX_RAW_BYTES
 from limosa.transport.relay.pace import Line, Pace, Patience
 from limosa.transport.relay.pump import Interest
 from limosa.transport.relay.queue import Chunk, Queue, State
-from limosa.transport.relay.worker import Worker
+from limosa.transport.relay.worker import NO_SLOT, Worker
 
 _log = logging.getLogger(__name__)
-#: Two: while the worker is at one it need not wait to be told of the next.
-_MOST_OFFERED = 2
+#: While the worker is at one it need not wait to be told of the next.
+_MOST_OFFERED = 4
 #: A chunk is what the carrier needs this long for: other streams wait for no more, and the worker can be waited for.
 _CHUNK_S = 0.003
 #: What the kernel may hold unsent, and what may wait for it, is what the carrier needs so long for: a guest that stops
@@ -43,6 +43,8 @@ class Compression:
         self._offered: dict[int, Chunk] = {}
         self._made_late: list[Chunk] = []
         self._line, self._pace, self._patience = Line(), Pace(), Patience()
+        #: the worker had no processor when one was needed, and was not heard of since
+        self._held_up = False
         self.statistics = CompressionStatistics()
 
     def adjust(self) -> None:
@@ -58,7 +60,7 @@ class Compression:
     def offer(self) -> None:
         """Offer the worker what is worth it."""
         self._look()
-        if not self._patience.allows(time.monotonic()):
+        if self._held_up or not self._patience.allows(time.monotonic()):
             return
         while self._worker is not None and len(self._offered) < _MOST_OFFERED and (chunk := self._worth()) is not None:
             chunk.state = State.OFFERED
@@ -72,10 +74,15 @@ class Compression:
         """Take what the worker has done."""
         try:
             while self._worker is not None and (result := self._worker.result()) is not None:
+                if result.slot == NO_SLOT:
+                    self._held_up = False
+                    continue
                 chunk = self._offered.pop(result.slot)
                 chunk.wire_length, chunk.digest, chunk.cpu_s = result.wire_length, result.digest, result.cpu_seconds
                 if chunk.state is State.LATE:
                     self._made_late.append(chunk)
+                    self._held_up = False
+                    self._patience.late(time.monotonic())
                 else:
                     chunk.state = State.DONE
                 self._pace.note(chunk.length, result.wire_length, result.seconds, result.cpu_seconds)
@@ -102,19 +109,24 @@ class Compression:
             self._give_up(chunk, self._worker)
 
     def _give_up(self, chunk: Chunk, worker: Worker) -> None:
-        """Take the chunk back if the worker has not begun with it; else it is late."""
-        self._patience.late(time.monotonic())
-        slot = worker.withdraw()
-        if slot == chunk.slot:
-            del self._offered[slot]
-            chunk.state = State.WAITING
-            self.statistics.withdrawn += 1
-            return
-        chunk.state = State.LATE
-        self.statistics.late += 1
-        if slot is not None:
-            # The worker is at the chunk, and this is the one after it: to do that one now would be late, too.
+        """Take the chunk back if the worker has not begun with it; else it is late.
+
+        What comes after it would be late, too, so nothing more is offered before the worker was heard of: it has a
+        processor again then.
+        """
+        self._held_up = True
+        withdrawn = [slot for slot in iter(worker.withdraw, None) if slot != NO_SLOT]
+        for slot in withdrawn:
             self._offered.pop(slot).state = State.WAITING
+        if chunk.slot not in withdrawn:
+            chunk.state = State.LATE
+            self.statistics.late += 1
+            return
+        self.statistics.withdrawn += 1
+        try:
+            worker.ask()
+        except WorkerLost:
+            self._lose_worker()
 
     def _worth(self) -> Chunk | None:
         """The next chunk that the worker can do without keeping the carrier waiting."""

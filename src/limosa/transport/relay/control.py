@@ -36,7 +36,8 @@ class Message(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, tag_fiel
 class Open(Message):
     """Be one side of a session. Comes with two sockets that are connected to the other relay.
 
-    ``credentials``: null for no TLS. ``window_log``: the largest window this side allows, as a power of two.
+    ``credentials``: null for no TLS. ``window_log``: how many bytes of what was sent the destination may keep by this
+    side, as a power of two.
     ``striped``: the session may go over several paths, of which more may join at any time.
     """
 

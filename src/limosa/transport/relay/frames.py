@@ -21,11 +21,11 @@ import xxhash
 
 from limosa.transport.relay.errors import BrokenStream
 
-VERSION = 4
+VERSION = 5
 #: The most one frame carries, before compression.
 MAX_RAW_BYTES = 512 * 1024
 #: What compression may add to data that cannot be compressed.
-MAX_GROWTH_BYTES = 512
+MAX_GROWTH_BYTES = 2048
 #: How much of one channel may be on its way until the destination's QEMU has taken it.
 WINDOW_BYTES = 8 * 1024 * 1024
 #: Channels are numbered by the source's daemon, upwards, and no number is used twice in a session.
@@ -92,7 +92,7 @@ class Kind(IntEnum):
     ABORT = 3
     #: the destination's QEMU has taken ``raw_length`` more bytes
     CREDIT = 4
-    #: a piece of the zstd stream whose data came raw before: only for what refers to it later
+    #: a piece of the compressed stream whose data came raw before: only for what refers to it later
     LEARN = 5
 
 
@@ -100,7 +100,7 @@ class Form(IntEnum):
     """How the payload of a frame is written."""
 
     RAW = 0
-    #: the next piece of the session's zstd stream
+    #: the next piece of the session's compressed stream
     COMPRESSED = 1
 
 
@@ -147,7 +147,7 @@ class FrameWriter:
         return self._header(Kind.DATA, form, channel, raw_length, wire_length, raw_digest)
 
     def learn(self, channel: int, raw_length: int, wire_length: int, raw_digest: int) -> bytes:
-        """The header of a piece of the zstd stream whose data was sent already."""
+        """The header of a piece of the compressed stream whose data was sent already."""
         return self._header(Kind.LEARN, Form.COMPRESSED, channel, raw_length, wire_length, raw_digest)
 
     def sign(self, kind: Kind, channel: int, count: int = 0) -> bytes:

@@ -111,8 +111,7 @@ class Patience:
     def served(self, seconds: float, cpu_seconds: float) -> None:
         """It took ``seconds`` for a chunk, ``cpu_seconds`` of it processor time: was the processor free for it?
 
-        One success does not make up for several failures: even on a busy processor the last in line gets a turn now
-        and then.
+        Then what went before does not matter.
         """
         if cpu_seconds >= _SERVED * seconds:
-            self._until, self._next = 0.0, max(self._next / 2, _PATIENCE_FIRST_S)
+            self._until, self._next = 0.0, _PATIENCE_FIRST_S

@@ -37,7 +37,7 @@ _TELLING_S = 0.0001
 _SAFETY = 1.5
 #: Where it begins anew it begins with a lead: this part of all that waits. Others may take so much time from it before
 #: anything is late.
-_LEAD = 0.25
+_LEAD = 0.1
 _LEAST_CHUNK_BYTES = 32 * 1024
 #: What hurries finds a slot.
 _KEPT_SLOTS = 1

@@ -37,6 +37,8 @@ _BEGINNING = struct.Struct("=ii")
 _TICKET = struct.Struct("=II")
 #: slot, compressed length, digest of the raw bytes, nanoseconds it took, nanoseconds of processor time
 _RESULT = struct.Struct("=IIQQQ")
+#: Of a ticket without a chunk.
+NO_SLOT = 0xFFFFFFFF
 _TWIN_BYTES = MAX_RAW_BYTES + MAX_GROWTH_BYTES
 
 
@@ -123,6 +125,10 @@ class Worker:
         except OSError as error:
             raise WorkerLost(str(error)) from error
 
+    def ask(self) -> None:
+        """Let it say that it has a processor, by a result of :data:`NO_SLOT`. Raises :class:`WorkerLost`."""
+        self.offer(NO_SLOT, 0)
+
     def withdraw(self) -> int | None:
         """Take back the oldest chunk with which it has not begun: its slot; None: it has begun with all."""
         try:
@@ -170,6 +176,9 @@ def _work(memory: Memory, tickets: socket.socket, results: socket.socket) -> Non
         compressor = Compressor(*_BEGINNING.unpack(beginning)) if beginning else None
         while compressor is not None and (ticket := tickets.recv(_TICKET.size)):
             slot, length = _TICKET.unpack(ticket)
+            if slot == NO_SLOT:
+                results.send(_RESULT.pack(slot, 0, 0, 0, 0))
+                continue
             began, cpu_began = time.monotonic_ns(), time.thread_time_ns()
             raw = memory.raw(slot, 0, length)
             made = compressor.compress(raw)
