@@ -28,6 +28,8 @@ from benchmarks.turn import rotated
 VMS = 8
 #: Guests that boot at once.
 BOOTING = 2
+#: What a Debian that is up still has to do is done after so long.
+SETTLED_S = 15.0
 
 S = TypeVar("S", bound=System)
 T = TypeVar("T")
@@ -112,6 +114,7 @@ def _named(name: str, guest: Guest, first: int) -> list[Guest]:
 
 def _boot(system: System) -> None:
     system.boot()
+    time.sleep(SETTLED_S)
     system.pause()
 
 

@@ -10,16 +10,18 @@ import os
 import socket
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 
 from benchmarks.ground import HOSTS, UNSHAPED, Ground, ground
 from benchmarks.measurements import Measurements, Streamed
 from benchmarks.program import say
-from benchmarks.transport_targets import CPU_PER_GIB, DIRECT, THROUGHPUT
+from benchmarks.transport_targets import CPU_PER_GIB, DIRECT, DIRECT_TLS, RELAYS, RELAYS_TLS, THROUGHPUT
 from benchmarks.turn import rotated
 from limosa.model.units import MIB
 from limosa.security.stream import make_credentials
+from limosa.security.tls import SERVER_NAME, stream_context
 from limosa.transport.relay.client import Relay
 
 #: Sent once in a session, so that nothing of it is found again.
@@ -36,10 +38,12 @@ class _Lane:
     place: Ground
     random: bytes
 
-    def direct(self) -> float:
+    def direct(self, *, encrypted: bool) -> float:
         """Returns the wall time, as the others do."""
         with ExitStack() as stack:
             here, there = self._connected()
+            if encrypted:
+                here, there = _encrypted(here, there)
             stack.enter_context(here)
             stack.enter_context(there)
             return asyncio.run(self._carry(here, there))
@@ -81,13 +85,14 @@ class _Lane:
 
 
 def relay(rounds: int, measured: Measurements) -> None:
-    """Turn by turn: plain TCP, relays, relays with TLS."""
+    """Turn by turn: plain TCP and relays, both also with TLS."""
     with ground(UNSHAPED) as place:
         lane = _Lane(place, os.urandom(SENT_MIB * MIB))
         ways: dict[str, Callable[[], float]] = {
-            DIRECT: lane.direct,
-            "relays": lambda: lane.relayed(encrypted=False),
-            "relays with TLS": lambda: lane.relayed(encrypted=True),
+            DIRECT: lambda: lane.direct(encrypted=False),
+            RELAYS: lambda: lane.relayed(encrypted=False),
+            DIRECT_TLS: lambda: lane.direct(encrypted=True),
+            RELAYS_TLS: lambda: lane.relayed(encrypted=True),
         }
         for number in range(rounds):
             for by in rotated(list(ways), number):
@@ -102,6 +107,14 @@ def _streamed(place: Ground, by: str, number: int, way: Callable[[], float]) -> 
     one = Streamed(by=by, round=number, sent_bytes=SENT_MIB * MIB, wall_s=wall_s, cpu_s=cpu_s)
     say(f"relay, round {number + 1}: {by}: {THROUGHPUT.of(one):.0f} MiB/s, {CPU_PER_GIB.of(one):.2f} s/GiB")
     return one
+
+
+def _encrypted(here: socket.socket, there: socket.socket) -> Ends:
+    """Both ends after a handshake."""
+    server, client = (stream_context(one, server=place == 0) for place, one in enumerate(make_credentials()))
+    with ThreadPoolExecutor(1) as other:
+        accepted = other.submit(server.wrap_socket, there, server_side=True)
+        return client.wrap_socket(here, server_hostname=SERVER_NAME), accepted.result()
 
 
 def _take(there: socket.socket) -> None:

@@ -22,7 +22,8 @@ GIB = 1024**3
 #: What moves the guests of a drain, as its rows call it.
 COMPRESSED, PLAIN, ZSTD = "limosa, compression", "limosa, tcp", "multifd-zstd"
 SEQUENCE, PARALLEL = "virsh in sequence", "virsh in parallel"
-DIRECT = "direct TCP"
+DIRECT, DIRECT_TLS = "direct TCP", "direct TLS, by Python"
+RELAYS, RELAYS_TLS = "relays", "relays with TLS"
 #: What ``auto`` may choose between where there is one NIC.
 FIXED = ("tcp", "compression")
 
@@ -128,13 +129,15 @@ def _matrix(trips: Sequence[Trip]) -> Iterator[Row]:
 
 
 def _nics(trips: Sequence[Trip]) -> Iterator[Row]:
-    for (link, _, guest), found in by_cell(trips, "multichannel", "tcp").items():
-        ours, one = found["multichannel"], found["tcp"]
+    for (link, _, guest), found in by_cell(trips, "multichannel").items():
+        ours, one = found["multichannel"], found.get("tcp", [])
         percent = OF_EQUAL_NICS if ours[0].equal_nics else OF_UNEQUAL_NICS
         met = SPEED.median_of(ours) >= percent / 100 * LINK.median_of(ours)
         what = f"{SPEED.name}, multichannel, {guest}, {link}"
         target = f"at least {percent:g} % of their sum"
         yield row(what, SPEED.unit, SPEED.all_of(ours), LINK.name, LINK.all_of(ours), target, met)
+        if not one:
+            continue
         yield row(what, SPEED.unit, SPEED.all_of(ours), "one NIC (tcp)", SPEED.all_of(one))
         for figure in (WALL, CPU, BLACKOUT):
             yield _held(f"multichannel, {guest}, {link}", figure, ours, one)
@@ -184,13 +187,15 @@ def _drain(
 
 def _streams(streams: Sequence[Streamed]) -> Iterator[Row]:
     found = {by: [one for one in streams if one.by == by] for by in dict.fromkeys(one.by for one in streams)}
-    direct = found.pop(DIRECT, [])
-    for by, ours in found.items() if direct else ():
+    for by, without in ((RELAYS, DIRECT), (RELAYS_TLS, DIRECT_TLS)):
+        ours, direct = found.get(by, []), found.get(without, [])
+        if not ours or not direct:
+            continue
         what = f"{by}, unshaped, incompressible"
         met = THROUGHPUT.median_of(ours) >= OF_DIRECT * THROUGHPUT.median_of(direct)
         target = f"at least {OF_DIRECT:.0%} of it"
         for figure, wanted, reached in ((THROUGHPUT, target, met), (CPU_PER_GIB, None, None)):
-            ends = figure.all_of(ours), DIRECT, figure.all_of(direct)
+            ends = figure.all_of(ours), without, figure.all_of(direct)
             yield row(f"{figure.name}, {what}", figure.unit, *ends, wanted, reached)
 
 

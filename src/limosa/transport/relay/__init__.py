@@ -9,7 +9,8 @@
 
 - ``frames``: what is said on a carrier, byte by byte (``docs/relay-format.md``). Pure.
 - ``queue``: what waits for the carrier and what of it is worth compressing; ``pace``: what that is judged by. Pure.
-- ``worker``: the process that compresses, and its ``priority``; ``codec``: the two ends of its stream, of which ``pages`` leaves out what was sent before.
+- ``worker``: the process that compresses, and its ``priority``; ``codec``: the two ends of its stream, of which
+  ``pages`` leaves out what was sent before.
 - ``carrier``: one connection between the two relays, TLS or not; ``plug``: one socket to a QEMU.
 - ``session``: how two relays agree on a path. ``lanes``: what is in place of both carriers where there may be several
   paths, and ``joining``: how more of them come; ``blocks``: what goes over which, again if need be, and in order. Pure.
