@@ -34,8 +34,8 @@ carry the copy, ranges are wide.
   one on each NIC, brought of payload in that lab before.
 - *NIC cut*: the plug is pulled out of one of two NICs of one of the hosts between a tenth and six tenths of the move.
   *Stall*: the longest time in which Limosa, which looks every 0.2 s, saw no more sent.
-- *Drain*: VMs of the Debian image, each booted by itself and left alone for a while. `limosa move --all` with its default limits; `virsh migrate`
-  without TLS, one after the other and all at once; `multifd-zstd` all at once.
+- *Drain*: VMs of the Debian image, each booted by itself and left alone for a while. `limosa move --all` with its
+  default limits; `virsh migrate` without TLS, one after the other and all at once; `multifd-zstd` all at once.
 - *Throughput*: random bytes from one host to the other over a link without a limit, by TCP and through two relays.
 - *Processor time*: of daemons, relays, QEMUs (the guests' own work included) and the command.
 - *Memory compared*: all of the guest's memory at the source and at the destination after everything was sent and before

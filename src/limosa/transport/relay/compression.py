@@ -104,7 +104,10 @@ class Compression:
 
         Afterwards the chunk is done, or to be sent raw. ``done`` is told of results; its lock is held.
         """
+        # Whoever tells of results may have no processor itself.
+        self.take_results()
         done.wait_for(lambda: chunk.state is not State.OFFERED, _SAFELY * self._costs_nothing_for_s(chunk))
+        self.take_results()
         if chunk.state is State.OFFERED and self._worker is not None:
             self._give_up(chunk, self._worker)
 
