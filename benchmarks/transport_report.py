@@ -22,10 +22,10 @@ _METHOD = """\
 All moves are Limosa's, with TLS, turn by turn in one run; `multifd-zstd` is QEMU's own compression (level 1, two
 channels, TLS), driven by a bare QMP script. Guests: *busy*, 1 GiB, of which 600 MiB are filled (one third random, the
 rest text that repeats itself every 128 KiB, so that any compression finds it, but no page of it comes twice) and
-20 MiB/s of the random part rewritten, with random bytes; *small*, 512 MiB, of which 128 MiB are filled the same way,
-for a line that the busy one would outrun; *Debian*, 512 MiB, Debian 12 with systemd, sshd and some services, booted
-from memory, idle. Figures are medians, in brackets the range. Where guests are emulated on the few cores that also
-carry the copy, ranges are wide.
+20 MiB/s of that rewritten, a third with random bytes; *small*, 512 MiB, of which 128 MiB are filled the same way, for
+a line that the busy one would outrun; *Debian*, 512 MiB, Debian 12 with systemd, sshd and some services, booted from
+memory, idle. Figures are medians, in brackets the range. Where guests are emulated on the few cores that also carry
+the copy, ranges are wide.
 
 - *Wall time*: from the start of the command to its end. *Transfer time*: QEMU's own total time.
 - *Other VMs*: one-processor VMs that count, as many as the machine has processors (busy), half as many, or none (idle).
