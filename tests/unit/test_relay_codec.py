@@ -75,8 +75,14 @@ def test_memory_is_not_taken_because_a_chunk_says_so() -> None:
 @pytest.mark.parametrize("left", [-4, 8])
 def test_a_chunk_that_is_too_short_is_noticed(left: int) -> None:
     made = Compressor(WINDOW_LOG, 1).compress(memoryview(NOISE.randbytes(700)))
-    with pytest.raises(BrokenStream):
+    with pytest.raises(BrokenStream, match="cannot be read"):
         decompress(Decompressor(WINDOW_LOG), made[:left], 700)
+
+
+def test_a_chunk_that_is_too_long_is_noticed() -> None:
+    made = Compressor(WINDOW_LOG, 1).compress(memoryview(NOISE.randbytes(700)))
+    with pytest.raises(BrokenStream, match="cannot be read"):
+        decompress(Decompressor(WINDOW_LOG), made + b"more", 700)
 
 
 @settings(max_examples=60, deadline=None)

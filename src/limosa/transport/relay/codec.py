@@ -40,23 +40,17 @@ class Decompressor:
     def __init__(self, window_log: int) -> None:
         self._zstd = zstandard.ZstdDecompressor()
         self._keeper = Keeper(_pages(window_log))
-        self._condensed = memoryview(bytearray(_MAX_CONDENSED_BYTES))
 
     def decompress(self, data: bytes | memoryview, into: memoryview) -> None:
         """Fill ``into`` from the next piece of the stream. Raises :class:`BrokenStream`; no more can be read then."""
         try:
-            length = zstandard.frame_content_size(data)
-            if not 0 < length <= _MAX_CONDENSED_BYTES:
+            # As much memory is taken as the piece says.
+            if not 0 < zstandard.frame_content_size(data) <= _MAX_CONDENSED_BYTES:
                 raise BrokenStream("what was compressed is longer than may be, or does not say how long it is")
-            condensed = self._condensed[:length]
-            # Into the same memory each time: to take new memory costs more than to decompress.
-            with self._zstd.stream_reader(data) as stream:
-                filled = stream.readinto(condensed)
+            condensed = self._zstd.decompress(data, allow_extra_data=False)
         except zstandard.ZstdError as error:
             raise BrokenStream(f"what was compressed cannot be read: {error}") from error
-        if filled != length:
-            raise BrokenStream("what was compressed is shorter than was said")
-        self._keeper.restore(condensed, into)
+        self._keeper.restore(memoryview(condensed), into)
 
 
 def _pages(window_log: int) -> int:

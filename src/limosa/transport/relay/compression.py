@@ -57,21 +57,8 @@ class Compression:
         if self._worker is not None:
             yield Interest(self._worker.fileno(), act)
 
-    def offer(self) -> None:
-        """Offer the worker what is worth it."""
-        self._look()
-        if self._held_up or not self._patience.allows(time.monotonic()):
-            return
-        while self._worker is not None and len(self._offered) < _MOST_OFFERED and (chunk := self._worth()) is not None:
-            chunk.state = State.OFFERED
-            self._offered[chunk.slot] = chunk
-            try:
-                self._worker.offer(chunk.slot, chunk.length)
-            except WorkerLost:
-                self._lose_worker()
-
     def take_results(self) -> None:
-        """Take what the worker has done."""
+        """Take what the worker has done, and offer it what is worth it."""
         try:
             while self._worker is not None and (result := self._worker.result()) is not None:
                 if result.slot == NO_SLOT:
@@ -90,7 +77,7 @@ class Compression:
                 self.statistics.cpu_s += result.cpu_seconds
         except WorkerLost:
             self._lose_worker()
-        self.offer()
+        self._offer()
 
     def made_late(self) -> list[Chunk]:
         """Chunks that went raw and are in the window nevertheless: the other side is to hear of them, in this order,
@@ -104,12 +91,24 @@ class Compression:
 
         Afterwards the chunk is done, or to be sent raw. ``done`` is told of results; its lock is held.
         """
-        # Whoever tells of results may have no processor itself.
-        self.take_results()
         done.wait_for(lambda: chunk.state is not State.OFFERED, _SAFELY * self._costs_nothing_for_s(chunk))
-        self.take_results()
+        if chunk.state is State.OFFERED:
+            self.take_results()  # whoever tells of them may have no processor itself
         if chunk.state is State.OFFERED and self._worker is not None:
             self._give_up(chunk, self._worker)
+
+    def _offer(self) -> None:
+        """Offer the worker what is worth it."""
+        self._look()
+        if self._held_up or not self._patience.allows(time.monotonic()):
+            return
+        while self._worker is not None and len(self._offered) < _MOST_OFFERED and (chunk := self._worth()) is not None:
+            chunk.state = State.OFFERED
+            self._offered[chunk.slot] = chunk
+            try:
+                self._worker.offer(chunk.slot, chunk.length)
+            except WorkerLost:
+                self._lose_worker()
 
     def _give_up(self, chunk: Chunk, worker: Worker) -> None:
         """Take the chunk back if the worker has not begun with it; else it is late.

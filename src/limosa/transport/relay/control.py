@@ -36,9 +36,9 @@ class Message(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, tag_fiel
 class Open(Message):
     """Be one side of a session. Comes with two sockets that are connected to the other relay.
 
-    ``credentials``: null for no TLS. ``window_log``: how many bytes of what was sent the destination may keep by this
-    side, as a power of two.
-    ``striped``: the session may go over several paths, of which more may join at any time.
+    ``credentials``: null for no TLS. ``window_log``: how many bytes of what was sent the destination may keep, as far
+    as this side allows, as a power of two. ``striped``: the session may go over several paths, of which more may join
+    at any time.
     """
 
     credentials: StreamCredentials | None

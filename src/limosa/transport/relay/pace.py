@@ -111,7 +111,7 @@ class Patience:
     def served(self, seconds: float, cpu_seconds: float) -> None:
         """It took ``seconds`` for a chunk, ``cpu_seconds`` of it processor time: was the processor free for it?
 
-        Then what went before does not matter.
+        If it was, what went before does not matter.
         """
         if cpu_seconds >= _SERVED * seconds:
             self._until, self._next = 0.0, _PATIENCE_FIRST_S

@@ -234,7 +234,7 @@ class Sender:
             while True:
                 while (chunk := self._queue.head()) is None:
                     self._arrived.wait()
-                self._compression.offer()
+                self._compression.take_results()
                 if chunk.state is State.OFFERED:
                     self._compression.decide(chunk, self._done)
                 # What hurries may have gone ahead of it meanwhile.
