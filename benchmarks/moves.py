@@ -19,6 +19,7 @@ from benchmarks.ground import GIGABIT, HOSTS, UNSHAPED, Ground, Link, ground, ru
 from benchmarks.guest import IDLE, Guest
 from benchmarks.program import say
 from benchmarks.report import Report, page
+from benchmarks.resident import resident_memory
 from benchmarks.systems import System, other
 from benchmarks.systems.bare import Bare
 from benchmarks.systems.limosa import Limosa, boot, change_settings, command
@@ -44,7 +45,7 @@ def main() -> int:
     moves: list[Measured] = []
     together: list[Together] = []
     calibration: dict[str, float] = {}
-    with ended_in_order():
+    with ended_in_order(), resident_memory():
         for link in (UNSHAPED, GIGABIT):
             with ground(link) as place:
                 calibration[link.name] = place.calibrate()

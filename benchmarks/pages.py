@@ -41,7 +41,8 @@ def head(outcome: Outcome, *, title: str, command: str, file: str, method: str) 
         f"Written by `scripts/benchmark {command} --page {file}`; not edited by hand.",
         "",
         f"Machine: {machine['processor']}, {machine['cores']} cores, {machine['memory_gib']} GiB; guests are "
-        f"{machine['guests']}, hosts are {machine['hosts']}.",
+        f"{machine['guests']}, hosts are {machine['hosts']}. Memory that a hypervisor "
+        "takes back when it is free was kept where the kernel allows that, and touched before.",
         "",
         "Versions: " + ", ".join(f"{name} {version}".strip() for name, version in _named(versions)) + ".",
         "",

@@ -19,6 +19,7 @@ from benchmarks.ending import ended_in_order
 from benchmarks.ground import GIGABIT, HOSTS, TWO_NICS, Ground, Link, ground
 from benchmarks.guest import WRITING, Guest
 from benchmarks.program import say
+from benchmarks.resident import resident_memory
 from benchmarks.storage_report import Report, page
 from benchmarks.storage_targets import Copied, DiskMeasured, OverlaySent, rows
 from benchmarks.systems import Moved, System
@@ -57,7 +58,7 @@ def main() -> int:
     """Measure, print the table, write what was asked for."""
     given = program.arguments("storage", "Compare moves of disks with virsh's, with qemu-img and nbdcopy.", ROUNDS)
     measured = Measurements()
-    with ended_in_order():
+    with ended_in_order(), resident_memory():
         with ground(GIGABIT) as place:
             _one_nic(place, given.rounds, measured)
         with ground(TWO_NICS) as place:

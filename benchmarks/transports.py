@@ -19,6 +19,7 @@ from benchmarks.measurements import Measurements
 from benchmarks.program import say
 from benchmarks.qmp import QmpError
 from benchmarks.relayed import relay
+from benchmarks.resident import resident_memory
 from benchmarks.transport_report import Report, page
 from benchmarks.transport_targets import rows
 from limosa.errors import LimosaError
@@ -49,7 +50,7 @@ def main() -> int:
     """Measure, print the table, write what was asked for."""
     given = program.arguments("transports", "Measure what each transport is worth.", None, _add_options)
     measured = Measurements()
-    with ended_in_order():
+    with ended_in_order(), resident_memory():
         ended_well = [_measured(name, given.rounds, measured) for name in given.only]
     report = Report(
         machine=machine.machine(),
