@@ -24,9 +24,7 @@ def qemu_says(pages: list[bytes]) -> bytes:
 
 
 def decompress(decompressor: Decompressor, data: bytes, length: int) -> bytes:
-    made = bytearray(length)
-    decompressor.decompress(data, memoryview(made))
-    return bytes(made)
+    return bytes(decompressor.decompress(data, length))
 
 
 def pages(count: int) -> list[bytes]:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from limosa.transport.relay.errors import BrokenStream
-from limosa.transport.relay.pages import PAGE_BYTES, Finder, Keeper, pages_in
+from limosa.transport.relay.pages import MAX_CONDENSED_BYTES, PAGE_BYTES, Finder, Keeper, pages_in
 
 NOISE = random.Random(2)
 WHOLE, FILLED, NAMED = 0x28, 0x22, 0x08
@@ -27,6 +27,11 @@ def filled(number: int) -> bytes:
 
 def named(number: int) -> bytes:
     return (number * PAGE_BYTES | NAMED).to_bytes(8, "big") + b"\x06pc.ram" + NOISE.randbytes(PAGE_BYTES)
+
+
+def test_rows_of_pages_longer_than_are_looked_at_together_are_found() -> None:
+    said = whole(0) * 300 + filled(1) * 300 + whole(0) * 2
+    assert len(pages_in(memoryview(said))) == 302
 
 
 def test_whole_pages_are_found_behind_empty_ones_and_others() -> None:
@@ -55,42 +60,62 @@ def test_pages_lie_within_the_chunk_and_not_over_one_another(data: bytes) -> Non
     assert all(begin + PAGE_BYTES <= following for begin, following in pairwise(found))
 
 
+#: As little as goes: a chunk of the largest size, and hardly more.
+WINDOW = MAX_CONDENSED_BYTES + 3 * PAGE_BYTES
+SOME = [filled(number) if number % 4 == 3 else whole(number) for number in range(40)]
+
+
 @settings(max_examples=100, deadline=None)
-@given(st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=12), min_size=1, max_size=8), st.integers(1, 6))
-def test_whatever_is_condensed_comes_out_as_it_was_however_few_pages_are_kept(
-    chunks: list[list[int]], kept: int
-) -> None:
-    finder, keeper = Finder(kept), Keeper(kept)
+@given(st.lists(st.lists(st.integers(0, 39), min_size=1, max_size=12), min_size=1, max_size=12), st.integers(0, 40))
+def test_whatever_is_condensed_comes_out_as_it_was_however_little_is_kept(chunks: list[list[int]], more: int) -> None:
+    window = WINDOW + more * PAGE_BYTES
+    finder, keeper = Finder(window), Keeper(window)
     for chunk in chunks:
         said = b"".join(SOME[number] for number in chunk)
-        into = bytearray(len(said))
-        keeper.restore(memoryview(finder.condense(memoryview(said))), memoryview(into))
-        assert into == said
+        assert keeper.restore(finder.condense(memoryview(said)), len(said)) == said
 
 
-SOME = [filled(number) if number % 4 == 3 else whole(number) for number in range(10)]
+def test_pages_are_found_again_until_what_came_later_took_their_place() -> None:
+    window = 2 * MAX_CONDENSED_BYTES
+    finder, keeper = Finder(window), Keeper(window)
+    pages = [whole(number) for number in range(window // PAGE_BYTES)]
+    left_out = 0
+    for number, page in enumerate(pages * 2):
+        again = pages[max(0, number - 100) % len(pages)]
+        for said in (page, again):
+            condensed = finder.condense(memoryview(said))
+            left_out += len(condensed) < 100
+            assert keeper.restore(condensed, len(said)) == said
+    assert left_out == len(pages * 2)
 
 
 def test_a_page_is_sent_once() -> None:
-    finder = Finder(4)
+    finder = Finder(1 << 20)
     page = whole(1)
     assert len(finder.condense(memoryview(page))) > PAGE_BYTES
     assert len(finder.condense(memoryview(page + page))) < 100
 
 
-def test_the_oldest_page_is_forgotten_first() -> None:
-    finder, said = Finder(2), [whole(number) for number in range(3)]
+def test_a_page_that_is_twice_in_a_chunk_is_found_again_after_it() -> None:
+    finder, keeper = Finder(WINDOW), Keeper(WINDOW)
+    said = whole(1) * 2 + whole(2)
+    for _ in range(400):
+        assert keeper.restore(finder.condense(memoryview(said)), len(said)) == said
+
+
+def test_what_came_first_is_forgotten_first() -> None:
+    finder, said = Finder(WINDOW), [whole(number) for number in range(5)]
     for page in said:
         finder.condense(memoryview(page))
-    sizes = [len(finder.condense(memoryview(said[number]))) > PAGE_BYTES for number in (2, 1, 0)]
+    sizes = [len(finder.condense(memoryview(said[number]))) > PAGE_BYTES for number in (4, 3, 0)]
     assert sizes == [False, False, True]
 
 
-@pytest.mark.parametrize("place", [0, 3, 4, 0xFFFFFFFE])
+@pytest.mark.parametrize("place", [13, 4096, WINDOW - PAGE_BYTES, WINDOW, 0xFFFFFFFF])
 def test_a_page_that_never_came_is_refused(place: int) -> None:
     condensed = struct.pack("!III", 1, 0, place)
-    with pytest.raises(BrokenStream, match="was never sent"):
-        Keeper(4).restore(memoryview(condensed), memoryview(bytearray(PAGE_BYTES)))
+    with pytest.raises(BrokenStream, match="never sent"):
+        Keeper(WINDOW).restore(condensed, PAGE_BYTES)
 
 
 @pytest.mark.parametrize(
@@ -99,11 +124,14 @@ def test_a_page_that_never_came_is_refused(place: int) -> None:
         b"",
         struct.pack("!I", 1),
         struct.pack("!I", 0xFFFFFFFF),
-        struct.pack("!III", 1, 0, 0xFFFFFFFF) + bytes(100),
-        struct.pack("!III", 1, 5000, 0xFFFFFFFF) + bytes(PAGE_BYTES),
+        struct.pack("!III", 1, 100, 0) + bytes(PAGE_BYTES),
+        struct.pack("!III", 1, 0, 0) + bytes(PAGE_BYTES),
+        struct.pack("!III", 1, 5000, 0) + bytes(PAGE_BYTES),
+        struct.pack("!IIIII", 2, 0, 0, 0, 0) + bytes(PAGE_BYTES),
+        struct.pack("!I", 0) + bytes(PAGE_BYTES - 1),
         struct.pack("!I", 0) + bytes(PAGE_BYTES + 1),
     ],
 )
 def test_what_has_another_length_than_was_said_is_refused(condensed: bytes) -> None:
     with pytest.raises(BrokenStream):
-        Keeper(4).restore(memoryview(condensed), memoryview(bytearray(PAGE_BYTES)))
+        Keeper(WINDOW).restore(condensed, PAGE_BYTES)

@@ -14,19 +14,17 @@ from __future__ import annotations
 import zstandard
 
 from limosa.transport.relay.errors import BrokenStream
-from limosa.transport.relay.frames import MAX_GROWTH_BYTES, MAX_RAW_BYTES
-from limosa.transport.relay.pages import PAGE_BYTES, Finder, Keeper
+from limosa.transport.relay.pages import MAX_CONDENSED_BYTES, Finder, Keeper
 
 MIN_WINDOW_LOG = 20
 MAX_WINDOW_LOG = 30
-_MAX_CONDENSED_BYTES = MAX_RAW_BYTES + MAX_GROWTH_BYTES
 
 
 class Compressor:
     """Makes the stream."""
 
     def __init__(self, window_log: int, level: int) -> None:
-        self._finder = Finder(_pages(window_log))
+        self._finder = Finder(1 << window_log)
         self._zstd = zstandard.ZstdCompressor(level, write_checksum=False)
 
     def compress(self, data: memoryview) -> bytes:
@@ -39,19 +37,18 @@ class Decompressor:
 
     def __init__(self, window_log: int) -> None:
         self._zstd = zstandard.ZstdDecompressor()
-        self._keeper = Keeper(_pages(window_log))
+        self._keeper = Keeper(1 << window_log)
 
-    def decompress(self, data: bytes | memoryview, into: memoryview) -> None:
-        """Fill ``into`` from the next piece of the stream. Raises :class:`BrokenStream`; no more can be read then."""
+    def decompress(self, data: bytes | memoryview, length: int) -> memoryview:
+        """The next ``length`` bytes, from the next piece of the stream; they are there until the next call.
+
+        Raises :class:`BrokenStream`; no more can be read then.
+        """
         try:
             # As much memory is taken as the piece says.
-            if not 0 < zstandard.frame_content_size(data) <= _MAX_CONDENSED_BYTES:
+            if not 0 < zstandard.frame_content_size(data) <= MAX_CONDENSED_BYTES:
                 raise BrokenStream("what was compressed is longer than may be, or does not say how long it is")
             condensed = self._zstd.decompress(data, allow_extra_data=False)
         except zstandard.ZstdError as error:
             raise BrokenStream(f"what was compressed cannot be read: {error}") from error
-        self._keeper.restore(memoryview(condensed), into)
-
-
-def _pages(window_log: int) -> int:
-    return (1 << window_log) // PAGE_BYTES
+        return self._keeper.restore(condensed, length)

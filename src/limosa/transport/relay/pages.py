@@ -1,9 +1,8 @@
 """Pages that were sent before, of whichever VM, are not sent again. Pure.
 
-Both ends give the new pages that go through the compressed stream places in so much memory as was agreed, round and
-round: the source keeps a digest of each (:class:`Finder`), the destination the page itself (:class:`Keeper`). A chunk
-is *condensed* to a list of its pages, each new or the place of one that the destination has, and the bytes that are not
-of known pages. Places are given in the order of the stream, so both ends give the same without a word.
+A chunk is *condensed* to a list of those of its pages that the destination has, and all other bytes. The destination
+keeps what comes in so much memory as was agreed, round and round (:class:`Keeper`). The source does not: it knows
+where everything comes to lie there, and has a digest of each page in it (:class:`Finder`).
 
 Where pages lie in a chunk is read off QEMU's stream of guest memory (:func:`pages_in`). That is a guess, for a chunk
 may begin and end anywhere; a wrong one costs what it does not find, and whatever is condensed comes out as it went in.
@@ -18,16 +17,19 @@ import mmap
 import re
 import secrets
 import struct
+from collections import deque
+from contextlib import suppress
 
 import xxhash
 
 from limosa.transport.relay.errors import BrokenStream
+from limosa.transport.relay.frames import MAX_GROWTH_BYTES, MAX_RAW_BYTES
 
 PAGE_BYTES = 4096
+MAX_CONDENSED_BYTES = MAX_RAW_BYTES + MAX_GROWTH_BYTES
 _COUNT = struct.Struct("!I")
-#: Of each page: how many bytes lie between it and the one before, and its place, or that it is new.
+#: Of each page that is left out: how many bytes are between it and the one before, and where the destination has it.
 _ENTRY = struct.Struct("!II")
-_NEW = 0xFFFFFFFF
 
 # QEMU says 64 bits before each page: its address, whose low bits are 0, and flags there (RAM_SAVE_FLAG_* in
 # migration/ram.c). Bit 5: it is of the same block as the page before. With bit 3 all of the page follows; with bit 1
@@ -43,24 +45,31 @@ _WHOLE_BYTES, _FILLED_BYTES = _WORD.size + PAGE_BYTES, _WORD.size + 1
 _LOW_BYTES = re.compile(b"[" + b"".join(b"\\x%x0" % high for high in range(16)) + rb"][\x22\x28]")
 #: If no page begins within so much, what comes is something else.
 _LOOK_BYTES = 3 * _WHOLE_BYTES
+#: So many pages in a row are looked at together.
+_ROW = 128
 
 
 def pages_in(data: memoryview) -> list[int]:
     """Where whole pages begin in a chunk, in order, as far as it can be told."""
     found: list[int] = []
     at = _first(data, 0)
-    while at is not None and at + _WORD.size <= len(data):
-        (word,) = _WORD.unpack_from(data, at)
-        if word & _FLAGS == _WHOLE:
-            if at + _WHOLE_BYTES > len(data):
-                break
-            found.append(at + _WORD.size)
-            at += _WHOLE_BYTES
-        elif word & _FLAGS == _FILLED:
-            at += _FILLED_BYTES
+    while at is not None:
+        if whole := _row(data, at, _WHOLE, _WHOLE_BYTES):
+            end = at + whole * _WHOLE_BYTES
+            found.extend(range(at + _WORD.size, end, _WHOLE_BYTES))
+            at = end
+        elif filled := _row(data, at, _FILLED, _FILLED_BYTES):
+            at += filled * _FILLED_BYTES
         else:
             at = _first(data, at)
     return found
+
+
+def _row(data: memoryview, at: int, flags: int, size: int) -> int:
+    """How many pages of that kind follow one another from ``at``, up to :data:`_ROW`; none that is cut off."""
+    low_bytes = bytes(data[at + _WORD.size - 1 :: size][:_ROW])
+    alike = len(low_bytes) - len(low_bytes.lstrip(bytes((flags,))))
+    return min(alike, (len(data) - at) // size)
 
 
 def _first(data: memoryview, begin: int) -> int | None:
@@ -68,7 +77,10 @@ def _first(data: memoryview, begin: int) -> int | None:
     for low in _LOW_BYTES.finditer(data, begin, min(begin + _LOOK_BYTES, len(data))):
         at = low.end() - _WORD.size
         if at >= begin and _is_possible(data, at):
-            following = at + (_WHOLE_BYTES if data[at + 7] == _WHOLE else _FILLED_BYTES)
+            size = _WHOLE_BYTES if data[at + 7] == _WHOLE else _FILLED_BYTES
+            following = at + size
+            if following > len(data):
+                return None
             if following + _WORD.size > len(data) or _is_possible(data, following):
                 return at
     return None
@@ -80,88 +92,113 @@ def _is_possible(data: memoryview, at: int) -> bool:
 
 
 class Finder:
-    """The source's end: knows which of the last ``pages`` new ones are kept where."""
+    """The source's end: knows which pages the destination has where in its ``window`` of bytes."""
 
-    def __init__(self, pages: int) -> None:
+    def __init__(self, window: int) -> None:
         self._seed = secrets.randbits(64)
+        #: where the destination has a page, by digest
         self._places: dict[bytes, int] = {}
-        #: by place
-        self._digests: list[bytes] = []
-        self._pages = pages
-        self._next = 0
+        #: the same, in the order in which they came
+        self._kept: deque[tuple[bytes, int]] = deque()
+        self._window = window
+        self._at = 0
 
     def condense(self, data: memoryview) -> bytes:
         """What to send instead of a chunk."""
+        begins = pages_in(data)
+        digest_of, seed = xxhash.xxh3_128_digest, self._seed
+        digests = [digest_of(data[begin : begin + PAGE_BYTES], seed) for begin in begins]
+        self._forget(_COUNT.size + len(data))
+        places = list(map(self._places.get, digests))
+        known = len(places) - places.count(None)
+        # Where the chunk's first byte would come to lie there, for all that is left out before what is looked at.
+        base = self._at + _COUNT.size + known * _ENTRY.size
+        new: list[tuple[bytes, int]] = []
         entries: list[bytes] = []
         rest: list[memoryview] = []
-        done = sent = 0
-        for begin in pages_in(data):
-            end = begin + PAGE_BYTES
-            digest = xxhash.xxh3_128_digest(data[begin:end], self._seed)
-            place = self._places.get(digest)
+        done = 0
+        for begin, digest, place in zip(begins, digests, places, strict=True):
             if place is None:
-                self._keep(digest)
-                entries.append(_ENTRY.pack(begin - done, _NEW))
+                new.append((digest, base + begin))
             else:
                 entries.append(_ENTRY.pack(begin - done, place))
-                rest.append(data[sent:begin])
-                sent = end
-            done = end
-        rest.append(data[sent:])
-        return b"".join((_COUNT.pack(len(entries)), *entries, *rest))
+                rest.append(data[done:begin])
+                done = begin + PAGE_BYTES
+                base -= PAGE_BYTES
+        # One that is twice in a chunk is kept twice, and forgotten with the first.
+        self._places.update(new)
+        self._kept.extend(new)
+        condensed = b"".join((_COUNT.pack(known), *entries, *rest, data[done:]))
+        self._at += len(condensed)
+        return condensed
 
-    def _keep(self, digest: bytes) -> None:
-        if len(self._digests) < self._pages:
-            self._digests.append(digest)
-        else:
-            del self._places[self._digests[self._next]]
-            self._digests[self._next] = digest
-        self._places[digest] = self._next
-        self._next = (self._next + 1) % self._pages
+    def _forget(self, size: int) -> None:
+        """Forget pages that the destination no longer has when the next ``size`` bytes have come."""
+        at = _wrapped(self._at, self._window)
+        if at < self._at:
+            self._drop(self._at, self._window)
+        self._drop(at, at + size)
+        self._at = at
+
+    def _drop(self, begin: int, end: int) -> None:
+        """Forget the oldest pages, which lie there."""
+        while self._kept and begin <= self._kept[0][1] < end:
+            self._places.pop(self._kept.popleft()[0], None)
 
 
 class Keeper:
-    """The destination's end: keeps the last ``pages`` new ones."""
+    """The destination's end: keeps what came last, as much as goes into a ``window`` of bytes."""
 
-    def __init__(self, pages: int) -> None:
-        # It takes no memory before it is written; and private memory comes faster than shared, or huge pages of it.
-        memory = mmap.mmap(-1, pages * PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    def __init__(self, window: int) -> None:
+        # It takes no memory before it is written; and private memory comes faster than shared.
+        memory = mmap.mmap(-1, window, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        with suppress(OSError):  # this kernel has none
+            memory.madvise(mmap.MADV_HUGEPAGE)
         self._memory = memoryview(memory)
-        self._pages = pages
-        self._kept = 0
+        self._at = 0
+        #: as far as it was ever written
+        self._end = 0
+        self._buffer = memoryview(bytearray(MAX_RAW_BYTES))
 
-    def restore(self, condensed: memoryview, into: memoryview) -> None:
-        """Fill ``into`` with what was condensed. Raises :class:`BrokenStream`; no more can be restored then."""
+    def restore(self, condensed: bytes, length: int) -> memoryview:
+        """The ``length`` bytes that were condensed, until the next call. Raises :class:`BrokenStream`; no more can be
+        restored then."""
         try:
-            self._restore(condensed, into)
+            self._keep(condensed)
+            (known,) = _COUNT.unpack_from(condensed)
+            if not known:
+                # All of it is new, and this is what it was.
+                data = memoryview(condensed)[_COUNT.size :]
+                if len(data) != length:
+                    raise ValueError(length)
+                return data
+            data = self._buffer[:length]
+            self._fill(data, memoryview(condensed), _COUNT.size + known * _ENTRY.size)
         except (struct.error, ValueError) as error:
             raise BrokenStream("what was condensed has another length than was said") from error
+        return data
 
-    def _restore(self, condensed: memoryview, into: memoryview) -> None:
-        (count,) = _COUNT.unpack_from(condensed)
-        read = _COUNT.size + count * _ENTRY.size
-        entries = _ENTRY.iter_unpack(condensed[_COUNT.size : read])
+    def _keep(self, condensed: bytes) -> None:
+        begin = _wrapped(self._at, len(self._memory))
+        self._at = begin + len(condensed)
+        self._memory[begin : self._at] = condensed
+        self._end = max(self._end, self._at)
+
+    def _fill(self, data: memoryview, condensed: memoryview, read: int) -> None:
+        if read > len(condensed):
+            raise ValueError(read)
         written = 0
-        for gap, place in entries:
-            end = written + gap
-            into[written:end] = condensed[read : read + gap]
+        for gap, place in _ENTRY.iter_unpack(condensed[_COUNT.size : read]):
+            if place + PAGE_BYTES > self._end:
+                raise BrokenStream("a page is referred to that was never sent")
+            begin = written + gap
+            data[written:begin] = condensed[read : read + gap]
             read += gap
-            written = end + PAGE_BYTES
-            if place == _NEW:
-                page = condensed[read : read + PAGE_BYTES]
-                read += PAGE_BYTES
-                self._keep(page)
-            else:
-                page = self._page(place)
-            into[end:written] = page
-        into[written:] = condensed[read:]
+            written = begin + PAGE_BYTES
+            data[begin:written] = self._memory[place : place + PAGE_BYTES]
+        data[written:] = condensed[read:]
 
-    def _page(self, place: int) -> memoryview:
-        if place >= min(self._kept, self._pages):
-            raise BrokenStream(f"page {place} was never sent")
-        return self._memory[place * PAGE_BYTES : (place + 1) * PAGE_BYTES]
 
-    def _keep(self, page: memoryview) -> None:
-        begin = self._kept % self._pages * PAGE_BYTES
-        self._memory[begin : begin + PAGE_BYTES] = page
-        self._kept += 1
+def _wrapped(at: int, window: int) -> int:
+    """Where the next chunk comes to lie: at the beginning again if the largest would not go behind the last one."""
+    return at if at + MAX_CONDENSED_BYTES <= window else 0

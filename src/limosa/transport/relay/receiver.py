@@ -119,7 +119,7 @@ class Receiver:
                 raise BrokenStream(f"channel {header.channel} was never opened")
 
     def _payload(self, header: Header) -> memoryview:
-        """The raw bytes of a frame, not verified yet; they lie in a buffer that the next call uses again."""
+        """The raw bytes of a frame, not verified yet; they are there until the next call."""
         data = self._buffer[: header.raw_length if header.has_payload else 0]
         if not header.has_payload:
             return data
@@ -128,7 +128,7 @@ class Receiver:
         else:
             compressed = self._compressed[: header.wire_length]
             self._forward.receive_into(compressed)
-            self._decompressor.decompress(compressed, data)
+            data = self._decompressor.decompress(compressed, header.raw_length)
         return data
 
     def _deliver(self, channel: _Channel, header: Header, data: memoryview) -> None:
