@@ -76,5 +76,8 @@ class BareHome:
     async def vm_stays(self) -> None:
         raise AssertionError("the move failed")
 
+    async def withdraw(self) -> None:
+        raise AssertionError("the source's QEMU died")
+
     async def vm_crashed(self) -> None:
         raise AssertionError("the source's QEMU died")

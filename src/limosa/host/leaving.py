@@ -116,9 +116,13 @@ class Leaving:
         if self._hosted is not None:
             self._hosted.migration = None
 
+    async def withdraw(self) -> None:
+        """See :class:`limosa.migration.home.Home`."""
+        if self._hosted is not None:
+            await self._leasing.withdraw(self._hosted.config, self._migration)
+
     async def vm_crashed(self) -> None:
         """See :class:`limosa.migration.home.Home`."""
         if self._hosted is not None:
             self._hosted.migration = None
-            await self._leasing.withdraw(self._hosted.config, self._migration)
             await self._vms.crashed(self._hosted)

@@ -108,5 +108,8 @@ class Home(Protocol):
     async def vm_stays(self) -> None:
         """The VM goes on here; it may be operated again."""
 
+    async def withdraw(self) -> None:
+        """As :meth:`reclaim`, for a guest that has died: the disks are nobody's. Never fails."""
+
     async def vm_crashed(self) -> None:
         """The VM's QEMU died here before anything was handed over."""
