@@ -217,13 +217,42 @@ def test_a_person_is_heard_once_and_the_destination_asked_no_more_often_for_it(t
     play(scenario)
 
 
-class TestAfterARestart:
-    """What a new daemon makes of journals without an end."""
+class TestByADaemon:
+    """What a daemon makes of broken moves, and of the journals of an earlier one."""
 
     @pytest.fixture
     def there(self) -> dict[str, DestinationState | None]:
         """How destinations answer, by their address; None: they are away."""
         return {}
+
+    def test_a_move_whose_destination_has_died_keeps_no_other_from_going(
+        self, tmp_path: Path, there: dict[str, DestinationState | None], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        async def breaks(move: SourceMove) -> None:
+            move.report.enter(Phase.COPY)
+            move.journal.record(SourceStep.PREPARING, 0.0)
+            raise HostUnreachable("host 'x' cannot be reached")
+
+        async def scenario() -> None:
+            there["x"] = None
+            monkeypatch.setattr(SourceMove, "run", breaks)
+            machine = FakeMachine(Wire(), FakeGuest(0))
+            hosted = HostedVm(VM, VmState.RUNNING, machine=cast(Any, machine))
+            outgoing = self.outgoing(tmp_path, hosted, there, monkeypatch)
+            journal = self.journal(tmp_path, FIRST, "x")
+            await outgoing.recover(journal)
+            await until(lambda: journal.step == SourceStep.HOME)
+            assert outgoing.slots.taken == 0
+            (move,) = outgoing._active.values()
+            await machine.set_bandwidth(7)  # the share of a later move of the same VM
+            move.home.own_cap = 1
+            await outgoing._bandwidth.share()
+            assert machine.parameters is not None
+            assert machine.parameters.bandwidth_bytes_per_s == 7
+            assert outgoing._bandwidth.allowance(FIRST) == 0
+            outgoing._background.cancel()
+
+        play(scenario)
 
     def outgoing(
         self, folder: Path, hosted: HostedVm, there: dict[str, DestinationState | None], monkeypatch: pytest.MonkeyPatch

@@ -182,20 +182,19 @@ class Outgoing:
         return report.now
 
     async def _conduct(self, move: SourceMove) -> None:
-        has_slot = False
         try:
             await move.guard(self.slots.acquire(move.report.line("other moves of this host")))
-            has_slot = True
-            await self._bandwidth.share()
-            await move.run()
+            try:
+                await self._bandwidth.share()
+                await move.run()
+            finally:
+                self.slots.release()  # to settle it sends nothing, and may take as long as its destination is away
             move.report.end(Outcome.COMPLETED)
         except LimosaError as error:
             await self._settle(move, error)
         except Exception as error:  # noqa: BLE001 - a fault of ours must not leave a VM without an owner
             await self._settle(move, LimosaError("an internal error", why=repr(error), vm=move.header.vm.name))
         finally:
-            if has_slot:
-                self.slots.release()
             self._ended(move)
             await self._bandwidth.share()
 
