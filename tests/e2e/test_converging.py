@@ -137,12 +137,9 @@ def userfaultfd(hosts: list[LabHost]) -> Iterator[None]:
         USERFAULTFD.chmod(before.st_mode & 0o777)
 
 
-@pytest.mark.parametrize("transport", ["tcp", "compression"])
-def test_post_copy_brings_it_to_its_end(
-    hosts: list[LabHost], client: LanClient, userfaultfd: None, transport: str
-) -> None:
+def test_post_copy_brings_it_to_its_end(hosts: list[LabHost], client: LanClient, userfaultfd: None) -> None:
     source, destination = sorted(hosts, key=lambda host: host.vm("web") is None)
-    with client.talking() as conversation, settings(source, {"convergence.post_copy": True, "transport": transport}):
+    with client.talking() as conversation, settings(source, {"convergence.post_copy": True}):
         seen = list(views(source, source.move("web", destination.name).id))
         conversation.wait_for_more()
     last = seen[-1]
