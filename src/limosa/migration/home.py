@@ -15,7 +15,7 @@ from limosa.model.route import Route
 from limosa.model.storage import Chain
 from limosa.settings.host import ConvergencePolicy
 from limosa.transport.channel import Channel, SocketChannel
-from limosa.wire.peer import LayersAwaited, Prepared, RelayPlace
+from limosa.wire.peer import LayersAwaited, Prepared, RelayPlace, RestAwaited
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,9 @@ class Home(Protocol):
 
         Raises :class:`DestinationLost`, :class:`RelayFailed` and :class:`NetworkError`.
         """
+
+    async def connect_rest(self, awaited: RestAwaited) -> SocketChannel:
+        """As :meth:`connect`, by plain TCP, for the rest of a post-copy whose stream broke."""
 
     def disconnect(self) -> None:
         """Let go of what :meth:`take_storage_slot`, :meth:`seats` and :meth:`connect` took. May be repeated."""
