@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import os
 import signal
 import socket
@@ -93,6 +94,14 @@ class Makers:
         self._ends.append(stream)
         return stream
 
+    def stay_in_post_copy(self) -> int:
+        """The cap with which a move does so, until :meth:`cut`."""
+        return SLOW
+
+    def cut(self, stream: socket.socket) -> None:
+        """Break a stream in post-copy."""
+        stream.shutdown(socket.SHUT_RDWR)
+
     def assert_alike(self, source: MachineProtocol, destination: MachineProtocol) -> None:
         """The disks of both hold the same."""
 
@@ -117,6 +126,14 @@ class Fakes(Makers):
     def rdma(self) -> RdmaAddress:
         self.wire.has_rdma = True
         return RdmaAddress("10.0.0.1", 40_000)
+
+    def stay_in_post_copy(self) -> int:
+        self.wire.hold(Stage.LOADED)
+        return 0
+
+    def cut(self, stream: socket.socket) -> None:
+        self.wire.failures[Stage.LOADED] = "the cable was cut"
+        self.wire.release(Stage.LOADED)
 
     def freeze(self, destination: MachineProtocol) -> None:
         self.wire.hold(Stage.SWITCHOVER)
@@ -586,6 +603,50 @@ def test_post_copy(run: Run) -> None:
         assert names.index("STOP") < names.index("migration postcopy-active") < names.index("migration completed")
         await destination.resume()
         assert await destination.status() is RunState.RUNNING
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("encrypted", [False, True])
+@pytest.mark.parametrize("noticed", [False, True])
+def test_a_post_copy_whose_stream_breaks_goes_on_over_another(run: Run, encrypted: bool, noticed: bool) -> None:
+    async def scenario(makers: Makers) -> None:
+        server, client = make_credentials() if encrypted else (None, None)
+        source = await running_source(makers)
+        terms = StreamParameters(bandwidth_bytes_per_s=makers.stay_in_post_copy(), post_copy=True, credentials=client)
+        destination, stream = await connected(makers, source, terms, dataclasses.replace(terms, credentials=server))
+        there, here = Recorder(destination), Recorder(source)
+        cut = stream.dup()
+        await send(source, stream)
+        await here.until("migration active")
+        await source.start_post_copy()
+        await there.until("migration postcopy-active")
+        makers.cut(cut)
+        cut.close()
+        await here.until("migration postcopy-paused")
+        if noticed:
+            await there.until("migration postcopy-paused")
+        await source.set_bandwidth(0)
+        ours, theirs = makers.stream()
+        taken = asyncio.ensure_future(destination.receive_rest(theirs))
+        await source.send_rest(ours)
+        await taken
+        assert await here.ending() == "completed"
+        await there.until("migration completed")
+        await destination.resume()
+        assert await destination.status() is RunState.RUNNING
+
+    run(scenario)
+
+
+def test_a_stream_for_the_rest_is_taken_only_where_one_broke(run: Run) -> None:
+    async def scenario(makers: Makers) -> None:
+        source = await running_source(makers)
+        ours, theirs = makers.stream()
+        with pytest.raises(QemuError):
+            await source.send_rest(ours)
+        with pytest.raises(QemuError):
+            await source.receive_rest(theirs)
 
     run(scenario)
 

@@ -13,6 +13,7 @@ import pytest
 from harness.crashes import broken_move, clean, nothing_else_is_left, place
 from harness.hosts import Host, running_hosts, tiny
 from limosa.model.migration import Outcome
+from limosa.model.vm import VmState
 
 pytestmark = [pytest.mark.qemu, pytest.mark.lab]
 
@@ -75,6 +76,21 @@ def test_one_host_has_the_vm_and_nothing_is_left(hosts: list[Host], plan: str, e
     hosts[0].create(tiny("vm"))
     with broken_move(hosts, plan, expected) as owner:
         # It can be operated again: nothing holds it.
+        view = owner.vm("vm")
+        assert view is not None
+        assert view.migration is None
+
+
+@pytest.mark.parametrize("victim", ["daemon", "qemu", "both"])
+@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize("step", ["undoing", "home"])
+def test_a_move_is_undone_whose_destination_died(hosts: list[Host], step: str, moment: str, victim: str) -> None:
+    alpha, beta = hosts
+    alpha.create(tiny("vm"))
+    beta.kill()
+    beta.start("destination:reserved:after:daemon")
+    state = VmState.RUNNING if victim == "daemon" else VmState.CRASHED
+    with broken_move(hosts, f"source:{step}:{moment}:{victim}", f"{state} at alpha", away=beta) as owner:
         view = owner.vm("vm")
         assert view is not None
         assert view.migration is None

@@ -15,7 +15,7 @@ import pytest
 
 from harness.commands import limosa
 from harness.guests import LanClient, address_of, linux, wait_for_console
-from harness.labs import RELAYS, LabHost, running_lab
+from harness.labs import RELAYS, LabHost, running_lab, set_links
 from harness.steering import change, follow, settings, views
 from limosa.model.migration import Migration, Outcome, Phase
 from limosa.model.vm import VmState
@@ -137,12 +137,9 @@ def userfaultfd(hosts: list[LabHost]) -> Iterator[None]:
         USERFAULTFD.chmod(before.st_mode & 0o777)
 
 
-@pytest.mark.parametrize("transport", ["tcp", "compression"])
-def test_post_copy_brings_it_to_its_end(
-    hosts: list[LabHost], client: LanClient, userfaultfd: None, transport: str
-) -> None:
+def test_post_copy_brings_it_to_its_end(hosts: list[LabHost], client: LanClient, userfaultfd: None) -> None:
     source, destination = sorted(hosts, key=lambda host: host.vm("web") is None)
-    with client.talking() as conversation, settings(source, {"convergence.post_copy": True, "transport": transport}):
+    with client.talking() as conversation, settings(source, {"convergence.post_copy": True}):
         seen = list(views(source, source.move("web", destination.name).id))
         conversation.wait_for_more()
     last = seen[-1]
@@ -155,3 +152,22 @@ def test_post_copy_brings_it_to_its_end(
     source.wait_until_bare(but=RELAYS)
     assert destination.vm("web").state is VmState.RUNNING
     assert conversation.faults == []
+
+
+def test_a_post_copy_whose_network_was_cut_goes_on_when_it_is_back(
+    hosts: list[LabHost], client: LanClient, userfaultfd: None
+) -> None:
+    source, destination = sorted(hosts, key=lambda host: host.vm("web") is None)
+    with settings(source, {"convergence.post_copy": True, "bandwidth_mbit_per_s": 40}):
+        migration = source.move("web", destination.name).id
+        follow(source, migration, lambda view: view.phase is Phase.TEAR_DOWN)
+        set_links(destination, "down")
+        try:
+            follow(source, migration, lambda view: "waits for the rest of its memory" in view.progress.note)
+        finally:
+            set_links(destination, "up")
+        last = source.outcome(migration)
+    assert last.outcome is Outcome.COMPLETED, last.fault
+    assert destination.vm("web").state is VmState.RUNNING
+    assert client.sees_it_run()
+    source.wait_until_bare(but=RELAYS)

@@ -197,6 +197,17 @@ class TestCrashing:
         finally:
             host.start()
 
+    def test_it_is_restarted_by_a_daemon_that_finds_it_dead(self, host: LabHost) -> None:
+        host.create(msgspec.structs.replace(tiny("vm"), on_crash="restart"))
+        pid = host.vm("vm").pid
+        end_daemon(host, signal.SIGKILL)
+        os.kill(pid, signal.SIGKILL)
+        host.restart({"LIMOSA_TEST_CRASH_LOOP_S": "0"})
+        try:
+            wait_until(lambda: state(host, "vm") is VmState.RUNNING and host.vm("vm").pid != pid, "it runs again")
+        finally:
+            host.start()
+
 
 class TestConfinement:
     """What a QEMU may do on its host."""

@@ -14,9 +14,10 @@ from limosa.wire import endpoints
 
 
 @contextmanager
-def broken_move(hosts: list[Host], plan: str, expected: str) -> Iterator[Host]:
+def broken_move(hosts: list[Host], plan: str, expected: str, *, away: Host | None = None) -> Iterator[Host]:
     """Move ``vm`` from the first host to the second with a plan of what breaks, until all has come to its end.
 
+    ``away`` has a plan of its own by which it dies, and is back only when the VM is as expected and can be operated.
     Yields the host that has the VM, which is ``expected``: one place, or several with ``or`` between them. The VM is
     deleted afterwards.
     """
@@ -32,6 +33,10 @@ def broken_move(hosts: list[Host], plan: str, expected: str) -> Iterator[Host]:
         if plan.endswith(("daemon", "both")):
             broken.wait_for_death()
             broken.start()
+        if away is not None:
+            away.wait_for_death()
+            wait_until(lambda: place(hosts[:1]) in expected.split(" or ") and is_free(source), expected)
+            away.start()
         wait_until(lambda: settled(hosts), "every move has ended")
         wait_until(lambda: place(hosts) in expected.split(" or "), expected)
         wait_until(lambda: nothing_else_is_left(hosts), "nothing is left elsewhere")
@@ -39,6 +44,12 @@ def broken_move(hosts: list[Host], plan: str, expected: str) -> Iterator[Host]:
         yield next(host for host in hosts if found.endswith(host.name))
     finally:
         clean(hosts)
+
+
+def is_free(host: Host) -> bool:
+    """Whether the VM is on the host and in no move."""
+    view = host.vm("vm")
+    return view is not None and view.migration is None
 
 
 def place(hosts: list[Host]) -> str:

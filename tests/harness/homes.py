@@ -10,8 +10,9 @@ from limosa.model.route import Route
 from limosa.model.storage import BackingFile, DiskFacts
 from limosa.model.vm import Disk
 from limosa.qemu.protocol import MachineProtocol
+from limosa.transport import tcp
 from limosa.transport.channel import SocketChannel
-from limosa.wire.peer import Prepared, RelayPlace
+from limosa.wire.peer import Prepared, RelayPlace, RestAwaited
 
 
 class NoDisks:
@@ -48,6 +49,9 @@ class BareHome:
     async def seats(self, destination: str, route: Route, count: int, *, encrypt: bool) -> list[RelayPlace]:
         return []
 
+    async def connect_rest(self, awaited: RestAwaited) -> SocketChannel:
+        return await tcp.connect_any(awaited.addresses, awaited.port, awaited.token)
+
     def disconnect(self) -> None:
         pass
 
@@ -75,6 +79,9 @@ class BareHome:
 
     async def vm_stays(self) -> None:
         raise AssertionError("the move failed")
+
+    async def withdraw(self) -> None:
+        raise AssertionError("the source's QEMU died")
 
     async def vm_crashed(self) -> None:
         raise AssertionError("the source's QEMU died")

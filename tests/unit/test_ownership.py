@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from limosa.migration.ownership import (
+    SOURCE_ENDED,
     DestinationAction,
     DestinationQemu,
     DestinationStep,
@@ -35,6 +36,8 @@ class World:
     qemu: DestinationQemu = DestinationQemu.INCOMING
     #: the guest ran at the destination at some time, so its disks moved on there
     ran_there: bool = False
+    #: the source's users may do with the VM what they like
+    is_free: bool = False
     session: bool = True
     crashes: int = 0
 
@@ -54,6 +57,12 @@ def scripted(world: World) -> Iterator[World]:
         yield replace(world, source_step=SourceStep.HANDING_OVER)
     if world.session and world.source_step is SourceStep.HANDING_OVER:
         yield from taken_over(world)
+    if world.is_free:
+        # It is stopped, started anew, paused, or moved away by a move of its own, of which its QEMU says "completed".
+        yield replace(world, source_qemu=SourceQemu.DEAD, source_runs=False)
+        yield replace(world, source_qemu=SourceQemu.HOLDS, source_runs=True)
+        yield replace(world, source_qemu=SourceQemu.HOLDS, source_runs=False)
+        yield replace(world, source_qemu=SourceQemu.COMPLETED, source_runs=False)
 
 
 def taken_over(world: World) -> Iterator[World]:
@@ -103,15 +112,17 @@ def destination_settles(world: World, seen: DestinationQemu) -> Iterator[World]:
 
 
 def source_settles(world: World, heard: DestinationState | None) -> Iterator[World]:
+    if world.source_step in SOURCE_ENDED:
+        return
     match decide_source(world.source_step, world.source_qemu, heard):
         case SourceAction.UNDO if world.source_qemu is SourceQemu.HOLDS:
-            undone = replace(world, source_step=SourceStep.UNDOING, source_runs=True)
-            yield undone
-            yield from aborted(undone)
+            yield replace(world, source_step=SourceStep.UNDOING)
+            yield from given_back(replace(world, source_runs=True))
         case SourceAction.UNDO:
             yield from aborted(replace(world, source_step=SourceStep.UNDOING))
         case SourceAction.RESUME:
-            yield replace(world, source_step=SourceStep.UNDONE, source_qemu=SourceQemu.HOLDS, source_runs=True)
+            yield replace(world, source_step=SourceStep.UNDOING)
+            yield from given_back(replace(world, source_qemu=SourceQemu.HOLDS, source_runs=True))
         case SourceAction.HAND_OVER:
             word = replace(world, source_step=SourceStep.HANDING_OVER)
             yield word
@@ -119,7 +130,19 @@ def source_settles(world: World, heard: DestinationState | None) -> Iterator[Wor
         case SourceAction.TEAR_DOWN:
             yield replace(world, source_step=SourceStep.FINISHED, source_qemu=SourceQemu.DEAD, source_runs=False)
         case SourceAction.CRASHED:
-            yield from aborted(replace(world, source_step=SourceStep.UNDOING))
+            yield replace(world, source_step=SourceStep.UNDOING)
+            yield from given_back(world)
+        case SourceAction.DISMISS:
+            if world.step is DestinationStep.GONE:
+                yield replace(world, source_step=SourceStep.UNDONE)
+            yield from aborted(world)
+
+
+def given_back(world: World) -> Iterator[World]:
+    """The source may die before it has written that, and between that and giving the VM back."""
+    yield replace(world, source_step=SourceStep.UNDOING)
+    yield replace(world, source_step=SourceStep.HOME)
+    yield replace(world, source_step=SourceStep.HOME, is_free=True)
 
 
 def aborted(world: World) -> Iterator[World]:
@@ -191,3 +214,16 @@ def test_a_held_guest_is_kept_and_a_partial_one_destroyed() -> None:
     assert decide_destination(reserved, DestinationQemu.INCOMING) is DestinationAction.DESTROY
     assert decide_destination(reserved, DestinationQemu.DEAD) is DestinationAction.DESTROY
     assert decide_destination(DestinationStep.CONTINUING, DestinationQemu.LOADED) is DestinationAction.OWN
+
+
+def test_a_vm_that_was_given_back_to_its_users_is_left_alone() -> None:
+    free = [world for world in WORLDS if world.is_free]
+    assert {world.source_qemu for world in free} == set(SourceQemu)
+    assert any(world.step is DestinationStep.RESERVED and world.qemu is DestinationQemu.LOADED for world in free)
+    for world in free:
+        assert world.source_step in (SourceStep.HOME, SourceStep.UNDONE), world
+        if world.source_step is SourceStep.HOME:
+            for heard in (None, *DestinationState):
+                for following in source_settles(world, heard):
+                    assert following.source_qemu is world.source_qemu, world
+                    assert following.source_runs is world.source_runs, world

@@ -110,6 +110,13 @@ def test_clock_skew_warns_and_does_not_refuse() -> None:
     assert "90 s behind" in finding.what
 
 
+def test_post_copy_is_not_done_through_relays() -> None:
+    allowed = msgspec.structs.replace(HERE, post_copy=True)
+    found = check(VM, "host1", allowed, THERE, clock_skew_s=0.0, reachable=True, relayed=True)
+    assert [(one.code, one.severity) for one in found] == [("post-copy-not-possible", Severity.WARNING)]
+    assert check(VM, "host1", HERE, THERE, clock_skew_s=0.0, reachable=True, relayed=True) == ()
+
+
 def test_post_copy_is_asked_for_only_where_it_is_allowed() -> None:
     unable = msgspec.structs.replace(THERE, post_copy_possible=False)
     assert codes(there=unable) == set()

@@ -267,6 +267,8 @@ class World(BareHome):
     async def vm_stays(self) -> None:
         self.stayed = True
 
+    async def withdraw(self) -> None: ...
+
     async def vm_crashed(self) -> None: ...
 
 

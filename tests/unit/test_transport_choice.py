@@ -96,6 +96,17 @@ def test_auto_has_relays_encrypt_wherever_it_goes(speeds: tuple[int | None, ...]
     assert route.alone, "VMs do not wait for one another's relays"
 
 
+@pytest.mark.parametrize("asked", ["auto", "rdma"])
+def test_no_relay_is_taken_where_post_copy_is_allowed_unless_it_is_asked_for(asked: str) -> None:
+    here, there = [[nic(at, host) for at in range(2)] for host in (1, 2)]
+    allowed = dataclasses.replace(ends(here, there, encrypt=True, mptcp=(True, False)), post_copy=True)
+    route = choose(allowed, asked)
+    assert (route.transport, route.striped) == ("tcp", False)
+    assert "post-copy is allowed, and a relay that ended would take the guest with it" in route.why
+    assert choose(allowed, "compression").is_relayed
+    assert choose(allowed, "multichannel").is_relayed
+
+
 @pytest.mark.parametrize(
     ("change", "why"),
     [

@@ -9,7 +9,7 @@ from limosa.errors import LimosaError
 from limosa.host.page import Page
 from limosa.migration import disks
 from limosa.migration.source import SourceMove
-from limosa.model.migration import Phase
+from limosa.model.migration import Outcome, Phase
 from limosa.settings.host import HostSettings
 from limosa.transport import shares
 from limosa.transport.shares import Caps, Claim, Kind
@@ -35,7 +35,7 @@ class Bandwidth:
     async def share(self) -> None:
         """Give each move its share. A machine that refuses is about to end anyway."""
         for move in list(self._moves.values()):
-            if move.machine is not None and move.report.now.phase in _SENDING:
+            if move.machine is not None and _claim(move) is not None:
                 with contextlib.suppress(LimosaError):
                     allowed = move.home.bandwidth()
                     await move.machine.set_bandwidth(allowed)
@@ -46,7 +46,7 @@ class Bandwidth:
 def _claim(move: SourceMove) -> Claim | None:
     """What a move sends now; None if it does not."""
     view = move.report.now
-    if view.phase not in _SENDING:
+    if view.outcome is not Outcome.UNDER_WAY or view.phase not in _SENDING:
         return None
     copies = disks.copies(view.disks) and view.phase in (Phase.BUILD_UP, Phase.STORAGE)
     addresses = tuple(path.there for path in view.route.paths) if view.route is not None else ()

@@ -13,10 +13,13 @@ from pathlib import Path
 from limosa.errors import (
     Conflict,
     InvalidInput,
+    NetworkError,
     NotFound,
     PreflightRefused,
+    QemuGone,
     StateError,
     StorageError,
+    from_fault,
 )
 from limosa.host.landing import LandingHere
 from limosa.host.layers import Layers
@@ -171,6 +174,25 @@ class Incoming:
                 _log.error("VM %s has landed, but %s", destination.vm.name, error)
                 await asyncio.sleep(ADOPT_EVERY_S)
         self.settled(destination)
+
+    def machine_of(self, destination: Destination) -> MachineProtocol:
+        """The QEMU of a VM that has landed. Raises :class:`QemuGone` if it has ended, and what is wrong with it."""
+        vm = destination.vm
+        hosted = self._vms.find(vm.name)
+        if hosted is not None and hosted.config.uuid == vm.uuid and hosted.fault is not None:
+            raise from_fault(hosted.fault.fault())
+        if hosted is None or hosted.config.uuid != vm.uuid or hosted.machine is None:
+            raise QemuGone(f"VM '{vm.name}' does not run any more", vm=vm.name, host=self.host)
+        return hosted.machine
+
+    async def open_rest(self, reached_at: str) -> tuple[tcp.TcpDoorway, tuple[str, ...]]:
+        """Where the rest of a post-copy is awaited, on all addresses that may carry guest memory: nobody knows which
+        network broke. Raises :class:`NetworkError`."""
+        addresses = stream_addresses(await self._inspector.network(), reached_at)
+        if not addresses:
+            raise NetworkError("this host has no address on a network that may carry moves", host=self.host)
+        door = tcp.TcpDoorway(addresses[0], self._page.now.migration_ports, further=addresses[1:])
+        return door, addresses
 
     def settled(self, destination: Destination) -> None:
         """Forget a landing that has ended; its journal goes on answering for it."""

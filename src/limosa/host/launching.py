@@ -59,6 +59,8 @@ class ProcessRecord(Model, frozen=True, forbid_unknown_fields=False):
     boot: str
     accelerator: Accelerator
     started_at: float
+    #: it crashed so soon that nobody but a person is to start it again
+    left: bool = False
 
 
 _record_decoder = reading.decoder(ProcessRecord)
@@ -71,6 +73,8 @@ class Found:
     machine: Machine | None
     accelerator: Accelerator | None = None
     started_at: float | None = None
+    #: an earlier daemon saw it crash, and left it so
+    left: bool = False
 
 
 class Launcher:
@@ -234,7 +238,7 @@ class Launcher:
                 machine = await Machine.attach(self._files.sockets(config), record.pid, record.start_time)
             except QemuGone:
                 self.clean_up(config, crashed=True)
-        return Found(machine, record.accelerator, record.started_at)
+        return Found(machine, record.accelerator, record.started_at, record.left)
 
     def _seen(self, config: VmConfig) -> ProcessRecord | None:
         """What the record must have said, if the QEMU it was about still runs: it is known by its run folder."""
@@ -284,6 +288,16 @@ class Launcher:
             accelerator=accelerator,
             started_at=time.time(),
         )
+        self._write(config, record)
+
+    def leave_ended(self, config: VmConfig) -> None:
+        """Have the next daemon, too, leave a VM alone that crashed, if that can be written."""
+        path = self._files.vm(config.name) / "process.json"
+        with suppress(OSError, InvalidInput, StateError):
+            record: ProcessRecord = parse(path.read_bytes(), _record_decoder, str(path))
+            self._write(config, msgspec.structs.replace(record, left=True))
+
+    def _write(self, config: VmConfig, record: ProcessRecord) -> None:
         path = self._files.vm(config.name) / "process.json"
         # Not synced: it means something only as long as the machine does not restart.
         temporary = path.with_name(".process.json.new")

@@ -12,8 +12,10 @@ from limosa.host.vms import HostedVm
 from limosa.model.facts import VmFacts
 from limosa.model.network import Carried, HostNetwork
 from limosa.model.route import Route
+from limosa.transport import tcp
 from limosa.transport.channel import Channel, SocketChannel
-from limosa.wire.peer import LayersAwaited, Prepared, RelayPlace
+from limosa.transport.choice import is_allowed
+from limosa.wire.peer import LayersAwaited, Prepared, RelayPlace, RestAwaited
 
 
 class Leaving:
@@ -81,6 +83,12 @@ class Leaving:
         """See :class:`limosa.migration.home.Home`."""
         return await self._departure.connect_layers(route, awaited)
 
+    async def connect_rest(self, awaited: RestAwaited) -> SocketChannel:
+        """See :class:`limosa.migration.home.Home`."""
+        allowed = (await self._inspector.network()).allowed
+        addresses = [address for address in awaited.addresses if is_allowed(address, allowed)]
+        return await tcp.connect_any(addresses, awaited.port, awaited.token)
+
     def networks(self) -> AsyncIterator[HostNetwork]:
         """See :class:`limosa.migration.home.Home`."""
         return self._inspector.networks()
@@ -116,9 +124,13 @@ class Leaving:
         if self._hosted is not None:
             self._hosted.migration = None
 
+    async def withdraw(self) -> None:
+        """See :class:`limosa.migration.home.Home`."""
+        if self._hosted is not None:
+            await self._leasing.withdraw(self._hosted.config, self._migration)
+
     async def vm_crashed(self) -> None:
         """See :class:`limosa.migration.home.Home`."""
         if self._hosted is not None:
             self._hosted.migration = None
-            await self._leasing.withdraw(self._hosted.config, self._migration)
             await self._vms.crashed(self._hosted)

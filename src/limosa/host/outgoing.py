@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 
 from limosa.background import Background
-from limosa.errors import Conflict, HostUnreachable, LimosaError
+from limosa.errors import Conflict, HostUnreachable, LimosaError, from_fault
 from limosa.host.bandwidth import MBIT_BYTES, Bandwidth
 from limosa.host.leaving import Leaving
 from limosa.host.parts import Parts
@@ -142,7 +142,7 @@ class Outgoing:
         """A person says who owns the VM."""
         view = self._views.show(migration)
         settlement = self._settling.get(migration)
-        if settlement is None or view.outcome is not Outcome.UNRESOLVED:
+        if settlement is None or settlement.step is SourceStep.HOME or view.outcome is not Outcome.UNRESOLVED:
             raise Conflict(f"the move of VM '{view.vm}' needs no decision", vm=view.vm, host=self.host)
         if not settlement.resolved.done():
             settlement.resolved.set_result(owner)
@@ -158,6 +158,8 @@ class Outgoing:
         hosted = self._vms.find(journal.header.vm.name)
         if hosted is not None and hosted.config.uuid != journal.header.vm.uuid:
             hosted = None  # another VM that was given the name meanwhile
+        if journal.step == SourceStep.HOME:
+            hosted = None  # its users have had it since, and may have moved it away
         if hosted is not None:
             hosted.migration = journal.header.migration
         if journal.step is None and hosted is not None and hosted.machine is not None:
@@ -180,25 +182,25 @@ class Outgoing:
         return report.now
 
     async def _conduct(self, move: SourceMove) -> None:
-        has_slot = False
         try:
             await move.guard(self.slots.acquire(move.report.line("other moves of this host")))
-            has_slot = True
-            await self._bandwidth.share()
-            await move.run()
+            try:
+                await self._bandwidth.share()
+                await move.run()
+            finally:
+                self.slots.release()  # to settle it sends nothing, and may take as long as its destination is away
             move.report.end(Outcome.COMPLETED)
         except LimosaError as error:
             await self._settle(move, error)
         except Exception as error:  # noqa: BLE001 - a fault of ours must not leave a VM without an owner
             await self._settle(move, LimosaError("an internal error", why=repr(error), vm=move.header.vm.name))
         finally:
-            if has_slot:
-                self.slots.release()
             self._ended(move)
             await self._bandwidth.share()
 
     async def _settle(self, move: SourceMove, cause: LimosaError | None) -> None:
-        settlement = Settlement(move, cause or LimosaError("the host daemon restarted during the move"))
+        cause = cause or _cause_in(move.journal) or LimosaError("the host daemon restarted during the move")
+        settlement = Settlement(move, cause)
         self._settling[move.header.migration] = settlement
         try:
             while True:
@@ -281,3 +283,8 @@ class Outgoing:
             progress=Progress(),
             accepted_at=header.accepted_at,
         )
+
+
+def _cause_in(journal: Journal) -> LimosaError | None:
+    """Why an earlier daemon began to undo the move, if it did."""
+    return next((from_fault(record.fault) for record in journal.records if record.fault is not None), None)

@@ -117,6 +117,10 @@ class RemotePeer:
         if not self._adopted.done():
             self.lost.result()
 
+    async def await_rest(self) -> say.RestAwaited:
+        """See :class:`limosa.migration.peer.Peer`."""
+        return await self._ask(say.AwaitRest(), say.RestAwaited)
+
     async def abort(self, reason: str) -> None:
         """See :class:`limosa.migration.peer.Peer`."""
         await self._ask(say.Abort(reason=reason), say.Gone)

@@ -109,8 +109,10 @@ async def recover(services: Services) -> None:
         recover_one = services.outgoing if journal.header.side is Side.SOURCE else services.incoming
         try:
             await recover_one.recover(journal)
-        except Exception:  # noqa: BLE001 - a fault in one must not keep the host's other VMs without a daemon
+        except Exception as error:  # noqa: BLE001 - a fault in one must not keep the host's other VMs without a daemon
             _log.exception("migration %s could not be taken up", journal.header.migration)
+            services.parts.vms.doubt = f"migration {journal.header.migration} could not be taken up: {error!r}"
+    services.parts.vms.restart_died()
 
 
 def _load(path: Path) -> Journal:

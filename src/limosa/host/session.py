@@ -19,7 +19,9 @@ from limosa.errors import Conflict, InvalidInput, LimosaError, NotPermitted
 from limosa.host.incoming import Incoming
 from limosa.migration.destination import Destination
 from limosa.model import reading
+from limosa.qemu.protocol import MachineProtocol
 from limosa.security.identity import Identity
+from limosa.transport.tcp import TcpDoorway
 from limosa.wire import peer as say
 from limosa.wire import versions
 from limosa.wire.parsing import parse
@@ -114,6 +116,8 @@ class Session:
             case say.TakeOver():
                 # Not to be torn apart by the end of the connection: the word was given.
                 await asyncio.shield(self._take_over())
+            case say.AwaitRest():
+                await self._await_rest(self._current())
             case say.Abort(reason=reason):
                 await self._current().abort(reason)
                 self._incoming.settled(self._current())
@@ -168,6 +172,22 @@ class Session:
         await self._send(standing)
         if standing.state is say.DestinationState.OWNED:
             await asyncio.shield(self._adopt(self._destination))
+
+    async def _await_rest(self, destination: Destination) -> None:
+        machine = self._incoming.machine_of(destination)
+        door, addresses = await self._incoming.open_rest(self._reached_at)
+        self._background.spawn(self._receive_rest(door, machine))
+        await self._send(say.RestAwaited(addresses=addresses, port=door.port, token=door.token))
+
+    async def _receive_rest(self, door: TcpDoorway, machine: MachineProtocol) -> None:
+        with contextlib.closing(door):
+            stream = await door.accept()
+        try:
+            await machine.receive_rest(stream)
+        except LimosaError as error:
+            # The source's stream ends with this one, and it calls again.
+            stream.close()
+            _log.error("the rest of a guest's memory: %s", error)
 
     def _check_free(self, migration: str) -> None:
         """One session is the lease of one migration: with a second, the end of the session would not end the first."""

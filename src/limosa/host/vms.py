@@ -72,6 +72,8 @@ class Vms:
         self._folders = Folders(files)
         #: why it is not known of every VM here whether it has left; empty if it is
         self.doubt = ""
+        #: VMs whose QEMU ended while no daemon was there
+        self._died: list[HostedVm] = []
         self._background = Background()
 
     async def load(self) -> list[LimosaError]:
@@ -98,10 +100,23 @@ class Vms:
             hosted.state, hosted.reason = died, "its QEMU ended while the host daemon was not there"
             if died is VmState.CRASHED:
                 await self._leasing.give_back(hosted.config)
+                if not found.left:
+                    self._died.append(hosted)
             return
         self._attach(hosted, found.machine)
         running = await found.machine.status() is RunState.RUNNING
         hosted.state = VmState.RUNNING if running else VmState.PAUSED
+
+    def restart_died(self) -> None:
+        """Do what ``on_crash`` says with VMs whose QEMU ended while no daemon was there, as in a crash of the host.
+
+        To be called when migrations have said which VMs are theirs; while there is a doubt nothing is started."""
+        if not self.doubt:
+            self._background.spawn(self._restart_each(self._died))
+
+    async def _restart_each(self, died: list[HostedVm]) -> None:
+        for hosted in died:
+            await self._restart(hosted)
 
     # Looking
 
@@ -315,8 +330,7 @@ class Vms:
         """The VM's QEMU died in a migration; do what ``on_crash`` says."""
         if hosted.machine is not None and hosted.machine.gone.is_set():
             await self._after_end(hosted, hosted.machine)
-        if hosted.config.on_crash == "restart" and hosted.machine is None:
-            await self.start(hosted)
+        await self._restart(hosted)
 
     def change_disks(self, hosted: HostedVm, disks: tuple[Disk, ...]) -> None:
         """The VM uses these images from now on, durably. Raises :class:`StateError`; it does not then."""
@@ -377,12 +391,7 @@ class Vms:
         if hosted.machine is not machine:
             return
         await self._after_end(hosted, machine)
-        if hosted.state is VmState.CRASHED and hosted.migration is None and self._may_restart(hosted):
-            try:
-                await self.start(hosted)
-            except LimosaError as error:
-                _log.error("VM %s is not restarted: %s", hosted.config.name, error)
-                hosted.reason = f"{hosted.reason}; it could not be restarted: {error}"
+        await self._restart(hosted)
 
     async def _after_end(self, hosted: HostedVm, machine: Machine) -> None:
         """What holds once the process is gone. Idempotent: the watcher and whoever ended it both come here, and go on
@@ -402,9 +411,19 @@ class Vms:
             hosted.state, hosted.reason = VmState.CRASHED, machine.exit_text() or "its QEMU ended"
         await self._leasing.give_back(hosted.config)
 
-    def _may_restart(self, hosted: HostedVm) -> bool:
-        lived_s = time.time() - (hosted.started_at or 0)
-        return hosted.config.on_crash == "restart" and lived_s > CRASH_LOOP_S
+    async def _restart(self, hosted: HostedVm) -> None:
+        """Start a VM that has crashed, if that is wanted and nobody does it yet. Never fails: the reason is shown."""
+        is_crashed = hosted.state is VmState.CRASHED and hosted.migration is None and not hosted.lock.locked()
+        if not is_crashed or hosted.config.on_crash != "restart":
+            return
+        if time.time() - (hosted.started_at or 0) <= CRASH_LOOP_S:
+            self._launcher.leave_ended(hosted.config)
+            return
+        try:
+            await self.start(hosted)
+        except LimosaError as error:
+            _log.error("VM %s is not restarted: %s", hosted.config.name, error)
+            hosted.reason = f"{hosted.reason}; it could not be restarted: {error}"
 
     async def _end(self, hosted: HostedVm) -> None:
         machine = hosted.machine

@@ -91,6 +91,7 @@ async def examine(
         _no_rdma(question, here, disks_move=bool(copied)),
         capped=here.capped,
         memory_mib=vm.memory_mib,
+        post_copy=here.post_copy and there.post_copy_possible,
     )
     asked = "rdma" if question.rdma_failed else question.transport
     route, blocked = await _open_route(ends, asked, there.trial_port)
@@ -107,6 +108,7 @@ async def examine(
         clock_skew_s=skew,
         reachable=bool(route.paths),
         copied={disk.path for disk in copied},
+        relayed=route.is_relayed,
     )
     instead = (not_by_rdma(route),) if asked == "rdma" and route.transport != "rdma" else ()
     all_findings = (*planned.findings, *findings, *instead, *between(ends, route))

@@ -15,7 +15,7 @@ from limosa.model.route import Route
 from limosa.model.storage import Chain
 from limosa.settings.host import ConvergencePolicy
 from limosa.transport.channel import Channel, SocketChannel
-from limosa.wire.peer import LayersAwaited, Prepared, RelayPlace
+from limosa.wire.peer import LayersAwaited, Prepared, RelayPlace, RestAwaited
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,9 @@ class Home(Protocol):
         Raises :class:`DestinationLost`, :class:`RelayFailed` and :class:`NetworkError`.
         """
 
+    async def connect_rest(self, awaited: RestAwaited) -> SocketChannel:
+        """As :meth:`connect`, by plain TCP, for the rest of a post-copy whose stream broke."""
+
     def disconnect(self) -> None:
         """Let go of what :meth:`take_storage_slot`, :meth:`seats` and :meth:`connect` took. May be repeated."""
 
@@ -107,6 +110,9 @@ class Home(Protocol):
 
     async def vm_stays(self) -> None:
         """The VM goes on here; it may be operated again."""
+
+    async def withdraw(self) -> None:
+        """As :meth:`reclaim`, for a guest that has died: the disks are nobody's. Never fails."""
 
     async def vm_crashed(self) -> None:
         """The VM's QEMU died here before anything was handed over."""

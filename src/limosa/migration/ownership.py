@@ -14,6 +14,9 @@ At every instant at most one host may run the VM. The rules, and why they suffic
    source runs. If the source's QEMU is ``completed`` by then, it needs the destination's answer first.
 6. When the destination cannot be asked and the source's QEMU is completed, nothing runs anywhere on either side's
    guess: both stay paused, the source keeps asking, and a person may resolve it.
+7. The source writes HOME before it gives the VM back to its users, who may then stop it, or move it away. From there on
+   the move says nothing about the VM any more, however long its destination stays away: all that is left is to have
+   that destroy what it has.
 
 The functions below are these rules as tables; ``tests/unit/test_ownership.py`` walks every interleaving of
 crashes and lost messages over them.
@@ -43,7 +46,9 @@ class SourceStep(StrEnum):
     FINISHED = "finished"
     #: the move failed or was cancelled; the destination is to destroy what it has
     UNDOING = "undoing"
-    #: the VM is here as it was before
+    #: the VM is its users' again, running or crashed; the destination may still have something to destroy
+    HOME = "home"
+    #: the VM is here as it was before, and nothing is left at the destination
     UNDONE = "undone"
 
 
@@ -90,6 +95,8 @@ class SourceAction(StrEnum):
     ASK = "ask"
     #: the guest died with QEMU before anything was handed over: an ordinary crash here
     CRASHED = "crashed"
+    #: leave the VM alone and have the destination destroy what it has
+    DISMISS = "dismiss"
 
 
 def decide_source(
@@ -101,6 +108,8 @@ def decide_source(
     """
     if step in (SourceStep.CONFIRMED, SourceStep.FINISHED):
         return SourceAction.TEAR_DOWN
+    if step is SourceStep.HOME:
+        return SourceAction.DISMISS
     if destination is DestinationState.OWNED:
         # Only our word or a person's can have led to this; either way the guest lives there.
         return SourceAction.TEAR_DOWN

@@ -11,7 +11,7 @@ from limosa.model.base import MigrationId
 from limosa.model.facts import DestinationFacts
 from limosa.model.storage import BackingFile
 from limosa.model.vm import Accelerator, VmConfig
-from limosa.wire.peer import LayersAwaited, Offered, Prepare, Prepared, Running, Standing
+from limosa.wire.peer import LayersAwaited, Offered, Prepare, Prepared, RestAwaited, Running, Standing
 
 #: Sends the files below disks that the destination awaits.
 SendLayers = Callable[[LayersAwaited], Coroutine[Any, Any, None]]
@@ -51,6 +51,10 @@ class Peer(Protocol):
 
     async def adopted(self) -> None:
         """Return when it is durable at the destination that the VM belongs to it."""
+
+    async def await_rest(self) -> RestAwaited:
+        """Have another stream awaited for the rest of a post-copy whose own broke, while this session lasts. Raises
+        :class:`limosa.errors.QemuGone` if the guest has ended there."""
 
     async def abort(self, reason: str) -> None:
         """Have everything destroyed. On return nothing is left there and the guest never ran there."""

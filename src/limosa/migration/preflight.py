@@ -28,11 +28,13 @@ def check(
     clock_skew_s: float,
     reachable: bool,
     copied: Collection[str] = (),
+    relayed: bool = False,
 ) -> tuple[Finding, ...]:
     """Everything that stands against moving ``vm``, errors first.
 
     ``clock_skew_s``: the destination's clock less the source's; ``reachable``: whether a trial connection to the
-    destination's first address succeeded; ``copied``: files that need not be seen there, because they are copied.
+    destination's first address succeeded; ``copied``: files that need not be seen there, because they are copied;
+    ``relayed``: relays are to carry memory.
     """
     rules = (
         _hosts(source, here, there),
@@ -41,7 +43,7 @@ def check(
         _files(vm, here, there, copied),
         _leases(here, copied),
         _network(there, reachable),
-        _post_copy(here, there),
+        _post_copy(here, there, relayed),
         _clock(there, clock_skew_s),
         _devices(vm),
     )
@@ -191,7 +193,15 @@ def _network(there: DestinationFacts, reachable: bool) -> Iterator[Finding]:
         )
 
 
-def _post_copy(here: VmFacts, there: DestinationFacts) -> Iterator[Finding]:
+def _post_copy(here: VmFacts, there: DestinationFacts, relayed: bool) -> Iterator[Finding]:
+    if here.post_copy and there.post_copy_possible and relayed:
+        # What a relay had on its way is lost with it, which QEMU cannot send again.
+        yield Finding.warning(
+            "post-copy-not-possible",
+            "post-copy is allowed, but relays carry this move, and the guest would end with one of them; "
+            "the move goes on without post-copy",
+            "--transport auto or tcp, if post-copy is needed",
+        )
     if here.post_copy and not there.post_copy_possible:
         yield Finding.warning(
             "post-copy-not-possible",

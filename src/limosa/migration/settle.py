@@ -37,8 +37,6 @@ class Settlement:
         self.cause = cause
         #: done with the side a person named
         self.resolved: asyncio.Future[Side] = asyncio.get_running_loop().create_future()
-        #: set when the VM may be operated again, which can be long before an unreachable destination has cleaned up
-        self._home_again = False
 
     @property
     def step(self) -> SourceStep:
@@ -46,13 +44,18 @@ class Settlement:
         step = self.move.journal.step
         return SourceStep(step) if step is not None else SourceStep.ACCEPTED
 
+    @property
+    def _is_told(self) -> bool:
+        """Whether the destination may have heard of the move."""
+        return any(record.step == SourceStep.PREPARING for record in self.move.journal.records)
+
     async def run(self) -> None:
         """Decide and act until the move has ended."""
         began = time.monotonic()
         for pause in _pauses():
             qemu = await self._own_qemu()
             standing = await self._ask(qemu)
-            if self.resolved.done():
+            if self.resolved.done() and self.step is not SourceStep.HOME:
                 await self._as_resolved(qemu, self.resolved.result())
             else:
                 await self._act(qemu, standing)
@@ -60,7 +63,14 @@ class Settlement:
                 return
             if standing is None:
                 self._show_waiting(time.monotonic() - began)
-            await asyncio.wait({self.resolved}, timeout=pause)
+            await self._wait(pause)
+
+    async def _wait(self, seconds: float) -> None:
+        """Until it is time to ask again, or a person has decided."""
+        if self.resolved.done():
+            await asyncio.sleep(seconds)
+        else:
+            await asyncio.wait({self.resolved}, timeout=seconds)
 
     async def _act(self, qemu: SourceQemu, standing: Standing | None) -> None:
         state = standing.state if standing is not None else None
@@ -75,13 +85,16 @@ class Settlement:
             case SourceAction.TEAR_DOWN:
                 await self._tear_down(qemu)
             case SourceAction.CRASHED:
-                await self._crashed(standing)
+                await self._crashed()
+            case SourceAction.DISMISS:
+                await self._dismiss()
             case SourceAction.ASK:
                 pass
 
     async def _own_qemu(self) -> SourceQemu:
         machine = self.move.machine
-        if machine is None or machine.gone.is_set():
+        # A VM that was given back to its users may have any QEMU by now, which tells nothing about this move.
+        if machine is None or machine.gone.is_set() or self.step is SourceStep.HOME:
             return SourceQemu.DEAD
         try:
             state = (await machine.migration()).state
@@ -89,12 +102,13 @@ class Settlement:
             return SourceQemu.DEAD if await is_gone(machine) else SourceQemu.HOLDS
         # A QEMU that came here by a move itself says "completed" of that until it is told to migrate.
         told = any(record.step == SourceStep.MIGRATING for record in self.move.journal.records)
-        completed = told and state in _COMPLETED and not self._home_again
-        return SourceQemu.COMPLETED if completed else SourceQemu.HOLDS
+        return SourceQemu.COMPLETED if told and state in _COMPLETED else SourceQemu.HOLDS
 
     async def _ask(self, qemu: SourceQemu) -> Standing | None:
         """How the destination stands, or None if it cannot be asked, or is not concerned."""
-        if self.step is SourceStep.ACCEPTED or (qemu is SourceQemu.HOLDS and self.step is not SourceStep.HANDING_OVER):
+        if self.step in (SourceStep.ACCEPTED, SourceStep.HOME):
+            return None
+        if qemu is SourceQemu.HOLDS and self.step is not SourceStep.HANDING_OVER:
             return None
         try:
             await self._connect()
@@ -112,35 +126,33 @@ class Settlement:
 
     async def _undo(self, qemu: SourceQemu, standing: Standing | None) -> None:
         """Stop the stream, let the guest go on here, and have the destination destroy what it has."""
-        untold = self.step is SourceStep.ACCEPTED
         self._record_undoing()
-        if qemu is SourceQemu.HOLDS and not self._home_again:
-            assert self.move.machine is not None
-            await stop_stream(self.move.machine)
-            if await self._own_qemu() is SourceQemu.COMPLETED:
-                return  # everything was sent before the cancel arrived; the destination's answer decides
-            await self._home(self.move.machine)
-        if untold or await self._destroyed_there(standing):
-            self._undone(qemu)
+        if qemu is SourceQemu.COMPLETED:
+            await self._destroy_there(standing)  # when it says that it has, the guest goes on here
+            return
+        assert self.move.machine is not None
+        await stop_stream(self.move.machine)
+        if await self._own_qemu() is SourceQemu.COMPLETED:
+            return  # everything was sent before the cancel arrived; the destination's answer decides
+        await self._home(self.move.machine)
 
     async def _resume_here(self) -> None:
         self._record_undoing()
         assert self.move.machine is not None
         await self._home(self.move.machine)
-        self._undone(SourceQemu.HOLDS)
 
     async def _home(self, machine: MachineProtocol) -> None:
-        """The guest runs here as before; people may operate it again."""
+        """The guest runs here as before; people may operate it again, whether or not the destination can be told."""
         await mirrors.drop(machine, self.move.header.migration, [disk.name for disk in self.move.header.vm.disks])
         await machine.forget_stream()
         # What was never promised is as it was, and may be another's: then the move was refused because of that.
-        if any(record.step == SourceStep.PREPARING for record in self.move.journal.records):
+        if self._is_told:
             await self.move.home.reclaim()
         if self.move.header.was_running:
             await machine.resume_if_stopped()
+        self.move.journal.record(SourceStep.HOME, time.time())
         await self.move.home.vm_stays()
-        self._home_again = True
-        self._show_failure()
+        await self._dismiss()
 
     async def _hand_over(self) -> None:
         assert self.move.peer is not None
@@ -153,13 +165,6 @@ class Settlement:
         await self._tear_down(SourceQemu.COMPLETED)
 
     async def _tear_down(self, qemu: SourceQemu) -> None:
-        if self._home_again:
-            raise OwnerUnknown(
-                f"VM '{self.move.header.vm.name}' runs here and at host '{self.move.header.destination}'",
-                why="both were told to run it",
-                todo="stop it on one of them with 'limosa vm stop' at once, and check its disks",
-                vm=self.move.header.vm.name,
-            )
         self.move.report.enter(Phase.TEAR_DOWN)
         try:
             await self.move.tear_down()
@@ -167,18 +172,34 @@ class Settlement:
             return
         self.move.report.end(Outcome.COMPLETED)
 
-    async def _crashed(self, standing: Standing | None) -> None:
-        untold = self.step is SourceStep.ACCEPTED
+    async def _crashed(self) -> None:
         self._record_undoing()
-        if not self._home_again:
-            await self.move.home.vm_crashed()
-            self._home_again = True
-            self._show_failure()
-        if untold or await self._destroyed_there(standing):
-            self._undone(SourceQemu.DEAD)
+        await self.move.home.withdraw()
+        self.move.journal.record(SourceStep.HOME, time.time())
+        await self.move.home.vm_crashed()
+        await self._dismiss()
 
-    async def _destroyed_there(self, standing: Standing | None) -> bool:
-        """Whether the destination says that nothing is left there, now that it has been told."""
+    async def _dismiss(self) -> None:
+        """The VM is its users' again: have the destination destroy what it has."""
+        await self._show_failure()
+        there = await self._destroy_there(None) if self._is_told else DestinationState.UNKNOWN
+        if there is None:
+            return
+        self.move.journal.record(SourceStep.UNDONE, time.time())
+        if there is DestinationState.OWNED:
+            vm, host = self.move.header.vm.name, self.move.header.destination
+            error = OwnerUnknown(
+                f"VM '{vm}' belongs to this host and to host '{host}'",
+                why="a person gave it to one of them while the other had it",
+                todo="stop it on one of them with 'limosa vm stop' at once, and check its disks",
+                vm=vm,
+                host=host,
+            )
+            self.move.report.end(Outcome.FAILED, error.fault())
+
+    async def _destroy_there(self, standing: Standing | None) -> DestinationState | None:
+        """What the destination has now that it has been told to destroy it: nothing, or the VM if that is its own by
+        now. None if it cannot be told."""
         try:
             async with asyncio.timeout(ABORT_WITHIN_S):
                 if self.move.peer is None or self.move.peer.lost.done():
@@ -187,11 +208,12 @@ class Settlement:
                 assert self.move.peer is not None
                 # It may not have heard of the move yet, and then there is nothing that it could be told to destroy.
                 standing = standing or await self.move.peer.attach(self.move.header.migration)
-                if standing.state not in (DestinationState.GONE, DestinationState.UNKNOWN):
+                if standing.state in (DestinationState.LOADED, DestinationState.INCOMING):
                     await self.move.peer.abort(str(self.cause or "the move was undone"))
+                    return DestinationState.GONE
+                return standing.state
         except (LimosaError, TimeoutError):
-            return False
-        return True
+            return None
 
     async def _as_resolved(self, qemu: SourceQemu, owner: Side) -> None:
         """A person said whose the VM is, and answers for it."""
@@ -199,32 +221,24 @@ class Settlement:
             self.move.peer = None
             await self._tear_down(qemu)
         elif qemu is SourceQemu.DEAD:
-            await self._crashed(None)
-        elif self._home_again:
-            await self._undo(SourceQemu.HOLDS, None)
+            await self._crashed()
         else:
-            self._record_undoing()
-            assert self.move.machine is not None
-            await self._home(self.move.machine)
+            await self._resume_here()
 
     def _record_undoing(self) -> None:
         if self.step is not SourceStep.UNDOING:
             fault = self.cause.fault() if self.cause is not None else None
             self.move.journal.record(SourceStep.UNDOING, time.time(), fault=fault)
 
-    def _undone(self, qemu: SourceQemu) -> None:
-        self.move.journal.record(SourceStep.UNDONE, time.time())
-        if qemu is not SourceQemu.DEAD:
-            self._show_failure()
-
-    def _show_failure(self) -> None:
+    async def _show_failure(self) -> None:
         if self.move.report.now.outcome in (Outcome.FAILED, Outcome.CANCELLED):
             return
         outcome = Outcome.CANCELLED if isinstance(self.cause, Cancelled) else Outcome.FAILED
         self.move.report.end(outcome, self.cause.fault() if self.cause is not None else None)
+        await self.move.home.sending()  # what it may have sent is for others now
 
     def _show_waiting(self, seconds: float) -> None:
-        if self._home_again or self.move.report.now.outcome is not Outcome.UNDER_WAY or seconds < UNRESOLVED_AFTER_S:
+        if self.move.report.now.outcome is not Outcome.UNDER_WAY or seconds < UNRESOLVED_AFTER_S:
             return
         vm, there = self.move.header.vm.name, self.move.header.destination
         error = OwnerUnknown(

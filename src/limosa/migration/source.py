@@ -26,7 +26,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from limosa.errors import Cancelled, LimosaError, MigrationFailed, NotConverging, PreflightRefused, QemuGone
-from limosa.migration import again, convergence, disks, layers, mirrors, progress
+from limosa.migration import again, convergence, disks, layers, mirrors, progress, rest
 from limosa.migration.convergence import Convergence
 from limosa.migration.examination import Examined, Question, both, examine
 from limosa.migration.home import Home, Terms
@@ -44,6 +44,7 @@ from limosa.model.route import Route
 from limosa.model.units import MIB
 from limosa.qemu.protocol import Event, MachineProtocol, MigrationState, MigrationStatistics, RunState, StreamParameters
 from limosa.security.stream import make_credentials
+from limosa.transport import tcp
 from limosa.transport.channel import Channel, SocketChannel
 from limosa.transport.choice import connected
 from limosa.wire.peer import Prepare, Prepared, StreamCredentials
@@ -386,7 +387,9 @@ class SourceMove:
     async def _everything_followed(self, machine: MachineProtocol) -> None:
         """After a post-copy: QEMU here must live until the destination has fetched all memory."""
         try:
-            while (await machine.migration()).state in POST_COPY:
+            while (state := (await machine.migration()).state) in POST_COPY:
+                if state is MigrationState.POSTCOPY_PAUSED:
+                    await rest.mend(self, machine)
                 self.report.note("the guest runs at the destination, the rest of its memory follows")
                 await asyncio.sleep(LOOK_EVERY_S)
             if self.sent.done() and self.sent.result() in POST_COPY:
@@ -496,6 +499,8 @@ class SourceMove:
                 await machine.set_throttle(percent, convergence.THROTTLE_STEP_PERCENT)
             case convergence.StartPostCopy():
                 self._way_back = False
+                if self.channel is not None and isinstance(self.channel.stream, socket.socket):
+                    tcp.end_in_silence(self.channel.stream)
                 await machine.start_post_copy()
             case convergence.GiveUp(why):
                 vm = self.header.vm.name

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from limosa.errors import QemuError
 
-QMP, CONSOLE, VNC, STREAM, DISKS = "qmp.sock", "console.sock", "vnc.sock", "stream", "disks"
+QMP, CONSOLE, VNC, STREAM, DISKS, REST = "qmp.sock", "console.sock", "vnc.sock", "stream", "disks", "rest.sock"
 
 _SOCKET_PATH_MAX = 107
 
@@ -47,7 +47,7 @@ def create(run_dir: Path, owner: tuple[int, int] | None) -> None:
 
 def remove(run_dir: Path) -> None:
     """Remove what :func:`create` and QEMU made, and the folder unless something else is in it."""
-    for name in (QMP, CONSOLE, VNC):
+    for name in (QMP, CONSOLE, VNC, REST):
         (run_dir / name).unlink(missing_ok=True)
     shutil.rmtree(run_dir / STREAM, ignore_errors=True)
     try:

@@ -88,10 +88,15 @@ class Monitor:
 
         return unsubscribe
 
-    async def execute(self, command: str, arguments: Mapping[str, object] | None = None) -> Any:
-        """QEMU's answer to ``command``. See the module's text for what the errors mean."""
+    async def execute(
+        self, command: str, arguments: Mapping[str, object] | None = None, *, out_of_band: bool = False
+    ) -> Any:
+        """QEMU's answer to ``command``. See the module's text for what the errors mean.
+
+        ``out_of_band``: also from a QEMU whose main loop stands still, for the few commands it takes so.
+        """
         try:
-            return await self._client.execute(command, arguments)
+            return await self._client.execute(command, arguments, oob=out_of_band)
         except ExecuteError as error:
             raise QemuError(f"{self._name} refused {command}", why=str(error)) from error
         except ExecInterruptedError as error:

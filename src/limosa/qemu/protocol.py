@@ -250,6 +250,10 @@ class MachineProtocol(CopyingProtocol, Protocol):
     async def start_post_copy(self) -> None:
         """Source: switch over now and send the rest behind. There is no way back."""
 
+    async def send_rest(self, stream: socket.socket) -> None:
+        """Source: go on, over another stream, with a post-copy whose own broke (``POSTCOPY_PAUSED``). As
+        :meth:`migrate`; may be repeated as often as that breaks."""
+
     async def continue_migration(self) -> None:
         """Source: go on with a migration that waits before its switchover (``StreamParameters.pause``)."""
 
@@ -262,6 +266,10 @@ class MachineProtocol(CopyingProtocol, Protocol):
 
         With an address QEMU listens there itself, by RDMA, when this returns. A QEMU that could not is of no
         further use: it refuses all other streams too (migration_incoming_state_setup in migration/migration.c)."""
+
+    async def receive_rest(self, stream: socket.socket) -> None:
+        """Destination: take the rest of a post-copy, whose stream broke, from another one, which is the machine's from
+        now on. QEMU answers this also while it waits for a page of the guest with all else standing still."""
 
     async def migration(self) -> MigrationStatistics:
         """How the migration stands, as seen from this side."""

@@ -75,9 +75,11 @@ class Session:
         await self._monitor.close()
         folder.remove(self.run_dir)
 
-    async def _execute(self, command: str, arguments: Mapping[str, object] | None = None) -> Any:
+    async def _execute(
+        self, command: str, arguments: Mapping[str, object] | None = None, *, out_of_band: bool = False
+    ) -> Any:
         try:
-            return await self._monitor.execute(command, arguments)
+            return await self._monitor.execute(command, arguments, out_of_band=out_of_band)
         except (QemuGone, OutcomeUnknown) as error:
             if await self.process.ends(DYING_S):
                 raise QemuGone(f"QEMU with pid {self.pid} has ended", why=self.process.exit_text()) from error

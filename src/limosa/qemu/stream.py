@@ -11,14 +11,17 @@ import math
 import socket
 from contextlib import suppress
 
-from limosa.errors import OutcomeUnknown, QemuError
+from limosa.errors import OutcomeUnknown, QemuError, QemuGone
 from limosa.qemu import folder, statistics
 from limosa.qemu.credentials import Endpoint
 from limosa.qemu.protocol import MigrationState, MigrationStatistics, RdmaAddress, StreamParameters
 from limosa.qemu.session import Session, greeted_in_time
+from limosa.qemu.splice import splice
 from limosa.security.tls import SERVER_NAME
 
 _FINAL_FIGURES_LOOKS = 50
+#: A destination in post-copy that was told to give its stream up does so within milliseconds.
+_PAUSED_LOOKS, _PAUSED_LOOK_S = 100, 0.05
 _TLS_ID = "stream-tls"
 _STREAM_FD = "stream"
 #: On both sides. Return path: the source knows what the destination has loaded. Late activation: the destination keeps
@@ -70,10 +73,18 @@ class Stream(Session):
         """Start to send the VM into ``stream``. Returns as soon as QEMU has accepted, and has a TLS session if there is
         to be one; nothing is sent if it refuses. Raises :class:`QemuError` also if the other end does not answer."""
         if isinstance(stream, RdmaAddress):
-            return await self._over(stream, "migrate")
+            await self._execute("migrate", {"uri": stream.uri})
+        else:
+            await self._send(stream, {})
+
+    async def send_rest(self, stream: socket.socket) -> None:
+        """Go on over ``stream`` with a post-copy whose own broke. As :meth:`migrate`."""
+        await self._send(stream, {"resume": True})
+
+    async def _send(self, stream: socket.socket, options: dict[str, object]) -> None:
         try:
             async with greeted_in_time(stream):
-                await self._over(stream, "migrate")
+                await self._with_descriptor(stream, "migrate", options)
         except TimeoutError:
             raise QemuError("memory could not be sent", why="the destination's QEMU does not answer") from None
 
@@ -109,21 +120,46 @@ class Stream(Session):
 
     async def receive(self, stream: socket.socket | RdmaAddress) -> None:
         """Load the VM from ``stream``. Returns as soon as QEMU has accepted."""
-        await self._over(stream, "migrate-incoming")
+        if isinstance(stream, RdmaAddress):
+            await self._execute("migrate-incoming", {"uri": stream.uri})
+        else:
+            await self._with_descriptor(stream, "migrate-incoming", {})
+
+    async def receive_rest(self, stream: socket.socket) -> None:
+        """Take the rest of a post-copy from ``stream``, which is this machine's from now on.
+
+        The main loop may wait for a page of the guest that has not come, and with it whatever it answers. So QEMU is
+        asked out of band, for which it takes no descriptors (docs/devel/migration/postcopy.rst), and the stream is
+        carried into a socket of its own.
+        """
+        path = self.run_dir / folder.REST
+        path.unlink(missing_ok=True)
+        with suppress(QemuError):  # it has noticed by itself
+            await self._execute("migrate-pause", out_of_band=True)
+        for last in (*[False] * _PAUSED_LOOKS, True):
+            try:
+                await self._execute("migrate-recover", {"uri": f"unix:{path}"}, out_of_band=True)
+                break
+            except QemuError as error:
+                if last or isinstance(error, QemuGone | OutcomeUnknown):
+                    raise
+                await asyncio.sleep(_PAUSED_LOOK_S)
+        inner = socket.socket(socket.AF_UNIX)
+        try:
+            inner.connect(str(path))
+        except OSError as error:
+            inner.close()
+            raise QemuError("QEMU does not take the rest of a post-copy", why=error.strerror or str(error)) from error
+        path.unlink(missing_ok=True)
+        splice(stream, inner)
 
     # --- inside ---
 
-    async def _over(self, stream: socket.socket | RdmaAddress, command: str) -> None:
-        if isinstance(stream, RdmaAddress):
-            await self._execute(command, {"uri": stream.uri})
-        else:
-            await self._with_descriptor(stream, command)
-
-    async def _with_descriptor(self, stream: socket.socket, command: str) -> None:
+    async def _with_descriptor(self, stream: socket.socket, command: str, options: dict[str, object]) -> None:
         stream.setblocking(True)  # the flag is shared by both descriptors, and QEMU sets it as it needs it
         await self._monitor.give_descriptor(_STREAM_FD, stream.fileno())
         try:
-            await self._execute(command, {"uri": f"fd:{_STREAM_FD}"})
+            await self._execute(command, {"uri": f"fd:{_STREAM_FD}", **options})
         except QemuError:
             with suppress(QemuError):
                 await self._monitor.execute("closefd", {"fdname": _STREAM_FD})

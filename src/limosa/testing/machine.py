@@ -28,6 +28,11 @@ _UNDER_WAY = (
     MigrationState.PRE_SWITCHOVER,
     MigrationState.DEVICE,
 )
+_IN_POST_COPY = (
+    MigrationState.POSTCOPY_ACTIVE,
+    MigrationState.POSTCOPY_RECOVER_SETUP,
+    MigrationState.POSTCOPY_RECOVER,
+)
 _STOPPED_BY_MIGRATION = (RunState.FINISH_MIGRATE, RunState.POSTMIGRATE)
 
 
@@ -163,6 +168,14 @@ class FakeMachine(FakeDisks):
             raise QemuError("QEMU refused migrate-start-postcopy", why="post-copy was not enabled")
         self._post_copy.set()
 
+    async def send_rest(self, stream: socket.socket) -> None:
+        """See the protocol."""
+        await self._answer()
+        if self._statistics.state is not MigrationState.POSTCOPY_PAUSED:
+            raise QemuError("QEMU refused migrate", why="Cannot resume if there is no paused migration")
+        self._migration_is(MigrationState.POSTCOPY_RECOVER_SETUP)
+        self._stream = asyncio.create_task(self._send_rest(self.wire.dial(stream)))
+
     async def continue_migration(self) -> None:
         """See the protocol."""
         await self._answer()
@@ -184,6 +197,17 @@ class FakeMachine(FakeDisks):
         if isinstance(stream, RdmaAddress):
             stream = self.wire.listen(stream)
         self._meeting = asyncio.create_task(self._meet(stream.dup()))
+
+    async def receive_rest(self, stream: socket.socket) -> None:
+        """See the protocol."""
+        await asyncio.sleep(0)
+        if self.gone.is_set():
+            raise QemuGone("QEMU has ended", why=self._exit_text)
+        if self._statistics.state is not MigrationState.POSTCOPY_PAUSED:
+            raise QemuError(
+                "QEMU refused migrate-recover", why="Migrate recover can only be run when postcopy is paused."
+            )
+        self._meeting = asyncio.create_task(self._meet_again(stream))
 
     async def migration(self) -> MigrationStatistics:
         """See the protocol."""
@@ -232,6 +256,23 @@ class FakeMachine(FakeDisks):
             await self._break_off(destination, str(end), was_running=was_running)
             return
         self._count(total_s=self.wire.now - began, remaining_bytes=0)
+        self._migration_is(MigrationState.COMPLETED)
+        await asyncio.sleep(0)  # QEMU, too, enters the state a moment after the event
+        self._enter(RunState.POSTMIGRATE)
+
+    async def _send_rest(self, stream: socket.socket) -> None:
+        destination: FakeMachine | None = None
+        try:
+            with stream:
+                destination = await self.wire.call(stream)
+            for state in (MigrationState.POSTCOPY_RECOVER, MigrationState.POSTCOPY_ACTIVE):
+                self._migration_is(state)
+                destination._migration_is(state)
+            await self.wire.arrive(Stage.LOADED)
+            destination._migration_is(MigrationState.COMPLETED)
+        except StreamBroken as end:
+            await self._break_off(destination, str(end), was_running=True)
+            return
         self._migration_is(MigrationState.COMPLETED)
         await asyncio.sleep(0)  # QEMU, too, enters the state a moment after the event
         self._enter(RunState.POSTMIGRATE)
@@ -314,10 +355,15 @@ class FakeMachine(FakeDisks):
         except StreamBroken as end:
             self.die(f"load of migration failed: {end}")
 
+    async def _meet_again(self, stream: socket.socket) -> None:
+        with contextlib.suppress(StreamBroken), stream:
+            await self.wire.answer(self, stream)
+
     async def _break_off(self, destination: FakeMachine | None, error: str, *, was_running: bool) -> None:
         """The stream ended early. A destination without the whole state ends; here the guest goes on."""
-        if destination is not None and self._statistics.state is MigrationState.POSTCOPY_ACTIVE:
-            destination._migration_is(MigrationState.POSTCOPY_PAUSED)
+        if self._statistics.state in _IN_POST_COPY:
+            if destination is not None:
+                destination._migration_is(MigrationState.POSTCOPY_PAUSED)
             self._migration_is(MigrationState.POSTCOPY_PAUSED)
             return
         if destination is not None and destination._run_state is RunState.INMIGRATE:

@@ -12,14 +12,16 @@ from collections.abc import AsyncIterator, Callable, Sequence
 
 import msgspec
 
+from limosa.errors import QemuGone
 from limosa.migration.destination import Destination
 from limosa.migration.peer import SendLayers
 from limosa.model.base import MigrationId
 from limosa.model.facts import DestinationFacts
 from limosa.model.storage import BackingFile
 from limosa.model.vm import Accelerator, VmConfig
+from limosa.qemu.protocol import MachineProtocol
 from limosa.transport import tcp
-from limosa.wire.peer import LayersAwaited, Offered, Prepare, Prepared, Running, Standing
+from limosa.wire.peer import LayersAwaited, Offered, Prepare, Prepared, RestAwaited, Running, Standing
 
 
 class LocalPeer:
@@ -32,6 +34,7 @@ class LocalPeer:
         self._facts = facts
         self._ports = ports
         self._trial = contextlib.AsyncExitStack()
+        self._rest: asyncio.Task[None] | None = None
 
     async def inspect(self, vm: VmConfig, accelerator: Accelerator) -> tuple[DestinationFacts, float]:
         """See :class:`limosa.migration.peer.Peer`."""
@@ -67,6 +70,20 @@ class LocalPeer:
         """See :class:`limosa.migration.peer.Peer`."""
         await self._destination.adopted()
 
+    async def await_rest(self) -> RestAwaited:
+        """See :class:`limosa.migration.peer.Peer`."""
+        machine = self._destination.machine
+        assert machine is not None
+        if machine.gone.is_set():
+            raise QemuGone("the VM does not run any more")
+        door = tcp.TcpDoorway(self._facts.addresses[0], self._ports)
+        self._rest = asyncio.ensure_future(self._receive_rest(door, machine))
+        return RestAwaited(addresses=self._facts.addresses, port=door.port, token=door.token)
+
+    async def _receive_rest(self, door: tcp.TcpDoorway, machine: MachineProtocol) -> None:
+        with contextlib.closing(door):
+            await machine.receive_rest(await door.accept())
+
     async def abort(self, reason: str) -> None:
         """See :class:`limosa.migration.peer.Peer`."""
         await self._destination.abort(reason)
@@ -77,6 +94,8 @@ class LocalPeer:
 
     async def close(self) -> None:
         """See :class:`limosa.migration.peer.Peer`."""
+        if self._rest is not None:
+            self._rest.cancel()
         await self._trial.aclose()
 
 

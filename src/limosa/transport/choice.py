@@ -11,14 +11,15 @@ What guides ``auto``: more NICs are faster as long as the NICs are what a move w
 NIC of some gigabits by itself; beyond that the processor is the limit, and then plain TCP, which costs less of it, is
 the faster one (measured on links without a limit: 006-transports). What is encrypted goes through relays anyway, whose
 TLS costs less than QEMU's, and which compress as far as that is faster; what is not, where the NICs are slower than a
-processor compresses.
+processor compresses. Where post-copy is allowed it takes no relays: a broken stream of QEMU's own can be mended in
+post-copy, what a relay had on its way is lost with it.
 """
 
 from __future__ import annotations
 
 import ipaddress
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import msgspec
 
@@ -61,6 +62,8 @@ class Ends:
     capped: bool = False
     #: the VM's, 0 where none is meant
     memory_mib: int = 0
+    #: whether the move may end in post-copy
+    post_copy: bool = False
 
 
 def choose(ends: Ends, asked: str, blocked: Collection[str] = ()) -> Route:
@@ -71,6 +74,8 @@ def choose(ends: Ends, asked: str, blocked: Collection[str] = ()) -> Route:
     """
     if asked not in ("auto", "rdma"):
         return _asked(ends, asked, blocked)
+    if ends.post_copy and not ends.no_relay:
+        ends = replace(ends, no_relay="post-copy is allowed, and a relay that ended would take the guest with it")
     direct = _direct(ends, blocked)
     ways = rdma.paths(ends.here, ends.there, direct)
     sides = ends.source, ends.destination, ends.here, ends.there

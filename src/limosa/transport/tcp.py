@@ -33,6 +33,10 @@ TOKEN_WITHIN_S = 5.0
 #: So many callers are asked for the token at once: one who keeps silent delays nobody.
 PORTERS = 8
 
+#: What was sent in post-copy and is not acknowledged after this long ends the stream (TCP_USER_TIMEOUT, tcp(7)): by
+#: itself the kernel goes on for a quarter of an hour, for which the guest would wait.
+SILENT_MS = 10_000
+
 _TOKEN_BYTES = 16
 #: Where tcpi_bytes_acked, tcpi_busy_time and tcpi_rwnd_limited (microseconds) lie in struct tcp_info (linux/tcp.h).
 _BYTES_ACKED_AT, _BUSY_TIME_AT, _RECEIVER_LIMITED_AT = 120, 168, 176
@@ -193,6 +197,23 @@ async def connect(address: str, port: int, token: str, source: str = "") -> TcpC
     Raises :class:`DestinationLost` if it cannot be reached.
     """
     return TcpChannel(await call(address, port, token, source))
+
+
+async def connect_any(addresses: Iterable[str], port: int, token: str) -> TcpChannel:
+    """A connection to the first of these addresses that can be reached. Raises :class:`DestinationLost`."""
+    failure = DestinationLost("the destination has no address in a network that may carry moves")
+    for address in addresses:
+        try:
+            return await connect(address, port, token)
+        except DestinationLost as error:
+            failure = error
+    raise failure
+
+
+def end_in_silence(connection: socket.socket) -> None:
+    """Have a connection end when its other end is silent for :data:`SILENT_MS`, if its protocol can. Never raises."""
+    with contextlib.suppress(OSError):
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, SILENT_MS)
 
 
 async def call(

@@ -237,6 +237,22 @@ class Adopted(Message, tag="adopted", frozen=True):
     """It is durable at the destination that the VM belongs to it."""
 
 
+class AwaitRest(Message, tag="await-rest", frozen=True):
+    """The stream broke in post-copy: await another for the rest of the guest's memory."""
+
+
+class RestAwaited(Message, tag="rest-awaited", frozen=True):
+    """The answer: the destination waits for that connection for as long as the session lasts.
+
+    Who connects must say ``token`` first.
+    """
+
+    #: in the destination's order; the port is the same on all
+    addresses: Annotated[tuple[Address, ...], Meta(max_length=256)]
+    port: int
+    token: Annotated[str, Meta(pattern=r"\A[0-9a-f]{32}\Z")]
+
+
 class Abort(Message, tag="abort", frozen=True):
     """Destroy what was prepared."""
 
@@ -292,7 +308,7 @@ class Lost(Message, frozen=True, tag="lost"):
     fault: Fault
 
 
-FromSource = Hello | Inspect | FindFiles | Prepare | Announce | DisksWhole | TakeOver | Abort | Attach
+FromSource = Hello | Inspect | FindFiles | Prepare | Announce | DisksWhole | TakeOver | AwaitRest | Abort | Attach
 FromDestination = (
     Welcome
     | Facts
@@ -303,6 +319,7 @@ FromDestination = (
     | Offered
     | Running
     | Adopted
+    | RestAwaited
     | Gone
     | Standing
     | Failed

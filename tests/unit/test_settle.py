@@ -1,0 +1,322 @@
+"""Bringing a move to its end while its destination is away: what the source may still touch by then."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import msgspec
+import pytest
+
+from harness.homes import BareHome
+from harness.landings import VM, header
+from limosa.errors import Cancelled, HostUnreachable, LimosaError
+from limosa.host.outgoing import Outgoing
+from limosa.host.views import Views
+from limosa.host.vms import HostedVm
+from limosa.migration.home import Terms
+from limosa.migration.journal import Journal
+from limosa.migration.ownership import SourceStep
+from limosa.migration.report import Report
+from limosa.migration.settle import Settlement
+from limosa.migration.source import SourceMove
+from limosa.model.migration import Migration, Outcome, Phase, Progress, Side
+from limosa.model.vm import VmState
+from limosa.qemu.protocol import MigrationState, RunState
+from limosa.settings.host import ConvergencePolicy, HostSettings
+from limosa.testing.guest import FakeGuest
+from limosa.testing.machine import FakeMachine
+from limosa.testing.wire import Wire
+from limosa.wire.peer import DestinationState, Standing
+
+FIRST, SECOND = "first0000000", "second000000"
+CAUSE = Cancelled("the move was cancelled")
+
+
+class There:
+    """A destination as the source's settlement knows it: it can be away, and hears of an abort."""
+
+    host = "there"
+
+    def __init__(self, state: DestinationState, *, away: bool) -> None:
+        self.state = state
+        self.away = away
+        self.asked = 0
+        self.lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    async def dial(self) -> Any:
+        self.asked += 1
+        if self.away:
+            raise HostUnreachable("host 'there' cannot be reached")
+        return self
+
+    async def attach(self, migration: str) -> Standing:
+        return Standing(self.state)
+
+    async def abort(self, reason: str) -> None:
+        self.state = DestinationState.GONE
+
+    async def close(self) -> None: ...
+
+
+class Here(BareHome):
+    """The source's host. Giving the VM back is noted with the step its journal has then."""
+
+    def __init__(self, machine: FakeMachine, journal: Journal) -> None:
+        super().__init__(machine)
+        self.given_back: list[str | None] = []
+        self.shared = 0
+        self._journal = journal
+
+    async def reclaim(self) -> None: ...
+
+    async def withdraw(self) -> None:
+        assert self._journal.step == SourceStep.UNDOING, "the next daemon would not do it"
+
+    async def vm_stays(self) -> None:
+        self.given_back.append(self._journal.step)
+
+    async def vm_crashed(self) -> None:
+        self.given_back.append(self._journal.step)
+
+    async def sending(self) -> None:
+        self.shared += 1
+
+
+def view() -> Migration:
+    return Migration(
+        id=FIRST,
+        vm="vm",
+        source="here",
+        destination="there",
+        side=Side.SOURCE,
+        transport="tcp",
+        phase=Phase.COPY,
+        outcome=Outcome.UNDER_WAY,
+        progress=Progress(),
+        accepted_at=0.0,
+    )
+
+
+class World:
+    """A move that broke with these steps in its journal; its guest runs."""
+
+    def __init__(self, folder: Path, there: There, *steps: SourceStep) -> None:
+        self.there = there
+        self.machine = FakeMachine(Wire(), FakeGuest(0))
+        self.journal = Journal.begin(folder, msgspec.structs.replace(header(Side.SOURCE), migration=FIRST))
+        for step in steps:
+            self.journal.record(step, 0.0)
+        self.home = Here(self.machine, self.journal)
+        self.report = Report(view(), lambda view: None)
+        self.settlement = self.settling(self.journal)
+
+    def settling(self, journal: Journal) -> Settlement:
+        terms = Terms(ConvergencePolicy(), "tcp", encrypt=False)
+        dial = cast(Any, self.there.dial)
+        return Settlement(SourceMove(journal, self.machine, dial, cast(Any, self.home), terms, self.report), CAUSE)
+
+
+def play(scenario: Callable[[], Awaitable[None]]) -> None:
+    async def limited() -> None:
+        async with asyncio.timeout(20):
+            await scenario()
+
+    asyncio.run(limited())
+
+
+async def until(what: Callable[[], bool]) -> None:
+    while not what():  # noqa: ASYNC110 - anything may make it true
+        await asyncio.sleep(0)
+
+
+MIGRATING = (SourceStep.PREPARING, SourceStep.MIGRATING)
+
+
+@pytest.mark.parametrize("dies", [False, True])
+def test_it_is_written_that_the_vm_is_home_before_it_is_given_back(tmp_path: Path, dies: bool) -> None:
+    async def scenario() -> None:
+        world = World(tmp_path, There(DestinationState.INCOMING, away=True), *MIGRATING)
+        await world.machine.resume()
+        if dies:
+            world.machine.die("")
+        running = asyncio.ensure_future(world.settlement.run())
+        await until(lambda: world.there.asked > 1)
+        assert world.home.given_back == [SourceStep.HOME]
+        assert world.report.now.outcome is Outcome.CANCELLED
+        assert world.home.shared == 1
+        world.there.away = False
+        await running
+        assert world.there.state is DestinationState.GONE
+        assert world.home.given_back == [SourceStep.HOME]
+        assert [record.step for record in world.journal.records][2:] == ["undoing", "home", "undone"]
+
+    play(scenario)
+
+
+@pytest.mark.parametrize("now", ["paused", "stopped", "moved away and back"])
+def test_what_its_users_did_with_it_since_is_left_as_it_is(tmp_path: Path, now: str) -> None:
+    async def scenario() -> None:
+        steps = (*MIGRATING, SourceStep.UNDOING, SourceStep.HOME)
+        world = World(tmp_path, There(DestinationState.LOADED, away=False), *steps)
+        if now == "stopped":
+            world.machine.die("")
+        if now == "moved away and back":
+            world.machine._migration_is(MigrationState.COMPLETED)
+        before = list(world.machine.events)
+        await world.settling(Journal.load(world.journal.path)).run()
+        assert world.machine.events == before
+        assert world.home.given_back == []
+        assert world.there.state is DestinationState.GONE
+        assert world.report.now.outcome is Outcome.CANCELLED
+
+    play(scenario)
+
+
+def test_a_vm_that_a_person_gave_to_the_destination_meanwhile_is_told_of(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        steps = (*MIGRATING, SourceStep.UNDOING, SourceStep.HOME)
+        world = World(tmp_path, There(DestinationState.OWNED, away=False), *steps)
+        await world.machine.resume()
+        await world.settlement.run()
+        assert await world.machine.status() is RunState.RUNNING
+        assert world.report.now.outcome is Outcome.FAILED
+        assert world.report.now.fault is not None
+        assert world.report.now.fault.code == "owner-unknown"
+
+    play(scenario)
+
+
+def test_a_cancel_that_came_too_late_lets_the_guest_go_on_when_the_destination_has_destroyed_it(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        world = World(tmp_path, There(DestinationState.LOADED, away=False), *MIGRATING, SourceStep.UNDOING)
+        world.machine._migration_is(MigrationState.COMPLETED)
+        await world.settlement.run()
+        assert await world.machine.status() is RunState.RUNNING
+        assert world.home.given_back == [SourceStep.HOME]
+
+    play(scenario)
+
+
+def test_a_person_is_heard_once_and_the_destination_asked_no_more_often_for_it(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        world = World(tmp_path, There(DestinationState.INCOMING, away=True), *MIGRATING)
+        waiting = asyncio.ensure_future(world.settlement._wait(3600))
+        await asyncio.sleep(0)
+        world.settlement.resolved.set_result(Side.SOURCE)
+        await waiting
+        waiting = asyncio.ensure_future(world.settlement._wait(3600))
+        for _ in range(10):
+            await asyncio.sleep(0)
+        assert not waiting.done()
+        waiting.cancel()
+
+    play(scenario)
+
+
+class TestByADaemon:
+    """What a daemon makes of broken moves, and of the journals of an earlier one."""
+
+    @pytest.fixture
+    def there(self) -> dict[str, DestinationState | None]:
+        """How destinations answer, by their address; None: they are away."""
+        return {}
+
+    def test_a_move_whose_destination_has_died_keeps_no_other_from_going(
+        self, tmp_path: Path, there: dict[str, DestinationState | None], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        async def breaks(move: SourceMove) -> None:
+            move.report.enter(Phase.COPY)
+            move.journal.record(SourceStep.PREPARING, 0.0)
+            raise HostUnreachable("host 'x' cannot be reached")
+
+        async def scenario() -> None:
+            there["x"] = None
+            monkeypatch.setattr(SourceMove, "run", breaks)
+            machine = FakeMachine(Wire(), FakeGuest(0))
+            hosted = HostedVm(VM, VmState.RUNNING, machine=cast(Any, machine))
+            outgoing = self.outgoing(tmp_path, hosted, there, monkeypatch)
+            journal = self.journal(tmp_path, FIRST, "x")
+            await outgoing.recover(journal)
+            await until(lambda: journal.step == SourceStep.HOME)
+            assert outgoing.slots.taken == 0
+            (move,) = outgoing._active.values()
+            await machine.set_bandwidth(7)  # the share of a later move of the same VM
+            move.home.own_cap = 1
+            await outgoing._bandwidth.share()
+            assert machine.parameters is not None
+            assert machine.parameters.bandwidth_bytes_per_s == 7
+            assert outgoing._bandwidth.allowance(FIRST) == 0
+            outgoing._background.cancel()
+
+        play(scenario)
+
+    def outgoing(
+        self, folder: Path, hosted: HostedVm, there: dict[str, DestinationState | None], monkeypatch: pytest.MonkeyPatch
+    ) -> Outgoing:
+        def dialler(_: Outgoing, address: str) -> Any:
+            answer = there[address]
+            return There(answer or DestinationState.GONE, away=answer is None).dial
+
+        monkeypatch.setattr(Outgoing, "_dialler", dialler)
+        page = SimpleNamespace(now=HostSettings(), on_change=lambda callback: None)
+        vms = SimpleNamespace(find=lambda name: hosted)
+        leasing = SimpleNamespace(reclaim=self.nothing, withdraw=self.nothing)
+        parts = SimpleNamespace(name="here", page=page, vms=vms, storage=None, inspector=None, leasing=leasing)
+        return Outgoing(cast(Any, parts), folder, Views("here", folder))
+
+    async def nothing(self, *_: object) -> None: ...
+
+    def journal(self, folder: Path, identity: str, address: str, *steps: SourceStep) -> Journal:
+        its = msgspec.structs.replace(header(Side.SOURCE), migration=identity, address=address)
+        journal = Journal.begin(folder, its)
+        for step in steps:
+            fault = CAUSE.fault() if step is SourceStep.UNDOING else None
+            journal.record(step, 0.0, fault=fault)
+        journal.close()
+        return Journal.load(journal.path)
+
+    def test_an_earlier_move_has_no_say_in_what_a_later_one_left_open(
+        self, tmp_path: Path, there: dict[str, DestinationState | None], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The destination of the earlier one has destroyed its copy; that of the later one may run the guest."""
+
+        async def scenario() -> None:
+            there.update({"x": DestinationState.GONE, "y": None})
+            machine = FakeMachine(Wire(), FakeGuest(0))
+            machine._migration_is(MigrationState.COMPLETED)
+            hosted = HostedVm(VM, VmState.PAUSED, machine=cast(Any, machine))
+            outgoing = self.outgoing(tmp_path, hosted, there, monkeypatch)
+            first = self.journal(tmp_path, FIRST, "x", *MIGRATING, SourceStep.UNDOING, SourceStep.HOME)
+            second = self.journal(tmp_path, SECOND, "y", *MIGRATING, SourceStep.HANDING_OVER)
+            before = list(machine.events)
+            await outgoing.recover(first)
+            await outgoing.recover(second)
+            await until(lambda: first.step == SourceStep.UNDONE)
+            assert outgoing._views.show(FIRST).outcome is Outcome.CANCELLED
+            assert hosted.migration == SECOND
+            assert second.step == SourceStep.HANDING_OVER
+            assert machine.events == before
+            outgoing._background.cancel()
+
+        play(scenario)
+
+    def test_a_vm_that_is_home_can_be_operated_though_its_destination_stays_away(
+        self, tmp_path: Path, there: dict[str, DestinationState | None], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        async def scenario() -> None:
+            there["x"] = None
+            hosted = HostedVm(VM, VmState.STOPPED)
+            outgoing = self.outgoing(tmp_path, hosted, there, monkeypatch)
+            journal = self.journal(tmp_path, FIRST, "x", *MIGRATING, SourceStep.UNDOING, SourceStep.HOME)
+            await outgoing.recover(journal)
+            assert hosted.migration is None
+            await until(lambda: outgoing._views.show(FIRST).outcome is Outcome.CANCELLED)
+            with pytest.raises(LimosaError, match="needs no decision"):
+                await outgoing.resolve(FIRST, Side.SOURCE)
+            outgoing._background.cancel()
+
+        play(scenario)

@@ -1,0 +1,185 @@
+"""VMs that crashed: which of them are started again by themselves."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import msgspec
+import pytest
+
+from harness.landings import VM
+from limosa.errors import StorageError
+from limosa.host.files import Files
+from limosa.host.launching import Found
+from limosa.host.vms import CRASH_LOOP_S, HostedVm, Vms
+from limosa.model.vm import VmConfig, VmState
+from limosa.qemu.protocol import Event
+from limosa.settings import toml
+from limosa.testing.guest import FakeGuest
+from limosa.testing.machine import FakeMachine
+from limosa.testing.wire import Wire
+
+RESTARTS = msgspec.structs.replace(VM, on_crash="restart")
+LONG_AGO = 0.0
+
+
+class FakeLauncher:
+    """Starts fake machines, and knows of the QEMU of an earlier daemon what it is told."""
+
+    def __init__(self) -> None:
+        self.leasing = SimpleNamespace(take=self.nothing, give_back=self.nothing)
+        self.found: Found | None = None
+        self.started: list[FakeMachine] = []
+        self.left: list[str] = []
+        self.has_images = True
+
+    async def nothing(self, *_: object) -> None: ...
+
+    async def attach(self, config: VmConfig) -> Found | None:
+        return self.found
+
+    def accelerator(self, config: VmConfig) -> str:
+        return "tcg"
+
+    def check_memory(self, config: VmConfig, committed_mib: int) -> None: ...
+
+    async def claim_images(self, config: VmConfig) -> None:
+        if not self.has_images:
+            raise StorageError("the image is missing")
+
+    async def launch(self, config: VmConfig, accelerator: str, *, incoming: bool) -> FakeMachine:
+        self.started.append(FakeMachine(Wire(), FakeGuest(0)))
+        return self.started[-1]
+
+    def clean_up(self, config: VmConfig, *, crashed: bool) -> None: ...
+
+    def leave_ended(self, config: VmConfig) -> None:
+        self.left.append(config.name)
+
+
+class World:
+    """A host with the VM ``vm``, as its daemon finds it when it starts."""
+
+    def __init__(self, folder: Path) -> None:
+        self.files = Files(folder / "state", folder / "run")
+        self.launcher = FakeLauncher()
+        self.vms = Vms("here", self.files, cast(Any, self.launcher))
+
+    async def load(self, config: VmConfig, found: Found | None = None) -> HostedVm:
+        path = self.files.vm(config.name) / "vm.toml"
+        path.parent.mkdir(parents=True)
+        toml.write(path, config)
+        self.launcher.found = found
+        assert await self.vms.load() == []
+        return self.vms.get(config.name)
+
+    async def in_a_move(self, config: VmConfig, *, started_at: float = LONG_AGO) -> HostedVm:
+        hosted = await self.load(config)
+        await self.vms.start(hosted)
+        hosted.started_at = started_at
+        hosted.migration = "m1"
+        return hosted
+
+    async def broken_off(self, hosted: HostedVm) -> None:
+        """Its QEMU has died, and so its move has ended."""
+        await self.vms._background.idle()
+        hosted.migration = None
+        await self.vms.crashed(hosted)
+
+
+@pytest.fixture
+def play(tmp_path: Path) -> Callable[[Callable[[World], Awaitable[None]]], None]:
+    def run(scenario: Callable[[World], Awaitable[None]]) -> None:
+        async def limited() -> None:
+            async with asyncio.timeout(20):
+                await scenario(World(tmp_path))
+
+        asyncio.run(limited())
+
+    return run
+
+
+Play = Callable[[Callable[[World], Awaitable[None]]], None]
+
+
+class TestInAMove:
+    """Its QEMU died while the VM moved."""
+
+    def test_it_is_restarted_if_that_is_wanted(self, play: Play) -> None:
+        async def scenario(world: World) -> None:
+            hosted = await world.in_a_move(RESTARTS)
+            world.launcher.started[0].die("")
+            await world.broken_off(hosted)
+            assert len(world.launcher.started) == 2
+            assert hosted.state is VmState.RUNNING
+
+        play(scenario)
+
+    def test_a_guest_that_shut_down_stays_so(self, play: Play) -> None:
+        async def scenario(world: World) -> None:
+            hosted = await world.in_a_move(RESTARTS)
+            machine = world.launcher.started[0]
+            world.vms._on_event(hosted, Event("SHUTDOWN", {"guest": True}, 0.0))
+            machine.die("")
+            await world.broken_off(hosted)
+            assert (hosted.state, len(world.launcher.started)) == (VmState.STOPPED, 1)
+
+        play(scenario)
+
+    def test_one_that_crashes_at_once_is_left_also_by_the_next_daemon(self, play: Play) -> None:
+        async def scenario(world: World) -> None:
+            hosted = await world.in_a_move(RESTARTS, started_at=time.time() - CRASH_LOOP_S / 2)
+            world.launcher.started[0].die("")
+            await world.broken_off(hosted)
+            assert (hosted.state, len(world.launcher.started)) == (VmState.CRASHED, 1)
+            assert "vm" in world.launcher.left
+
+        play(scenario)
+
+    def test_one_that_cannot_be_restarted_says_why_and_the_move_goes_on_to_its_end(self, play: Play) -> None:
+        async def scenario(world: World) -> None:
+            hosted = await world.in_a_move(RESTARTS)
+            world.launcher.has_images = False
+            world.launcher.started[0].die("Segmentation fault")
+            await world.broken_off(hosted)
+            assert hosted.state is VmState.CRASHED
+            assert hosted.reason == "Segmentation fault; it could not be restarted: the image is missing"
+
+        play(scenario)
+
+
+class TestWithoutADaemon:
+    """Its QEMU ended while no daemon was there."""
+
+    @pytest.mark.parametrize(
+        ("config", "left", "migration", "doubt", "starts"),
+        [
+            (RESTARTS, False, None, "", True),
+            (VM, False, None, "", False),
+            (RESTARTS, True, None, "", False),
+            (RESTARTS, False, "m1", "", False),
+            (RESTARTS, False, None, "a journal is damaged", False),
+        ],
+        ids=["restart", "stop", "left by an earlier daemon", "in a move", "may run elsewhere"],
+    )
+    def test_it_is_restarted_if_it_is_to_be(
+        self, play: Play, config: VmConfig, left: bool, migration: str | None, doubt: str, starts: bool
+    ) -> None:
+        async def scenario(world: World) -> None:
+            hosted = await world.load(config, Found(None, "tcg", LONG_AGO, left))
+            assert hosted.state is VmState.CRASHED
+            hosted.migration, world.vms.doubt = migration, doubt
+            world.vms.restart_died()
+            if starts:
+                while hosted.state is not VmState.RUNNING:  # noqa: ASYNC110 - the fake takes a few turns
+                    await asyncio.sleep(0)
+            else:
+                await world.vms._background.idle()
+            assert len(world.launcher.started) == int(starts)
+
+        play(scenario)
