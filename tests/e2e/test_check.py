@@ -83,7 +83,8 @@ class TestTheDestination:
     def test_its_port_cannot_be_reached(self, hosts: tuple[LabHost, LabHost]) -> None:
         source, destination = hosts
         # An address on which it listens and to which no way leads from here.
-        with settings(destination, {"migration_networks": ["127.0.0.0/8"]}):
+        local = {"migration_networks": ["127.0.0.0/8"]}
+        with settings(source, local), settings(destination, local):
             assert codes(check(source, "vm", "host2")) == {"port-blocked"}
 
     def test_it_is_on_no_network_that_may_carry_moves(self, hosts: tuple[LabHost, LabHost]) -> None:

@@ -7,6 +7,8 @@ them, unless an administrator has set up policy routing.
 Several paths are one Multipath TCP connection, or, where that is missing on one side or the NICs are unequal, one TCP
 connection each, over which relays spread the stream (*striped*: 011-striping).
 
+Where no network is common, the source's routing decides, as far as the network it leads to is allowed here, too.
+
 What guides ``auto``: more NICs are faster as long as the NICs are what a move waits for. One stream of QEMU's fills a
 NIC of some gigabits by itself; beyond that the processor is the limit, and then plain TCP, which costs less of it, is
 the faster one (measured on links without a limit: 006-transports). What is encrypted goes through relays anyway, whose
@@ -231,7 +233,8 @@ def _except(words: str, blocked: Collection[str]) -> str:
 def _single(ends: Ends, blocked: Collection[str]) -> tuple[Path, ...]:
     """Where one stream may go, best first: over a common network, else wherever the source's routing leads."""
     direct = tuple(_direct(ends, blocked))
-    return direct or tuple(_routed(ends, address) for address in ends.offered if address not in blocked)
+    open_ = (address for address in ends.offered if address not in blocked)
+    return direct or tuple(_routed(ends, address) for address in open_ if is_allowed(address, ends.here.allowed))
 
 
 def _several(ends: Ends, blocked: Collection[str]) -> tuple[Path, ...]:

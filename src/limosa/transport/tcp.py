@@ -236,15 +236,17 @@ async def trial(addresses: Sequence[str], ports: tuple[int, int]) -> AsyncIterat
                 listener.close()
 
 
-async def reachable(address: str, port: int) -> bool:
-    """Whether a connection to ``address`` can be made."""
+async def reach(address: str, port: int, source: str = "") -> str | None:
+    """The address of ours from which a connection to ``address`` was made, ``source`` if that is given; None if none
+    can be."""
     try:
         async with asyncio.timeout(REACH_WITHIN_S):
-            _, writer = await asyncio.open_connection(address, port)
+            _, writer = await asyncio.open_connection(address, port, local_addr=(source, 0) if source else None)
     except (OSError, TimeoutError):
-        return False
+        return None
+    own = str(writer.get_extra_info("sockname")[0])
     writer.transport.abort()
-    return True
+    return own
 
 
 def used_by(info: bytes, here: str, there: str) -> Used:
