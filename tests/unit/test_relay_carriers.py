@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import socket
+import struct
 from collections.abc import Awaitable, Callable
 from typing import Any, cast
 
 import pytest
 
 from limosa.errors import RelayFailed
+from limosa.transport import tcp
 from limosa.transport.channel import Used
 from limosa.transport.relay import carriers
 from limosa.transport.relay.carriers import Carriers
@@ -22,15 +25,22 @@ class Connection:
     """A connection over a path."""
 
     def __init__(self, way: tuple[str, str]) -> None:
-        self.stream = None
+        self.stream = socket.socket()
         self.way = way
         self.closed = False
+
+    @property
+    def pace(self) -> int:
+        """What the kernel was told, 0: no cap."""
+        (pace,) = struct.unpack("=Q", self.stream.getsockopt(socket.SOL_SOCKET, tcp._SO_MAX_PACING_RATE, 8))
+        return int(pace) if pace != tcp._NO_PACE else 0
 
     def used(self) -> tuple[Used, ...]:
         return (Used(*self.way, 0, alive=not self.closed),)
 
     def close(self) -> None:
         self.closed = True
+        self.stream.close()
 
 
 class Relay:
@@ -48,7 +58,15 @@ class World:
     def __init__(self) -> None:
         self.dialled: list[tuple[str, str]] = []
         self.made: list[Connection] = []
-        self.carriers = Carriers(cast(Any, self._dial), (FIRST, SECOND), striped=True, is_used=lambda: True)
+        #: bytes per second by the destination's address
+        self.paces: dict[str, int] = {}
+        self.carriers = Carriers(
+            cast(Any, self._dial),
+            (FIRST, SECOND),
+            striped=True,
+            is_used=lambda: True,
+            pace=lambda address: self.paces.get(address, 0),
+        )
 
     async def _dial(self, _prepared: Prepared, way: tuple[str, str]) -> list[Connection]:
         self.dialled.append(way)
@@ -105,6 +123,26 @@ def test_a_path_whose_lanes_do_not_live_is_connected_less_and_less_often(monkeyp
         assert max(pauses) > 4 * carriers.DIAL_EVERY_S
         world.carriers.want(1, (FIRST, SECOND))
         assert not world.carriers._resting, "the NICs have changed"
+
+    play(monkeypatch, scenario)
+
+
+def test_each_lane_is_kept_to_its_own_pace_from_the_beginning_and_when_that_changes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def scenario(world: World) -> None:
+        world.paces = {FIRST[1]: 1_000_000, THIRD[1]: 3_000_000}
+        await world.open()
+        await world.until(lambda: len(world.carriers.forward) == 2)
+        world.carriers.want(1, (FIRST, SECOND, THIRD))
+        await world.until(lambda: len(world.carriers.forward) == 3)
+        # A lane's second connection goes the other way and carries next to nothing.
+        forward = {one.way: one for one in world.made[::2]}
+        assert {way: one.pace for way, one in forward.items()} == {FIRST: 1_000_000, SECOND: 0, THIRD: 3_000_000}
+        world.paces = {SECOND[1]: 5_000_000_000}
+        world.carriers.lose(2, "the cable was cut")
+        world.carriers.pace()
+        assert (forward[FIRST].pace, forward[SECOND].pace) == (0, 5_000_000_000)
 
     play(monkeypatch, scenario)
 

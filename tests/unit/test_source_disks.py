@@ -324,6 +324,19 @@ def test_copies_are_whole_before_the_last_memory_goes(tmp_path: Path) -> None:
     play(tmp_path, scenario)
 
 
+@pytest.mark.parametrize("capped", [False, True])
+def test_nothing_is_learnt_of_networks_while_a_cap_was_kept(tmp_path: Path, capped: bool) -> None:
+    async def scenario(world: World) -> None:
+        learnt: list[Any] = []
+        world.learn = learnt.append  # type: ignore[method-assign]
+        under_way = {Phase.STORAGE, Phase.COPY, Phase.SYNCHRONISE} if capped else set()
+        world.bandwidth = lambda _: 10**9 if world.report.now.phase in under_way else 0  # type: ignore[method-assign]
+        await world.move.run()
+        assert bool(learnt) is not capped
+
+    play(tmp_path, scenario)
+
+
 def test_nobody_can_write_the_disks_any_more_when_the_last_memory_has_not_gone_yet(tmp_path: Path) -> None:
     async def scenario(world: World) -> None:
         go_on = world.here.continue_migration

@@ -199,6 +199,19 @@ def test_nics_on_one_network_are_one_path() -> None:
     assert len(choose(ends(here, there), "multichannel").paths) == 1
 
 
+def test_networks_with_caps_are_as_fast_as_those_and_each_gets_a_stream() -> None:
+    both = pair(1000, 1000, 1000)
+    here = msgspec.structs.replace(both.here, caps_mbit_per_s={"10.78.0.0/24": 900, "10.79.0.0/16": 100})
+    capped = dataclasses.replace(both, here=here, capped=True)
+    route = choose(capped, "multichannel")
+    assert (route.striped, [path.speed_mbit_per_s for path in route.paths]) == (True, [900, 100, 1000])
+    assert "a cap of its own" in route.why
+    unknown = dataclasses.replace(pair(None, 1000), here=msgspec.structs.replace(pair(None).here, caps_mbit_per_s={}))
+    assert choose(unknown, "tcp").paths[0].speed_mbit_per_s is None
+    here = msgspec.structs.replace(unknown.here, caps_mbit_per_s={"10.78.0.0/24": 900})
+    assert choose(dataclasses.replace(unknown, here=here), "tcp").paths[0].speed_mbit_per_s == 900
+
+
 def test_what_is_blocked_or_unplugged_is_no_path() -> None:
     route = choose(pair(500, 500), "auto", blocked={"10.79.0.2"})
     assert (route.transport, nics(route)) == ("compression", ["mig0"])

@@ -72,6 +72,7 @@ class Inspector:
             encrypt=page.encrypt,
             lockable_mib=lockable_mib(),
             carried=self.goodputs.known,
+            caps_mbit_per_s=page.network_bandwidth_mbit_per_s,
         )
 
     async def switches(self) -> tuple[str, ...]:

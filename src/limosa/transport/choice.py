@@ -161,6 +161,9 @@ def _stripes(ends: Ends, several: Sequence[Path]) -> str:
         return ""
     if off := _multipath_off(ends):
         return off
+    # One connection would have to be content with the least of them.
+    if any(ends.here.cap_to(path.there) for path in several):
+        return "each network has a cap of its own"
     speeds = [path.speed_mbit_per_s or 0 for path in several]
     # One connection would use one member of a team.
     if min(speeds) == 0 or any(_has_team(ends, path) for path in several):
@@ -277,7 +280,7 @@ def direct_path(here: HostNetwork, there: HostNetwork, address: str) -> Path | N
     far = there.nic_of(address)
     if far is None or not far.carrier or not is_allowed(address, here.allowed):
         return None
-    paths = [_path(near, own, far, address, here.carried_to(own, address)) for near, own in _neighbours(here, address)]
+    paths = [_path(here, near, own, far, address) for near, own in _neighbours(here, address)]
     return max(paths, key=lambda path: path.speed_mbit_per_s or 0, default=None)
 
 
@@ -291,10 +294,12 @@ def _neighbours(here: HostNetwork, address: str) -> Iterator[tuple[HostNic, str]
                 yield nic, own.address
 
 
-def _path(near: HostNic, own: str, far: HostNic, address: str, carried: int | None) -> Path:
+def _path(here: HostNetwork, near: HostNic, own: str, far: HostNic, address: str) -> Path:
     speeds = near.speed_mbit_per_s, far.speed_mbit_per_s
     slower = None if None in speeds else min(speed for speed in speeds if speed is not None)
-    speed = _real(slower, carried)
+    speed = _real(slower, here.carried_to(own, address))
+    if cap := here.cap_to(address):
+        speed = min(cap, speed or cap)
     return Path(here=own, there=address, nic_here=near.name, nic_there=far.name, speed_mbit_per_s=speed)
 
 

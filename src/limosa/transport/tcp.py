@@ -41,6 +41,8 @@ _TCP_INFO_BYTES = 256
 _UNSENT_BYTES = 128 * 1024
 #: Of that option: what the system's setting says.
 _NO_LIMIT = 0
+_SO_MAX_PACING_RATE = 47  # socket(7)
+_NO_PACE = 2**64 - 1
 
 
 class TcpChannel:
@@ -234,6 +236,14 @@ async def trial(addresses: Sequence[str], ports: tuple[int, int]) -> AsyncIterat
         for listener in (first, *others):
             if listener is not None:
                 listener.close()
+
+
+def pace(connection: socket.socket, bytes_per_s: int) -> None:
+    """Let a connection send so much from now on, 0: as much as it can. TCP keeps to it by itself, also without a queue
+    discipline that does; Multipath TCP has no such option."""
+    with contextlib.suppress(OSError):  # it is closed
+        rate = bytes_per_s or _NO_PACE
+        connection.setsockopt(socket.SOL_SOCKET, _SO_MAX_PACING_RATE, struct.pack("=Q", rate))
 
 
 async def reach(address: str, port: int, source: str = "") -> str | None:

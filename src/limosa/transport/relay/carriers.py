@@ -20,6 +20,7 @@ from typing import Any
 
 from limosa.background import then
 from limosa.errors import LimosaError, RelayFailed
+from limosa.transport import tcp
 from limosa.transport.channel import SocketChannel, Used
 from limosa.transport.relay.client import Relay
 from limosa.transport.relay.control import MAX_LANES
@@ -61,9 +62,21 @@ class _Lane:
 
 
 class Carriers:
-    """The connections of one session. ``is_used``: whether anybody takes part."""
+    """The connections of one session.
 
-    def __init__(self, dial: Dial, ways: Sequence[AddressPair], *, striped: bool, is_used: Callable[[], bool]) -> None:
+    ``is_used``: whether anybody takes part; ``pace``: bytes per second that a lane to an address may carry now, 0: no
+    cap.
+    """
+
+    def __init__(
+        self,
+        dial: Dial,
+        ways: Sequence[AddressPair],
+        *,
+        striped: bool,
+        is_used: Callable[[], bool],
+        pace: Callable[[str], int],
+    ) -> None:
         self._dial = dial
         self._initial = tuple(ways)
         #: by who takes part
@@ -73,6 +86,7 @@ class Carriers:
         self._told: set[tuple[AddressPair, str]] = set()
         self._striped = striped
         self._is_used = is_used
+        self._pace = pace
         #: all there ever were, by number; of a session that is not striped one
         self._lanes: dict[int, _Lane] = {}
         self._joining: dict[AddressPair, asyncio.Task[None]] = {}
@@ -138,6 +152,11 @@ class Carriers:
     def leave(self, who: object) -> None:
         """It takes no part any more."""
         self._wishes.pop(who, None)
+
+    def pace(self) -> None:
+        """Keep each lane to what it may carry now."""
+        for lane in self._lanes.values():
+            self._keep_pace(lane)
 
     def lose(self, number: int, why: str) -> None:
         """The relay has lost a lane, or none came about."""
@@ -218,8 +237,14 @@ class Carriers:
 
     def _add(self, way: AddressPair, connections: Sequence[SocketChannel]) -> int:
         number = len(self._lanes)
-        self._lanes[number] = _Lane(way, connections)
+        lane = self._lanes[number] = _Lane(way, connections)
+        self._keep_pace(lane)
         return number
+
+    def _keep_pace(self, lane: _Lane) -> None:
+        # The connection of a session that is not striped may be many, which no option reaches; QEMU keeps its cap.
+        if self._striped and not lane.lost:
+            tcp.pace(lane.forward.stream, self._pace(lane.way[1]))
 
 
 async def _first(dialling: Mapping[AddressPair, asyncio.Task[Sequence[SocketChannel]]]) -> AddressPair:

@@ -16,7 +16,7 @@ import contextlib
 import itertools
 import secrets
 import socket
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -30,6 +30,9 @@ from limosa.transport.relay.client import DEFAULT_LEVEL, Relay, widen
 from limosa.transport.relay.control import ChannelStatistics
 from limosa.wire.peer import Prepared, RelayPlace, StreamCredentials
 
+#: Bytes per second that a move may use now over a lane to an address, 0: no cap; None: it sends nothing.
+LaneShare = Callable[[str], int | None]
+
 #: After its last move a session is kept for so long.
 LINGER_S = 10.0
 #: What may wait between QEMU and its relay in a shortened stream.
@@ -38,6 +41,11 @@ SHORT_BYTES = 64 * 1024
 ANSWER_WITHIN_S = 1.0
 #: When a stream broke, its relay is about to end, or has nothing to do with it.
 ENDS_WITHIN_S = 1.0
+
+
+def no_cap(_address: str) -> int:
+    """The :data:`LaneShare` of what no cap is for."""
+    return 0
 
 
 class Outbound:
@@ -74,7 +82,7 @@ class Outbound:
         self._user = user
         self._numbers = itertools.count()
         self._seats: set[Seat] = set()
-        self.carriers = Carriers(dial, ways, striped=striped, is_used=lambda: bool(self._seats))
+        self.carriers = Carriers(dial, ways, striped=striped, is_used=lambda: bool(self._seats), pace=self._pace)
         self._starting: asyncio.Task[Relay] | None = None
         self._opening: asyncio.Task[Relay] | None = None
         self._relay: Relay | None = None
@@ -95,8 +103,8 @@ class Outbound:
         ended = self._relay is not None and self._relay.ended.is_set()
         return self._ending or ended or (not self._seats and self._starting is None)
 
-    def seat(self) -> Seat:
-        """A place for another move, to be released when that has ended."""
+    def seat(self, share: LaneShare = no_cap) -> Seat:
+        """A place for another stream of the move that ``share`` is of, to be released when that has ended."""
         place = RelayPlace(
             session=self._token,
             channel=next(self._numbers),
@@ -105,7 +113,7 @@ class Outbound:
             several=self._several,
             striped=self._striped,
         )
-        seat = Seat(self, place)
+        seat = Seat(self, place, share)
         self._seats.add(seat)
         if self._linger is not None:
             self._linger.cancel()
@@ -138,6 +146,11 @@ class Outbound:
         if self._relay is not None and not self._seats:
             self._ending = True
             self._background.spawn(self._relay.end())
+
+    def _pace(self, address: str) -> int:
+        """Bytes per second that all moves here together may use over a lane to an address, 0: no cap."""
+        shares = [share(address) for share in {seat.share for seat in self._seats}]
+        return 0 if 0 in shares else sum(share for share in shares if share is not None)
 
     async def _start(self) -> Relay:
         relay = self._relay = await Relay.start(user=self._user)
@@ -175,8 +188,9 @@ class Outbound:
 class Seat:
     """One move's part in a session. Made by :meth:`Outbound.seat`."""
 
-    def __init__(self, session: Outbound, place: RelayPlace) -> None:
+    def __init__(self, session: Outbound, place: RelayPlace, share: LaneShare) -> None:
         self.place = place
+        self.share = share
         self._session = session
         #: opens the channel; its socket is ours until :meth:`connect` has given it away
         self._opening: asyncio.Task[socket.socket] | None = None
