@@ -100,8 +100,9 @@ class Outbound:
     @property
     def is_over(self) -> bool:
         """Whether nobody takes part any more and nothing is kept, so that a new session is as good."""
-        ended = self._relay is not None and self._relay.ended.is_set()
-        return self._ending or ended or (not self._seats and self._starting is None)
+        if self._relay is not None:
+            return self._ending or self._relay.ended.is_set()
+        return not self._seats if self._starting is None else self._starting.done()  # which failed
 
     def seat(self, share: LaneShare = no_cap) -> Seat:
         """A place for another stream of the move that ``share`` is of, to be released when that has ended."""
@@ -157,6 +158,8 @@ class Outbound:
         relay.on_channel_ended = self._keep_last
         relay.on_lane_lost = self.carriers.lose
         self._background.spawn(self._until_ended(relay))
+        if not self._seats:
+            self.end()  # whoever it was started for has left meanwhile
         return relay
 
     async def _open(self, prepared: Prepared) -> Relay:
