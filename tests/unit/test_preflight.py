@@ -101,6 +101,9 @@ def test_facts_of_the_vm_and_the_way() -> None:
     assert codes(reach=False) == {"port-blocked"}
     apart = msgspec.structs.replace(HERE, network=HostNetwork(allowed=("10.1.0.0/24",)))
     assert codes(here=apart, reach=False) == {"no-migration-network"}
+    clear = HostNetwork(encrypt=False)
+    assert codes(here=msgspec.structs.replace(HERE, network=clear)) == {"not-encrypted"}
+    assert codes(there=msgspec.structs.replace(THERE, network=clear)) == set()
     device = HostDevice(kind="pci", address="0000:01:00.0")
     assert codes(vm=msgspec.structs.replace(VM, host_devices=(device,))) == {"local-device"}
     uefi = msgspec.structs.replace(VM, firmware="uefi")

@@ -42,6 +42,7 @@ def check(
         _files(vm, here, there, copied),
         _leases(here, copied),
         _network(here, there, reachable),
+        _encryption(source, here, there),
         _post_copy(here, there),
         _clock(there, clock_skew_s),
         _devices(vm),
@@ -190,6 +191,15 @@ def _network(here: VmFacts, there: DestinationFacts, reachable: bool) -> Iterato
             f"no connection to {there.addresses[0]} port {there.trial_port} of host '{there.host}'",
             "open 'migration_ports' of that host in the firewall between the two; if it is on no network of this host, "
             "see that routing leads there over one of 'migration_networks'",
+        )
+
+
+def _encryption(source: str, here: VmFacts, there: DestinationFacts) -> Iterator[Finding]:
+    if there.network.encrypt and not here.network.encrypt:
+        yield Finding.error(
+            "not-encrypted",
+            f"host '{there.host}' takes memory only if it is encrypted, and 'encrypt' is off on host '{source}'",
+            f"limosa --host {source} host settings encrypt true",
         )
 
 
