@@ -337,6 +337,23 @@ def test_nothing_is_learnt_of_networks_while_a_cap_was_kept(tmp_path: Path, capp
     play(tmp_path, scenario)
 
 
+@pytest.mark.parametrize("encrypt", [True, False])
+def test_disks_that_relays_carry_are_encrypted_whatever_is_said_of_memory(tmp_path: Path, encrypt: bool) -> None:
+    async def scenario(world: World) -> None:
+        asked: list[bool] = []
+
+        async def seats(*_: object, encrypt: bool) -> list[Any]:
+            asked.append(encrypt)
+            return []
+
+        world.seats = seats  # type: ignore[assignment, method-assign]
+        world.move.terms = dataclasses.replace(world.move.terms, encrypt=encrypt)
+        await world.move.run()
+        assert asked == [True]
+
+    play(tmp_path, scenario)
+
+
 def test_nobody_can_write_the_disks_any_more_when_the_last_memory_has_not_gone_yet(tmp_path: Path) -> None:
     async def scenario(world: World) -> None:
         go_on = world.here.continue_migration

@@ -167,10 +167,11 @@ class SourceMove:
                 self.report.line("other moves of disks from this host", then=Phase.BUILD_UP)
             )
         there, encrypt = examined.ends.destination, self.terms.encrypt
-        relays = await self.home.seats(there, examined.route, 1 + len(copies) + bool(below), encrypt=encrypt)
+        # A disk is encrypted whatever is said of memory: else whoever finds the port could write into it.
+        streams, through_tls = 1 + len(copies) + bool(below), encrypt or bool(copies)
+        relays = await self.home.seats(there, examined.route, streams, encrypt=through_tls)
         # Memory that relays carry leaves the host through their TLS, and is not encrypted twice.
         server, client = make_credentials() if encrypt and not relays else (None, None)
-        # A disk is encrypted whatever is said of memory: else whoever finds the port could write into it.
         disks_server, self.disk_credentials = make_credentials() if copies and not relays else (None, None)
         request = Prepare(
             migration=self.header.migration,
