@@ -44,9 +44,20 @@ class Connection:
 
 
 class Relay:
-    """Takes every lane."""
+    """Opens its session with the first lane that is not ``deaf``; of those it says nothing by itself."""
 
-    async def add_lane(self, number: int, connections: Any) -> None: ...
+    def __init__(self) -> None:
+        self.deaf: set[int] = set()
+        self._opened = asyncio.Event()
+        self.on_lane: Callable[[int], None] = lambda _: None
+
+    async def add_lane(self, number: int, connections: Any) -> None:
+        self.on_lane(number)
+        if number not in self.deaf:
+            self._opened.set()
+
+    async def opened(self) -> None:
+        await self._opened.wait()
 
     def why(self) -> str:
         return "it was killed"
@@ -56,6 +67,7 @@ class World:
     """A session over two paths; ``dialled`` has those that were connected, in order."""
 
     def __init__(self) -> None:
+        self.relay = Relay()
         self.dialled: list[tuple[str, str]] = []
         self.made: list[Connection] = []
         #: bytes per second by the destination's address
@@ -74,11 +86,8 @@ class World:
         self.made += pair
         return pair
 
-    async def open(self, meanwhile: Callable[[], None] = lambda: None) -> None:
-        async def open_session(_sockets: Any) -> None:
-            meanwhile()
-
-        await self.carriers.open(PREPARED, cast(Any, Relay()), open_session)
+    async def open(self) -> None:
+        await self.carriers.open_lanes(PREPARED, cast(Any, self.relay))
 
     async def until(self, what: Callable[[], bool]) -> None:
         while not what():  # noqa: ASYNC110 - anything may make it true
@@ -163,8 +172,35 @@ def test_what_one_move_does_not_want_another_may(monkeypatch: pytest.MonkeyPatch
 
 def test_a_relay_that_ends_while_its_session_opens_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     async def scenario(world: World) -> None:
+        world.relay.on_lane = lambda _: world.carriers.close()
         with pytest.raises(RelayFailed):
-            await world.open(world.carriers.close)
+            await world.open()
+        assert world.carriers._keeping is None
+
+    play(monkeypatch, scenario)
+
+
+def test_a_session_opens_over_any_path_that_can_and_without_waiting_for_the_best(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def scenario(world: World) -> None:
+        world.relay.deaf = {0}
+        await world.open()
+        world.carriers.lose(0, "no TLS gets through")
+        await world.until(lambda: world.dialled.count(FIRST) > 1)
+
+    play(monkeypatch, scenario, lives_s=0)
+
+
+def test_a_session_that_opens_over_no_path_says_what_is_wrong_with_the_best(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario(world: World) -> None:
+        world.relay.deaf = {0, 1}
+        opening = asyncio.ensure_future(world.open())
+        await world.until(lambda: len(world.carriers.forward) == 2)
+        world.carriers.lose(1, "the cable was cut")
+        world.carriers.lose(0, "no TLS gets through")
+        with pytest.raises(RelayFailed, match=f"from {FIRST[0]} to {FIRST[1]}.*no TLS gets through"):
+            await opening
         assert world.carriers._keeping is None
 
     play(monkeypatch, scenario)

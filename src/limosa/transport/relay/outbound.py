@@ -164,15 +164,14 @@ class Outbound:
 
     async def _open(self, prepared: Prepared) -> Relay:
         relay = await self.started()
-        open_session = partial(
-            relay.open_sender,
-            credentials=self._client,
-            window_log=self._window_log,
-            level=DEFAULT_LEVEL if self.compress else None,
-            striped=self._striped,
-        )
+        credentials, window_log, level = self._client, self._window_log, DEFAULT_LEVEL if self.compress else None
         try:
-            await self.carriers.open(prepared, relay, open_session)
+            if self._striped:
+                await relay.call_lanes(credentials=credentials, window_log=window_log, level=level)
+                await self.carriers.open_lanes(prepared, relay)
+            else:
+                send = partial(relay.open_sender, credentials=credentials, window_log=window_log, level=level)
+                await self.carriers.open(prepared, relay, send)
         except BaseException:
             await asyncio.shield(relay.end())
             raise
