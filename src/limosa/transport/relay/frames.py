@@ -21,7 +21,7 @@ import xxhash
 
 from limosa.transport.relay.errors import BrokenStream
 
-VERSION = 5
+VERSION = 6
 #: The most one frame carries, before compression.
 MAX_RAW_BYTES = 512 * 1024
 #: What compression may add to data that cannot be compressed.
