@@ -88,7 +88,7 @@ async def examine(
         there.network,
         there.addresses,
         no_relay,
-        _no_rdma(question, here, disks_move=bool(copied)),
+        _no_rdma(question, disks_move=bool(copied)),
         capped=here.capped,
         memory_mib=vm.memory_mib,
     )
@@ -113,13 +113,11 @@ async def examine(
     return Examined(all_findings, route, ends, planned.disks, planned.layers, blocked)
 
 
-def _no_rdma(question: Question, here: VmFacts, *, disks_move: bool) -> str:
+def _no_rdma(question: Question, *, disks_move: bool) -> str:
     """What keeps this move from RDMA, whatever devices there are; empty if nothing does."""
     if question.rdma_failed:
         return question.rdma_failed
-    if disks_move:
-        return "disks move along, which RDMA does not carry"
-    return "a cap on bandwidth is set, which QEMU does not keep by RDMA" if here.capped else ""
+    return "disks move along, which RDMA does not carry" if disks_move else ""
 
 
 async def _with_digests(

@@ -76,7 +76,8 @@ def choose(ends: Ends, asked: str, blocked: Collection[str] = ()) -> Route:
     direct = _direct(ends, blocked)
     ways = rdma.paths(ends.here, ends.there, direct)
     sides = ends.source, ends.destination, ends.here, ends.there
-    reason = ends.no_rdma or rdma.against(*sides, direct, ends.memory_mib)
+    capped = "a cap on bandwidth is set, which QEMU does not keep by RDMA" if ends.capped else ""
+    reason = ends.no_rdma or capped or rdma.against(*sides, direct, ends.memory_mib)
     if asked == "auto" and not reason and rdma.is_emulated(ends.here, ends.there, ways[0]):
         reason = "the kernel emulates the RDMA device, and TCP costs less"
     if not reason:
