@@ -36,6 +36,7 @@ from limosa.settings.host import ConvergencePolicy
 from limosa.testing.guest import FakeGuest
 from limosa.testing.machine import FakeMachine
 from limosa.testing.wire import Stage, Wire
+from limosa.transport.channel import Used
 from limosa.transport.choice import Ends
 from limosa.wire.peer import DestinationState, LayersAwaited, Prepare, Prepared, Standing
 
@@ -320,6 +321,33 @@ def test_copies_are_whole_before_the_last_memory_goes(tmp_path: Path) -> None:
         assert phases[:3] == [Phase.BUILD_UP, Phase.STORAGE, Phase.COPY]
         percents = [view.progress.percent for view in world.seen]
         assert percents == sorted(percents)
+
+    play(tmp_path, scenario)
+
+
+def test_others_hear_of_a_network_that_a_move_takes_to_while_it_runs(tmp_path: Path) -> None:
+    async def scenario(world: World) -> None:
+        told: list[int] = []
+        paths: list[Used] = []
+        channel = Channel(world.ours)
+
+        async def sending() -> None:
+            told.append(len(world.report.now.route.paths) if world.report.now.route is not None else 0)
+
+        async def connect(*_: object) -> Any:
+            return channel
+
+        world.sending, world.connect = sending, connect  # type: ignore[method-assign]
+        channel.used = lambda: tuple(paths)  # type: ignore[assignment, method-assign, return-value]
+        world.wire.hold(Stage.COPY)
+        running = asyncio.ensure_future(world.move.run())
+        await world.wire.reached(Stage.COPY)
+        before = list(told)
+        paths.append(Used("10.1.0.1", "10.1.0.2", 1))
+        await until(lambda: told[len(before) :] == [1])
+        world.wire.release(Stage.COPY)
+        await running
+        assert told[len(before) :] == [1]
 
     play(tmp_path, scenario)
 
