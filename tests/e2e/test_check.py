@@ -92,6 +92,13 @@ class TestTheDestination:
         with settings(destination, {"migration_networks": ["192.0.2.0/24"]}):
             assert codes(check(source, "vm", "host2")) == {"no-migration-network"}
 
+    def test_it_takes_only_what_is_encrypted(self, hosts: tuple[LabHost, LabHost]) -> None:
+        source, _ = hosts
+        with settings(source, {"encrypt": False}):
+            assert codes(check(source, "vm", "host2")) == {"not-encrypted"}
+            moved = limosa(source, "move", "vm", "--to", "host2", "--json")
+            assert (moved.code, moved.object["fault"]["code"]) == (6, "preflight-refused")
+
     def test_it_has_a_vm_of_that_name_or_uuid(self, hosts: tuple[LabHost, LabHost]) -> None:
         source, destination = hosts
         destination.client.call(endpoints.CREATE_VM, tiny("vm"))

@@ -205,7 +205,7 @@ def test_networks_with_caps_are_as_fast_as_those_and_each_gets_a_stream() -> Non
     capped = dataclasses.replace(both, here=here, capped=True)
     route = choose(capped, "multichannel")
     assert (route.striped, [path.speed_mbit_per_s for path in route.paths]) == (True, [900, 100, 1000])
-    assert "a cap of its own" in route.why
+    assert "because there are caps by network" in route.why
     unknown = dataclasses.replace(pair(None, 1000), here=msgspec.structs.replace(pair(None).here, caps_mbit_per_s={}))
     assert choose(unknown, "tcp").paths[0].speed_mbit_per_s is None
     here = msgspec.structs.replace(unknown.here, caps_mbit_per_s={"10.78.0.0/24": 900})

@@ -164,7 +164,7 @@ def _stripes(ends: Ends, several: Sequence[Path]) -> str:
         return off
     # One connection would have to be content with the least of them.
     if any(ends.here.cap_to(path.there) for path in several):
-        return "each network has a cap of its own"
+        return "there are caps by network"
     speeds = [path.speed_mbit_per_s or 0 for path in several]
     # One connection would use one member of a team.
     if min(speeds) == 0 or any(_has_team(ends, path) for path in several):
