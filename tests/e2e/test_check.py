@@ -83,13 +83,21 @@ class TestTheDestination:
     def test_its_port_cannot_be_reached(self, hosts: tuple[LabHost, LabHost]) -> None:
         source, destination = hosts
         # An address on which it listens and to which no way leads from here.
-        with settings(destination, {"migration_networks": ["127.0.0.0/8"]}):
+        local = {"migration_networks": ["127.0.0.0/8"]}
+        with settings(source, local), settings(destination, local):
             assert codes(check(source, "vm", "host2")) == {"port-blocked"}
 
     def test_it_is_on_no_network_that_may_carry_moves(self, hosts: tuple[LabHost, LabHost]) -> None:
         source, destination = hosts
         with settings(destination, {"migration_networks": ["192.0.2.0/24"]}):
             assert codes(check(source, "vm", "host2")) == {"no-migration-network"}
+
+    def test_it_takes_only_what_is_encrypted(self, hosts: tuple[LabHost, LabHost]) -> None:
+        source, _ = hosts
+        with settings(source, {"encrypt": False}):
+            assert codes(check(source, "vm", "host2")) == {"not-encrypted"}
+            moved = limosa(source, "move", "vm", "--to", "host2", "--json")
+            assert (moved.code, moved.object["fault"]["code"]) == (6, "preflight-refused")
 
     def test_it_has_a_vm_of_that_name_or_uuid(self, hosts: tuple[LabHost, LabHost]) -> None:
         source, destination = hosts

@@ -89,9 +89,14 @@ def receive(sock: socket.socket, count: int) -> bytes:
 
 @asynccontextmanager
 async def moving(
-    folder: Path, *ways: tuple[str, str], awaited: tuple[str, ...] = THEIRS, encrypt: bool = True
+    folder: Path,
+    *ways: tuple[str, str],
+    awaited: tuple[str, ...] = THEIRS,
+    encrypt: bool = True,
+    swallows: str | None = None,
 ) -> AsyncIterator[Move]:
-    """A move over these paths; the destination awaits it at some of its addresses, and more may be asked for."""
+    """A move over these paths; the destination awaits it at some of its addresses, and more may be asked for. At the
+    address that ``swallows`` whoever connects is let in, and nothing that is sent gets through."""
     relays = Relays(Multichannel(PathManager(), folder), Page(folder / "settings.toml"), None)
     paths = tuple(RoutePath(here=here, there=there) for here, there in ways)
     route = Route(transport="multichannel", paths=paths, striped=True, alone=True)
@@ -103,16 +108,18 @@ async def moving(
     door: Doorway | None = None
     channel: RelayChannel | None = None
     there: socket.socket | None = None
+    hole: socket.socket | None = None
     try:
         await seat.open()
         door = await relays.open_door("here", seat.place, awaited, permitted, ())
         prepared = Prepared(address=door.address, port=door.port, token=door.token)
+        hole = socket.create_server((swallows, door.port)) if swallows is not None else None
         channel = await seat.connect(prepared)
         there = await door.accept()
         assert there is not None
         yield Move(seat, channel, door, there)
     finally:
-        for one in (channel, door, there):
+        for one in (channel, door, there, hole):
             if one is not None:
                 one.close()
         seat.release()
@@ -150,6 +157,15 @@ def test_without_any_path_the_move_fails_and_says_why(tmp_path: Path) -> None:
         with pytest.raises(DestinationLost, match=f"{NOWHERE} .*cannot be reached"):
             async with moving(tmp_path, (OURS[0], NOWHERE), (OURS[1], NOWHERE)):
                 pytest.fail("it was connected")
+
+    run(work())
+
+
+def test_a_path_that_is_there_and_lets_nothing_through_keeps_nothing_up(tmp_path: Path) -> None:
+    async def work() -> None:
+        async with moving(tmp_path, *WAYS[:2], awaited=THEIRS[1:2], swallows=THEIRS[0]) as move:
+            await move.uses(WAYS[1])
+            assert move.sent()[WAYS[0]] < MIB
 
     run(work())
 

@@ -47,6 +47,7 @@ from limosa.transport.channel import Channel, Doorway
 from limosa.transport.relay.carriers import AddressPair
 from limosa.transport.relay.frames import VERSION as RELAY_VERSION
 from limosa.transport.relay.outbound import Outbound, Seat
+from limosa.transport.shares import Kind
 from limosa.wire.peer import Prepare, Prepared, RelayPlace, Running
 
 QEMU = Path("/usr/bin/qemu-system-x86_64")
@@ -340,7 +341,7 @@ class Here(BareHome):
     async def connect(self, route: Route, prepared: Prepared) -> Channel:
         return await self._way.connect(route, prepared)
 
-    def bandwidth(self) -> int:
+    def bandwidth(self, kind: Kind) -> int:
         return BRAKE_BYTES_PER_S
 
 

@@ -70,13 +70,15 @@ def test_memory_moves_by_rdma(ends: tuple[VmHost, VmHost], option: str) -> None:
 
 def test_encryption_keeps_rdma_away(ends: tuple[VmHost, VmHost]) -> None:
     source, destination = ends
-    destination.limosa("host", "settings", "encrypt=true")
+    for host in ends:
+        host.limosa("host", "settings", "encrypt=true")
     try:
         (found,) = source.ask("check", "vm", "--to", destination.name)
     finally:
-        destination.limosa("host", "settings", "encrypt=false")
+        for host in ends:
+            host.limosa("host", "settings", "encrypt=false")
     assert found["route"]["transport"] != "rdma"
-    assert f"'encrypt' is on on host '{destination.name}'" in found["route"]["why"]
+    assert f"'encrypt' is on on host '{source.name}' and host '{destination.name}'" in found["route"]["why"]
 
 
 def test_without_a_device_at_the_destination_it_goes_on_without(ends: tuple[VmHost, VmHost]) -> None:

@@ -414,13 +414,16 @@ def test_a_stranger_with_other_credentials_does_not_join() -> None:
     async def work() -> None:
         _, stranger = make_credentials()
         async with pair(level=None, bytes_per_s=[None]) as relays:
-            other = await Relay.start()
+            other, lost = await Relay.start(), asyncio.Queue[int]()
+            other.on_lane_lost = lambda number, _: lost.put_nowait(number)
+            await other.call_lanes(credentials=stranger, window_log=WINDOW_LOG)
             with lane() as (near, far):
                 for one in far:
                     await relays.destination.add_connection(one)
                     one.close()
-                with pytest.raises(RelayFailed):
-                    await other.open_sender(near, credentials=stranger, window_log=WINDOW_LOG, striped=True)
+                await other.add_lane(0, near)
+                assert await lost.get() == 0
+            await other.end()
             assert (await move(relays, TEXT))[0] == TEXT
 
     run(work())

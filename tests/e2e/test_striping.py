@@ -155,6 +155,17 @@ def test_unequal_nics_carry_in_proportion(hosts: list[LabHost]) -> None:
     assert sum(carried(ended).values()) >= ended.progress.transferred_bytes
 
 
+def test_a_network_keeps_its_cap_beside_others_and_is_used_in_full_when_that_is_lifted(hosts: list[LabHost]) -> None:
+    big(hosts[0], BIGGER_MIB)
+    fast = hosts[0].lab.migration_networks[0]
+    with settings(hosts[0], {"network_bandwidth_mbit_per_s": {fast: 4}}):
+        migration = begin(hosts)
+        capped = carried(follow(hosts[0], migration, lambda view: has_sent(6 * USED_BYTES, view)))
+    assert capped["mig0"] < capped["mig1"] / 2
+    ended = carried(arrived(hosts, migration))
+    assert ended["mig0"] - capped["mig0"] > ended["mig1"] - capped["mig1"]
+
+
 @pytest.mark.parametrize("side", [0, 1], ids=["source", "destination"])
 def test_without_multipath_tcp_on_one_side_all_networks_are_used_and_it_says_so(
     hosts: list[LabHost], side: int

@@ -12,6 +12,7 @@ from limosa.model.vm import Disk
 from limosa.qemu.protocol import MachineProtocol
 from limosa.transport import tcp
 from limosa.transport.channel import SocketChannel
+from limosa.transport.shares import Kind
 from limosa.wire.peer import Prepared, RelayPlace, RestAwaited
 
 
@@ -65,7 +66,7 @@ class BareHome:
     def learn(self, carried: Collection[Carried]) -> None:
         pass
 
-    def bandwidth(self) -> int:
+    def bandwidth(self, kind: Kind) -> int:
         return 0
 
     async def sending(self) -> None:

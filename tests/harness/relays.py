@@ -82,15 +82,15 @@ async def pair(
     try:
         if striped:
             await destination.await_lanes(credentials=server, window_log=window_log)
-            for one in far[-2:]:
-                await destination.add_connection(one)
-        opening = source.open_sender(near[:2], credentials=client, window_log=window_log, level=level, striped=striped)
-        if striped:
-            await asyncio.gather(destination.opened(), opening)
+            await source.call_lanes(credentials=client, window_log=window_log, level=level)
+            for number in range(len(near) // 2):
+                await relays.join(number, near[2 * number :][:2], relays.far[2 * number :][:2])
+                await asyncio.gather(destination.opened(), source.opened())
         else:
-            await asyncio.gather(destination.open_receiver(far, credentials=server, window_log=window_log), opening)
-        for number in range(1, len(near) // 2):
-            await relays.join(number, near[2 * number :][:2], relays.far[2 * number :][:2])
+            await asyncio.gather(
+                destination.open_receiver(far, credentials=server, window_log=window_log),
+                source.open_sender(near, credentials=client, window_log=window_log, level=level),
+            )
         for one in () if hold else (*near, *far):
             one.close()
         yield relays

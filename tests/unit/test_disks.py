@@ -383,6 +383,10 @@ def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mirrors, "LOOK_EVERY_S", 0.0)
 
 
+async def nothing() -> None:
+    """Show nothing."""
+
+
 class TestMirrors:
     """Looking at copies."""
 
@@ -390,7 +394,11 @@ class TestMirrors:
         async def scenario() -> None:
             copying = Mirrors(Copying(at(0), at(50), at(100, CopyState.READY)), ["vda"], 100)
             shown: list[int] = []
-            await copying.until_ready(lambda: shown.append(copying.progress()[0].copied_bytes))
+
+            async def show() -> None:
+                shown.append(copying.progress()[0].copied_bytes)
+
+            await copying.until_ready(show)
             assert shown == [0, 50, 100]
             assert copying.progress()[0].ready
 
@@ -401,7 +409,7 @@ class TestMirrors:
 
         async def scenario() -> None:
             machine = Copying(at(50), at(100, CopyState.READY))
-            waiting = asyncio.ensure_future(Mirrors(machine, ["vda"], 100).until_ready(lambda: None))
+            waiting = asyncio.ensure_future(Mirrors(machine, ["vda"], 100).until_ready(nothing))
             await asyncio.sleep(0)
             machine.tell(Event("JOB_STATUS_CHANGE", {"id": "copy-vda", "status": "ready"}, 0.0))
             async with asyncio.timeout(10):
@@ -416,7 +424,7 @@ class TestMirrors:
         async def scenario() -> None:
             copying = Mirrors(Copying(at(0), last), ["vda"], 100)
             with pytest.raises(MigrationFailed, match="vda") as caught:
-                await copying.until_ready(lambda: None)
+                await copying.until_ready(nothing)
             assert why in caught.value.why
 
         asyncio.run(scenario())
@@ -433,7 +441,7 @@ class TestMirrors:
             machine = Copying(*[at(50)] * 1000)
             copying = Mirrors(machine, ["vda"], 0.02)
             with pytest.raises(NotConverging):
-                await copying.until_ready(lambda: None)
+                await copying.until_ready(nothing)
             assert machine.blocking == {"vda"}
             assert copying.progress()[0].write_blocking
 

@@ -10,6 +10,7 @@ import pytest
 from limosa.migration.preflight import check
 from limosa.model.facts import DestinationFacts, FileIdentity, LeaseConflict, VmFacts
 from limosa.model.finding import Finding, Severity
+from limosa.model.network import HostNetwork
 from limosa.model.vm import Disk, HostDevice, Nic, VmConfig
 
 DISK = FileIdentity(path="/vm/web1.qcow2", machine="m", device=1, inode=2)
@@ -98,6 +99,11 @@ def test_facts_of_the_vm_and_the_way() -> None:
     assert codes(here=msgspec.structs.replace(HERE, running=False)) == {"vm-not-running"}
     assert codes(here=msgspec.structs.replace(HERE, live_migration=False)) == {"migration-off"}
     assert codes(reach=False) == {"port-blocked"}
+    apart = msgspec.structs.replace(HERE, network=HostNetwork(allowed=("10.1.0.0/24",)))
+    assert codes(here=apart, reach=False) == {"no-migration-network"}
+    clear = HostNetwork(encrypt=False)
+    assert codes(here=msgspec.structs.replace(HERE, network=clear)) == {"not-encrypted"}
+    assert codes(there=msgspec.structs.replace(THERE, network=clear)) == set()
     device = HostDevice(kind="pci", address="0000:01:00.0")
     assert codes(vm=msgspec.structs.replace(VM, host_devices=(device,))) == {"local-device"}
     uefi = msgspec.structs.replace(VM, firmware="uefi")

@@ -141,6 +141,17 @@ def test_a_header_is_read_as_it_was_said(said: Header) -> None:
     assert len(said.pack()) == HEADER_BYTES
 
 
+@given(
+    st.builds(Header, *[st.integers(0, WINDOW_BYTES)] * 2, st.integers(0, 9), st.integers(0, BLOCK_BYTES)),
+    st.integers(0, 8 * HEADER_BYTES - 1),
+)
+def test_a_header_of_which_a_bit_is_wrong_breaks_the_session(said: Header, bit: int) -> None:
+    data = bytearray(said.pack())
+    data[bit // 8] ^= 1 << bit % 8
+    with pytest.raises(BrokenStream):
+        Header.parse(bytes(data))
+
+
 def test_a_block_that_is_too_long_breaks_the_session() -> None:
     with pytest.raises(BrokenStream, match="a block of"):
         Header.parse(Header(0, 0, 0, BLOCK_BYTES + 1).pack())

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import socket
+import struct
 from collections.abc import Awaitable, Callable
 from typing import Any, cast
 
 import pytest
 
 from limosa.errors import RelayFailed
+from limosa.transport import tcp
 from limosa.transport.channel import Used
 from limosa.transport.relay import carriers
 from limosa.transport.relay.carriers import Carriers
@@ -22,21 +25,39 @@ class Connection:
     """A connection over a path."""
 
     def __init__(self, way: tuple[str, str]) -> None:
-        self.stream = None
+        self.stream = socket.socket()
         self.way = way
         self.closed = False
+
+    @property
+    def pace(self) -> int:
+        """What the kernel was told, 0: no cap."""
+        (pace,) = struct.unpack("=Q", self.stream.getsockopt(socket.SOL_SOCKET, tcp._SO_MAX_PACING_RATE, 8))
+        return int(pace) if pace != tcp._NO_PACE else 0
 
     def used(self) -> tuple[Used, ...]:
         return (Used(*self.way, 0, alive=not self.closed),)
 
     def close(self) -> None:
         self.closed = True
+        self.stream.close()
 
 
 class Relay:
-    """Takes every lane."""
+    """Opens its session with the first lane that is not ``deaf``; of those it says nothing by itself."""
 
-    async def add_lane(self, number: int, connections: Any) -> None: ...
+    def __init__(self) -> None:
+        self.deaf: set[int] = set()
+        self._opened = asyncio.Event()
+        self.on_lane: Callable[[int], None] = lambda _: None
+
+    async def add_lane(self, number: int, connections: Any) -> None:
+        self.on_lane(number)
+        if number not in self.deaf:
+            self._opened.set()
+
+    async def opened(self) -> None:
+        await self._opened.wait()
 
     def why(self) -> str:
         return "it was killed"
@@ -46,9 +67,18 @@ class World:
     """A session over two paths; ``dialled`` has those that were connected, in order."""
 
     def __init__(self) -> None:
+        self.relay = Relay()
         self.dialled: list[tuple[str, str]] = []
         self.made: list[Connection] = []
-        self.carriers = Carriers(cast(Any, self._dial), (FIRST, SECOND), striped=True, is_used=lambda: True)
+        #: bytes per second by the destination's address
+        self.paces: dict[str, int] = {}
+        self.carriers = Carriers(
+            cast(Any, self._dial),
+            (FIRST, SECOND),
+            striped=True,
+            is_used=lambda: True,
+            pace=lambda address: self.paces.get(address, 0),
+        )
 
     async def _dial(self, _prepared: Prepared, way: tuple[str, str]) -> list[Connection]:
         self.dialled.append(way)
@@ -56,11 +86,8 @@ class World:
         self.made += pair
         return pair
 
-    async def open(self, meanwhile: Callable[[], None] = lambda: None) -> None:
-        async def open_session(_sockets: Any) -> None:
-            meanwhile()
-
-        await self.carriers.open(PREPARED, cast(Any, Relay()), open_session)
+    async def open(self) -> None:
+        await self.carriers.open_lanes(PREPARED, cast(Any, self.relay))
 
     async def until(self, what: Callable[[], bool]) -> None:
         while not what():  # noqa: ASYNC110 - anything may make it true
@@ -109,6 +136,26 @@ def test_a_path_whose_lanes_do_not_live_is_connected_less_and_less_often(monkeyp
     play(monkeypatch, scenario)
 
 
+def test_each_lane_is_kept_to_its_own_pace_from_the_beginning_and_when_that_changes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def scenario(world: World) -> None:
+        world.paces = {FIRST[1]: 1_000_000, THIRD[1]: 3_000_000}
+        await world.open()
+        await world.until(lambda: len(world.carriers.forward) == 2)
+        world.carriers.want(1, (FIRST, SECOND, THIRD))
+        await world.until(lambda: len(world.carriers.forward) == 3)
+        # A lane's second connection goes the other way and carries next to nothing.
+        forward = {one.way: one for one in world.made[::2]}
+        assert {way: one.pace for way, one in forward.items()} == {FIRST: 1_000_000, SECOND: 0, THIRD: 3_000_000}
+        world.paces = {SECOND[1]: 5_000_000_000}
+        world.carriers.lose(2, "the cable was cut")
+        world.carriers.pace()
+        assert (forward[FIRST].pace, forward[SECOND].pace) == (0, 5_000_000_000)
+
+    play(monkeypatch, scenario)
+
+
 def test_what_one_move_does_not_want_another_may(monkeypatch: pytest.MonkeyPatch) -> None:
     async def scenario(world: World) -> None:
         await world.open()
@@ -125,8 +172,35 @@ def test_what_one_move_does_not_want_another_may(monkeypatch: pytest.MonkeyPatch
 
 def test_a_relay_that_ends_while_its_session_opens_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     async def scenario(world: World) -> None:
+        world.relay.on_lane = lambda _: world.carriers.close()
         with pytest.raises(RelayFailed):
-            await world.open(world.carriers.close)
+            await world.open()
+        assert world.carriers._keeping is None
+
+    play(monkeypatch, scenario)
+
+
+def test_a_session_opens_over_any_path_that_can_and_without_waiting_for_the_best(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def scenario(world: World) -> None:
+        world.relay.deaf = {0}
+        await world.open()
+        world.carriers.lose(0, "no TLS gets through")
+        await world.until(lambda: world.dialled.count(FIRST) > 1)
+
+    play(monkeypatch, scenario, lives_s=0)
+
+
+def test_a_session_that_opens_over_no_path_says_what_is_wrong_with_the_best(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario(world: World) -> None:
+        world.relay.deaf = {0, 1}
+        opening = asyncio.ensure_future(world.open())
+        await world.until(lambda: len(world.carriers.forward) == 2)
+        world.carriers.lose(1, "the cable was cut")
+        world.carriers.lose(0, "no TLS gets through")
+        with pytest.raises(RelayFailed, match=f"from {FIRST[0]} to {FIRST[1]}.*no TLS gets through"):
+            await opening
         assert world.carriers._keeping is None
 
     play(monkeypatch, scenario)

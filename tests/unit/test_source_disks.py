@@ -36,6 +36,7 @@ from limosa.settings.host import ConvergencePolicy
 from limosa.testing.guest import FakeGuest
 from limosa.testing.machine import FakeMachine
 from limosa.testing.wire import Stage, Wire
+from limosa.transport.channel import Used
 from limosa.transport.choice import Ends
 from limosa.wire.peer import DestinationState, LayersAwaited, Prepare, Prepared, Standing
 
@@ -322,6 +323,63 @@ def test_copies_are_whole_before_the_last_memory_goes(tmp_path: Path) -> None:
         assert phases[:3] == [Phase.BUILD_UP, Phase.STORAGE, Phase.COPY]
         percents = [view.progress.percent for view in world.seen]
         assert percents == sorted(percents)
+
+    play(tmp_path, scenario)
+
+
+def test_others_hear_of_a_network_that_a_move_takes_to_while_it_runs(tmp_path: Path) -> None:
+    async def scenario(world: World) -> None:
+        told: list[int] = []
+        paths: list[Used] = []
+        channel = Channel(world.ours)
+
+        async def sending() -> None:
+            told.append(len(world.report.now.route.paths) if world.report.now.route is not None else 0)
+
+        async def connect(*_: object) -> Any:
+            return channel
+
+        world.sending, world.connect = sending, connect  # type: ignore[method-assign]
+        channel.used = lambda: tuple(paths)  # type: ignore[assignment, method-assign, return-value]
+        world.wire.hold(Stage.COPY)
+        running = asyncio.ensure_future(world.move.run())
+        await world.wire.reached(Stage.COPY)
+        before = list(told)
+        paths.append(Used("10.1.0.1", "10.1.0.2", 1))
+        await until(lambda: told[len(before) :] == [1])
+        world.wire.release(Stage.COPY)
+        await running
+        assert told[len(before) :] == [1]
+
+    play(tmp_path, scenario)
+
+
+@pytest.mark.parametrize("capped", [False, True])
+def test_nothing_is_learnt_of_networks_while_a_cap_was_kept(tmp_path: Path, capped: bool) -> None:
+    async def scenario(world: World) -> None:
+        learnt: list[Any] = []
+        world.learn = learnt.append  # type: ignore[method-assign]
+        under_way = {Phase.STORAGE, Phase.COPY, Phase.SYNCHRONISE} if capped else set()
+        world.bandwidth = lambda _: 10**9 if world.report.now.phase in under_way else 0  # type: ignore[method-assign]
+        await world.move.run()
+        assert bool(learnt) is not capped
+
+    play(tmp_path, scenario)
+
+
+@pytest.mark.parametrize("encrypt", [True, False])
+def test_disks_that_relays_carry_are_encrypted_whatever_is_said_of_memory(tmp_path: Path, encrypt: bool) -> None:
+    async def scenario(world: World) -> None:
+        asked: list[bool] = []
+
+        async def seats(*_: object, encrypt: bool) -> list[Any]:
+            asked.append(encrypt)
+            return []
+
+        world.seats = seats  # type: ignore[assignment, method-assign]
+        world.move.terms = dataclasses.replace(world.move.terms, encrypt=encrypt)
+        await world.move.run()
+        assert asked == [True]
 
     play(tmp_path, scenario)
 

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+import asyncio
+from types import SimpleNamespace
+from typing import Any, cast
 
 import msgspec
 import pytest
 
+from limosa.host.api import Handlers
 from limosa.model.network import Carried, HostNetwork, HostNic, NicAddress
+from limosa.settings.host import HostSettings
 from limosa.transport.advise import advise, between
 from limosa.transport.choice import Ends, choose
+from limosa.wire import api
 
 
 def nic(name: str, *addresses: str, **more: Any) -> HostNic:
@@ -41,6 +46,37 @@ def test_a_good_host_is_told_nothing_but_its_transport() -> None:
     assert "; 2 NICs together have 2000 Mbit/s; one stream for each network, because" in route.why
     route, findings = advise("host1", GOOD, post_copy=True)
     assert (route.transport, findings) == ("multichannel", ())
+
+
+def test_a_host_with_a_cap_is_told_what_moves_do_under_it() -> None:
+    route, _ = advise("host1", GOOD, post_copy=True, capped=True)
+    assert (route.transport, "the cap on bandwidth" in route.why) == ("multichannel", True)
+    device = nic("eth0", "10.0.1.1", rdma="mlx5_0")
+    clear = HostNetwork(nics=(device,), mptcp=True, encrypt=False)
+    assert [advise("host1", clear, post_copy=True, capped=capped)[0].transport for capped in (False, True)] == [
+        "rdma",
+        "tcp",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("settings", "transport"),
+    [
+        (HostSettings(), "compression"),
+        (HostSettings(storage_bandwidth_mbit_per_s=100), "compression"),
+        (HostSettings(bandwidth_mbit_per_s=100), "multichannel"),
+        (HostSettings(network_bandwidth_mbit_per_s={"10.9.0.0/24": 100}), "multichannel"),
+    ],
+)
+def test_the_settings_that_cap_memory_count(settings: HostSettings, transport: str) -> None:
+    async def network() -> HostNetwork:
+        return GOOD
+
+    parts = SimpleNamespace(
+        name="host1", page=SimpleNamespace(now=settings), inspector=SimpleNamespace(network=network)
+    )
+    handlers = Handlers(cast(Any, SimpleNamespace(parts=parts)))
+    assert asyncio.run(handlers.advice(api.Empty(), {})).transport == transport
 
 
 @pytest.mark.parametrize(

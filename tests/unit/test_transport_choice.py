@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from limosa.model.network import Carried, HostNetwork, HostNic, NicAddress
 from limosa.model.route import Route
-from limosa.transport.choice import Ends, choose
+from limosa.transport.choice import Ends, choose, is_allowed
 
 NETWORKS = ("10.78.0.0/24", "10.79.0.0/24", "10.80.0.0/24")
 
@@ -210,6 +210,19 @@ def test_nics_on_one_network_are_one_path() -> None:
     assert len(choose(ends(here, there), "multichannel").paths) == 1
 
 
+def test_networks_with_caps_are_as_fast_as_those_and_each_gets_a_stream() -> None:
+    both = pair(1000, 1000, 1000)
+    here = msgspec.structs.replace(both.here, caps_mbit_per_s={"10.78.0.0/24": 900, "10.79.0.0/16": 100})
+    capped = dataclasses.replace(both, here=here, capped=True)
+    route = choose(capped, "multichannel")
+    assert (route.striped, [path.speed_mbit_per_s for path in route.paths]) == (True, [900, 100, 1000])
+    assert "because there are caps by network" in route.why
+    unknown = dataclasses.replace(pair(None, 1000), here=msgspec.structs.replace(pair(None).here, caps_mbit_per_s={}))
+    assert choose(unknown, "tcp").paths[0].speed_mbit_per_s is None
+    here = msgspec.structs.replace(unknown.here, caps_mbit_per_s={"10.78.0.0/24": 900})
+    assert choose(dataclasses.replace(unknown, here=here), "tcp").paths[0].speed_mbit_per_s == 900
+
+
 def test_what_is_blocked_or_unplugged_is_no_path() -> None:
     route = choose(pair(500, 500), "auto", blocked={"10.79.0.2"})
     assert (route.transport, nics(route)) == ("compression", ["mig0"])
@@ -222,6 +235,13 @@ def test_what_is_blocked_or_unplugged_is_no_path() -> None:
 def test_hosts_without_a_common_network_are_routed() -> None:
     route = choose(ends([nic(0, 1)], [nic(1, 2)]), "auto")
     assert (route.transport, route.paths[0].here, route.paths[0].there) == ("tcp", "", "10.79.0.2")
+
+
+def test_routing_leads_to_no_network_that_is_not_allowed_here() -> None:
+    far = ends([nic(0, 1)], [nic(5, 2)], allowed=False)
+    assert choose(far, "auto").paths
+    here = msgspec.structs.replace(far.here, allowed=NETWORKS)
+    assert choose(dataclasses.replace(far, here=here), "auto").paths == ()
 
 
 def team(host: int, *, policy: str = "layer3+4", speed: int | None = 4000, links: int = 2) -> list[HostNic]:
@@ -307,16 +327,15 @@ def test_whatever_the_hosts_have_the_route_is_allowed_open_and_its_own(
     assert route.transport != "compression" or (asked == "auto" and not both.no_relay)
     assert route.striped or all(mptcp) or len(route.paths) <= 1
     assert not route.striped or (route.transport != "tcp" and len(route.paths) > 1)
-    assert bool(route.paths) == bool(set(both.offered) - blocked)
+    assert bool(route.paths) == any(is_allowed(one, both.here.allowed) for one in set(both.offered) - blocked)
     assert len(route.paths) <= 1 or route.transport != "tcp"
     assert not blocked & {path.there for path in route.paths}
     for ends_of in ("here", "there", "nic_here", "nic_there"):
         values = [getattr(path, ends_of) for path in route.paths]
         assert len(values) == len(set(values))
     for path in route.paths:
-        if allowed and path.here:
-            for address in (path.here, path.there):
-                assert any(ipaddress.ip_address(address) in ipaddress.ip_network(one) for one in NETWORKS)
+        for address in filter(None, (path.here, path.there)):
+            assert not allowed or any(ipaddress.ip_address(address) in ipaddress.ip_network(one) for one in NETWORKS)
 
 
 @pytest.mark.parametrize(

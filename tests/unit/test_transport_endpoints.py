@@ -64,6 +64,7 @@ def test_set_by_the_first_move_and_gone_with_the_last(tmp_path: Path) -> None:
         endpoints = Endpoints(kernel, tmp_path / "mptcp.json")
         first, second = await endpoints.hold([MINE]), await endpoints.hold([MINE, OTHER])
         assert (kernel.now, set(kernel.there)) == (RAISED, {MINE, OTHER})
+        assert kernel.acts == [f"announce {MINE}", f"announce {OTHER}"], "the first one's connections are left alone"
         second.release()
         second.release()
         await endpoints.idle()
@@ -82,7 +83,7 @@ def test_what_an_administrator_made_is_used_and_left_alone(tmp_path: Path) -> No
         kernel = Kernel(Limits(8, 8), (theirs,))
         endpoints = Endpoints(kernel, tmp_path / "mptcp.json")
         hold = await endpoints.hold([THEIRS, MINE])
-        await endpoints.announce(hold, [THEIRS])
+        await endpoints.announce(hold, [THEIRS], again=True)
         hold.release()
         await endpoints.idle()
         assert kernel.there == {THEIRS: theirs}
@@ -129,7 +130,7 @@ def test_announced_again_is_withdrawn_first_since_the_kernel_says_nothing_twice(
         kernel = Kernel()
         endpoints = Endpoints(kernel, tmp_path / "mptcp.json")
         hold = await endpoints.hold([MINE])
-        await endpoints.announce(hold, [MINE])
+        await endpoints.announce(hold, [MINE], again=True)
         assert kernel.acts == [f"announce {MINE}", f"withdraw {MINE}", f"announce {MINE}"]
         hold.release()
         await endpoints.announce(hold, [OTHER])  # came too late

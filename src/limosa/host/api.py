@@ -128,7 +128,10 @@ class Handlers:
         """Which transport suits the host, and what is set wrongly."""
         services = self._services
         network = await services.parts.inspector.network()
-        route, findings = advise(services.parts.name, network, post_copy=services.parts.page.now.convergence.post_copy)
+        page = services.parts.page.now
+        route, findings = advise(
+            services.parts.name, network, post_copy=page.convergence.post_copy, capped=page.caps_memory
+        )
         return api.Advice(name=services.parts.name, transport=route.transport, why=route.why, findings=findings)
 
     async def settings(self, _: api.Empty, __: dict[str, str]) -> api.SettingsPage:

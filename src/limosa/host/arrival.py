@@ -30,8 +30,10 @@ class Arrival:
     def begin(self, request: Prepare) -> None:
         """Begin to open the door for guest memory, which takes as long as to start a QEMU if that needs a relay.
 
-        :meth:`close` gives it up, unless :meth:`open_door` has taken it.
+        :meth:`close` gives it up, unless :meth:`open_door` has taken it. Raises :class:`Conflict`, with nothing begun,
+        if the memory would come in clear and this host's settings forbid that.
         """
+        self._check_encrypted(request)
         if request.transport != "rdma":
             self._door = asyncio.ensure_future(self._open(request, request.relay))
 
@@ -45,7 +47,6 @@ class Arrival:
     async def open_door(self, request: Prepare, machine: MachineProtocol) -> Doorway:
         """Where the source is awaited for guest memory. Raises :class:`NetworkError`."""
         if request.transport == "rdma":
-            self._check_unencrypted()
             chosen = await self._chosen(request)
             return await rdma.open_door(machine, chosen[0], self._parts.page.now.migration_ports)
         assert self._door is not None
@@ -100,10 +101,16 @@ class Arrival:
         streams = dict(zip(request.addresses, request.streams, strict=False))
         return await self._parts.multichannel.open_door(chosen, ports, self._offered, request.networks, streams)
 
-    def _check_unencrypted(self) -> None:
-        if self._parts.page.now.encrypt:
-            host = self._parts.name
-            raise Conflict(f"RDMA is not encrypted, and 'encrypt' is on on host '{host}'", host=host)
+    def _check_encrypted(self, request: Prepare) -> None:
+        credentials = request.credentials if request.relay is None else request.relay.credentials
+        if credentials is None and self._parts.page.now.encrypt:
+            vm, host = request.vm.name, self._parts.name
+            raise Conflict(
+                f"the memory of VM '{vm}' would come unencrypted, and 'encrypt' is on on host '{host}'",
+                todo=f"switch it on on host '{self._source}' too, or off on both",
+                vm=vm,
+                host=host,
+            )
 
     async def _chosen(self, request: Prepare) -> list[str]:
         """The addresses the source wants, of those we offer. Raises :class:`NetworkError` if none is left."""

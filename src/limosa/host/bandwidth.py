@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 from limosa.errors import LimosaError
 from limosa.host.page import Page
+from limosa.host.relays import Relays
 from limosa.migration import disks
 from limosa.migration.source import SourceMove
 from limosa.model.migration import Outcome, Phase
@@ -15,42 +16,68 @@ from limosa.transport import shares
 from limosa.transport.shares import Caps, Claim, Kind
 
 MBIT_BYTES = 1_000_000 // 8
-#: Phases in which a cap means something.
-_SENDING = (Phase.BUILD_UP, Phase.STORAGE, Phase.COPY, Phase.SYNCHRONISE)
 
 
 class Bandwidth:
     """Shares it between ``moves``, which are those under way by their identity."""
 
-    def __init__(self, page: Page, moves: Mapping[str, SourceMove]) -> None:
+    def __init__(self, page: Page, moves: Mapping[str, SourceMove], relays: Relays) -> None:
         self._page = page
         self._moves = moves
+        self._relays = relays
 
-    def allowance(self, migration: str) -> int:
-        """Bytes per second a move may use now, 0: no cap."""
-        claims = {name: claim for name, move in self._moves.items() if (claim := _claim(move)) is not None}
+    def allowance(self, migration: str, kind: Kind) -> int:
+        """Bytes per second a move may send of ``kind`` now, 0: no cap, or it sends none."""
+        claims = self._claims()
         mine = claims.get(migration)
-        return shares.allowance(mine, list(claims.values()), _caps(self._page.now)) if mine is not None else 0
+        if mine is None or kind not in mine.kinds:
+            return 0
+        return shares.allowance(kind, mine, list(claims.values()), _caps(self._page.now))
+
+    def of_lane(self, migration: str, address: str) -> int | None:
+        """Bytes per second a move may use now over a lane of relays to an address, 0: no cap, None if it sends none."""
+        claims = self._claims()
+        mine = claims.get(migration)
+        return shares.lane(address, mine, list(claims.values()), _caps(self._page.now)) if mine is not None else None
 
     async def share(self) -> None:
         """Give each move its share. A machine that refuses is about to end anyway."""
-        for move in list(self._moves.values()):
-            if move.machine is not None and _claim(move) is not None:
+        self._relays.pace()
+        for name, move in list(self._moves.items()):
+            # QEMU sends the last of a guest that stands still without a cap, and is better left alone then.
+            if move.machine is not None and (move.report.now.phase is not Phase.SWITCHOVER or move.in_post_copy):
+                kinds = _kinds(move)
                 with contextlib.suppress(LimosaError):
-                    allowed = move.home.bandwidth()
-                    await move.machine.set_bandwidth(allowed)
-                    if move.mirrors is not None:
-                        await move.mirrors.cap(allowed)
+                    if Kind.MEMORY in kinds:
+                        await move.machine.set_bandwidth(self.allowance(name, Kind.MEMORY))
+                    if Kind.STORAGE in kinds and move.mirrors is not None:
+                        await move.mirrors.cap(self.allowance(name, Kind.STORAGE))
+
+    def _claims(self) -> dict[str, Claim]:
+        return {name: claim for name, move in self._moves.items() if (claim := _claim(move)).kinds}
 
 
-def _claim(move: SourceMove) -> Claim | None:
-    """What a move sends now; None if it does not."""
-    view = move.report.now
-    if view.outcome is not Outcome.UNDER_WAY or view.phase not in _SENDING:
-        return None
-    copies = disks.copies(view.disks) and view.phase in (Phase.BUILD_UP, Phase.STORAGE)
-    addresses = tuple(path.there for path in view.route.paths) if view.route is not None else ()
-    return Claim(Kind.STORAGE if copies else Kind.MEMORY, addresses, move.home.own_cap)
+def _claim(move: SourceMove) -> Claim:
+    route = move.report.now.route
+    addresses = tuple(path.there for path in route.paths) if route is not None else ()
+    return Claim(_kinds(move), addresses, move.home.own_cap, striped=route is not None and route.striped)
+
+
+def _kinds(move: SourceMove) -> frozenset[Kind]:
+    """What a move sends now, or is about to."""
+    if move.report.now.outcome is not Outcome.UNDER_WAY:
+        return frozenset()  # it waits for its destination, to have that destroy what it has
+    match move.report.now.phase:
+        case Phase.BUILD_UP:
+            return frozenset({Kind.STORAGE if disks.copies(move.report.now.disks) else Kind.MEMORY})
+        case Phase.STORAGE:
+            return frozenset({Kind.STORAGE})
+        case Phase.COPY | Phase.SYNCHRONISE:
+            return frozenset({Kind.MEMORY, Kind.STORAGE} if move.mirrors is not None else {Kind.MEMORY})
+        case Phase.SWITCHOVER:
+            return frozenset({Kind.MEMORY})
+        case _:
+            return frozenset({Kind.MEMORY} if move.in_post_copy else ())
 
 
 def _caps(settings: HostSettings) -> Caps:

@@ -11,15 +11,16 @@ from limosa.model.route import Route
 from limosa.qemu.protocol import RdmaAddress
 from limosa.transport import rdma
 from limosa.transport.channel import Channel, SocketChannel, connect_all
-from limosa.transport.relay.outbound import Seat
+from limosa.transport.relay.outbound import LaneShare, Seat
 from limosa.wire.peer import LayersAwaited, Prepared, RelayPlace
 
 
 class Departure:
-    """Connects streams by the transport of a route."""
+    """Connects streams by the transport of a route. ``share``: of this move, see :data:`LaneShare`."""
 
-    def __init__(self, parts: Parts) -> None:
+    def __init__(self, parts: Parts, share: LaneShare) -> None:
         self._parts = parts
+        self._share = share
         #: in a session of relays: of guest memory, then of each disk, then of what lies below them, if that is sent
         self._seats: list[Seat] = []
 
@@ -30,7 +31,7 @@ class Departure:
         """
         if route.is_relayed:
             relays = self._parts.relays
-            self._seats = [relays.seat(destination, route, self, encrypt=encrypt) for _ in range(count)]
+            self._seats = [relays.seat(destination, route, self, self._share, encrypt=encrypt) for _ in range(count)]
             for seat in self._seats:
                 await seat.open()
         return [seat.place for seat in self._seats]

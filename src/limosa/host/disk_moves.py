@@ -418,7 +418,7 @@ class _Move:
         for disk in self.record.old:
             await self.qemu.pivot(disk)
 
-    def _show(self, copying: Mirrors) -> None:
+    async def _show(self, copying: Mirrors) -> None:
         bar, shown = progress.of_disks(self.report.bar, self.report.now.progress, copying.progress(), time.monotonic())
         self.report.bar = bar
         self.report.change(progress=shown)

@@ -72,6 +72,7 @@ class Inspector:
             encrypt=page.encrypt,
             lockable_mib=lockable_mib(),
             carried=self.goodputs.known,
+            caps_mbit_per_s=page.network_bandwidth_mbit_per_s,
         )
 
     async def switches(self) -> tuple[str, ...]:
@@ -95,7 +96,7 @@ class Inspector:
             encrypt=settings.encrypt,
             post_copy=settings.convergence.post_copy,
             network=await self.network(),
-            capped=settings.bandwidth_mbit_per_s > 0 or bool(settings.network_bandwidth_mbit_per_s),
+            capped=settings.caps_memory,
             leases=await self._leases(hosted) if running else (),
         )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from functools import partial
 
 from limosa.host.bandwidth import Bandwidth
 from limosa.host.departure import Departure
@@ -15,6 +16,7 @@ from limosa.model.route import Route
 from limosa.transport import tcp
 from limosa.transport.channel import Channel, SocketChannel
 from limosa.transport.choice import is_allowed
+from limosa.transport.shares import Kind
 from limosa.wire.peer import LayersAwaited, Prepared, RelayPlace, RestAwaited
 
 
@@ -27,7 +29,7 @@ class Leaving:
         self.disks = parts.storage
         self._leasing = parts.leasing
         self._hosted = hosted
-        self._departure = Departure(parts)
+        self._departure = Departure(parts, partial(bandwidth.of_lane, migration))
         self._has_storage_slot = False
         self._bandwidth = bandwidth
         self._migration = migration
@@ -98,9 +100,9 @@ class Leaving:
         if carried:
             self._inspector.goodputs.learn(carried)
 
-    def bandwidth(self) -> int:
+    def bandwidth(self, kind: Kind) -> int:
         """See :class:`limosa.migration.home.Home`."""
-        return self._bandwidth.allowance(self._migration)
+        return self._bandwidth.allowance(self._migration, kind)
 
     async def sending(self) -> None:
         """See :class:`limosa.migration.home.Home`."""

@@ -110,12 +110,12 @@ class _Landing:
 
     def _announce_later(self, addresses: Iterable[str]) -> None:
         wanted = list(addresses)
-        self._endpoints.later(lambda: self._announce(wanted))
+        self._endpoints.later(lambda: self._announce(wanted, again=True))
 
-    async def _announce(self, addresses: Iterable[str]) -> None:
+    async def _announce(self, addresses: Iterable[str], *, again: bool = False) -> None:
         permitted = await self._permitted()
         wanted = [address for address in addresses if address in permitted and self.door.listen_on(address)]
-        await self._endpoints.announce(self._hold, wanted)
+        await self._endpoints.announce(self._hold, wanted, again=again)
 
     async def _follow(self) -> None:
         """Announce addresses that appear. What was there before and was not chosen, was not chosen for a reason."""
@@ -124,7 +124,7 @@ class _Landing:
             async for _ in changes():
                 now = {address for address in await self._permitted() if is_allowed(address, self._networks)}
                 if known is not None and (appeared := sorted(now - known)):
-                    await self._announce(appeared)
+                    await self._announce(appeared, again=True)
                 known = now
         except LimosaError as error:
             _log.error("addresses that appear are not used: %s", error)

@@ -54,7 +54,7 @@ class Outgoing:
         self._page = parts.page
         self._views = views
         self._active: dict[str, SourceMove] = {}
-        self._bandwidth = Bandwidth(parts.page, self._active)
+        self._bandwidth = Bandwidth(parts.page, self._active, parts.relays)
         self._settling: dict[str, Settlement] = {}
         self._background = Background()
         parts.page.on_change(self._on_page)
@@ -257,11 +257,21 @@ class Outgoing:
         return Terms(policy, transport, settings.encrypt, options.storage, options.chain, options.keep, pin_all)
 
     async def limit(self, migration: str, mbit_per_s: int) -> Migration:
-        """Cap a move that is under way, 0: no cap of its own. Raises :class:`Conflict` if it has ended."""
+        """Cap a move that is under way, 0: no cap of its own.
+
+        Raises :class:`Conflict` if it has ended, or goes by RDMA.
+        """
         view = self._views.show(migration)
         move = self._active.get(migration)
         if move is None or view.outcome is not Outcome.UNDER_WAY:
             raise Conflict(f"the move of VM '{view.vm}' has ended", vm=view.vm, host=self.host)
+        if mbit_per_s and view.route is not None and view.route.transport == "rdma":
+            raise Conflict(
+                f"the move of VM '{view.vm}' goes by RDMA, for which QEMU keeps no cap",
+                todo="cancel it and move the VM again with a cap: it goes by TCP then",
+                vm=view.vm,
+                host=self.host,
+            )
         move.home.own_cap = mbit_per_s * MBIT_BYTES
         await self._bandwidth.share()
         return self._views.show(migration)

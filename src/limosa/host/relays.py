@@ -22,7 +22,7 @@ from limosa.transport.relay.client import Relay
 from limosa.transport.relay.control import CARRIERS, MAX_LANES
 from limosa.transport.relay.doorway import LastingDoorway
 from limosa.transport.relay.inbound import CarrierDoorway, Inbound
-from limosa.transport.relay.outbound import LINGER_S, Outbound, Seat
+from limosa.transport.relay.outbound import LINGER_S, LaneShare, Outbound, Seat, no_cap
 from limosa.wire.peer import Prepared, RelayPlace
 
 
@@ -36,7 +36,7 @@ class Relays:
         self._outbound: dict[tuple[object, ...], Outbound] = {}
         self._inbound: dict[tuple[str, str], asyncio.Task[Inbound]] = {}
 
-    def seat(self, destination: str, route: Route, move: object, *, encrypt: bool) -> Seat:
+    def seat(self, destination: str, route: Route, move: object, share: LaneShare = no_cap, *, encrypt: bool) -> Seat:
         """The part of ``move``, which goes to ``destination``, in the session that takes this route."""
         way = tuple((path.here, path.there) for path in route.paths)
         key = (destination, way, route.striped, route.transport, encrypt, move if route.alone else None)
@@ -44,7 +44,12 @@ class Relays:
         session = self._outbound.get(key)
         if session is None:
             session = self._outbound[key] = self._session(route, encrypt=encrypt)
-        return session.seat()
+        return session.seat(share)
+
+    def pace(self) -> None:
+        """Keep each lane to what those that use it may use now."""
+        for session in self._outbound.values():
+            session.carriers.pace()
 
     async def open_door(
         self,

@@ -18,7 +18,7 @@ from limosa.model.storage import BackingFile, Chain, DiskFacts, DiskPlan, LayerP
 from limosa.model.vm import Accelerator, Disk, VmConfig
 from limosa.transport import tcp
 from limosa.transport.advise import between, not_by_rdma
-from limosa.transport.choice import Ends, choose
+from limosa.transport.choice import Ends, choose, is_allowed
 from limosa.transport.relay.frames import VERSION as RELAY_VERSION
 
 T = TypeVar("T")
@@ -88,7 +88,7 @@ async def examine(
         there.network,
         there.addresses,
         no_relay,
-        _no_rdma(question, here, disks_move=bool(copied)),
+        _no_rdma(question, disks_move=bool(copied)),
         capped=here.capped,
         memory_mib=vm.memory_mib,
         post_copy=here.post_copy and there.post_copy_possible,
@@ -115,13 +115,11 @@ async def examine(
     return Examined(all_findings, route, ends, planned.disks, planned.layers, blocked)
 
 
-def _no_rdma(question: Question, here: VmFacts, *, disks_move: bool) -> str:
+def _no_rdma(question: Question, *, disks_move: bool) -> str:
     """What keeps this move from RDMA, whatever devices there are; empty if nothing does."""
     if question.rdma_failed:
         return question.rdma_failed
-    if disks_move:
-        return "disks move along, which RDMA does not carry"
-    return "a cap on bandwidth is set, which QEMU does not keep by RDMA" if here.capped else ""
+    return "disks move along, which RDMA does not carry" if disks_move else ""
 
 
 async def _with_digests(
@@ -152,12 +150,14 @@ async def _open_route(ends: Ends, transport: str, port: int) -> tuple[Route, fro
     blocked: set[str] = set() if port else set(ends.offered)
     while True:
         route = choose(ends, transport, blocked)
-        untried = [path.there for path in route.paths if path.there not in open_]
+        untried = [path for path in route.paths if path.there not in open_]
         if not untried:
             return route, frozenset(blocked)
-        answers = await asyncio.gather(*(tcp.reachable(address, port) for address in untried))
-        for address, answer in zip(untried, answers, strict=True):
-            (open_ if answer else blocked).add(address)
+        reached = await asyncio.gather(*(tcp.reach(path.there, port, path.here) for path in untried))
+        for path, own in zip(untried, reached, strict=True):
+            # Where our routing decides, it may lead out over a network that may not carry moves.
+            is_open = own is not None and is_allowed(own, ends.here.allowed)
+            (open_ if is_open else blocked).add(path.there)
 
 
 async def both(first: Coroutine[Any, Any, T], second: Coroutine[Any, Any, Any]) -> tuple[T, Any]:

@@ -15,6 +15,7 @@ from limosa.model.route import Route
 from limosa.model.storage import Chain
 from limosa.settings.host import ConvergencePolicy
 from limosa.transport.channel import Channel, SocketChannel
+from limosa.transport.shares import Kind
 from limosa.wire.peer import LayersAwaited, Prepared, RelayPlace, RestAwaited
 
 
@@ -93,8 +94,8 @@ class Home(Protocol):
     def learn(self, carried: Collection[Carried]) -> None:
         """Remember how fast the networks of this move were. Never raises."""
 
-    def bandwidth(self) -> int:
-        """Bytes per second this move may use now, 0: no cap."""
+    def bandwidth(self, kind: Kind) -> int:
+        """Bytes per second this move may send of ``kind`` now, 0: no cap, or it sends none."""
 
     async def sending(self) -> None:
         """Other than before is sent from now on: share what may be used anew."""

@@ -17,6 +17,7 @@ from limosa.model.migration import Phase
 from limosa.model.storage import LayerPlan
 from limosa.security.tls import stream_context
 from limosa.transport.layers import Sender
+from limosa.transport.shares import Kind
 from limosa.wire.peer import LayersAwaited
 
 if TYPE_CHECKING:
@@ -39,13 +40,13 @@ async def send(move: SourceMove, awaited: LayersAwaited) -> None:
     try:
         credentials = move.disk_credentials
         context = stream_context(credentials, server=False) if credentials is not None else None
-        sender = Sender(channel.stream, context, move.home.bandwidth())
+        sender = Sender(channel.stream, context, move.home.bandwidth(Kind.STORAGE))
         sending = asyncio.ensure_future(sender.send([plan.origin for plan in plans]))
         try:
             while not sending.done():
                 _show(move, sender, plans)
                 await asyncio.wait({sending}, timeout=LOOK_EVERY_S)
-                sender.bytes_per_s = move.home.bandwidth()
+                sender.bytes_per_s = move.home.bandwidth(Kind.STORAGE)
         finally:
             sending.cancel()
             await asyncio.wait({sending})

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
@@ -53,7 +53,7 @@ class Mirrors:
         self._keeping = {disk: Keeping(patience_s, began) for disk in disks}
         self.latest: Mapping[str, CopyStatistics] = {}
 
-    async def until_ready(self, show: Callable[[], None]) -> None:
+    async def until_ready(self, show: Callable[[], Awaitable[None]]) -> None:
         """Return when all keep up with the guest; ``show`` is called after each look.
 
         Raises :class:`MigrationFailed` if one fails, :class:`NotConverging` if one never would.
@@ -64,7 +64,7 @@ class Mirrors:
             while True:
                 changed.clear()
                 await self.look()
-                show()
+                await show()
                 if all(copy.state is CopyState.READY for copy in self.latest.values()):
                     return
                 await self._act()

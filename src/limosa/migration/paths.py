@@ -41,6 +41,11 @@ class Paths:
         #: what could be used and was not chosen, for whatever reason, as long as it is there
         self._refused = {way for way in self._possible() - chosen if way[1] not in blocked}
 
+    @property
+    def addresses(self) -> frozenset[str]:
+        """Those of the destination that it leads to, by the last look."""
+        return frozenset(path.there for path in self._route.paths)
+
     async def look(self) -> Route:
         """The route as it is now; what has carried nothing yet is in it as it was chosen."""
         compressed = together([await channel.compressed() for channel in self._channels])

@@ -11,6 +11,7 @@ from limosa.model.facts import DestinationFacts, VmFacts
 from limosa.model.finding import Finding, Severity
 from limosa.model.vm import VmConfig
 from limosa.storage.identity import same_file
+from limosa.transport.choice import is_allowed
 
 #: Older ones lack a return path that can be relied on, or late-block-activate with inactive images.
 OLDEST_QEMU = (7, 2, 0)
@@ -42,7 +43,8 @@ def check(
         _places(vm, there),
         _files(vm, here, there, copied),
         _leases(here, copied),
-        _network(there, reachable),
+        _network(here, there, reachable),
+        _encryption(source, here, there),
         _post_copy(here, there, relayed),
         _clock(there, clock_skew_s),
         _devices(vm),
@@ -172,11 +174,11 @@ def _leases(here: VmFacts, copied: Collection[str]) -> Iterator[Finding]:
             )
 
 
-def _network(there: DestinationFacts, reachable: bool) -> Iterator[Finding]:
-    if not there.addresses:
+def _network(here: VmFacts, there: DestinationFacts, reachable: bool) -> Iterator[Finding]:
+    if not any(is_allowed(address, here.network.allowed) for address in there.addresses):
         yield Finding.error(
             "no-migration-network",
-            f"host '{there.host}' has no address on a network that may carry moves",
+            f"host '{there.host}' has no address on a network that both hosts allow to carry moves",
             "see 'migration_networks' in 'limosa host settings' on both hosts",
         )
     elif there.trial_port == 0:
@@ -189,7 +191,17 @@ def _network(there: DestinationFacts, reachable: bool) -> Iterator[Finding]:
         yield Finding.error(
             "port-blocked",
             f"no connection to {there.addresses[0]} port {there.trial_port} of host '{there.host}'",
-            "open 'migration_ports' of that host in the firewall between the two",
+            "open 'migration_ports' of that host in the firewall between the two; if it is on no network of this host, "
+            "see that routing leads there over one of 'migration_networks'",
+        )
+
+
+def _encryption(source: str, here: VmFacts, there: DestinationFacts) -> Iterator[Finding]:
+    if there.network.encrypt and not here.network.encrypt:
+        yield Finding.error(
+            "not-encrypted",
+            f"host '{there.host}' takes memory only if it is encrypted, and 'encrypt' is off on host '{source}'",
+            f"limosa --host {source} host settings encrypt true",
         )
 
 

@@ -47,6 +47,7 @@ from limosa.security.stream import make_credentials
 from limosa.transport import tcp
 from limosa.transport.channel import Channel, SocketChannel
 from limosa.transport.choice import connected
+from limosa.transport.shares import Kind
 from limosa.wire.peer import Prepare, Prepared, StreamCredentials
 
 LOOK_EVERY_S = 0.2
@@ -85,6 +86,8 @@ class SourceMove:
         self.peer: Peer | None = None
         self.channel: Channel | None = None
         self._is_short = False
+        #: at any time a cap was kept, so that what the networks carried says nothing of them
+        self._was_capped = False
         #: until a post-copy is asked for, of which nobody knows at once whether it has begun
         self._way_back = True
         self.examined: Examined | None = None
@@ -123,7 +126,7 @@ class SourceMove:
             raise
         finally:
             unsubscribe()
-            if self.paths is not None and self.home.bandwidth() == 0:
+            if self.paths is not None and not self._was_capped:
                 self.home.learn(self.paths.carried())
             self._close_channel()
 
@@ -165,10 +168,11 @@ class SourceMove:
                 self.report.line("other moves of disks from this host", then=Phase.BUILD_UP)
             )
         there, encrypt = examined.ends.destination, self.terms.encrypt
-        relays = await self.home.seats(there, examined.route, 1 + len(copies) + bool(below), encrypt=encrypt)
+        # A disk is encrypted whatever is said of memory: else whoever finds the port could write into it.
+        streams, through_tls = 1 + len(copies) + bool(below), encrypt or bool(copies)
+        relays = await self.home.seats(there, examined.route, streams, encrypt=through_tls)
         # Memory that relays carry leaves the host through their TLS, and is not encrypted twice.
         server, client = make_credentials() if encrypt and not relays else (None, None)
-        # A disk is encrypted whatever is said of memory: else whoever finds the port could write into it.
         disks_server, self.disk_credentials = make_credentials() if copies and not relays else (None, None)
         request = Prepare(
             migration=self.header.migration,
@@ -193,7 +197,7 @@ class SourceMove:
         parameters = StreamParameters(
             credentials=client,
             downtime_limit_ms=self.terms.policy.first_downtime_ms,
-            bandwidth_bytes_per_s=self.home.bandwidth(),
+            bandwidth_bytes_per_s=self.home.bandwidth(Kind.MEMORY),
             post_copy=self.terms.policy.post_copy,
             pause=bool(copies),
             rdma=examined.route.transport == "rdma",
@@ -254,13 +258,13 @@ class SourceMove:
         route, copies = self.examined.route, disks.copies(self.examined.disks)
         self.disk_channels = await self.home.connect_disks(route, prepared, len(copies))
         self.paths = Paths(route, self.examined.ends, self.disk_channels, self.examined.blocked)
-        bandwidth = self.home.bandwidth() // len(copies)
+        bandwidth = self.home.bandwidth(Kind.STORAGE) // len(copies)
         await mirrors.send(machine, self.header.migration, copies, self.disk_channels, self.disk_credentials, bandwidth)
         copying = self.mirrors = Mirrors(machine, [plan.disk for plan in copies], self.terms.policy.patience_s)
         with self._following(self.paths):
             await copying.until_ready(lambda: self._show_disks(copying))
 
-    def _show_disks(self, copying: Mirrors) -> None:
+    async def _show_disks(self, copying: Mirrors) -> None:
         self.report.bar, shown = progress.of_disks(
             self.report.bar,
             self.report.now.progress,
@@ -268,12 +272,20 @@ class SourceMove:
             time.monotonic(),
             before=self.layers_sent,
         )
-        self.report.change(progress=shown)
+        await self._show(shown)
+
+    async def _show(self, shown: Progress) -> None:
+        """Show how far it is and the route as it is now, of which new paths change what others may use of a network."""
+        assert self.paths is not None
+        known, route = self.paths.addresses, await self.paths.look()
+        self.report.change(progress=shown, route=route)
+        self._was_capped = self._was_capped or any(self.home.bandwidth(kind) for kind in Kind)
+        if self.paths.addresses != known:
+            await self.home.sending()
 
     async def copy(self, machine: MachineProtocol, prepared: Prepared) -> None:
         """Send memory until QEMU reports that everything was sent and loaded."""
-        if self.mirrors is not None:
-            await self.home.sending()
+        await self.home.sending()
         assert self.examined is not None
         self.journal.record(SourceStep.MIGRATING, time.time(), durable=False)
         self.channel = await self.home.connect(self.examined.route, prepared)
@@ -397,6 +409,12 @@ class SourceMove:
         except QemuGone:
             return
 
+    @property
+    def in_post_copy(self) -> bool:
+        """Whether the guest may run at the destination already while QEMU here sends it the rest of its memory."""
+        lives = self.machine is not None and not self.machine.gone.is_set()
+        return lives and self.sent.done() and self.sent.result() is MigrationState.POSTCOPY_ACTIVE
+
     def cancel(self) -> None:
         """Have the move cancelled at the next moment at which that is possible."""
         if not self.cancelled.done():
@@ -472,7 +490,7 @@ class SourceMove:
         await self._act(machine, action)
         note = "" if isinstance(action, convergence.GiveUp) else action.note
         shown = progress.progress(bar, look, limit_ms=judge.downtime_limit_ms, note=note)
-        self.report.change(progress=self._with_disks(shown), route=await self._route())
+        await self._show(self._with_disks(shown))
         return judge
 
     def _let_wait(self, pace: float, look: MigrationStatistics, judge: Convergence) -> None:

@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
+import ipaddress
+from collections.abc import Iterable
+
 from limosa.model.base import Model
+
+
+def smallest_network(address: str, networks: Iterable[str]) -> str:
+    """The smallest of ``networks`` the address is in; empty if it is in none."""
+    ip = ipaddress.ip_address(address)
+    inside = [ipaddress.ip_network(text) for text in networks]
+    return str(max((net for net in inside if ip in net), key=lambda net: net.prefixlen, default=""))
 
 
 class NicAddress(Model, forbid_unknown_fields=False, frozen=True):
@@ -64,10 +74,16 @@ class HostNetwork(Model, forbid_unknown_fields=False, frozen=True):
     lockable_mib: int | None = None
     #: by moves from here
     carried: tuple[Carried, ...] = ()
+    #: its setting ``network_bandwidth_mbit_per_s``, for moves from here
+    caps_mbit_per_s: dict[str, int] = {}
 
     def nic_of(self, address: str) -> HostNic | None:
         """The NIC that has an address."""
         return next((nic for nic in self.nics if any(own.address == address for own in nic.addresses)), None)
+
+    def cap_to(self, address: str) -> int:
+        """Mbit/s that moves from here may use of the network an address is in, 0: no cap."""
+        return self.caps_mbit_per_s.get(smallest_network(address, self.caps_mbit_per_s), 0)
 
     def carried_to(self, here: str, there: str) -> int | None:
         """Mbit/s from an address of ours to another host's; None if no move has measured it."""

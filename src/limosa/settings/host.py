@@ -81,7 +81,11 @@ class HostSettings(Model, frozen=True):
         Meta(description="with rdma, lock all memory of a VM at once: faster, and both hosts must have that much free"),
     ] = False
     encrypt: Annotated[
-        bool, Meta(description="TLS on the migration stream; switch it off only on networks nobody else can reach")
+        bool,
+        Meta(
+            description="TLS for guest memory that is sent, and demanded of what comes; switch it off on both hosts, "
+            "and only on networks nobody else can reach"
+        ),
     ] = True
     compression_window_mib: Annotated[
         int,
@@ -127,6 +131,11 @@ class HostSettings(Model, frozen=True):
         Name,
         Meta(description="where images of VMs that come here go unless another location is asked for"),
     ] = OWN_LOCATION
+
+    @property
+    def caps_memory(self) -> bool:
+        """Whether any cap on bandwidth is set that is for guest memory, too."""
+        return self.bandwidth_mbit_per_s > 0 or bool(self.network_bandwidth_mbit_per_s)
 
     def __post_init__(self) -> None:
         for name, networks in (

@@ -23,8 +23,13 @@ from limosa.transport.teams import BY_PORT, HASHING
 POST_COPY_MBIT_PER_S = 1000
 
 
-def advise(name: str, network: HostNetwork, *, post_copy: bool) -> tuple[Route, tuple[Finding, ...]]:
-    """The transport that suits moves to a host alike, with its reason, and what is set wrongly here."""
+def advise(
+    name: str, network: HostNetwork, *, post_copy: bool, capped: bool = False
+) -> tuple[Route, tuple[Finding, ...]]:
+    """The transport that suits moves to a host alike, with its reason, and what is set wrongly here.
+
+    ``post_copy`` is allowed; ``capped``: guest memory has a cap on bandwidth.
+    """
     rules = (
         _networks(network),
         _links(network),
@@ -35,7 +40,8 @@ def advise(name: str, network: HostNetwork, *, post_copy: bool) -> tuple[Route, 
         _slow(network) if post_copy else iter(()),
         _locking(network),
     )
-    return _suits(name, network, post_copy=post_copy), tuple(finding for rule in rules for finding in rule)
+    suits = _suits(name, network, capped=capped, post_copy=post_copy)
+    return suits, tuple(finding for rule in rules for finding in rule)
 
 
 def between(ends: Ends, route: Route) -> tuple[Finding, ...]:
@@ -49,11 +55,11 @@ def not_by_rdma(route: Route) -> Finding:
     return Finding.warning("rdma-not-used", f"the move goes by {route.transport}: {route.why}", todo)
 
 
-def _suits(name: str, network: HostNetwork, *, post_copy: bool) -> Route:
+def _suits(name: str, network: HostNetwork, *, capped: bool, post_copy: bool) -> Route:
     """The choice for a move to another host with the same NICs, each on the same network as ours."""
     twin = msgspec.structs.replace(network, nics=tuple(_twin(nic) for nic in network.nics if nic.kind != "loopback"))
     offered = [own.address for nic in twin.nics for own in nic.addresses if is_allowed(own.address, network.allowed)]
-    route = choose(Ends(name, "another", network, twin, offered, post_copy=post_copy), "auto")
+    route = choose(Ends(name, "another", network, twin, offered, capped=capped, post_copy=post_copy), "auto")
     return msgspec.structs.replace(route, paths=())
 
 

@@ -7,6 +7,8 @@ them, unless an administrator has set up policy routing.
 Several paths are one Multipath TCP connection, or, where that is missing on one side or the NICs are unequal, one TCP
 connection each, over which relays spread the stream (*striped*: 011-striping).
 
+Where no network is common, the source's routing decides, as far as the network it leads to is allowed here, too.
+
 What guides ``auto``: more NICs are faster as long as the NICs are what a move waits for. One stream of QEMU's fills a
 NIC of some gigabits by itself; beyond that the processor is the limit, and then plain TCP, which costs less of it, is
 the faster one (measured on links without a limit: 006-transports). What is encrypted goes through relays anyway, whose
@@ -79,7 +81,8 @@ def choose(ends: Ends, asked: str, blocked: Collection[str] = ()) -> Route:
     direct = _direct(ends, blocked)
     ways = rdma.paths(ends.here, ends.there, direct)
     sides = ends.source, ends.destination, ends.here, ends.there
-    reason = ends.no_rdma or rdma.against(*sides, direct, ends.memory_mib)
+    capped = "a cap on bandwidth is set, which QEMU does not keep by RDMA" if ends.capped else ""
+    reason = ends.no_rdma or capped or rdma.against(*sides, direct, ends.memory_mib)
     if asked == "auto" and not reason and rdma.is_emulated(ends.here, ends.there, ways[0]):
         reason = "the kernel emulates the RDMA device, and TCP costs less"
     if not reason:
@@ -164,6 +167,9 @@ def _stripes(ends: Ends, several: Sequence[Path]) -> str:
         return ""
     if off := _multipath_off(ends):
         return off
+    # One connection would have to be content with the least of them.
+    if any(ends.here.cap_to(path.there) for path in several):
+        return "there are caps by network"
     speeds = [path.speed_mbit_per_s or 0 for path in several]
     # One connection would use one member of a team.
     if min(speeds) == 0 or any(_has_team(ends, path) for path in several):
@@ -236,7 +242,8 @@ def _except(words: str, blocked: Collection[str]) -> str:
 def _single(ends: Ends, blocked: Collection[str]) -> tuple[Path, ...]:
     """Where one stream may go, best first: over a common network, else wherever the source's routing leads."""
     direct = tuple(_direct(ends, blocked))
-    return direct or tuple(_routed(ends, address) for address in ends.offered if address not in blocked)
+    open_ = (address for address in ends.offered if address not in blocked)
+    return direct or tuple(_routed(ends, address) for address in open_ if is_allowed(address, ends.here.allowed))
 
 
 def _several(ends: Ends, blocked: Collection[str]) -> tuple[Path, ...]:
@@ -279,7 +286,7 @@ def direct_path(here: HostNetwork, there: HostNetwork, address: str) -> Path | N
     far = there.nic_of(address)
     if far is None or not far.carrier or not is_allowed(address, here.allowed):
         return None
-    paths = [_path(near, own, far, address, here.carried_to(own, address)) for near, own in _neighbours(here, address)]
+    paths = [_path(here, near, own, far, address) for near, own in _neighbours(here, address)]
     return max(paths, key=lambda path: path.speed_mbit_per_s or 0, default=None)
 
 
@@ -293,10 +300,12 @@ def _neighbours(here: HostNetwork, address: str) -> Iterator[tuple[HostNic, str]
                 yield nic, own.address
 
 
-def _path(near: HostNic, own: str, far: HostNic, address: str, carried: int | None) -> Path:
+def _path(here: HostNetwork, near: HostNic, own: str, far: HostNic, address: str) -> Path:
     speeds = near.speed_mbit_per_s, far.speed_mbit_per_s
     slower = None if None in speeds else min(speed for speed in speeds if speed is not None)
-    speed = _real(slower, carried)
+    speed = _real(slower, here.carried_to(own, address))
+    if cap := here.cap_to(address):
+        speed = min(cap, speed or cap)
     return Path(here=own, there=address, nic_here=near.name, nic_there=far.name, speed_mbit_per_s=speed)
 
 

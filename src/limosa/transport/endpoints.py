@@ -5,7 +5,8 @@ The rules:
 - The first move raises the limits, the last one to end puts them back: never lower than they were, and only if nobody
   has changed them meanwhile. They are raised to the most there is, because the kernel lets a connection that has
   reached its limit never use a NIC that appears later.
-- An address is announced by the first move that needs it and withdrawn after the last. One that an administrator has
+- An address is announced by the first move that needs it and withdrawn after the last: to withdraw one closes the
+  connections to it. One that an administrator has
   made an endpoint is used as it is and left alone.
 - Where a team of NICs spreads connections by their ports, an address is announced several times, with ports on which
   the kernel itself listens; who calls there without belonging to a connection is heard by nobody. Moves share those.
@@ -126,11 +127,12 @@ class Endpoints:
             raise
         return hold
 
-    async def announce(self, hold: Hold, addresses: Iterable[str]) -> None:
-        """Announce further addresses for a move, or again what it has announced. Raises :class:`NetworkError`.
+    async def announce(self, hold: Hold, addresses: Iterable[str], *, again: bool = False) -> None:
+        """Announce addresses for a move. Raises :class:`NetworkError`.
 
-        The other end connects to an address when it hears of it. If no NIC of its led there at that time, hearing of
-        it again is what makes it try again.
+        The other end connects to an address when it hears of it, and a new connection hears of all there are. If no NIC
+        of its led there at that time, hearing of it ``again`` is what makes it try again. That costs the connections
+        that are there, of any move, so it is only for what has changed.
         """
         async with self._lock:
             if hold.released:
@@ -139,7 +141,7 @@ class Endpoints:
             foreign = explicit - self._ours.keys()
             for place in ((address, 0) for address in addresses):
                 self._use(hold, place)
-                if place not in foreign:
+                if place not in foreign and (again or place not in self._ours):
                     await self._announce(place)
 
     async def announce_ports(self, hold: Hold, address: str, count: int, free: Iterable[int]) -> None:

@@ -45,6 +45,8 @@ _TCP_INFO_BYTES = 256
 _UNSENT_BYTES = 128 * 1024
 #: Of that option: what the system's setting says.
 _NO_LIMIT = 0
+_SO_MAX_PACING_RATE = 47  # socket(7)
+_NO_PACE = 2**64 - 1
 
 
 class TcpChannel:
@@ -257,15 +259,25 @@ async def trial(addresses: Sequence[str], ports: tuple[int, int]) -> AsyncIterat
                 listener.close()
 
 
-async def reachable(address: str, port: int) -> bool:
-    """Whether a connection to ``address`` can be made."""
+def pace(connection: socket.socket, bytes_per_s: int) -> None:
+    """Let a connection send so much from now on, 0: as much as it can. TCP keeps to it by itself, also without a queue
+    discipline that does; Multipath TCP has no such option."""
+    with contextlib.suppress(OSError):  # it is closed
+        rate = bytes_per_s or _NO_PACE
+        connection.setsockopt(socket.SOL_SOCKET, _SO_MAX_PACING_RATE, struct.pack("=Q", rate))
+
+
+async def reach(address: str, port: int, source: str = "") -> str | None:
+    """The address of ours from which a connection to ``address`` was made, ``source`` if that is given; None if none
+    can be."""
     try:
         async with asyncio.timeout(REACH_WITHIN_S):
-            _, writer = await asyncio.open_connection(address, port)
+            _, writer = await asyncio.open_connection(address, port, local_addr=(source, 0) if source else None)
     except (OSError, TimeoutError):
-        return False
+        return None
+    own = str(writer.get_extra_info("sockname")[0])
     writer.transport.abort()
-    return True
+    return own
 
 
 def used_by(info: bytes, here: str, there: str) -> Used:

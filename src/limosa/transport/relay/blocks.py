@@ -24,6 +24,8 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import xxhash
+
 from limosa.transport.relay.errors import BrokenStream
 
 #: The most one block carries.
@@ -38,8 +40,9 @@ _LATE_AT_MOST_S = 1.0
 _USUAL_S = 0.25
 _WEIGHT = 0.2
 
-_HEADER = struct.Struct("!QQII")
-HEADER_BYTES = _HEADER.size
+_FIELDS = struct.Struct("!QQII")
+_CHECKSUM = struct.Struct("!Q")
+HEADER_BYTES = _FIELDS.size + _CHECKSUM.size
 _COUNT_MASK = 0xFFFFFFFF
 
 
@@ -55,12 +58,17 @@ class Header(NamedTuple):
 
     def pack(self) -> bytes:
         """The bytes to send."""
-        return _HEADER.pack(self.place, self.read, self.came & _COUNT_MASK, self.length)
+        fields = _FIELDS.pack(self.place, self.read, self.came & _COUNT_MASK, self.length)
+        return fields + _CHECKSUM.pack(xxhash.xxh3_64_intdigest(fields))
 
     @classmethod
     def parse(cls, data: bytes) -> Header:
         """Raises :class:`BrokenStream` if it cannot be one."""
-        header = cls(*_HEADER.unpack(data))
+        fields = data[: _FIELDS.size]
+        # Frames would not notice a wrong place: its bytes would be waited for, for ever.
+        if _CHECKSUM.unpack_from(data, _FIELDS.size) != (xxhash.xxh3_64_intdigest(fields),):
+            raise BrokenStream("what is said of a block is not what was sent: checksum differs")
+        header = cls(*_FIELDS.unpack(fields))
         if header.length > BLOCK_BYTES:
             raise BrokenStream(f"a block of {header.length} bytes")
         return header

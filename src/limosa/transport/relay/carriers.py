@@ -1,7 +1,7 @@
 """The source's daemon and the connections of a session: made, made again when they are lost, and counted.
 
-A session over one path has two, as long as it lasts. A striped one has two for each path, its lanes: it is opened over
-the path that can be connected first, and the others join as they can be. As long as anybody takes part, every second
+A session over one path has two, as long as it lasts. A striped one has two for each path, its lanes: it is open with
+the first on which both relays agree, and the others join as they can. As long as anybody takes part, every second
 each path that is wanted and has no lane is connected, whether it had one or never had. Which paths are wanted may
 change at any time.
 
@@ -15,11 +15,12 @@ import asyncio
 import contextlib
 import logging
 import socket
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
+from functools import partial
 from typing import Any
 
-from limosa.background import then
 from limosa.errors import LimosaError, RelayFailed
+from limosa.transport import tcp
 from limosa.transport.channel import SocketChannel, Used
 from limosa.transport.relay.client import Relay
 from limosa.transport.relay.control import MAX_LANES
@@ -61,9 +62,21 @@ class _Lane:
 
 
 class Carriers:
-    """The connections of one session. ``is_used``: whether anybody takes part."""
+    """The connections of one session.
 
-    def __init__(self, dial: Dial, ways: Sequence[AddressPair], *, striped: bool, is_used: Callable[[], bool]) -> None:
+    ``is_used``: whether anybody takes part; ``pace``: bytes per second that a lane to an address may carry now, 0: no
+    cap.
+    """
+
+    def __init__(
+        self,
+        dial: Dial,
+        ways: Sequence[AddressPair],
+        *,
+        striped: bool,
+        is_used: Callable[[], bool],
+        pace: Callable[[str], int],
+    ) -> None:
         self._dial = dial
         self._initial = tuple(ways)
         #: by who takes part
@@ -73,9 +86,14 @@ class Carriers:
         self._told: set[tuple[AddressPair, str]] = set()
         self._striped = striped
         self._is_used = is_used
+        self._pace = pace
         #: all there ever were, by number; of a session that is not striped one
         self._lanes: dict[int, _Lane] = {}
         self._joining: dict[AddressPair, asyncio.Task[None]] = {}
+        #: what was wrong with a path that had no lane, at first
+        self._faults: dict[AddressPair, Exception] = {}
+        #: done, by an exception, when no lane has come about over any path, while the session opens
+        self._hopeless: asyncio.Future[None] | None = None
         self._keeping: asyncio.Task[None] | None = None
         self._changed = asyncio.Event()
         self._closed = False
@@ -106,28 +124,44 @@ class Carriers:
         relay: Relay,
         open_session: Callable[[Sequence[socket.socket]], Awaitable[object]],
     ) -> None:
-        """Connect, and have the session opened over the path that is there first; the others join as they can.
+        """Connect the one path, and have the session opened over it.
 
-        Raises :class:`LimosaError`, of connecting what is wrong with the best path; no connection is left then.
+        Raises :class:`LimosaError`; no connection is left then.
         """
-        dialling = {way: asyncio.ensure_future(self._dial(prepared, way)) for way in self._initial}
+        (way,) = self._initial
         try:
-            way = await _first(dialling)
-            connections = dialling.pop(way).result()
+            connections = await self._dial(prepared, way)
             self._add(way, connections)
             await open_session([one.stream for one in connections])
-            if self._closed:
-                raise RelayFailed("the relay ended as soon as its session was open", why=relay.why())
+            self._check_open(relay)
         except BaseException:
-            for task in dialling.values():
-                task.cancel()
-                then(task, _close)
             self.close()
             raise
-        for way, task in dialling.items():
-            self._have_join(relay, way, task)
-        if self._striped:
-            self._keeping = asyncio.ensure_future(self._keep(prepared, relay))
+
+    async def open_lanes(self, prepared: Prepared, relay: Relay) -> None:
+        """Have lanes join over all paths. Returns when one has, which opens the session; the others join as they can.
+
+        Raises :class:`LimosaError` if none can, what is wrong with the best; no connection is left then.
+        """
+        opened = asyncio.ensure_future(relay.opened())
+        hopeless = self._hopeless = asyncio.get_running_loop().create_future()
+        try:
+            for way in self._initial:
+                self._have_join(relay, way, partial(self._dial, prepared, way))
+            done, _ = await asyncio.wait({opened, hopeless}, return_when=asyncio.FIRST_COMPLETED)
+            (opened if opened in done else hopeless).result()
+            self._check_open(relay)
+        except BaseException:
+            self.close()
+            raise
+        finally:
+            opened.cancel()
+            hopeless.cancel()
+        self._keeping = asyncio.ensure_future(self._keep(prepared, relay))
+
+    def _check_open(self, relay: Relay) -> None:
+        if self._closed:
+            raise RelayFailed("the relay ended as soon as its session was open", why=relay.why())
 
     def want(self, who: object, ways: Iterable[AddressPair]) -> None:
         """Which paths one that takes part wants used from now on. Lanes over others stay as long as they last."""
@@ -139,6 +173,11 @@ class Carriers:
         """It takes no part any more."""
         self._wishes.pop(who, None)
 
+    def pace(self) -> None:
+        """Keep each lane to what it may carry now."""
+        for lane in self._lanes.values():
+            self._keep_pace(lane)
+
     def lose(self, number: int, why: str) -> None:
         """The relay has lost a lane, or none came about."""
         lane = self._lanes[number]
@@ -147,6 +186,8 @@ class Carriers:
         lane.lost = True
         lane.close()
         self._rest(lane)
+        here, there = lane.way
+        self._fail(lane.way, RelayFailed(f"the relays could not agree on a path from {here} to {there}", why=why))
         if (lane.way, why) not in self._told:
             self._told.add((lane.way, why))
             _log.warning("a stream has lost its path from %s to %s: %s", *(end or "any" for end in lane.way), why)
@@ -176,7 +217,7 @@ class Carriers:
                 pause_s = _SOON_S
             if self._is_used():
                 for way in self._missing():
-                    self._have_join(relay, way, self._dial_again(prepared, way))
+                    self._have_join(relay, way, partial(self._dial_again, prepared, way))
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(pause_s):
                     await self._changed.wait()
@@ -201,39 +242,39 @@ class Carriers:
         async with asyncio.timeout(DIAL_WITHIN_S):
             return await self._dial(prepared, way)
 
-    def _have_join(self, relay: Relay, way: AddressPair, dialling: Awaitable[Sequence[SocketChannel]]) -> None:
-        self._joining[way] = asyncio.ensure_future(self._join(relay, way, dialling))
+    def _have_join(
+        self, relay: Relay, way: AddressPair, dial: Callable[[], Awaitable[Sequence[SocketChannel]]]
+    ) -> None:
+        self._joining[way] = asyncio.ensure_future(self._join(relay, way, dial))
 
-    async def _join(self, relay: Relay, way: AddressPair, dialling: Awaitable[Sequence[SocketChannel]]) -> None:
+    async def _join(
+        self, relay: Relay, way: AddressPair, dial: Callable[[], Awaitable[Sequence[SocketChannel]]]
+    ) -> None:
         try:
-            with contextlib.suppress(LimosaError, OSError):  # it is tried again; TimeoutError is one
-                connections = await dialling
-                number = self._add(way, connections)
-                try:
-                    await relay.add_lane(number, [one.stream for one in connections])
-                except LimosaError as error:
-                    self.lose(number, str(error))
+            connections = await dial()
+            number = self._add(way, connections)
+            try:
+                await relay.add_lane(number, [one.stream for one in connections])
+            except LimosaError as error:
+                self.lose(number, str(error))
+        except (LimosaError, OSError) as error:  # it is tried again; TimeoutError is one
+            self._fail(way, error)
         finally:
             del self._joining[way]
 
+    def _fail(self, way: AddressPair, fault: Exception) -> None:
+        self._faults.setdefault(way, fault)
+        if self._hopeless is not None and not self._hopeless.done() and self._faults.keys() >= set(self._initial):
+            self._hopeless.set_exception(self._faults[self._initial[0]])
+            self._hopeless.exception()  # it may have no listener any more
+
     def _add(self, way: AddressPair, connections: Sequence[SocketChannel]) -> int:
         number = len(self._lanes)
-        self._lanes[number] = _Lane(way, connections)
+        lane = self._lanes[number] = _Lane(way, connections)
+        self._keep_pace(lane)
         return number
 
-
-async def _first(dialling: Mapping[AddressPair, asyncio.Task[Sequence[SocketChannel]]]) -> AddressPair:
-    """The path that is connected first. If none can be, what is wrong with the best is raised."""
-    waiting = set(dialling.values())
-    while waiting:
-        _, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-        for way, task in dialling.items():
-            if task.done() and task.exception() is None:
-                return way
-    await next(iter(dialling.values()))
-    raise AssertionError("that has failed")
-
-
-def _close(connections: Sequence[SocketChannel]) -> None:
-    for one in connections:
-        one.close()
+    def _keep_pace(self, lane: _Lane) -> None:
+        # The connection of a session that is not striped may be many, which no option reaches; QEMU keeps its cap.
+        if self._striped and not lane.lost:
+            tcp.pace(lane.forward.stream, self._pace(lane.way[1]))

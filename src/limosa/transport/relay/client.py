@@ -101,15 +101,21 @@ class Relay:
         credentials: StreamCredentials | None,
         window_log: int,
         level: int | None = DEFAULT_LEVEL,
-        striped: bool = False,
     ) -> int:
         """Be the source's side over connections to the destination's relay, of which it gets duplicates: a forward and
-        a backward one, which are lane 0 if it is ``striped``.
+        a backward one.
 
         ``level``: zstd's, None for no compression. Returns the window both sides agreed on, as a power of two.
         """
-        wish = control.OpenSender(credentials=credentials, window_log=window_log, level=level, striped=striped)
+        wish = control.OpenSender(credentials=credentials, window_log=window_log, level=level, striped=False)
         return await self._open(wish, connections)
+
+    async def call_lanes(
+        self, *, credentials: StreamCredentials | None, window_log: int, level: int | None = DEFAULT_LEVEL
+    ) -> None:
+        """Be the source's side of a striped session, which is :meth:`opened` with its first lane."""
+        wish = control.OpenSender(credentials=credentials, window_log=window_log, level=level, striped=True)
+        await self._ask(control.Done, wish)
 
     async def open_receiver(
         self, connections: Sequence[socket.socket], *, credentials: StreamCredentials | None, window_log: int
@@ -129,7 +135,7 @@ class Relay:
         return await asyncio.shield(self._opened)
 
     async def add_lane(self, number: int, connections: Sequence[socket.socket]) -> None:
-        """At the source of a striped session: have another lane join, over a forward and a backward connection.
+        """At the source of a striped session: have a lane join, over a forward and a backward connection.
 
         It gets duplicates, and is not waited for. ``number``: higher than all before. Raises :class:`InvalidInput` if
         there are as many lanes as may be.

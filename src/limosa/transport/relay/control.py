@@ -34,7 +34,8 @@ class Message(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, tag_fiel
 
 
 class Open(Message):
-    """Be one side of a session. Comes with two sockets that are connected to the other relay.
+    """Be one side of a session. Comes with two sockets that are connected to the other relay, or, if it is striped,
+    without: it is up with its first lane then.
 
     ``credentials``: null for no TLS. ``window_log``: how many bytes of what was sent the destination may keep, as far
     as this side allows, as a power of two. ``striped``: the session may go over several paths, of which more may join
@@ -47,22 +48,22 @@ class Open(Message):
 
 
 class OpenSender(Open, tag="open-sender"):
-    """Be the source's side. ``level``: zstd's; null for no compression. If it is striped the sockets are lane 0."""
+    """Be the source's side. ``level``: zstd's; null for no compression."""
 
     level: Annotated[int, Meta(ge=-7, le=3)] | None
 
 
 class OpenReceiver(Open, tag="open-receiver"):
-    """Be the destination's side. If it is striped it comes without sockets; it is up with its first lane."""
+    """Be the destination's side."""
 
 
 class AddLane(Message, tag="add-lane"):
-    """At the source: have another path join. Comes with two sockets. The answer does not wait for it.
+    """At the source: have a path join. Comes with two sockets. The answer does not wait for it.
 
     ``lane``: higher than all before.
     """
 
-    lane: Annotated[int, Meta(ge=1, le=MAX_LANE)]
+    lane: Annotated[int, Meta(ge=0, le=MAX_LANE)]
 
 
 class AddConnection(Message, tag="add-connection"):

@@ -30,14 +30,23 @@ _LOOK_EVERY_S = 0.1
 
 
 class Calling:
-    """The source's side, from the session's first lane on. ``on_lost``: see :class:`Lanes`."""
+    """The source's side. ``begin`` is called with the window when the first lane has joined; ``on_lost``: see
+    :class:`Lanes`."""
 
     def __init__(
-        self, lanes: Lanes, wish: Open, window_log: int, guarded: Guarded, on_lost: Callable[[int, str], None]
+        self,
+        lanes: Lanes,
+        wish: Open,
+        guarded: Guarded,
+        begin: Callable[[int], None],
+        on_lost: Callable[[int, str], None],
     ) -> None:
-        self._lanes, self._wish, self._window_log = lanes, wish, window_log
-        self._guarded, self._on_lost = guarded, on_lost
-        self._newest = 0
+        self._lanes, self._wish = lanes, wish
+        self._guarded, self._begin, self._on_lost = guarded, begin, on_lost
+        self._window_log: int | None = None
+        #: held while a lane joins
+        self._turn = threading.Lock()
+        self._newest = -1
         #: lanes that are about to join
         self._coming: set[int] = set()
 
@@ -59,10 +68,15 @@ class Calling:
     def _join(self, number: int, connections: list[socket.socket]) -> None:
         try:
             agreed = connect(connections, self._wish, number)
-            if agreed.window_log != self._window_log:
-                end([agreed.out, agreed.back])
-                raise BrokenStream("the other relay gave an answer to something else")
-            self._lanes.join(number, agreed.out, agreed.back)
+            with self._turn:
+                is_first = self._window_log is None
+                if not is_first and agreed.window_log != self._window_log:
+                    end([agreed.out, agreed.back])
+                    raise BrokenStream("the other relay gave an answer to something else")
+                self._window_log = agreed.window_log
+                self._lanes.join(number, agreed.out, agreed.back)
+                if is_first:
+                    self._begin(agreed.window_log)
         except BrokenStream as error:
             self._on_lost(number, str(error))
         finally:

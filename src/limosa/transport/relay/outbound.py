@@ -16,7 +16,7 @@ import contextlib
 import itertools
 import secrets
 import socket
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -30,6 +30,9 @@ from limosa.transport.relay.client import DEFAULT_LEVEL, Relay, widen
 from limosa.transport.relay.control import ChannelStatistics
 from limosa.wire.peer import Prepared, RelayPlace, StreamCredentials
 
+#: Bytes per second that a move may use now over a lane to an address, 0: no cap; None: it sends nothing.
+LaneShare = Callable[[str], int | None]
+
 #: After its last move a session is kept for so long.
 LINGER_S = 10.0
 #: What may wait between QEMU and its relay in a shortened stream.
@@ -38,6 +41,11 @@ SHORT_BYTES = 64 * 1024
 ANSWER_WITHIN_S = 1.0
 #: When a stream broke, its relay is about to end, or has nothing to do with it.
 ENDS_WITHIN_S = 1.0
+
+
+def no_cap(_address: str) -> int:
+    """The :data:`LaneShare` of what no cap is for."""
+    return 0
 
 
 class Outbound:
@@ -74,7 +82,7 @@ class Outbound:
         self._user = user
         self._numbers = itertools.count()
         self._seats: set[Seat] = set()
-        self.carriers = Carriers(dial, ways, striped=striped, is_used=lambda: bool(self._seats))
+        self.carriers = Carriers(dial, ways, striped=striped, is_used=lambda: bool(self._seats), pace=self._pace)
         self._starting: asyncio.Task[Relay] | None = None
         self._opening: asyncio.Task[Relay] | None = None
         self._relay: Relay | None = None
@@ -92,11 +100,12 @@ class Outbound:
     @property
     def is_over(self) -> bool:
         """Whether nobody takes part any more and nothing is kept, so that a new session is as good."""
-        ended = self._relay is not None and self._relay.ended.is_set()
-        return self._ending or ended or (not self._seats and self._starting is None)
+        if self._relay is not None:
+            return self._ending or self._relay.ended.is_set()
+        return not self._seats if self._starting is None else self._starting.done()  # which failed
 
-    def seat(self) -> Seat:
-        """A place for another move, to be released when that has ended."""
+    def seat(self, share: LaneShare = no_cap) -> Seat:
+        """A place for another stream of the move that ``share`` is of, to be released when that has ended."""
         place = RelayPlace(
             session=self._token,
             channel=next(self._numbers),
@@ -105,7 +114,7 @@ class Outbound:
             several=self._several,
             striped=self._striped,
         )
-        seat = Seat(self, place)
+        seat = Seat(self, place, share)
         self._seats.add(seat)
         if self._linger is not None:
             self._linger.cancel()
@@ -139,24 +148,30 @@ class Outbound:
             self._ending = True
             self._background.spawn(self._relay.end())
 
+    def _pace(self, address: str) -> int:
+        """Bytes per second that all moves here together may use over a lane to an address, 0: no cap."""
+        shares = [share(address) for share in {seat.share for seat in self._seats}]
+        return 0 if 0 in shares else sum(share for share in shares if share is not None)
+
     async def _start(self) -> Relay:
         relay = self._relay = await Relay.start(user=self._user)
         relay.on_channel_ended = self._keep_last
         relay.on_lane_lost = self.carriers.lose
         self._background.spawn(self._until_ended(relay))
+        if not self._seats:
+            self.end()  # whoever it was started for has left meanwhile
         return relay
 
     async def _open(self, prepared: Prepared) -> Relay:
         relay = await self.started()
-        open_session = partial(
-            relay.open_sender,
-            credentials=self._client,
-            window_log=self._window_log,
-            level=DEFAULT_LEVEL if self.compress else None,
-            striped=self._striped,
-        )
+        credentials, window_log, level = self._client, self._window_log, DEFAULT_LEVEL if self.compress else None
         try:
-            await self.carriers.open(prepared, relay, open_session)
+            if self._striped:
+                await relay.call_lanes(credentials=credentials, window_log=window_log, level=level)
+                await self.carriers.open_lanes(prepared, relay)
+            else:
+                send = partial(relay.open_sender, credentials=credentials, window_log=window_log, level=level)
+                await self.carriers.open(prepared, relay, send)
         except BaseException:
             await asyncio.shield(relay.end())
             raise
@@ -175,8 +190,9 @@ class Outbound:
 class Seat:
     """One move's part in a session. Made by :meth:`Outbound.seat`."""
 
-    def __init__(self, session: Outbound, place: RelayPlace) -> None:
+    def __init__(self, session: Outbound, place: RelayPlace, share: LaneShare) -> None:
         self.place = place
+        self.share = share
         self._session = session
         #: opens the channel; its socket is ours until :meth:`connect` has given it away
         self._opening: asyncio.Task[socket.socket] | None = None

@@ -95,12 +95,12 @@ class Relay:
             self._open_channel(request.channel, sockets)
         elif isinstance(request, AddConnection):
             self._add_connection(sockets)
+        elif isinstance(request, AddLane):
+            self._add_lane(request.lane, sockets)
         elif self._session is None:
             raise InvalidInput("there is no session yet")
         elif isinstance(request, SetShort):
             self._session.set_short(request.channel, request.short)
-        elif isinstance(request, AddLane):
-            self._add_lane(request.lane, sockets)
         else:
             return self._session.statistics()
         return control.Done()
@@ -108,12 +108,11 @@ class Relay:
     def _open(self, wish: OpenSender | OpenReceiver, sockets: list[socket.socket]) -> None:
         if self._opening:
             raise InvalidInput("there is a session already")
-        awaiting = wish if isinstance(wish, OpenReceiver) and wish.striped else None
-        if len(sockets) != (control.CARRIERS if awaiting is None else 0):
+        if len(sockets) != (0 if wish.striped else control.CARRIERS):
             raise InvalidInput("the wrong number of sockets")
         self._opening = True
-        if awaiting is not None:
-            self._await_lanes(awaiting)
+        if wish.striped:
+            self._await_lanes(wish)
             return
         work = partial(self._send, wish) if isinstance(wish, OpenSender) else partial(self._receive, wish)
         # The main thread goes on listening to the daemon, whose end is ours, too.
@@ -121,13 +120,9 @@ class Relay:
 
     def _send(self, wish: OpenSender, connections: list[socket.socket]) -> None:
         agreed = connect(connections, wish)
-        window_log = agreed.window_log
-        out: Out = agreed.out
-        back: In = agreed.back
-        if wish.striped:
-            out = back = lanes = self._lanes()
-            lanes.join(agreed.lane, agreed.out, agreed.back)
-            self._calling = Calling(lanes, wish, window_log, self._notices.guarded, self._notices.lane_lost)
+        self._begin_to_send(wish, agreed.out, agreed.back, agreed.window_log)
+
+    def _begin_to_send(self, wish: OpenSender, out: Out, back: In, window_log: int) -> None:
         if wish.level is None:
             self._worker.end()
         else:
@@ -140,17 +135,19 @@ class Relay:
         agreed = admit(connections, wish)
         self._begin(Receiver(agreed.back, agreed.out, agreed.window_log, self._notices), agreed.window_log)
 
-    def _await_lanes(self, wish: OpenReceiver) -> None:
+    def _await_lanes(self, wish: OpenSender | OpenReceiver) -> None:
+        notices = self._notices
+        lanes = Lanes(notices.guarded, notices.lane_lost)
+        if isinstance(wish, OpenSender):
+            send = partial(self._begin_to_send, wish, lanes, lanes)
+            self._calling = Calling(lanes, wish, notices.guarded, send, notices.lane_lost)
+            return
         self._worker.end()
-        lanes = self._lanes()
 
         def begin(window_log: int) -> None:
-            self._begin(Receiver(lanes, lanes, window_log, self._notices), window_log)
+            self._begin(Receiver(lanes, lanes, window_log, notices), window_log)
 
-        self._admission = Admission(lanes, wish, self._notices.guarded, begin)
-
-    def _lanes(self) -> Lanes:
-        return Lanes(self._notices.guarded, self._notices.lane_lost)
+        self._admission = Admission(lanes, wish, notices.guarded, begin)
 
     def _add_lane(self, number: int, sockets: list[socket.socket]) -> None:
         if self._calling is None:

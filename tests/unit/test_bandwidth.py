@@ -1,0 +1,156 @@
+"""How the host shares its caps among moves: who counts when, and who is told."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+from test_again import Move as WholeMove
+from test_again import play
+from test_source_disks import PLAN
+
+from limosa.errors import Conflict
+from limosa.host.bandwidth import MBIT_BYTES, Bandwidth
+from limosa.host.outgoing import Outgoing
+from limosa.model.migration import Outcome, Phase
+from limosa.model.route import Path as Way
+from limosa.model.route import Route
+from limosa.settings.host import HostSettings
+
+FIRST, SECOND = "10.1.0.2", "10.2.0.2"
+
+
+class Move:
+    """A move as far as caps are concerned. ``memory`` and ``disks`` are what it was told, in Mbit/s."""
+
+    def __init__(self, phase: Phase, *addresses: str, disks: bool = False, striped: bool = False) -> None:
+        paths = tuple(Way(here="", there=address) for address in addresses or (FIRST,))
+        self.route = Route(transport="multichannel" if striped else "tcp", paths=paths, striped=striped)
+        self.report = SimpleNamespace(
+            now=SimpleNamespace(phase=phase, disks=(PLAN,) if disks else (), route=self.route)
+        )
+        self.in_post_copy = False
+        self.memory: int | None = None
+        self.disks: int | None = None
+        self.machine = SimpleNamespace(set_bandwidth=self._set_memory)
+        self.mirrors = SimpleNamespace(cap=self._set_disks) if disks else None
+        self.home = SimpleNamespace(own_cap=0)
+
+    async def _set_memory(self, bytes_per_s: int) -> None:
+        self.memory = bytes_per_s // MBIT_BYTES
+
+    async def _set_disks(self, bytes_per_s: int) -> None:
+        self.disks = bytes_per_s // MBIT_BYTES
+
+
+class Host:
+    """A host with these caps and moves, of which the first is ``a``."""
+
+    def __init__(self, caps: dict[str, Any], *moves: Move) -> None:
+        self.paced = 0
+        page = SimpleNamespace(now=HostSettings(**caps))
+        named = dict(zip("abc", moves, strict=False))
+        self.bandwidth = Bandwidth(cast(Any, page), cast(Any, named), cast(Any, SimpleNamespace(pace=self._pace)))
+
+    def share(self) -> None:
+        asyncio.run(self.bandwidth.share())
+
+    def lane(self, name: str, address: str) -> int | None:
+        share = self.bandwidth.of_lane(name, address)
+        return share // MBIT_BYTES if share else share
+
+    def _pace(self) -> None:
+        self.paced += 1
+
+
+MEMORY = {"bandwidth_mbit_per_s": 1000}
+NETWORK = {"network_bandwidth_mbit_per_s": {"10.1.0.0/24": 100}}
+
+
+@pytest.mark.parametrize(
+    ("phase", "counts"),
+    [
+        (Phase.WAITING, False),
+        (Phase.BUILD_UP, True),
+        (Phase.COPY, True),
+        (Phase.SYNCHRONISE, True),
+        (Phase.SWITCHOVER, True),
+        (Phase.TEAR_DOWN, False),
+    ],
+)
+def test_moves_share_while_they_send(phase: Phase, counts: bool) -> None:
+    move, other = Move(Phase.COPY), Move(phase)
+    Host(MEMORY, move, other).share()
+    assert move.memory == (500 if counts else 1000)
+    assert other.memory == (500 if counts and phase is not Phase.SWITCHOVER else None)
+
+
+@pytest.mark.parametrize("phase", [Phase.SWITCHOVER, Phase.TEAR_DOWN])
+def test_memory_that_follows_a_guest_counts(phase: Phase) -> None:
+    move, other = Move(Phase.COPY), Move(phase)
+    other.in_post_copy = True
+    Host(MEMORY, move, other).share()
+    assert (move.memory, other.memory) == (500, 500)
+
+
+def test_copies_that_keep_up_have_the_cap_of_disks_beside_memory() -> None:
+    move, other = Move(Phase.COPY, disks=True), Move(Phase.STORAGE, disks=True)
+    Host({**MEMORY, "storage_bandwidth_mbit_per_s": 200}, move, other).share()
+    assert (move.memory, move.disks, other.memory, other.disks) == (1000, 100, None, 100)
+
+
+def test_memory_and_disks_of_a_move_share_what_a_network_gives_it() -> None:
+    move, other = Move(Phase.COPY, disks=True), Move(Phase.COPY)
+    Host(NETWORK, move, other).share()
+    assert (move.memory, move.disks, other.memory) == (25, 25, 50)
+
+
+def test_lanes_are_paced_by_network_with_each_share() -> None:
+    move, other = Move(Phase.COPY, FIRST, SECOND, striped=True), Move(Phase.COPY)
+    host = Host(NETWORK, move, other)
+    host.share()
+    assert (host.paced, move.memory, other.memory) == (1, 0, 50)
+    assert (host.lane("a", FIRST), host.lane("a", SECOND)) == (50, 0)
+    other.report.now.phase = Phase.WAITING
+    assert (host.lane("a", FIRST), host.lane("b", FIRST)) == (100, None)
+
+
+def test_a_move_tells_the_others_before_it_sends(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        move, said = WholeMove(tmp_path), list[str]()
+        migrate = move.source.migrate
+
+        async def sending() -> None:
+            said.append(move.report.now.phase)
+
+        async def noted(stream: Any) -> None:
+            said.append("migrate")
+            await migrate(stream)
+
+        move.home.sending = sending  # type: ignore[method-assign]
+        move.source.migrate = noted  # type: ignore[method-assign]
+        await move.run()
+        assert said[:2] == [Phase.COPY, "migrate"]
+
+    play(scenario())
+
+
+def test_a_move_by_rdma_cannot_be_capped() -> None:
+    async def scenario() -> None:
+        view = SimpleNamespace(
+            vm="web1", outcome=Outcome.UNDER_WAY, route=Route(transport="rdma", paths=(Way(here="", there=FIRST),))
+        )
+        page = SimpleNamespace(now=HostSettings(), on_change=lambda _: None)
+        parts = SimpleNamespace(name="host1", page=page, vms=None, relays=SimpleNamespace(pace=lambda: None))
+        outgoing = Outgoing(cast(Any, parts), Path(), cast(Any, SimpleNamespace(show=lambda _: view)))
+        move = Move(Phase.COPY)
+        outgoing._active["a"] = cast(Any, move)
+        with pytest.raises(Conflict, match="RDMA"):
+            await outgoing.limit("a", 100)
+        assert move.home.own_cap == 0
+        await outgoing.limit("a", 0)
+
+    asyncio.run(scenario())

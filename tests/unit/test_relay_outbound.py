@@ -1,0 +1,97 @@
+"""A session of the source's daemon whose relay does not start, or starts too late."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+import pytest
+
+from limosa.errors import RelayFailed
+from limosa.transport.relay.client import Relay
+from limosa.transport.relay.outbound import Outbound
+
+
+class Process:
+    """A relay process."""
+
+    def __init__(self) -> None:
+        self.ended = asyncio.Event()
+
+    async def end(self) -> None:
+        self.ended.set()
+
+
+def session(*, linger_s: float = 0.0) -> Outbound:
+    async def dial(*_: object) -> list[object]:
+        raise AssertionError("it is not opened")
+
+    return Outbound(dial, encrypt=False, several=False, window_log=24, user=None, linger_s=linger_s)  # type: ignore[arg-type]
+
+
+async def until(what: Callable[[], bool]) -> None:
+    async with asyncio.timeout(20):
+        while not what():  # noqa: ASYNC110 - anything may make it true
+            await asyncio.sleep(0.001)
+
+
+def test_a_session_whose_relay_did_not_start_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def start(**_: object) -> Relay:
+        raise RelayFailed("cannot start a relay", why="no memory")
+
+    async def scenario() -> None:
+        failing = session()
+        seat = failing.seat()
+        await seat.open()
+        assert not failing.is_over
+        await until(lambda: failing.is_over)
+        seat.release()
+        assert failing.is_over
+
+    monkeypatch.setattr(Relay, "start", start)
+    asyncio.run(scenario())
+
+
+def test_a_relay_that_starts_when_everybody_has_left_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario() -> None:
+        process, loads = Process(), asyncio.Event()
+
+        async def start(**_: object) -> Process:
+            await loads.wait()
+            return process
+
+        monkeypatch.setattr(Relay, "start", start)
+        alone = session()
+        seat = alone.seat()
+        await seat.open()
+        await asyncio.sleep(0)
+        seat.release()
+        await asyncio.sleep(0.001)  # it does not linger
+        loads.set()
+        await until(process.ended.is_set)
+        assert alone.is_over
+
+    asyncio.run(scenario())
+
+
+def test_a_relay_that_starts_for_another_move_meanwhile_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario() -> None:
+        process, loads = Process(), asyncio.Event()
+
+        async def start(**_: object) -> Process:
+            await loads.wait()
+            return process
+
+        monkeypatch.setattr(Relay, "start", start)
+        shared = session(linger_s=3600)
+        first = shared.seat()
+        await first.open()
+        await asyncio.sleep(0)
+        first.release()
+        shared.seat()
+        loads.set()
+        await until(lambda: shared.is_running)
+        assert not process.ended.is_set()
+        assert not shared.is_over
+
+    asyncio.run(scenario())
