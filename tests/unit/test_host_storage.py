@@ -277,7 +277,9 @@ class TestVolumes:
         [
             ({}, ""),
             ({"open": "open"}, "somebody has it open"),
-            ({"role": "public,origin,thickorigin"}, "others depend on it"),
+            ({"role": "public,origin,thickorigin"}, "its snapshots"),
+            ({"role": "public,origin,extorigin,thickextorigin"}, "the thin volumes above it"),
+            ({"role": "public,origin,thinorigin,multithinorigin"}, ""),
         ],
     )
     def test_who_has_it(self, storage: Storage, group: FakeLvm, state: dict[str, str], why: str) -> None:
@@ -360,6 +362,15 @@ class TestVolumes:
         assert not lvm.is_ours(folder / POOL, os.makedev(253, 0))
         assert not lvm.is_ours(folder / "none", os.makedev(253, 1))
         assert not lvm.is_ours(Path("/dev/mapper/bulk-ours.raw/x"), os.makedev(253, 1))
+
+    def test_what_others_depend_on_stays(self, storage: Storage, group: FakeLvm) -> None:
+        """LVM would remove the snapshots of a volume with it."""
+        image = self.plan()
+        asyncio.run(storage.make(image))
+        snapshot = {"size": EXTENT, "thin": False, "tags": [], "made": 0, "origin": f"web1-vda.{TAG}.raw"}
+        group.change(lvs=group.volumes | {"before-upgrade": snapshot})
+        asyncio.run(storage.remove(image.path))  # it is logged
+        assert set(group.volumes) == {f"web1-vda.{TAG}.raw", "before-upgrade"}
 
     @pytest.mark.parametrize("name", ["", "-rf", "a b", 'a" || lv_name!="', "../x", "a/b", "@tag"])
     def test_a_name_that_is_none(self, group: FakeLvm, name: str) -> None:
