@@ -396,6 +396,7 @@ class TestWhatASourceMayName:
                 inspector=nobody,
                 multichannel=nobody,
                 relays=nobody,
+                neighbours=nobody,
             )
         )
 

@@ -70,6 +70,7 @@ async def assemble(daemon: DaemonSettings, files: Files) -> Services:
     multichannel = Multichannel(PathManager(), files.run)
     await multichannel.endpoints.clean()
     relays = Relays(multichannel, page, user)
+    neighbours = Neighbours(daemon.name, page, Path(daemon.certificates), files.migrations)
     parts = Parts(
         name=daemon.name,
         boot=boot,
@@ -81,8 +82,8 @@ async def assemble(daemon: DaemonSettings, files: Files) -> Services:
         inspector=inspector,
         multichannel=multichannel,
         relays=relays,
+        neighbours=neighbours,
     )
-    neighbours = Neighbours(daemon.name, page, Path(daemon.certificates), files.migrations)
     return Services(
         parts=parts,
         cpus=len(os.sched_getaffinity(0)),
@@ -91,7 +92,7 @@ async def assemble(daemon: DaemonSettings, files: Files) -> Services:
         disk_moves=DiskMoves(parts, views, launcher),
         views=views,
         neighbours=neighbours,
-        leftovers=Leftovers(parts, neighbours),
+        leftovers=Leftovers(parts),
     )
 
 

@@ -176,6 +176,7 @@ class Storage:
             below=below,
             snapshots=header.snapshots if header is not None else 0,
             location=self.places.of(disk.path),
+            needed=self.places.store_of(disk.path).lost_with(disk.path),
         )
 
     def _backing(self, path: str, image_format: DiskFormat) -> BackingFile:

@@ -245,6 +245,19 @@ def against_copying(fact: DiskFacts) -> list[Finding]:
     ]
 
 
+def against_leaving(fact: DiskFacts) -> list[Finding]:
+    """Why a disk cannot be moved if the image it has is deleted then."""
+    if not fact.needed:
+        return []
+    return [
+        Finding.error(
+            "image-needed",
+            f"{fact.path}, which disk {fact.name} would leave, is needed: {fact.needed}",
+            "keep the images that are left with --keep, or end the other use first",
+        )
+    ]
+
+
 def against_form(location: Location, image_format: DiskFormat | None, *, thick: bool) -> list[Finding]:
     """Why images of a location cannot be as they are wanted."""
     impossible = []

@@ -47,6 +47,9 @@ class Store(Protocol):
     def taken(self, path: str) -> int:
         """Bytes an image takes. Raises :class:`StorageError`."""
 
+    def lost_with(self, path: str) -> str:
+        """Why an image cannot be removed alone, in words; empty if it can. Raises :class:`StorageError`."""
+
     async def create(
         self,
         path: str,
@@ -123,6 +126,10 @@ class Folder:
             return os.stat(path).st_blocks * 512
         except OSError as error:
             raise StorageError(f"cannot look at {path}", why=error.strerror or str(error)) from error
+
+    def lost_with(self, path: str) -> str:
+        """See :class:`Store`. A file takes nothing along."""
+        return ""
 
     async def create(
         self,
