@@ -77,7 +77,7 @@ class Incoming:
 
     async def find_files(self, files: Sequence[BackingFile]) -> tuple[BackingFile | None, ...]:
         """Where this host has files with these contents; None where it has not."""
-        return tuple([await self._storage.find(file) for file in files])
+        return tuple([await self._layers.find(file) for file in files])
 
     def begin(self, request: Prepare, source: str, reached_at: str) -> Destination:
         """A landing for a VM, journalled but with nothing reserved yet."""

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -67,17 +67,20 @@ class Storage:
         """The same with its digest, for which it and all below it is read once. Raises :class:`StorageError`."""
         return await asyncio.to_thread(_with_digest, backing)
 
-    async def find(self, wanted: BackingFile) -> BackingFile | None:
+    async def find(self, wanted: BackingFile, written: Collection[str] = ()) -> BackingFile | None:
         """A file of this host with the same digest, readable for QEMU's user, where one would look for it.
 
         That is: under the same path; in the location of the same name; in any location under the same file name, or
         that of a layer and its original. Only files in a location count, so that nobody can have another file of the
-        host shown to a guest, and no logical volumes: those stand alone.
+        host shown to a guest, and no logical volumes: those stand alone. Nor any that is ``written``.
         """
-        return await asyncio.to_thread(self._find, wanted)
+        return await asyncio.to_thread(self._find, wanted, written)
 
-    def _find(self, wanted: BackingFile) -> BackingFile | None:
+    def _find(self, wanted: BackingFile, written: Collection[str]) -> BackingFile | None:
+        unfit = {os.path.realpath(path) for path in written}
         for path in self._candidates(wanted):
+            if os.path.realpath(path) in unfit:
+                continue
             with suppress(OSError, StorageError):
                 if _size(path) == wanted.size and access.may(Path(path), self.user, write=False):
                     found = _with_digest(self._backing(path, wanted.format))
