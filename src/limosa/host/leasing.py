@@ -25,11 +25,12 @@ _log = logging.getLogger(__name__)
 
 
 class Leasing:
-    """The leases of one host. ``boot`` identifies this run of its kernel."""
+    """The leases of one host. ``boot`` identifies this run of its kernel, ``machine`` the machine."""
 
-    def __init__(self, host: str, boot: str) -> None:
+    def __init__(self, host: str, boot: str, machine: str) -> None:
         self._host = host
         self._boot = boot
+        self._machine = machine
 
     async def take(self, config: VmConfig, only: Collection[str] | None = None) -> None:
         """Before a QEMU is started, or an image is made its (``only`` these paths). Raises
@@ -81,15 +82,19 @@ class Leasing:
 
     async def release(self, image: str, dead: str) -> None:
         """A person says that ``dead`` does not run a VM on the image. Raises :class:`Conflict` if ``dead`` is this
-        host, which knows by itself, and :class:`ImageLeased`."""
-        if dead == self._host:
-            raise Conflict(
-                f"host '{dead}' is not dead: it is this one",
-                why="a daemon gives leases back by itself when their QEMUs have ended",
-                todo="stop the VM",
-                host=dead,
-            )
-        await in_full(leases.change, image, lambda now: leases.release(now, image, dead))
+        host, which knows by itself, and not another machine of its name; and :class:`ImageLeased`."""
+
+        def release(now: Lease) -> Lease:
+            if dead == self._host and now.machine in ("", self._machine):
+                raise Conflict(
+                    f"host '{dead}' is not dead: it is this one",
+                    why="a daemon gives leases back by itself when their QEMUs have ended",
+                    todo="stop the VM",
+                    host=dead,
+                )
+            return leases.release(now, image, dead)
+
+        await in_full(leases.change, image, release)
 
     async def _change(
         self, config: VmConfig, how: Callable[[Rule], Callable[[Lease], Lease]], but: Collection[str] = ()
@@ -105,7 +110,8 @@ class Leasing:
         """One for each image that needs a lease."""
         written = [disk.path for disk in config.disks if not disk.read_only]
         asked = written if only is None else [*only]
-        return [Rule(path, self._host, self._boot, config.uuid) for path in asked if leases.is_needed(path)]
+        needed = [path for path in asked if leases.is_needed(path)]
+        return [Rule(path, self._host, self._boot, config.uuid, self._machine) for path in needed]
 
 
 class LandingLeases:

@@ -58,7 +58,7 @@ async def assemble(daemon: DaemonSettings, files: Files) -> Services:
     user = qemu_user(daemon.qemu_user)
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     capabilities = await probe(Path(daemon.qemu), files.state / "qemu.json", user)
-    leasing = Leasing(daemon.name, boot)
+    leasing = Leasing(daemon.name, boot, files.machine())
     launcher = Launcher(daemon, page, files, capabilities, netlink, boot, user, leasing)
     vms = Vms(daemon.name, files, launcher)
     for fault in await vms.load():
