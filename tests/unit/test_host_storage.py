@@ -392,7 +392,7 @@ class TestWhatASourceMayName:
                 page=storage._page,
                 vms=nobody,
                 storage=storage,
-                leasing=Leasing("host2", "boot", "machine"),
+                leasing=Leasing("host2", "boot", "machine", lambda _: False),
                 inspector=nobody,
                 multichannel=nobody,
                 relays=nobody,

@@ -63,7 +63,7 @@ class World:
             page=storage._page,
             vms=cast(Any, self.vms),
             storage=storage,
-            leasing=Leasing("host2", "boot", "machine"),
+            leasing=Leasing("host2", "boot", "machine", lambda _: False),
             inspector=nobody,
             multichannel=nobody,
             relays=nobody,

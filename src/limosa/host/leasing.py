@@ -1,6 +1,6 @@
 """The leases of this host's VMs: taken for a QEMU that is to write, given back when it has ended, handed on in moves.
 
-Only images that are written need one, and only where the file system's locks do not reach other hosts
+Only images that are written need one, and only where the file system's locks do not reach other hosts, or may not
 (:func:`limosa.storage.leases.is_needed`). A share can hang, so all of this is done in threads.
 
 What a move does follows :mod:`limosa.migration.ownership` and adds a second bar: the source promises the lease before
@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Collection, Sequence
+from functools import partial
 
 from limosa.background import in_full
 from limosa.errors import Conflict, LimosaError
@@ -25,9 +26,11 @@ _log = logging.getLogger(__name__)
 
 
 class Leasing:
-    """The leases of one host. ``boot`` identifies this run of its kernel, ``machine`` the machine."""
+    """The leases of one host. ``boot`` identifies this run of its kernel, ``machine`` the machine; ``is_shared`` tells
+    of an image whether an administrator says that other hosts see it."""
 
-    def __init__(self, host: str, boot: str, machine: str) -> None:
+    def __init__(self, host: str, boot: str, machine: str, is_shared: Callable[[str], bool]) -> None:
+        self._is_shared = is_shared
         self._host = host
         self._boot = boot
         self._machine = machine
@@ -38,7 +41,8 @@ class Leasing:
         taken: list[Rule] = []
 
         def work() -> None:
-            for rule in self._rules(config, only):
+            images = _written(config) if only is None else only
+            for rule in self._rules(config, images, begun=images):
                 leases.change(rule.image, rule.take)
                 taken.append(rule)
 
@@ -78,7 +82,7 @@ class Leasing:
 
     def landing(self, config: VmConfig, source: str, migration: str, made: Collection[str]) -> LandingLeases:
         """Those of a VM that is to land here, where ``made`` are images that were made for it."""
-        return LandingLeases(self._rules, config, source, migration, made)
+        return LandingLeases(partial(self._rules, begun=made), config, source, migration, made)
 
     async def release(self, image: str, dead: str) -> None:
         """A person says that ``dead`` does not run a VM on the image. Raises :class:`Conflict` if ``dead`` is this
@@ -106,11 +110,11 @@ class Leasing:
 
         await in_full(work)
 
-    def _rules(self, config: VmConfig, only: Collection[str] | None = None) -> list[Rule]:
-        """One for each image that needs a lease."""
-        written = [disk.path for disk in config.disks if not disk.read_only]
-        asked = written if only is None else [*only]
-        needed = [path for path in asked if leases.is_needed(path)]
+    def _rules(self, config: VmConfig, only: Collection[str] | None = None, begun: Collection[str] = ()) -> list[Rule]:
+        """One for each image that needs a lease. Of those that are ``begun`` to be written now it is asked where they
+        lie; what is written already keeps what it began with."""
+        asked = _written(config) if only is None else only
+        needed = [path for path in asked if leases.is_needed(path, served=path in begun and self._is_shared(path))]
         return [Rule(path, self._host, self._boot, config.uuid, self._machine) for path in needed]
 
 
@@ -187,6 +191,10 @@ class LandingLeases:
 
     def _handed_back(self, rule: Rule) -> Callable[[Lease], Lease]:
         return lambda now: rule.hand_back(now, self._source, self._migration)
+
+
+def _written(config: VmConfig) -> list[str]:
+    return [disk.path for disk in config.disks if not disk.read_only]
 
 
 def _conflict(rule: Rule, migration: str) -> LeaseConflict | None:

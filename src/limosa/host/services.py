@@ -23,7 +23,7 @@ from limosa.host.outgoing import Outgoing
 from limosa.host.page import Page
 from limosa.host.parts import Parts
 from limosa.host.relays import Relays
-from limosa.host.storage import Storage
+from limosa.host.storage import Storage, places
 from limosa.host.views import Views
 from limosa.host.vms import Vms
 from limosa.migration.journal import Journal
@@ -58,7 +58,7 @@ async def assemble(daemon: DaemonSettings, files: Files) -> Services:
     user = qemu_user(daemon.qemu_user)
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     capabilities = await probe(Path(daemon.qemu), files.state / "qemu.json", user)
-    leasing = Leasing(daemon.name, boot, files.machine())
+    leasing = Leasing(daemon.name, boot, files.machine(), lambda path: places(page, files).is_said_to_be_shared(path))
     launcher = Launcher(daemon, page, files, capabilities, netlink, boot, user, leasing)
     vms = Vms(daemon.name, files, launcher)
     for fault in await vms.load():

@@ -162,18 +162,20 @@ def refusal(image: str, now: Lease, host: str, *, twin: bool = False) -> ImageLe
     return ImageLeased(f"{image} may not be written here", why=held, todo=todo, host=host)
 
 
-def is_needed(image: str) -> bool:
+def is_needed(image: str, *, served: bool = False) -> bool:
     """Whether the locks of the image's file system do not reach other hosts, or somebody has made a lease already.
 
-    A file that is not there needs none. Raises :class:`StorageError` if that cannot be told.
+    One of this host's own file systems that is ``served`` to others needs one too: it may be by SMB, which does not
+    pass locks on as QEMU means them. A file that is not there needs none. Raises :class:`StorageError` if that cannot
+    be told.
     """
     try:
-        mount = mounts.of(image)
+        mount, is_file = mounts.of(image), os.path.isfile(image)
     except (FileNotFoundError, NotADirectoryError):
         return False
     except OSError as error:
         raise StorageError(f"cannot look at {image}", why=error.strerror or str(error)) from error
-    return mount.has_no_locks or folder_of(image).is_dir()
+    return mount.has_no_locks or (served and is_file and not mount.share) or folder_of(image).is_dir()
 
 
 def folder_of(image: str) -> Path:
