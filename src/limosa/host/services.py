@@ -112,6 +112,7 @@ async def recover(services: Services) -> None:
             await recover_one.recover(journal)
         except Exception:  # noqa: BLE001 - a fault in one must not keep the host's other VMs without a daemon
             _log.exception("migration %s could not be taken up", journal.header.migration)
+    await services.parts.vms.give_back_leases()
 
 
 def _load(path: Path) -> Journal:

@@ -12,6 +12,7 @@ import logging
 import time
 import uuid
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import msgspec
@@ -31,6 +32,8 @@ _log = logging.getLogger(__name__)
 
 #: A VM that crashes sooner than this after its start is not restarted, whatever ``on_crash`` says.
 CRASH_LOOP_S = 30.0
+#: A daemon that starts waits so long for shares with leases of VMs that do not run.
+LEASES_WITHIN_S = 5.0
 
 
 @dataclass
@@ -73,6 +76,7 @@ class Vms:
         #: why it is not known of every VM here whether it has left; empty if it is
         self.doubt = ""
         self._background = Background()
+        self._giving_back = Background()
 
     async def load(self) -> list[LimosaError]:
         """Read every ``vm.toml`` and take up the QEMUs that still run. Returns what could not be read or taken up."""
@@ -96,12 +100,23 @@ class Vms:
         hosted.accelerator, hosted.started_at = found.accelerator, found.started_at
         if found.machine is None:
             hosted.state, hosted.reason = died, "its QEMU ended while the host daemon was not there"
-            if died is VmState.CRASHED:
-                await self._leasing.give_back(hosted.config)
             return
         self._attach(hosted, found.machine)
         running = await found.machine.status() is RunState.RUNNING
         hosted.state = VmState.RUNNING if running else VmState.PAUSED
+
+    async def give_back_leases(self) -> None:
+        """Those of VMs that neither run nor move, which an earlier daemon may have had no time to give back. VMs on a
+        share that does not answer are busy until it does, and that is not waited for."""
+        for hosted in self.all():
+            if hosted.machine is None and hosted.migration is None and hosted.fault is None:
+                self._giving_back.spawn(self._give_back(hosted))
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._giving_back.idle(), LEASES_WITHIN_S)
+
+    async def _give_back(self, hosted: HostedVm) -> None:
+        async with hosted.lock:
+            await self._leasing.give_back(hosted.config)
 
     # Looking
 
@@ -254,13 +269,15 @@ class Vms:
             )
         await machine.resume_if_stopped()
 
-    def delete(self, hosted: HostedVm) -> None:
-        """Forget a stopped VM. Its disks are kept."""
+    async def delete(self, hosted: HostedVm) -> None:
+        """Forget a stopped VM. Its disks are kept, and nobody's."""
         self.check_idle(hosted)
         if hosted.machine is not None:
             raise self._wrong_state(hosted, "runs")
-        self._folders.remove(hosted.config)
-        del self._vms[hosted.config.name]
+        async with hosted.lock:
+            await self._leasing.give_back(hosted.config)
+            self._folders.remove(hosted.config)
+            del self._vms[hosted.config.name]
 
     # What migrations do
 
