@@ -128,6 +128,22 @@ class TestTheLedger:
             stream.write(bytes(range(1, 256)) * (16 * MIB // 255))
         assert held - storage._needed_in(storage.places.store("fast")) >= 15 * MIB
 
+    def test_a_location_stays_what_it_is_while_an_image_is_made_in_it(self, storage: Storage, tmp_path: Path) -> None:
+        image = plan(storage)
+        asyncio.run(storage.make(image))
+        root = str(storage.places.path("fast"))
+        for change in (None, {"path": "/elsewhere"}, {"lvm": GROUP}):
+            with pytest.raises(Conflict, match="location 'fast' is in use"):
+                storage._page.change({"locations.fast": change})
+        with pytest.raises(Conflict, match="location 'fast' is in use"):
+            storage._page.change({"locations.inner": {"path": root}, "locations.fast": None})
+        storage._page.change({"locations.fast": {"path": root, "shared": True}, "locations.more": {"path": "/more"}})
+        storage.settle(image.path)
+        storage._page.change({"locations.fast": None})
+        storage.resume([str(tmp_path / "state" / "images" / "left-by-an-earlier-daemon.raw")])
+        with pytest.raises(Conflict, match="location 'images' is in use"):
+            storage._page.change({"locations.images": {"path": "/elsewhere"}})
+
     def test_two_that_fit_one_by_one_do_not_fit_together(self, storage: Storage) -> None:
         async def scenario() -> list[object]:
             half = self.free_of(await storage.locations()) * 2 // 3

@@ -140,6 +140,7 @@ class DiskMoves:
         for path in sorted(self._folder.glob("*.disks.json")):
             try:
                 record = reading.decode(path.read_bytes(), Record)
+                self._storage.resume(plan.path for plan in record.plans)
                 moved = await self._recover(record)
                 self._tell_of(record, moved=moved)
                 path.unlink()
@@ -231,7 +232,10 @@ class DiskMoves:
         for plan in record.plans:
             if now.get(plan.disk) != plan.path:
                 await self._storage.remove(plan.path)
-        left = [record.old[plan.disk].path for plan in record.plans if now.get(plan.disk) == plan.path]
+        used = [plan for plan in record.plans if now.get(plan.disk) == plan.path]
+        for plan in used:
+            self._storage.settle(plan.path)
+        left = [record.old[plan.disk].path for plan in used]
         await self._leave(hosted, record, [old for old in left if old not in now.values()])
         if hosted.machine is None:
             await self.stopped.give_back(hosted.config, [plan.path for plan in record.plans])

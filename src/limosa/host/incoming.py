@@ -193,6 +193,7 @@ class Incoming:
         """Take up a landing that a restart found."""
         if journal.step is not None and DestinationStep(journal.step) in DESTINATION_ENDED:
             return
+        self._storage.resume(journal.header.images)
         hosted = await self._vms.take_up_landing(journal.header.vm, journal.header.migration)
         destination = self._make(journal, hosted.machine, silent=hosted.fault is not None)
         self._landing[journal.header.migration] = destination
