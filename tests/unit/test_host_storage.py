@@ -24,7 +24,7 @@ from limosa.host.storage import Storage
 from limosa.migration import disks
 from limosa.model.storage import BackingFile, DiskAction, DiskFacts, DiskPlan, Location, Place
 from limosa.model.vm import Disk
-from limosa.storage import lvm
+from limosa.storage import leases, lvm, marks
 from limosa.storage.locations import Locations
 from limosa.wire.peer import Prepare
 
@@ -178,6 +178,17 @@ def test_a_disk_has_whole_sectors(storage: Storage, tmp_path: Path) -> None:
     path.write_bytes(bytes(1000))
     (fact,) = asyncio.run(storage.facts([Disk(name="vda", path=str(path), format="raw")]))
     assert fact.virtual_bytes == 1024
+
+
+def test_of_an_image_behind_a_link_nothing_is_left(storage: Storage, tmp_path: Path) -> None:
+    link, image = storage.places.path("fast") / "web1.qcow2", tmp_path / "elsewhere.qcow2"
+    image.touch()
+    link.symlink_to(image)
+    leases.change(str(link), leases.Rule(str(link), "host2", "boot", VM.uuid).take)
+    marks.begin(str(link), marks.Mark(host="host2", at=0.0))
+    asyncio.run(storage.remove(str(link)))
+    assert not link.is_symlink()
+    assert [path for path in tmp_path.iterdir() if "elsewhere" in path.name] == []
 
 
 class TestVolumes:

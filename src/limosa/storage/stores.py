@@ -154,14 +154,16 @@ class Folder:
             raise
 
     def remove(self, path: str) -> None:
-        """See :class:`Store`. A block device that lies there is somebody's disk: it stays."""
+        """See :class:`Store`. A link goes with the image it leads to. A block device is somebody's disk: it stays."""
+        image = Path(os.path.realpath(path))
         try:
-            if not Path(path).is_block_device():
+            if not image.is_block_device():
+                image.unlink(missing_ok=True)
                 Path(path).unlink(missing_ok=True)
         except OSError as error:
             raise StorageError(f"cannot delete {path}", why=error.strerror or str(error)) from error
-        leases.forget(path)
-        marks.forget(path)
+        leases.forget(str(image))
+        marks.forget(str(image))
 
 
 async def _keep(image: Path) -> None:
