@@ -142,7 +142,7 @@ def landed(vm: VmConfig, plans: Iterable[DiskPlan]) -> VmConfig:
 def on_image(disk: Disk, plan: DiskPlan) -> Disk:
     """The disk when it lies on the new image."""
     size = plan.virtual_bytes if plan.device else None
-    return msgspec.structs.replace(disk, path=plan.path, format=plan.format, size_bytes=size)
+    return msgspec.structs.replace(disk, path=plan.path, format=plan.format, size_bytes=size, thick=plan.thick)
 
 
 def copies(plans: Iterable[DiskPlan]) -> tuple[DiskPlan, ...]:
