@@ -138,8 +138,10 @@ def test_an_image_others_need_is_not_moved_from_under_them(host: Host, wanted: b
     (old,) = disks_of(host, "web")
     overlay = host.state / "images" / "child.qcow2"
     subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", "-b", str(old), "-F", "raw", str(overlay)], check=True)
-    with pytest.raises(PreflightRefused, match="lies above it"):
-        begin(host, "fast")
+    for act in (endpoints.START_VM, endpoints.STOP_VM):
+        host.client.call(act, vm="web")
+        with pytest.raises(PreflightRefused, match="lies above it"):
+            begin(host, "fast")
     moved(host, "fast", keep=True)
     assert_one_whole_disk(host, wanted, old, overlay)
 

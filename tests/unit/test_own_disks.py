@@ -15,6 +15,7 @@ from test_host_storage import storage
 from test_preflight import VM
 
 from harness.lvm import EXTENT, GROUP, FakeLvm
+from limosa.host.claims import Claims
 from limosa.host.leasing import Leasing
 from limosa.host.neighbours import Answers, Neighbours
 from limosa.host.own_disks import OwnDisks
@@ -113,6 +114,11 @@ def test_what_nobody_needs_is_deleted(either: World) -> None:
     assert either.neighbours.asked == [], "nobody else sees it"
 
 
+def test_who_leaves_nothing_asks_nobody(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(Claims, "look")
+    asyncio.run(OwnDisks(world.parts, cast(Any, world.hosted)).leave([]))
+
+
 def test_what_is_to_be_kept_stays(either: World) -> None:
     assert not either.leave(keep=True)
 
@@ -153,12 +159,17 @@ def test_a_volume_with_snapshots_is_needed(either: World, tmp_path: Path, monkey
     either.storage._page.change({"locations.bulk": {"lvm": GROUP}})
     lvm.create(GROUP, "", "web1.raw", EXTENT)
     image = Path(f"/dev/{GROUP}/web1.raw")
-    either.run()
     either.hosted.config = World.with_disk(VM, image, size_bytes=EXTENT)
     assert either.needed() == ""
     snapshot = {"size": EXTENT, "thin": False, "tags": [], "made": 0, "origin": "web1.raw"}
     fake.change(lvs=fake.volumes | {"before-upgrade": snapshot})
     assert either.needed() == "LVM would remove its snapshots, too"
+    own = OwnDisks(either.parts, cast(Any, either.hosted))
+    asyncio.run(own.leave([str(image)]))
+    assert set(fake.volumes) == {"web1.raw", "before-upgrade"}
+    lvm.remove(GROUP, "before-upgrade")
+    asyncio.run(own.leave([str(image)]))
+    assert fake.volumes == {}
 
 
 class TestOnSharedStorage:

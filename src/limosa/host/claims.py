@@ -63,9 +63,12 @@ class Claims:
 
     def besides(self, image: Path, *, in_use: bool) -> str:
         """Who has a claim to the image of a VM that was left out of what is known, in words; empty if nobody. Of one
-        that the VM has ``in_use`` it does not count who has it open."""
+        that the VM has ``in_use`` it does not count who has it open; nor of a logical volume, where that may be udev
+        for a moment: LVM waits for it, and removes none that is open."""
         who = self._name(image) or self._copy_above(image, ())
-        return who or ("" if in_use else self._holder(Path(os.path.realpath(image))))
+        if who or in_use or self.places.store_of(str(image)).kind == "lvm":
+            return who
+        return self._holder(Path(os.path.realpath(image)))
 
     def by_name(self, image: Path, migration: str) -> str:
         """The same, only for VMs and moves of this host that work with it: then it is no leftover at all."""

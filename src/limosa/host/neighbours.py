@@ -148,11 +148,11 @@ def is_same(ours: Location, theirs: Location) -> bool:
 def sought(image: str, migration: str, places: Locations) -> ImageSought:
     """An image of this host, as others may know it; ``migration`` has made it."""
     location, inside = places.place(image)
+    folder, name = os.path.split(os.path.realpath(image))
     try:
-        share = mounts.name_on_server(os.path.dirname(image))
+        share = mounts.name_on_server(folder)
     except OSError:
         share = ""
-    name = os.path.basename(image)
     return ImageSought(
         migration=migration,
         location=location or None,

@@ -52,7 +52,7 @@ class OwnDisks:
     async def leave(self, images: Sequence[str], *, keep: bool = False) -> None:
         """The VM has left these images: delete them, unless they are to be kept, or somebody else needs them, which is
         logged. What could not be deleted is logged, too."""
-        needed = {} if keep else await self._needed(images, in_use=False)
+        needed = {} if keep or not images else await self._needed(images, in_use=False)
         for path, who in needed.items():
             _log.error("%s is left, because it is needed: %s", path, who)
         staying = images if keep else needed.keys()
