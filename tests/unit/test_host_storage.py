@@ -305,7 +305,7 @@ class TestVolumes:
             ({}, ""),
             ({"open": "open"}, "somebody has it open"),
             ({"role": "public,origin,thickorigin"}, "its snapshots"),
-            ({"role": "public,origin,extorigin,thickextorigin"}, "the thin volumes above it"),
+            ({"role": "public,origin,extthinorigin,multiextthinorigin"}, "the volumes above or in it"),
             ({"role": "public,origin,thinorigin,multithinorigin"}, ""),
         ],
     )
@@ -398,6 +398,8 @@ class TestVolumes:
         group.change(lvs=group.volumes | {"before-upgrade": snapshot})
         asyncio.run(storage.remove(image.path))  # it is logged
         assert set(group.volumes) == {f"web1-vda.{TAG}.raw", "before-upgrade"}
+        with pytest.raises(StorageError, match="is not removed"):
+            lvm.remove(GROUP, POOL)
 
     @pytest.mark.parametrize("name", ["", "-rf", "a b", 'a" || lv_name!="', "../x", "a/b", "@tag"])
     def test_a_name_that_is_none(self, group: FakeLvm, name: str) -> None:

@@ -77,11 +77,13 @@ class Volume(Model, frozen=True, forbid_unknown_fields=False):
 
     @property
     def takes_along(self) -> str:
-        """Which volumes LVM removes along with it, in words; empty if none. Thin snapshots of a thin volume stay."""
+        """Which volumes LVM removes along with it, in words; empty if none. Thin snapshots of a thin volume stay. The
+        roles are those of ``lv_layout_and_role`` (lib/metadata/lv_manip.c)."""
         roles = self.lv_role.split(",")
         if "thickorigin" in roles:
             return "LVM would remove its snapshots, too"
-        return "LVM would remove the thin volumes above it, too" if "extorigin" in roles else ""
+        has_others = "extthinorigin" in roles or "private" in roles
+        return "LVM would remove the volumes above or in it, too" if has_others else ""
 
     @property
     def is_active(self) -> bool:
