@@ -72,7 +72,7 @@ class OwnDisks:
         def look() -> tuple[dict[str, str], dict[str, ImageSought]]:
             claims = Claims.look(self._migrations, known, places)
             here = {image: claims.besides(Path(image), in_use=in_use) for image in images}
-            # No move is to have made them: they are a VM's.
+            # They are a VM's: no journal of the move that once made them is to speak for them.
             asked = {image: sought(image, new_identity(), places) for image in images if not here[image]}
             seen = {image: one for image, one in asked.items() if one.share or one.location in shared}
             return here, seen
