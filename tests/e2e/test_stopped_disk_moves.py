@@ -14,7 +14,7 @@ from harness.crashes import disks_of, images
 from harness.hosts import Host, wait_until
 from harness.steering import follow
 from harness.stopped import DATA_MIB, MIB, SLOWLY, assert_one_whole_disk, begin, create, host_with_locations, make_raw
-from limosa.errors import Conflict, LimosaError
+from limosa.errors import Conflict, LimosaError, PreflightRefused
 from limosa.model.migration import Migration, Outcome, Phase
 from limosa.wire import api, endpoints
 
@@ -138,8 +138,10 @@ def test_an_image_others_need_is_not_moved_from_under_them(host: Host, wanted: b
     (old,) = disks_of(host, "web")
     overlay = host.state / "images" / "child.qcow2"
     subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", "-b", str(old), "-F", "raw", str(overlay)], check=True)
-    with pytest.raises(Conflict, match="not used by this VM alone"):
-        begin(host, "fast")
+    for act in (endpoints.START_VM, endpoints.STOP_VM):
+        host.client.call(act, vm="web")
+        with pytest.raises(PreflightRefused, match="lies above it"):
+            begin(host, "fast")
     moved(host, "fast", keep=True)
     assert_one_whole_disk(host, wanted, old, overlay)
 

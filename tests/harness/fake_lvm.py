@@ -62,13 +62,14 @@ def do(state: dict[str, Any], asked: argparse.Namespace) -> None:
                 fail(f"Logical volume {group}/{volume} in use.")
             if state["lvs"].pop(volume, None) is None:
                 fail(f'Failed to find logical volume "{group}/{volume}"')
+            state["lvs"] = {name: lv for name, lv in state["lvs"].items() if lv.get("origin") != volume}
     STATE.write_text(json.dumps(state))
 
 
 def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser()
     parser.add_argument("command")
-    for flag in ("--yes", "--nosuffix"):
+    for flag in ("--yes", "--nosuffix", "--snapshot"):
         parser.add_argument(flag, action="store_true")
     for option in (
         "reportformat",
@@ -101,7 +102,8 @@ def create(state: dict[str, Any], asked: argparse.Namespace) -> None:
     size = -(-wanted // EXTENT) * EXTENT
     if not thin and size > free(state):
         fail(f'Volume group "{GROUP}" has insufficient free space')
-    state["lvs"][asked.name] = {"size": size, "thin": thin, "tags": asked.addtag, "made": int(time.time())}
+    made = {"size": size, "thin": thin, "tags": asked.addtag, "made": int(time.time())}
+    state["lvs"][asked.name] = made | ({"origin": asked.what.partition("/")[2]} if asked.snapshot else {})
 
 
 def is_meant(row: dict[str, str], select: str | None) -> bool:
@@ -139,13 +141,20 @@ def volume_rows(state: dict[str, Any]) -> list[dict[str, str]]:
             lv["size"],
             minor,
             **(thin if lv["thin"] else {}),
-            lv_role=lv.get("role", "public"),
+            lv_role=role_of(name, state["lvs"]),
             lv_tags=",".join(lv["tags"]),
             lv_time=str(lv["made"]),
             lv_device_open=lv.get("open", ""),
         )
         for minor, (name, lv) in enumerate(state["lvs"].items(), 1)
     ]
+
+
+def role_of(name: str, lvs: dict[str, Any]) -> str:
+    if "origin" in lvs[name]:
+        return "public,snapshot,thicksnapshot"
+    has_snapshots = any(lv.get("origin") == name for lv in lvs.values())
+    return str(lvs[name].get("role", "public,origin,thickorigin" if has_snapshots else "public"))
 
 
 def row(name: str, size: int, minor: int, **others: str) -> dict[str, str]:

@@ -30,7 +30,9 @@ class Move:
         paths = tuple(Way(here="", there=address) for address in addresses or (FIRST,))
         self.route = Route(transport="multichannel" if striped else "tcp", paths=paths, striped=striped)
         self.report = SimpleNamespace(
-            now=SimpleNamespace(phase=phase, disks=(PLAN,) if disks else (), route=self.route)
+            now=SimpleNamespace(
+                outcome=Outcome.UNDER_WAY, phase=phase, disks=(PLAN,) if disks else (), route=self.route
+            )
         )
         self.in_post_copy = False
         self.memory: int | None = None
@@ -86,6 +88,13 @@ def test_moves_share_while_they_send(phase: Phase, counts: bool) -> None:
     Host(MEMORY, move, other).share()
     assert move.memory == (500 if counts else 1000)
     assert other.memory == (500 if counts and phase is not Phase.SWITCHOVER else None)
+
+
+def test_a_move_that_failed_and_waits_for_its_destination_has_no_share() -> None:
+    move, other = Move(Phase.COPY), Move(Phase.COPY)
+    other.report.now.outcome = Outcome.FAILED
+    Host(MEMORY, move, other).share()
+    assert (move.memory, other.memory) == (1000, None)
 
 
 @pytest.mark.parametrize("phase", [Phase.SWITCHOVER, Phase.TEAR_DOWN])

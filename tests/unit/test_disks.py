@@ -180,6 +180,12 @@ class TestThePlan:
         assert name.endswith("-vda.abcdefabcdef.raw")
         assert len(name.replace("-", "--")) <= 110
 
+    def test_a_disk_knows_that_its_image_is_thick(self) -> None:
+        thick = disks.copied("web1", FACT, FAST, "abc", "raw", thick=True)
+        vm = disks.landed(VM, [thick])
+        assert vm.disks[0].thick
+        assert not disks.landed(vm, [disks.copied("web1", FACT, FAST, "abc")]).disks[0].thick
+
     def test_thick_takes_all_it_may(self) -> None:
         assert disks.copied("web1", FACT, FAST, "abc", "raw", thick=True).expected_bytes == 8 * GIB
 

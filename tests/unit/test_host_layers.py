@@ -93,6 +93,17 @@ def world(storage: Storage) -> World:
     return World(storage)
 
 
+def test_a_disk_that_a_vm_writes_lies_below_no_other(world: World) -> None:
+    """It may be started, and changes then; and it goes when that VM moves."""
+    link = world.path.with_name("link")
+    link.symlink_to(world.path)
+    disk = Disk(name="vda", path=str(link), format="raw")
+    world.vms.configs = (msgspec.structs.replace(VM, disks=(disk,)),)
+    assert asyncio.run(world.layers.find(world.brought)) is None
+    world.vms.configs = (msgspec.structs.replace(VM, disks=(msgspec.structs.replace(disk, read_only=True),)),)
+    assert asyncio.run(world.layers.find(world.brought)) is not None
+
+
 class TestWhatIsRemoved:
     """A file of this move, unless it may be somebody's by now."""
 

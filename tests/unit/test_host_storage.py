@@ -24,7 +24,7 @@ from limosa.host.storage import Storage
 from limosa.migration import disks
 from limosa.model.storage import BackingFile, DiskAction, DiskFacts, DiskPlan, Location, Place
 from limosa.model.vm import Disk
-from limosa.storage import lvm
+from limosa.storage import leases, lvm, marks
 from limosa.storage.locations import Locations
 from limosa.wire.peer import Prepare
 
@@ -128,6 +128,22 @@ class TestTheLedger:
             stream.write(bytes(range(1, 256)) * (16 * MIB // 255))
         assert held - storage._needed_in(storage.places.store("fast")) >= 15 * MIB
 
+    def test_a_location_stays_what_it_is_while_an_image_is_made_in_it(self, storage: Storage, tmp_path: Path) -> None:
+        image = plan(storage)
+        asyncio.run(storage.make(image))
+        root = str(storage.places.path("fast"))
+        for change in (None, {"path": "/elsewhere"}, {"lvm": GROUP}):
+            with pytest.raises(Conflict, match="location 'fast' is in use"):
+                storage._page.change({"locations.fast": change})
+        with pytest.raises(Conflict, match="location 'fast' is in use"):
+            storage._page.change({"locations.inner": {"path": root}, "locations.fast": None})
+        storage._page.change({"locations.fast": {"path": root, "shared": True}, "locations.more": {"path": "/more"}})
+        storage.settle(image.path)
+        storage._page.change({"locations.fast": None})
+        storage.resume([str(tmp_path / "state" / "images" / "left-by-an-earlier-daemon.raw")])
+        with pytest.raises(Conflict, match="location 'images' is in use"):
+            storage._page.change({"locations.images": {"path": "/elsewhere"}})
+
     def test_two_that_fit_one_by_one_do_not_fit_together(self, storage: Storage) -> None:
         async def scenario() -> list[object]:
             half = self.free_of(await storage.locations()) * 2 // 3
@@ -162,6 +178,17 @@ def test_a_disk_has_whole_sectors(storage: Storage, tmp_path: Path) -> None:
     path.write_bytes(bytes(1000))
     (fact,) = asyncio.run(storage.facts([Disk(name="vda", path=str(path), format="raw")]))
     assert fact.virtual_bytes == 1024
+
+
+def test_of_an_image_behind_a_link_nothing_is_left(storage: Storage, tmp_path: Path) -> None:
+    link, image = storage.places.path("fast") / "web1.qcow2", tmp_path / "elsewhere.qcow2"
+    image.touch()
+    link.symlink_to(image)
+    leases.change(str(link), leases.Rule(str(link), "host2", "boot", VM.uuid).take)
+    marks.begin(str(link), marks.Mark(host="host2", at=0.0))
+    asyncio.run(storage.remove(str(link)))
+    assert not link.is_symlink()
+    assert [path for path in tmp_path.iterdir() if "elsewhere" in path.name] == []
 
 
 class TestVolumes:
@@ -277,7 +304,9 @@ class TestVolumes:
         [
             ({}, ""),
             ({"open": "open"}, "somebody has it open"),
-            ({"role": "public,origin,thickorigin"}, "others depend on it"),
+            ({"role": "public,origin,thickorigin"}, "its snapshots"),
+            ({"role": "public,origin,extthinorigin,multiextthinorigin"}, "the volumes above or in it"),
+            ({"role": "public,origin,thinorigin,multithinorigin"}, ""),
         ],
     )
     def test_who_has_it(self, storage: Storage, group: FakeLvm, state: dict[str, str], why: str) -> None:
@@ -361,6 +390,17 @@ class TestVolumes:
         assert not lvm.is_ours(folder / "none", os.makedev(253, 1))
         assert not lvm.is_ours(Path("/dev/mapper/bulk-ours.raw/x"), os.makedev(253, 1))
 
+    def test_what_others_depend_on_stays(self, storage: Storage, group: FakeLvm) -> None:
+        """LVM would remove the snapshots of a volume with it."""
+        image = self.plan()
+        asyncio.run(storage.make(image))
+        snapshot = {"size": EXTENT, "thin": False, "tags": [], "made": 0, "origin": f"web1-vda.{TAG}.raw"}
+        group.change(lvs=group.volumes | {"before-upgrade": snapshot})
+        asyncio.run(storage.remove(image.path))  # it is logged
+        assert set(group.volumes) == {f"web1-vda.{TAG}.raw", "before-upgrade"}
+        with pytest.raises(StorageError, match="is not removed"):
+            lvm.remove(GROUP, POOL)
+
     @pytest.mark.parametrize("name", ["", "-rf", "a b", 'a" || lv_name!="', "../x", "a/b", "@tag"])
     def test_a_name_that_is_none(self, group: FakeLvm, name: str) -> None:
         with pytest.raises(StorageError, match="cannot be the name"):
@@ -381,10 +421,11 @@ class TestWhatASourceMayName:
                 page=storage._page,
                 vms=nobody,
                 storage=storage,
-                leasing=Leasing("host2", "boot"),
+                leasing=Leasing("host2", "boot", "machine", lambda _: False),
                 inspector=nobody,
                 multichannel=nobody,
                 relays=nobody,
+                neighbours=nobody,
             )
         )
 

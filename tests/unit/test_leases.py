@@ -11,6 +11,7 @@ import msgspec
 import pytest
 
 from limosa.errors import ImageLeased, StorageError
+from limosa.model import reading
 from limosa.storage import leases, mounts
 from limosa.storage.leases import FREE, Change, Lease, Rule, change, read
 
@@ -50,6 +51,32 @@ def test_a_host_takes_its_own_again_after_a_restart_of_it_or_of_its_daemon() -> 
     assert alpha().take(held) == held
     again = alpha("two").take(held)
     assert (again.boot, again.epoch) == ("two", held.epoch + 1)
+
+
+def test_two_hosts_of_one_name_do_not_take_it_from_each_other() -> None:
+    def of(machine: str, boot: str) -> Rule:
+        return Rule(IMAGE, "alpha", boot, VM, machine)
+
+    held = of("first", "one").take(FREE)
+    twin = of("second", "two")
+    for change_it in (twin.take, lambda now: twin.promise(now, "beta", MOVE), lambda now: twin.reclaim(now, MOVE)):
+        with pytest.raises(ImageLeased, match="another machine that is called 'alpha'"):
+            change_it(held)
+    assert twin.give_back(held) == twin.withdraw(held, MOVE) == held
+    assert of("first", "three").take(held).boot == "three"
+    assert twin.take(leases.release(held, IMAGE, "alpha")).machine == "second"
+
+
+def test_a_lease_of_before_machines_were_written_is_its_host_s() -> None:
+    older = reading.decode(b'{"epoch": 3, "host": "alpha", "boot": "one", "vm": "%s"}' % VM.encode(), Lease)
+    assert Rule(IMAGE, "alpha", "two", VM, "first").take(older).machine == "first"
+
+
+def test_what_was_handed_back_is_its_machine_s_again() -> None:
+    ours, theirs = Rule(IMAGE, "alpha", "one", VM, "first"), Rule(IMAGE, "beta", "one", VM, "second")
+    claimed = theirs.claim(ours.promise(ours.take(FREE), "beta", MOVE), MOVE)
+    assert claimed.machine == "second"
+    assert ours.reclaim(theirs.hand_back(claimed, "alpha", MOVE), MOVE).machine == "first"
 
 
 def test_two_vms_of_one_host_do_not_share_an_image() -> None:

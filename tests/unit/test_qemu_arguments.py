@@ -129,6 +129,13 @@ def test_a_disk_may_be_a_part_of_its_device() -> None:
     assert "size" not in nodes["vda-file"]
 
 
+@pytest.mark.parametrize(("thick", "discard"), [(False, "unmap"), (True, "ignore")])
+def test_a_thick_disk_keeps_its_space(thick: bool, discard: str) -> None:
+    vm = config(disks=(Disk(name="vda", path="/a", format="raw", thick=thick),))
+    nodes = parsed(build(launch(vm)), "-blockdev")
+    assert {node["discard"] for node in nodes} == {discard}
+
+
 def test_zeroes_are_looked_for_unless_space_is_to_be_kept() -> None:
     _, image = image_nodes("vda.x", "raw", "/a", look_for_zeroes=True)
     assert (image["detect-zeroes"], image["discard"]) == ("unmap", "unmap")

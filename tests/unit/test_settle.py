@@ -30,6 +30,7 @@ from limosa.settings.host import ConvergencePolicy, HostSettings
 from limosa.testing.guest import FakeGuest
 from limosa.testing.machine import FakeMachine
 from limosa.testing.wire import Wire
+from limosa.transport.shares import Kind
 from limosa.wire.peer import DestinationState, Standing
 
 FIRST, SECOND = "first0000000", "second000000"
@@ -249,7 +250,7 @@ class TestByADaemon:
             await outgoing._bandwidth.share()
             assert machine.parameters is not None
             assert machine.parameters.bandwidth_bytes_per_s == 7
-            assert outgoing._bandwidth.allowance(FIRST) == 0
+            assert outgoing._bandwidth.allowance(FIRST, Kind.MEMORY) == 0
             outgoing._background.cancel()
 
         play(scenario)
@@ -264,8 +265,18 @@ class TestByADaemon:
         monkeypatch.setattr(Outgoing, "_dialler", dialler)
         page = SimpleNamespace(now=HostSettings(), on_change=lambda callback: None)
         vms = SimpleNamespace(find=lambda name: hosted)
+        relays = SimpleNamespace(pace=lambda: None)
         leasing = SimpleNamespace(reclaim=self.nothing, withdraw=self.nothing)
-        parts = SimpleNamespace(name="here", page=page, vms=vms, storage=None, inspector=None, leasing=leasing)
+        parts = SimpleNamespace(
+            name="here",
+            page=page,
+            vms=vms,
+            storage=None,
+            inspector=None,
+            leasing=leasing,
+            relays=relays,
+            neighbours=None,
+        )
         return Outgoing(cast(Any, parts), folder, Views("here", folder))
 
     async def nothing(self, *_: object) -> None: ...

@@ -49,7 +49,7 @@ def test_a_good_host_is_told_nothing_but_its_transport() -> None:
 
 
 def test_a_host_with_a_cap_is_told_what_moves_do_under_it() -> None:
-    route, _ = advise("host1", GOOD, post_copy=True, capped=True)
+    route, _ = advise("host1", GOOD, post_copy=False, capped=True)
     assert (route.transport, "the cap on bandwidth" in route.why) == ("multichannel", True)
     device = nic("eth0", "10.0.1.1", rdma="mlx5_0")
     clear = HostNetwork(nics=(device,), mptcp=True, encrypt=False)

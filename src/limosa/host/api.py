@@ -188,7 +188,8 @@ class Handlers:
 
     async def delete_vm(self, _: api.Empty, path: dict[str, str]) -> api.Empty:
         """Forget a VM."""
-        self._services.parts.vms.delete(self._services.parts.vms.get(path["vm"]))
+        vms = self._services.parts.vms
+        await asyncio.shield(vms.delete(vms.get(path["vm"])))
         return api.Empty()
 
     def _act(self, act: Callable[[Any], Awaitable[None]]) -> Handler:

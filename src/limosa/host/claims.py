@@ -61,9 +61,14 @@ class Claims:
             or self._holder(image)
         )
 
-    def besides(self, image: Path) -> str:
-        """Who has a claim to the image of a VM that was left out of what is known, in words; empty if nobody."""
-        return self._name(image) or self._copy_above(image, ()) or self._holder(Path(os.path.realpath(image)))
+    def besides(self, image: Path, *, in_use: bool) -> str:
+        """Who has a claim to the image of a VM that was left out of what is known, in words; empty if nobody. Of one
+        that the VM has ``in_use`` it does not count who has it open; nor of a logical volume, where that may be udev
+        for a moment: LVM waits for it, and removes none that is open."""
+        who = self._name(image) or self._copy_above(image, ())
+        if who or in_use or self.places.store_of(str(image)).kind == "lvm":
+            return who
+        return self._holder(Path(os.path.realpath(image)))
 
     def by_name(self, image: Path, migration: str) -> str:
         """The same, only for VMs and moves of this host that work with it: then it is no leftover at all."""
@@ -146,9 +151,10 @@ class Known:
     damaged: Mapping[str, str]
 
     @classmethod
-    def of(cls, vms: Vms) -> Known:
-        """At this moment; those that are about to land too."""
-        return cls([hosted.config for hosted in vms.all()], {name: str(why) for name, why in vms.damaged.items()})
+    def of(cls, vms: Vms, *, but: str = "") -> Known:
+        """At this moment; those that are about to land too. ``but``: the UUID of one to leave out."""
+        configs = [hosted.config for hosted in vms.all() if hosted.config.uuid != but]
+        return cls(configs, {name: str(why) for name, why in vms.damaged.items()})
 
 
 def _keys(path: str | Path) -> list[FileKey | str]:

@@ -13,9 +13,7 @@ find out after a crash: what a record names besides those is of no use, and a co
 put to use.
 
 The disks of a VM that does not run are copied in the same order by a QEMU without a guest, which lives as long as the
-move. Nobody may write them meanwhile: the VM is not started, the daemon holds their leases and QEMU's lock on them. As
-no running QEMU says by its own lock that they are this VM's alone, that is looked at before, and again before they are
-deleted.
+move. Nobody may write them meanwhile: the VM is not started, the daemon holds their leases and QEMU's lock on them.
 """
 
 from __future__ import annotations
@@ -23,7 +21,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Collection, Coroutine
+from collections.abc import Collection, Coroutine, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
@@ -43,6 +41,7 @@ from limosa.errors import (
 )
 from limosa.host.bandwidth import MBIT_BYTES
 from limosa.host.launching import Launcher
+from limosa.host.own_disks import OwnDisks
 from limosa.host.parts import Parts
 from limosa.host.stopped import StoppedDisks, unwritten
 from limosa.host.storage import Storage
@@ -86,6 +85,7 @@ class DiskMoves:
     """All of this host. Its records lie beside the journals of migrations."""
 
     def __init__(self, parts: Parts, views: Views, launcher: Launcher) -> None:
+        self._parts = parts
         self._host = parts.name
         self._vms = parts.vms
         self._page = parts.page
@@ -140,6 +140,7 @@ class DiskMoves:
         for path in sorted(self._folder.glob("*.disks.json")):
             try:
                 record = reading.decode(path.read_bytes(), Record)
+                self._storage.resume(plan.path for plan in record.plans)
                 moved = await self._recover(record)
                 self._tell_of(record, moved=moved)
                 path.unlink()
@@ -159,7 +160,7 @@ class DiskMoves:
 
     async def _plan(self, hosted: HostedVm, request: DiskMoveRequest) -> Record:
         moved = _chosen(hosted, request, self._storage)
-        facts = {fact.name: fact for fact in await self._storage.facts(moved)}
+        facts = {fact.name: fact for fact in await OwnDisks(self._parts, hosted).facts(moved)}
         locations = {one.name: one for one in await self._storage.locations()}
         location = locations.get(request.location)
         if location is None:
@@ -169,12 +170,12 @@ class DiskMoves:
         seen = {one.name for one in locations.values() if one.shared}
         plans = tuple(_plan_of(hosted, facts[disk.name], location, tag, request, seen) for disk in moved)
         against = [finding for fact in facts.values() for finding in disks.against_copying(fact)]
+        if not request.keep:
+            against += [finding for fact in facts.values() for finding in disks.against_leaving(fact)]
         against += disks.against_form(location, request.format, thick=request.thick)
         against += disks.space(plans, {location.name: location}, self._host)
         if against:
             raise PreflightRefused(tuple(against), vm=hosted.config.name, host=self._host)
-        if hosted.machine is None and not request.keep:
-            await self.stopped.check_nobody_else(hosted, moved)
         return Record(
             migration=tag,
             vm=hosted.config.name,
@@ -229,11 +230,13 @@ class DiskMoves:
                 await self._end_copy(hosted, record, plan)
         now = {disk.name: disk.path for disk in hosted.config.disks}
         for plan in record.plans:
-            old = record.old[plan.disk].path
             if now.get(plan.disk) != plan.path:
                 await self._storage.remove(plan.path)
-            elif old not in now.values():
-                await self._leave(hosted, record, old)
+        used = [plan for plan in record.plans if now.get(plan.disk) == plan.path]
+        for plan in used:
+            self._storage.settle(plan.path)
+        left = [record.old[plan.disk].path for plan in used]
+        await self._leave(hosted, record, [old for old in left if old not in now.values()])
         if hosted.machine is None:
             await self.stopped.give_back(hosted.config, [plan.path for plan in record.plans])
         return all(now.get(plan.disk) == plan.path for plan in record.plans)
@@ -255,15 +258,9 @@ class DiskMoves:
         else:
             await machine.drop_copy(plan.disk, record.migration)
 
-    async def _leave(self, hosted: HostedVm, record: Record, old: str) -> None:
-        """The VM has left an image."""
-        who = "" if record.keep or hosted.machine is not None else await self.stopped.who_else(hosted, old)
-        if who:
-            _log.error("%s is left, because %s", old, who)
-        if record.keep or who:
-            await self._leasing.give_back(hosted.config, [old])
-        else:
-            await self._storage.remove(old)
+    async def _leave(self, hosted: HostedVm, record: Record, old: Sequence[str]) -> None:
+        """The VM has left images."""
+        await OwnDisks(self._parts, hosted).leave(old, keep=record.keep)
 
     async def make_images(self, hosted: HostedVm, record: Record) -> None:
         """Write down which, then make them and give them to QEMU's user. Raises :class:`StorageError`."""
@@ -285,7 +282,7 @@ class DiskMoves:
         """Delete the images the disks had, unless they are to be kept."""
         for plan in record.plans:
             self._storage.settle(plan.path)
-            await self._leave(hosted, record, record.old[plan.disk].path)
+        await self._leave(hosted, record, [record.old[plan.disk].path for plan in record.plans])
         if hosted.machine is None:
             await self.stopped.give_back(hosted.config)
         self.forget(record)

@@ -8,6 +8,7 @@
                          console.log  seed.iso  nvram.fd  qemu.log  qemu-disks.log
                 migrations/ID.SIDE.jsonl   journals
                 goodput.json               how fast networks were
+                machine-id                 what tells this machine from others, if /etc/machine-id does not
                 images/                    disk images: the location every host has
                 lock                       held by the daemon as long as it lives
     <run_dir>/api.sock                     the API for people on the host
@@ -19,12 +20,17 @@ A folder below ``vms`` without ``vm.toml`` belongs to a VM that is landing, or w
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import os
+import secrets
 from dataclasses import dataclass
 from pathlib import Path
 
 from limosa.errors import Conflict, StateError
 from limosa.model.vm import VmConfig
+from limosa.settings import toml
+
+_MACHINE_ID = Path("/etc/machine-id")
 
 
 @dataclass(frozen=True)
@@ -98,6 +104,19 @@ class Files:
             ) from error
         except OSError as error:
             raise StateError(f"cannot lock {path}", why=error.strerror or str(error)) from error
+
+    def machine(self) -> str:
+        """What tells this machine from others, by machine-id(5), or by a number in the state folder where that is
+        missing. Others may read it, so it is worked out from that number, and is not it. Raises :class:`StateError`."""
+        own = self.state / "machine-id"
+        try:
+            known = next((path.read_text() for path in (_MACHINE_ID, own) if path.exists() and path.stat().st_size), "")
+            if not known:
+                known = secrets.token_hex(16)
+                toml.write_atomically(own, known.encode())
+        except OSError as error:
+            raise StateError(f"cannot read {error.filename}", why=error.strerror or str(error)) from error
+        return hashlib.sha256(f"limosa {known.strip()}".encode()).hexdigest()[:32]
 
 
 def passable(folder: Path) -> None:

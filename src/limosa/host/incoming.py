@@ -80,7 +80,7 @@ class Incoming:
 
     async def find_files(self, files: Sequence[BackingFile]) -> tuple[BackingFile | None, ...]:
         """Where this host has files with these contents; None where it has not."""
-        return tuple([await self._storage.find(file) for file in files])
+        return tuple([await self._layers.find(file) for file in files])
 
     def begin(self, request: Prepare, source: str, reached_at: str) -> Destination:
         """A landing for a VM, journalled but with nothing reserved yet."""
@@ -215,6 +215,7 @@ class Incoming:
         """Take up a landing that a restart found."""
         if journal.step is not None and DestinationStep(journal.step) in DESTINATION_ENDED:
             return
+        self._storage.resume(journal.header.images)
         hosted = await self._vms.take_up_landing(journal.header.vm, journal.header.migration)
         destination = self._make(journal, hosted.machine, silent=hosted.fault is not None)
         self._landing[journal.header.migration] = destination

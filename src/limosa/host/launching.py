@@ -126,7 +126,7 @@ class Launcher:
             for asked, disk in zip(new.disks, config.disks, strict=True):
                 if asked.size_mib is not None:
                     store = self._store_of(disk.path)
-                    await store.create(disk.path, disk.format, asked.size_mib * MIB)
+                    await store.create(disk.path, disk.format, asked.size_mib * MIB, thick=disk.thick)
                     made.push_async_callback(in_full, store.remove, disk.path)
                     await in_full(access.give_new, Path(disk.path), self.user)
             yield
@@ -356,7 +356,14 @@ class Launcher:
         return [await self._pin_disk(disk, disk.name or next(free)) for disk in new.disks]
 
     async def _pin_disk(self, disk: NewDisk, name: str) -> Disk:
-        pinned = Disk(name=name, path=disk.path, format=disk.format or "qcow2", read_only=disk.read_only)
+        pinned = Disk(
+            name=name,
+            path=disk.path,
+            format=disk.format or "qcow2",
+            read_only=disk.read_only,
+            size_bytes=disk.size_bytes,
+            thick=disk.thick,
+        )
         if disk.size_mib is None:
             known = disk.format or await images.detect_format(Path(disk.path))
             return msgspec.structs.replace(pinned, format=known)

@@ -57,6 +57,12 @@ class Layers:
         #: held while one is removed, and by who makes sure that one is still there
         self._removing = asyncio.Lock()
 
+    async def find(self, wanted: BackingFile) -> BackingFile | None:
+        """What :meth:`limosa.host.storage.Storage.find` finds, but for disks that VMs of this host write, or will when
+        they are started: those change, and go with their VMs."""
+        disks = itertools.chain.from_iterable(hosted.config.disks for hosted in self._vms.all())
+        return await self._storage.find(wanted, [disk.path for disk in disks if not disk.read_only])
+
     async def take(
         self,
         plans: Sequence[LayerPlan],
@@ -69,7 +75,7 @@ class Layers:
         Raises :class:`StorageError` and :class:`NetworkError`; :meth:`give_up` removes what is here by then.
         """
         async with self._alone(plans):
-            missing = [at for at, plan in enumerate(plans) if await self._storage.find(plan.file) is None]
+            missing = [at for at, plan in enumerate(plans) if await self.find(plan.file) is None]
             if not missing:
                 return
             wanted = [plans[at] for at in missing]
@@ -157,7 +163,7 @@ class Layers:
                 yield from journal.header.layers
 
     async def _found(self, wanted: BackingFile) -> BackingFile:
-        found = await self._storage.find(wanted)
+        found = await self.find(wanted)
         if found is None:
             raise _gone(wanted)
         return found

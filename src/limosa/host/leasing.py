@@ -1,6 +1,6 @@
 """The leases of this host's VMs: taken for a QEMU that is to write, given back when it has ended, handed on in moves.
 
-Only images that are written need one, and only where the file system's locks do not reach other hosts
+Only images that are written need one, and only where the file system's locks do not reach other hosts, or may not
 (:func:`limosa.storage.leases.is_needed`). A share can hang, so all of this is done in threads.
 
 What a move does follows :mod:`limosa.migration.ownership` and adds a second bar: the source promises the lease before
@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Collection, Sequence
+from functools import partial
 
 from limosa.background import in_full
 from limosa.errors import Conflict, LimosaError
@@ -25,11 +26,14 @@ _log = logging.getLogger(__name__)
 
 
 class Leasing:
-    """The leases of one host. ``boot`` identifies this run of its kernel."""
+    """The leases of one host. ``boot`` identifies this run of its kernel, ``machine`` the machine; ``is_shared`` tells
+    of an image whether an administrator says that other hosts see it."""
 
-    def __init__(self, host: str, boot: str) -> None:
+    def __init__(self, host: str, boot: str, machine: str, is_shared: Callable[[str], bool]) -> None:
+        self._is_shared = is_shared
         self._host = host
         self._boot = boot
+        self._machine = machine
 
     async def take(self, config: VmConfig, only: Collection[str] | None = None) -> None:
         """Before a QEMU is started, or an image is made its (``only`` these paths). Raises
@@ -37,7 +41,8 @@ class Leasing:
         taken: list[Rule] = []
 
         def work() -> None:
-            for rule in self._rules(config, only):
+            images = _written(config) if only is None else only
+            for rule in self._rules(config, images, begun=images):
                 leases.change(rule.image, rule.take)
                 taken.append(rule)
 
@@ -77,19 +82,23 @@ class Leasing:
 
     def landing(self, config: VmConfig, source: str, migration: str, made: Collection[str]) -> LandingLeases:
         """Those of a VM that is to land here, where ``made`` are images that were made for it."""
-        return LandingLeases(self._rules, config, source, migration, made)
+        return LandingLeases(partial(self._rules, begun=made), config, source, migration, made)
 
     async def release(self, image: str, dead: str) -> None:
         """A person says that ``dead`` does not run a VM on the image. Raises :class:`Conflict` if ``dead`` is this
-        host, which knows by itself, and :class:`ImageLeased`."""
-        if dead == self._host:
-            raise Conflict(
-                f"host '{dead}' is not dead: it is this one",
-                why="a daemon gives leases back by itself when their QEMUs have ended",
-                todo="stop the VM",
-                host=dead,
-            )
-        await in_full(leases.change, image, lambda now: leases.release(now, image, dead))
+        host, which knows by itself, and not another machine of its name; and :class:`ImageLeased`."""
+
+        def release(now: Lease) -> Lease:
+            if dead == self._host and now.machine in ("", self._machine):
+                raise Conflict(
+                    f"host '{dead}' is not dead: it is this one",
+                    why="a daemon gives leases back by itself when their QEMUs have ended",
+                    todo="stop the VM",
+                    host=dead,
+                )
+            return leases.release(now, image, dead)
+
+        await in_full(leases.change, image, release)
 
     async def _change(
         self, config: VmConfig, how: Callable[[Rule], Callable[[Lease], Lease]], but: Collection[str] = ()
@@ -101,11 +110,12 @@ class Leasing:
 
         await in_full(work)
 
-    def _rules(self, config: VmConfig, only: Collection[str] | None = None) -> list[Rule]:
-        """One for each image that needs a lease."""
-        written = [disk.path for disk in config.disks if not disk.read_only]
-        asked = written if only is None else [*only]
-        return [Rule(path, self._host, self._boot, config.uuid) for path in asked if leases.is_needed(path)]
+    def _rules(self, config: VmConfig, only: Collection[str] | None = None, begun: Collection[str] = ()) -> list[Rule]:
+        """One for each image that needs a lease. Of those that are ``begun`` to be written now it is asked where they
+        lie; what is written already keeps what it began with."""
+        asked = _written(config) if only is None else only
+        needed = [path for path in asked if leases.is_needed(path, served=path in begun and self._is_shared(path))]
+        return [Rule(path, self._host, self._boot, config.uuid, self._machine) for path in needed]
 
 
 class LandingLeases:
@@ -181,6 +191,10 @@ class LandingLeases:
 
     def _handed_back(self, rule: Rule) -> Callable[[Lease], Lease]:
         return lambda now: rule.hand_back(now, self._source, self._migration)
+
+
+def _written(config: VmConfig) -> list[str]:
+    return [disk.path for disk in config.disks if not disk.read_only]
 
 
 def _conflict(rule: Rule, migration: str) -> LeaseConflict | None:

@@ -8,6 +8,7 @@ from functools import partial
 
 from limosa.host.bandwidth import Bandwidth
 from limosa.host.departure import Departure
+from limosa.host.own_disks import OwnDisks
 from limosa.host.parts import Parts
 from limosa.host.vms import HostedVm
 from limosa.model.facts import VmFacts
@@ -26,7 +27,8 @@ class Leaving:
     def __init__(self, parts: Parts, hosted: HostedVm | None, bandwidth: Bandwidth, migration: str, cap: int) -> None:
         self._vms = parts.vms
         self._inspector = parts.inspector
-        self.disks = parts.storage
+        self.disks = OwnDisks(parts, hosted)
+        self._slots = parts.storage.leaving
         self._leasing = parts.leasing
         self._hosted = hosted
         self._departure = Departure(parts, partial(bandwidth.of_lane, migration))
@@ -59,7 +61,7 @@ class Leaving:
 
     async def take_storage_slot(self, in_line: Callable[[int], None]) -> None:
         """See :class:`limosa.migration.home.Home`."""
-        await self.disks.leaving.acquire(in_line)
+        await self._slots.acquire(in_line)
         self._has_storage_slot = True
 
     async def seats(self, destination: str, route: Route, count: int, *, encrypt: bool) -> list[RelayPlace]:
@@ -71,7 +73,7 @@ class Leaving:
         self._departure.release()
         if self._has_storage_slot:
             self._has_storage_slot = False
-            self.disks.leaving.release()
+            self._slots.release()
 
     async def connect(self, route: Route, prepared: Prepared) -> Channel:
         """See :class:`limosa.migration.home.Home`."""
@@ -118,8 +120,7 @@ class Leaving:
         if self._hosted is not None:
             await self._leasing.give_back(self._hosted.config)  # images that stay behind and were not claimed
             self._vms.forget(self._hosted)
-        for path in images:
-            await self.disks.remove(path)
+        await self.disks.leave(images)
 
     async def vm_stays(self) -> None:
         """See :class:`limosa.migration.home.Home`."""

@@ -30,15 +30,14 @@ import msgspec
 from limosa.background import in_full
 from limosa.errors import Conflict, LimosaError, NotFound, StorageError
 from limosa.host.claims import Claims, Known
-from limosa.host.neighbours import Neighbours
+from limosa.host.neighbours import sought
 from limosa.host.parts import Parts
 from limosa.host.proof import Elsewhere, all_judged, doubts_here, is_named, verdict
 from limosa.migration.disks import read_name
 from limosa.model.storage import ImageSought, ImageUse, Leftover
 from limosa.storage import chains, mounts
 from limosa.storage.stores import Store
-from limosa.wire import endpoints
-from limosa.wire.api import CleanReport, ImagesSought
+from limosa.wire.api import CleanReport
 
 _log = logging.getLogger(__name__)
 
@@ -46,12 +45,12 @@ _log = logging.getLogger(__name__)
 class Leftovers:
     """Those of one host."""
 
-    def __init__(self, parts: Parts, neighbours: Neighbours) -> None:
+    def __init__(self, parts: Parts) -> None:
         self._host = parts.name
         self._vms = parts.vms
         self._storage = parts.storage
         self._migrations = parts.files.migrations
-        self._neighbours = neighbours
+        self._neighbours = parts.neighbours
         self._cleaning = asyncio.Lock()
 
     async def look(self) -> tuple[Leftover, ...]:
@@ -90,17 +89,17 @@ class Leftovers:
         shared = {location.name for location in await self._storage.locations() if location.shared}
 
         def answer() -> tuple[ImageUse, ...]:
-            seen = [self._seen(sought, shared) for sought in images]
+            seen = [self._seen(image, shared) for image in images]
             going = set(itertools.chain.from_iterable(seen))
-            return tuple(_use(sought.migration, at, claims, going) for sought, at in zip(images, seen, strict=True))
+            return tuple(_use(image.migration, at, claims, going) for image, at in zip(images, seen, strict=True))
 
         return await asyncio.to_thread(answer)
 
-    def _seen(self, sought: ImageSought, shared: Collection[str]) -> list[Path]:
+    def _seen(self, image: ImageSought, shared: Collection[str]) -> list[Path]:
         """Where the image is on this host."""
-        seen = [Path(path) for path in mounts.paths_of(sought.share)] if sought.share else []
-        if sought.location in shared:
-            seen.append(self._storage.places.path(sought.location) / sought.name)
+        seen = [Path(path) for path in mounts.paths_of(image.share)] if image.share else []
+        if image.location is not None and image.location in shared:
+            seen.append(self._storage.places.path(image.location) / image.name)
         return seen
 
     async def _claims(self) -> Claims:
@@ -121,16 +120,9 @@ class Leftovers:
 
     async def _ask(self, images: Sequence[Leftover]) -> dict[str, Elsewhere]:
         """What other hosts say of images on shared storage, by path."""
-        if not images:
-            return {}
-        sought = await asyncio.to_thread(lambda: tuple(_sought(image) for image in images))
-        answers = await self._neighbours.ask(endpoints.IMAGE_USES, ImagesSought(images=sought))
-        given = {host: reply.uses for host, reply in answers.given.items() if len(reply.uses) == len(images)}
-        silent = {**answers.silent, **dict.fromkeys(answers.given.keys() - given.keys(), "it answered something else")}
-        return {
-            image.path: Elsewhere({host: uses[number] for host, uses in given.items()}, silent)
-            for number, image in enumerate(images)
-        }
+        places = self._storage.places
+        asked = await asyncio.to_thread(lambda: {one.path: sought(one.path, one.migration, places) for one in images})
+        return await self._neighbours.uses(asked)
 
     def _check(self, path: str, found: Leftover | None) -> None:
         if found is None:
@@ -202,14 +194,3 @@ def _use(migration: str, seen: Sequence[Path], claims: Claims, going: Collection
     reasons = [reason for path in seen if (reason := claims.on(path, migration, going))] + claims.unread
     named = any(claims.by_name(path, migration) for path in seen)
     return ImageUse(use="; ".join(dict.fromkeys(reasons)), named=named)
-
-
-def _sought(image: Leftover) -> ImageSought:
-    try:
-        share = mounts.name_on_server(str(Path(image.path).parent))
-    except OSError:
-        share = ""
-    name = Path(image.path).name
-    return ImageSought(
-        migration=image.migration, location=image.location, name=name, share=f"{share}/{name}" if share else ""
-    )

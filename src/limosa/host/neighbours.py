@@ -10,6 +10,7 @@ Hosts are asked by the API that people use, with this host's own certificate.
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,12 +22,16 @@ from limosa.client.host import HostClient
 from limosa.client.route import TlsRoute
 from limosa.errors import HostUnreachable, LimosaError
 from limosa.host.page import Page
+from limosa.host.proof import Elsewhere
 from limosa.model import reading
 from limosa.model.base import Model, Name
-from limosa.model.storage import Location, Sighting
+from limosa.model.storage import ImageSought, Location, Sighting
 from limosa.settings.address import split_address
 from limosa.settings.daemon import DEFAULT_PORT
+from limosa.storage import mounts
+from limosa.storage.locations import Locations
 from limosa.wire import endpoints
+from limosa.wire.api import ImagesSought
 from limosa.wire.endpoints import Endpoint, Reply, Request
 
 ANSWER_WITHIN_S = 5.0
@@ -73,6 +78,18 @@ class Neighbours:
             else:
                 given[name] = answer
         return Answers(given, silent)
+
+    async def uses(self, images: Mapping[str, ImageSought]) -> dict[str, Elsewhere]:
+        """What each of them says of images on shared storage; by the same keys."""
+        if not images:
+            return {}
+        answers = await self.ask(endpoints.IMAGE_USES, ImagesSought(images=tuple(images.values())))
+        given = {host: reply.uses for host, reply in answers.given.items() if len(reply.uses) == len(images)}
+        silent = {**answers.silent, **dict.fromkeys(answers.given.keys() - given.keys(), "it answered something else")}
+        return {
+            image: Elsewhere({host: uses[number] for host, uses in given.items()}, silent)
+            for number, image in enumerate(images)
+        }
 
     async def who_sees(self, locations: Iterable[Location]) -> tuple[tuple[Sighting, ...], Mapping[str, str]]:
         """Which of these locations each host sees; and which hosts could not be asked, and why.
@@ -126,6 +143,22 @@ def is_same(ours: Location, theirs: Location) -> bool:
     if ours.share and theirs.share:
         return ours.share == theirs.share
     return ours.name == theirs.name
+
+
+def sought(image: str, migration: str, places: Locations) -> ImageSought:
+    """An image of this host, as others may know it; ``migration`` has made it."""
+    location, inside = places.place(image)
+    folder, name = os.path.split(os.path.realpath(image))
+    try:
+        share = mounts.name_on_server(folder)
+    except OSError:
+        share = ""
+    return ImageSought(
+        migration=migration,
+        location=location or None,
+        name=inside or name,
+        share=f"{share}/{name}" if share else "",
+    )
 
 
 def _met(journal: Path) -> _Met | None:

@@ -14,6 +14,7 @@ from limosa.background import Background
 from limosa.errors import Conflict, HostUnreachable, LimosaError, from_fault
 from limosa.host.bandwidth import MBIT_BYTES, Bandwidth
 from limosa.host.leaving import Leaving
+from limosa.host.own_disks import OwnDisks
 from limosa.host.parts import Parts
 from limosa.host.peers import RemotePeer, dial
 from limosa.host.slots import Slots
@@ -69,7 +70,8 @@ class Outgoing:
             try:
                 destination = peer.host
                 facts = self._parts.inspector.vm_facts(hosted)
-                examined = await examine(peer, self._question(hosted, request.options), facts, self._parts.storage)
+                disks_here = OwnDisks(self._parts, hosted)
+                examined = await examine(peer, self._question(hosted, request.options), facts, disks_here)
                 findings, route, disks, layers = examined.findings, examined.route, examined.disks, examined.layers
             finally:
                 await peer.close()
@@ -99,6 +101,7 @@ class Outgoing:
             storage=options.storage,
             chain=options.chain,
             tag=new_identity(),
+            keep=options.keep,
         )
 
     async def move(self, request: MoveRequest) -> Migration:

@@ -18,8 +18,13 @@ class Page:
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self._asked: list[Callable[[HostSettings], None]] = []
         self._changed: list[Callable[[], None]] = []
         self.now = toml.read(path, HostSettings, error=StateError) if path.exists() else HostSettings()
+
+    def before_change(self, callback: Callable[[HostSettings], None]) -> None:
+        """Have ``callback`` asked about each change; to refuse it, it raises."""
+        self._asked.append(callback)
 
     def on_change(self, callback: Callable[[], None]) -> None:
         """Have ``callback`` called after each change."""
@@ -28,7 +33,7 @@ class Page:
     def change(self, values: dict[str, Any]) -> HostSettings:
         """Set fields (dots reach into tables), null for the default; durable on return.
 
-        Raises :class:`InvalidInput`; then nothing was changed.
+        Raises :class:`InvalidInput`, and what :meth:`before_change` does; then nothing was changed.
         """
         raw = msgspec.to_builtins(self.now)
         for path, value in values.items():
@@ -36,6 +41,8 @@ class Page:
         settings = toml.convert(
             raw, HostSettings, where="the new settings page", todo="'limosa host settings' says what each may be"
         )
+        for ask in self._asked:
+            ask(settings)
         toml.write(self._path, settings)
         self.now = settings
         for callback in self._changed:

@@ -8,6 +8,7 @@ from limosa.host.files import Files
 from limosa.host.inspection import Inspector
 from limosa.host.leasing import Leasing
 from limosa.host.multichannel import Multichannel
+from limosa.host.neighbours import Neighbours
 from limosa.host.page import Page
 from limosa.host.relays import Relays
 from limosa.host.storage import Storage
@@ -28,3 +29,4 @@ class Parts:
     inspector: Inspector
     multichannel: Multichannel
     relays: Relays
+    neighbours: Neighbours

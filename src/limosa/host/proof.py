@@ -43,14 +43,19 @@ def doubts_here(one: Leftover, claims: Claims, host: str, going: Collection[Path
     return [*doubts, *claims.unread]
 
 
+def doubts_elsewhere(others: Elsewhere) -> list[str]:
+    """What other hosts have against removing the image; one that does not answer may use it."""
+    silent = [f"host '{name}' cannot be asked: {why}" for name, why in others.silent.items()]
+    return silent + [f"on host '{name}': {use.use}" for name, use in others.uses.items() if use.use]
+
+
 def verdict(one: Leftover, host: str, doubts: list[str], others: Elsewhere | None) -> Leftover:
     """The image with all doubts, or with the proof; pure. ``others``: None if no other host sees it."""
     maker_is_asked = one.host in ("", host) or (others is not None and one.host in others.uses)
     if not maker_is_asked:
         doubts = [*doubts, f"host '{one.host}' made it, and only that host knows its own moves"]
     if others is not None:
-        doubts = [*doubts, *(f"host '{name}' cannot be asked: {why}" for name, why in others.silent.items())]
-        doubts += [f"on host '{name}': {use.use}" for name, use in others.uses.items() if use.use]
+        doubts = [*doubts, *doubts_elsewhere(others)]
         if not others.uses and not others.silent:
             doubts.append("other hosts may use it, and none is known: name them in the setting 'peers'")
     if doubts:

@@ -23,7 +23,7 @@ from limosa.host.outgoing import Outgoing
 from limosa.host.page import Page
 from limosa.host.parts import Parts
 from limosa.host.relays import Relays
-from limosa.host.storage import Storage
+from limosa.host.storage import Storage, places
 from limosa.host.views import Views
 from limosa.host.vms import Vms
 from limosa.migration.journal import Journal
@@ -58,7 +58,7 @@ async def assemble(daemon: DaemonSettings, files: Files) -> Services:
     user = qemu_user(daemon.qemu_user)
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     capabilities = await probe(Path(daemon.qemu), files.state / "qemu.json", user)
-    leasing = Leasing(daemon.name, boot)
+    leasing = Leasing(daemon.name, boot, files.machine(), lambda path: places(page, files).is_said_to_be_shared(path))
     launcher = Launcher(daemon, page, files, capabilities, netlink, boot, user, leasing)
     vms = Vms(daemon.name, files, launcher)
     for fault in await vms.load():
@@ -70,6 +70,7 @@ async def assemble(daemon: DaemonSettings, files: Files) -> Services:
     multichannel = Multichannel(PathManager(), files.run)
     await multichannel.endpoints.clean()
     relays = Relays(multichannel, page, user)
+    neighbours = Neighbours(daemon.name, page, Path(daemon.certificates), files.migrations)
     parts = Parts(
         name=daemon.name,
         boot=boot,
@@ -81,8 +82,8 @@ async def assemble(daemon: DaemonSettings, files: Files) -> Services:
         inspector=inspector,
         multichannel=multichannel,
         relays=relays,
+        neighbours=neighbours,
     )
-    neighbours = Neighbours(daemon.name, page, Path(daemon.certificates), files.migrations)
     return Services(
         parts=parts,
         cpus=len(os.sched_getaffinity(0)),
@@ -91,7 +92,7 @@ async def assemble(daemon: DaemonSettings, files: Files) -> Services:
         disk_moves=DiskMoves(parts, views, launcher),
         views=views,
         neighbours=neighbours,
-        leftovers=Leftovers(parts, neighbours),
+        leftovers=Leftovers(parts),
     )
 
 
@@ -112,6 +113,7 @@ async def recover(services: Services) -> None:
         except Exception as error:  # noqa: BLE001 - a fault in one must not keep the host's other VMs without a daemon
             _log.exception("migration %s could not be taken up", journal.header.migration)
             services.parts.vms.doubt = f"migration {journal.header.migration} could not be taken up: {error!r}"
+    await services.parts.vms.give_back_leases()
     services.parts.vms.restart_died()
 
 

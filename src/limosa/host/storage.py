@@ -6,14 +6,14 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
 import msgspec
 
 from limosa.background import in_full
-from limosa.errors import StorageError
+from limosa.errors import Conflict, StorageError
 from limosa.host.files import Files
 from limosa.host.page import Page
 from limosa.host.slots import Slots
@@ -21,6 +21,7 @@ from limosa.model.base import is_clean_path
 from limosa.model.storage import BackingFile, DiskFacts, DiskPlan, LayerPlan, Location
 from limosa.model.units import format_bytes
 from limosa.model.vm import Disk, DiskFormat
+from limosa.settings.host import HostSettings
 from limosa.storage import access, chains, layers, qcow2
 from limosa.storage.locations import Locations
 from limosa.storage.marks import Mark
@@ -45,6 +46,7 @@ class Storage:
         self.arriving = Slots(lambda: page.now.max_storage_moves)
         for slots in (self.leaving, self.arriving):
             page.on_change(slots.admit)
+        page.before_change(self._check_locations)
         #: what copies under way will still need, by the path of the image
         self._held: dict[str, int] = {}
         #: while somebody looks at what is free in order to hold it
@@ -67,17 +69,20 @@ class Storage:
         """The same with its digest, for which it and all below it is read once. Raises :class:`StorageError`."""
         return await asyncio.to_thread(_with_digest, backing)
 
-    async def find(self, wanted: BackingFile) -> BackingFile | None:
+    async def find(self, wanted: BackingFile, written: Collection[str] = ()) -> BackingFile | None:
         """A file of this host with the same digest, readable for QEMU's user, where one would look for it.
 
         That is: under the same path; in the location of the same name; in any location under the same file name, or
         that of a layer and its original. Only files in a location count, so that nobody can have another file of the
-        host shown to a guest, and no logical volumes: those stand alone.
+        host shown to a guest, and no logical volumes: those stand alone. Nor any that is ``written``.
         """
-        return await asyncio.to_thread(self._find, wanted)
+        return await asyncio.to_thread(self._find, wanted, written)
 
-    def _find(self, wanted: BackingFile) -> BackingFile | None:
+    def _find(self, wanted: BackingFile, written: Collection[str]) -> BackingFile | None:
+        unfit = {os.path.realpath(path) for path in written}
         for path in self._candidates(wanted):
+            if os.path.realpath(path) in unfit:
+                continue
             with suppress(OSError, StorageError):
                 if _size(path) == wanted.size and access.may(Path(path), self.user, write=False):
                     found = _with_digest(self._backing(path, wanted.format))
@@ -148,9 +153,26 @@ class Storage:
                 )
             self._held[path] = needed
 
+    def resume(self, paths: Iterable[str]) -> None:
+        """An earlier daemon was about to make these images, and their moves are not over. To be settled as others."""
+        self._held |= dict.fromkeys(paths, 0)
+
     def settle(self, path: str) -> None:
         """An image is complete: nothing more is held for it."""
         self._held.pop(path, None)
+
+    def _check_locations(self, settings: HostSettings) -> None:
+        """Raise :class:`Conflict` if one is changed in which moves make images: a mark would stay on an image that is
+        not known any more as what it is, such as a volume's tag, and what a crash leaves would not be found."""
+        now, then = self.places, _places(settings, self._files)
+        for path in self._held:
+            if (now.of(path), now.store_of(path).kind) != (then.of(path), then.store_of(path).kind):
+                raise Conflict(
+                    f"location '{now.of(path)}' is in use",
+                    why=f"a move makes {path} in it",
+                    todo="wait until it has ended, see 'limosa migration list'",
+                    host=self._host,
+                )
 
     async def remove(self, path: str) -> None:
         """Delete an image that its VM has left, or never had. Block devices that are in no location stay. Never fails;
@@ -176,6 +198,7 @@ class Storage:
             below=below,
             snapshots=header.snapshots if header is not None else 0,
             location=self.places.of(disk.path),
+            needed=self.places.store_of(disk.path).lost_with(disk.path),
         )
 
     def _backing(self, path: str, image_format: DiskFormat) -> BackingFile:
@@ -210,7 +233,11 @@ class Storage:
 
 def places(page: Page, files: Files) -> Locations:
     """The locations of a host by its settings of now."""
-    return Locations(page.now.locations, page.now.default_location, files.images)
+    return _places(page.now, files)
+
+
+def _places(settings: HostSettings, files: Files) -> Locations:
+    return Locations(settings.locations, settings.default_location, files.images)
 
 
 def _with_digest(backing: BackingFile) -> BackingFile:

@@ -12,6 +12,7 @@ import logging
 import time
 import uuid
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import msgspec
@@ -31,6 +32,8 @@ _log = logging.getLogger(__name__)
 
 #: A VM that crashes sooner than this after its start is not restarted, whatever ``on_crash`` says.
 CRASH_LOOP_S = 30.0
+#: A daemon that starts waits so long for shares with leases of VMs that do not run.
+LEASES_WITHIN_S = 5.0
 
 
 @dataclass
@@ -75,6 +78,7 @@ class Vms:
         #: VMs whose QEMU ended while no daemon was there
         self._died: list[HostedVm] = []
         self._background = Background()
+        self._giving_back = Background()
 
     async def load(self) -> list[LimosaError]:
         """Read every ``vm.toml`` and take up the QEMUs that still run. Returns what could not be read or taken up."""
@@ -98,25 +102,39 @@ class Vms:
         hosted.accelerator, hosted.started_at = found.accelerator, found.started_at
         if found.machine is None:
             hosted.state, hosted.reason = died, "its QEMU ended while the host daemon was not there"
-            if died is VmState.CRASHED:
-                await self._leasing.give_back(hosted.config)
-                if not found.left:
-                    self._died.append(hosted)
+            if died is VmState.CRASHED and not found.left:
+                self._died.append(hosted)
             return
         self._attach(hosted, found.machine)
         running = await found.machine.status() is RunState.RUNNING
         hosted.state = VmState.RUNNING if running else VmState.PAUSED
 
+    async def give_back_leases(self) -> None:
+        """Those of VMs that neither run nor move, which an earlier daemon may have had no time to give back. VMs on a
+        share that does not answer are busy until it does, and that is not waited for."""
+        for hosted in self.all():
+            if hosted.machine is None and hosted.migration is None and hosted.fault is None:
+                self._giving_back.spawn(self._give_back(hosted))
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._giving_back.idle(), LEASES_WITHIN_S)
+
+    async def _give_back(self, hosted: HostedVm) -> None:
+        async with hosted.lock:
+            await self._leasing.give_back(hosted.config)
+
     def restart_died(self) -> None:
         """Do what ``on_crash`` says with VMs whose QEMU ended while no daemon was there, as in a crash of the host.
 
-        To be called when migrations have said which VMs are theirs; while there is a doubt nothing is started."""
+        To be called when migrations have said which VMs are theirs, and leases are being given back; while there is a
+        doubt nothing is started."""
         if not self.doubt:
-            self._background.spawn(self._restart_each(self._died))
+            for hosted in self._died:
+                self._background.spawn(self._restart_died(hosted))
 
-    async def _restart_each(self, died: list[HostedVm]) -> None:
-        for hosted in died:
-            await self._restart(hosted)
+    async def _restart_died(self, hosted: HostedVm) -> None:
+        async with hosted.lock:
+            pass  # its leases are given back
+        await self._restart(hosted)
 
     # Looking
 
@@ -269,13 +287,15 @@ class Vms:
             )
         await machine.resume_if_stopped()
 
-    def delete(self, hosted: HostedVm) -> None:
-        """Forget a stopped VM. Its disks are kept."""
+    async def delete(self, hosted: HostedVm) -> None:
+        """Forget a stopped VM. Its disks are kept, and nobody's."""
         self.check_idle(hosted)
         if hosted.machine is not None:
             raise self._wrong_state(hosted, "runs")
-        self._folders.remove(hosted.config)
-        del self._vms[hosted.config.name]
+        async with hosted.lock:
+            await self._leasing.give_back(hosted.config)
+            self._folders.remove(hosted.config)
+            del self._vms[hosted.config.name]
 
     # What migrations do
 

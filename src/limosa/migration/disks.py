@@ -142,7 +142,7 @@ def landed(vm: VmConfig, plans: Iterable[DiskPlan]) -> VmConfig:
 def on_image(disk: Disk, plan: DiskPlan) -> Disk:
     """The disk when it lies on the new image."""
     size = plan.virtual_bytes if plan.device else None
-    return msgspec.structs.replace(disk, path=plan.path, format=plan.format, size_bytes=size)
+    return msgspec.structs.replace(disk, path=plan.path, format=plan.format, size_bytes=size, thick=plan.thick)
 
 
 def copies(plans: Iterable[DiskPlan]) -> tuple[DiskPlan, ...]:
@@ -241,6 +241,19 @@ def against_copying(fact: DiskFacts) -> list[Finding]:
             "disk-snapshots",
             f"disk {fact.name} holds {fact.snapshots} snapshots, which a copy would lose",
             f"see qemu-img snapshot -l {fact.path}; delete them while the VM is stopped, or share the storage",
+        )
+    ]
+
+
+def against_leaving(fact: DiskFacts) -> list[Finding]:
+    """Why a disk cannot be moved if the image it has is deleted then."""
+    if not fact.needed:
+        return []
+    return [
+        Finding.error(
+            "image-needed",
+            f"{fact.path}, which disk {fact.name} would leave, is needed: {fact.needed}",
+            "keep the images that are left with --keep, or end the other use first",
         )
     ]
 

@@ -38,6 +38,8 @@ class Question:
     chain: Chain
     #: the identity of the move
     tag: str
+    #: whether images the VM leaves behind are kept
+    keep: bool = False
     #: why RDMA, by which the move began, is not to be tried again; empty if it was not tried
     rdma_failed: str = ""
 
@@ -111,7 +113,8 @@ async def examine(
         relayed=route.is_relayed,
     )
     instead = (not_by_rdma(route),) if asked == "rdma" and route.transport != "rdma" else ()
-    all_findings = (*planned.findings, *findings, *instead, *between(ends, route))
+    leaving = () if question.keep else tuple(one for fact in of_disks for one in disks.against_leaving(fact))
+    all_findings = (*planned.findings, *leaving, *findings, *instead, *between(ends, route))
     return Examined(all_findings, route, ends, planned.disks, planned.layers, blocked)
 
 

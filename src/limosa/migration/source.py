@@ -219,6 +219,7 @@ class SourceMove:
             storage=self.terms.storage,
             chain=self.terms.chain,
             tag=header.migration,
+            keep=self.terms.keep,
             rdma_failed=self.terms.rdma_failed,
         )
         examined = self.examined = await examine(peer, question, self._facts(), self.home.disks)

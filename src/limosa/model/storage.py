@@ -121,11 +121,15 @@ class ImageSought(Model, frozen=True):
     """An image on shared storage, as one host describes it to another."""
 
     migration: MigrationId
-    #: the location it is in, and its name there
-    location: Name
-    name: Annotated[str, Meta(pattern=r"\A[^/\x00-\x1f]{1,255}\Z")]
+    #: the location it is in, if in one, and its path there
+    location: Name | None
+    name: Annotated[str, Meta(pattern=r"\A[^\x00-\x1f]{1,1024}\Z")]
     #: what its server calls it; empty if it is on no share
     share: Annotated[str, Meta(max_length=4096)] = ""
+
+    def __post_init__(self) -> None:
+        if not is_clean_path(f"/{self.name}"):
+            raise ValueError("the name has an empty, '.' or '..' component")
 
 
 class ImageUse(Model, forbid_unknown_fields=False, frozen=True):
@@ -169,6 +173,8 @@ class DiskFacts(Model, forbid_unknown_fields=False, frozen=True):
     snapshots: int = 0
     #: name of the location it lies in, if in one
     location: str = ""
+    #: who but its VM needs the image, in words, so that it cannot be deleted; empty if nobody
+    needed: str = ""
 
 
 class DiskAction(StrEnum):

@@ -14,6 +14,7 @@ Firmware = Literal["bios", "uefi"]
 Accelerator = Literal["kvm", "tcg"]
 
 DiskName = Annotated[str, Meta(pattern=r"\Avd[a-z]\Z", description="vda to vdz")]
+DiskBytes = Annotated[int, Meta(ge=512, multiple_of=512)]
 MachineType = Annotated[str, Meta(pattern=r"\A[a-z0-9][a-z0-9._+-]{0,63}\Z", description="e.g. pc-q35-10.0")]
 CpuModel = Annotated[
     str,
@@ -27,7 +28,7 @@ Cpus = Annotated[int, Meta(ge=1, le=1024, description="virtual processors")]
 Text = Annotated[str, Meta(max_length=512 * 1024)]
 
 
-class Disk(Model, frozen=True):
+class Disk(Model, frozen=True, omit_defaults=True):
     """One virtio disk of a VM."""
 
     name: DiskName
@@ -35,7 +36,9 @@ class Disk(Model, frozen=True):
     format: DiskFormat
     read_only: bool = False
     #: of a block device that is larger than the disk: what of it the guest sees
-    size_bytes: Annotated[int, Meta(ge=512, multiple_of=512)] | None = None
+    size_bytes: DiskBytes | None = None
+    #: its image keeps all its space, whatever the guest discards
+    thick: bool = False
 
     def __post_init__(self) -> None:
         if not is_clean_path(self.path):

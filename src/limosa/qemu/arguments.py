@@ -229,6 +229,7 @@ def _disks(launch: Launch) -> Iterable[str]:
             driver="host_device" if disk.path in launch.block_devices else "file",
             read_only=disk.read_only,
             direct=disk.path not in launch.buffered,
+            thick=disk.thick,
             locks=disk.path not in launch.unlocked,
             size_bytes=disk.size_bytes,
         )

@@ -45,6 +45,8 @@ class Lease(Model, frozen=True, forbid_unknown_fields=False):
     host: str = ""
     #: the run of the host's kernel in which it was taken; a QEMU of an earlier one is dead
     boot: str = ""
+    #: the machine whose kernel that is, since two hosts may have one name; empty in leases of before it was written
+    machine: str = ""
     #: UUID of the VM
     vm: str = ""
     #: the host that may make it its own, and the migration by which
@@ -64,12 +66,13 @@ class Rule:
     host: str
     boot: str
     vm: str
+    machine: str = ""
 
     def take(self, now: Lease) -> Lease:
         """To start a QEMU, while none of this VM runs here."""
         if now.host == "":
             return self._own(now)
-        if now.host != self.host or now.promised_to:
+        if not self._is_this_hosts(now) or now.promised_to:
             raise self._refusal(now)
         if now.boot != self.boot:
             return self._own(now)  # all QEMUs of before are dead
@@ -79,7 +82,7 @@ class Rule:
 
     def give_back(self, now: Lease) -> Lease:
         """When the VM's QEMU has ended. What is another's, or promised, stays as it is."""
-        if (now.host, now.vm) != (self.host, self.vm) or now.promised_to:
+        if not self._is_this_hosts(now) or now.vm != self.vm or now.promised_to:
             return now
         return Lease(epoch=now.epoch + 1)
 
@@ -95,13 +98,12 @@ class Rule:
             return now
         if (now.vm, now.promised_to, now.migration) != (self.vm, self.host, migration):
             raise self._refusal(now)
-        return self._next(now, host=self.host, boot=self.boot, promised_to="")
+        return self._next(now, host=self.host, boot=self.boot, machine=self.machine, promised_to="")
 
     def hand_back(self, now: Lease, source: str, migration: str) -> Lease:
         """At a destination that has destroyed what it had, if it had claimed it; the guest never ran there."""
-        if (now.host, now.vm, now.migration, now.promised_to) != (self.host, self.vm, migration, ""):
-            return now
-        return self._next(now, host=source, boot="", migration="")
+        claimed = self._is_this_hosts(now) and (now.vm, now.migration, now.promised_to) == (self.vm, migration, "")
+        return self._next(now, host=source, boot="", machine="", migration="") if claimed else now
 
     def reclaim(self, now: Lease, migration: str) -> Lease:
         """At the source, when the rules of ownership say that the guest is the source's. What the destination has
@@ -118,20 +120,24 @@ class Rule:
 
     def _is_promised_by_us(self, now: Lease, migration: str) -> bool:
         """Or is ours without a promise."""
-        return (now.host, now.vm) == (self.host, self.vm) and now.migration in ("", migration)
+        return self._is_this_hosts(now) and now.vm == self.vm and now.migration in ("", migration)
+
+    def _is_this_hosts(self, now: Lease) -> bool:
+        """Also if it is of an earlier run of its kernel."""
+        return now.host == self.host and now.machine in ("", self.machine)
 
     def _is_ours(self, now: Lease) -> bool:
         return (now.host, now.boot, now.vm) == (self.host, self.boot, self.vm)
 
     def _own(self, now: Lease) -> Lease:
-        return Lease(epoch=now.epoch + 1, host=self.host, boot=self.boot, vm=self.vm)
+        return Lease(epoch=now.epoch + 1, host=self.host, boot=self.boot, machine=self.machine, vm=self.vm)
 
     def _next(self, now: Lease, **changes: str) -> Lease:
         following = msgspec.structs.replace(now, **changes)
         return now if following == now else msgspec.structs.replace(following, epoch=now.epoch + 1)
 
     def _refusal(self, now: Lease) -> ImageLeased:
-        return refusal(self.image, now, self.host)
+        return refusal(self.image, now, self.host, twin=now.host == self.host and not self._is_this_hosts(now))
 
 
 def release(now: Lease, image: str, dead: str) -> Lease:
@@ -141,8 +147,8 @@ def release(now: Lease, image: str, dead: str) -> Lease:
     return Lease(epoch=now.epoch + 1)
 
 
-def refusal(image: str, now: Lease, host: str) -> ImageLeased:
-    """Why ``host`` may not have it, in words."""
+def refusal(image: str, now: Lease, host: str, *, twin: bool = False) -> ImageLeased:
+    """Why ``host`` may not have it, in words. ``twin``: who has it is another machine of that name."""
     if now.host == "":
         return ImageLeased(
             f"no host holds the lease on {image}",
@@ -150,23 +156,26 @@ def refusal(image: str, now: Lease, host: str) -> ImageLeased:
             todo="see that both hosts have the same share mounted, and start the VM anew at the source",
         )
     promise = f", who promised it to host '{now.promised_to}'" if now.promised_to else ""
-    held = f"host '{now.host}' holds the lease on it for VM {now.vm}{promise}"
+    holder = f"another machine that is called '{now.host}'" if twin else f"host '{now.host}'"
+    held = f"{holder} holds the lease on it for VM {now.vm}{promise}"
     todo = f"stop that VM; only if '{now.host}' is surely dead: limosa storage release {image} --from {now.host}"
     return ImageLeased(f"{image} may not be written here", why=held, todo=todo, host=host)
 
 
-def is_needed(image: str) -> bool:
+def is_needed(image: str, *, served: bool = False) -> bool:
     """Whether the locks of the image's file system do not reach other hosts, or somebody has made a lease already.
 
-    A file that is not there needs none. Raises :class:`StorageError` if that cannot be told.
+    One of this host's own file systems that is ``served`` to others needs one too: it may be by SMB, which does not
+    pass locks on as QEMU means them. A file that is not there needs none. Raises :class:`StorageError` if that cannot
+    be told.
     """
     try:
-        mount = mounts.of(image)
+        mount, is_file = mounts.of(image), os.path.isfile(image)
     except (FileNotFoundError, NotADirectoryError):
         return False
     except OSError as error:
         raise StorageError(f"cannot look at {image}", why=error.strerror or str(error)) from error
-    return mount.has_no_locks or folder_of(image).is_dir()
+    return mount.has_no_locks or (served and is_file and not mount.share) or folder_of(image).is_dir()
 
 
 def folder_of(image: str) -> Path:

@@ -78,6 +78,10 @@ class Locations:
         """Folders that an administrator says other hosts see too, by name."""
         return {name: place.root for name, place in self._places.items() if place.shared}
 
+    def is_said_to_be_shared(self, path: str) -> bool:
+        """Whether a file is in one of those."""
+        return innermost(path, self.shared()) != ("", "")
+
     def look(self) -> tuple[Location, ...]:
         """All of them as they are now, by name. Asks file systems, which can block where a server is gone."""
         return tuple(self.store(name).look(name, default=name == self._default) for name in sorted(self._places))

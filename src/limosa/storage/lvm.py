@@ -59,7 +59,7 @@ class Volume(Model, frozen=True, forbid_unknown_fields=False):
     data_percent: str = ""
     #: with commas between; ``thin,pool`` for a thin pool
     lv_layout: str = ""
-    #: ``public`` alone for one that is on its own: no snapshot, nor the origin of one
+    #: with commas between; ``public`` alone for one that is on its own: no snapshot, nor the origin of one
     lv_role: str = ""
     lv_tags: str = ""
     #: of a thin pool, ``zero`` if what it gives holds nothing of before
@@ -74,6 +74,16 @@ class Volume(Model, frozen=True, forbid_unknown_fields=False):
     def tags(self) -> tuple[str, ...]:
         """What it bears."""
         return tuple(self.lv_tags.split(","))
+
+    @property
+    def takes_along(self) -> str:
+        """Which volumes LVM removes along with it, in words; empty if none. Thin snapshots of a thin volume stay. The
+        roles are those of ``lv_layout_and_role`` (lib/metadata/lv_manip.c)."""
+        roles = self.lv_role.split(",")
+        if "thickorigin" in roles:
+            return "LVM would remove its snapshots, too"
+        has_others = "extthinorigin" in roles or "private" in roles
+        return "LVM would remove the volumes above or in it, too" if has_others else ""
 
     @property
     def is_active(self) -> bool:
@@ -122,9 +132,15 @@ def retag(group_name: str, name: str, old: str, new: str = "") -> None:
 
 
 def remove(group_name: str, name: str) -> None:
-    """Remove a volume, if there is one. Raises :class:`StorageError`; it is still there then."""
-    if find(group_name, name) is not None:
-        _run("lvremove", "--yes", f"{group_name}/{_checked(name)}")
+    """Remove a volume, if there is one, and nothing else: not one that others depend on (lvremove(8)). Raises
+    :class:`StorageError`; it is still there then."""
+    volume = find(group_name, name)
+    if volume is None:
+        return
+    if volume.takes_along:
+        todo = "remove those first, or keep the volume"
+        raise StorageError(f"/dev/{group_name}/{name} is not removed", why=volume.takes_along, todo=todo)
+    _run("lvremove", "--yes", f"{group_name}/{name}")
 
 
 def is_ours(path: Path, device: int) -> bool:

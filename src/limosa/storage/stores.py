@@ -47,6 +47,9 @@ class Store(Protocol):
     def taken(self, path: str) -> int:
         """Bytes an image takes. Raises :class:`StorageError`."""
 
+    def lost_with(self, path: str) -> str:
+        """Why an image cannot be removed alone, in words; empty if it can. Raises :class:`StorageError`."""
+
     async def create(
         self,
         path: str,
@@ -124,6 +127,10 @@ class Folder:
         except OSError as error:
             raise StorageError(f"cannot look at {path}", why=error.strerror or str(error)) from error
 
+    def lost_with(self, path: str) -> str:
+        """See :class:`Store`. A file takes nothing along."""
+        return ""
+
     async def create(
         self,
         path: str,
@@ -147,14 +154,16 @@ class Folder:
             raise
 
     def remove(self, path: str) -> None:
-        """See :class:`Store`. A block device that lies there is somebody's disk: it stays."""
+        """See :class:`Store`. A link goes with the image it leads to. A block device is somebody's disk: it stays."""
+        image = Path(os.path.realpath(path))
         try:
-            if not Path(path).is_block_device():
+            if not image.is_block_device():
+                image.unlink(missing_ok=True)
                 Path(path).unlink(missing_ok=True)
         except OSError as error:
             raise StorageError(f"cannot delete {path}", why=error.strerror or str(error)) from error
-        leases.forget(path)
-        marks.forget(path)
+        leases.forget(str(image))
+        marks.forget(str(image))
 
 
 async def _keep(image: Path) -> None:

@@ -70,9 +70,7 @@ class UnfinishedVolumes:
             return ""
         if not volume.is_active:
             return f"it has no device, so it cannot be told who names it; see lvchange --activate y {self.group}"
-        if volume.lv_role != "public":
-            return f"it is not a volume of its own, or others depend on it: {volume.lv_role}"
-        return _opener(image, open_files) if volume.lv_device_open else ""
+        return volume.takes_along or (_opener(image, open_files) if volume.lv_device_open else "")
 
     def remove(self, image: str) -> None:
         """See :class:`limosa.storage.unfinished.Unfinished`."""

@@ -82,6 +82,11 @@ class Volumes:
             raise StorageError(f"there is no logical volume {path}")
         return volume.taken_bytes
 
+    def lost_with(self, path: str) -> str:
+        """See :class:`Store`."""
+        volume = lvm.find(self.group, self._name(path))
+        return volume.takes_along if volume is not None else ""
+
     async def create(
         self,
         path: str,

@@ -17,6 +17,7 @@ from limosa.model.vm import (
     CpuModel,
     Cpus,
     DirectBoot,
+    DiskBytes,
     DiskFormat,
     DiskName,
     Firmware,
@@ -32,7 +33,7 @@ class Empty(Model, frozen=True):
     """No body."""
 
 
-class NewDisk(Model, frozen=True):
+class NewDisk(Model, frozen=True, omit_defaults=True):
     """A disk to give to a new VM. The image must exist, unless ``size_mib`` asks for a new one."""
 
     path: AbsolutePath
@@ -40,10 +41,16 @@ class NewDisk(Model, frozen=True):
     format: DiskFormat | None = None
     read_only: bool = False
     size_mib: Annotated[int, Meta(ge=1, le=64 * 1024 * 1024)] | None = None
+    #: of an image that exists: what of it the guest sees
+    size_bytes: DiskBytes | None = None
+    #: it keeps all its space; a new one takes it at once
+    thick: bool = False
 
     def __post_init__(self) -> None:
         if not is_clean_path(self.path):
             raise ValueError("the path has an empty, '.' or '..' component")
+        if self.size_mib is not None and self.size_bytes is not None:
+            raise ValueError("size_mib is for a new image, size_bytes for one that exists")
 
 
 class NewNic(Model, frozen=True):

@@ -20,7 +20,7 @@ KERNEL_PACKAGE = "linux-image-amd64"
 #: The first ones are for the VM itself, the others for what is tested in it.
 MODULES = (
     "virtio_pci", "virtio_net", "virtio_console", "9p", "9pnet_virtio", "overlay",
-    "loop", "crc32c_generic", "dm_mod", "dm_thin_pool",
+    "loop", "crc32c_generic", "dm_mod", "dm_snapshot", "dm_thin_pool",
     "sch_tbf", "bridge", "tun", "bonding", "team", "team_mode_loadbalance", "crc32_generic",
     "rdma_rxe", "rdma_ucm",
     "cifs", "cmac", "ccm", "gcm", "ctr", "ghash_generic", "sha512_generic", "nfsv4",

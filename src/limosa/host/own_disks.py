@@ -1,0 +1,89 @@
+"""The disks of one VM of this host: what is to know before they are copied, and deleting the images they have left.
+
+That a QEMU has an image open says only that nobody else writes it now. Another VM that does not run may name it, an
+image may lie above it, LVM may have snapshots of it; and where it lies on shared storage, all that may be so on other
+hosts. So this is asked before a move, which is refused then unless the images are to be kept, and again before they are
+deleted: what is needed by then stays.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import msgspec
+
+from limosa.host.claims import Claims, Known
+from limosa.host.neighbours import sought
+from limosa.host.parts import Parts
+from limosa.host.proof import Elsewhere, doubts_elsewhere
+from limosa.host.vms import HostedVm
+from limosa.migration.journal import new_identity
+from limosa.model.storage import BackingFile, DiskFacts, ImageSought
+from limosa.model.vm import Disk
+
+_log = logging.getLogger(__name__)
+
+
+class OwnDisks:
+    """Those of ``hosted``; None if the VM is not here any more."""
+
+    def __init__(self, parts: Parts, hosted: HostedVm | None) -> None:
+        self._hosted = hosted
+        self._vms = parts.vms
+        self._storage = parts.storage
+        self._leasing = parts.leasing
+        self._neighbours = parts.neighbours
+        self._migrations = parts.files.migrations
+
+    async def facts(self, disks: Iterable[Disk]) -> tuple[DiskFacts, ...]:
+        """See :class:`limosa.migration.examination.DisksHere`."""
+        facts = await self._storage.facts(disks)
+        runs = self._hosted is not None and self._hosted.machine is not None
+        needed = await self._needed([fact.path for fact in facts], in_use=runs)
+        return tuple(msgspec.structs.replace(fact, needed=fact.needed or needed.get(fact.path, "")) for fact in facts)
+
+    async def digest(self, backing: BackingFile) -> BackingFile:
+        """See :class:`limosa.migration.examination.DisksHere`."""
+        return await self._storage.digest(backing)
+
+    async def leave(self, images: Sequence[str], *, keep: bool = False) -> None:
+        """The VM has left these images: delete them, unless they are to be kept, or somebody else needs them, which is
+        logged. What could not be deleted is logged, too."""
+        needed = {} if keep or not images else await self._needed(images, in_use=False)
+        for path, who in needed.items():
+            _log.error("%s is left, because it is needed: %s", path, who)
+        staying = images if keep else needed.keys()
+        for path in images:
+            if path not in staying:
+                await self._storage.remove(path)
+        if self._hosted is not None and staying:
+            await self._leasing.give_back(self._hosted.config, [*staying])
+
+    async def _needed(self, images: Sequence[str], *, in_use: bool) -> dict[str, str]:
+        """Who but the VM needs which of these images, in words. Of those that the VM has ``in_use`` it is not asked who
+        has them open."""
+        known = Known.of(self._vms, but=self._hosted.config.uuid if self._hosted is not None else "")
+        shared = {one.name for one in await self._storage.locations() if one.shared}
+        places = self._storage.places
+
+        def look() -> tuple[dict[str, str], dict[str, ImageSought]]:
+            claims = Claims.look(self._migrations, known, places)
+            here = {image: claims.besides(Path(image), in_use=in_use) for image in images}
+            # They are a VM's: no journal of the move that once made them is to speak for them.
+            asked = {image: sought(image, new_identity(), places) for image in images if not here[image]}
+            seen = {image: one for image, one in asked.items() if one.share or one.location in shared}
+            return here, seen
+
+        here, seen = await asyncio.to_thread(look)
+        elsewhere = await self._neighbours.uses(seen)
+        found = here | {image: _words(others, in_use=in_use) for image, others in elsewhere.items()}
+        return {image: who for image, who in found.items() if who}
+
+
+def _words(others: Elsewhere, *, in_use: bool) -> str:
+    """What other hosts say. Of an image ``in_use`` here they may see just that."""
+    uses = {host: use for host, use in others.uses.items() if use.named or not in_use}
+    return "; ".join(doubts_elsewhere(Elsewhere(uses, others.silent)))

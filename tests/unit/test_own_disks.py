@@ -1,0 +1,208 @@
+"""Images that a VM leaves: who else needs them, and that those stay."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import msgspec
+import pytest
+from test_host_storage import storage
+from test_preflight import VM
+
+from harness.lvm import EXTENT, GROUP, FakeLvm
+from limosa.host.claims import Claims
+from limosa.host.leasing import Leasing
+from limosa.host.neighbours import Answers, Neighbours
+from limosa.host.own_disks import OwnDisks
+from limosa.host.parts import Parts
+from limosa.host.storage import Storage
+from limosa.model.storage import ImageUse
+from limosa.model.vm import Disk, VmConfig
+from limosa.storage import lvm
+from limosa.wire.api import ImagesSought, ImageUses
+
+__all__ = ["storage"]
+
+OTHER = msgspec.structs.replace(VM, name="other", uuid="8b0b7d3c-57b8-4f5c-9d5e-2d2f3f1e2a10")
+
+
+class Neighbourhood(Neighbours):
+    """Hosts that say this, by name; a string is why one says nothing."""
+
+    def __init__(self) -> None:
+        self.hosts: Mapping[str, ImageUse | str] = {}
+        self.asked: list[ImagesSought] = []
+
+    async def ask(self, endpoint: Any, request: Any = None) -> Answers[Any]:
+        self.asked.append(request)
+        given = {host: said for host, said in self.hosts.items() if isinstance(said, ImageUse)}
+        silent = {host: said for host, said in self.hosts.items() if isinstance(said, str)}
+        return Answers({host: ImageUses(uses=(use,) * len(request.images)) for host, use in given.items()}, silent)
+
+
+class World:
+    """A host with a VM whose disk lies in location ``fast``."""
+
+    def __init__(self, storage: Storage) -> None:
+        self.storage = storage
+        self.image = storage.places.path("fast") / "web1.raw"
+        self.image.write_bytes(bytes(65536))
+        self.hosted = SimpleNamespace(config=self.with_disk(VM, self.image), machine=None)
+        self.vms = SimpleNamespace(all=lambda: self.all, damaged={})
+        self.all = [self.hosted]
+        self.neighbours = Neighbourhood()
+        nobody = cast(Any, None)
+        self.parts = Parts(
+            name="host2",
+            boot="boot",
+            files=storage._files,
+            page=storage._page,
+            vms=cast(Any, self.vms),
+            storage=storage,
+            leasing=Leasing("host2", "boot", "machine", lambda _: False),
+            inspector=nobody,
+            multichannel=nobody,
+            relays=nobody,
+            neighbours=self.neighbours,
+        )
+
+    @staticmethod
+    def with_disk(config: VmConfig, image: Path, **how: Any) -> VmConfig:
+        disk = Disk(name="vda", path=str(image), format="raw" if image.suffix == ".raw" else "qcow2", **how)
+        return msgspec.structs.replace(config, disks=(disk,))
+
+    def run(self) -> None:
+        self.hosted.machine = object()
+
+    def needed(self) -> str:
+        """What a move is told before it begins."""
+        (fact,) = asyncio.run(OwnDisks(self.parts, cast(Any, self.hosted)).facts(self.hosted.config.disks))
+        return fact.needed
+
+    def leave(self, **how: Any) -> bool:
+        """The VM has left its image; returns whether that has gone."""
+        asyncio.run(OwnDisks(self.parts, cast(Any, self.hosted)).leave([str(self.image)], **how))
+        return not self.image.exists()
+
+    def overlay(self) -> Path:
+        path = self.image.with_name("child.qcow2")
+        command = ["qemu-img", "create", "-q", "-f", "qcow2", "-b", str(self.image), "-F", "raw", str(path)]
+        subprocess.run(command, check=True)
+        return path
+
+
+@pytest.fixture
+def world(storage: Storage) -> World:
+    return World(storage)
+
+
+@pytest.fixture(params=["stopped", "running"])
+def either(request: pytest.FixtureRequest, world: World) -> World:
+    if request.param == "running":
+        world.run()
+    return world
+
+
+def test_what_nobody_needs_is_deleted(either: World) -> None:
+    assert either.needed() == ""
+    assert either.leave()
+    assert either.neighbours.asked == [], "nobody else sees it"
+
+
+def test_who_leaves_nothing_asks_nobody(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(Claims, "look")
+    asyncio.run(OwnDisks(world.parts, cast(Any, world.hosted)).leave([]))
+
+
+def test_what_is_to_be_kept_stays(either: World) -> None:
+    assert not either.leave(keep=True)
+
+
+def test_what_another_vm_names_stays(either: World) -> None:
+    either.all.append(SimpleNamespace(config=World.with_disk(OTHER, either.image), machine=None))
+    assert either.needed() == "VM 'other' uses it"
+    assert not either.leave()
+    del either.all[1]
+    assert either.leave()
+
+
+def test_what_lies_below_a_clone_stays(either: World) -> None:
+    clone = either.overlay()
+    assert either.needed() == f"{clone} lies above it"
+    assert not either.leave()
+
+
+def test_what_lies_below_a_clone_in_no_location_stays(either: World, tmp_path: Path) -> None:
+    clone = either.overlay().rename(tmp_path / "clone.qcow2")
+    either.all.append(SimpleNamespace(config=World.with_disk(OTHER, clone), machine=None))
+    assert either.needed() == "VM 'other' uses it, below disk vda"
+    assert not either.leave()
+
+
+def test_what_a_process_has_open_is_only_its_own_qemu_s_while_it_runs(world: World) -> None:
+    with subprocess.Popen(["sleep", "60"], stdin=world.image.open("rb")) as process:
+        assert f"process {process.pid} has it open" in world.needed()
+        world.run()
+        assert world.needed() == ""
+        assert not world.leave(), "its QEMU has closed it, so it is somebody else"
+        process.kill()
+
+
+def test_a_volume_with_snapshots_is_needed(either: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = FakeLvm(tmp_path)
+    monkeypatch.setattr(lvm, "PROGRAM", str(fake.program))
+    either.storage._page.change({"locations.bulk": {"lvm": GROUP}})
+    lvm.create(GROUP, "", "web1.raw", EXTENT)
+    image = Path(f"/dev/{GROUP}/web1.raw")
+    either.hosted.config = World.with_disk(VM, image, size_bytes=EXTENT)
+    assert either.needed() == ""
+    snapshot = {"size": EXTENT, "thin": False, "tags": [], "made": 0, "origin": "web1.raw"}
+    fake.change(lvs=fake.volumes | {"before-upgrade": snapshot})
+    assert either.needed() == "LVM would remove its snapshots, too"
+    own = OwnDisks(either.parts, cast(Any, either.hosted))
+    asyncio.run(own.leave([str(image)]))
+    assert set(fake.volumes) == {"web1.raw", "before-upgrade"}
+    lvm.remove(GROUP, "before-upgrade")
+    asyncio.run(own.leave([str(image)]))
+    assert fake.volumes == {}
+
+
+class TestOnSharedStorage:
+    """Other hosts may have all of that."""
+
+    @pytest.fixture(autouse=True)
+    def _shared(self, storage: Storage) -> None:
+        storage._page.change({"locations.fast": {"path": str(storage.places.path("fast")), "shared": True}})
+
+    @pytest.mark.parametrize(
+        ("said", "needed"),
+        [
+            (ImageUse(use=""), ""),
+            (
+                ImageUse(use="/nas/child.qcow2 lies above it", named=True),
+                "on host 'host3': /nas/child.qcow2 lies above it",
+            ),
+            ("no route", "host 'host3' cannot be asked: no route"),
+        ],
+    )
+    def test_they_are_asked(self, either: World, said: ImageUse | str, needed: str) -> None:
+        either.neighbours.hosts = {"host1": ImageUse(use=""), "host3": said}
+        assert either.needed() == needed
+        assert either.leave() is (needed == "")
+        sought = [image for asked in either.neighbours.asked for image in asked.images]
+        assert {(image.location, image.name) for image in sought} == {("fast", "web1.raw")}
+
+    def test_that_the_vm_itself_has_it_open_they_may_see_too(self, world: World) -> None:
+        world.neighbours.hosts = {"host3": ImageUse(use="a QEMU holds its lock")}
+        assert world.needed() == "on host 'host3': a QEMU holds its lock"
+        world.run()
+        assert world.needed() == ""
+        assert not world.leave()
+
+    def test_where_none_is_known_none_is_asked(self, world: World) -> None:
+        assert world.leave()
