@@ -97,6 +97,7 @@ class Inspector:
             network=await self.network(),
             capped=settings.bandwidth_mbit_per_s > 0 or bool(settings.network_bandwidth_mbit_per_s),
             leases=await self._leases(hosted) if running else (),
+            cpu_features=self.capabilities.features_seen(hosted.config.cpu, hosted.accelerator or "tcg"),
         )
 
     async def destination_facts(
@@ -131,6 +132,7 @@ class Inspector:
             relay=RELAY_VERSION,
             network=network,
             locations=locations,
+            cpu_features=self.capabilities.features_seen(vm.cpu, accelerator),
         )
 
     async def _leases(self, hosted: HostedVm) -> tuple[LeaseConflict, ...]:
