@@ -279,9 +279,9 @@ def _route(endpoint: Endpoint[Any, Any], handler: Handler) -> Route:
     decoder = reading.decoder(endpoint.request)
 
     async def answer(request: Request) -> Response:
-        _authorise(request.scope, endpoint.role)
+        role = _authorise(request.scope, endpoint.role)
         reply = await handler(parse(await _body(request), decoder, "the request"), dict(request.path_params))
-        return Response(msgspec.json.encode(reply), media_type="application/json")
+        return Response(msgspec.json.encode(_shown_to(role, reply)), media_type="application/json")
 
     return Route(endpoint.path, answer, methods=[endpoint.method])
 
@@ -291,7 +291,18 @@ def _identity(scope: Any) -> Identity | None:
     return identity
 
 
-def _authorise(scope: Any, role: Role) -> None:
+def _shown_to(role: Role, reply: Model) -> Model:
+    """What of a reply is for that role."""
+    match reply:
+        case Vm() if role < Role.OPERATOR:
+            return reply.for_viewers()
+        case api.VmList() if role < Role.OPERATOR:
+            return api.VmList(vms=tuple(vm.for_viewers() for vm in reply.vms))
+    return reply
+
+
+def _authorise(scope: Any, role: Role) -> Role:
+    """The role of who asks. Raises :class:`NotPermitted` if it is less than ``role``."""
     identity = _identity(scope)
     if identity is None:
         raise NotPermitted("this connection says not who it is", todo="use a certificate made by 'limosa ca issue'")
@@ -300,6 +311,7 @@ def _authorise(scope: Any, role: Role) -> None:
             f"'{identity.name}' is {identity.role.name.lower()} and may not do this",
             todo=f"use a certificate with the role {role.name.lower()}",
         )
+    return identity.role
 
 
 async def _body(request: Request) -> bytes:
