@@ -21,6 +21,7 @@ from starlette.routing import BaseRoute, Route, WebSocketRoute
 from starlette.websockets import WebSocket
 
 from limosa import __version__
+from limosa.background import to_its_end
 from limosa.errors import InvalidInput, LimosaError, NotFound, NotPermitted
 from limosa.host import console
 from limosa.host.memory import meminfo_mib
@@ -137,7 +138,7 @@ class Handlers:
 
     async def change_settings(self, change: api.SettingsChange, _: dict[str, str]) -> api.SettingsPage:
         """Change settings, all or none."""
-        return api.SettingsPage(settings=self._services.parts.page.change(change.values))
+        return api.SettingsPage(settings=await self._services.parts.page.change(change.values))
 
     async def locations(self, _: api.Empty, __: dict[str, str]) -> api.LocationList:
         """Where images can lie."""
@@ -185,7 +186,8 @@ class Handlers:
 
     async def delete_vm(self, _: api.Empty, path: dict[str, str]) -> api.Empty:
         """Forget a VM."""
-        self._services.parts.vms.delete(self._services.parts.vms.get(path["vm"]))
+        vms = self._services.parts.vms
+        await to_its_end(vms.delete(vms.get(path["vm"])))
         return api.Empty()
 
     def _act(self, act: Callable[[Any], Awaitable[None]]) -> Handler:
@@ -203,7 +205,7 @@ class Handlers:
 
     async def move(self, request: api.MoveRequest, _: dict[str, str]) -> Model:
         """Begin a move."""
-        return await self._services.outgoing.move(request)
+        return await to_its_end(self._services.outgoing.move(request))
 
     async def list_migrations(self, _: api.Empty, __: dict[str, str]) -> api.MigrationList:
         """Moves from here, and landings that have not ended."""

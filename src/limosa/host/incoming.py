@@ -10,6 +10,7 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
+from limosa.background import in_full
 from limosa.errors import (
     Conflict,
     InvalidInput,
@@ -58,6 +59,8 @@ class Incoming:
         self._boot = parts.boot
         self._layers = Layers(parts.storage, parts.vms, parts.files.migrations)
         self._landing: dict[str, Destination] = {}
+        #: held while one is begun, whose journal may be there before it is among ``_landing``
+        self._beginning = asyncio.Lock()
 
     async def inspect(self, asked: Inspect, reached_at: str, trial: contextlib.AsyncExitStack) -> DestinationFacts:
         """Facts for preflight. ``trial`` keeps the listener for a trial connection open.
@@ -79,8 +82,12 @@ class Incoming:
         """Where this host has files with these contents; None where it has not."""
         return tuple([await self._storage.find(file) for file in files])
 
-    def begin(self, request: Prepare, source: str, reached_at: str) -> Destination:
-        """A landing for a VM, journalled but with nothing reserved yet."""
+    async def begin(self, request: Prepare, source: str, reached_at: str) -> Destination:
+        """A landing for a VM, journalled but with nothing reserved yet. Not to be cancelled."""
+        async with self._beginning:
+            return await self._begin(request, source, reached_at)
+
+    async def _begin(self, request: Prepare, source: str, reached_at: str) -> Destination:
         if not self._page.now.live_migration:
             finding = Finding.error(
                 "migration-off",
@@ -106,7 +113,8 @@ class Incoming:
             layers=tuple(plan.file for plan in request.layers),
         )
         self._forget_earlier_try(request, source)
-        destination = self._make(Journal.begin(self._files.migrations, header), None, reached_at)
+        journal = await in_full(Journal.begin, self._files.migrations, header)
+        destination = self._make(journal, None, reached_at)
         self._landing[request.migration] = destination
         return destination
 
@@ -154,9 +162,12 @@ class Incoming:
                 return
         raise Conflict(f"migration {request.migration} is known here already", vm=request.vm.name, host=self.host)
 
-    def find(self, migration: str, source: str) -> Destination | None:
+    async def find(self, migration: str, source: str) -> Destination | None:
         """The landing of an earlier migration from ``source``, also one that has ended; None if there was none."""
-        destination = self._landing.get(migration) or self._from_journal(migration)
+        destination = self._landing.get(migration)
+        if destination is None:
+            async with self._beginning:
+                destination = self._landing.get(migration) or self._from_journal(migration)
         if destination is None or destination.journal.header.source != source:
             return None
         return destination

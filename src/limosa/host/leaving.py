@@ -107,7 +107,7 @@ class Leaving:
         """See :class:`limosa.migration.home.Home`."""
         if self._hosted is not None:
             await self._leasing.give_back(self._hosted.config)  # images that stay behind and were not claimed
-            self._vms.forget(self._hosted)
+            await self._vms.forget(self._hosted)
         for path in images:
             await self.disks.remove(path)
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
+from limosa.background import in_full, to_its_end
 from limosa.errors import InvalidInput, StateError
 from limosa.settings import toml
 from limosa.settings.host import HostSettings
@@ -19,28 +21,37 @@ class Page:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._changed: list[Callable[[], None]] = []
+        #: held while the page is changed: each change is to what the one before has left
+        self._changing = asyncio.Lock()
         self.now = toml.read(path, HostSettings, error=StateError) if path.exists() else HostSettings()
 
     def on_change(self, callback: Callable[[], None]) -> None:
         """Have ``callback`` called after each change."""
         self._changed.append(callback)
 
-    def change(self, values: dict[str, Any]) -> HostSettings:
+    async def change(self, values: dict[str, Any]) -> HostSettings:
         """Set fields (dots reach into tables), null for the default; durable on return.
 
         Raises :class:`InvalidInput`; then nothing was changed.
         """
+        return await to_its_end(self._change(values))
+
+    async def _change(self, values: dict[str, Any]) -> HostSettings:
+        async with self._changing:
+            settings = self._with(values)
+            await in_full(toml.write, self._path, settings)
+            self.now = settings
+            for callback in self._changed:
+                callback()
+            return settings
+
+    def _with(self, values: dict[str, Any]) -> HostSettings:
         raw = msgspec.to_builtins(self.now)
         for path, value in values.items():
             _set(raw, path, value)
-        settings = toml.convert(
+        return toml.convert(
             raw, HostSettings, where="the new settings page", todo="'limosa host settings' says what each may be"
         )
-        toml.write(self._path, settings)
-        self.now = settings
-        for callback in self._changed:
-            callback()
-        return settings
 
 
 def _set(raw: dict[str, Any], path: str, value: Any) -> None:

@@ -12,6 +12,7 @@ import asyncio
 import time
 from collections.abc import Iterator
 
+from limosa.background import in_full
 from limosa.errors import Cancelled, HostUnreachable, LimosaError, OwnerUnknown, QemuError
 from limosa.migration import mirrors
 from limosa.migration.interruption import is_gone
@@ -113,7 +114,7 @@ class Settlement:
     async def _undo(self, qemu: SourceQemu, standing: Standing | None) -> None:
         """Stop the stream, let the guest go on here, and have the destination destroy what it has."""
         untold = self.step is SourceStep.ACCEPTED
-        self._record_undoing()
+        await self._record_undoing()
         if qemu is SourceQemu.HOLDS and not self._home_again:
             assert self.move.machine is not None
             await stop_stream(self.move.machine)
@@ -121,13 +122,13 @@ class Settlement:
                 return  # everything was sent before the cancel arrived; the destination's answer decides
             await self._home(self.move.machine)
         if untold or await self._destroyed_there(standing):
-            self._undone(qemu)
+            await self._undone(qemu)
 
     async def _resume_here(self) -> None:
-        self._record_undoing()
+        await self._record_undoing()
         assert self.move.machine is not None
         await self._home(self.move.machine)
-        self._undone(SourceQemu.HOLDS)
+        await self._undone(SourceQemu.HOLDS)
 
     async def _home(self, machine: MachineProtocol) -> None:
         """The guest runs here as before; people may operate it again."""
@@ -144,7 +145,7 @@ class Settlement:
 
     async def _hand_over(self) -> None:
         assert self.move.peer is not None
-        self.move.journal.record(SourceStep.HANDING_OVER, time.time())
+        await in_full(self.move.journal.record, SourceStep.HANDING_OVER, time.time())
         try:
             await self.move.peer.take_over()
         except LimosaError as error:
@@ -169,13 +170,13 @@ class Settlement:
 
     async def _crashed(self, standing: Standing | None) -> None:
         untold = self.step is SourceStep.ACCEPTED
-        self._record_undoing()
+        await self._record_undoing()
         if not self._home_again:
             await self.move.home.vm_crashed()
             self._home_again = True
             self._show_failure()
         if untold or await self._destroyed_there(standing):
-            self._undone(SourceQemu.DEAD)
+            await self._undone(SourceQemu.DEAD)
 
     async def _destroyed_there(self, standing: Standing | None) -> bool:
         """Whether the destination says that nothing is left there, now that it has been told."""
@@ -203,17 +204,17 @@ class Settlement:
         elif self._home_again:
             await self._undo(SourceQemu.HOLDS, None)
         else:
-            self._record_undoing()
+            await self._record_undoing()
             assert self.move.machine is not None
             await self._home(self.move.machine)
 
-    def _record_undoing(self) -> None:
+    async def _record_undoing(self) -> None:
         if self.step is not SourceStep.UNDOING:
             fault = self.cause.fault() if self.cause is not None else None
-            self.move.journal.record(SourceStep.UNDOING, time.time(), fault=fault)
+            await in_full(self.move.journal.record, SourceStep.UNDOING, time.time(), fault=fault)
 
-    def _undone(self, qemu: SourceQemu) -> None:
-        self.move.journal.record(SourceStep.UNDONE, time.time())
+    async def _undone(self, qemu: SourceQemu) -> None:
+        await in_full(self.move.journal.record, SourceStep.UNDONE, time.time())
         if qemu is not SourceQemu.DEAD:
             self._show_failure()
 
