@@ -6,7 +6,7 @@
                 vms/NAME/vm.toml           a VM that belongs to this host
                          process.json      its QEMU, while one runs
                          console.log  seed.iso  nvram.fd  qemu.log  qemu-disks.log
-                migrations/ID.SIDE.jsonl   journals
+                migrations/ID.SIDE.jsonl   journals, and beside them ID.view.json: the last of those that ended
                 goodput.json               how fast networks were
                 images/                    disk images: the location every host has
                 lock                       held by the daemon as long as it lives

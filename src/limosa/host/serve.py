@@ -26,7 +26,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from limosa.background import Background
 from limosa.errors import InvalidInput, NetworkError, NotPermitted
-from limosa.host import logs
+from limosa.host import history, logs
 from limosa.host.api import application
 from limosa.host.files import Files
 from limosa.host.peers import MAX_MESSAGE_BYTES, PING_EVERY_S, PONG_WITHIN_S
@@ -62,6 +62,7 @@ async def _serve(daemon: DaemonSettings) -> None:
     await recover(services)
     upkeep = Background()
     upkeep.spawn(logs.keep_bounded(files.vms))
+    upkeep.spawn(history.keep_bounded(files.migrations, services.views))
     # What is here now stays. Looking through it for garbage could take milliseconds of a blackout.
     gc.collect()
     gc.freeze()
