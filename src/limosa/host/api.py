@@ -22,7 +22,7 @@ from starlette.websockets import WebSocket
 
 from limosa import __version__
 from limosa.background import to_its_end
-from limosa.errors import InvalidInput, LimosaError, NotFound, NotPermitted
+from limosa.errors import Conflict, InvalidInput, LimosaError, NotFound, NotPermitted
 from limosa.host import console
 from limosa.host.memory import meminfo_mib
 from limosa.host.openapi import document
@@ -214,27 +214,38 @@ class Handlers:
 
     async def show_migration(self, _: api.Empty, path: dict[str, str]) -> Model:
         """One move."""
-        for view in self._services.incoming.migrations():
-            if view.id == path["migration"]:
-                return view
-        return self._services.views.show(path["migration"])
+        migration = path["migration"]
+        return self._services.incoming.show(migration) or self._services.views.show(migration)
 
     async def cancel_migration(self, _: api.Empty, path: dict[str, str]) -> Model:
         """Cancel a move."""
+        self._check_conducted(path["migration"])
         of_disks = await self._services.disk_moves.cancel(path["migration"])
         return of_disks or await self._services.outgoing.cancel(path["migration"])
 
     async def limit_migration(self, request: api.LimitRequest, path: dict[str, str]) -> Migration:
         """Cap a move that is under way."""
         migration, cap = path["migration"], request.bandwidth_mbit_per_s
+        self._check_conducted(migration)
         return await self._services.disk_moves.limit(migration, cap) or await self._services.outgoing.limit(
             migration, cap
         )
 
+    def _check_conducted(self, migration: str) -> None:
+        """Raise :class:`Conflict` if it is another host that conducts this move."""
+        landing = self._services.incoming.show(migration)
+        if landing is not None:
+            raise Conflict(
+                f"the move of VM '{landing.vm}' is conducted by host '{landing.source}'",
+                todo=f"ask that host: limosa --host {landing.source} migration ...",
+                vm=landing.vm,
+                host=landing.source,
+            )
+
     async def resolve_migration(self, request: api.ResolveRequest, path: dict[str, str]) -> Model:
         """A person's word."""
         migration = path["migration"]
-        if any(view.id == migration for view in self._services.incoming.migrations()):
+        if self._services.incoming.show(migration) is not None:
             return await self._services.incoming.resolve(migration, Side(request.owner))
         return await self._services.outgoing.resolve(migration, Side(request.owner))
 
@@ -242,10 +253,13 @@ class Handlers:
         """One move, a line at each change."""
         _authorise(request.scope, Role.VIEWER)
         migration = request.path_params["migration"]
-        self._services.views.show(migration)
+        changes = self._services.incoming.watch(migration)
+        if changes is None:
+            self._services.views.show(migration)
+            changes = self._services.views.watch(migration)
 
         async def lines() -> AsyncIterator[bytes]:
-            async for view in self._services.views.watch(migration):
+            async for view in changes:
                 yield msgspec.json.encode(view) + b"\n"
 
         return StreamingResponse(lines(), media_type="application/x-ndjson")

@@ -41,6 +41,8 @@ _log = logging.getLogger(__name__)
 
 #: Between attempts to make it durable that a VM that runs here belongs here.
 ADOPT_EVERY_S = 1.0
+#: Between looks at a landing that somebody watches here, where little of it is known.
+LOOK_EVERY_S = 0.25
 
 
 class Incoming:
@@ -210,6 +212,16 @@ class Incoming:
         await destination.abandoned()
         self.settled(destination)
 
+    def show(self, migration: str) -> Migration | None:
+        """The landing by that move, unless there is none or it has ended."""
+        destination = self._landing.get(migration)
+        return view(destination) if destination is not None else None
+
+    def watch(self, migration: str) -> AsyncIterator[Migration] | None:
+        """The same, again at each change until it has ended."""
+        destination = self._landing.get(migration)
+        return _watch(destination) if destination is not None else None
+
     def migrations(self) -> list[Migration]:
         """Landings that have not ended."""
         return [view(destination) for destination in self._landing.values()]
@@ -226,6 +238,16 @@ class Incoming:
     ) -> Destination:
         landing = LandingHere(self._parts, self._layers, journal.header, self.slots, reached_at)
         return Destination(journal, landing, self._boot, machine, silent=silent)
+
+
+async def _watch(destination: Destination) -> AsyncIterator[Migration]:
+    told = None
+    while told is None or told.outcome is Outcome.UNDER_WAY:
+        if (now := view(destination)) == told:
+            await asyncio.sleep(LOOK_EVERY_S)
+            continue
+        told = now
+        yield told
 
 
 def view(destination: Destination) -> Migration:
