@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
+from functools import partial
 
 from limosa.cli.arguments import Commands, Run, add_command, add_noun
 from limosa.cli.connection import client_of, route_of
-from limosa.cli.output import report, say, say_json, say_table, warn
+from limosa.cli.output import on_each, say, say_json, say_table, warn
 from limosa.client.host import HostClient
-from limosa.errors import Conflict, LimosaError
+from limosa.errors import Conflict
 from limosa.model.units import format_seconds
 from limosa.model.vm import Vm, VmState
 from limosa.wire import endpoints
@@ -97,14 +98,8 @@ def _for_each(act: Callable[[HostClient, argparse.Namespace, str], None]) -> Run
     """A command that acts on each VM named, also after one failed; the first failure gives the exit code."""
 
     def run(arguments: argparse.Namespace) -> int:
-        code = 0
         with client_of(arguments) as client:
-            for name in arguments.vms:
-                try:
-                    act(client, arguments, name)
-                except LimosaError as error:
-                    code = code or report(error, as_json=arguments.json) or 1
-        return code
+            return on_each(arguments.vms, partial(act, client, arguments), as_json=arguments.json)
 
     return run
 
