@@ -19,6 +19,7 @@ A folder below ``vms`` without ``vm.toml`` belongs to a VM that is landing, or w
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,8 +70,21 @@ class Files:
         return self.vms / name
 
     def sockets(self, config: VmConfig) -> Path:
-        """The folder of a VM's sockets; short, because a Unix socket's path is."""
-        return self.run / "vm" / config.uuid.replace("-", "")[:16]
+        """The folder of a VM's sockets; short, because a Unix socket's path is.
+
+        A QEMU that was started when half of its UUID named the folder keeps that for its life.
+        """
+        folder = self.run / "vm" / config.uuid.replace("-", "")
+        half = folder.with_name(folder.name[:16])
+        return half if half.exists() and self._is_used_by(config, half) else folder
+
+    def _is_used_by(self, config: VmConfig, sockets: Path) -> bool:
+        """Whether the QEMU in the VM's record was started with that folder. Another VM's UUID may begin alike."""
+        try:
+            pid = json.loads((self.vm(config.name) / "process.json").read_bytes())["pid"]
+            return os.fsencode(f"{sockets}/") in Path(f"/proc/{pid}/cmdline").read_bytes()
+        except (OSError, ValueError, TypeError, LookupError):
+            return False
 
     def make(self) -> None:
         """Create the folders, for the daemon's eyes only (QEMU's user may pass through). Raises :class:`StateError`."""
