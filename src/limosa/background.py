@@ -47,7 +47,12 @@ def then(task: asyncio.Task[T], act: Callable[[T], object]) -> None:
 
 async def in_full(work: Callable[P, T], *arguments: P.args, **options: P.kwargs) -> T:
     """Do work in a thread. Who is cancelled meanwhile waits for its end: what follows must not run beside it."""
-    task = asyncio.ensure_future(asyncio.to_thread(work, *arguments, **options))
+    return await to_its_end(asyncio.to_thread(work, *arguments, **options))
+
+
+async def to_its_end(work: Coroutine[Any, Any, T]) -> T:
+    """Do work of which no half must be left. Who is cancelled meanwhile waits for its end, as in :func:`in_full`."""
+    task = asyncio.ensure_future(work)
     try:
         return await asyncio.shield(task)
     except asyncio.CancelledError:

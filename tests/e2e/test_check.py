@@ -31,7 +31,7 @@ pytestmark = [pytest.mark.qemu, pytest.mark.lab]
 DAEMON = [sys.executable, str(Path(__file__).parents[1] / "harness" / "daemon.py")]
 #: Starts a daemon that has a file system of its own in place of a folder; what is said before comes to be in it.
 ELSEWHERE = 'mount -t tmpfs -o mode=755 none "$0" && cd "$0" && eval "$1" && shift && exec "$@"'
-NO_CPUS: dict[str, Any] = {"models": {}, "features": []}
+NO_CPUS: dict[str, Any] = {"models": {}, "features": [], "seen": []}
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ import pytest
 
 from harness.homes import BareHome
 from harness.landings import ADDRESS, PORTS, BareLanding, header
+from limosa.background import in_full
 from limosa.errors import Cancelled, LimosaError, MigrationFailed, QemuGone
 from limosa.migration.destination import Destination
 from limosa.migration.home import Terms
@@ -131,9 +132,8 @@ class Move:
             folder = self.folder / str(len(self.tries))
             folder.mkdir()
             self.landings.append(There(self.wire))
-            self.tries.append(
-                Destination(Journal.begin(folder, header(Side.DESTINATION)), self.landings[-1], boot="boot")
-            )
+            journal = await in_full(Journal.begin, folder, header(Side.DESTINATION))
+            self.tries.append(Destination(journal, self.landings[-1], boot="boot"))
         return LocalPeer(self.tries[-1], FACTS, PORTS)
 
 

@@ -15,7 +15,15 @@ from standin import StandIn
 
 from limosa.cli import display, follow
 from limosa.cli.main import main
-from limosa.errors import Cancelled, Conflict, PreflightRefused
+from limosa.errors import (
+    Cancelled,
+    Conflict,
+    LimosaError,
+    MigrationFailed,
+    NotFound,
+    OwnerUnknown,
+    PreflightRefused,
+)
 from limosa.model.finding import Finding, Severity
 from limosa.model.migration import Fault, Migration, Outcome, Phase, Progress, Side
 from limosa.model.vm import Vm, VmConfig, VmState
@@ -27,6 +35,7 @@ from limosa.wire.endpoints import (
     LIST_VMS,
     MOVE,
     RESOLVE_MIGRATION,
+    SHOW_MIGRATION,
     WATCH_MIGRATION,
 )
 
@@ -84,7 +93,12 @@ class Host(StandIn):
         yield ending
 
     def list(self, _: object) -> MigrationList:
-        return MigrationList(migrations=(migration("web1"), completed("db1")))
+        return MigrationList(migrations=(migration("web1"), completed("db1"), completed("webserver123")))
+
+    def show(self, _: object, migration: str) -> Migration:
+        if migration != "web100000000":
+            raise NotFound(f"no migration {migration}")
+        return globals()["migration"]("web1")
 
     def check(self, request: MoveRequest) -> CheckReport:
         possible = request.vm == "web1"
@@ -191,16 +205,22 @@ def test_how_a_move_ended_is_the_exit_code(
     assert main(["move", "web1", "--to", "host2", "--json"]) == code
 
 
-def test_all_moves_what_runs(host: Host, capsys: pytest.CaptureFixture[str]) -> None:
+def test_all_moves_what_runs_or_is_paused(host: Host, capsys: pytest.CaptureFixture[str]) -> None:
     def vm(name: str, state: VmState) -> Vm:
         uuid = "00000000-0000-0000-0000-000000000000"
         config = VmConfig(name=name, uuid=uuid, memory_mib=64, cpus=1, machine="pc-q35-10.0", cpu="x86-64-v2")
         return Vm(config=config, state=state, host="host1")
 
-    vms = (vm("web1", VmState.RUNNING), vm("db1", VmState.STOPPED), vm("app1", VmState.RUNNING))
+    vms = (
+        vm("web1", VmState.RUNNING),
+        vm("db1", VmState.STOPPED),
+        vm("app1", VmState.PAUSED),
+        vm("x1", VmState.CRASHED),
+    )
     host.answers[LIST_VMS] = lambda _: VmList(vms=vms)
     assert main(["move", "--all", "--to", "host2"]) == 0
     assert {request.vm for request in host.moves} == {"web1", "app1"}
+    assert "stay here, because they do not run: db1, x" in capsys.readouterr().err
     host.answers[LIST_VMS] = lambda _: VmList(vms=())
     assert main(["move", "--all", "--to", "host2"]) == 0
     assert "nothing to move" in capsys.readouterr().err
@@ -238,6 +258,47 @@ def test_watch_and_cancel_by_name_of_the_vm(host: Host, capsys: pytest.CaptureFi
     assert main(["migration", "cancel", "web1"]) == 0
     assert host.seen[-1][1] == {"migration": "web100000000"}
     assert main(["migration", "cancel", "nope"]) == 4
+
+
+@pytest.mark.parametrize(
+    ("outcome", "fault", "code"),
+    [
+        (Outcome.CANCELLED, Cancelled("it was cancelled"), 0),
+        (Outcome.COMPLETED, None, Conflict.exit_code),
+        (Outcome.UNRESOLVED, OwnerUnknown("nobody can know"), OwnerUnknown.exit_code),
+        (Outcome.FAILED, MigrationFailed("the cable was cut"), MigrationFailed.exit_code),
+    ],
+)
+def test_a_cancel_is_done_only_if_the_move_was_cancelled(
+    host: Host, outcome: Outcome, fault: LimosaError | None, code: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    faults = {"web1": fault, "db1": Cancelled("it was cancelled")}
+    ends = {"web1": outcome, "db1": Outcome.CANCELLED}
+
+    def cancel(_: object, migration: str) -> Migration:
+        vm = migration.rstrip("0")
+        told = faults[vm]
+        return globals()["migration"](vm, outcome=ends[vm], fault=told.fault() if told is not None else None)
+
+    host.answers[CANCEL_MIGRATION] = cancel
+    assert main(["migration", "cancel", "web1", "db1", "--json"]) == code
+    first, second = objects(capsys.readouterr().out)
+    assert ("error" in first) is (code != 0)
+    assert (second["vm"], second["outcome"]) == ("db1", "cancelled")
+
+
+def test_a_cancel_goes_on_after_one_that_is_not_known(host: Host) -> None:
+    host.answers[CANCEL_MIGRATION] = lambda _, migration: globals()["migration"]("web1", outcome=Outcome.CANCELLED)
+    assert main(["migration", "cancel", "nope", "web1"]) == 4
+    assert host.seen[-1][0] is CANCEL_MIGRATION
+
+
+def test_a_move_of_known_identity_is_asked_for_alone(host: Host) -> None:
+    host.answers[SHOW_MIGRATION] = host.show
+    assert main(["migration", "show", "web100000000"]) == 0
+    assert [endpoint for endpoint, _, _ in host.seen] == [SHOW_MIGRATION]
+    assert main(["migration", "show", "webserver123"]) == 0  # which a VM may be called
+    assert [endpoint for endpoint, _, _ in host.seen[1:]] == [SHOW_MIGRATION, LIST_MIGRATIONS]
 
 
 def test_resolve_says_the_owner(host: Host) -> None:

@@ -17,7 +17,7 @@ from limosa.model.migration import Fault, Migration, Outcome, Phase, Progress, S
 from limosa.model.storage import DiskAction, DiskPlan, Location, Place, Sighting
 from limosa.settings.host import HostSettings
 from limosa.wire import endpoints
-from limosa.wire.api import DiskMoveRequest, LocationList, SettingsChange, SettingsPage, SightingList
+from limosa.wire.api import DiskMoveRequest, Empty, LocationList, SettingsChange, SettingsPage, SightingList
 
 GIB = 1 << 30
 ID = "a1b2c3d4e5f6"
@@ -170,9 +170,20 @@ def test_remove(host: StandIn, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["storage", "remove", "fast"]) == 0
     assert changes(host) == [{"locations.fast": None}]
     assert "its images stay" in capsys.readouterr().out
+    assert main(["storage", "remove", "fast", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"removed": "fast"}
     assert main(["storage", "remove", "images"]) == 2
     assert main(["storage", "remove", "nowhere"]) == 4
-    assert len(changes(host)) == 1
+    assert len(changes(host)) == 2
+
+
+def test_release(host: StandIn, capsys: pytest.CaptureFixture[str]) -> None:
+    host.answers[endpoints.RELEASE_IMAGE] = lambda _: Empty()
+    words = ["storage", "release", "/mnt/web1.qcow2", "--from", "alpha"]
+    assert main(words) == 0
+    assert "is nobody's now" in capsys.readouterr().out
+    assert main([*words, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"released": "/mnt/web1.qcow2", "from": "alpha"}
 
 
 def test_move(host: StandIn, capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,7 +18,8 @@ from limosa.cli import settings_page, vm_options
 from limosa.cli.main import main
 from limosa.cli.program import build_parser
 from limosa.errors import InvalidInput, NotFound
-from limosa.model.vm import Disk, Vm, VmConfig, VmState
+from limosa.model.vm import CloudInit, Disk, Vm, VmConfig, VmState
+from limosa.settings import toml
 from limosa.settings.host import HostSettings
 from limosa.wire import endpoints
 from limosa.wire.api import Empty, HostStatus, NewVm, SettingsChange, SettingsPage, VmList
@@ -298,3 +299,19 @@ def test_any_text_as_a_setting_is_a_value_or_invalid_input(text: str) -> None:
     for key in settings_page.options():
         with contextlib.suppress(InvalidInput):
             msgspec.json.encode(settings_page.parse_changes([(key, text)]))
+
+
+def test_a_file_without_what_is_for_operators_says_so(
+    host: StandIn, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = msgspec.structs.replace(CONFIG, cloud_init=CloudInit(user_data="#cloud-config"))
+    whole = Vm(config=told, state=VmState.STOPPED, host="host1")
+    monkeypatch.setitem(globals(), "vm", lambda: whole)
+    assert main(["vm", "show", "web1", "--toml"]) == 0
+    shown = capsys.readouterr()
+    assert (toml.decode(shown.out, VmConfig, where="it"), shown.err) == (told, "")
+    monkeypatch.setitem(globals(), "vm", whole.for_viewers)
+    assert main(["vm", "show", "web1", "--toml"]) == 0
+    assert "'cloud_init' is empty here" in capsys.readouterr().err
+    assert main(["vm", "show", "web1"]) == 0
+    assert "its contents are for operators" in capsys.readouterr().out

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import tempfile
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -204,7 +204,7 @@ def test_a_change_of_settings_is_whole_or_nothing(changes: list[dict[str, Any]])
         page.on_change(lambda: heard.append(page.now))
         for change in changes:
             before, file, told = page.now, path.read_bytes() if path.exists() else None, len(heard)
-            after, _ = attempt(InvalidInput, partial(page.change, change))
+            after, _ = attempt(InvalidInput, lambda change=change: asyncio.run(page.change(change)))
             if after is None:
                 assert page.now is before
                 assert (path.read_bytes() if path.exists() else None) == file
@@ -217,8 +217,8 @@ def test_a_change_of_settings_is_whole_or_nothing(changes: list[dict[str, Any]])
 
 def test_one_peer_with_dots_in_its_name_can_be_set_and_reset(tmp_path: Path) -> None:
     page = Page(tmp_path / "settings.toml")
-    assert page.change({"peers.a.example.org": "10.0.0.1"}).peers == {"a.example.org": "10.0.0.1"}
-    assert page.change({"peers.a.example.org": None}).peers == {}
+    assert asyncio.run(page.change({"peers.a.example.org": "10.0.0.1"})).peers == {"a.example.org": "10.0.0.1"}
+    assert asyncio.run(page.change({"peers.a.example.org": None})).peers == {}
 
 
 # Journals -------------------------------------------------------------------------------------------------------------

@@ -162,7 +162,7 @@ class TestWhatIsRemoved:
     @pytest.mark.parametrize("whole", [True, False])
     def test_others_may_have_found_it_on_a_share(self, world: World, *, whole: bool) -> None:
         page = world.storage._page
-        page.change({"locations.fast": {"path": str(world.path.parent), "shared": True}})
+        asyncio.run(page.change({"locations.fast": {"path": str(world.path.parent), "shared": True}}))
         if not whole:
             world.path.write_bytes(b"golden")
         assert world.give_up() is not whole
@@ -244,7 +244,7 @@ class TestWhatASourceMaySend:
         async def scenario() -> None:
             layer = self.layer(storage)
             incoming = TestWhatASourceMayName().incoming(storage)
-            begun = incoming.begin(self.request(storage, layer), "host1", "10.0.0.2")
+            begun = await incoming.begin(self.request(storage, layer), "host1", "10.0.0.2")
             assert begun.journal.header.layers == (layer.file,)
 
         asyncio.run(scenario())
@@ -257,7 +257,7 @@ class TestWhatASourceMaySend:
         assert isinstance(self.refusal(storage, layer), InvalidInput)
 
     def test_a_file_among_volumes(self, storage: Storage) -> None:
-        storage._page.change({"locations.bulk": {"lvm": "vg0"}})
+        asyncio.run(storage._page.change({"locations.bulk": {"lvm": "vg0"}}))
         file = msgspec.structs.replace(self.layer(storage).file, path=f"/dev/vg0/golden.{TAG}-1.raw", location="bulk")
         assert isinstance(self.refusal(storage, self.layer(storage, file=file, location="bulk")), InvalidInput)
 

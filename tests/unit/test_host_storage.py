@@ -39,7 +39,7 @@ def storage(tmp_path: Path) -> Storage:
     for folder in (files.images, files.migrations, tmp_path / "fast"):
         folder.mkdir(parents=True)
     page = Page(files.settings)
-    page.change({"locations.fast": {"path": str(tmp_path / "fast")}})
+    asyncio.run(page.change({"locations.fast": {"path": str(tmp_path / "fast")}}))
     return Storage(page, files, None, "host2")
 
 
@@ -198,7 +198,7 @@ class TestVolumes:
     def group(self, storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeLvm:
         fake = FakeLvm(tmp_path)
         monkeypatch.setattr(lvm, "PROGRAM", str(fake.program))
-        storage._page.change({"locations.bulk": {"lvm": GROUP}})
+        asyncio.run(storage._page.change({"locations.bulk": {"lvm": GROUP}}))
         return fake
 
     def plan(self, size: int = 8 * EXTENT, *, thin: bool = False) -> DiskPlan:
@@ -222,7 +222,7 @@ class TestVolumes:
         assert self.free(storage, "bulk") == before
 
     def test_a_thin_one_will_still_need_its_space(self, storage: Storage, group: FakeLvm) -> None:
-        storage._page.change({"locations.bulk": {"lvm": f"{GROUP}/{POOL}"}})
+        asyncio.run(storage._page.change({"locations.bulk": {"lvm": f"{GROUP}/{POOL}"}}))
         before = self.free(storage, "bulk")
         image = msgspec.structs.replace(self.plan(thin=True), expected_bytes=EXTENT)
         asyncio.run(storage.make(image))
@@ -232,7 +232,7 @@ class TestVolumes:
 
     def test_a_group_is_one_location(self, storage: Storage, group: FakeLvm) -> None:
         with pytest.raises(InvalidInput) as caught:
-            storage._page.change({"locations.thin": {"lvm": f"{GROUP}/{POOL}"}})
+            asyncio.run(storage._page.change({"locations.thin": {"lvm": f"{GROUP}/{POOL}"}}))
         assert "bulk is in this volume group already" in caught.value.why
         assert storage.places.names == {"fast", "images", "bulk"}
 
@@ -362,7 +362,7 @@ class TestVolumes:
         self, storage: Storage, group: FakeLvm, named: str, change: dict[str, str], fault: str
     ) -> None:
         group.change(**change)
-        storage._page.change({"locations.bulk": {"lvm": named}})
+        asyncio.run(storage._page.change({"locations.bulk": {"lvm": named}}))
         assert next(one.fault for one in asyncio.run(storage.locations()) if one.name == "bulk") == fault
 
     def test_no_volume_lies_below_a_disk(self, storage: Storage, group: FakeLvm) -> None:
@@ -444,13 +444,13 @@ class TestWhatASourceMayName:
 
     def refusal(self, storage: Storage, request: Prepare) -> LimosaError:
         with pytest.raises(LimosaError) as caught:
-            self.incoming(storage).begin(request, "host1", "10.0.0.2")
+            asyncio.run(self.incoming(storage).begin(request, "host1", "10.0.0.2"))
         assert list(storage._files.migrations.iterdir()) == [], "it has left a journal"
         return caught.value
 
     def test_what_a_move_makes(self, storage: Storage) -> None:
         async def scenario() -> None:
-            begun = self.incoming(storage).begin(self.request(plan(storage)), "host1", "10.0.0.2")
+            begun = await self.incoming(storage).begin(self.request(plan(storage)), "host1", "10.0.0.2")
             assert begun.journal.header.images == (plan(storage).path,)
 
         asyncio.run(scenario())
@@ -492,8 +492,8 @@ class TestWhatASourceMayName:
     def test_the_same_move_twice(self, storage: Storage) -> None:
         async def scenario() -> None:
             incoming = self.incoming(storage)
-            incoming.begin(self.request(plan(storage)), "host1", "10.0.0.2")
+            await incoming.begin(self.request(plan(storage)), "host1", "10.0.0.2")
             with pytest.raises(Conflict):
-                incoming.begin(self.request(plan(storage)), "host1", "10.0.0.2")
+                await incoming.begin(self.request(plan(storage)), "host1", "10.0.0.2")
 
         asyncio.run(scenario())

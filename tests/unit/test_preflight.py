@@ -150,3 +150,30 @@ def test_a_lease_that_cannot_be_handed_on_refuses_unless_the_disk_is_copied() ->
     assert (finding.code, finding.severity, finding.todo) == ("image-leased", Severity.ERROR, "release it")
     assert "host 'host3' holds the lease" in finding.what
     assert check(VM, "host1", here, THERE, clock_skew_s=0, reachable=True, copied={DISK.path}) == ()
+
+
+@pytest.mark.parametrize("model", ["host", "max,+avx"])
+@pytest.mark.parametrize(
+    ("here", "there", "words"),
+    [
+        (("avx", "sse2"), ("avx", "avx512f", "sse2"), ""),
+        (("avx", "avx512f", "sse2"), ("avx", "sse2"), "lacks avx512f of"),
+        (("avx",), (), "cannot be told"),  # a destination that does not compare yet
+        ((), ("avx",), "cannot be told"),
+    ],
+)
+def test_a_processor_that_is_the_hosts_moves_to_hosts_that_have_all_of_it(
+    model: str, here: tuple[str, ...], there: tuple[str, ...], words: str
+) -> None:
+    found = findings(
+        vm=msgspec.structs.replace(VM, cpu=model),
+        here=msgspec.structs.replace(HERE, cpu_features=here),
+        there=msgspec.structs.replace(THERE, cpu_features=there),
+    )
+    assert [finding.code for finding in found] == (["cpu-features-missing"] if words else [])
+    assert all(words in finding.what for finding in found)
+
+
+def test_what_cannot_be_compared_for_want_of_kvm_is_told_once() -> None:
+    here = msgspec.structs.replace(HERE, accelerator="kvm", cpu_features=("avx",))
+    assert codes(vm=msgspec.structs.replace(VM, cpu="host"), here=here) == {"accelerator-missing"}

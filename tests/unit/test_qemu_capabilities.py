@@ -10,6 +10,7 @@ import msgspec
 import pytest
 
 from limosa.errors import QemuError
+from limosa.model.vm import Accelerator
 from limosa.qemu import capabilities
 from limosa.qemu.capabilities import CpuOffer, QemuCapabilities, probe
 
@@ -24,10 +25,11 @@ CAPABILITIES = QemuCapabilities(
     accelerators=("kvm", "tcg"),
     cpus={
         "kvm": CpuOffer(
-            models={"qemu64": ("svm",), "Skylake-Client": ("hle", "rtm")},
-            features=("aes", "cx16", "lahf-lm", "pni", "popcnt", "sse4.1", "sse4.2", "ssse3"),
+            models={"qemu64": ("svm",), "Skylake-Client": ("hle", "rtm"), "host": ()},
+            features=("aes", "cx16", "lahf-lm", "migratable", "pni", "popcnt", "sse4.1", "sse4.2", "ssse3"),
+            seen=("aes", "cx16", "lahf-lm", "pni"),
         ),
-        "tcg": CpuOffer(models={"qemu64": ()}, features=()),
+        "tcg": CpuOffer(models={"qemu64": ()}, features=(), seen=()),
     },
     post_copy=True,
     post_copy_reason="",
@@ -54,6 +56,21 @@ def test_the_accelerator_can_be_named() -> None:
     assert CAPABILITIES.supports("x86-64-v2", "tcg")[1]
 
 
+@pytest.mark.parametrize(
+    ("cpu", "accelerator", "seen"),
+    [
+        ("host", "kvm", ("aes", "cx16", "lahf-lm", "pni")),
+        ("max,-lahf_lm,-aes", "kvm", ("cx16", "pni")),
+        ("qemu64", "kvm", ()),
+        ("host", "tcg", ()),
+    ],
+)
+def test_what_a_guest_sees_where_its_model_leaves_it_to_the_host(
+    cpu: str, accelerator: Accelerator, seen: tuple[str, ...]
+) -> None:
+    assert CAPABILITIES.features_seen(cpu, accelerator) == seen
+
+
 def test_machines() -> None:
     assert CAPABILITIES.knows_machine("pc-q35-2.4")
     assert not CAPABILITIES.knows_machine("pc-q35-11.0")
@@ -70,6 +87,9 @@ def test_a_real_program(tmp_path: Path) -> None:
     assert found.default_machine.startswith("pc-q35-")
     for level in (2, 3):
         assert found.supports(f"x86-64-v{level}", "tcg") == (True, ())
+    seen = found.features_seen("max", "tcg")
+    assert {"avx2", "lahf-lm", "sse4.2"} <= set(seen) < set(found.cpus["tcg"].features)
+    assert not {"migratable", "sse4-2"} & set(seen)
     assert found.post_copy == (found.post_copy_reason == "")
     assert msgspec.json.decode(cache.read_bytes(), type=QemuCapabilities) == found
 

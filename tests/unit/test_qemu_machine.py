@@ -7,6 +7,7 @@ import dataclasses
 import grp
 import os
 import pwd
+import re
 import shutil
 import signal
 import socket
@@ -93,6 +94,22 @@ def mode(path: Path) -> int:
 
 def alive(pid: int) -> bool:
     return process.start_time_of(pid) is not None
+
+
+def test_its_logs_may_be_cut_while_it_writes_them(place: Place, play: Runner) -> None:
+    """What is written to a file that was opened to append goes to its end, wherever that is by then."""
+
+    async def scenario() -> None:
+        machine = await place.launch()
+        appended = {
+            os.readlink(f"/proc/{machine.pid}/fd/{info.name}")
+            for info in Path(f"/proc/{machine.pid}/fdinfo").iterdir()
+            if int(re.findall(r"^flags:\s+([0-7]+)$", info.read_text(), re.MULTILINE)[0], 8) & os.O_APPEND
+        }
+        await machine.kill()
+        assert appended == {str(place.folder / "console"), str(place.log)}
+
+    play(scenario())
 
 
 def test_sockets_are_ours_alone_and_go_with_it(place: Place, play: Runner) -> None:

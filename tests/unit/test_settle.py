@@ -276,6 +276,7 @@ class TestByADaemon:
             leasing=leasing,
             relays=relays,
             neighbours=None,
+            files=None,
         )
         return Outgoing(cast(Any, parts), folder, Views("here", folder))
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import argparse
+from contextlib import suppress
+from functools import partial
 
 from limosa.cli.arguments import Commands, add_command, add_noun
 from limosa.cli.connection import client_of
 from limosa.cli.display import display_for, say_summary
 from limosa.cli.follow import exit_code, follow
-from limosa.cli.output import report, say, say_json, say_table
+from limosa.cli.output import on_each, report, say, say_json, say_table
 from limosa.cli.routes import say_disks, say_route
 from limosa.client.host import HostClient
-from limosa.errors import NotFound, from_fault
+from limosa.errors import Conflict, NotFound, from_fault
+from limosa.model.base import is_migration_id
 from limosa.model.migration import Migration, Outcome, Side
 from limosa.settings import toml
 from limosa.wire import endpoints
@@ -45,7 +48,8 @@ def register(commands: Commands[argparse.ArgumentParser]) -> None:
         "cancel moves; the VMs stay at the source as if nothing had been",
         _cancel,
         examples=["migration cancel web1", "migration cancel 3f9c0a1b2c3d 8e2d4c6b0a19"],
-        notes="Possible in every phase before the hand-over.",
+        notes="Possible in every phase before the hand-over. All that are named are cancelled, also after one could\n"
+        "not be. Exit code 0 only if all were: 5 if a move had completed, 10 if nobody can know.",
     )
     limit = add_command(
         verbs,
@@ -117,9 +121,22 @@ def _watch(arguments: argparse.Namespace) -> int:
 
 def _cancel(arguments: argparse.Namespace) -> int:
     with client_of(arguments) as client:
-        for text in arguments.migrations:
-            _tell(arguments, client.call(endpoints.CANCEL_MIGRATION, migration=find(client, text).id))
-    return 0
+        return on_each(arguments.migrations, partial(_cancel_one, client, arguments), as_json=arguments.json)
+
+
+def _cancel_one(client: HostClient, arguments: argparse.Namespace, text: str) -> None:
+    migration = client.call(endpoints.CANCEL_MIGRATION, migration=find(client, text).id)
+    if migration.outcome is Outcome.COMPLETED:
+        raise Conflict(
+            f"the move of VM '{migration.vm}' was not cancelled",
+            why=f"it had completed by then; the VM is on host '{migration.destination}'",
+            todo="move it back",
+            vm=migration.vm,
+            host=migration.destination,
+        )
+    if migration.outcome is not Outcome.CANCELLED and migration.fault is not None:
+        raise from_fault(migration.fault)
+    _tell(arguments, migration)
 
 
 def _limit(arguments: argparse.Namespace) -> int:
@@ -140,10 +157,10 @@ def _resolve(arguments: argparse.Namespace) -> int:
 
 def find(client: HostClient, text: str) -> Migration:
     """The move with that id, or the newest one of the VM of that name. Raises :class:`NotFound`."""
+    if is_migration_id(text):
+        with suppress(NotFound):
+            return client.call(endpoints.SHOW_MIGRATION, migration=text)
     migrations = client.call(endpoints.LIST_MIGRATIONS).migrations
-    for migration in migrations:
-        if migration.id == text:
-            return migration
     of_vm = sorted((one for one in migrations if one.vm == text), key=lambda one: one.accepted_at)
     if not of_vm:
         raise NotFound(f"there is no migration '{text}' here", todo="'limosa migration list' shows those there are")

@@ -47,7 +47,7 @@ def register(commands: Commands[argparse.ArgumentParser]) -> None:
     )
     move.add_argument("vms", metavar="VM", nargs="*")
     move.add_argument("--to", metavar="HOST", required=True, help="the destination, a host name or address")
-    move.add_argument("--all", action="store_true", help="every VM that runs on the host")
+    move.add_argument("--all", action="store_true", help="every VM of the host that runs or is paused")
     move.add_argument("--detach", action="store_true", help="return as soon as the moves are accepted")
     _add_transport(move)
     move.add_argument("--bandwidth", metavar="MBIT/S", type=int, help="cap for this move, 0: none")
@@ -132,7 +132,9 @@ def _names(arguments: argparse.Namespace) -> list[str]:
         return list(dict.fromkeys(arguments.vms))
     with client_of(arguments) as client:
         vms = client.call(endpoints.LIST_VMS).vms
-    return [vm.config.name for vm in vms if vm.state is VmState.RUNNING]
+    if left := [vm.config.name for vm in vms if vm.state in (VmState.STOPPED, VmState.CRASHED)]:
+        warn(f"stay here, because they do not run: {', '.join(left)}")
+    return [vm.config.name for vm in vms if vm.state in (VmState.RUNNING, VmState.PAUSED)]
 
 
 def _mover(arguments: argparse.Namespace) -> Callable[[str], Iterator[Migration]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import msgspec
@@ -56,6 +56,17 @@ def say_findings(findings: Iterable[Finding], *, to_stderr: bool = False) -> Non
     for finding in findings:
         tell(f"  {finding.severity.value}: {finding.what} [{finding.code}]")
         tell(f"      to do: {finding.todo}")
+
+
+def on_each(names: Iterable[str], act: Callable[[str], None], *, as_json: bool) -> int:
+    """Act on each, also after one failed; the exit code is that of the first failure, else 0."""
+    code = 0
+    for name in names:
+        try:
+            act(name)
+        except LimosaError as error:
+            code = code or report(error, as_json=as_json) or 1
+    return code
 
 
 def report(error: LimosaError, *, as_json: bool = False) -> int:

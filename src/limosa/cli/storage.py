@@ -236,7 +236,9 @@ def _remove(arguments: argparse.Namespace) -> int:
         if all(one.name != arguments.name for one in client.call(endpoints.LOCATIONS).locations):
             raise NotFound(f"there is no location '{arguments.name}'", todo="'limosa storage list' shows them")
         client.call(endpoints.CHANGE_SETTINGS, SettingsChange(values={f"locations.{arguments.name}": None}))
-    if not arguments.json:
+    if arguments.json:
+        say_json({"removed": arguments.name})
+    else:
         say(f"location '{arguments.name}' is forgotten; its images stay")
     return 0
 
@@ -246,7 +248,9 @@ def _release(arguments: argparse.Namespace) -> int:
     request = toml.convert({"image": path, "dead": arguments.dead}, ReleaseRequest, where="the request")
     with client_of(arguments) as client:
         client.call(endpoints.RELEASE_IMAGE, request)
-    if not arguments.json:
+    if arguments.json:
+        say_json({"released": path, "from": arguments.dead})
+    else:
         say(f"{path} is nobody's now; host '{arguments.dead}' must not run a VM on it any more")
     return 0
 

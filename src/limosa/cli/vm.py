@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
+from functools import partial
 
 from limosa.cli.arguments import Commands, Run, add_command, add_noun
 from limosa.cli.connection import client_of, route_of
-from limosa.cli.output import report, say, say_json, say_table
+from limosa.cli.output import on_each, say, say_json, say_table, warn
 from limosa.client.host import HostClient
-from limosa.errors import Conflict, LimosaError
+from limosa.errors import Conflict
 from limosa.model.units import format_seconds
 from limosa.model.vm import Vm, VmState
 from limosa.wire import endpoints
@@ -97,14 +98,8 @@ def _for_each(act: Callable[[HostClient, argparse.Namespace, str], None]) -> Run
     """A command that acts on each VM named, also after one failed; the first failure gives the exit code."""
 
     def run(arguments: argparse.Namespace) -> int:
-        code = 0
         with client_of(arguments) as client:
-            for name in arguments.vms:
-                try:
-                    act(client, arguments, name)
-                except LimosaError as error:
-                    code = code or report(error, as_json=arguments.json) or 1
-        return code
+            return on_each(arguments.vms, partial(act, client, arguments), as_json=arguments.json)
 
     return run
 
@@ -154,6 +149,8 @@ def _show(arguments: argparse.Namespace) -> int:
     elif arguments.toml:
         from limosa.settings.toml import encode  # noqa: PLC0415 - loads the writer of TOML
 
+        for field in vm.withheld:
+            warn(f"'{field}' is empty here: its contents are for operators")
         sys.stdout.write(encode(vm.config))
     else:
         for key, value in _facts(vm):
@@ -177,12 +174,18 @@ def _facts(vm: Vm) -> list[tuple[str, object]]:
         *((f"disk {disk.name}", f"{disk.path} ({disk.format})") for disk in config.disks),
         *((f"nic {number}", f"{nic.switch} {nic.mac}") for number, nic in enumerate(config.nics)),
         *((f"device {number}", f"{one.kind} {one.address}") for number, one in enumerate(config.host_devices)),
-        ("cloud-init", "yes" if config.cloud_init else ""),
+        ("cloud-init", _cloud_init(vm)),
         ("on crash", config.on_crash),
         ("QEMU", f"process {vm.pid}" if vm.pid else ""),
         ("VNC", vm.vnc_socket),
         ("migration", vm.migration),
     ]
+
+
+def _cloud_init(vm: Vm) -> str:
+    if vm.config.cloud_init is None:
+        return ""
+    return "yes, its contents are for operators" if "cloud_init" in vm.withheld else "yes"
 
 
 def _age(vm: Vm) -> str:

@@ -21,7 +21,8 @@ from starlette.routing import BaseRoute, Route, WebSocketRoute
 from starlette.websockets import WebSocket
 
 from limosa import __version__
-from limosa.errors import InvalidInput, LimosaError, NotFound, NotPermitted
+from limosa.background import to_its_end
+from limosa.errors import Conflict, InvalidInput, LimosaError, NotFound, NotPermitted
 from limosa.host import console
 from limosa.host.memory import meminfo_mib
 from limosa.host.openapi import document
@@ -140,7 +141,7 @@ class Handlers:
 
     async def change_settings(self, change: api.SettingsChange, _: dict[str, str]) -> api.SettingsPage:
         """Change settings, all or none."""
-        return api.SettingsPage(settings=self._services.parts.page.change(change.values))
+        return api.SettingsPage(settings=await self._services.parts.page.change(change.values))
 
     async def locations(self, _: api.Empty, __: dict[str, str]) -> api.LocationList:
         """Where images can lie."""
@@ -189,7 +190,7 @@ class Handlers:
     async def delete_vm(self, _: api.Empty, path: dict[str, str]) -> api.Empty:
         """Forget a VM."""
         vms = self._services.parts.vms
-        await asyncio.shield(vms.delete(vms.get(path["vm"])))
+        await to_its_end(vms.delete(vms.get(path["vm"])))
         return api.Empty()
 
     def _act(self, act: Callable[[Any], Awaitable[None]]) -> Handler:
@@ -207,7 +208,7 @@ class Handlers:
 
     async def move(self, request: api.MoveRequest, _: dict[str, str]) -> Model:
         """Begin a move."""
-        return await self._services.outgoing.move(request)
+        return await to_its_end(self._services.outgoing.move(request))
 
     async def list_migrations(self, _: api.Empty, __: dict[str, str]) -> api.MigrationList:
         """Moves from here, and landings that have not ended."""
@@ -216,27 +217,38 @@ class Handlers:
 
     async def show_migration(self, _: api.Empty, path: dict[str, str]) -> Model:
         """One move."""
-        for view in self._services.incoming.migrations():
-            if view.id == path["migration"]:
-                return view
-        return self._services.views.show(path["migration"])
+        migration = path["migration"]
+        return self._services.incoming.show(migration) or self._services.views.show(migration)
 
     async def cancel_migration(self, _: api.Empty, path: dict[str, str]) -> Model:
         """Cancel a move."""
+        self._check_conducted(path["migration"])
         of_disks = await self._services.disk_moves.cancel(path["migration"])
         return of_disks or await self._services.outgoing.cancel(path["migration"])
 
     async def limit_migration(self, request: api.LimitRequest, path: dict[str, str]) -> Migration:
         """Cap a move that is under way."""
         migration, cap = path["migration"], request.bandwidth_mbit_per_s
+        self._check_conducted(migration)
         return await self._services.disk_moves.limit(migration, cap) or await self._services.outgoing.limit(
             migration, cap
         )
 
+    def _check_conducted(self, migration: str) -> None:
+        """Raise :class:`Conflict` if it is another host that conducts this move."""
+        landing = self._services.incoming.show(migration)
+        if landing is not None:
+            raise Conflict(
+                f"the move of VM '{landing.vm}' is conducted by host '{landing.source}'",
+                todo=f"ask that host: limosa --host {landing.source} migration ...",
+                vm=landing.vm,
+                host=landing.source,
+            )
+
     async def resolve_migration(self, request: api.ResolveRequest, path: dict[str, str]) -> Model:
         """A person's word."""
         migration = path["migration"]
-        if any(view.id == migration for view in self._services.incoming.migrations()):
+        if self._services.incoming.show(migration) is not None:
             return await self._services.incoming.resolve(migration, Side(request.owner))
         return await self._services.outgoing.resolve(migration, Side(request.owner))
 
@@ -244,10 +256,13 @@ class Handlers:
         """One move, a line at each change."""
         _authorise(request.scope, Role.VIEWER)
         migration = request.path_params["migration"]
-        self._services.views.show(migration)
+        changes = self._services.incoming.watch(migration)
+        if changes is None:
+            self._services.views.show(migration)
+            changes = self._services.views.watch(migration)
 
         async def lines() -> AsyncIterator[bytes]:
-            async for view in self._services.views.watch(migration):
+            async for view in changes:
                 yield msgspec.json.encode(view) + b"\n"
 
         return StreamingResponse(lines(), media_type="application/x-ndjson")
@@ -283,9 +298,9 @@ def _route(endpoint: Endpoint[Any, Any], handler: Handler) -> Route:
     decoder = reading.decoder(endpoint.request)
 
     async def answer(request: Request) -> Response:
-        _authorise(request.scope, endpoint.role)
+        role = _authorise(request.scope, endpoint.role)
         reply = await handler(parse(await _body(request), decoder, "the request"), dict(request.path_params))
-        return Response(msgspec.json.encode(reply), media_type="application/json")
+        return Response(msgspec.json.encode(_shown_to(role, reply)), media_type="application/json")
 
     return Route(endpoint.path, answer, methods=[endpoint.method])
 
@@ -295,7 +310,18 @@ def _identity(scope: Any) -> Identity | None:
     return identity
 
 
-def _authorise(scope: Any, role: Role) -> None:
+def _shown_to(role: Role, reply: Model) -> Model:
+    """What of a reply is for that role."""
+    match reply:
+        case Vm() if role < Role.OPERATOR:
+            return reply.for_viewers()
+        case api.VmList() if role < Role.OPERATOR:
+            return api.VmList(vms=tuple(vm.for_viewers() for vm in reply.vms))
+    return reply
+
+
+def _authorise(scope: Any, role: Role) -> Role:
+    """The role of who asks. Raises :class:`NotPermitted` if it is less than ``role``."""
     identity = _identity(scope)
     if identity is None:
         raise NotPermitted("this connection says not who it is", todo="use a certificate made by 'limosa ca issue'")
@@ -304,6 +330,7 @@ def _authorise(scope: Any, role: Role) -> None:
             f"'{identity.name}' is {identity.role.name.lower()} and may not do this",
             todo=f"use a certificate with the role {role.name.lower()}",
         )
+    return identity.role
 
 
 async def _body(request: Request) -> bytes:

@@ -251,7 +251,7 @@ class DiskMoves:
         if committed and copy is not None and copy.error:
             old = record.old[plan.disk]
             as_before = tuple(old if disk.name == plan.disk else disk for disk in hosted.config.disks)
-            self._vms.change_disks(hosted, as_before)
+            await self._vms.change_disks(hosted, as_before)
             committed = False
         if committed:
             await machine.pivot(plan.disk)
@@ -264,7 +264,7 @@ class DiskMoves:
 
     async def make_images(self, hosted: HostedVm, record: Record) -> None:
         """Write down which, then make them and give them to QEMU's user. Raises :class:`StorageError`."""
-        toml.write_atomically(self._path(record), msgspec.json.encode(record))
+        await in_full(toml.write_atomically, self._path(record), msgspec.json.encode(record))
         for plan in record.plans:
             await self._storage.make(plan)
             await in_full(access.grant, Path(plan.path), self._user, read_only=False)
@@ -274,9 +274,9 @@ class DiskMoves:
         """The new images are alike with the old. Raises :class:`StorageError`."""
         await self._storage.finish(plan.path for plan in record.plans)
 
-    def commit(self, move: _Move) -> None:
+    async def commit(self, move: _Move) -> None:
         """Make the new images the VM's, durably. Raises :class:`StateError`; they are not then."""
-        self._vms.change_disks(move.hosted, disks.landed(move.hosted.config, move.record.plans).disks)
+        await self._vms.change_disks(move.hosted, disks.landed(move.hosted.config, move.record.plans).disks)
 
     async def remove_old(self, hosted: HostedVm, record: Record) -> None:
         """Delete the images the disks had, unless they are to be kept."""
@@ -411,7 +411,7 @@ class _Move:
             with suppress(QemuError):  # a QEMU older than 8.2 cannot; it then settles when the guest pauses to write
                 await self.qemu.block_writes(disk)
         await asyncio.gather(*(self.qemu.settle_copy(disk) for disk in self.record.old))
-        self._moves.commit(self)
+        await self._moves.commit(self)
         for disk in self.record.old:
             await self.qemu.pivot(disk)
 

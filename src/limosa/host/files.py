@@ -6,7 +6,7 @@
                 vms/NAME/vm.toml           a VM that belongs to this host
                          process.json      its QEMU, while one runs
                          console.log  seed.iso  nvram.fd  qemu.log  qemu-disks.log
-                migrations/ID.SIDE.jsonl   journals
+                migrations/ID.SIDE.jsonl   journals, and beside them ID.view.json: the last of those that ended
                 goodput.json               how fast networks were
                 machine-id                 what tells this machine from others, if /etc/machine-id does not
                 images/                    disk images: the location every host has
@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import json
 import os
 import secrets
 from dataclasses import dataclass
@@ -75,8 +76,21 @@ class Files:
         return self.vms / name
 
     def sockets(self, config: VmConfig) -> Path:
-        """The folder of a VM's sockets; short, because a Unix socket's path is."""
-        return self.run / "vm" / config.uuid.replace("-", "")[:16]
+        """The folder of a VM's sockets; short, because a Unix socket's path is.
+
+        A QEMU that was started when half of its UUID named the folder keeps that for its life.
+        """
+        folder = self.run / "vm" / config.uuid.replace("-", "")
+        half = folder.with_name(folder.name[:16])
+        return half if half.exists() and self._is_used_by(config, half) else folder
+
+    def _is_used_by(self, config: VmConfig, sockets: Path) -> bool:
+        """Whether the QEMU in the VM's record was started with that folder. Another VM's UUID may begin alike."""
+        try:
+            pid = json.loads((self.vm(config.name) / "process.json").read_bytes())["pid"]
+            return os.fsencode(f"{sockets}/") in Path(f"/proc/{pid}/cmdline").read_bytes()
+        except (OSError, ValueError, TypeError, LookupError):
+            return False
 
     def make(self) -> None:
         """Create the folders, for the daemon's eyes only (QEMU's user may pass through). Raises :class:`StateError`."""

@@ -10,6 +10,7 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
+from limosa.background import in_full
 from limosa.errors import (
     Conflict,
     InvalidInput,
@@ -43,6 +44,8 @@ _log = logging.getLogger(__name__)
 
 #: Between attempts to make it durable that a VM that runs here belongs here.
 ADOPT_EVERY_S = 1.0
+#: Between looks at a landing that somebody watches here, where little of it is known.
+LOOK_EVERY_S = 0.25
 
 
 class Incoming:
@@ -61,6 +64,8 @@ class Incoming:
         self._boot = parts.boot
         self._layers = Layers(parts.storage, parts.vms, parts.files.migrations)
         self._landing: dict[str, Destination] = {}
+        #: held while one is begun, whose journal may be there before it is among ``_landing``
+        self._beginning = asyncio.Lock()
 
     async def inspect(self, asked: Inspect, reached_at: str, trial: contextlib.AsyncExitStack) -> DestinationFacts:
         """Facts for preflight. ``trial`` keeps the listener for a trial connection open.
@@ -82,8 +87,12 @@ class Incoming:
         """Where this host has files with these contents; None where it has not."""
         return tuple([await self._layers.find(file) for file in files])
 
-    def begin(self, request: Prepare, source: str, reached_at: str) -> Destination:
-        """A landing for a VM, journalled but with nothing reserved yet."""
+    async def begin(self, request: Prepare, source: str, reached_at: str) -> Destination:
+        """A landing for a VM, journalled but with nothing reserved yet. Not to be cancelled."""
+        async with self._beginning:
+            return await self._begin(request, source, reached_at)
+
+    async def _begin(self, request: Prepare, source: str, reached_at: str) -> Destination:
         if not self._page.now.live_migration:
             finding = Finding.error(
                 "migration-off",
@@ -109,7 +118,8 @@ class Incoming:
             layers=tuple(plan.file for plan in request.layers),
         )
         self._forget_earlier_try(request, source)
-        destination = self._make(Journal.begin(self._files.migrations, header), None, reached_at)
+        journal = await in_full(Journal.begin, self._files.migrations, header)
+        destination = self._make(journal, None, reached_at)
         self._landing[request.migration] = destination
         return destination
 
@@ -157,9 +167,12 @@ class Incoming:
                 return
         raise Conflict(f"migration {request.migration} is known here already", vm=request.vm.name, host=self.host)
 
-    def find(self, migration: str, source: str) -> Destination | None:
+    async def find(self, migration: str, source: str) -> Destination | None:
         """The landing of an earlier migration from ``source``, also one that has ended; None if there was none."""
-        destination = self._landing.get(migration) or self._from_journal(migration)
+        destination = self._landing.get(migration)
+        if destination is None:
+            async with self._beginning:
+                destination = self._landing.get(migration) or self._from_journal(migration)
         if destination is None or destination.journal.header.source != source:
             return None
         return destination
@@ -222,6 +235,16 @@ class Incoming:
         await destination.abandoned()
         self.settled(destination)
 
+    def show(self, migration: str) -> Migration | None:
+        """The landing by that move, unless there is none or it has ended."""
+        destination = self._landing.get(migration)
+        return view(destination) if destination is not None else None
+
+    def watch(self, migration: str) -> AsyncIterator[Migration] | None:
+        """The same, again at each change until it has ended."""
+        destination = self._landing.get(migration)
+        return _watch(destination) if destination is not None else None
+
     def migrations(self) -> list[Migration]:
         """Landings that have not ended."""
         return [view(destination) for destination in self._landing.values()]
@@ -238,6 +261,16 @@ class Incoming:
     ) -> Destination:
         landing = LandingHere(self._parts, self._layers, journal.header, self.slots, reached_at)
         return Destination(journal, landing, self._boot, machine, silent=silent)
+
+
+async def _watch(destination: Destination) -> AsyncIterator[Migration]:
+    told = None
+    while told is None or told.outcome is Outcome.UNDER_WAY:
+        if (now := view(destination)) == told:
+            await asyncio.sleep(LOOK_EVERY_S)
+            continue
+        told = now
+        yield told
 
 
 def view(destination: Destination) -> Migration:

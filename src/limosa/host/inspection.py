@@ -98,6 +98,7 @@ class Inspector:
             network=await self.network(),
             capped=settings.caps_memory,
             leases=await self._leases(hosted) if running else (),
+            cpu_features=self.capabilities.features_seen(hosted.config.cpu, hosted.accelerator or "tcg"),
         )
 
     async def destination_facts(
@@ -132,6 +133,7 @@ class Inspector:
             relay=RELAY_VERSION,
             network=network,
             locations=locations,
+            cpu_features=self.capabilities.features_seen(vm.cpu, accelerator),
         )
 
     async def _leases(self, hosted: HostedVm) -> tuple[LeaseConflict, ...]:

@@ -83,7 +83,7 @@ class LandingHere:
         hosted = self._vms.get(self._header.vm.name)
         await self._storage.finish(self._header.images)
         await self._layers.finish(self._header.layers)
-        self._vms.adopt(hosted, running=running)
+        await self._vms.adopt(hosted, running=running)
         await self._leases.settle()
         if hosted.machine is None:
             await self._leasing.give_back(hosted.config)

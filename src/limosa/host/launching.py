@@ -173,8 +173,8 @@ class Launcher:
         if self._files.sockets(config).exists():
             await self.end_copier(config)  # of which nobody has a record
         await in_full(self._grant, config)
-        vars_file = self._firmware(config, folder)
-        seed_file = self._seed(config, folder, carried or {})
+        vars_file = await in_full(self._firmware, config, folder)
+        seed_file = await in_full(self._seed, config, folder, carried or {})
         unlocked = frozenset(disk.path for disk in config.disks if mounts.of(disk.path).has_no_locks)
         with ExitStack() as held:
             taps = [held.enter_context(closing(await open_tap(self._netlink, nic.switch))) for nic in config.nics]

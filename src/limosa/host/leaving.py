@@ -119,7 +119,7 @@ class Leaving:
         """See :class:`limosa.migration.home.Home`."""
         if self._hosted is not None:
             await self._leasing.give_back(self._hosted.config)  # images that stay behind and were not claimed
-            self._vms.forget(self._hosted)
+            await self._vms.forget(self._hosted)
         await self.disks.leave(images)
 
     async def vm_stays(self) -> None:

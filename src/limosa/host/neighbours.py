@@ -37,7 +37,7 @@ from limosa.wire.endpoints import Endpoint, Reply, Request
 ANSWER_WITHIN_S = 5.0
 
 
-class _Met(Model, frozen=True, forbid_unknown_fields=False):
+class Met(Model, frozen=True, forbid_unknown_fields=False):
     """Who took part in a move, from the first line of its journal."""
 
     source: Name
@@ -125,9 +125,8 @@ class Neighbours:
 
     def _known(self) -> dict[str, str]:
         """Addresses by name."""
-        met = [_met(path) for path in self._migrations.glob("*.jsonl")]
         known: dict[str, str] = {}
-        for move in met:
+        for move in map(met, self._migrations.glob("*.jsonl")):
             if move is not None:
                 known.setdefault(move.source, move.source)
                 known[move.destination] = move.address or move.destination
@@ -161,9 +160,10 @@ def sought(image: str, migration: str, places: Locations) -> ImageSought:
     )
 
 
-def _met(journal: Path) -> _Met | None:
+def met(journal: Path) -> Met | None:
+    """Who took part in the move of a journal; None if that cannot be read."""
     try:
         with journal.open("rb") as stream:
-            return reading.decode(stream.readline(), _Met)
+            return reading.decode(stream.readline(), Met)
     except (OSError, msgspec.MsgspecError):
         return None

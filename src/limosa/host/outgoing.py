@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from limosa.background import Background
+from limosa.background import Background, in_full
 from limosa.errors import Conflict, HostUnreachable, LimosaError, from_fault
 from limosa.host.bandwidth import MBIT_BYTES, Bandwidth
 from limosa.host.leaving import Leaving
@@ -33,6 +33,7 @@ from limosa.model.base import is_name
 from limosa.model.finding import Finding, Severity
 from limosa.model.migration import Migration, Outcome, Phase, Progress, Side
 from limosa.model.vm import VmState
+from limosa.qemu.protocol import MachineProtocol
 from limosa.security import tls
 from limosa.settings.address import split_address
 from limosa.wire.api import CheckReport, CheckRequest, MoveOptions, MoveRequest
@@ -124,13 +125,13 @@ class Outgoing:
             options=msgspec.to_builtins(request.options),
             was_running=hosted.state is VmState.RUNNING,
         )
-        hosted.migration = header.migration
+        hosted.migration, machine = header.migration, hosted.machine
         try:
-            journal = Journal.begin(self._parts.files.migrations, header)
+            journal = await in_full(Journal.begin, self._parts.files.migrations, header)
         except LimosaError:
             hosted.migration = None
             raise
-        return self._begin(journal, hosted)
+        return self._begin(journal, hosted, machine)  # also if that has ended meanwhile, which the move will find
 
     async def cancel(self, migration: str) -> Migration:
         """Cancel a move. Raises :class:`Conflict` if it has ended or is past the hand-over."""
@@ -166,18 +167,19 @@ class Outgoing:
         if hosted is not None:
             hosted.migration = journal.header.migration
         if journal.step is None and hosted is not None and hosted.machine is not None:
-            self._begin(journal, hosted)
+            self._begin(journal, hosted, hosted.machine)
         else:
-            self._begin(journal, hosted, settle=True)
+            self._begin(journal, hosted, hosted.machine if hosted is not None else None, settle=True)
 
-    def _begin(self, journal: Journal, hosted: HostedVm | None, *, settle: bool = False) -> Migration:
+    def _begin(
+        self, journal: Journal, hosted: HostedVm | None, machine: MachineProtocol | None, *, settle: bool = False
+    ) -> Migration:
         header = journal.header
         options = reading.convert(header.options, MoveOptions)
         terms = self._terms(options)
         report = Report(self._first_view(header, terms.transport), self._views.publish)
         own_cap = (options.bandwidth_mbit_per_s or 0) * MBIT_BYTES
         leaving = Leaving(self._parts, hosted, self._bandwidth, header.migration, own_cap)
-        machine = hosted.machine if hosted is not None else None
         move = SourceMove(journal, machine, self._dialler(header.address), leaving, terms, report)
         self._active[header.migration] = move
         self._views.publish(report.now)

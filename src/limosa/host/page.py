@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
+from limosa.background import in_full, to_its_end
 from limosa.errors import InvalidInput, StateError
 from limosa.settings import toml
 from limosa.settings.host import HostSettings
@@ -20,6 +22,8 @@ class Page:
         self._path = path
         self._asked: list[Callable[[HostSettings], None]] = []
         self._changed: list[Callable[[], None]] = []
+        #: held while the page is changed: each change is to what the one before has left
+        self._changing = asyncio.Lock()
         self.now = toml.read(path, HostSettings, error=StateError) if path.exists() else HostSettings()
 
     def before_change(self, callback: Callable[[HostSettings], None]) -> None:
@@ -30,24 +34,31 @@ class Page:
         """Have ``callback`` called after each change."""
         self._changed.append(callback)
 
-    def change(self, values: dict[str, Any]) -> HostSettings:
+    async def change(self, values: dict[str, Any]) -> HostSettings:
         """Set fields (dots reach into tables), null for the default; durable on return.
 
         Raises :class:`InvalidInput`, and what :meth:`before_change` does; then nothing was changed.
         """
+        return await to_its_end(self._change(values))
+
+    async def _change(self, values: dict[str, Any]) -> HostSettings:
+        async with self._changing:
+            settings = self._with(values)
+            for ask in self._asked:
+                ask(settings)
+            await in_full(toml.write, self._path, settings)
+            self.now = settings
+            for callback in self._changed:
+                callback()
+            return settings
+
+    def _with(self, values: dict[str, Any]) -> HostSettings:
         raw = msgspec.to_builtins(self.now)
         for path, value in values.items():
             _set(raw, path, value)
-        settings = toml.convert(
+        return toml.convert(
             raw, HostSettings, where="the new settings page", todo="'limosa host settings' says what each may be"
         )
-        for ask in self._asked:
-            ask(settings)
-        toml.write(self._path, settings)
-        self.now = settings
-        for callback in self._changed:
-            callback()
-        return settings
 
 
 def _set(raw: dict[str, Any], path: str, value: Any) -> None:

@@ -24,7 +24,9 @@ import uvloop
 from starlette.applications import Starlette
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from limosa.background import Background
 from limosa.errors import InvalidInput, NetworkError, NotPermitted
+from limosa.host import history, logs
 from limosa.host.api import application
 from limosa.host.files import Files
 from limosa.host.peers import MAX_MESSAGE_BYTES, PING_EVERY_S, PONG_WITHIN_S
@@ -58,6 +60,9 @@ async def _serve(daemon: DaemonSettings) -> None:
     app = application(services)
     servers = [(_Server(_config(app, context)), sock) for sock, context in listeners]
     await recover(services)
+    upkeep = Background()
+    upkeep.spawn(logs.keep_bounded(files.vms))
+    upkeep.spawn(history.keep_bounded(files.migrations, services.views))
     # What is here now stays. Looking through it for garbage could take milliseconds of a blackout.
     gc.collect()
     gc.freeze()
@@ -73,6 +78,7 @@ async def _serve(daemon: DaemonSettings) -> None:
     for server, _ in servers:
         server.should_exit = True
         server.force_exit = True
+    upkeep.cancel()
     await asyncio.wait(tasks, timeout=2)
 
 

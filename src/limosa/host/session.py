@@ -14,7 +14,7 @@ import logging
 import msgspec
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
-from limosa.background import Background
+from limosa.background import Background, to_its_end
 from limosa.errors import Conflict, InvalidInput, LimosaError, NotPermitted
 from limosa.host.incoming import Incoming
 from limosa.migration.destination import Destination
@@ -141,16 +141,19 @@ class Session:
         news: asyncio.Queue[say.InLine | say.LayersAwaited] = asyncio.Queue()
         teller = asyncio.ensure_future(self._tell(news))
         try:
-            self._destination = self._incoming.begin(request, self._source.name, self._reached_at)
-            prepared = await self._destination.prepare(
+            await to_its_end(self._begin(request))
+            prepared = await self._current().prepare(
                 request, lambda place: news.put_nowait(say.InLine(place=place)), news.put_nowait
             )
         finally:
             teller.cancel()
-        self._background.spawn(self._tell_loss(self._destination))
+        self._background.spawn(self._tell_loss(self._current()))
         await self._send(prepared)
         if request.relay is not None and request.relay.striped:
             self._background.spawn(self._tell_network())
+
+    async def _begin(self, request: say.Prepare) -> None:
+        self._destination = await self._incoming.begin(request, self._source.name, self._reached_at)
 
     async def _take_over(self) -> None:
         destination = self._current()
@@ -164,7 +167,7 @@ class Session:
 
     async def _attach(self, migration: str) -> None:
         self._check_free(migration)
-        self._destination = self._incoming.find(migration, self._source.name)
+        self._destination = await self._incoming.find(migration, self._source.name)
         if self._destination is None:
             await self._send(say.Standing(state=say.DestinationState.UNKNOWN))
             return

@@ -44,7 +44,10 @@ class Views:
                 view = await queue.get()
                 yield view
         finally:
-            self._watchers[migration].discard(queue)
+            watchers = self._watchers[migration]
+            watchers.discard(queue)
+            if not watchers:
+                del self._watchers[migration]
 
     async def ended(self, migration: str) -> Migration:
         """One move when it has ended."""
@@ -65,6 +68,10 @@ class Views:
         """Know again a move that an earlier daemon has kept."""
         with contextlib.suppress(OSError, msgspec.MsgspecError):
             self._views[migration] = reading.decode(self._path(migration).read_bytes(), Migration)
+
+    def forget(self, migration: str) -> None:
+        """Of a move that ended long ago nothing is left but what is here."""
+        self._views.pop(migration, None)
 
     def _path(self, migration: str) -> Path:
         return self._folder / f"{migration}.view.json"

@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from limosa.background import Background
-from limosa.errors import Conflict, LimosaError, NotFound, OwnerUnknown, QemuError, StateError, from_fault
+from limosa.background import Background, in_full
+from limosa.errors import Conflict, LimosaError, NotFound, OwnerUnknown, QemuError, from_fault
 from limosa.host.files import Files
 from limosa.host.folders import Folders
 from limosa.host.launching import Launcher
@@ -226,8 +226,8 @@ class Vms:
             async with created.lock, self._launcher.new_disks(new, created.config):
                 self._make_folder(created.config)
                 try:
-                    self._folders.keep(created.config)
-                except StateError:
+                    await in_full(self._folders.keep, created.config)
+                except BaseException:
                     self._folders.remove(created.config)
                     raise
         except BaseException:
@@ -290,11 +290,11 @@ class Vms:
     async def delete(self, hosted: HostedVm) -> None:
         """Forget a stopped VM. Its disks are kept, and nobody's."""
         self.check_idle(hosted)
-        if hosted.machine is not None:
-            raise self._wrong_state(hosted, "runs")
         async with hosted.lock:
+            if hosted.machine is not None:
+                raise self._wrong_state(hosted, "runs")
             await self._leasing.give_back(hosted.config)
-            self._folders.remove(hosted.config)
+            await in_full(self._folders.remove, hosted.config)
             del self._vms[hosted.config.name]
 
     # What migrations do
@@ -318,9 +318,9 @@ class Vms:
         self._attach(hosted, machine)
         return machine
 
-    def adopt(self, hosted: HostedVm, *, running: bool) -> None:
+    async def adopt(self, hosted: HostedVm, *, running: bool) -> None:
         """A VM that landed is this host's from now on, durably."""
-        self._folders.keep(hosted.config)
+        await in_full(self._folders.keep, hosted.config)
         hosted.migration = None
         hosted.started_at = time.time()
         if hosted.machine is None:
@@ -331,7 +331,7 @@ class Vms:
     async def discard(self, hosted: HostedVm) -> None:
         """Kill the QEMU of a VM that will not land, and give everything back."""
         await self._end(hosted)
-        self._folders.remove(hosted.config)
+        await in_full(self._folders.remove, hosted.config)
         if self._vms.get(hosted.config.name) is hosted:
             del self._vms[hosted.config.name]
 
@@ -340,10 +340,10 @@ class Vms:
         await self._end(hosted)
         hosted.state = VmState.HANDED_OVER
 
-    def forget(self, hosted: HostedVm) -> None:
+    async def forget(self, hosted: HostedVm) -> None:
         """A VM that moved away: remove it from this host, durably."""
-        self._folders.remove(hosted.config)
-        toml.sync_folder(self._files.vms)
+        await in_full(self._folders.remove, hosted.config)
+        await in_full(toml.sync_folder, self._files.vms)
         self._vms.pop(hosted.config.name, None)
 
     async def crashed(self, hosted: HostedVm) -> None:
@@ -352,10 +352,10 @@ class Vms:
             await self._after_end(hosted, hosted.machine)
         await self._restart(hosted)
 
-    def change_disks(self, hosted: HostedVm, disks: tuple[Disk, ...]) -> None:
+    async def change_disks(self, hosted: HostedVm, disks: tuple[Disk, ...]) -> None:
         """The VM uses these images from now on, durably. Raises :class:`StateError`; it does not then."""
         config = msgspec.structs.replace(hosted.config, disks=disks)
-        self._folders.keep(config)
+        await in_full(self._folders.keep, config)
         hosted.config = config
 
     def find_landing(self, config: VmConfig, migration: str) -> HostedVm | None:

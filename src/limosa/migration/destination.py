@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Protocol
 
+from limosa.background import in_full
 from limosa.errors import Conflict, DestinationLost, LimosaError, QemuError, QemuGone, StateError
 from limosa.migration.interruption import is_gone
 from limosa.migration.journal import Journal
@@ -317,7 +318,7 @@ class Destination:
     async def _own(self) -> None:
         runs = await self._own_qemu() is DestinationQemu.RUNNING
         await self.landing.adopt(running=runs)
-        self.journal.record(DestinationStep.OWNED, time.time(), resumed_at=self._resumed_at)
+        await in_full(self.journal.record, DestinationStep.OWNED, time.time(), resumed_at=self._resumed_at)
         self._unfollow()
 
     async def _continue_again(self) -> None:
@@ -371,7 +372,7 @@ class Destination:
         self.machine, self._silent = None, False
         # On a full disk the line is missing, and RESERVED with a dead QEMU says the same.
         with contextlib.suppress(StateError):
-            self.journal.record(DestinationStep.GONE, time.time())
+            await in_full(self.journal.record, DestinationStep.GONE, time.time())
 
     async def _own_qemu(self) -> DestinationQemu:
         if self.machine is None:

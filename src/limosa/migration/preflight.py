@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterator
 from limosa.model.facts import DestinationFacts, VmFacts
 from limosa.model.finding import Finding, Severity
 from limosa.model.vm import VmConfig
+from limosa.qemu import cpu
 from limosa.storage.identity import same_file
 from limosa.transport.choice import is_allowed
 
@@ -95,20 +96,30 @@ def _programs(vm: VmConfig, here: VmFacts, there: DestinationFacts) -> Iterator[
             f"host '{there.host}' does not know the machine type {vm.machine}",
             "upgrade QEMU there, or recreate the VM with an older machine type",
         )
-    yield from _processor(vm, there)
+    yield from _processor(vm, here, there)
 
 
-def _processor(vm: VmConfig, there: DestinationFacts) -> Iterator[Finding]:
+def _processor(vm: VmConfig, here: VmFacts, there: DestinationFacts) -> Iterator[Finding]:
+    missing = sorted({*there.cpu_missing, *(set(here.cpu_features) - set(there.cpu_features))})
     if not there.cpu_known:
         yield Finding.error(
             "cpu-unknown",
             f"host '{there.host}' does not know the CPU model {vm.cpu}",
             "use a portable model such as x86-64-v2",
         )
-    elif there.cpu_missing:
+    elif here.accelerator not in there.accelerators:
+        return  # which is said already, and leaves nothing to compare
+    elif cpu.is_the_hosts(vm.cpu) and not (here.cpu_features and there.cpu_features):
         yield Finding.error(
             "cpu-features-missing",
-            f"host '{there.host}' lacks {', '.join(there.cpu_missing)} of the CPU model {vm.cpu}",
+            f"it cannot be told whether host '{there.host}' has all of the CPU model {vm.cpu}: one of the hosts does "
+            "not say what it offers",
+            "use the same release of Limosa on both, or give the VM a portable CPU model such as x86-64-v2",
+        )
+    elif missing:
+        yield Finding.error(
+            "cpu-features-missing",
+            f"host '{there.host}' lacks {', '.join(missing)} of the CPU model {vm.cpu}",
             "choose another host, or give the VM a more modest CPU model",
         )
 

@@ -12,6 +12,7 @@ import asyncio
 import time
 from collections.abc import Iterator
 
+from limosa.background import in_full
 from limosa.errors import Cancelled, HostUnreachable, LimosaError, OwnerUnknown, QemuError
 from limosa.migration import mirrors
 from limosa.migration.interruption import is_gone
@@ -126,7 +127,7 @@ class Settlement:
 
     async def _undo(self, qemu: SourceQemu, standing: Standing | None) -> None:
         """Stop the stream, let the guest go on here, and have the destination destroy what it has."""
-        self._record_undoing()
+        await self._record_undoing()
         if qemu is SourceQemu.COMPLETED:
             await self._destroy_there(standing)  # when it says that it has, the guest goes on here
             return
@@ -137,7 +138,7 @@ class Settlement:
         await self._home(self.move.machine)
 
     async def _resume_here(self) -> None:
-        self._record_undoing()
+        await self._record_undoing()
         assert self.move.machine is not None
         await self._home(self.move.machine)
 
@@ -150,13 +151,13 @@ class Settlement:
             await self.move.home.reclaim()
         if self.move.header.was_running:
             await machine.resume_if_stopped()
-        self.move.journal.record(SourceStep.HOME, time.time())
+        await in_full(self.move.journal.record, SourceStep.HOME, time.time())
         await self.move.home.vm_stays()
         await self._dismiss()
 
     async def _hand_over(self) -> None:
         assert self.move.peer is not None
-        self.move.journal.record(SourceStep.HANDING_OVER, time.time())
+        await in_full(self.move.journal.record, SourceStep.HANDING_OVER, time.time())
         try:
             await self.move.peer.take_over()
         except LimosaError as error:
@@ -173,9 +174,9 @@ class Settlement:
         self.move.report.end(Outcome.COMPLETED)
 
     async def _crashed(self) -> None:
-        self._record_undoing()
+        await self._record_undoing()
         await self.move.home.withdraw()
-        self.move.journal.record(SourceStep.HOME, time.time())
+        await in_full(self.move.journal.record, SourceStep.HOME, time.time())
         await self.move.home.vm_crashed()
         await self._dismiss()
 
@@ -185,7 +186,7 @@ class Settlement:
         there = await self._destroy_there(None) if self._is_told else DestinationState.UNKNOWN
         if there is None:
             return
-        self.move.journal.record(SourceStep.UNDONE, time.time())
+        await in_full(self.move.journal.record, SourceStep.UNDONE, time.time())
         if there is DestinationState.OWNED:
             vm, host = self.move.header.vm.name, self.move.header.destination
             error = OwnerUnknown(
@@ -225,10 +226,10 @@ class Settlement:
         else:
             await self._resume_here()
 
-    def _record_undoing(self) -> None:
+    async def _record_undoing(self) -> None:
         if self.step is not SourceStep.UNDOING:
             fault = self.cause.fault() if self.cause is not None else None
-            self.move.journal.record(SourceStep.UNDOING, time.time(), fault=fault)
+            await in_full(self.move.journal.record, SourceStep.UNDOING, time.time(), fault=fault)
 
     async def _show_failure(self) -> None:
         if self.move.report.now.outcome in (Outcome.FAILED, Outcome.CANCELLED):

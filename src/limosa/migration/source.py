@@ -25,6 +25,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from limosa.background import in_full
 from limosa.errors import Cancelled, LimosaError, MigrationFailed, NotConverging, PreflightRefused, QemuGone
 from limosa.migration import again, convergence, disks, layers, mirrors, progress, rest
 from limosa.migration.convergence import Convergence
@@ -161,7 +162,8 @@ class SourceMove:
         self._expect(examined)
         copied = {plan.disk for plan in copies}
         left = tuple(disk.path for disk in self.header.vm.disks if disk.name in copied)
-        self.journal.record(SourceStep.PREPARING, time.time(), left=() if self.terms.keep else left)
+        to_delete = () if self.terms.keep else left
+        await in_full(self.journal.record, SourceStep.PREPARING, time.time(), left=to_delete)
         await self.home.promise(peer.host, left)
         if copies:
             await self.home.take_storage_slot(
@@ -391,7 +393,7 @@ class SourceMove:
     async def _confirm(self) -> None:
         if self.peer is not None:
             await self.peer.adopted()
-        self.journal.record(SourceStep.CONFIRMED, time.time())
+        await in_full(self.journal.record, SourceStep.CONFIRMED, time.time())
 
     def _left(self) -> tuple[str, ...]:
         """Images nobody uses here any more, by the journal."""

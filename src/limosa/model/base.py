@@ -42,7 +42,13 @@ Mac = Annotated[
 
 Uuid = Annotated[str, Meta(pattern=r"\A[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}\Z", description="UUID in lower case")]
 
-MigrationId = Annotated[str, Meta(pattern=r"\A[a-z0-9]{12}\Z", description="12 lower-case letters and digits")]
+_MIGRATION_PATTERN = r"\A[a-z0-9]{12}\Z"
+MigrationId = Annotated[str, Meta(pattern=_MIGRATION_PATTERN, description="12 lower-case letters and digits")]
+
+
+def is_migration_id(text: str) -> bool:
+    """Whether it could be a :data:`MigrationId`; a VM's name may look like one."""
+    return re.match(_MIGRATION_PATTERN, text) is not None
 
 
 def is_clean_path(path: str) -> bool:

@@ -59,6 +59,8 @@ class VmFacts(Model, forbid_unknown_fields=False, frozen=True):
     capped: bool = False
     #: images whose leases it could not hand on
     leases: tuple[LeaseConflict, ...] = ()
+    #: features the guest sees, where its CPU model leaves them to the host
+    cpu_features: tuple[str, ...] = ()
 
 
 class DestinationFacts(Model, forbid_unknown_fields=False, frozen=True):
@@ -92,3 +94,5 @@ class DestinationFacts(Model, forbid_unknown_fields=False, frozen=True):
     network: HostNetwork = HostNetwork()
     #: where it could put new images
     locations: tuple[Location, ...] = ()
+    #: features the guest would see, where its CPU model leaves them to the host
+    cpu_features: tuple[str, ...] = ()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import Annotated, Literal
 
-from msgspec import Meta
+from msgspec import Meta, structs
 
 from limosa.model.base import AbsolutePath, Mac, Model, Name, SwitchName, Uuid, is_clean_path
 
@@ -151,3 +151,12 @@ class Vm(Model, forbid_unknown_fields=False, frozen=True):
     migration: str | None = None
     #: why it is in this state, where that needs words
     reason: str = ""
+    #: fields of ``config`` whose contents are not for whoever asked, and are empty
+    withheld: tuple[str, ...] = ()
+
+    def for_viewers(self) -> Vm:
+        """Without what the guest was given in confidence: cloud-init has passwords, tokens and keys."""
+        if self.config.cloud_init is None:
+            return self
+        config = structs.replace(self.config, cloud_init=CloudInit(user_data=""))
+        return structs.replace(self, config=config, withheld=("cloud_init",))

@@ -65,7 +65,10 @@ class CpuOffer(Model, frozen=True):
 
     #: by model, the features it has and this host cannot give
     models: dict[str, tuple[str, ...]]
+    #: all that can be switched on
     features: tuple[str, ...]
+    #: those of them that a guest sees; the others are second names, and ways of QEMU's
+    seen: tuple[str, ...]
 
 
 class QemuCapabilities(Model, frozen=True):
@@ -108,6 +111,17 @@ class QemuCapabilities(Model, frozen=True):
         needed = {name for name, on in wanted.items() if on} - set(offer.features)
         lacking = set(offer.models[model]) - {name for name, on in wanted.items() if not on}
         return True, tuple(sorted(needed | lacking))
+
+    def features_seen(self, cpu: str, accelerator: Accelerator) -> tuple[str, ...]:
+        """The features a guest with this CPU model sees here, of models that leave it to the host; none of others.
+
+        Also none if this host does not offer the accelerator.
+        """
+        offer = self.cpus.get(accelerator)
+        if offer is None or not cpu_models.is_the_hosts(cpu):
+            return ()
+        off = {_feature(name) for name, on in cpu_models.parse(cpu)[1].items() if not on}
+        return tuple(name for name in offer.seen if name not in off)
 
 
 async def probe(program: Path, cache: Path, user: str | None = None) -> QemuCapabilities:
@@ -231,12 +245,19 @@ def _processor_virtualises() -> bool:
 
 async def _cpus(monitor: Monitor) -> CpuOffer:
     definitions = await monitor.execute("query-cpu-definitions")
-    expanded = await monitor.execute("query-cpu-model-expansion", {"type": "full", "model": {"name": "max"}})
-    properties: dict[str, Any] = expanded["model"]["props"]
     return CpuOffer(
         models={model["name"]: tuple(map(_feature, model["unavailable-features"])) for model in definitions},
-        features=tuple(sorted({_feature(name) for name, value in properties.items() if value is True})),
+        features=await _features(monitor, "full"),
+        seen=await _features(monitor, "static"),
     )
+
+
+async def _features(monitor: Monitor, expansion: str) -> tuple[str, ...]:
+    """What the model ``max`` has: every property that is on, or of those only what makes up a processor (``static``,
+    ``x86_cpu_static_props`` in target/i386/cpu.c)."""
+    expanded = await monitor.execute("query-cpu-model-expansion", {"type": expansion, "model": {"name": "max"}})
+    properties: dict[str, Any] = expanded["model"]["props"]
+    return tuple(sorted({_feature(name) for name, value in properties.items() if value is True}))
 
 
 async def _post_copy_hindrance(monitor: Monitor) -> str:

@@ -9,6 +9,8 @@ refuse to start where a feature is missing, instead of quietly showing the guest
 from __future__ import annotations
 
 BASE = "qemu64"
+#: Models without a list of features: the guest sees what the processor it was started on, or QEMU's emulation, has.
+_WHATEVER_THERE_IS = ("host", "max")
 
 _V2 = ("cx16", "lahf-lm", "pni", "popcnt", "sse4.1", "sse4.2", "ssse3")
 _V3 = (*_V2, "abm", "avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "movbe", "xsave")
@@ -28,6 +30,11 @@ def parse(cpu: str) -> tuple[str, dict[str, bool]]:
     for change in changes:
         features[change[1:]] = change[0] == "+"
     return model, features
+
+
+def is_the_hosts(cpu: str) -> bool:
+    """Whether it is the host that decides which features the guest sees, so that knowing the model says nothing."""
+    return parse(cpu)[0] in _WHATEVER_THERE_IS
 
 
 def argument(cpu: str) -> str:

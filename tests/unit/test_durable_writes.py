@@ -1,0 +1,154 @@
+"""What waits for a disk waits in a thread: on the event loop another VM may be standing still meanwhile."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+from unittest.mock import AsyncMock
+
+import pytest
+import test_host_storage
+from test_again import Move, breaks
+
+from limosa.errors import Conflict, LimosaError
+from limosa.host.files import Files
+from limosa.host.page import Page
+from limosa.host.storage import Storage
+from limosa.host.vms import HostedVm, Vms
+from limosa.migration.ownership import DestinationStep, SourceStep
+from limosa.migration.settle import Settlement
+from limosa.model.vm import Disk, VmConfig, VmState
+from limosa.testing.wire import Stage
+
+VM = VmConfig(
+    name="web1",
+    uuid="7b0b7d3c-57b8-4f5c-9d5e-2d2f3f1e2a10",
+    memory_mib=64,
+    cpus=1,
+    machine="pc-q35-10.0",
+    cpu="x86-64-v2",
+)
+
+
+storage = test_host_storage.storage
+
+
+@pytest.fixture
+def synced(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bool]]:
+    """For each time a disk was waited for, whether an event loop waited with it."""
+    waits: list[bool] = []
+    fsync = os.fsync
+
+    def watched(descriptor: int) -> None:
+        waits.append(asyncio._get_running_loop() is not None)
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", watched)
+    yield waits
+    assert waits, "nothing was durable"
+    assert not any(waits), "the event loop has waited for a disk"
+
+
+@pytest.fixture
+def vms(tmp_path: Path) -> Vms:
+    files = Files(tmp_path / "state", tmp_path / "run")
+    files.make()
+    return Vms("host1", files, cast(Any, SimpleNamespace(leasing=None, forget_ended=lambda _: None)))
+
+
+def landing(vms: Vms) -> HostedVm:
+    hosted = HostedVm(VM, VmState.INCOMING)
+    vms._folders.make(VM)
+    vms._vms["web1"] = hosted
+    return hosted
+
+
+def test_a_move_that_is_tried_twice(tmp_path: Path, synced: list[bool]) -> None:
+    async def scenario() -> None:
+        move = Move(tmp_path)
+        synced.clear()  # of what the test itself has begun
+        breaks(Stage.COPY)(move)
+        await move.run()
+        assert [one.step for one in move.tries] == [DestinationStep.GONE, DestinationStep.OWNED]
+
+    asyncio.run(scenario())
+
+
+def test_a_move_that_is_undone(tmp_path: Path, synced: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario() -> None:
+        move = Move(tmp_path)
+        synced.clear()
+        monkeypatch.setattr(move.home, "vm_stays", AsyncMock())
+        move.script.cancel()
+        with pytest.raises(LimosaError) as caught:
+            await move.run()
+        await Settlement(move.script, caught.value).run()
+        assert [record.step for record in move.journal.records][-2:] == [SourceStep.UNDOING, SourceStep.UNDONE]
+
+    asyncio.run(scenario())
+
+
+def test_a_vm_that_lands_gets_other_disks_and_leaves(vms: Vms, synced: list[bool]) -> None:
+    async def scenario() -> None:
+        hosted = landing(vms)
+        await vms.adopt(hosted, running=True)
+        await vms.change_disks(hosted, (Disk(name="vda", path="/a.qcow2", format="qcow2"),))
+        assert [config.disks for config in vms._folders.read()] == [hosted.config.disks]
+        await vms.forget(hosted)
+        assert (vms.find("web1"), vms._folders.read()) == (None, [])
+
+    asyncio.run(scenario())
+
+
+def test_a_vm_that_is_deleted_is_left_alone_meanwhile(vms: Vms, synced: list[bool]) -> None:
+    async def scenario() -> None:
+        hosted = landing(vms)
+        await vms.adopt(hosted, running=True)
+        hosted.state = VmState.STOPPED
+        deleting = asyncio.ensure_future(vms.delete(hosted))
+        await asyncio.sleep(0)
+        with pytest.raises(Conflict):
+            await vms.start(hosted)
+        await deleting
+        assert vms.find("web1") is None
+
+    asyncio.run(scenario())
+
+
+def test_settings(tmp_path: Path, synced: list[bool]) -> None:
+    async def scenario() -> None:
+        page = Page(tmp_path / "settings.toml")
+        # Each is a change to what the other has left, though both are asked for at once.
+        await asyncio.gather(page.change({"max_outgoing": 7}), page.change({"max_incoming": 9}))
+        assert (page.now.max_outgoing, page.now.max_incoming) == (7, 9)
+        assert Page(tmp_path / "settings.toml").now == page.now
+
+    asyncio.run(scenario())
+
+
+def test_settings_hold_also_if_nobody_waits_for_them(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        page = Page(tmp_path / "settings.toml")
+        changing = asyncio.ensure_future(page.change({"max_outgoing": 7}))
+        await asyncio.sleep(0)
+        changing.cancel()
+        await asyncio.wait({changing})
+        assert page.now.max_outgoing == Page(tmp_path / "settings.toml").now.max_outgoing == 7
+
+    asyncio.run(scenario())
+
+
+def test_a_landing_that_is_begun_is_known_to_who_asks_for_it(storage: Storage) -> None:
+    async def scenario() -> None:
+        there = test_host_storage.TestWhatASourceMayName()
+        incoming = there.incoming(storage)
+        request = there.request(test_host_storage.plan(storage))
+        beginning = asyncio.ensure_future(incoming.begin(request, "host1", "10.0.0.2"))
+        await asyncio.sleep(0)
+        assert await incoming.find(request.migration, "host1") is await beginning
+
+    asyncio.run(scenario())

@@ -1,0 +1,26 @@
+"""What tells a machine from others."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from limosa.host import files
+from limosa.host.files import Files
+
+
+@pytest.mark.parametrize("contents", [None, "", "8f2ac1\n"])
+def test_a_machine_stays_the_same_and_is_another_than_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, contents: str | None
+) -> None:
+    monkeypatch.setattr(files, "_MACHINE_ID", tmp_path / "etc")
+    if contents is not None:
+        (tmp_path / "etc").write_text(contents)
+    (tmp_path / "state").mkdir()
+    made = Files(tmp_path / "state", tmp_path / "run").machine()
+    assert made == Files(tmp_path / "state", tmp_path / "run").machine()
+    assert "8f2ac1" not in made
+    assert (tmp_path / "state" / "machine-id").exists() is (not contents)
+    (tmp_path / "etc").write_text("9f2ac1\n")
+    assert Files(tmp_path / "state", tmp_path / "run").machine() != made
