@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import re
 from collections.abc import Callable, Iterable, Sequence
+from types import SimpleNamespace
 
 import msgspec
 import pytest
@@ -20,6 +21,7 @@ from limosa.migration.progress import Bar, of_disks
 from limosa.model.base import NAME_PATTERN
 from limosa.model.migration import Phase, Progress
 from limosa.model.storage import BackingFile, DiskAction, DiskFacts, DiskProgress, Location
+from limosa.model.units import MIB
 from limosa.model.vm import Disk, DiskFormat
 from limosa.qemu.protocol import CopyState, CopyStatistics, Event, MigrationStatistics
 from limosa.testing.disks import FakeDisks
@@ -314,6 +316,22 @@ class TestKeeping:
             keeping, what = keeping.judge(100.0 * number, remaining)
             assert what == ""
 
+    def test_a_ready_one_that_falls_behind_for_more_than_a_moment(self) -> None:
+        keeping, told = Keeping(100.0, 0.0, least=0), []
+        for tick, remaining in enumerate([50, 500, 50, *[500] * 7, 400, *[500] * 6, 50]):
+            keeping, what = keeping.judge(tick / 5, remaining, 100)
+            told.append((tick, what, keeping.is_behind))
+        acts = [(tick, what) for tick, what, _ in told if what]
+        assert acts == [(8, "block-writes")]
+        assert [tick for tick, _, behind in told if behind] == list(range(8, 17))
+
+    def test_a_ready_one_that_never_catches_up_is_given_up(self) -> None:
+        keeping, told = Keeping(10.0, 0.0), []
+        for second in range(14):
+            keeping, what = keeping.judge(float(second), 500, 100)
+            told.append(what)
+        assert told == ["", "", "block-writes", *[""] * 9, "give-up", "give-up"]
+
 
 class TestTheBar:
     """It never goes back, with disks before the memory."""
@@ -436,6 +454,26 @@ class TestMirrors:
                 await copying.until_ready(lambda: None)
             assert machine.blocking == {"vda"}
             assert copying.progress()[0].write_blocking
+
+        asyncio.run(scenario())
+
+    def test_a_ready_copy_may_have_left_what_it_copies_within_a_blackout(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        clock = iter(range(100))
+        monkeypatch.setattr(mirrors, "time", SimpleNamespace(monotonic=lambda: clock.__next__() / 4))
+
+        async def scenario() -> None:
+            fast = [CopyStatistics(CopyState.READY, 100 * MIB * n, 100 * MIB * n + 5 * MIB) for n in range(10)]
+            slow = [CopyStatistics(CopyState.READY, 10 * MIB * n, 10 * MIB * n + 5 * MIB) for n in range(100, 110)]
+            machine = Copying(*fast, *slow)
+            copying = Mirrors(machine, ["vda"], 100)
+            for _ in fast:
+                await copying.keep_up(0.06)
+            assert not machine.blocking
+            assert copying.behind == ()
+            for _ in slow:
+                await copying.keep_up(0.06)
+            assert machine.blocking == {"vda"}
+            assert copying.behind == ("vda",)
 
         asyncio.run(scenario())
 

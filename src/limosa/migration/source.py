@@ -327,6 +327,14 @@ class SourceMove:
                 if await machine.status() is not RunState.FINISH_MIGRATE:
                     return  # it was not the move that stopped it
         vm, host = self.header.vm.name, self.header.destination
+        if self.mirrors is not None and not self.mirrors.whole:
+            raise MigrationFailed(
+                f"the disks of VM '{vm}' could not be made whole on host '{host}' while it stood still",
+                why=f"what the guest had written last was not copied within {STANDS_STILL_S:.0f} s",
+                todo="move the VM when it writes less, or over a faster network",
+                vm=vm,
+                host=host,
+            )
         raise MigrationFailed(
             f"host '{host}' did not take the rest of VM '{vm}', which stood still meanwhile",
             why=f"its QEMU had not loaded everything within {STANDS_STILL_S:.0f} s",
@@ -455,16 +463,21 @@ class SourceMove:
     async def _watch(self, machine: MachineProtocol) -> None:
         judge = Convergence.begin(self.terms.policy)
         while True:
-            judge = await self._look(machine, judge, await machine.migration())
             if self.mirrors is not None and not self.paused.done():
-                await self.mirrors.look()
+                await self.mirrors.keep_up(self.terms.policy.blackout_budget_ms / 1000)
+            judge = await self._look(machine, judge, await machine.migration())
             await asyncio.sleep(LOOK_EVERY_S)
 
     async def _look(self, machine: MachineProtocol, judge: Convergence, look: MigrationStatistics) -> Convergence:
         if look.state is not MigrationState.ACTIVE:
             return judge
         bar = self.report.bar = self.report.bar.moved(self.report.now.phase, look)
-        judge, action = judge.judge(time.monotonic(), look)
+        if self.mirrors is not None and self.mirrors.behind:
+            disks_behind = ", ".join(self.mirrors.behind)
+            note = f"the guest waits for its writes to disk {disks_behind} to be copied, which has to catch up"
+            judge, action = judge.hold(time.monotonic(), note)
+        else:
+            judge, action = judge.judge(time.monotonic(), look)
         self._let_wait(bar.pace, look, judge)
         await self._act(machine, action)
         note = "" if isinstance(action, convergence.GiveUp) else action.note
@@ -492,6 +505,8 @@ class SourceMove:
         match action:
             case convergence.RaiseDowntimeLimit(milliseconds):
                 await machine.set_downtime_limit(milliseconds)
+            case convergence.Hold():
+                await machine.set_downtime_limit(0)
             case convergence.Throttle(percent):
                 await machine.set_throttle(percent, convergence.THROTTLE_STEP_PERCENT)
             case convergence.StartPostCopy():
