@@ -6,6 +6,7 @@ import asyncio
 import os
 import stat
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,13 +19,14 @@ from limosa.errors import Conflict, InvalidInput, LimosaError, NotFound, Storage
 from limosa.host.files import Files
 from limosa.host.incoming import Incoming
 from limosa.host.leasing import Leasing
+from limosa.host.looks import Looks
 from limosa.host.page import Page
 from limosa.host.parts import Parts
 from limosa.host.storage import Storage
 from limosa.migration import disks
 from limosa.model.storage import BackingFile, DiskAction, DiskFacts, DiskPlan, Location, Place
 from limosa.model.vm import Disk
-from limosa.storage import lvm
+from limosa.storage import chains, lvm, stores
 from limosa.storage.locations import Locations
 from limosa.wire.peer import Prepare
 
@@ -93,7 +95,8 @@ class TestLocations:
         assert Locations({"images": Place(path="/big")}, "images", Path("/own")).own == "/big"
 
     def test_what_the_kernel_says(self, tmp_path: Path) -> None:
-        here, gone = Locations({"gone": Place(path="/nowhere")}, "images", tmp_path).look()[::-1]
+        places = Locations({"gone": Place(path="/nowhere")}, "images", tmp_path)
+        here, gone = places.look("images"), places.look("gone")
         assert (here.name, here.default, here.fault) == ("images", True, "")
         assert 0 < here.free_bytes <= here.total_bytes
         assert here.file_system
@@ -123,10 +126,11 @@ class TestTheLedger:
     def test_what_has_been_written_counts_once(self, storage: Storage) -> None:
         image = plan(storage, expected=64 * MIB)
         asyncio.run(storage.make(image))
-        held = storage._needed_in(storage.places.store("fast"))
+        pool = storage.places.store("fast").pool
+        held = storage._needed_in(pool)
         with Path(image.path).open("ab") as stream:
             stream.write(bytes(range(1, 256)) * (16 * MIB // 255))
-        assert held - storage._needed_in(storage.places.store("fast")) >= 15 * MIB
+        assert held - storage._needed_in(pool) >= 15 * MIB
 
     def test_two_that_fit_one_by_one_do_not_fit_together(self, storage: Storage) -> None:
         async def scenario() -> list[object]:
@@ -147,7 +151,7 @@ class TestTheLedger:
         Path(image.path).write_bytes(b"precious")
         with pytest.raises(StorageError, match="exists"):
             asyncio.run(storage.make(image))
-        assert storage._needed_in(storage.places.store("fast")) == 0
+        assert storage._held == {}
         assert Path(image.path).read_bytes() == b"precious"
 
     def test_a_location_that_has_gone(self, storage: Storage) -> None:
@@ -155,6 +159,80 @@ class TestTheLedger:
         storage.places.path("fast").rmdir()
         with pytest.raises(StorageError):
             asyncio.run(storage.make(image))
+
+
+class Dead:
+    """A server that does not answer before it comes back, of the folder ``root``."""
+
+    def __init__(self, root: str) -> None:
+        self._root = root
+        self._look = stores.Folder.look
+        self.comes_back = threading.Event()
+        self.looks = 0
+
+    def look(self, folder: stores.Folder, name: str, *, default: bool) -> Location:
+        if folder.root == self._root:
+            self.looks += 1
+            self.comes_back.wait()
+        return self._look(folder, name, default=default)
+
+
+class TestOneThatDoesNotAnswer:
+    """A location whose server is gone: a look at it does not end before that comes back."""
+
+    @pytest.fixture
+    def dead(self, storage: Storage, monkeypatch: pytest.MonkeyPatch) -> Iterator[Dead]:
+        dead = Dead(storage.places.store("fast").root)
+
+        def look(folder: stores.Folder, name: str, *, default: bool) -> Location:
+            return dead.look(folder, name, default=default)
+
+        monkeypatch.setattr(stores.Folder, "look", look)
+        storage._looks = Looks(0.5)
+        yield dead
+        dead.comes_back.set()
+
+    def test_others_are_used_and_one_thread_waits(self, storage: Storage, dead: Dead) -> None:
+        async def scenario() -> None:
+            for _ in range(3):
+                fast, images = await storage.locations()
+                assert (fast.name, fast.fault) == ("fast", "it does not answer")
+                assert images.fault == ""
+            assert dead.looks == 1
+            with pytest.raises(StorageError) as caught:
+                await storage.make(plan(storage, location="fast"))
+            assert caught.value.why == fast.fault
+            await storage.make(plan(storage, location="images"))
+            with pytest.raises(StorageError, match="fast"):
+                await storage.check_all_answer()
+            assert dead.looks == 1
+
+        asyncio.run(scenario())
+
+    def test_it_is_used_again_when_it_answers(self, storage: Storage, dead: Dead) -> None:
+        async def scenario() -> None:
+            assert (await storage.locations())[0].fault
+            dead.comes_back.set()
+            while (await storage.locations())[0].fault:  # noqa: ASYNC110 - its thread says when
+                await asyncio.sleep(0)
+            await storage.make(plan(storage, location="fast"))
+            await storage.check_all_answer()
+
+        asyncio.run(scenario())
+
+    def test_what_lies_below_disks_is_not_sought_there(self, storage: Storage, dead: Dead) -> None:
+        image = storage.places.path("images") / "golden.raw"
+        for path in (image, storage.places.path("fast") / image.name):
+            path.write_bytes(b"x" * 512)
+        wanted = BackingFile(
+            path=str(storage.places.path("fast") / image.name),
+            format="raw",
+            size=512,
+            digest=chains.digest(str(image), "raw"),
+        )
+        found = asyncio.run(storage.find(wanted))
+        assert found is not None
+        assert found.path == str(image)
 
 
 def test_a_disk_has_whole_sectors(storage: Storage, tmp_path: Path) -> None:
@@ -340,7 +418,7 @@ class TestVolumes:
         named = {"location": "bulk", "location_path": "golden.raw"}
         wanted = BackingFile(path=f"/dev/{GROUP}/golden.raw", format="raw", size=1, digest="d", **named)
         folders = [storage.places.path(name) for name in ("fast", "images")]
-        assert storage._candidates(wanted) == [str(folder / "golden.raw") for folder in folders]
+        assert storage._candidates(wanted, storage.places.names) == [str(folder / "golden.raw") for folder in folders]
 
     def test_a_program_that_is_not_there(
         self, storage: Storage, group: FakeLvm, monkeypatch: pytest.MonkeyPatch

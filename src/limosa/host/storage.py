@@ -6,8 +6,9 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Hashable, Iterable, Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
@@ -15,6 +16,7 @@ import msgspec
 from limosa.background import in_full
 from limosa.errors import StorageError
 from limosa.host.files import Files
+from limosa.host.looks import Looks
 from limosa.host.page import Page
 from limosa.host.slots import Slots
 from limosa.model.base import is_clean_path
@@ -29,6 +31,24 @@ from limosa.storage.stores import Store
 _log = logging.getLogger(__name__)
 #: QEMU shows a guest, and copies, whole ones.
 _SECTOR = 512
+#: A location that has not answered for so long is not used.
+ANSWERS_WITHIN_S = 5.0
+
+
+@dataclass(frozen=True)
+class _Held:
+    """What a copy under way will need in all, and what that space is taken from."""
+
+    total: int
+    pool: Hashable
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """A look at a location."""
+
+    location: Location
+    pool: Hashable
 
 
 class Storage:
@@ -46,7 +66,8 @@ class Storage:
         for slots in (self.leaving, self.arriving):
             page.on_change(slots.admit)
         #: what copies under way will still need, by the path of the image
-        self._held: dict[str, int] = {}
+        self._held: dict[str, _Held] = {}
+        self._looks: Looks[_Seen] = Looks(ANSWERS_WITHIN_S)
         #: while somebody looks at what is free in order to hold it
         self._looking = asyncio.Lock()
 
@@ -56,8 +77,25 @@ class Storage:
         return places(self._page, self._files)
 
     async def locations(self) -> tuple[Location, ...]:
-        """All locations. What copies under way will still need is not free."""
-        return await asyncio.to_thread(self._look)
+        """All locations, by name. What copies under way will still need is not free. One whose server is gone has a
+        fault that says so."""
+        places = self.places
+        names = sorted(places.names)
+        seen = await asyncio.gather(*(self._look(places, name) for name in names))
+        return tuple(
+            one.location if one is not None else places.silent(name) for name, one in zip(names, seen, strict=True)
+        )
+
+    async def check_all_answer(self) -> None:
+        """Before all locations are searched. Raises :class:`StorageError` if one does not answer."""
+        places = self.places
+        for name in sorted(places.names):
+            if await self._look(places, name) is None:
+                raise StorageError(
+                    f"location '{name}' does not answer",
+                    why="so it cannot be told what lies there",
+                    todo="mend it, or take it away with 'limosa storage remove'",
+                )
 
     async def facts(self, disks: Iterable[Disk]) -> tuple[DiskFacts, ...]:
         """What is to know before they are copied. Raises :class:`StorageError`."""
@@ -74,10 +112,11 @@ class Storage:
         that of a layer and its original. Only files in a location count, so that nobody can have another file of the
         host shown to a guest, and no logical volumes: those stand alone.
         """
-        return await asyncio.to_thread(self._find, wanted)
+        usable = {one.name for one in await self.locations() if not one.fault}
+        return await asyncio.to_thread(self._find, wanted, usable)
 
-    def _find(self, wanted: BackingFile) -> BackingFile | None:
-        for path in self._candidates(wanted):
+    def _find(self, wanted: BackingFile, usable: Collection[str]) -> BackingFile | None:
+        for path in self._candidates(wanted, usable):
             with suppress(OSError, StorageError):
                 if _size(path) == wanted.size and access.may(Path(path), self.user, write=False):
                     found = _with_digest(self._backing(path, wanted.format))
@@ -85,8 +124,8 @@ class Storage:
                         return found
         return None
 
-    def _candidates(self, wanted: BackingFile) -> list[str]:
-        stores = {name: self.places.store(name) for name in sorted(self.places.names)}
+    def _candidates(self, wanted: BackingFile, usable: Collection[str]) -> list[str]:
+        stores = {name: self.places.store(name) for name in sorted(self.places.names.intersection(usable))}
         folders = {name: Path(store.root) for name, store in stores.items() if store.kind == "folder"}
         found = [Path(wanted.path), *(folder / Path(wanted.path).name for folder in folders.values())]
         if wanted.location in folders and is_clean_path(f"/{wanted.location_path}"):
@@ -139,14 +178,21 @@ class Storage:
     async def _hold(self, path: str, location: str, needed: int) -> None:
         """Between plan and deed another copy may have taken the space, so it is looked at again."""
         async with self._looking:
-            found = next((one for one in await self.locations() if one.name == location), None)
-            if found is None or found.lacks(needed):
+            # What another has begun to hold since a look under way began is not in that.
+            places = self.places
+            seen = await self._look(places, location, anew=True)
+            found = seen.location if seen is not None else places.silent(location)
+            if found.fault:
+                raise StorageError(
+                    f"location '{location}' cannot be used", why=found.fault, todo="mend it, or choose another location"
+                )
+            if seen is None or found.lacks(needed):
                 raise StorageError(
                     f"location '{location}' has no room for {Path(path).name}",
-                    why=f"{format_bytes(found.free_bytes if found else 0)} are free, {format_bytes(needed)} are needed",
+                    why=f"{format_bytes(found.free_bytes)} are free, {format_bytes(needed)} are needed",
                     todo="free space there, or choose another location",
                 )
-            self._held[path] = needed
+            self._held[path] = _Held(needed, seen.pool)
 
     def settle(self, path: str) -> None:
         """An image is complete: nothing more is held for it."""
@@ -189,19 +235,22 @@ class Storage:
             location_path=inside,
         )
 
-    def _look(self) -> tuple[Location, ...]:
-        places = self.places
-        # In this order: what is taken in between counts twice, and not never.
-        needed = {name: self._needed_in(places.store(name)) for name in places.names}
-        return tuple(
-            msgspec.structs.replace(one, free_bytes=max(0, one.free_bytes - needed[one.name])) for one in places.look()
-        )
+    async def _look(self, places: Locations, name: str, *, anew: bool = False) -> _Seen | None:
+        """One location; None if it does not answer. Raises :class:`NotFound`."""
+        store = places.store(name)
 
-    def _needed_in(self, store: Store) -> int:
-        """What copies under way will still need of the space that ``store`` has too."""
-        places, pool = self.places, store.pool
-        held = ((places.store_of(path), path, total) for path, total in list(self._held.items()))
-        return sum(_still_needed(one, path, total) for one, path, total in held if one.pool == pool)
+        def look() -> _Seen:
+            pool = store.pool
+            needed = self._needed_in(pool)  # before: what is taken in between counts twice, and not never
+            seen = places.look(name)
+            return _Seen(msgspec.structs.replace(seen, free_bytes=max(0, seen.free_bytes - needed)), pool)
+
+        return await self._looks.look((name, store), look, anew=anew)
+
+    def _needed_in(self, pool: Hashable) -> int:
+        """What copies under way will still need of the space of ``pool``."""
+        held = [(path, one.total) for path, one in list(self._held.items()) if one.pool == pool]
+        return sum(_still_needed(self.places.store_of(path), path, total) for path, total in held)
 
     def _taken(self, path: str) -> int:
         """Bytes an image takes on its storage. Raises :class:`StorageError`."""
