@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import stat
+import subprocess
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,8 +26,8 @@ from limosa.host.parts import Parts
 from limosa.host.storage import Storage
 from limosa.migration import disks
 from limosa.model.storage import BackingFile, DiskAction, DiskFacts, DiskPlan, Location, Place
-from limosa.model.vm import Disk
-from limosa.storage import chains, lvm, stores
+from limosa.model.vm import Disk, DiskFormat
+from limosa.storage import chains, images, lvm, stores
 from limosa.storage.locations import Locations
 from limosa.wire.peer import Prepare
 
@@ -534,3 +535,44 @@ class TestWhatASourceMayName:
                 incoming.begin(self.request(plan(storage)), "host1", "10.0.0.2")
 
         asyncio.run(scenario())
+
+
+class TestWhatACopyTakes:
+    """It is written uncompressed, whatever the image takes."""
+
+    def facts(self, storage: Storage, path: Path, image_format: DiskFormat = "qcow2") -> DiskFacts:
+        (found,) = asyncio.run(storage.facts([Disk(name="vda", path=str(path), format=image_format)]))
+        return found
+
+    def made(self, folder: Path, *options: str) -> Path:
+        """An image with 4 MiB of data that can be compressed, in a disk of 64."""
+        plain, image = folder / "plain.raw", folder / "image.qcow2"
+        plain.write_bytes(b"ab" * (2 * MIB))
+        os.truncate(plain, 64 * MIB + 512)
+        subprocess.run(["qemu-img", "convert", *options, "-O", "qcow2", plain, image], check=True)
+        return image
+
+    def test_a_compressed_image(self, storage: Storage, tmp_path: Path) -> None:
+        image = self.made(tmp_path, "-c")
+        assert image.stat().st_blocks * 512 < MIB
+        found = self.facts(storage, image)
+        assert (found.allocated_bytes, found.chain_bytes) == (4 * MIB, 4 * MIB)
+
+    def test_one_above_a_compressed_one(self, storage: Storage, tmp_path: Path) -> None:
+        image, top = self.made(tmp_path, "-c"), tmp_path / "top.qcow2"
+        subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", "-b", image, "-F", "qcow2", top], check=True)
+        found = self.facts(storage, top)
+        assert found.allocated_bytes < MIB
+        assert 4 * MIB <= found.chain_bytes < 5 * MIB
+        assert found.below[0].allocated_bytes < MIB, "what is sent as it is stays compressed"
+
+    def test_a_sparse_file(self, storage: Storage, tmp_path: Path) -> None:
+        self.made(tmp_path)
+        assert 4 * MIB <= self.facts(storage, tmp_path / "plain.raw", "raw").chain_bytes < 5 * MIB
+
+    def test_one_that_cannot_be_measured(
+        self, storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        image = self.made(tmp_path, "-c")
+        monkeypatch.setattr(images, "_QEMU_IMG", "/bin/false")
+        assert self.facts(storage, image).chain_bytes == image.stat().st_blocks * 512

@@ -23,7 +23,7 @@ from limosa.model.base import is_clean_path
 from limosa.model.storage import BackingFile, DiskFacts, DiskPlan, LayerPlan, Location
 from limosa.model.units import format_bytes
 from limosa.model.vm import Disk, DiskFormat
-from limosa.storage import access, chains, layers, qcow2
+from limosa.storage import access, chains, images, layers, qcow2
 from limosa.storage.locations import Locations
 from limosa.storage.marks import Mark
 from limosa.storage.stores import Store
@@ -99,7 +99,8 @@ class Storage:
 
     async def facts(self, disks: Iterable[Disk]) -> tuple[DiskFacts, ...]:
         """What is to know before they are copied. Raises :class:`StorageError`."""
-        return await asyncio.to_thread(lambda: tuple(self._facts(disk) for disk in disks))
+        found = await asyncio.to_thread(lambda: tuple(self._facts(disk) for disk in disks))
+        return tuple(await asyncio.gather(*(_measured(fact) for fact in found)))
 
     async def digest(self, backing: BackingFile) -> BackingFile:
         """The same with its digest, for which it and all below it is read once. Raises :class:`StorageError`."""
@@ -264,6 +265,21 @@ def places(page: Page, files: Files) -> Locations:
 
 def _with_digest(backing: BackingFile) -> BackingFile:
     return msgspec.structs.replace(backing, digest=chains.digest(backing.path, backing.format))
+
+
+async def _measured(fact: DiskFacts) -> DiskFacts:
+    """The same with what a copy holds where that is more than it takes on its storage."""
+    if fact.chain_bytes >= fact.virtual_bytes or Path(fact.path).is_block_device():
+        return fact
+    one = await _copied_bytes(fact.path, fact.format, fact.allocated_bytes)
+    below = [await _copied_bytes(file.path, file.format, file.allocated_bytes) for file in fact.below]
+    return msgspec.structs.replace(fact, allocated_bytes=one, chain_bytes=one + sum(below))
+
+
+async def _copied_bytes(path: str, image_format: DiskFormat, taken: int) -> int:
+    with suppress(OSError, StorageError):  # what it takes is a good guess but for what is compressed
+        return max(taken, await images.data_bytes(Path(path), image_format))
+    return taken
 
 
 def _alike(folder: Path, wanted: BackingFile) -> Iterator[Path]:

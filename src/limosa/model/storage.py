@@ -159,7 +159,7 @@ class DiskFacts(Model, forbid_unknown_fields=False, frozen=True):
     format: DiskFormat
     #: what the guest sees
     virtual_bytes: Bytes
-    #: what it takes on its storage
+    #: what a copy will take: at least what it takes on its storage, more if it is compressed there
     allocated_bytes: Bytes
     #: of it and all below it
     chain_bytes: Bytes = 0
