@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from limosa.errors import LimosaError
 from limosa.host.page import Page
@@ -31,6 +31,11 @@ class Bandwidth:
         claims = {name: claim for name, move in self._moves.items() if (claim := _claim(move)) is not None}
         mine = claims.get(migration)
         return shares.allowance(mine, list(claims.values()), _caps(self._page.now)) if mine is not None else 0
+
+    def alone(self, kind: Kind, addresses: Iterable[str]) -> int:
+        """Bytes per second a move to these addresses could use if there were no other, 0: no cap."""
+        claim = Claim(kind, tuple(addresses))
+        return shares.allowance(claim, [claim], _caps(self._page.now))
 
     async def share(self) -> None:
         """Give each move its share. A machine that refuses is about to end anyway."""

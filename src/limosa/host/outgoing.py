@@ -13,13 +13,14 @@ import msgspec
 from limosa.background import Background
 from limosa.errors import Conflict, HostUnreachable, LimosaError
 from limosa.host.bandwidth import MBIT_BYTES, Bandwidth
+from limosa.host.expectation import expect, resident_bytes
 from limosa.host.leaving import Leaving
 from limosa.host.parts import Parts
 from limosa.host.peers import RemotePeer, dial
 from limosa.host.slots import Slots
 from limosa.host.views import Views
 from limosa.host.vms import HostedVm
-from limosa.migration.examination import Question, examine
+from limosa.migration.examination import Examined, Question, examine
 from limosa.migration.home import Terms
 from limosa.migration.journal import Header, Journal, new_identity
 from limosa.migration.ownership import SOURCE_ENDED, SourceStep
@@ -31,10 +32,11 @@ from limosa.model import reading
 from limosa.model.base import is_name
 from limosa.model.finding import Finding, Severity
 from limosa.model.migration import Migration, Outcome, Phase, Progress, Side
+from limosa.model.units import MIB
 from limosa.model.vm import VmState
 from limosa.security import tls
 from limosa.settings.address import split_address
-from limosa.wire.api import CheckReport, CheckRequest, MoveOptions, MoveRequest
+from limosa.wire.api import CheckReport, CheckRequest, Expected, MoveOptions, MoveRequest
 
 _log = logging.getLogger(__name__)
 
@@ -71,13 +73,14 @@ class Outgoing:
                 facts = self._parts.inspector.vm_facts(hosted)
                 examined = await examine(peer, self._question(hosted, request.options), facts, self._parts.storage)
                 findings, route, disks, layers = examined.findings, examined.route, examined.disks, examined.layers
+                expected: Expected | None = self._expect(hosted, examined, request.options)
             finally:
                 await peer.close()
         except HostUnreachable as error:
             destination = request.destination
             todo = error.todo or "see the logs of both hosts"
             findings = (Finding.error(error.code, str(error), todo),)
-            route, disks, layers = None, (), ()
+            route, disks, layers, expected = None, (), (), None
         possible = all(finding.severity is not Severity.ERROR for finding in findings)
         return CheckReport(
             vm=request.vm,
@@ -88,6 +91,20 @@ class Outgoing:
             route=route,
             disks=disks,
             layers=layers,
+            expected=expected,
+        )
+
+    def _expect(self, hosted: HostedVm, examined: Examined, options: MoveOptions) -> Expected:
+        memory = hosted.config.memory_mib * MIB
+        resident = resident_bytes(hosted.machine.pid) if hosted.machine is not None else None
+        addresses = [path.there for path in examined.route.paths]
+        return expect(
+            examined.disks,
+            examined.layers,
+            min(memory, resident) if resident is not None else memory,
+            examined.route,
+            self._terms(options).policy,
+            lambda kind: self._bandwidth.alone(kind, addresses),
         )
 
     def _question(self, hosted: HostedVm, options: MoveOptions) -> Question:
