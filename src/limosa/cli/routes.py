@@ -31,7 +31,7 @@ def say_disks(plans: Iterable[DiskPlan], layers: Iterable[LayerPlan] = ()) -> No
     """A line for each disk, and for each file below them that is sent too."""
     for plan in plans:
         if plan.action is DiskAction.STAY:
-            say(f"disk {plan.disk}: stays, {plan.why}")
+            say(f"disk {plan.disk}: {plan.why}" if plan.location else f"disk {plan.disk}: stays, {plan.why}")
         else:
             size = f"about {format_bytes(plan.expected_bytes)} of {format_bytes(plan.virtual_bytes)}"
             say(f"disk {plan.disk}: {plan.why}, {size}, as {plan.path}")

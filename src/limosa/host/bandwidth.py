@@ -53,7 +53,7 @@ def _claim(move: SourceMove) -> Claim | None:
     view = move.report.now
     if view.phase not in _SENDING:
         return None
-    copies = disks.copies(view.disks) and view.phase in (Phase.BUILD_UP, Phase.STORAGE)
+    copies = (disks.copies(view.disks) or view.layers) and view.phase in (Phase.BUILD_UP, Phase.STORAGE)
     addresses = tuple(path.there for path in view.route.paths) if view.route is not None else ()
     return Claim(Kind.STORAGE if copies else Kind.MEMORY, addresses, move.home.own_cap)
 

@@ -139,7 +139,9 @@ class Incoming:
                 raise InvalidInput(f"the copy of {plan.origin} cannot be {file.path}", vm=request.vm.name)
             if os.path.lexists(file.path):
                 raise Conflict(f"{file.path} exists already", vm=request.vm.name, host=self.host)
-            if not request.disks or (plan.backing is not None and not self._storage.places.of(plan.backing.path)):
+            # Below a disk, or one that is only read.
+            shown = bool(request.disks) or any(disk.read_only for disk in request.vm.disks)
+            if not shown or (plan.backing is not None and not self._storage.places.of(plan.backing.path)):
                 raise InvalidInput(f"{file.path} cannot be shown to a guest", vm=request.vm.name)
 
     def _forget_earlier_try(self, request: Prepare, source: str) -> None:

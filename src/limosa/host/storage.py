@@ -209,7 +209,8 @@ class Storage:
             _log.error("%s is not used any more: %s", path, error)
 
     def _facts(self, disk: Disk) -> DiskFacts:
-        below = tuple(self._backing(*one) for one in chains.below(disk.path, disk.format))
+        itself = ((disk.path, disk.format),) if disk.read_only else ()
+        below = tuple(self._backing(*one) for one in (*itself, *chains.below(disk.path, disk.format)))
         header = qcow2.read(Path(disk.path)) if disk.format == "qcow2" else None
         allocated = self._taken(disk.path)
         size = header.virtual_bytes if header is not None else disk.size_bytes or _size(disk.path)

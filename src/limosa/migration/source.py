@@ -159,7 +159,7 @@ class SourceMove:
         left = tuple(disk.path for disk in self.header.vm.disks if disk.name in copied)
         self.journal.record(SourceStep.PREPARING, time.time(), left=() if self.terms.keep else left)
         await self.home.promise(peer.host, left)
-        if copies:
+        if copies or below:
             await self.home.take_storage_slot(
                 self.report.line("other moves of disks from this host", then=Phase.BUILD_UP)
             )
@@ -168,7 +168,7 @@ class SourceMove:
         # Memory that relays carry leaves the host through their TLS, and is not encrypted twice.
         server, client = make_credentials() if encrypt and not relays else (None, None)
         # A disk is encrypted whatever is said of memory: else whoever finds the port could write into it.
-        disks_server, self.disk_credentials = make_credentials() if copies and not relays else (None, None)
+        disks_server, self.disk_credentials = make_credentials() if (copies or below) and not relays else (None, None)
         request = Prepare(
             migration=self.header.migration,
             vm=disks.landed(self.header.vm, examined.disks),

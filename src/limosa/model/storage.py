@@ -163,7 +163,7 @@ class DiskFacts(Model, forbid_unknown_fields=False, frozen=True):
     allocated_bytes: Bytes
     #: of it and all below it
     chain_bytes: Bytes = 0
-    #: the files below it, the nearest first
+    #: the files below it, the nearest first; if it is only read it is sent as those are, and the first
     below: tuple[BackingFile, ...] = ()
     #: how many snapshots are inside the image
     snapshots: int = 0
@@ -174,7 +174,7 @@ class DiskFacts(Model, forbid_unknown_fields=False, frozen=True):
 class DiskAction(StrEnum):
     """What becomes of a disk when its VM moves to another host."""
 
-    #: both hosts see the same file
+    #: both hosts see the same file, or it is only read and the destination has, or is sent, one with its contents
     STAY = "stay"
     #: it is copied, in one piece
     COPY = "copy"
