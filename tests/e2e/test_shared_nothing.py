@@ -53,7 +53,9 @@ def test_the_disk_goes_along_there_and_back(hosts: list[LabHost], client: LanCli
             assert ended.outcome is Outcome.COMPLETED, ended.fault
             assert ended.transport == transport
             assert ended.phases[Phase.STORAGE] > 0
-            assert (ended.route is not None and ended.route.compressed is not None) is (transport == "compression")
+            assert ended.route is not None
+            assert (ended.route.compressed is not None) is (transport == "compression")
+            assert any(path.connections and path.sent_bytes for path in ended.route.paths)
             goes_on(client)
             assert images(destination) == disks_of(destination, "web")
             assert images(source) == [], "what the VM has left is gone"

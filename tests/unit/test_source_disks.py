@@ -43,6 +43,7 @@ from limosa.settings.host import ConvergencePolicy
 from limosa.testing.guest import FakeGuest
 from limosa.testing.machine import FakeMachine
 from limosa.testing.wire import Stage, Wire
+from limosa.transport.channel import Used
 from limosa.transport.choice import Ends
 from limosa.wire.peer import DestinationState, LayersAwaited, Prepare, Prepared, Standing
 
@@ -481,6 +482,31 @@ def test_a_guest_does_not_stop_before_the_copy_of_its_disk_has_caught_up(
         world.here.copy_is("vda", CopyState.READY, remaining=1)
         await running
         assert world.said == ["copy", "end", "continue", "close", "resume"]
+
+    play(tmp_path, scenario)
+
+
+def test_what_each_path_carries_is_shown_while_disks_are_copied(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent = 0
+    monkeypatch.setattr(source, "SHOW_ROUTE_EVERY_S", 0.001)
+    monkeypatch.setattr(Channel, "used", lambda _: (Used("10.0.0.1", "10.0.0.2", sent),))
+
+    def shown(world: World) -> int:
+        route = world.report.now.route
+        return sum(path.sent_bytes for path in route.paths) if route is not None else 0
+
+    async def scenario(world: World) -> None:
+        nonlocal sent
+        world.here.slow = True
+        running = asyncio.ensure_future(world.move.run())
+        await until(lambda: world.report.now.phase is Phase.STORAGE and "copy" in world.said)
+        await until(lambda: shown(world) == 0 and world.report.now.route is not None)
+        sent = 77
+        await until(lambda: shown(world) == 77)
+        world.here.copy_is("vda", CopyState.READY)
+        await running
 
     play(tmp_path, scenario)
 

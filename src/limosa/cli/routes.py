@@ -62,4 +62,5 @@ def _end(nic: str, address: str) -> str:
 
 def _figures(path: Path) -> str:
     speed = f", {path.speed_mbit_per_s} Mbit/s" if path.speed_mbit_per_s else ""
-    return speed + (f", {format_bytes(path.sent_bytes)} sent" if path.sent_bytes else "")
+    count = f", {path.connections} connection{'s' if path.connections > 1 else ''}" if path.connections else ""
+    return speed + count + (f", {format_bytes(path.sent_bytes)} sent" if path.sent_bytes else "")

@@ -49,6 +49,8 @@ from limosa.transport.choice import connected
 from limosa.wire.peer import Prepare, Prepared, StreamCredentials
 
 LOOK_EVERY_S = 0.2
+#: While disks are copied.
+SHOW_ROUTE_EVERY_S = 1.0
 #: So long before a guest may stop, what waits on the way is made little: it would have to wait for that. If it will go
 #: on for so much longer it is made more again, which is faster.
 SHORTEN_BEFORE_S, LENGTHEN_BEFORE_S = 0.3, 0.6
@@ -98,6 +100,8 @@ class SourceMove:
         self.mirrors: Mirrors | None = None
         self.disk_credentials: StreamCredentials | None = None
         self.disk_channels: list[SocketChannel] = []
+        #: what files below disks were sent by counts on, though it is closed
+        self.layers_channel: list[SocketChannel] = []
         #: bytes of files below disks
         self.layers_sent = 0
         self.stopped_at: float | None = None
@@ -252,12 +256,28 @@ class SourceMove:
         await self.home.sending()
         route, copies = self.examined.route, disks.copies(self.examined.disks)
         self.disk_channels = await self.home.connect_disks(route, prepared, len(copies))
-        self.paths = Paths(route, self.examined.ends, self.disk_channels, self.examined.blocked)
+        paths = self.paths_of(*self.disk_channels)
         bandwidth = self.home.bandwidth() // len(copies)
         await mirrors.send(machine, self.header.migration, copies, self.disk_channels, self.disk_credentials, bandwidth)
         copying = self.mirrors = Mirrors(machine, [plan.disk for plan in copies], self.terms.policy.patience_s)
-        with self._following(self.paths):
-            await copying.until_ready(lambda: self._show_disks(copying))
+        show = asyncio.ensure_future(self._show_route())
+        try:
+            with self._following(paths):
+                await copying.until_ready(lambda: self._show_disks(copying))
+        finally:
+            show.cancel()
+
+    def paths_of(self, *channels: Channel) -> Paths:
+        """The paths that are shown from now on: what these channels carry, and what files below disks have taken."""
+        assert self.examined is not None
+        channels = (*self.layers_channel, *channels)
+        self.paths = Paths(self.examined.route, self.examined.ends, channels, self.examined.blocked)
+        return self.paths
+
+    async def _show_route(self) -> None:
+        while True:
+            self.report.change(route=await self._route())
+            await asyncio.sleep(SHOW_ROUTE_EVERY_S)
 
     def _show_disks(self, copying: Mirrors) -> None:
         self.report.bar, shown = progress.of_disks(
@@ -276,8 +296,7 @@ class SourceMove:
         assert self.examined is not None
         self.journal.record(SourceStep.MIGRATING, time.time(), durable=False)
         self.channel = await self.home.connect(self.examined.route, prepared)
-        channels = [self.channel, *self.disk_channels]
-        self.paths = Paths(self.examined.route, self.examined.ends, channels, self.examined.blocked)
+        paths = self.paths_of(self.channel, *self.disk_channels)
         await machine.migrate(self.channel.stream)
         watch = asyncio.ensure_future(self._watch(machine))
         finish = asyncio.ensure_future(self._finish_disks(machine))
@@ -285,7 +304,7 @@ class SourceMove:
         try:
             # Looking must not delay the hand-over, so it goes on beside the waiting.
             waiting: set[asyncio.Future[Any]] = {self.sent, watch, finish, limit}
-            with self._following(self.paths):
+            with self._following(paths):
                 while not self.sent.done():
                     done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
                     for one in done - {self.sent}:
@@ -427,7 +446,7 @@ class SourceMove:
         for channel in (self.channel, *self.disk_channels):
             if channel is not None:
                 channel.close()
-        self.channel, self.disk_channels, self._is_short = None, [], False
+        self.channel, self.disk_channels, self.layers_channel, self._is_short = None, [], [], False
         self.home.disconnect()
 
     def _cut_off(self) -> None:
@@ -482,7 +501,7 @@ class SourceMove:
         await self._act(machine, action)
         note = "" if isinstance(action, convergence.GiveUp) else action.note
         shown = progress.progress(bar, look, limit_ms=judge.downtime_limit_ms, note=note)
-        self.report.change(progress=self._with_disks(shown), route=await self._route())
+        self.report.change(progress=self._with_disks(shown), route=await self._route(look.transferred_bytes))
         return judge
 
     def _let_wait(self, pace: float, look: MigrationStatistics, judge: Convergence) -> None:
@@ -536,11 +555,11 @@ class SourceMove:
             progress=self._with_disks(shown),
             transfer_s=look.total_s,
             qemu_downtime_ms=look.downtime_ms,
-            route=await self._route(),
+            route=await self._route(look.transferred_bytes),
         )
 
-    async def _route(self) -> Route | None:
-        return await self.paths.look() if self.paths is not None else self.report.now.route
+    async def _route(self, of_memory: int = 0) -> Route | None:
+        return await self.paths.look(of_memory) if self.paths is not None else self.report.now.route
 
 
 POST_COPY = frozenset(
