@@ -37,7 +37,8 @@ class LandingHere:
 
     async def reserve(self, in_line: Callable[[int], None]) -> None:
         """See :class:`limosa.migration.destination.Landing`."""
-        for slots in (self._slots, *([self._storage.arriving] if self._header.images or self._header.layers else [])):
+        # As at the source: who waits for a place among disks does not keep one from a move of memory alone.
+        for slots in (*([self._storage.arriving] if self._header.images or self._header.layers else []), self._slots):
             try:
                 await slots.acquire(in_line)
             except BaseException:

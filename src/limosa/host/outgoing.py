@@ -17,7 +17,7 @@ from limosa.host.expectation import expect, resident_bytes
 from limosa.host.leaving import Leaving
 from limosa.host.parts import Parts
 from limosa.host.peers import RemotePeer, dial
-from limosa.host.slots import Slots
+from limosa.host.slots import Place, Slots
 from limosa.host.views import Views
 from limosa.host.vms import HostedVm
 from limosa.migration.examination import Examined, Question, examine
@@ -188,19 +188,18 @@ class Outgoing:
         terms = self._terms(options)
         report = Report(self._first_view(header, terms.transport), self._views.publish)
         own_cap = (options.bandwidth_mbit_per_s or 0) * MBIT_BYTES
-        leaving = Leaving(self._parts, hosted, self._bandwidth, header.migration, own_cap)
+        place = Place(self.slots)
+        leaving = Leaving(self._parts, hosted, self._bandwidth, header.migration, own_cap, place)
         machine = hosted.machine if hosted is not None else None
         move = SourceMove(journal, machine, self._dialler(header.address), leaving, terms, report)
         self._active[header.migration] = move
         self._views.publish(report.now)
-        self._background.spawn(self._settle(move, None) if settle else self._conduct(move))
+        self._background.spawn(self._settle(move, None) if settle else self._conduct(move, place))
         return report.now
 
-    async def _conduct(self, move: SourceMove) -> None:
-        has_slot = False
+    async def _conduct(self, move: SourceMove, place: Place) -> None:
         try:
-            await move.guard(self.slots.acquire(move.report.line("other moves of this host")))
-            has_slot = True
+            await move.guard(place.take(move.report.line("other moves of this host")))
             await self._bandwidth.share()
             await move.run()
             move.report.end(Outcome.COMPLETED)
@@ -209,8 +208,7 @@ class Outgoing:
         except Exception as error:  # noqa: BLE001 - a fault of ours must not leave a VM without an owner
             await self._settle(move, LimosaError("an internal error", why=repr(error), vm=move.header.vm.name))
         finally:
-            if has_slot:
-                self.slots.release()
+            place.give_back()
             self._ended(move)
             await self._bandwidth.share()
 

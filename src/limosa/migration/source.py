@@ -165,7 +165,8 @@ class SourceMove:
         await self.home.promise(peer.host, left)
         if copies or below:
             await self.home.take_storage_slot(
-                self.report.line("other moves of disks from this host", then=Phase.BUILD_UP)
+                self.report.line("other moves of disks from this host", then=Phase.BUILD_UP),
+                self.report.line("other moves of this host", then=Phase.BUILD_UP),
             )
         there, encrypt = examined.ends.destination, self.terms.encrypt
         relays = await self.home.seats(there, examined.route, 1 + len(copies) + bool(below), encrypt=encrypt)
