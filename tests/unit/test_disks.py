@@ -19,6 +19,7 @@ from limosa.migration import disks, examination, mirrors
 from limosa.migration.mirrors import Keeping, Mirrors
 from limosa.migration.progress import Bar, of_disks
 from limosa.model.base import NAME_PATTERN
+from limosa.model.finding import Severity
 from limosa.model.migration import Phase, Progress
 from limosa.model.storage import BackingFile, Chain, DiskAction, DiskFacts, DiskProgress, Location
 from limosa.model.units import MIB
@@ -124,6 +125,10 @@ class TestThePlan:
     def test_snapshots_are_not_lost(self) -> None:
         _, against = planned(IMAGES, fact=msgspec.structs.replace(FACT, snapshots=2))
         assert against == ["disk-snapshots"]
+
+    def test_that_bitmaps_are_lost_is_said(self) -> None:
+        (found,) = disks.against_copying(msgspec.structs.replace(FACT, bitmaps=2))
+        assert (found.code, found.severity) == ("disk-bitmaps", Severity.WARNING)
 
     def test_several_disks_share_what_is_free(self) -> None:
         plans = [disks.copied("web1", msgspec.structs.replace(FACT, name=name), FAST, "abc") for name in ("vda", "vdb")]

@@ -223,6 +223,7 @@ class Storage:
             chain_bytes=allocated + sum(file.allocated_bytes for file in below),
             below=below,
             snapshots=header.snapshots if header is not None else 0,
+            bitmaps=header.bitmaps if header is not None else 0,
             location=self.places.of(disk.path),
         )
 

@@ -258,16 +258,25 @@ def _unknown_disks(vm: VmConfig, wishes: Mapping[str, str]) -> list[Finding]:
 
 
 def against_copying(fact: DiskFacts) -> list[Finding]:
-    """Why a disk cannot be copied."""
-    if not fact.snapshots:
-        return []
-    return [
-        Finding.error(
-            "disk-snapshots",
-            f"disk {fact.name} holds {fact.snapshots} snapshots, which a copy would lose",
-            f"see qemu-img snapshot -l {fact.path}; delete them while the VM is stopped, or share the storage",
+    """Why a disk cannot be copied, or what of it is lost by that."""
+    found = []
+    if fact.snapshots:
+        found.append(
+            Finding.error(
+                "disk-snapshots",
+                f"disk {fact.name} holds {fact.snapshots} snapshots, which a copy would lose",
+                f"see qemu-img snapshot -l {fact.path}; delete them while the VM is stopped, or share the storage",
+            )
         )
-    ]
+    if fact.bitmaps:
+        found.append(
+            Finding.warning(
+                "disk-bitmaps",
+                f"disk {fact.name} holds {fact.bitmaps} dirty bitmaps, which a copy does not have",
+                "have the backup program that keeps them there make its next backup a full one",
+            )
+        )
+    return found
 
 
 def against_form(location: Location, image_format: DiskFormat | None, *, thick: bool) -> list[Finding]:

@@ -167,6 +167,8 @@ class DiskFacts(Model, forbid_unknown_fields=False, frozen=True):
     below: tuple[BackingFile, ...] = ()
     #: how many snapshots are inside the image
     snapshots: int = 0
+    #: how many dirty bitmaps are inside it, as backup programs keep there
+    bitmaps: int = 0
     #: name of the location it lies in, if in one
     location: str = ""
 
