@@ -374,11 +374,17 @@ class TestKeeping:
     def test_a_ready_one_that_falls_behind_for_more_than_a_moment(self) -> None:
         keeping, told = Keeping(100.0, 0.0, least=0), []
         for tick, remaining in enumerate([50, 500, 50, *[500] * 7, 400, *[500] * 6, 50]):
-            keeping, what = keeping.judge(tick / 5, remaining, 100)
+            keeping, what = keeping.judge(tick / 4, remaining, 100)
             told.append((tick, what, keeping.is_behind))
         acts = [(tick, what) for tick, what, _ in told if what]
-        assert acts == [(8, "block-writes")]
-        assert [tick for tick, _, behind in told if behind] == list(range(8, 17))
+        assert acts == [(7, "block-writes")]
+        assert [tick for tick, _, behind in told if behind] == list(range(6, 17))
+
+    def test_one_whose_guest_waits_already_is_not_behind_for_a_moment(self) -> None:
+        keeping = Keeping(100.0, 0.0, write_blocking=True)
+        for tick, remaining in enumerate([50, 500, 500, 50, 500, 500, 500, 50]):
+            keeping, what = keeping.judge(tick / 5, remaining, 100)
+            assert (what, keeping.is_behind) == ("", False)
 
     def test_a_ready_one_that_never_catches_up_is_given_up(self) -> None:
         keeping, told = Keeping(10.0, 0.0), []

@@ -468,13 +468,14 @@ def test_a_guest_does_not_stop_before_the_copy_of_its_disk_has_caught_up(
     monkeypatch.setattr(mirrors, "PIECE_BYTES", 1)
 
     async def scenario(world: World) -> None:
+        world.move.terms = dataclasses.replace(world.move.terms, policy=ConvergencePolicy(patience_s=60))
         world.here.guest.dirty_rate_bytes_per_s = 1e6
         world.wire.hold(Stage.COPY)
         running = asyncio.ensure_future(world.move.run())
         await world.wire.reached(Stage.COPY)
         world.here.copy_is("vda", CopyState.READY, remaining=2)
         await until(lambda: world.here.parameters is not None and world.here.parameters.downtime_limit_ms == 0)
-        assert world.here.blocking == {"vda"}
+        await until(lambda: world.here.blocking == {"vda"})
         world.wire.release(Stage.COPY)
         await world.wire.passes(10)
         assert await world.here.status() is RunState.RUNNING
@@ -511,7 +512,9 @@ def test_what_each_path_carries_is_shown_while_disks_are_copied(
     play(tmp_path, scenario)
 
 
-def test_a_copy_that_never_catches_up_ends_the_move(tmp_path: Path) -> None:
+def test_a_copy_that_never_catches_up_ends_the_move(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mirrors, "BEHIND_S", 0.001)
+
     async def scenario(world: World) -> None:
         world.move.terms = dataclasses.replace(world.move.terms, policy=ConvergencePolicy(patience_s=0.02))
         world.wire.hold(Stage.COPY)

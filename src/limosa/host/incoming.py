@@ -110,6 +110,12 @@ class Incoming:
         self._landing[request.migration] = destination
         return destination
 
+    async def check_answer(self, request: Prepare) -> None:
+        """Before :meth:`begin`, which looks into them: raises :class:`StorageError` if a location of what comes along
+        does not answer, and :class:`NotFound`."""
+        images = {plan.location for plan in request.disks}
+        await self._storage.check_answer(images | {plan.location for plan in request.layers})
+
     def _check_images(self, request: Prepare) -> None:
         """Images are made, and removed again, only where this host has a location and under the name a move gives them;
         one that is there already is somebody's.

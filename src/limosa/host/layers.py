@@ -144,6 +144,7 @@ class Layers:
 
     async def _is_nobodys(self, layer: BackingFile, migration: str, configs: Sequence[VmConfig]) -> bool:
         try:
+            await self._storage.check_answer([name] if (name := self._storage.places.of(layer.path)) else [])
             seen = {one.name for one in await self._storage.locations() if one.shared}
             if self._storage.places.of(layer.path) in seen and await self._is_whole(layer):
                 return False

@@ -137,6 +137,7 @@ class Session:
         news: asyncio.Queue[say.InLine | say.LayersAwaited] = asyncio.Queue()
         teller = asyncio.ensure_future(self._tell(news))
         try:
+            await self._incoming.check_answer(request)
             self._destination = self._incoming.begin(request, self._source.name, self._reached_at)
             prepared = await self._destination.prepare(
                 request, lambda place: news.put_nowait(say.InLine(place=place)), news.put_nowait

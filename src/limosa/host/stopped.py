@@ -75,7 +75,7 @@ class StoppedDisks:
         """Those of all but this VM."""
         known = Known.of(self._vms)
         others = Known([config for config in known.configs if config.name != hosted.config.name], known.damaged)
-        await self._places.check_all_answer()
+        await self._places.check_answer()
         return await asyncio.to_thread(Claims.look, self._migrations, others, self._places.places)
 
 

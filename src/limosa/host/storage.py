@@ -86,10 +86,11 @@ class Storage:
             one.location if one is not None else places.silent(name) for name, one in zip(names, seen, strict=True)
         )
 
-    async def check_all_answer(self) -> None:
-        """Before all locations are searched. Raises :class:`StorageError` if one does not answer."""
+    async def check_answer(self, names: Iterable[str] | None = None) -> None:
+        """Before these locations are looked into, or with no names all. Raises :class:`StorageError` if one does not
+        answer, and :class:`NotFound`."""
         places = self.places
-        for name in sorted(places.names):
+        for name in sorted(places.names if names is None else set(names)):
             if await self._look(places, name) is None:
                 raise StorageError(
                     f"location '{name}' does not answer",
@@ -139,10 +140,10 @@ class Storage:
         """Hold space for the image of a copy, which will write all of it, and create it, durably, with the mark of one
         that is not finished. Raises :class:`StorageError`; nothing is left then. Who is cancelled removes it."""
         store = self.places.store(plan.location)
-        if os.path.lexists(plan.path):
-            raise StorageError(f"{plan.path} exists already")
         await self._hold(plan.path, plan.location, plan.expected_bytes)
         try:
+            if await in_full(os.path.lexists, plan.path):
+                raise StorageError(f"{plan.path} exists already")
             await store.create(
                 plan.path,
                 plan.format,

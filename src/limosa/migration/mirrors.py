@@ -21,8 +21,7 @@ from limosa.transport.channel import SocketChannel
 from limosa.wire.peer import StreamCredentials
 
 LOOK_EVERY_S = 0.2
-#: How long a copy that is ready may have too much left. QEMU sleeps while nothing is, so it always
-#: has for moments.
+#: How long a copy that is ready may have too much left. For moments it always has: QEMU sleeps while nothing is.
 BEHIND_S = 1.0
 #: A rate is taken over the looks of so long.
 RATE_OVER_S = 2.0
@@ -45,25 +44,25 @@ class Keeping:
     since: float
     least: int | None = None
     ready: bool = False
+    #: when no more was left than may be
+    kept_up: float = 0.0
+    #: it is ready, and has had more left for more than a moment
+    is_behind: bool = False
     write_blocking: bool = False
-
-    @property
-    def is_behind(self) -> bool:
-        """Whether it is ready and has more left than may be, so that the guest has to wait for its writes."""
-        return self.ready and self.write_blocking and self.least is not None
 
     def judge(self, now: float, remaining: int, allowed: int | None = None) -> tuple[Keeping, str]:
         """The state after a look, and what to do: nothing (empty), ``block-writes`` or ``give-up``. ``allowed``: bytes
         that may be left of one that is ready; null for one that is not."""
         if allowed is not None and (not self.ready or remaining <= allowed):
-            return replace(self, since=now, least=None, ready=True), ""
+            return replace(self, since=now, least=None, ready=True, kept_up=now, is_behind=False), ""
+        looked = replace(self, is_behind=self.ready and now - self.kept_up >= BEHIND_S)
         if self.least is None or remaining < self.least:
-            return replace(self, since=now, least=remaining), ""
+            return replace(looked, since=now, least=remaining), ""
         waited = now - self.since
         patience_s = self.patience_s / 4
         if not self.write_blocking and waited >= (min(BEHIND_S, patience_s) if self.ready else patience_s):
-            return replace(self, since=now, write_blocking=True), "block-writes"
-        return self, "give-up" if self.write_blocking and waited >= self.patience_s else ""
+            return replace(looked, since=now, write_blocking=True), "block-writes"
+        return looked, "give-up" if self.write_blocking and waited >= self.patience_s else ""
 
 
 class Mirrors:

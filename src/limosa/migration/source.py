@@ -494,7 +494,7 @@ class SourceMove:
         bar = self.report.bar = self.report.bar.moved(self.report.now.phase, look)
         if self.mirrors is not None and self.mirrors.behind:
             disks_behind = ", ".join(self.mirrors.behind)
-            note = f"the guest waits for its writes to disk {disks_behind} to be copied, which has to catch up"
+            note = f"the copy of disk {disks_behind} has to catch up before the guest may stop"
             judge, action = judge.hold(time.monotonic(), note)
         else:
             judge, action = judge.judge(time.monotonic(), look)
