@@ -475,6 +475,7 @@ def test_terms_can_be_changed_while_memory_is_sent(run: Run) -> None:
         here = Recorder(source)
         await send(source, stream)
         await here.until("migration active")
+        await source.set_downtime_limit(0)
         await source.set_downtime_limit(0.2)
         await source.set_downtime_limit(59.5)
         await source.set_throttle(80, 10)

@@ -53,7 +53,9 @@ def test_the_disk_goes_along_there_and_back(hosts: list[LabHost], client: LanCli
             assert ended.outcome is Outcome.COMPLETED, ended.fault
             assert ended.transport == transport
             assert ended.phases[Phase.STORAGE] > 0
-            assert (ended.route is not None and ended.route.compressed is not None) is (transport == "compression")
+            assert ended.route is not None
+            assert (ended.route.compressed is not None) is (transport == "compression")
+            assert any(path.connections and path.sent_bytes for path in ended.route.paths)
             goes_on(client)
             assert images(destination) == disks_of(destination, "web")
             assert images(source) == [], "what the VM has left is gone"
@@ -119,6 +121,43 @@ class TestOverlay:
 
     def test_it_goes_in_one_piece_if_that_is_wanted(self, hosts: list[LabHost], overlay: str) -> None:
         assert planned(hosts[0], overlay, "--chain", "flatten")["action"] == "copy"
+
+
+class TestDiskThatIsOnlyRead:
+    """An image of a CD-ROM that only one host has."""
+
+    @pytest.fixture
+    def cd(self, hosts: list[LabHost]) -> Iterator[str]:
+        """A VM ``cd`` on the first host with nothing else."""
+        path = hosts[0].state / "images" / "cd.iso"
+        path.write_bytes(GOLDEN)
+        path.chmod(0o644)
+        disk = api.NewDisk(path=str(path), format="raw", read_only=True)
+        hosts[0].create(api.NewVm(name="cd", memory_mib=32, accelerator="tcg", disks=(disk,)))
+        yield "cd"
+        for host in hosts:
+            if host.vm("cd") is not None:
+                remove(host, "cd")
+        path.unlink()
+
+    @pytest.mark.parametrize("transport", ["tcp", "compression"])
+    def test_it_is_sent_and_found_on_the_way_back(self, hosts: list[LabHost], cd: str, transport: Transport) -> None:
+        (here,) = disks_of(hosts[0], cd)
+        said = limosa(hosts[0], "check", cd, "--to", "host2")
+        assert said.code == 0
+        assert "it is only read, and sent" in said.out
+        options = api.MoveOptions(transport=transport)
+        for source, destination in ((hosts[0], hosts[1]), (hosts[1], hosts[0])):
+            request = api.MoveRequest(vm=cd, destination=destination.name, options=options)
+            ended = source.outcome(source.client.call(endpoints.MOVE, request).id)
+            assert ended.outcome is Outcome.COMPLETED, ended.fault
+            (path,) = disks_of(destination, cd)
+            assert path.read_bytes() == GOLDEN
+            assert len(ended.layers) == (destination is hosts[1])
+            if destination is hosts[1]:
+                there = path
+        assert disks_of(hosts[0], cd) == [here]
+        there.unlink()
 
 
 GOLDEN = bytes(range(1, 256)) * (32 * 1024 * 1024 // 255) + bytes(32 * 1024 * 1024 % 255)

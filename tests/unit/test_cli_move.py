@@ -26,8 +26,9 @@ from limosa.errors import (
 )
 from limosa.model.finding import Finding, Severity
 from limosa.model.migration import Fault, Migration, Outcome, Phase, Progress, Side
+from limosa.model.storage import DiskAction, DiskPlan
 from limosa.model.vm import Vm, VmConfig, VmState
-from limosa.wire.api import CheckReport, MigrationList, MoveRequest, VmList
+from limosa.wire.api import CheckReport, Expected, MigrationList, MoveRequest, VmList
 from limosa.wire.endpoints import (
     CANCEL_MIGRATION,
     CHECK,
@@ -39,6 +40,14 @@ from limosa.wire.endpoints import (
     WATCH_MIGRATION,
 )
 
+DISK = DiskPlan(
+    disk="vda",
+    action=DiskAction.COPY,
+    path="/images/web1.qcow2",
+    format="qcow2",
+    virtual_bytes=20 << 30,
+    expected_bytes=3 << 30,
+)
 FINDING = Finding(code="switch-missing", severity=Severity.ERROR, what="no switch 'lan'", todo="add it")
 
 
@@ -72,6 +81,7 @@ class Host(StandIn):
         self.endings: dict[str, Migration | Exception] = {}
         self.moves: list[MoveRequest] = []
         self.breaks = 0
+        self.mbit_per_s: int | None = 1000
 
     def move(self, request: MoveRequest) -> Migration:
         self.moves.append(request)
@@ -108,6 +118,15 @@ class Host(StandIn):
             destination="host2",
             possible=possible,
             findings=() if possible else (FINDING,),
+            disks=(DISK,),
+            expected=Expected(
+                disk_bytes=3 << 30,
+                memory_bytes=1 << 30,
+                mbit_per_s=self.mbit_per_s,
+                seconds=34.4 if self.mbit_per_s else None,
+                first_downtime_ms=2,
+                blackout_budget_ms=60,
+            ),
         )
 
 
@@ -249,6 +268,12 @@ def test_check_tells_everything(host: Host, capsys: pytest.CaptureFixture[str]) 
     assert "VM 'web1' can move" in out
     assert "VM 'db1' cannot move" in out
     assert "[switch-missing]" in out
+    assert "about 3.0 GiB of 20.0 GiB, as /images/web1.qcow2" in out
+    assert out.count("to send: about 3.0 GiB of disks and 1.0 GiB of memory; about 34.4 s at 1000 Mbit/s") == 1
+    assert "blackout: 2 ms planned, up to 60 ms" in out
+    host.mbit_per_s = None
+    main(["check", "web1", "--to", "host2"])
+    assert "how long that takes is not known" in capsys.readouterr().out
 
 
 def test_watch_and_cancel_by_name_of_the_vm(host: Host, capsys: pytest.CaptureFixture[str]) -> None:

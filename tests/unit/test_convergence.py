@@ -9,6 +9,7 @@ from limosa.migration.convergence import (
     Action,
     Convergence,
     GiveUp,
+    Hold,
     RaiseDowntimeLimit,
     StartPostCopy,
     Throttle,
@@ -99,3 +100,16 @@ def test_no_guest_makes_it_loop_for_ever(remainders: list[int], auto_converge: b
     actions = run(policy, looks)
     assert isinstance(actions[-1], GiveUp)
     assert sum(isinstance(action, StartPostCopy) for action in actions) <= 1
+
+
+def test_a_guest_that_should_not_stop_yet_is_held_and_that_is_no_stall() -> None:
+    state, _ = Convergence.begin(POLICY).judge(*look(0, 50 * MIB))
+    held = [Hold("a disk"), *[Wait("a disk")] * 9]
+    for at, expected in enumerate(held):
+        state, action = state.hold(100.0 * at, "a disk")
+        assert action == expected
+    state, action = state.judge(*look(900.2, 50 * MIB))
+    assert isinstance(action, RaiseDowntimeLimit)
+    assert action.milliseconds == POLICY.first_downtime_ms
+    _, action = state.judge(*look(900.4, 50 * MIB))
+    assert isinstance(action, Wait)

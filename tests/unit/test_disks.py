@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import re
 from collections.abc import Callable, Iterable, Sequence
+from types import SimpleNamespace
 
 import msgspec
 import pytest
@@ -18,8 +19,10 @@ from limosa.migration import disks, examination, mirrors
 from limosa.migration.mirrors import Keeping, Mirrors
 from limosa.migration.progress import Bar, of_disks
 from limosa.model.base import NAME_PATTERN
+from limosa.model.finding import Severity
 from limosa.model.migration import Phase, Progress
-from limosa.model.storage import BackingFile, DiskAction, DiskFacts, DiskProgress, Location
+from limosa.model.storage import BackingFile, Chain, DiskAction, DiskFacts, DiskProgress, Location
+from limosa.model.units import MIB
 from limosa.model.vm import Disk, DiskFormat
 from limosa.qemu.protocol import CopyState, CopyStatistics, Event, MigrationStatistics
 from limosa.testing.disks import FakeDisks
@@ -42,6 +45,8 @@ BULK = Location(
 POOL = msgspec.structs.replace(BULK, name="pool", source="vg0/pool", thin=True, unit_bytes=1)
 PRIVATE = msgspec.structs.replace(HERE, files=(msgspec.structs.replace(HERE.files[0], private=True),))
 
+CD = msgspec.structs.replace(VM, disks=(msgspec.structs.replace(VM.disks[0], format="raw", read_only=True),))
+
 
 def planned(
     *locations: Location,
@@ -50,7 +55,8 @@ def planned(
     found: dict[str, BackingFile] | None = None,
 ) -> tuple[disks.DiskPlan, list[str]]:
     there = msgspec.structs.replace(THERE, locations=locations)
-    made = disks.plan(VM, [fact] if fact else [], there, wishes or {}, "abc", found)
+    chain: Chain = "keep" if found is not None else "flatten"
+    made = disks.plan(VM, [fact] if fact else [], there, wishes or {}, "abc", found or {}, chain)
     (plan,) = made.disks
     assert made.layers == ()
     return plan, [finding.code for finding in made.findings]
@@ -70,10 +76,12 @@ class TestWhatIsCopied:
     def test_what_was_asked_for_goes(self) -> None:
         assert disks.to_copy(VM, HERE, THERE, {"vda": "fast"}) == VM.disks
 
-    def test_what_is_only_read_never_goes(self) -> None:
-        cd = msgspec.structs.replace(VM.disks[0], read_only=True)
-        vm = msgspec.structs.replace(VM, disks=(cd,))
-        assert disks.to_copy(vm, PRIVATE, THERE, {"vda": "fast"}) == ()
+    def test_what_is_only_read_is_sent(self) -> None:
+        assert disks.to_copy(CD, PRIVATE, THERE, {"vda": "fast"}) == ()
+        assert disks.to_send(CD, PRIVATE, THERE, {}) == CD.disks
+        assert disks.to_send(CD, HERE, THERE, {"vda": "fast"}) == CD.disks
+        assert disks.to_send(CD, HERE, THERE, {}) == ()
+        assert disks.to_send(VM, PRIVATE, THERE, {}) == ()
 
 
 class TestThePlan:
@@ -117,6 +125,10 @@ class TestThePlan:
     def test_snapshots_are_not_lost(self) -> None:
         _, against = planned(IMAGES, fact=msgspec.structs.replace(FACT, snapshots=2))
         assert against == ["disk-snapshots"]
+
+    def test_that_bitmaps_are_lost_is_said(self) -> None:
+        (found,) = disks.against_copying(msgspec.structs.replace(FACT, bitmaps=2))
+        assert (found.code, found.severity) == ("disk-bitmaps", Severity.WARNING)
 
     def test_several_disks_share_what_is_free(self) -> None:
         plans = [disks.copied("web1", msgspec.structs.replace(FACT, name=name), FAST, "abc") for name in ("vda", "vdb")]
@@ -273,7 +285,8 @@ class TestChains:
                 return backing
 
         facts = (on_volume, in_folder)
-        assert asyncio.run(examination._with_digests(Here(), facts, there, {"vda": "bulk"})) == facts
+        names = {fact.name for fact in facts if disks.may_lie_above(fact, there, {"vda": "bulk"}.get(fact.name, ""))}
+        assert asyncio.run(examination._with_digests(Here(), facts, names)) == facts
         assert asked == [LOWEST.path]
         assert not disks.may_lie_above(OVERLAY, msgspec.structs.replace(THERE, locations=()), "")
 
@@ -289,6 +302,50 @@ class TestChains:
     def test_a_disk_with_nothing_below_it(self) -> None:
         plan, _ = planned(FAST, found={})
         assert (plan.action, plan.backing) == (DiskAction.COPY, None)
+
+
+class TestWhatIsOnlyRead:
+    """It is sent as it is, unless the destination has it."""
+
+    ISO = BackingFile(path="/iso/debian.iso", format="raw", size=GIB, allocated_bytes=GIB, digest="d0")
+    FACT = DiskFacts(
+        name="vda", path=ISO.path, format="raw", virtual_bytes=GIB, allocated_bytes=GIB, chain_bytes=GIB, below=(ISO,)
+    )
+
+    def planned(
+        self, *locations: Location, wish: str = "", found: BackingFile | None = None, chain: Chain = "keep"
+    ) -> disks.Planned:
+        there = msgspec.structs.replace(THERE, locations=locations)
+        known = {found.digest: found} if found is not None else {}
+        return disks.plan(CD, [self.FACT], there, {"vda": wish} if wish else {}, "abcdefabcdef", known, chain)
+
+    @pytest.mark.parametrize("chain", ["keep", "flatten"])
+    @pytest.mark.parametrize(("wish", "where"), [("", "/var/images"), ("fast", "/srv/fast")])
+    def test_it_is_sent(self, chain: Chain, wish: str, where: str) -> None:
+        made = self.planned(IMAGES, FAST, BULK, wish=wish, chain=chain)
+        (layer,), (plan,) = made.layers, made.disks
+        assert layer.origin == self.ISO.path
+        assert layer.file.path == plan.path == f"{where}/debian.abcdefabcdef-1.raw"
+        assert disks.copies(made.disks) == ()
+        assert disks.landed(CD, made.disks).disks[0] == msgspec.structs.replace(CD.disks[0], path=plan.path)
+        assert made.findings == ()
+
+    def test_it_is_there(self) -> None:
+        there = msgspec.structs.replace(self.ISO, path="/images/d.iso", location="images")
+        made = self.planned(IMAGES, FAST, found=there)
+        assert made.layers == ()
+        assert disks.landed(CD, made.disks).disks[0].path == there.path
+
+    def test_a_volume_group_holds_none(self) -> None:
+        only = msgspec.structs.replace(BULK, default=True)
+        (plan,) = self.planned(only, msgspec.structs.replace(FAST, default=False)).disks
+        assert plan.location == "fast"
+        assert [finding.code for finding in self.planned(only).findings] == ["location-unknown"]
+        assert [finding.code for finding in self.planned(IMAGES, BULK, wish="bulk").findings] == ["form-not-possible"]
+
+    def test_there_has_to_be_room(self) -> None:
+        full = msgspec.structs.replace(IMAGES, total_bytes=GIB, free_bytes=GIB - 1)
+        assert [finding.code for finding in self.planned(full).findings] == ["space-short"]
 
 
 class TestKeeping:
@@ -319,6 +376,28 @@ class TestKeeping:
             remaining -= step
             keeping, what = keeping.judge(100.0 * number, remaining)
             assert what == ""
+
+    def test_a_ready_one_that_falls_behind_for_more_than_a_moment(self) -> None:
+        keeping, told = Keeping(100.0, 0.0, least=0), []
+        for tick, remaining in enumerate([50, 500, 50, *[500] * 7, 400, *[500] * 6, 50]):
+            keeping, what = keeping.judge(tick / 4, remaining, 100)
+            told.append((tick, what, keeping.is_behind))
+        acts = [(tick, what) for tick, what, _ in told if what]
+        assert acts == [(7, "block-writes")]
+        assert [tick for tick, _, behind in told if behind] == list(range(6, 17))
+
+    def test_one_whose_guest_waits_already_is_not_behind_for_a_moment(self) -> None:
+        keeping = Keeping(100.0, 0.0, write_blocking=True)
+        for tick, remaining in enumerate([50, 500, 500, 50, 500, 500, 500, 50]):
+            keeping, what = keeping.judge(tick / 5, remaining, 100)
+            assert (what, keeping.is_behind) == ("", False)
+
+    def test_a_ready_one_that_never_catches_up_is_given_up(self) -> None:
+        keeping, told = Keeping(10.0, 0.0), []
+        for second in range(14):
+            keeping, what = keeping.judge(float(second), 500, 100)
+            told.append(what)
+        assert told == ["", "", "block-writes", *[""] * 9, "give-up", "give-up"]
 
 
 class TestTheBar:
@@ -450,6 +529,26 @@ class TestMirrors:
                 await copying.until_ready(nothing)
             assert machine.blocking == {"vda"}
             assert copying.progress()[0].write_blocking
+
+        asyncio.run(scenario())
+
+    def test_a_ready_copy_may_have_left_what_it_copies_within_a_blackout(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        clock = iter(range(100))
+        monkeypatch.setattr(mirrors, "time", SimpleNamespace(monotonic=lambda: clock.__next__() / 4))
+
+        async def scenario() -> None:
+            fast = [CopyStatistics(CopyState.READY, 100 * MIB * n, 100 * MIB * n + 5 * MIB) for n in range(10)]
+            slow = [CopyStatistics(CopyState.READY, 10 * MIB * n, 10 * MIB * n + 5 * MIB) for n in range(100, 110)]
+            machine = Copying(*fast, *slow)
+            copying = Mirrors(machine, ["vda"], 100)
+            for _ in fast:
+                await copying.keep_up(0.06)
+            assert not machine.blocking
+            assert copying.behind == ()
+            for _ in slow:
+                await copying.keep_up(0.06)
+            assert machine.blocking == {"vda"}
+            assert copying.behind == ("vda",)
 
         asyncio.run(scenario())
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import subprocess
+from collections.abc import Collection
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -190,6 +191,34 @@ class TestImagesAboveIt:
         assert not Path(image.path).exists()
 
 
+class TestDisksThatAreOnlyRead:
+    """A VM's description names them, so they lie where that says."""
+
+    def test_one_is_awaited_though_another_move_brought_it_elsewhere(self, world: World) -> None:
+        path = world.path.with_name(f"golden.{OTHER}-1.raw")
+        layer = LayerPlan(
+            origin="/iso/golden.raw", file=msgspec.structs.replace(world.brought, path=str(path)), location="fast"
+        )
+
+        async def door() -> Any:
+            raise StorageError("it is awaited")
+
+        async def take(disks: Collection[str]) -> None:
+            await world.layers.take([layer], None, door, lambda _: None, disks)
+
+        asyncio.run(take(()))
+        with pytest.raises(StorageError, match="it is awaited"):
+            asyncio.run(take({str(path)}))
+
+    def test_one_that_was_found_is_nobody_elses_to_remove(self, world: World) -> None:
+        disk = Disk(name="vdb", path=str(world.path), format="raw", read_only=True)
+        marks.begin(str(world.path), marks.Mark(host="host2", at=7.0))
+        asyncio.run(world.layers.use(disk, {str(world.path)}))
+        assert marks.has(str(world.path)), "its own move has brought it, which may be undone"
+        asyncio.run(world.layers.use(disk, ()))
+        assert not marks.has(str(world.path))
+
+
 class TestTheMark:
     """A layer is an unfinished copy until its move commits, or another one builds on it."""
 
@@ -266,6 +295,21 @@ class TestWhatASourceMaySend:
         Path(layer.file.path).write_bytes(b"precious")
         assert isinstance(self.refusal(storage, layer), Conflict)
         assert Path(layer.file.path).read_bytes() == b"precious"
+
+    def test_a_disk_that_is_only_read(self, storage: Storage) -> None:
+        async def scenario() -> None:
+            layer, named = self.layer(storage), TestWhatASourceMayName()
+            disk = Disk(name="vdb", path=layer.file.path, format="raw", read_only=True)
+            vm = msgspec.structs.replace(VM, disks=(disk,))
+            request = msgspec.structs.replace(self.request(storage, layer), vm=vm, disks=())
+            landing = await named.incoming(storage).begin(request, "host1", "10.0.0.2")
+            assert landing.journal.header.images == ()
+
+        asyncio.run(scenario())
+
+    def test_a_file_that_is_no_disk_and_below_none(self, storage: Storage) -> None:
+        request = msgspec.structs.replace(self.request(storage, self.layer(storage)), disks=())
+        assert isinstance(TestWhatASourceMayName().refusal(storage, request), InvalidInput)
 
     def test_a_secret_below_it(self, storage: Storage) -> None:
         secret = BackingFile(path="/etc/shadow", format="raw", size=1, digest="d")

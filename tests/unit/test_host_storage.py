@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import os
 import stat
+import subprocess
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,13 +20,14 @@ from limosa.errors import Conflict, InvalidInput, LimosaError, NotFound, Storage
 from limosa.host.files import Files
 from limosa.host.incoming import Incoming
 from limosa.host.leasing import Leasing
+from limosa.host.looks import Looks
 from limosa.host.page import Page
 from limosa.host.parts import Parts
 from limosa.host.storage import Storage
 from limosa.migration import disks
 from limosa.model.storage import BackingFile, DiskAction, DiskFacts, DiskPlan, Location, Place
-from limosa.model.vm import Disk
-from limosa.storage import leases, lvm, marks
+from limosa.model.vm import Disk, DiskFormat
+from limosa.storage import chains, images, leases, lvm, marks, stores
 from limosa.storage.locations import Locations
 from limosa.wire.peer import Prepare
 
@@ -93,7 +96,8 @@ class TestLocations:
         assert Locations({"images": Place(path="/big")}, "images", Path("/own")).own == "/big"
 
     def test_what_the_kernel_says(self, tmp_path: Path) -> None:
-        here, gone = Locations({"gone": Place(path="/nowhere")}, "images", tmp_path).look()[::-1]
+        places = Locations({"gone": Place(path="/nowhere")}, "images", tmp_path)
+        here, gone = places.look("images"), places.look("gone")
         assert (here.name, here.default, here.fault) == ("images", True, "")
         assert 0 < here.free_bytes <= here.total_bytes
         assert here.file_system
@@ -123,10 +127,11 @@ class TestTheLedger:
     def test_what_has_been_written_counts_once(self, storage: Storage) -> None:
         image = plan(storage, expected=64 * MIB)
         asyncio.run(storage.make(image))
-        held = storage._needed_in(storage.places.store("fast"))
+        pool = storage.places.store("fast").pool
+        held = storage._needed_in(pool)
         with Path(image.path).open("ab") as stream:
             stream.write(bytes(range(1, 256)) * (16 * MIB // 255))
-        assert held - storage._needed_in(storage.places.store("fast")) >= 15 * MIB
+        assert held - storage._needed_in(pool) >= 15 * MIB
 
     def test_a_location_stays_what_it_is_while_an_image_is_made_in_it(self, storage: Storage, tmp_path: Path) -> None:
         image = plan(storage)
@@ -134,15 +139,16 @@ class TestTheLedger:
         root = str(storage.places.path("fast"))
         for change in (None, {"path": "/elsewhere"}, {"lvm": GROUP}):
             with pytest.raises(Conflict, match="location 'fast' is in use"):
-                storage._page.change({"locations.fast": change})
+                asyncio.run(storage._page.change({"locations.fast": change}))
         with pytest.raises(Conflict, match="location 'fast' is in use"):
-            storage._page.change({"locations.inner": {"path": root}, "locations.fast": None})
-        storage._page.change({"locations.fast": {"path": root, "shared": True}, "locations.more": {"path": "/more"}})
+            asyncio.run(storage._page.change({"locations.inner": {"path": root}, "locations.fast": None}))
+        more = {"locations.fast": {"path": root, "shared": True}, "locations.more": {"path": "/more"}}
+        asyncio.run(storage._page.change(more))
         storage.settle(image.path)
-        storage._page.change({"locations.fast": None})
+        asyncio.run(storage._page.change({"locations.fast": None}))
         storage.resume([str(tmp_path / "state" / "images" / "left-by-an-earlier-daemon.raw")])
         with pytest.raises(Conflict, match="location 'images' is in use"):
-            storage._page.change({"locations.images": {"path": "/elsewhere"}})
+            asyncio.run(storage._page.change({"locations.images": {"path": "/elsewhere"}}))
 
     def test_two_that_fit_one_by_one_do_not_fit_together(self, storage: Storage) -> None:
         async def scenario() -> list[object]:
@@ -163,7 +169,7 @@ class TestTheLedger:
         Path(image.path).write_bytes(b"precious")
         with pytest.raises(StorageError, match="exists"):
             asyncio.run(storage.make(image))
-        assert storage._needed_in(storage.places.store("fast")) == 0
+        assert storage._held == {}
         assert Path(image.path).read_bytes() == b"precious"
 
     def test_a_location_that_has_gone(self, storage: Storage) -> None:
@@ -171,6 +177,81 @@ class TestTheLedger:
         storage.places.path("fast").rmdir()
         with pytest.raises(StorageError):
             asyncio.run(storage.make(image))
+
+
+class Dead:
+    """A server that does not answer before it comes back, of the folder ``root``."""
+
+    def __init__(self, root: str) -> None:
+        self._root = root
+        self._look = stores.Folder.look
+        self.comes_back = threading.Event()
+        self.looks = 0
+
+    def look(self, folder: stores.Folder, name: str, *, default: bool) -> Location:
+        if folder.root == self._root:
+            self.looks += 1
+            self.comes_back.wait()
+        return self._look(folder, name, default=default)
+
+
+class TestOneThatDoesNotAnswer:
+    """A location whose server is gone: a look at it does not end before that comes back."""
+
+    @pytest.fixture
+    def dead(self, storage: Storage, monkeypatch: pytest.MonkeyPatch) -> Iterator[Dead]:
+        dead = Dead(storage.places.store("fast").root)
+
+        def look(folder: stores.Folder, name: str, *, default: bool) -> Location:
+            return dead.look(folder, name, default=default)
+
+        monkeypatch.setattr(stores.Folder, "look", look)
+        storage._looks = Looks(0.5)
+        yield dead
+        dead.comes_back.set()
+
+    def test_others_are_used_and_one_thread_waits(self, storage: Storage, dead: Dead) -> None:
+        async def scenario() -> None:
+            for _ in range(3):
+                fast, images = await storage.locations()
+                assert (fast.name, fast.fault) == ("fast", "it does not answer")
+                assert images.fault == ""
+            assert dead.looks == 1
+            with pytest.raises(StorageError) as caught:
+                await storage.make(plan(storage, location="fast"))
+            assert caught.value.why == fast.fault
+            await storage.make(plan(storage, location="images"))
+            await storage.check_answer(["images"])
+            with pytest.raises(StorageError, match="fast"):
+                await storage.check_answer()
+            assert dead.looks == 1
+
+        asyncio.run(scenario())
+
+    def test_it_is_used_again_when_it_answers(self, storage: Storage, dead: Dead) -> None:
+        async def scenario() -> None:
+            assert (await storage.locations())[0].fault
+            dead.comes_back.set()
+            while (await storage.locations())[0].fault:  # noqa: ASYNC110 - its thread says when
+                await asyncio.sleep(0)
+            await storage.make(plan(storage, location="fast"))
+            await storage.check_answer()
+
+        asyncio.run(scenario())
+
+    def test_what_lies_below_disks_is_not_sought_there(self, storage: Storage, dead: Dead) -> None:
+        image = storage.places.path("images") / "golden.raw"
+        for path in (image, storage.places.path("fast") / image.name):
+            path.write_bytes(b"x" * 512)
+        wanted = BackingFile(
+            path=str(storage.places.path("fast") / image.name),
+            format="raw",
+            size=512,
+            digest=chains.digest(str(image), "raw"),
+        )
+        found = asyncio.run(storage.find(wanted))
+        assert found is not None
+        assert found.path == str(image)
 
 
 def test_a_disk_has_whole_sectors(storage: Storage, tmp_path: Path) -> None:
@@ -369,7 +450,7 @@ class TestVolumes:
         named = {"location": "bulk", "location_path": "golden.raw"}
         wanted = BackingFile(path=f"/dev/{GROUP}/golden.raw", format="raw", size=1, digest="d", **named)
         folders = [storage.places.path(name) for name in ("fast", "images")]
-        assert storage._candidates(wanted) == [str(folder / "golden.raw") for folder in folders]
+        assert storage._candidates(wanted, storage.places.names) == [str(folder / "golden.raw") for folder in folders]
 
     def test_a_program_that_is_not_there(
         self, storage: Storage, group: FakeLvm, monkeypatch: pytest.MonkeyPatch
@@ -497,3 +578,44 @@ class TestWhatASourceMayName:
                 await incoming.begin(self.request(plan(storage)), "host1", "10.0.0.2")
 
         asyncio.run(scenario())
+
+
+class TestWhatACopyTakes:
+    """It is written uncompressed, whatever the image takes."""
+
+    def facts(self, storage: Storage, path: Path, image_format: DiskFormat = "qcow2") -> DiskFacts:
+        (found,) = asyncio.run(storage.facts([Disk(name="vda", path=str(path), format=image_format)]))
+        return found
+
+    def made(self, folder: Path, *options: str) -> Path:
+        """An image with 4 MiB of data that can be compressed, in a disk of 64."""
+        plain, image = folder / "plain.raw", folder / "image.qcow2"
+        plain.write_bytes(b"ab" * (2 * MIB))
+        os.truncate(plain, 64 * MIB + 512)
+        subprocess.run(["qemu-img", "convert", *options, "-O", "qcow2", plain, image], check=True)
+        return image
+
+    def test_a_compressed_image(self, storage: Storage, tmp_path: Path) -> None:
+        image = self.made(tmp_path, "-c")
+        assert image.stat().st_blocks * 512 < MIB
+        found = self.facts(storage, image)
+        assert (found.allocated_bytes, found.chain_bytes) == (4 * MIB, 4 * MIB)
+
+    def test_one_above_a_compressed_one(self, storage: Storage, tmp_path: Path) -> None:
+        image, top = self.made(tmp_path, "-c"), tmp_path / "top.qcow2"
+        subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", "-b", image, "-F", "qcow2", top], check=True)
+        found = self.facts(storage, top)
+        assert found.allocated_bytes < MIB
+        assert 4 * MIB <= found.chain_bytes < 5 * MIB
+        assert found.below[0].allocated_bytes < MIB, "what is sent as it is stays compressed"
+
+    def test_a_sparse_file(self, storage: Storage, tmp_path: Path) -> None:
+        self.made(tmp_path)
+        assert 4 * MIB <= self.facts(storage, tmp_path / "plain.raw", "raw").chain_bytes < 5 * MIB
+
+    def test_one_that_cannot_be_measured(
+        self, storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        image = self.made(tmp_path, "-c")
+        monkeypatch.setattr(images, "_QEMU_IMG", "/bin/false")
+        assert self.facts(storage, image).chain_bytes == image.stat().st_blocks * 512

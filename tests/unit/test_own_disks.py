@@ -156,7 +156,7 @@ def test_what_a_process_has_open_is_only_its_own_qemu_s_while_it_runs(world: Wor
 def test_a_volume_with_snapshots_is_needed(either: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake = FakeLvm(tmp_path)
     monkeypatch.setattr(lvm, "PROGRAM", str(fake.program))
-    either.storage._page.change({"locations.bulk": {"lvm": GROUP}})
+    asyncio.run(either.storage._page.change({"locations.bulk": {"lvm": GROUP}}))
     lvm.create(GROUP, "", "web1.raw", EXTENT)
     image = Path(f"/dev/{GROUP}/web1.raw")
     either.hosted.config = World.with_disk(VM, image, size_bytes=EXTENT)
@@ -177,7 +177,9 @@ class TestOnSharedStorage:
 
     @pytest.fixture(autouse=True)
     def _shared(self, storage: Storage) -> None:
-        storage._page.change({"locations.fast": {"path": str(storage.places.path("fast")), "shared": True}})
+        asyncio.run(
+            storage._page.change({"locations.fast": {"path": str(storage.places.path("fast")), "shared": True}})
+        )
 
     @pytest.mark.parametrize(
         ("said", "needed"),

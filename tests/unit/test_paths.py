@@ -13,8 +13,10 @@ import pytest
 from limosa.migration.paths import Paths
 from limosa.model.network import HostNetwork, HostNic, NicAddress
 from limosa.model.route import Path, Route
+from limosa.qemu.protocol import RdmaAddress
 from limosa.transport.channel import SocketChannel, Used
 from limosa.transport.choice import Ends
+from limosa.transport.rdma import RdmaChannel
 from limosa.wire.peer import Offered
 
 HERE, THERE = "10.0.0.1", "10.0.0.2"
@@ -61,6 +63,25 @@ def test_a_connection_that_streams_share_is_as_fast_as_it_is(monkeypatch: pytest
     seen = asyncio.run(paths.look())
     assert [one.mbit_per_s for one in paths.carried()] == [800]
     assert [path.sent_bytes for path in seen.paths] == [streams * (100_000_000 // 3)]
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_connection_counts_once_however_many_streams_share_it(*, shared: bool) -> None:
+    one = Connection()
+    channels: list[SocketChannel] = [Stream(one), Stream(one if shared else Connection())]  # type: ignore[list-item]
+    route = Route(
+        transport="compression", paths=(Path(here=HERE, there=THERE), Path(here="10.1.0.1", there="10.1.0.2"))
+    )
+    seen = asyncio.run(Paths(route, ENDS, channels).look())
+    assert [path.connections for path in seen.paths] == [1 if shared else 2, 0]
+
+
+@pytest.mark.parametrize(("transport", "sent"), [("rdma", 77), ("tcp", 0)])
+def test_what_goes_by_rdma_is_what_qemu_says(transport: str, sent: int) -> None:
+    route = Route(transport=transport, paths=(Path(here=HERE, there=THERE),))
+    channels: list[Any] = [RdmaChannel(RdmaAddress(THERE, 1))]
+    (path,) = asyncio.run(Paths(route, ENDS, channels).look(77)).paths
+    assert (path.sent_bytes, path.connections) == (sent, 0)
 
 
 Way = tuple[str, str]

@@ -242,7 +242,8 @@ class TestByADaemon:
             outgoing = self.outgoing(tmp_path, hosted, there, monkeypatch)
             journal = self.journal(tmp_path, FIRST, "x")
             await outgoing.recover(journal)
-            await until(lambda: journal.step == SourceStep.HOME)
+            await until(lambda: outgoing._views.show(FIRST).outcome is Outcome.FAILED)
+            assert journal.step == SourceStep.HOME
             assert outgoing.slots.taken == 0
             (move,) = outgoing._active.values()
             await machine.set_bandwidth(7)  # the share of a later move of the same VM
@@ -271,12 +272,12 @@ class TestByADaemon:
             name="here",
             page=page,
             vms=vms,
-            storage=None,
+            storage=SimpleNamespace(leaving=None),
             inspector=None,
             leasing=leasing,
             relays=relays,
             neighbours=None,
-            files=None,
+            files=SimpleNamespace(migrations=folder),
         )
         return Outgoing(cast(Any, parts), folder, Views("here", folder))
 

@@ -16,7 +16,7 @@ import pytest
 from test_preflight import VM
 
 from harness.homes import BareHome
-from limosa.errors import Cancelled, InvalidInput, LimosaError, QemuError, StorageError
+from limosa.errors import Cancelled, InvalidInput, LimosaError, NotConverging, QemuError, StorageError
 from limosa.migration import mirrors, source
 from limosa.migration.convergence import Convergence, StartPostCopy
 from limosa.migration.destination import Destination
@@ -31,7 +31,14 @@ from limosa.model.migration import Migration, Outcome, Phase, Progress, Side
 from limosa.model.network import HostNetwork
 from limosa.model.route import Route
 from limosa.model.storage import DiskAction, DiskPlan
-from limosa.qemu.protocol import CopyState, MachineProtocol, MigrationState, MigrationStatistics, RunState
+from limosa.qemu.protocol import (
+    CopyState,
+    CopyStatistics,
+    MachineProtocol,
+    MigrationState,
+    MigrationStatistics,
+    RunState,
+)
 from limosa.settings.host import ConvergencePolicy
 from limosa.testing.guest import FakeGuest
 from limosa.testing.machine import FakeMachine
@@ -255,7 +262,7 @@ class World(BareHome):
 
     async def claim(self) -> None: ...
 
-    async def take_storage_slot(self, in_line: Callable[[int], None]) -> None:
+    async def take_storage_slot(self, in_line: Callable[[int], None], in_line_again: Callable[[int], None]) -> None:
         await self.line_moves.wait()
 
     async def connect(self, route: Route, prepared: Prepared) -> Any:
@@ -508,6 +515,91 @@ def test_a_copy_that_cannot_be_made_whole_lets_the_guest_go_on(tmp_path: Path) -
         with pytest.raises(StorageError, match="vda") as caught:
             await world.move.run()
         assert "continue" not in world.said
+        await undone(world, caught.value)
+
+    play(tmp_path, scenario)
+
+
+def test_a_guest_does_not_stop_before_the_copy_of_its_disk_has_caught_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mirrors, "BEHIND_S", 0.01)
+    monkeypatch.setattr(mirrors, "PIECE_BYTES", 1)
+
+    async def scenario(world: World) -> None:
+        world.move.terms = dataclasses.replace(world.move.terms, policy=ConvergencePolicy(patience_s=60))
+        world.here.guest.dirty_rate_bytes_per_s = 1e6
+        world.wire.hold(Stage.COPY)
+        running = asyncio.ensure_future(world.move.run())
+        await world.wire.reached(Stage.COPY)
+        world.here.copy_is("vda", CopyState.READY, remaining=2)
+        await until(lambda: world.here.parameters is not None and world.here.parameters.downtime_limit_ms == 0)
+        await until(lambda: world.here.blocking == {"vda"})
+        world.wire.release(Stage.COPY)
+        await world.wire.passes(10)
+        assert await world.here.status() is RunState.RUNNING
+        assert "vda" in world.report.now.progress.note
+        world.here.copy_is("vda", CopyState.READY, remaining=1)
+        await running
+        assert world.said == ["copy", "end", "continue", "close", "resume"]
+
+    play(tmp_path, scenario)
+
+
+def test_what_each_path_carries_is_shown_while_disks_are_copied(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent = 0
+    monkeypatch.setattr(Channel, "used", lambda _: (Used("10.0.0.1", "10.0.0.2", sent),))
+
+    def shown(world: World) -> int:
+        route = world.report.now.route
+        return sum(path.sent_bytes for path in route.paths) if route is not None else 0
+
+    async def scenario(world: World) -> None:
+        nonlocal sent
+        world.here.slow = True
+        running = asyncio.ensure_future(world.move.run())
+        await until(lambda: world.report.now.phase is Phase.STORAGE and "copy" in world.said)
+        await until(lambda: shown(world) == 0 and world.report.now.route is not None)
+        sent = 77
+        await until(lambda: shown(world) == 77)
+        world.here.copy_is("vda", CopyState.READY)
+        await running
+
+    play(tmp_path, scenario)
+
+
+def test_a_copy_that_never_catches_up_ends_the_move(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mirrors, "BEHIND_S", 0.001)
+
+    async def scenario(world: World) -> None:
+        world.move.terms = dataclasses.replace(world.move.terms, policy=ConvergencePolicy(patience_s=0.02))
+        world.wire.hold(Stage.COPY)
+        running = asyncio.ensure_future(world.move.run())
+        await world.wire.reached(Stage.COPY)
+        while not running.done():
+            world.here.copying["vda"] = CopyStatistics(CopyState.READY, 0, 2 * mirrors.PIECE_BYTES)
+            await asyncio.sleep(0.001)
+        with pytest.raises(NotConverging, match="vda falls behind") as caught:
+            await running
+        await undone(world, caught.value)
+
+    play(tmp_path, scenario)
+
+
+def test_disks_that_are_not_whole_in_time_are_given_as_the_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(source, "STANDS_STILL_S", 0.01)
+
+    async def scenario(world: World) -> None:
+        async def never(disk: str) -> None:
+            await asyncio.Event().wait()
+
+        world.here.end_copy = never  # type: ignore[method-assign]
+        with pytest.raises(LimosaError, match="disks") as caught:
+            await world.move.run()
         await undone(world, caught.value)
 
     play(tmp_path, scenario)

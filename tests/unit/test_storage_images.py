@@ -14,7 +14,7 @@ import pytest
 
 from limosa.errors import InvalidInput, StorageError
 from limosa.model.vm import DiskFormat
-from limosa.storage import access, images, mounts
+from limosa.storage import access, images, mounts, qcow2
 
 MIB = 1024 * 1024
 USER = "nobody"
@@ -47,6 +47,19 @@ def test_a_failed_creation_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match="No such file"):
         asyncio.run(images.create(tmp_path / "no" / "a.raw", "raw", MIB))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_its_bitmaps_are_seen_unless_they_are_not_true_any_more(tmp_path: Path) -> None:
+    path = tmp_path / "a.qcow2"
+    asyncio.run(images.create(path, "qcow2", 8 * MIB))
+    assert qcow2.read(path).bitmaps == 0
+    for name in ("monday", "tuesday"):
+        subprocess.run(["qemu-img", "bitmap", "--add", "-f", "qcow2", path, name], check=True)
+    assert qcow2.read(path).bitmaps == 2
+    with path.open("r+b") as stream:
+        stream.seek(88)  # autoclear_features
+        stream.write(bytes(8))
+    assert qcow2.read(path).bitmaps == 0
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from limosa.cli.connection import client_of
 from limosa.cli.display import display_for, say_summary
 from limosa.cli.follow import Event, exit_code, follow, follow_all
 from limosa.cli.output import report, say, say_findings, say_json, warn
-from limosa.cli.routes import say_disks, say_route
+from limosa.cli.routes import say_disks, say_expected, say_route
 from limosa.errors import InvalidInput, LimosaError, PreflightRefused, from_fault
 from limosa.model.migration import Migration
 from limosa.model.storage import Chain
@@ -107,6 +107,8 @@ def _check(arguments: argparse.Namespace) -> int:
         if found.route is not None:
             say_route(found.route)
         say_disks(found.disks, found.layers)
+        if found.possible and found.expected is not None:
+            say_expected(found.expected)
         say_findings(found.findings)
     return 0 if found.possible else PreflightRefused.exit_code
 

@@ -7,7 +7,8 @@ from collections.abc import Iterable
 from limosa.cli.output import say
 from limosa.model.route import Compressed, Path, Route
 from limosa.model.storage import DiskAction, DiskPlan, LayerPlan
-from limosa.model.units import format_bytes
+from limosa.model.units import format_bytes, format_seconds
+from limosa.wire.api import Expected
 
 
 def say_route(route: Route) -> None:
@@ -30,12 +31,29 @@ def say_disks(plans: Iterable[DiskPlan], layers: Iterable[LayerPlan] = ()) -> No
     """A line for each disk, and for each file below them that is sent too."""
     for plan in plans:
         if plan.action is DiskAction.STAY:
-            say(f"disk {plan.disk}: stays, {plan.why}")
+            say(f"disk {plan.disk}: {plan.why}" if plan.location else f"disk {plan.disk}: stays, {plan.why}")
         else:
-            say(f"disk {plan.disk}: {plan.why}, about {format_bytes(plan.expected_bytes)}, as {plan.path}")
+            size = f"about {format_bytes(plan.expected_bytes)} of {format_bytes(plan.virtual_bytes)}"
+            say(f"disk {plan.disk}: {plan.why}, {size}, as {plan.path}")
     for layer in layers:
         size = format_bytes(layer.expected_bytes)
         say(f"file {layer.origin}: is sent {layer.why}, about {size}, as {layer.file.path}")
+
+
+def say_expected(expected: Expected) -> None:
+    """How much there is to send, how long that takes and how long the blackout may be."""
+    sizes = f"{format_bytes(expected.memory_bytes)} of memory"
+    if expected.disk_bytes:
+        sizes = f"{format_bytes(expected.disk_bytes)} of disks and {sizes}"
+    if expected.seconds is None:
+        time = "how long that takes is not known, as the network does not say how fast it is"
+    else:
+        time = f"about {format_seconds(expected.seconds)} at {expected.mbit_per_s} Mbit/s if the guest writes little"
+    say(f"to send: about {sizes}; {time}")
+    first, budget = expected.first_downtime_ms, expected.blackout_budget_ms
+    more = f", up to {budget:g} ms if the guest writes too fast for that" if budget > first else ""
+    last = ", and then by post-copy" if expected.post_copy else ""
+    say(f"blackout: {first:g} ms planned{more}{last}")
 
 
 def _end(nic: str, address: str) -> str:
@@ -44,4 +62,5 @@ def _end(nic: str, address: str) -> str:
 
 def _figures(path: Path) -> str:
     speed = f", {path.speed_mbit_per_s} Mbit/s" if path.speed_mbit_per_s else ""
-    return speed + (f", {format_bytes(path.sent_bytes)} sent" if path.sent_bytes else "")
+    count = f", {path.connections} connection{'s' if path.connections > 1 else ''}" if path.connections else ""
+    return speed + count + (f", {format_bytes(path.sent_bytes)} sent" if path.sent_bytes else "")

@@ -14,7 +14,7 @@ from limosa.cli.arguments import Commands, add_command, add_noun
 from limosa.cli.connection import client_of
 from limosa.cli.display import display_for, say_summary
 from limosa.cli.follow import exit_code, follow
-from limosa.cli.output import report, say, say_json, say_table
+from limosa.cli.output import report, say, say_findings, say_json, say_table
 from limosa.cli.routes import say_disks
 from limosa.client.host import HostClient
 from limosa.errors import InvalidInput, NotFound, from_fault
@@ -278,6 +278,7 @@ def _move(arguments: argparse.Namespace) -> int:
     else:
         say_summary([move])
         say_disks(move.disks)
+        say_findings(move.findings, to_stderr=True)
     return report(from_fault(move.fault)) if move.fault and not arguments.json else exit_code(move)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from limosa.errors import LimosaError
 from limosa.host.page import Page
@@ -40,6 +40,11 @@ class Bandwidth:
         mine = claims.get(migration)
         return shares.lane(address, mine, list(claims.values()), _caps(self._page.now)) if mine is not None else None
 
+    def alone(self, kind: Kind, addresses: Iterable[str]) -> int:
+        """Bytes per second a move to these addresses could use if there were no other, 0: no cap."""
+        claim = Claim(frozenset({kind}), tuple(addresses))
+        return shares.allowance(kind, claim, [claim], _caps(self._page.now))
+
     async def share(self) -> None:
         """Give each move its share. A machine that refuses is about to end anyway."""
         self._relays.pace()
@@ -69,7 +74,8 @@ def _kinds(move: SourceMove) -> frozenset[Kind]:
         return frozenset()  # it waits for its destination, to have that destroy what it has
     match move.report.now.phase:
         case Phase.BUILD_UP:
-            return frozenset({Kind.STORAGE if disks.copies(move.report.now.disks) else Kind.MEMORY})
+            view = move.report.now
+            return frozenset({Kind.STORAGE if disks.copies(view.disks) or view.layers else Kind.MEMORY})
         case Phase.STORAGE:
             return frozenset({Kind.STORAGE})
         case Phase.COPY | Phase.SYNCHRONISE:

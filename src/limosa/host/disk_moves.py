@@ -54,6 +54,7 @@ from limosa.migration.mirrors import Mirrors
 from limosa.migration.report import Report
 from limosa.model import reading
 from limosa.model.base import MigrationId, Model, Name
+from limosa.model.finding import Finding, Severity
 from limosa.model.migration import Migration, Outcome, Phase, Progress, Side
 from limosa.model.storage import DiskAction, DiskFacts, DiskPlan, Location
 from limosa.model.vm import Disk, DiskName, VmState
@@ -108,9 +109,9 @@ class DiskMoves:
                 f"VM '{request.vm}' is {hosted.state}", todo="try again in a moment", vm=request.vm, host=self._host
             )
         self._vms.check_idle(hosted)
-        record = await self._plan(hosted, request)
+        record, findings = await self._plan(hosted, request)
         self._vms.check_idle(hosted)
-        report = Report(self._first_view(record), self._views.publish)
+        report = Report(self._first_view(record, findings), self._views.publish)
         move = _Move(self, hosted, record, report, (request.bandwidth_mbit_per_s or 0) * MBIT_BYTES)
         hosted.migration = record.migration
         self._active[record.migration] = move
@@ -158,7 +159,7 @@ class DiskMoves:
 
     # How one is conducted
 
-    async def _plan(self, hosted: HostedVm, request: DiskMoveRequest) -> Record:
+    async def _plan(self, hosted: HostedVm, request: DiskMoveRequest) -> tuple[Record, tuple[Finding, ...]]:
         moved = _chosen(hosted, request, self._storage)
         facts = {fact.name: fact for fact in await OwnDisks(self._parts, hosted).facts(moved)}
         locations = {one.name: one for one in await self._storage.locations()}
@@ -174,15 +175,16 @@ class DiskMoves:
             against += [finding for fact in facts.values() for finding in disks.against_leaving(fact)]
         against += disks.against_form(location, request.format, thick=request.thick)
         against += disks.space(plans, {location.name: location}, self._host)
-        if against:
+        if any(finding.severity is Severity.ERROR for finding in against):
             raise PreflightRefused(tuple(against), vm=hosted.config.name, host=self._host)
-        return Record(
+        record = Record(
             migration=tag,
             vm=hosted.config.name,
             plans=plans,
             old={disk.name: disk for disk in moved},
             keep=request.keep,
         )
+        return record, tuple(against)
 
     async def _conduct(self, move: _Move) -> None:
         has_slot = False
@@ -299,7 +301,7 @@ class DiskMoves:
     def _path(self, record: Record) -> Path:
         return self._folder / f"{record.migration}.disks.json"
 
-    def _first_view(self, record: Record) -> Migration:
+    def _first_view(self, record: Record, findings: tuple[Finding, ...] = ()) -> Migration:
         return Migration(
             id=record.migration,
             vm=record.vm,
@@ -312,6 +314,7 @@ class DiskMoves:
             progress=Progress(),
             accepted_at=time.time(),
             disks=record.plans,
+            findings=findings,
         )
 
 

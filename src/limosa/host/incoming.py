@@ -123,6 +123,12 @@ class Incoming:
         self._landing[request.migration] = destination
         return destination
 
+    async def check_answer(self, request: Prepare) -> None:
+        """Before :meth:`begin`, which looks into them: raises :class:`StorageError` if a location of what comes along
+        does not answer, and :class:`NotFound`."""
+        images = {plan.location for plan in request.disks}
+        await self._storage.check_answer(images | {plan.location for plan in request.layers})
+
     def _check_images(self, request: Prepare) -> None:
         """Images are made, and removed again, only where this host has a location and under the name a move gives them;
         one that is there already is somebody's.
@@ -152,7 +158,9 @@ class Incoming:
                 raise InvalidInput(f"the copy of {plan.origin} cannot be {file.path}", vm=request.vm.name)
             if os.path.lexists(file.path):
                 raise Conflict(f"{file.path} exists already", vm=request.vm.name, host=self.host)
-            if not request.disks or (plan.backing is not None and not self._storage.places.of(plan.backing.path)):
+            # Below a disk, or one that is only read.
+            shown = bool(request.disks) or any(disk.read_only for disk in request.vm.disks)
+            if not shown or (plan.backing is not None and not self._storage.places.of(plan.backing.path)):
                 raise InvalidInput(f"{file.path} cannot be shown to a guest", vm=request.vm.name)
 
     def _forget_earlier_try(self, request: Prepare, source: str) -> None:

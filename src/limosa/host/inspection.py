@@ -11,6 +11,7 @@ from pathlib import Path
 from limosa.errors import StorageError
 from limosa.host.goodput import Goodputs
 from limosa.host.leasing import Leasing
+from limosa.host.looks import Looks
 from limosa.host.memory import available_mib
 from limosa.host.page import Page
 from limosa.host.storage import Storage
@@ -29,6 +30,9 @@ from limosa.settings.daemon import DaemonSettings
 from limosa.storage import chains
 from limosa.storage.identity import identify
 from limosa.transport.relay.frames import VERSION as RELAY_VERSION
+
+#: The files of a VM have been looked at within this, or a preflight fails; kernels and the like are read for it.
+FILES_WITHIN_S = 20.0
 
 
 class Inspector:
@@ -55,6 +59,7 @@ class Inspector:
         self._netlink = netlink
         self.goodputs = goodputs
         self._user = user
+        self._looks: Looks[tuple[FileIdentity, ...]] = Looks(FILES_WITHIN_S)
 
     async def networks(self) -> AsyncIterator[HostNetwork]:
         """:meth:`network`, again after each change. Raises :class:`NetworkError`."""
@@ -143,6 +148,7 @@ class Inspector:
             return ()  # a disk that cannot be looked at is not visible, which another finding says
 
     async def _files(self, vm: VmConfig) -> tuple[FileIdentity, ...]:
+        """Raises :class:`StorageError` if they cannot be looked at in time."""
         boot = vm.boot.paths() if vm.boot else ()
         places = self._storage.places
         shared = places.shared()
@@ -155,7 +161,16 @@ class Inspector:
             ]
             return tuple(identity for identity in found if identity is not None)
 
-        return await asyncio.to_thread(look) if vm.host_files() else ()
+        found = await self._looks.look((vm.disks, vm.boot), look) if vm.host_files() else ()
+        if found is None:
+            raise StorageError(
+                f"host '{self._daemon.name}' cannot look at the files of VM '{vm.name}'",
+                why="a file system they are on, or would be on, does not answer",
+                todo="see whether its server is up, and 'limosa storage list' there",
+                vm=vm.name,
+                host=self._daemon.name,
+            )
+        return found
 
 
 def _below(vm: VmConfig) -> list[tuple[str, str]]:

@@ -37,7 +37,8 @@ class LandingHere:
 
     async def reserve(self, in_line: Callable[[int], None]) -> None:
         """See :class:`limosa.migration.destination.Landing`."""
-        for slots in (self._slots, *([self._storage.arriving] if self._header.images else [])):
+        # As at the source: who waits for a place among disks does not keep one from a move of memory alone.
+        for slots in (*([self._storage.arriving] if self._header.images or self._header.layers else []), self._slots):
             try:
                 await slots.acquire(in_line)
             except BaseException:
@@ -54,7 +55,7 @@ class LandingHere:
         """See :class:`limosa.migration.destination.Landing`."""
         credentials = request.disk_credentials if request.layers_relay is None else None
         open_door = partial(self._arrival.open_layers, request)
-        await self._layers.take(request.layers, credentials, open_door, tell)
+        await self._layers.take(request.layers, credentials, open_door, tell, self._only_read(request))
 
     async def launch(self, request: Prepare) -> MachineProtocol:
         """See :class:`limosa.migration.destination.Landing`."""
@@ -63,6 +64,9 @@ class LandingHere:
         brought = {plan.file.path for plan in request.layers}
         for plan in request.disks:
             await self._layers.make_above(plan, brought)
+        for disk in request.vm.disks:
+            if disk.path in self._only_read(request):
+                await self._layers.use(disk, brought)
         await self._leases.prepare()
         return await self._vms.launch_incoming(self._hosted, request.accelerator, carried_files(request.files))
 
@@ -102,6 +106,11 @@ class LandingHere:
             await self._storage.remove(path)
         await self._layers.give_up(self._header.layers, self._header.migration)
         self._give_slots()
+
+    def _only_read(self, request: Prepare) -> set[str]:
+        """Disks of the VM that are only read and lie where moves put files."""
+        places = self._storage.places
+        return {disk.path for disk in request.vm.disks if disk.read_only and places.of(disk.path)}
 
     def _give_slots(self) -> None:
         while self._taken:

@@ -69,13 +69,17 @@ class Layers:
         credentials: StreamCredentials | None,
         open_door: Callable[[], Awaitable[Doorway]],
         tell: Callable[[LayersAwaited], None],
+        disks: Collection[str] = (),
     ) -> None:
-        """Receive those that are not here. Encrypted with ``credentials``, if there are any.
+        """Receive those that are not here, and those whose paths are those of ``disks`` in any case. Encrypted with
+        ``credentials``, if there are any.
 
         Raises :class:`StorageError` and :class:`NetworkError`; :meth:`give_up` removes what is here by then.
         """
         async with self._alone(plans):
-            missing = [at for at, plan in enumerate(plans) if await self.find(plan.file) is None]
+            missing = [
+                at for at, plan in enumerate(plans) if plan.file.path in disks or await self.find(plan.file) is None
+            ]
             if not missing:
                 return
             wanted = [plans[at] for at in missing]
@@ -117,6 +121,17 @@ class Layers:
             if (await self._found(below)).path != below.path:
                 raise _gone(below)
 
+    async def use(self, disk: Disk, brought: Collection[str]) -> None:
+        """Before a disk that is only read is a VM's: nobody removes it, or what lies below it, any more.
+
+        ``brought``: what of that its move brings. Raises :class:`StorageError`, and :class:`Conflict` if it is being
+        removed.
+        """
+        claim = self._storage.places.claim
+        if disk.path not in brought:
+            await asyncio.to_thread(claim, disk.path)
+        await asyncio.to_thread(layers.claim_below, disk.path, disk.format, claim, brought)
+
     async def finish(self, brought: Iterable[BackingFile]) -> None:
         """What a move has brought is about to be below a VM: durably no unfinished copies any more. Raises
         :class:`StorageError`; it must not be below a VM then."""
@@ -133,6 +148,7 @@ class Layers:
 
     async def _is_nobodys(self, layer: BackingFile, migration: str, configs: Sequence[VmConfig]) -> bool:
         try:
+            await self._storage.check_answer([name] if (name := self._storage.places.of(layer.path)) else [])
             seen = {one.name for one in await self._storage.locations() if one.shared}
             if self._storage.places.of(layer.path) in seen and await self._is_whole(layer):
                 return False

@@ -10,6 +10,7 @@ from limosa.host.bandwidth import Bandwidth
 from limosa.host.departure import Departure
 from limosa.host.own_disks import OwnDisks
 from limosa.host.parts import Parts
+from limosa.host.slots import Place
 from limosa.host.vms import HostedVm
 from limosa.model.facts import VmFacts
 from limosa.model.network import Carried, HostNetwork
@@ -24,7 +25,15 @@ from limosa.wire.peer import LayersAwaited, Prepared, RelayPlace, RestAwaited
 class Leaving:
     """The VM that leaves: a :class:`limosa.migration.home.Home`."""
 
-    def __init__(self, parts: Parts, hosted: HostedVm | None, bandwidth: Bandwidth, migration: str, cap: int) -> None:
+    def __init__(
+        self,
+        parts: Parts,
+        hosted: HostedVm | None,
+        bandwidth: Bandwidth,
+        migration: str,
+        cap: int,
+        place: Place,
+    ) -> None:
         self._vms = parts.vms
         self._inspector = parts.inspector
         self.disks = OwnDisks(parts, hosted)
@@ -32,7 +41,9 @@ class Leaving:
         self._leasing = parts.leasing
         self._hosted = hosted
         self._departure = Departure(parts, partial(bandwidth.of_lane, migration))
-        self._has_storage_slot = False
+        #: among all that leave, and among those whose disks do
+        self._place = place
+        self._storage_place = Place(self._slots)
         self._bandwidth = bandwidth
         self._migration = migration
         #: bytes per second asked for this move, 0: none
@@ -59,10 +70,12 @@ class Leaving:
         seed = self._vms.seed_of(self._hosted.config)
         return {"seed.iso": base64.b64encode(seed).decode()} if seed is not None else {}
 
-    async def take_storage_slot(self, in_line: Callable[[int], None]) -> None:
+    async def take_storage_slot(self, in_line: Callable[[int], None], in_line_again: Callable[[int], None]) -> None:
         """See :class:`limosa.migration.home.Home`."""
-        await self._slots.acquire(in_line)
-        self._has_storage_slot = True
+        if self._slots.is_full:
+            self._place.give_back()
+        await self._storage_place.take(in_line)
+        await self._place.take(in_line_again)
 
     async def seats(self, destination: str, route: Route, count: int, *, encrypt: bool) -> list[RelayPlace]:
         """See :class:`limosa.migration.home.Home`."""
@@ -71,9 +84,7 @@ class Leaving:
     def disconnect(self) -> None:
         """See :class:`limosa.migration.home.Home`."""
         self._departure.release()
-        if self._has_storage_slot:
-            self._has_storage_slot = False
-            self._slots.release()
+        self._storage_place.give_back()
 
     async def connect(self, route: Route, prepared: Prepared) -> Channel:
         """See :class:`limosa.migration.home.Home`."""

@@ -54,7 +54,9 @@ class Leftovers:
         self._cleaning = asyncio.Lock()
 
     async def look(self) -> tuple[Leftover, ...]:
-        """Every image that may be one, by path. Never fails because of a location that cannot be read."""
+        """Every image that may be one, by path. Never fails because of a location that cannot be read; raises
+        :class:`StorageError` if one does not answer."""
+        await self._storage.check_answer()
         locations = await self._storage.locations()
         places = self._storage.places
         found = await asyncio.to_thread(
@@ -103,6 +105,7 @@ class Leftovers:
         return seen
 
     async def _claims(self) -> Claims:
+        await self._storage.check_answer()
         return await asyncio.to_thread(Claims.look, self._migrations, Known.of(self._vms), self._storage.places)
 
     async def _judge(self, found: Sequence[Leftover], shared: Collection[str]) -> tuple[Leftover, ...]:

@@ -13,14 +13,15 @@ import msgspec
 from limosa.background import Background, in_full
 from limosa.errors import Conflict, HostUnreachable, LimosaError, from_fault
 from limosa.host.bandwidth import MBIT_BYTES, Bandwidth
+from limosa.host.expectation import expect, resident_bytes
 from limosa.host.leaving import Leaving
 from limosa.host.own_disks import OwnDisks
 from limosa.host.parts import Parts
 from limosa.host.peers import RemotePeer, dial
-from limosa.host.slots import Slots
+from limosa.host.slots import Place, Slots
 from limosa.host.views import Views
 from limosa.host.vms import HostedVm
-from limosa.migration.examination import Question, examine
+from limosa.migration.examination import Examined, Question, examine
 from limosa.migration.home import Terms
 from limosa.migration.journal import Header, Journal, new_identity
 from limosa.migration.ownership import SOURCE_ENDED, SourceStep
@@ -32,11 +33,12 @@ from limosa.model import reading
 from limosa.model.base import is_name
 from limosa.model.finding import Finding, Severity
 from limosa.model.migration import Migration, Outcome, Phase, Progress, Side
+from limosa.model.units import MIB
 from limosa.model.vm import VmState
 from limosa.qemu.protocol import MachineProtocol
 from limosa.security import tls
 from limosa.settings.address import split_address
-from limosa.wire.api import CheckReport, CheckRequest, MoveOptions, MoveRequest
+from limosa.wire.api import CheckReport, CheckRequest, Expected, MoveOptions, MoveRequest
 
 _log = logging.getLogger(__name__)
 
@@ -74,13 +76,14 @@ class Outgoing:
                 disks_here = OwnDisks(self._parts, hosted)
                 examined = await examine(peer, self._question(hosted, request.options), facts, disks_here)
                 findings, route, disks, layers = examined.findings, examined.route, examined.disks, examined.layers
+                expected: Expected | None = self._expect(hosted, examined, request.options)
             finally:
                 await peer.close()
         except HostUnreachable as error:
             destination = request.destination
             todo = error.todo or "see the logs of both hosts"
             findings = (Finding.error(error.code, str(error), todo),)
-            route, disks, layers = None, (), ()
+            route, disks, layers, expected = None, (), (), None
         possible = all(finding.severity is not Severity.ERROR for finding in findings)
         return CheckReport(
             vm=request.vm,
@@ -91,6 +94,20 @@ class Outgoing:
             route=route,
             disks=disks,
             layers=layers,
+            expected=expected,
+        )
+
+    def _expect(self, hosted: HostedVm, examined: Examined, options: MoveOptions) -> Expected:
+        memory = hosted.config.memory_mib * MIB
+        resident = resident_bytes(hosted.machine.pid) if hosted.machine is not None else None
+        addresses = [path.there for path in examined.route.paths]
+        return expect(
+            examined.disks,
+            examined.layers,
+            min(memory, resident) if resident is not None else memory,
+            examined.route,
+            self._terms(options).policy,
+            lambda kind: self._bandwidth.alone(kind, addresses),
         )
 
     def _question(self, hosted: HostedVm, options: MoveOptions) -> Question:
@@ -179,21 +196,22 @@ class Outgoing:
         terms = self._terms(options)
         report = Report(self._first_view(header, terms.transport), self._views.publish)
         own_cap = (options.bandwidth_mbit_per_s or 0) * MBIT_BYTES
-        leaving = Leaving(self._parts, hosted, self._bandwidth, header.migration, own_cap)
+        place = Place(self.slots)
+        leaving = Leaving(self._parts, hosted, self._bandwidth, header.migration, own_cap, place)
         move = SourceMove(journal, machine, self._dialler(header.address), leaving, terms, report)
         self._active[header.migration] = move
         self._views.publish(report.now)
-        self._background.spawn(self._settle(move, None) if settle else self._conduct(move))
+        self._background.spawn(self._settle(move, None) if settle else self._conduct(move, place))
         return report.now
 
-    async def _conduct(self, move: SourceMove) -> None:
+    async def _conduct(self, move: SourceMove, place: Place) -> None:
         try:
-            await move.guard(self.slots.acquire(move.report.line("other moves of this host")))
             try:
+                await move.guard(place.take(move.report.line("other moves of this host")))
                 await self._bandwidth.share()
                 await move.run()
             finally:
-                self.slots.release()  # to settle it sends nothing, and may take as long as its destination is away
+                place.give_back()  # to settle it sends nothing, and may take as long as its destination is away
             move.report.end(Outcome.COMPLETED)
         except LimosaError as error:
             await self._settle(move, error)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import msgspec
 
+from limosa.errors import StorageError
 from limosa.host.claims import Claims, Known
 from limosa.host.neighbours import sought
 from limosa.host.parts import Parts
@@ -52,7 +53,7 @@ class OwnDisks:
     async def leave(self, images: Sequence[str], *, keep: bool = False) -> None:
         """The VM has left these images: delete them, unless they are to be kept, or somebody else needs them, which is
         logged. What could not be deleted is logged, too."""
-        needed = {} if keep or not images else await self._needed(images, in_use=False)
+        needed = {} if keep else await self._needed_or_doubted(images)
         for path, who in needed.items():
             _log.error("%s is left, because it is needed: %s", path, who)
         staying = images if keep else needed.keys()
@@ -62,9 +63,18 @@ class OwnDisks:
         if self._hosted is not None and staying:
             await self._leasing.give_back(self._hosted.config, [*staying])
 
+    async def _needed_or_doubted(self, images: Sequence[str]) -> dict[str, str]:
+        try:
+            return await self._needed(images, in_use=False)
+        except StorageError as error:
+            return dict.fromkeys(images, str(error))
+
     async def _needed(self, images: Sequence[str], *, in_use: bool) -> dict[str, str]:
         """Who but the VM needs which of these images, in words. Of those that the VM has ``in_use`` it is not asked who
-        has them open."""
+        has them open. Raises :class:`StorageError` if that cannot be told because a location does not answer."""
+        if not images:
+            return {}
+        await self._storage.check_answer()
         known = Known.of(self._vms, but=self._hosted.config.uuid if self._hosted is not None else "")
         shared = {one.name for one in await self._storage.locations() if one.shared}
         places = self._storage.places

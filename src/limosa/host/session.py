@@ -141,6 +141,7 @@ class Session:
         news: asyncio.Queue[say.InLine | say.LayersAwaited] = asyncio.Queue()
         teller = asyncio.ensure_future(self._tell(news))
         try:
+            await self._incoming.check_answer(request)
             await to_its_end(self._begin(request))
             prepared = await self._current().prepare(
                 request, lambda place: news.put_nowait(say.InLine(place=place)), news.put_nowait

@@ -19,13 +19,18 @@ class Slots:
         self.taken = 0
         self._line: OrderedDict[asyncio.Future[None], Callable[[int], None]] = OrderedDict()
 
+    @property
+    def is_full(self) -> bool:
+        """Whether who comes now has to wait."""
+        return bool(self._line) or self.taken >= self._limit()
+
     async def acquire(self, in_line: Callable[[int], None]) -> None:
         """Take a place. While there is none, ``in_line`` is told the place in line, from 1, whenever it changes, and 0
         when the wait is over.
 
         Cancelling leaves the line.
         """
-        if not self._line and self.taken < self._limit():
+        if not self.is_full:
             self.taken += 1
             return
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -62,3 +67,23 @@ class Slots:
     def _tell(self) -> None:
         for place, in_line in enumerate(self._line.values(), start=1):
             in_line(place)
+
+
+class Place:
+    """One place of its own, which may be given back for a while."""
+
+    def __init__(self, slots: Slots) -> None:
+        self._slots = slots
+        self._is_taken = False
+
+    async def take(self, in_line: Callable[[int], None]) -> None:
+        """As :meth:`Slots.acquire`; at once if it is taken."""
+        if not self._is_taken:
+            await self._slots.acquire(in_line)
+            self._is_taken = True
+
+    def give_back(self) -> None:
+        """Let another have it. May be repeated."""
+        if self._is_taken:
+            self._is_taken = False
+            self._slots.release()

@@ -6,8 +6,9 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Hashable, Iterable, Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
@@ -15,6 +16,7 @@ import msgspec
 from limosa.background import in_full
 from limosa.errors import Conflict, StorageError
 from limosa.host.files import Files
+from limosa.host.looks import Looks
 from limosa.host.page import Page
 from limosa.host.slots import Slots
 from limosa.model.base import is_clean_path
@@ -22,7 +24,7 @@ from limosa.model.storage import BackingFile, DiskFacts, DiskPlan, LayerPlan, Lo
 from limosa.model.units import format_bytes
 from limosa.model.vm import Disk, DiskFormat
 from limosa.settings.host import HostSettings
-from limosa.storage import access, chains, layers, qcow2
+from limosa.storage import access, chains, images, layers, qcow2
 from limosa.storage.locations import Locations
 from limosa.storage.marks import Mark
 from limosa.storage.stores import Store
@@ -30,6 +32,24 @@ from limosa.storage.stores import Store
 _log = logging.getLogger(__name__)
 #: QEMU shows a guest, and copies, whole ones.
 _SECTOR = 512
+#: A location that has not answered for so long is not used.
+ANSWERS_WITHIN_S = 5.0
+
+
+@dataclass(frozen=True)
+class _Held:
+    """What a copy under way will need in all, and what that space is taken from."""
+
+    total: int
+    pool: Hashable
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """A look at a location."""
+
+    location: Location
+    pool: Hashable
 
 
 class Storage:
@@ -48,7 +68,8 @@ class Storage:
             page.on_change(slots.admit)
         page.before_change(self._check_locations)
         #: what copies under way will still need, by the path of the image
-        self._held: dict[str, int] = {}
+        self._held: dict[str, _Held] = {}
+        self._looks: Looks[_Seen] = Looks(ANSWERS_WITHIN_S)
         #: while somebody looks at what is free in order to hold it
         self._looking = asyncio.Lock()
 
@@ -58,12 +79,31 @@ class Storage:
         return places(self._page, self._files)
 
     async def locations(self) -> tuple[Location, ...]:
-        """All locations. What copies under way will still need is not free."""
-        return await asyncio.to_thread(self._look)
+        """All locations, by name. What copies under way will still need is not free. One whose server is gone has a
+        fault that says so."""
+        places = self.places
+        names = sorted(places.names)
+        seen = await asyncio.gather(*(self._look(places, name) for name in names))
+        return tuple(
+            one.location if one is not None else places.silent(name) for name, one in zip(names, seen, strict=True)
+        )
+
+    async def check_answer(self, names: Iterable[str] | None = None) -> None:
+        """Before these locations are looked into, or with no names all. Raises :class:`StorageError` if one does not
+        answer, and :class:`NotFound`."""
+        places = self.places
+        for name in sorted(places.names if names is None else set(names)):
+            if await self._look(places, name) is None:
+                raise StorageError(
+                    f"location '{name}' does not answer",
+                    why="so it cannot be told what lies there",
+                    todo="mend it, or take it away with 'limosa storage remove'",
+                )
 
     async def facts(self, disks: Iterable[Disk]) -> tuple[DiskFacts, ...]:
         """What is to know before they are copied. Raises :class:`StorageError`."""
-        return await asyncio.to_thread(lambda: tuple(self._facts(disk) for disk in disks))
+        found = await asyncio.to_thread(lambda: tuple(self._facts(disk) for disk in disks))
+        return tuple(await asyncio.gather(*(_measured(fact) for fact in found)))
 
     async def digest(self, backing: BackingFile) -> BackingFile:
         """The same with its digest, for which it and all below it is read once. Raises :class:`StorageError`."""
@@ -76,11 +116,12 @@ class Storage:
         that of a layer and its original. Only files in a location count, so that nobody can have another file of the
         host shown to a guest, and no logical volumes: those stand alone. Nor any that is ``written``.
         """
-        return await asyncio.to_thread(self._find, wanted, written)
+        usable = {one.name for one in await self.locations() if not one.fault}
+        return await asyncio.to_thread(self._find, wanted, usable, written)
 
-    def _find(self, wanted: BackingFile, written: Collection[str]) -> BackingFile | None:
+    def _find(self, wanted: BackingFile, usable: Collection[str], written: Collection[str]) -> BackingFile | None:
         unfit = {os.path.realpath(path) for path in written}
-        for path in self._candidates(wanted):
+        for path in self._candidates(wanted, usable):
             if os.path.realpath(path) in unfit:
                 continue
             with suppress(OSError, StorageError):
@@ -90,8 +131,8 @@ class Storage:
                         return found
         return None
 
-    def _candidates(self, wanted: BackingFile) -> list[str]:
-        stores = {name: self.places.store(name) for name in sorted(self.places.names)}
+    def _candidates(self, wanted: BackingFile, usable: Collection[str]) -> list[str]:
+        stores = {name: self.places.store(name) for name in sorted(self.places.names.intersection(usable))}
         folders = {name: Path(store.root) for name, store in stores.items() if store.kind == "folder"}
         found = [Path(wanted.path), *(folder / Path(wanted.path).name for folder in folders.values())]
         if wanted.location in folders and is_clean_path(f"/{wanted.location_path}"):
@@ -104,10 +145,10 @@ class Storage:
         """Hold space for the image of a copy, which will write all of it, and create it, durably, with the mark of one
         that is not finished. Raises :class:`StorageError`; nothing is left then. Who is cancelled removes it."""
         store = self.places.store(plan.location)
-        if os.path.lexists(plan.path):
-            raise StorageError(f"{plan.path} exists already")
         await self._hold(plan.path, plan.location, plan.expected_bytes)
         try:
+            if await in_full(os.path.lexists, plan.path):
+                raise StorageError(f"{plan.path} exists already")
             await store.create(
                 plan.path,
                 plan.format,
@@ -144,18 +185,25 @@ class Storage:
     async def _hold(self, path: str, location: str, needed: int) -> None:
         """Between plan and deed another copy may have taken the space, so it is looked at again."""
         async with self._looking:
-            found = next((one for one in await self.locations() if one.name == location), None)
-            if found is None or found.lacks(needed):
+            # What another has begun to hold since a look under way began is not in that.
+            places = self.places
+            seen = await self._look(places, location, anew=True)
+            found = seen.location if seen is not None else places.silent(location)
+            if found.fault:
+                raise StorageError(
+                    f"location '{location}' cannot be used", why=found.fault, todo="mend it, or choose another location"
+                )
+            if seen is None or found.lacks(needed):
                 raise StorageError(
                     f"location '{location}' has no room for {Path(path).name}",
-                    why=f"{format_bytes(found.free_bytes if found else 0)} are free, {format_bytes(needed)} are needed",
+                    why=f"{format_bytes(found.free_bytes)} are free, {format_bytes(needed)} are needed",
                     todo="free space there, or choose another location",
                 )
-            self._held[path] = needed
+            self._held[path] = _Held(needed, seen.pool)
 
     def resume(self, paths: Iterable[str]) -> None:
         """An earlier daemon was about to make these images, and their moves are not over. To be settled as others."""
-        self._held |= dict.fromkeys(paths, 0)
+        self._held |= dict.fromkeys(paths, _Held(0, None))
 
     def settle(self, path: str) -> None:
         """An image is complete: nothing more is held for it."""
@@ -184,7 +232,8 @@ class Storage:
             _log.error("%s is not used any more: %s", path, error)
 
     def _facts(self, disk: Disk) -> DiskFacts:
-        below = tuple(self._backing(*one) for one in chains.below(disk.path, disk.format))
+        itself = ((disk.path, disk.format),) if disk.read_only else ()
+        below = tuple(self._backing(*one) for one in (*itself, *chains.below(disk.path, disk.format)))
         header = qcow2.read(Path(disk.path)) if disk.format == "qcow2" else None
         allocated = self._taken(disk.path)
         size = header.virtual_bytes if header is not None else disk.size_bytes or _size(disk.path)
@@ -197,6 +246,7 @@ class Storage:
             chain_bytes=allocated + sum(file.allocated_bytes for file in below),
             below=below,
             snapshots=header.snapshots if header is not None else 0,
+            bitmaps=header.bitmaps if header is not None else 0,
             location=self.places.of(disk.path),
             needed=self.places.store_of(disk.path).lost_with(disk.path),
         )
@@ -212,19 +262,22 @@ class Storage:
             location_path=inside,
         )
 
-    def _look(self) -> tuple[Location, ...]:
-        places = self.places
-        # In this order: what is taken in between counts twice, and not never.
-        needed = {name: self._needed_in(places.store(name)) for name in places.names}
-        return tuple(
-            msgspec.structs.replace(one, free_bytes=max(0, one.free_bytes - needed[one.name])) for one in places.look()
-        )
+    async def _look(self, places: Locations, name: str, *, anew: bool = False) -> _Seen | None:
+        """One location; None if it does not answer. Raises :class:`NotFound`."""
+        store = places.store(name)
 
-    def _needed_in(self, store: Store) -> int:
-        """What copies under way will still need of the space that ``store`` has too."""
-        places, pool = self.places, store.pool
-        held = ((places.store_of(path), path, total) for path, total in list(self._held.items()))
-        return sum(_still_needed(one, path, total) for one, path, total in held if one.pool == pool)
+        def look() -> _Seen:
+            pool = store.pool
+            needed = self._needed_in(pool)  # before: what is taken in between counts twice, and not never
+            seen = places.look(name)
+            return _Seen(msgspec.structs.replace(seen, free_bytes=max(0, seen.free_bytes - needed)), pool)
+
+        return await self._looks.look((name, store), look, anew=anew)
+
+    def _needed_in(self, pool: Hashable) -> int:
+        """What copies under way will still need of the space of ``pool``."""
+        held = [(path, one.total) for path, one in list(self._held.items()) if one.pool == pool]
+        return sum(_still_needed(self.places.store_of(path), path, total) for path, total in held)
 
     def _taken(self, path: str) -> int:
         """Bytes an image takes on its storage. Raises :class:`StorageError`."""
@@ -242,6 +295,21 @@ def _places(settings: HostSettings, files: Files) -> Locations:
 
 def _with_digest(backing: BackingFile) -> BackingFile:
     return msgspec.structs.replace(backing, digest=chains.digest(backing.path, backing.format))
+
+
+async def _measured(fact: DiskFacts) -> DiskFacts:
+    """The same with what a copy holds where that is more than it takes on its storage."""
+    if fact.chain_bytes >= fact.virtual_bytes or Path(fact.path).is_block_device():
+        return fact
+    one = await _copied_bytes(fact.path, fact.format, fact.allocated_bytes)
+    below = [await _copied_bytes(file.path, file.format, file.allocated_bytes) for file in fact.below]
+    return msgspec.structs.replace(fact, allocated_bytes=one, chain_bytes=one + sum(below))
+
+
+async def _copied_bytes(path: str, image_format: DiskFormat, taken: int) -> int:
+    with suppress(OSError, StorageError):  # what it takes is a good guess but for what is compressed
+        return max(taken, await images.data_bytes(Path(path), image_format))
+    return taken
 
 
 def _alike(folder: Path, wanted: BackingFile) -> Iterator[Path]:

@@ -38,6 +38,23 @@ class Chains:
             nearest = self._found.get(file.digest) or self._sent(file, nearest, choose)
         return above(whole, fact, nearest, sent=nearest.digest in self._layers) if nearest is not None else whole
 
+    def bring(self, fact: DiskFacts, location: Location) -> DiskPlan:
+        """The plan for a disk that is only read: ``fact.below`` has itself first."""
+        there: BackingFile | None = None
+        for file in reversed(fact.below):
+            there = self._found.get(file.digest) or self._sent(file, there, lambda _: location)
+        assert there is not None
+        sent = there.digest in self._layers
+        return DiskPlan(
+            disk=fact.name,
+            action=DiskAction.STAY,
+            path=there.path,
+            format=fact.format,
+            virtual_bytes=fact.virtual_bytes,
+            location=there.location,
+            why=f"it is only read, and {'sent' if sent else 'there with the same contents'}, as {there.path}",
+        )
+
     def _sent(self, file: BackingFile, backing: BackingFile | None, choose: Choice) -> BackingFile:
         if file.digest not in self._layers:
             self._layers[file.digest] = self._plan(file, backing, choose)

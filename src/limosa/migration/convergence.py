@@ -45,6 +45,13 @@ class RaiseDowntimeLimit:
 
 
 @dataclass(frozen=True)
+class Hold:
+    """Let the guest stop only when nothing remains."""
+
+    note: str
+
+
+@dataclass(frozen=True)
 class Throttle:
     """Slow the guest's processors by up to ``max_percent``."""
 
@@ -66,7 +73,7 @@ class GiveUp:
     why: str
 
 
-Action = Wait | RaiseDowntimeLimit | Throttle | StartPostCopy | GiveUp
+Action = Wait | RaiseDowntimeLimit | Hold | Throttle | StartPostCopy | GiveUp
 
 
 @dataclass(frozen=True)
@@ -80,6 +87,7 @@ class Convergence:
     progress_at: float | None = None
     throttle_percent: int = 0
     in_post_copy: bool = False
+    is_held: bool = False
 
     @classmethod
     def begin(cls, policy: ConvergencePolicy) -> Convergence:
@@ -88,6 +96,8 @@ class Convergence:
 
     def judge(self, at: float, look: MigrationStatistics) -> tuple[Convergence, Action]:
         """What to do after this look, taken at ``at`` (seconds of any steady clock), and the state after doing it."""
+        if self.is_held:
+            return replace(self, is_held=False), RaiseDowntimeLimit(self.downtime_limit_ms, self._note(look))
         if self._has_progress(look):
             return self._seen(at, look), Wait(self._note(look))
         stalled_s = at - (self.progress_at if self.progress_at is not None else at)
@@ -96,6 +106,10 @@ class Convergence:
         if stalled_s < (THROTTLE_STALL_S if self.throttle_percent else STALL_S):
             return self, Wait(self._note(look))
         return self._escalate(at, look, stalled_s)
+
+    def hold(self, at: float, note: str) -> tuple[Convergence, Action]:
+        """Instead of :meth:`judge`, when the guest should not stop yet for another reason than its memory."""
+        return replace(self, is_held=True, progress_at=at), Wait(note) if self.is_held else Hold(note)
 
     def _has_progress(self, look: MigrationStatistics) -> bool:
         if self.progress_at is None:

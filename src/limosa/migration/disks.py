@@ -1,13 +1,14 @@
 """What becomes of each disk when a VM moves to another host; pure.
 
 A disk both hosts see stays where it is. Any other is copied into a new image: in the location that was asked for, else
-in the destination's location of the same name as here, else in its default one.
+in the destination's location of the same name as here, else in its default one. One that is only read is sent as it is,
+like files below disks, unless the destination has its contents.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import PurePosixPath
@@ -18,7 +19,7 @@ from limosa.migration.chains import Chains
 from limosa.model.base import is_name
 from limosa.model.facts import DestinationFacts, VmFacts
 from limosa.model.finding import Finding
-from limosa.model.storage import BackingFile, DiskAction, DiskFacts, DiskPlan, LayerPlan, Location
+from limosa.model.storage import BackingFile, Chain, DiskAction, DiskFacts, DiskPlan, LayerPlan, Location
 from limosa.model.units import format_bytes
 from limosa.model.vm import Disk, DiskFormat, VmConfig
 from limosa.storage import layers
@@ -41,19 +42,23 @@ class Planned:
 
 
 def to_copy(vm: VmConfig, here: VmFacts, there: DestinationFacts, wishes: Mapping[str, str]) -> tuple[Disk, ...]:
-    """The disks that do not stay: the destination does not see them, or they were asked to go elsewhere.
+    """The disks that do not stay: the destination does not see them, or they were asked to go elsewhere."""
+    return tuple(disk for disk in _leaving(vm, here, there, wishes) if not disk.read_only)
 
-    Disks that are only read are not copied: what they hold is somebody else's, such as an installer's CD-ROM.
-    """
+
+def to_send(vm: VmConfig, here: VmFacts, there: DestinationFacts, wishes: Mapping[str, str]) -> tuple[Disk, ...]:
+    """The same of disks that are only read, such as an installer's CD-ROM. They stay here, too: what they hold is
+    somebody else's."""
+    return tuple(disk for disk in _leaving(vm, here, there, wishes) if disk.read_only)
+
+
+def _leaving(vm: VmConfig, here: VmFacts, there: DestinationFacts, wishes: Mapping[str, str]) -> Iterator[Disk]:
     ours = {identity.path: identity for identity in here.files}
     theirs = {identity.path: identity for identity in there.files}
-    return tuple(
-        disk
-        for disk in vm.disks
-        if not disk.read_only
-        and disk.path in ours
-        and (disk.name in wishes or disk.path not in theirs or not same_file(ours[disk.path], theirs[disk.path]))
-    )
+    for disk in vm.disks:
+        seen = disk.path in ours and disk.path in theirs and same_file(ours[disk.path], theirs[disk.path])
+        if disk.path in ours and (disk.name in wishes or not seen):
+            yield disk
 
 
 def image_name(vm: str, disk: str, tag: str, image_format: str) -> str:
@@ -98,16 +103,17 @@ def plan(
     there: DestinationFacts,
     wishes: Mapping[str, str],
     tag: str,
-    found: Mapping[str, BackingFile] | None,
+    found: Mapping[str, BackingFile],
+    chain: Chain = "keep",
 ) -> Planned:
     """The plan for every disk.
 
-    ``facts``: of those :func:`to_copy` names, with digests where one :func:`may_lie_above` others; ``found``: what the
-    destination has of the files below them, by digest, null if disks are to arrive in one piece.
+    ``facts``: of those :func:`to_copy` and :func:`to_send` name, with digests where one :func:`may_lie_above` others or
+    is sent; ``found``: what the destination has of the files below them, by digest.
     """
     known = {fact.name: fact for fact in facts}
     locations = _locations(there)
-    chains = Chains(found or {}, tag)
+    chains = Chains(found, tag)
     plans: list[DiskPlan] = []
     findings: list[Finding] = []
     for disk in vm.disks:
@@ -115,14 +121,20 @@ def plan(
         if fact is None:
             plans.append(_stays(disk))
             continue
-        findings += against_copying(fact)
         wish = wishes.get(disk.name, "")
         location = _location(fact.location, locations, wish)
+        if disk.read_only and location is not None and location.kind != "folder" and not wish:
+            location = next((one for one in there.locations if one.kind == "folder"), None)
         if location is None:
             findings.append(_no_location(disk, wish, there))
             continue
+        if disk.read_only:
+            findings += _against_sending(disk, location)
+            plans.append(chains.bring(fact, location))
+            continue
+        findings += against_copying(fact)
         whole = copied(vm.name, fact, location, tag)
-        keeps = found is not None and location.kind == "folder"
+        keeps = chain == "keep" and location.kind == "folder"
         plans.append(chains.keep(whole, fact, partial(_of_layer, locations, location)) if keeps else whole)
     findings += _unknown_disks(vm, wishes)
     findings += space([*copies(plans), *chains.layers], locations, there.host)
@@ -132,11 +144,12 @@ def plan(
 def landed(vm: VmConfig, plans: Iterable[DiskPlan]) -> VmConfig:
     """The VM as it will be at the destination."""
     there = {plan.disk: plan for plan in plans}
-    disks = tuple(
-        on_image(disk, there[disk.name]) if disk.name in there and is_work(there[disk.name]) else disk
-        for disk in vm.disks
-    )
+    disks = tuple(_landed(disk, there[disk.name]) if disk.name in there else disk for disk in vm.disks)
     return msgspec.structs.replace(vm, disks=disks)
+
+
+def _landed(disk: Disk, plan: DiskPlan) -> Disk:
+    return on_image(disk, plan) if is_work(plan) else msgspec.structs.replace(disk, path=plan.path)
 
 
 def on_image(disk: Disk, plan: DiskPlan) -> Disk:
@@ -222,6 +235,18 @@ def _no_location(disk: Disk, wish: str, there: DestinationFacts) -> Finding:
     )
 
 
+def _against_sending(disk: Disk, location: Location) -> list[Finding]:
+    if location.kind == "folder":
+        return []
+    return [
+        Finding.error(
+            "form-not-possible",
+            f"disk {disk.name} cannot go to location '{location.name}': it is only read, and sent as a file",
+            "choose a location that is a folder",
+        )
+    ]
+
+
 def _unknown_disks(vm: VmConfig, wishes: Mapping[str, str]) -> list[Finding]:
     names = {disk.name for disk in vm.disks}
     return [
@@ -233,16 +258,25 @@ def _unknown_disks(vm: VmConfig, wishes: Mapping[str, str]) -> list[Finding]:
 
 
 def against_copying(fact: DiskFacts) -> list[Finding]:
-    """Why a disk cannot be copied."""
-    if not fact.snapshots:
-        return []
-    return [
-        Finding.error(
-            "disk-snapshots",
-            f"disk {fact.name} holds {fact.snapshots} snapshots, which a copy would lose",
-            f"see qemu-img snapshot -l {fact.path}; delete them while the VM is stopped, or share the storage",
+    """Why a disk cannot be copied, or what of it is lost by that."""
+    found = []
+    if fact.snapshots:
+        found.append(
+            Finding.error(
+                "disk-snapshots",
+                f"disk {fact.name} holds {fact.snapshots} snapshots, which a copy would lose",
+                f"see qemu-img snapshot -l {fact.path}; delete them while the VM is stopped, or share the storage",
+            )
         )
-    ]
+    if fact.bitmaps:
+        found.append(
+            Finding.warning(
+                "disk-bitmaps",
+                f"disk {fact.name} holds {fact.bitmaps} dirty bitmaps, which a copy does not have",
+                "have the backup program that keeps them there make its next backup a full one",
+            )
+        )
+    return found
 
 
 def against_leaving(fact: DiskFacts) -> list[Finding]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Collection, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -11,7 +11,7 @@ import msgspec
 
 from limosa.migration import disks, preflight
 from limosa.migration.peer import Peer
-from limosa.model.facts import DestinationFacts, VmFacts
+from limosa.model.facts import VmFacts
 from limosa.model.finding import Finding
 from limosa.model.route import Route
 from limosa.model.storage import BackingFile, Chain, DiskFacts, DiskPlan, LayerPlan
@@ -83,6 +83,7 @@ async def examine(
     (there, skew), here = await both(peer.inspect(vm, question.accelerator), facts)
     no_relay = "" if there.relay == RELAY_VERSION else f"host '{there.host}' knows another version of it, or none"
     copied = disks.to_copy(vm, here, there, question.storage)
+    sent = disks.to_send(vm, here, there, question.storage)
     ends = Ends(
         question.source,
         there.host,
@@ -90,18 +91,21 @@ async def examine(
         there.network,
         there.addresses,
         no_relay,
-        _no_rdma(question, disks_move=bool(copied)),
+        _no_rdma(question, disks_move=bool(copied or sent)),
         capped=here.capped,
         memory_mib=vm.memory_mib,
         post_copy=here.post_copy and there.post_copy_possible,
     )
     asked = "rdma" if question.rdma_failed else question.transport
     route, blocked = await _open_route(ends, asked, there.trial_port)
-    of_disks = await disks_here.facts(copied) if copied else ()
+    of_disks = await disks_here.facts((*copied, *sent)) if copied or sent else ()
+    as_they_are = {disk.name for disk in sent}
     if question.chain == "keep":
-        of_disks = await _with_digests(disks_here, of_disks, there, question.storage)
-    found = await _found(peer, of_disks) if question.chain == "keep" else None
-    planned = disks.plan(vm, of_disks, there, question.storage, question.tag, found)
+        wishes = question.storage
+        as_they_are |= {fact.name for fact in of_disks if disks.may_lie_above(fact, there, wishes.get(fact.name, ""))}
+    of_disks = await _with_digests(disks_here, of_disks, as_they_are)
+    found = await _found(peer, of_disks)
+    planned = disks.plan(vm, of_disks, there, question.storage, question.tag, found, question.chain)
     findings = preflight.check(
         vm,
         question.source,
@@ -109,7 +113,7 @@ async def examine(
         there,
         clock_skew_s=skew,
         reachable=bool(route.paths),
-        copied={disk.path for disk in copied},
+        copied={disk.path for disk in (*copied, *sent)},
         relayed=route.is_relayed,
     )
     instead = (not_by_rdma(route),) if asked == "rdma" and route.transport != "rdma" else ()
@@ -126,13 +130,13 @@ def _no_rdma(question: Question, *, disks_move: bool) -> str:
 
 
 async def _with_digests(
-    disks_here: DisksHere, facts: Iterable[DiskFacts], there: DestinationFacts, wishes: Mapping[str, str]
+    disks_here: DisksHere, facts: Iterable[DiskFacts], names: Collection[str]
 ) -> tuple[DiskFacts, ...]:
-    """The facts with the digests of all files below disks whose copies may lie above files."""
+    """The facts with the digests of all files below the disks of these names."""
     known = []
     for fact in facts:
         below = fact.below
-        if disks.may_lie_above(fact, there, wishes.get(fact.name, "")):
+        if fact.name in names:
             below = tuple([await disks_here.digest(file) for file in below])
         known.append(msgspec.structs.replace(fact, below=below))
     return tuple(known)

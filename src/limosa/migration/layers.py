@@ -43,8 +43,10 @@ async def send(move: SourceMove, awaited: LayersAwaited) -> None:
         sender = Sender(channel.stream, context, move.home.bandwidth(Kind.STORAGE))
         sending = asyncio.ensure_future(sender.send([plan.origin for plan in plans]))
         try:
+            paths = move.paths_of(channel)
             while not sending.done():
                 _show(move, sender, plans)
+                move.report.change(route=await paths.look())
                 await asyncio.wait({sending}, timeout=LOOK_EVERY_S)
                 sender.bytes_per_s = move.home.bandwidth(Kind.STORAGE)
         finally:
@@ -53,6 +55,8 @@ async def send(move: SourceMove, awaited: LayersAwaited) -> None:
         sending.result()
         _show(move, sender, plans)
         move.layers_sent = sender.sent_bytes
+        move.report.change(route=await paths.look())
+        move.layers_channel = [channel]
         move.report.note("the destination compares what lies below the disks with what was meant")
     finally:
         channel.close()

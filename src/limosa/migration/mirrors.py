@@ -8,17 +8,25 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from limosa.errors import LimosaError, MigrationFailed, NotConverging, QemuError
 from limosa.model.storage import DiskAction, DiskPlan, DiskProgress
+from limosa.model.units import MIB
 from limosa.qemu.protocol import CopyingProtocol, CopyState, CopyStatistics, MachineProtocol
 from limosa.transport.channel import SocketChannel
 from limosa.wire.peer import StreamCredentials
 
 LOOK_EVERY_S = 0.2
+#: How long a copy that is ready may have too much left. For moments it always has: QEMU sleeps while nothing is.
+BEHIND_S = 1.0
+#: A rate is taken over the looks of so long.
+RATE_OVER_S = 2.0
+#: What may always remain: QEMU copies in pieces of up to this (MAX_IO_BYTES in block/mirror.c).
+PIECE_BYTES = MIB
 
 
 @dataclass(frozen=True)
@@ -27,21 +35,34 @@ class Keeping:
 
     ``least`` is the least that ever remained, ``since`` when that was. A copy that has come no nearer for a quarter of
     the patience makes the guest wait for its writes; one that has not for all of it since then does not end.
+
+    For one that is ready this begins anew, and again whenever no more is left than may be. It waits less before the
+    guest has to: what is left when the guest stops lengthens the blackout.
     """
 
     patience_s: float
     since: float
     least: int | None = None
+    ready: bool = False
+    #: when no more was left than may be
+    kept_up: float = 0.0
+    #: it is ready, and has had more left for more than a moment
+    is_behind: bool = False
     write_blocking: bool = False
 
-    def judge(self, now: float, remaining: int) -> tuple[Keeping, str]:
-        """The state after a look, and what to do: nothing (empty), ``block-writes`` or ``give-up``."""
+    def judge(self, now: float, remaining: int, allowed: int | None = None) -> tuple[Keeping, str]:
+        """The state after a look, and what to do: nothing (empty), ``block-writes`` or ``give-up``. ``allowed``: bytes
+        that may be left of one that is ready; null for one that is not."""
+        if allowed is not None and (not self.ready or remaining <= allowed):
+            return replace(self, since=now, least=None, ready=True, kept_up=now, is_behind=False), ""
+        looked = replace(self, is_behind=self.ready and now - self.kept_up >= BEHIND_S)
         if self.least is None or remaining < self.least:
-            return replace(self, since=now, least=remaining), ""
+            return replace(looked, since=now, least=remaining), ""
         waited = now - self.since
-        if not self.write_blocking and waited >= self.patience_s / 4:
-            return replace(self, since=now, write_blocking=True), "block-writes"
-        return self, "give-up" if self.write_blocking and waited >= self.patience_s else ""
+        patience_s = self.patience_s / 4
+        if not self.write_blocking and waited >= (min(BEHIND_S, patience_s) if self.ready else patience_s):
+            return replace(looked, since=now, write_blocking=True), "block-writes"
+        return looked, "give-up" if self.write_blocking and waited >= self.patience_s else ""
 
 
 class Mirrors:
@@ -52,6 +73,10 @@ class Mirrors:
         began = time.monotonic()
         self._keeping = {disk: Keeping(patience_s, began) for disk in disks}
         self.latest: Mapping[str, CopyStatistics] = {}
+        #: when how much was copied
+        self._looks: deque[tuple[float, Mapping[str, CopyStatistics]]] = deque()
+        #: all is copied and flushed
+        self.whole = False
 
     async def until_ready(self, show: Callable[[], Awaitable[None]]) -> None:
         """Return when all keep up with the guest; ``show`` is called after each look.
@@ -82,6 +107,24 @@ class Mirrors:
                 why = (copy.error if copy is not None else "") or "QEMU has ended it"
                 raise MigrationFailed(f"disk {disk} could not be copied", why=why, todo="see the logs of both hosts")
         self.latest = {disk: copies[disk] for disk in self._keeping}
+        now = time.monotonic()
+        while self._looks and self._looks[0][0] < now - RATE_OVER_S:
+            self._looks.popleft()
+        self._looks.append((now, self.latest))
+
+    async def keep_up(self, within_s: float) -> None:
+        """Look, and see to it that no copy has more left than it copies in ``within_s``: so long the guest would stand
+        still for it. All must have been ready. Raises :class:`MigrationFailed` if one has failed,
+        :class:`NotConverging` if one falls behind whatever is done."""
+        await self.look()
+        for disk in self.latest:
+            allowed = max(PIECE_BYTES, round(self._rate(disk) * within_s))
+            await self._judge(disk, allowed)
+
+    @property
+    def behind(self) -> tuple[str, ...]:
+        """The disks for whose copies the guest should not stop yet."""
+        return tuple(disk for disk, keeping in self._keeping.items() if keeping.is_behind)
 
     async def cap(self, bytes_per_s: int) -> None:
         """Cap what all copies together send; 0: no cap."""
@@ -91,6 +134,7 @@ class Mirrors:
     async def finish(self) -> None:
         """The guest stands still: make all whole and flush them. Raises :class:`StorageError`."""
         await asyncio.gather(*(self._machine.end_copy(disk) for disk in self._keeping))
+        self.whole = True
 
     def progress(self) -> tuple[DiskProgress, ...]:
         """How far each is, by the last look."""
@@ -106,20 +150,28 @@ class Mirrors:
         )
 
     async def _act(self) -> None:
-        now = time.monotonic()
         for disk, copy in self.latest.items():
-            if copy.state is not CopyState.COPYING:
-                continue
-            self._keeping[disk], what = self._keeping[disk].judge(now, copy.total_bytes - copy.copied_bytes)
-            if what == "block-writes":
-                with suppress(QemuError):  # a QEMU older than 8.2 cannot: then it only waits on
-                    await self._machine.block_writes(disk)
-            elif what == "give-up":
-                raise NotConverging(
-                    f"the copy of disk {disk} does not come to its end",
-                    why="the guest writes it faster than it can be sent",
-                    todo="move the VM when it is quieter, or over a faster network",
-                )
+            if copy.state is CopyState.COPYING:
+                await self._judge(disk)
+
+    async def _judge(self, disk: str, allowed: int | None = None) -> None:
+        copy = self.latest[disk]
+        remaining = copy.total_bytes - copy.copied_bytes
+        self._keeping[disk], what = self._keeping[disk].judge(time.monotonic(), remaining, allowed)
+        if what == "block-writes":
+            with suppress(QemuError):  # a QEMU older than 8.2 cannot: then it only waits on
+                await self._machine.block_writes(disk)
+        elif what == "give-up":
+            raise NotConverging(
+                f"the copy of disk {disk} " + ("does not come to its end" if allowed is None else "falls behind"),
+                why="the guest writes it faster than it can be sent",
+                todo="move the VM when it is quieter, or over a faster network",
+            )
+
+    def _rate(self, disk: str) -> float:
+        """Bytes of a disk that were copied in a second, by the last looks."""
+        (began, first), (ended, last) = self._looks[0], self._looks[-1]
+        return (last[disk].copied_bytes - first[disk].copied_bytes) / (ended - began) if ended > began else 0.0
 
 
 async def send(

@@ -46,17 +46,24 @@ class Paths:
         """Those of the destination that it leads to, by the last look."""
         return frozenset(path.there for path in self._route.paths)
 
-    async def look(self) -> Route:
-        """The route as it is now; what has carried nothing yet is in it as it was chosen."""
+    async def look(self, by_rdma: int = 0) -> Route:
+        """The route as it is now; what has carried nothing yet is in it as it was chosen. ``by_rdma``: bytes QEMU says
+        it has sent, which nobody else counts if that is by RDMA."""
         compressed = together([await channel.compressed() for channel in self._channels])
         paths = {(path.here, path.there): path for path in self._route.paths}
         used = self._used()
         # Streams may share connections, and with other moves; how fast these are is seen when each counts once.
         connections = {id(one): one for channel in self._channels for one in channel.connections}
         routed = [pair for pair in paths if not pair[0] and used]
-        self._goodput.saw(time.monotonic(), _sums(used for one in connections.values() for used in one.used()))
+        open_ = _sums(used for one in connections.values() for used in one.used())
+        self._goodput.saw(time.monotonic(), open_)
         for one in used:
             paths[one.here, one.there] = self._path(one, paths.get((one.here, one.there)))
+        for one in open_:
+            if (ends := (one.here, one.there)) in paths:
+                paths[ends] = msgspec.structs.replace(paths[ends], connections=one.connections)
+        if self._route.transport == "rdma":
+            paths = {ends: msgspec.structs.replace(path, sent_bytes=by_rdma) for ends, path in paths.items()}
         for pair in routed:
             del paths[pair]  # by now it is known which address of ours it was
         self._route = msgspec.structs.replace(self._route, paths=tuple(paths.values()), compressed=compressed)
@@ -147,9 +154,10 @@ def _sums(parts: Iterable[Used]) -> list[Used]:
     sums: dict[tuple[str, str], Used] = {}
     for one in parts:
         ends = one.here, one.there
-        before = sums.get(ends, Used(*ends, 0, alive=False))
+        before = sums.get(ends, Used(*ends, 0, alive=False, connections=0))
         sent, busy_s = before.sent_bytes + one.sent_bytes, max(before.busy_s, one.busy_s)
-        sums[ends] = Used(*ends, sent, before.alive or one.alive, busy_s)
+        count = before.connections + one.connections
+        sums[ends] = Used(*ends, sent, before.alive or one.alive, busy_s, count)
     return list(sums.values())
 
 

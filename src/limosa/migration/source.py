@@ -52,6 +52,7 @@ from limosa.transport.shares import Kind
 from limosa.wire.peer import Prepare, Prepared, StreamCredentials
 
 LOOK_EVERY_S = 0.2
+#: While disks are copied.
 #: So long before a guest may stop, what waits on the way is made little: it would have to wait for that. If it will go
 #: on for so much longer it is made more again, which is faster.
 SHORTEN_BEFORE_S, LENGTHEN_BEFORE_S = 0.3, 0.6
@@ -103,6 +104,8 @@ class SourceMove:
         self.mirrors: Mirrors | None = None
         self.disk_credentials: StreamCredentials | None = None
         self.disk_channels: list[SocketChannel] = []
+        #: what files below disks were sent by counts on, though it is closed
+        self.layers_channel: list[SocketChannel] = []
         #: bytes of files below disks
         self.layers_sent = 0
         self.stopped_at: float | None = None
@@ -165,17 +168,18 @@ class SourceMove:
         to_delete = () if self.terms.keep else left
         await in_full(self.journal.record, SourceStep.PREPARING, time.time(), left=to_delete)
         await self.home.promise(peer.host, left)
-        if copies:
+        if copies or below:
             await self.home.take_storage_slot(
-                self.report.line("other moves of disks from this host", then=Phase.BUILD_UP)
+                self.report.line("other moves of disks from this host", then=Phase.BUILD_UP),
+                self.report.line("other moves of this host", then=Phase.BUILD_UP),
             )
         there, encrypt = examined.ends.destination, self.terms.encrypt
         # A disk is encrypted whatever is said of memory: else whoever finds the port could write into it.
-        streams, through_tls = 1 + len(copies) + bool(below), encrypt or bool(copies)
+        streams, through_tls = 1 + len(copies) + bool(below), encrypt or bool(copies or below)
         relays = await self.home.seats(there, examined.route, streams, encrypt=through_tls)
         # Memory that relays carry leaves the host through their TLS, and is not encrypted twice.
         server, client = make_credentials() if encrypt and not relays else (None, None)
-        disks_server, self.disk_credentials = make_credentials() if copies and not relays else (None, None)
+        disks_server, self.disk_credentials = make_credentials() if (copies or below) and not relays else (None, None)
         request = Prepare(
             migration=self.header.migration,
             vm=disks.landed(self.header.vm, examined.disks),
@@ -260,12 +264,19 @@ class SourceMove:
         await self.home.sending()
         route, copies = self.examined.route, disks.copies(self.examined.disks)
         self.disk_channels = await self.home.connect_disks(route, prepared, len(copies))
-        self.paths = Paths(route, self.examined.ends, self.disk_channels, self.examined.blocked)
+        paths = self.paths_of(*self.disk_channels)
         bandwidth = self.home.bandwidth(Kind.STORAGE) // len(copies)
         await mirrors.send(machine, self.header.migration, copies, self.disk_channels, self.disk_credentials, bandwidth)
         copying = self.mirrors = Mirrors(machine, [plan.disk for plan in copies], self.terms.policy.patience_s)
-        with self._following(self.paths):
+        with self._following(paths):
             await copying.until_ready(lambda: self._show_disks(copying))
+
+    def paths_of(self, *channels: Channel) -> Paths:
+        """The paths that are shown from now on: what these channels carry, and what files below disks have taken."""
+        assert self.examined is not None
+        channels = (*self.layers_channel, *channels)
+        self.paths = Paths(self.examined.route, self.examined.ends, channels, self.examined.blocked)
+        return self.paths
 
     async def _show_disks(self, copying: Mirrors) -> None:
         self.report.bar, shown = progress.of_disks(
@@ -277,10 +288,10 @@ class SourceMove:
         )
         await self._show(shown)
 
-    async def _show(self, shown: Progress) -> None:
+    async def _show(self, shown: Progress, by_rdma: int = 0) -> None:
         """Show how far it is and the route as it is now, of which new paths change what others may use of a network."""
         assert self.paths is not None
-        known, route = self.paths.addresses, await self.paths.look()
+        known, route = self.paths.addresses, await self.paths.look(by_rdma)
         self.report.change(progress=shown, route=route)
         self._was_capped = self._was_capped or any(self.home.bandwidth(kind) for kind in Kind)
         if self.paths.addresses != known:
@@ -292,8 +303,7 @@ class SourceMove:
         assert self.examined is not None
         self.journal.record(SourceStep.MIGRATING, time.time(), durable=False)
         self.channel = await self.home.connect(self.examined.route, prepared)
-        channels = [self.channel, *self.disk_channels]
-        self.paths = Paths(self.examined.route, self.examined.ends, channels, self.examined.blocked)
+        paths = self.paths_of(self.channel, *self.disk_channels)
         await machine.migrate(self.channel.stream)
         watch = asyncio.ensure_future(self._watch(machine))
         finish = asyncio.ensure_future(self._finish_disks(machine))
@@ -301,7 +311,7 @@ class SourceMove:
         try:
             # Looking must not delay the hand-over, so it goes on beside the waiting.
             waiting: set[asyncio.Future[Any]] = {self.sent, watch, finish, limit}
-            with self._following(self.paths):
+            with self._following(paths):
                 while not self.sent.done():
                     done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
                     for one in done - {self.sent}:
@@ -343,6 +353,14 @@ class SourceMove:
                 if await machine.status() is not RunState.FINISH_MIGRATE:
                     return  # it was not the move that stopped it
         vm, host = self.header.vm.name, self.header.destination
+        if self.mirrors is not None and not self.mirrors.whole:
+            raise MigrationFailed(
+                f"the disks of VM '{vm}' could not be made whole on host '{host}' while it stood still",
+                why=f"what the guest had written last was not copied within {STANDS_STILL_S:.0f} s",
+                todo="move the VM when it writes less, or over a faster network",
+                vm=vm,
+                host=host,
+            )
         raise MigrationFailed(
             f"host '{host}' did not take the rest of VM '{vm}', which stood still meanwhile",
             why=f"its QEMU had not loaded everything within {STANDS_STILL_S:.0f} s",
@@ -443,7 +461,7 @@ class SourceMove:
         for channel in (self.channel, *self.disk_channels):
             if channel is not None:
                 channel.close()
-        self.channel, self.disk_channels, self._is_short = None, [], False
+        self.channel, self.disk_channels, self.layers_channel, self._is_short = None, [], [], False
         self.home.disconnect()
 
     def _cut_off(self) -> None:
@@ -479,21 +497,26 @@ class SourceMove:
     async def _watch(self, machine: MachineProtocol) -> None:
         judge = Convergence.begin(self.terms.policy)
         while True:
-            judge = await self._look(machine, judge, await machine.migration())
             if self.mirrors is not None and not self.paused.done():
-                await self.mirrors.look()
+                await self.mirrors.keep_up(self.terms.policy.blackout_budget_ms / 1000)
+            judge = await self._look(machine, judge, await machine.migration())
             await asyncio.sleep(LOOK_EVERY_S)
 
     async def _look(self, machine: MachineProtocol, judge: Convergence, look: MigrationStatistics) -> Convergence:
         if look.state is not MigrationState.ACTIVE:
             return judge
         bar = self.report.bar = self.report.bar.moved(self.report.now.phase, look)
-        judge, action = judge.judge(time.monotonic(), look)
+        if self.mirrors is not None and self.mirrors.behind:
+            disks_behind = ", ".join(self.mirrors.behind)
+            note = f"the copy of disk {disks_behind} has to catch up before the guest may stop"
+            judge, action = judge.hold(time.monotonic(), note)
+        else:
+            judge, action = judge.judge(time.monotonic(), look)
         self._let_wait(bar.pace, look, judge)
         await self._act(machine, action)
         note = "" if isinstance(action, convergence.GiveUp) else action.note
         shown = progress.progress(bar, look, limit_ms=judge.downtime_limit_ms, note=note)
-        await self._show(self._with_disks(shown))
+        await self._show(self._with_disks(shown), look.transferred_bytes)
         return judge
 
     def _let_wait(self, pace: float, look: MigrationStatistics, judge: Convergence) -> None:
@@ -516,6 +539,8 @@ class SourceMove:
         match action:
             case convergence.RaiseDowntimeLimit(milliseconds):
                 await machine.set_downtime_limit(milliseconds)
+            case convergence.Hold():
+                await machine.set_downtime_limit(0)
             case convergence.Throttle(percent):
                 await machine.set_throttle(percent, convergence.THROTTLE_STEP_PERCENT)
             case convergence.StartPostCopy():
@@ -547,11 +572,11 @@ class SourceMove:
             progress=self._with_disks(shown),
             transfer_s=look.total_s,
             qemu_downtime_ms=look.downtime_ms,
-            route=await self._route(),
+            route=await self._route(look.transferred_bytes),
         )
 
-    async def _route(self) -> Route | None:
-        return await self.paths.look() if self.paths is not None else self.report.now.route
+    async def _route(self, of_memory: int = 0) -> Route | None:
+        return await self.paths.look(of_memory) if self.paths is not None else self.report.now.route
 
 
 POST_COPY = frozenset(

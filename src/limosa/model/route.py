@@ -21,6 +21,8 @@ class Path(Model, forbid_unknown_fields=False, frozen=True):
     streams: int = 1
     #: payload the destination has acknowledged; what another path had to send again counts on both
     sent_bytes: int = 0
+    #: TCP connections over it at the last look, with those of other VMs where relays share them; 0 by RDMA
+    connections: int = 0
 
 
 class Compressed(Model, forbid_unknown_fields=False, frozen=True):

@@ -163,14 +163,16 @@ class DiskFacts(Model, forbid_unknown_fields=False, frozen=True):
     format: DiskFormat
     #: what the guest sees
     virtual_bytes: Bytes
-    #: what it takes on its storage
+    #: what a copy will take: at least what it takes on its storage, more if it is compressed there
     allocated_bytes: Bytes
     #: of it and all below it
     chain_bytes: Bytes = 0
-    #: the files below it, the nearest first
+    #: the files below it, the nearest first; if it is only read it is sent as those are, and the first
     below: tuple[BackingFile, ...] = ()
     #: how many snapshots are inside the image
     snapshots: int = 0
+    #: how many dirty bitmaps are inside it, as backup programs keep there
+    bitmaps: int = 0
     #: name of the location it lies in, if in one
     location: str = ""
     #: who but its VM needs the image, in words, so that it cannot be deleted; empty if nobody
@@ -180,7 +182,7 @@ class DiskFacts(Model, forbid_unknown_fields=False, frozen=True):
 class DiskAction(StrEnum):
     """What becomes of a disk when its VM moves to another host."""
 
-    #: both hosts see the same file
+    #: both hosts see the same file, or it is only read and the destination has, or is sent, one with its contents
     STAY = "stay"
     #: it is copied, in one piece
     COPY = "copy"

@@ -32,7 +32,8 @@ from limosa.wire.peer import StreamCredentials
 
 _TLS_ID = "disks-tls"
 _LISTENER_FD = "disks-listener"
-#: A job that QEMU was told to end ends when its last request does; a request over a dead network may take long.
+#: A job that QEMU was told to end ends when its last request does; a request over a dead network may take long. This is
+#: counted anew as long as less and less remains to be copied.
 END_WITHIN_S = 60.0
 LOOK_EVERY_S = 1.0
 #: Strangers at the port must not use up the places of the source's connections.
@@ -240,10 +241,11 @@ class Disks(Session):
             raise
 
     async def _reaches(self, disk: str, states: set[CopyState]) -> None:
-        """Wait until a copy is in one of the states. Raises :class:`StorageError` if it failed."""
+        """Wait until a copy is in one of the states, as long as it comes nearer to its end. Raises
+        :class:`StorageError` if it failed."""
         changed = asyncio.Event()
         unsubscribe = self.on_event(lambda event: changed.set() if _is_of(event, disk) else None)
-        deadline = time.monotonic() + END_WITHIN_S
+        deadline, least = time.monotonic() + END_WITHIN_S, None
         try:
             while time.monotonic() < deadline:
                 changed.clear()
@@ -252,12 +254,16 @@ class Disks(Session):
                     raise StorageError(f"disk {disk} could not be copied", why=copy.error if copy else "it was ended")
                 if copy.state in states:
                     return
+                remaining = copy.total_bytes - copy.copied_bytes
+                if least is None or remaining < least:
+                    deadline, least = time.monotonic() + END_WITHIN_S, remaining
                 # A QEMU that has died says nothing: it is asked again.
                 with suppress(TimeoutError):
                     await asyncio.wait_for(changed.wait(), LOOK_EVERY_S)
         finally:
             unsubscribe()
-        raise StorageError(f"disk {disk} could not be copied", why=f"its copy did not end in {END_WITHIN_S:.0f} s")
+        why = f"its copy came no nearer to its end in {END_WITHIN_S:.0f} s"
+        raise StorageError(f"disk {disk} could not be copied", why=why)
 
     async def _dismiss(self, disk: str) -> None:
         with suppress(QemuError):

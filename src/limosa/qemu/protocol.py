@@ -239,7 +239,8 @@ class MachineProtocol(CopyingProtocol, Protocol):
         """
 
     async def set_downtime_limit(self, milliseconds: float) -> None:
-        """Source: the blackout QEMU may plan for; rounded up to whole milliseconds."""
+        """Source: the blackout QEMU may plan for; rounded up to whole milliseconds. 0: the guest stops only when
+        nothing remains to be sent."""
 
     async def set_bandwidth(self, bytes_per_s: int) -> None:
         """Source: cap what is sent; 0: no cap."""

@@ -93,7 +93,8 @@ class Stream(Session):
         await self._execute("migrate_cancel")
 
     async def set_downtime_limit(self, milliseconds: float) -> None:
-        """The blackout QEMU may plan for, from now on; rounded up to whole milliseconds."""
+        """The blackout QEMU may plan for, from now on; rounded up to whole milliseconds. With 0 it stops the guest
+        only when nothing remains to be sent (migration_iteration_run in migration/migration.c)."""
         await self._set({"downtime-limit": _whole_ms(milliseconds)})
 
     async def set_bandwidth(self, bytes_per_s: int) -> None:
@@ -204,7 +205,7 @@ class Stream(Session):
 
 
 def _whole_ms(milliseconds: float) -> int:
-    return max(1, math.ceil(milliseconds))
+    return math.ceil(milliseconds)
 
 
 def _bandwidth(bytes_per_s: int) -> dict[str, object]:

@@ -7,6 +7,7 @@ of another format into it, and a program that then believed the contents would o
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 from pathlib import Path
 
@@ -17,13 +18,16 @@ from limosa.model import reading
 from limosa.model.base import Model
 from limosa.model.storage import BackingFile
 from limosa.model.vm import DiskFormat
-from limosa.storage import mounts
+from limosa.storage import mounts, qcow2
 from limosa.storage.access import check_kind, grant
 from limosa.storage.qcow2 import MAGIC
 
 __all__ = ["ImageInfo", "create", "detect_format", "grant", "info"]
 
 _QEMU_IMG = "/usr/bin/qemu-img"
+#: A disk of 1 TiB whose tables are in memory takes 2 s.
+_MEASURE_WITHIN_S = 10.0
+_CLUSTER = 64 * 1024
 _NAMES: dict[str, DiskFormat] = {".qcow2": "qcow2", ".raw": "raw", ".img": "raw"}
 
 
@@ -59,6 +63,29 @@ async def info(path: Path, image_format: DiskFormat) -> ImageInfo:
             todo=f"qemu-img rebase -u -b {found.backing_filename} -F FORMAT {path}",
         )
     return found
+
+
+class _Measured(Model, frozen=True, forbid_unknown_fields=False, rename="kebab"):
+    """What ``qemu-img measure`` says of a qcow2 image that would be made of another."""
+
+    required: int
+    fully_allocated: int
+
+
+async def data_bytes(path: Path, image_format: DiskFormat) -> int:
+    """How much a copy of an image holds, without what lies below it: what is compressed inside it, or by its file
+    system, is not in a copy. Does not mind that a QEMU has it open. Raises :class:`StorageError`."""
+    alone = {"backing": None} if image_format == "qcow2" else {}
+    node = {"driver": image_format, "file": {"driver": "file", "filename": str(path)}, **alone}
+    arguments = ("measure", "--force-share", "--output=json", "-O", "qcow2", f"json:{json.dumps(node)}")
+    try:
+        async with asyncio.timeout(_MEASURE_WITHIN_S):
+            found = reading.decode(await _qemu_img(*arguments), _Measured)
+    except (TimeoutError, msgspec.MsgspecError) as error:
+        raise StorageError(f"qemu-img cannot measure {path}", why=str(error) or "it takes too long") from error
+    # Both are with the tables of a full image, and in whole clusters of the default size.
+    size = qcow2.read(path).virtual_bytes if image_format == "qcow2" else path.stat().st_size
+    return found.required - (found.fully_allocated - -(-size // _CLUSTER) * _CLUSTER)
 
 
 async def detect_format(path: Path) -> DiskFormat:

@@ -82,9 +82,21 @@ class Locations:
         """Whether a file is in one of those."""
         return innermost(path, self.shared()) != ("", "")
 
-    def look(self) -> tuple[Location, ...]:
-        """All of them as they are now, by name. Asks file systems, which can block where a server is gone."""
-        return tuple(self.store(name).look(name, default=name == self._default) for name in sorted(self._places))
+    def look(self, name: str) -> Location:
+        """One of them as it is now. Asks its file system, which can block where a server is gone."""
+        return self.store(name).look(name, default=name == self._default)
+
+    def silent(self, name: str) -> Location:
+        """One that does not answer."""
+        place, kind = self._places[name], self.store(name).kind
+        return Location(
+            name=name,
+            path=place.root,
+            kind=kind,
+            shared=place.shared,
+            default=name == self._default,
+            fault="it does not answer",
+        )
 
 
 def _store(place: Place) -> Store:

@@ -1,6 +1,7 @@
 """The header of a qcow2 image, read without starting a program (QEMU's docs/interop/qcow2.txt).
 
-Only what a move must know before it begins: how large the disk is, what lies below it, whether snapshots are inside.
+Only what a move must know before it begins: how large the disk is, what lies below it, whether snapshots or bitmaps
+are inside.
 And the one thing a copy must have otherwise than its original: the name of what lies below it, which is where it lies
 on another host. That name has the rest of the first cluster to itself. All numbers are big-endian.
 """
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import os
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +25,11 @@ _HEAD = struct.Struct(">4s I Q I I Q I I Q Q I I Q")
 _HEAD_3 = struct.Struct(">Q Q Q I I")
 _EXTENSION = struct.Struct(">I I")
 _BACKING_FORMAT = 0xE2792ACA
+_BITMAPS = 0x23852875
+_NUMBER = struct.Struct(">I")
 _EXTERNAL_DATA = 1 << 2
+#: Of the autoclear features: whoever wrote the image last has kept its bitmaps true.
+_BITMAPS_ARE_TRUE = 1 << 0
 _FIRST_CLUSTER = 64 * 1024
 _BACKING_NAME_MAX = 1023
 _NAME_LENGTH = struct.Struct(">I")
@@ -41,6 +47,8 @@ class Header:
     backing: str = ""
     backing_format: str = ""
     external_data: bool = False
+    #: dirty bitmaps, as backup programs keep there
+    bitmaps: int = 0
 
 
 def read(path: Path) -> Header:
@@ -64,17 +72,20 @@ def parse(data: bytes) -> Header:
         magic, version, at, length, _, size, *_, snapshots, _ = _HEAD.unpack_from(data)
         if magic != MAGIC or version not in (2, 3):
             raise ValueError("it does not begin as one")
-        features, header_length = 0, _HEAD.size
+        features, autoclear, header_length = 0, 0, _HEAD.size
         if version == 3:
-            features, _, _, _, header_length = _HEAD_3.unpack_from(data, _HEAD.size)
+            features, _, autoclear, _, header_length = _HEAD_3.unpack_from(data, _HEAD.size)
         if length > _BACKING_NAME_MAX or at + length > len(data):
             raise ValueError("the name of its backing file lies outside")
+        extensions = dict(_extensions(data, header_length, at or len(data)))
+        bitmaps = extensions.get(_BITMAPS, b"") if autoclear & _BITMAPS_ARE_TRUE else b""
         return Header(
             virtual_bytes=size,
             snapshots=snapshots,
             backing=data[at : at + length].decode() if at else "",
-            backing_format=_backing_format(data, header_length, at or len(data)),
+            backing_format=extensions.get(_BACKING_FORMAT, b"").decode(),
             external_data=bool(features & _EXTERNAL_DATA),
+            bitmaps=_NUMBER.unpack_from(bitmaps)[0] if bitmaps else 0,
         )
     except struct.error as fault:
         raise ValueError("it is cut short") from fault
@@ -101,14 +112,12 @@ def below_called(cluster: bytes, name: str) -> bytes:
     return bytes(changed)
 
 
-def _backing_format(data: bytes, at: int, end: int) -> str:
-    """The format of the backing file, from the header extension of that kind; empty if there is none."""
+def _extensions(data: bytes, at: int, end: int) -> Iterator[tuple[int, bytes]]:
+    """The extensions of a header, by kind."""
     while at + _EXTENSION.size <= end:
         kind, length = _EXTENSION.unpack_from(data, at)
         at += _EXTENSION.size
-        if kind == _BACKING_FORMAT:
-            return data[at : at + length].decode()
         if kind == 0:
-            break
+            return
+        yield kind, data[at : at + length]
         at += (length + 7) // 8 * 8
-    return ""

@@ -150,7 +150,7 @@ class FakeMachine(FakeDisks):
 
     async def set_downtime_limit(self, milliseconds: float) -> None:
         """See the protocol."""
-        await self._change(downtime_limit_ms=float(max(1, math.ceil(milliseconds))))
+        await self._change(downtime_limit_ms=float(math.ceil(milliseconds)))
 
     async def set_bandwidth(self, bytes_per_s: int) -> None:
         """See the protocol."""

@@ -24,8 +24,8 @@ from limosa.qemu.protocol import RdmaAddress
 class Used:
     """How much went from one address to another: payload the other end has acknowledged.
 
-    ``alive``: a connection between the two is open. ``busy_s``: seconds in which something was under
-    way and the receiver had room for more.
+    ``alive``: a connection between the two is open; ``connections``: how many are. ``busy_s``: seconds in which
+    something was under way and the receiver had room for more.
     """
 
     here: str
@@ -33,6 +33,7 @@ class Used:
     sent_bytes: int
     alive: bool = True
     busy_s: float = 0.0
+    connections: int = 1
 
 
 class Channel(Protocol):

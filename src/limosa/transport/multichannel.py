@@ -67,9 +67,10 @@ class MultichannelChannel(tcp.TcpChannel):
         sums: dict[tuple[str, str], Used] = {}
         for number, one in self._seen.items():
             ends = one.here, one.there
-            before = sums.get(ends, Used(*ends, 0, alive=False))
+            before = sums.get(ends, Used(*ends, 0, alive=False, connections=0))
             sent, busy_s = before.sent_bytes + one.sent_bytes, max(before.busy_s, one.busy_s)
-            sums[ends] = Used(*ends, sent, before.alive or number in alive, busy_s)
+            count = before.connections + (number in alive)
+            sums[ends] = Used(*ends, sent, alive=count > 0, busy_s=busy_s, connections=count)
         return tuple(sums.values())
 
     def close(self) -> None:

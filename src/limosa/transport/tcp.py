@@ -20,6 +20,7 @@ import secrets
 import socket
 import struct
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from dataclasses import replace
 
 from limosa.errors import DestinationLost, LimosaError, NetworkError
 from limosa.model.route import Compressed
@@ -72,9 +73,12 @@ class TcpChannel:
 
     def used(self) -> tuple[Used, ...]:
         """See :class:`limosa.transport.channel.Channel`."""
-        with contextlib.suppress(OSError):  # also if it is closed
+        try:
             info = self.stream.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO_BYTES)
             self._used = used_by(info, self.stream.getsockname()[0], self.stream.getpeername()[0])
+        except OSError:  # it is closed
+            if self._used is not None:
+                self._used = replace(self._used, connections=0)
         return (self._used,) if self._used is not None else ()
 
     async def compressed(self) -> Compressed | None:

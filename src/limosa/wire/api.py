@@ -143,6 +143,23 @@ class MoveRequest(CheckRequest, frozen=True):
     """Ask the source to move a VM."""
 
 
+class Expected(Model, forbid_unknown_fields=False, frozen=True):
+    """What a move is expected to cost if nothing else uses its way and the guest writes nothing meanwhile."""
+
+    #: of disks, and of files below them
+    disk_bytes: int
+    #: what the VM has touched of its memory, or all of it where that is not known
+    memory_bytes: int
+    #: of all paths together; null if that of one is not known, and so not how long it takes
+    mbit_per_s: int | None
+    seconds: float | None
+    #: the blackout that is planned for, and the longest the policy may come to plan for
+    first_downtime_ms: float
+    blackout_budget_ms: float
+    #: after that the guest may run at the destination before its memory is there
+    post_copy: bool = False
+
+
 class CheckReport(Model, forbid_unknown_fields=False, frozen=True):
     """Everything that stands against a move, all at once; ``possible`` if nothing of it is an error."""
 
@@ -157,6 +174,8 @@ class CheckReport(Model, forbid_unknown_fields=False, frozen=True):
     disks: tuple[DiskPlan, ...] = ()
     #: files below them that would be sent too
     layers: tuple[LayerPlan, ...] = ()
+    #: null if the destination could not be asked
+    expected: Expected | None = None
 
 
 class DiskMoveRequest(Model, frozen=True):

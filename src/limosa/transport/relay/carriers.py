@@ -108,9 +108,11 @@ class Carriers:
         sums: dict[AddressPair, Used] = {}
         for lane in self._lanes.values():
             for one in lane.forward.used():
-                before = sums.get((one.here, one.there), Used(one.here, one.there, 0, alive=False))
+                ends = one.here, one.there
+                before = sums.get(ends, Used(*ends, 0, alive=False, connections=0))
+                count = before.connections + (0 if lane.lost else one.connections)
                 alive = before.alive or (one.alive and not lane.lost)
-                sums[one.here, one.there] = Used(one.here, one.there, before.sent_bytes + one.sent_bytes, alive)
+                sums[ends] = Used(*ends, before.sent_bytes + one.sent_bytes, alive, connections=count)
         return tuple(sums.values())
 
     def alive(self) -> int:

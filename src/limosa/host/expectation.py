@@ -1,0 +1,56 @@
+"""What a move is expected to cost, before it begins."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from limosa.migration import disks
+from limosa.model.route import Route
+from limosa.model.storage import DiskPlan, LayerPlan
+from limosa.settings.host import ConvergencePolicy
+from limosa.transport.shares import Kind
+from limosa.wire.api import Expected
+
+_MBIT_BYTES = 1_000_000 // 8
+
+
+def expect(
+    plans: Iterable[DiskPlan],
+    layers: Iterable[LayerPlan],
+    memory_bytes: int,
+    route: Route,
+    policy: ConvergencePolicy,
+    cap: Callable[[Kind], int],
+) -> Expected:
+    """As if nothing else used the way and the guest wrote nothing; pure. ``cap``: bytes per second for each kind of
+    what is sent, 0 for none."""
+    disk_bytes = sum(plan.expected_bytes for plan in disks.copies(plans)) + sum(one.expected_bytes for one in layers)
+    speeds = [path.speed_mbit_per_s for path in route.paths]
+    known = [speed for speed in speeds if speed]
+    speed = sum(known) if known and len(known) == len(speeds) else None
+
+    def seconds(count: int, kind: Kind) -> float:
+        bounds = ((speed or 0) * _MBIT_BYTES, cap(kind))
+        return count / min(bound for bound in bounds if bound)
+
+    took = seconds(disk_bytes, Kind.STORAGE) + seconds(memory_bytes, Kind.MEMORY) if speed else None
+    return Expected(
+        disk_bytes=disk_bytes,
+        memory_bytes=memory_bytes,
+        mbit_per_s=speed,
+        seconds=round(took, 1) if took is not None else None,
+        first_downtime_ms=policy.first_downtime_ms,
+        blackout_budget_ms=policy.blackout_budget_ms,
+        post_copy=policy.post_copy,
+    )
+
+
+def resident_bytes(pid: int) -> int | None:
+    """What a process has of its anonymous memory (proc_pid_status(5)); None if it has ended. A guest's memory is such,
+    and what it never touched costs a move next to nothing."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return None
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("RssAnon:")), None)

@@ -1,0 +1,49 @@
+"""What a move is expected to cost."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from limosa.host.expectation import expect, resident_bytes
+from limosa.model.route import Path, Route
+from limosa.model.storage import BackingFile, DiskAction, DiskPlan, LayerPlan
+from limosa.settings.host import ConvergencePolicy
+from limosa.transport.shares import Kind
+
+MB = 1_000_000
+POLICY = ConvergencePolicy(first_downtime_ms=2, blackout_budget_ms=60, post_copy=True)
+STAYS = DiskPlan(disk="vda", action=DiskAction.STAY, path="/a", format="raw", expected_bytes=7 * MB)
+COPIED = DiskPlan(disk="vdb", action=DiskAction.COPY, path="/b", format="raw", expected_bytes=300 * MB)
+LAYER = LayerPlan(origin="/c", file=BackingFile(path="/d", format="raw", size=1), expected_bytes=200 * MB)
+
+
+def route(*speeds: int | None) -> Route:
+    paths = tuple(Path(here="10.0.0.1", there="10.0.0.2", speed_mbit_per_s=speed) for speed in speeds)
+    return Route(transport="tcp", paths=paths)
+
+
+@pytest.mark.parametrize(
+    ("speeds", "caps", "mbit_per_s", "seconds"),
+    [
+        ((800,), {}, 800, 6.0),
+        ((800, 1600), {}, 2400, 2.0),
+        ((800,), {Kind.STORAGE: 50 * MB}, 800, 11.0),
+        ((800,), {Kind.MEMORY: 10 * MB, Kind.STORAGE: 900 * MB}, 800, 15.0),
+        ((800, None), {}, None, None),
+        ((), {}, None, None),
+    ],
+)
+def test_how_long(
+    speeds: tuple[int | None, ...], caps: dict[Kind, int], mbit_per_s: int | None, seconds: float | None
+) -> None:
+    found = expect([STAYS, COPIED], [LAYER], 100 * MB, route(*speeds), POLICY, lambda kind: caps.get(kind, 0))
+    assert (found.disk_bytes, found.memory_bytes) == (500 * MB, 100 * MB)
+    assert (found.mbit_per_s, found.seconds) == (mbit_per_s, seconds)
+    assert (found.first_downtime_ms, found.blackout_budget_ms, found.post_copy) == (2, 60, True)
+
+
+def test_what_a_process_has_of_memory() -> None:
+    assert 1 * MB < (resident_bytes(os.getpid()) or 0) < 10_000 * MB
+    assert resident_bytes(2**22 + 1) is None

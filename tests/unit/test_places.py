@@ -1,0 +1,163 @@
+"""Places among the moves of disks, and among all moves: who waits for the one does not keep the other."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+from test_host_storage import TAG, plan, storage
+from test_preflight import VM
+
+from limosa.errors import Conflict
+from limosa.host.landing import LandingHere
+from limosa.host.leasing import Leasing
+from limosa.host.leaving import Leaving
+from limosa.host.slots import Place, Slots
+from limosa.host.storage import Storage
+from limosa.migration.journal import Header
+from limosa.model.migration import Side
+
+__all__ = ["storage"]
+Line = Callable[[int], None]
+
+
+def parts(storage: Storage, **more: Any) -> Any:
+    values = {"name": "host2", "vms": None, "inspector": None, "relays": None, "multichannel": None, "page": None}
+    return SimpleNamespace(
+        storage=storage, leasing=Leasing("host2", "boot", "machine", lambda _: False), **(values | more)
+    )
+
+
+def nobody(place: int) -> None:
+    raise AssertionError("nobody has to wait")
+
+
+async def settled(tasks: list[asyncio.Task[None]]) -> list[bool]:
+    for _ in range(5):
+        await asyncio.sleep(0)
+    return [task.done() for task in tasks]
+
+
+class TestAtTheSource:
+    """It learns that it needs a place among the moves of disks when it has one among all."""
+
+    def leaving(self, storage: Storage, slots: Slots) -> tuple[Leaving, Place]:
+        place = Place(slots)
+        return Leaving(parts(storage), None, cast(Any, None), TAG, 0, place), place
+
+    def test_it_gives_its_place_back_while_it_waits(self, storage: Storage) -> None:
+        asyncio.run(storage._page.change({"max_storage_moves": 1}))
+
+        async def scenario() -> None:
+            slots, told = Slots(lambda: 1), list[tuple[str, int]]()
+            await storage.leaving.acquire(nobody)
+            leaving, place = self.leaving(storage, slots)
+            await place.take(nobody)
+            disks = asyncio.ensure_future(
+                leaving.take_storage_slot(lambda at: told.append(("disks", at)), lambda at: told.append(("all", at)))
+            )
+            memory = Place(slots)
+            assert await settled([disks]) == [False]
+            await memory.take(nobody)
+            storage.leaving.release()
+            assert await settled([disks]) == [False]
+            assert told == [("disks", 1), ("disks", 0), ("all", 1)]
+            memory.give_back()
+            await disks
+            assert (slots.taken, storage.leaving.taken) == (1, 1)
+            leaving.disconnect()
+            for _ in range(2):
+                place.give_back()
+            assert (slots.taken, storage.leaving.taken) == (0, 0)
+
+        asyncio.run(scenario())
+
+    def test_it_keeps_its_place_if_it_need_not_wait(self, storage: Storage) -> None:
+        async def scenario() -> None:
+            slots = Slots(lambda: 1)
+            leaving, place = self.leaving(storage, slots)
+            await place.take(nobody)
+            behind = asyncio.ensure_future(slots.acquire(lambda _: None))
+            await asyncio.sleep(0)
+            await leaving.take_storage_slot(nobody, nobody)
+            assert not behind.done()
+            behind.cancel()
+
+        asyncio.run(scenario())
+
+    def test_who_is_cancelled_while_it_waits_has_none(self, storage: Storage) -> None:
+        asyncio.run(storage._page.change({"max_storage_moves": 1}))
+
+        async def scenario() -> None:
+            slots = Slots(lambda: 1)
+            await storage.leaving.acquire(nobody)
+            leaving, place = self.leaving(storage, slots)
+            await place.take(nobody)
+            waiting = asyncio.ensure_future(leaving.take_storage_slot(lambda _: None, nobody))
+            await settled([waiting])
+            waiting.cancel()
+            await asyncio.wait({waiting})
+            leaving.disconnect()
+            place.give_back()
+            assert (slots.taken, storage.leaving.taken) == (0, 1)
+
+        asyncio.run(scenario())
+
+
+class TestAtTheDestination:
+    """It knows what comes along from the beginning."""
+
+    def landing(self, storage: Storage, slots: Slots, *images: str) -> LandingHere:
+        header = Header(
+            migration=TAG,
+            side=Side.DESTINATION,
+            vm=VM,
+            accelerator="tcg",
+            source="host1",
+            destination="host2",
+            address="",
+            accepted_at=0.0,
+            boot="boot",
+            images=images,
+        )
+
+        def reserve(*_: Any) -> None:
+            return None
+
+        vms = SimpleNamespace(reserve=reserve)
+        return LandingHere(parts(storage, vms=vms), cast(Any, None), header, slots, "10.0.0.2")
+
+    def test_memory_alone_does_not_wait_for_disks(self, storage: Storage) -> None:
+        asyncio.run(storage._page.change({"max_storage_moves": 1}))
+
+        async def scenario() -> None:
+            slots, told = Slots(lambda: 1), list[int]()
+            await storage.arriving.acquire(nobody)
+            disks = asyncio.ensure_future(self.landing(storage, slots, plan(storage).path).reserve(told.append))
+            assert await settled([disks]) == [False]
+            await self.landing(storage, slots).reserve(nobody)
+            storage.arriving.release()
+            assert await settled([disks]) == [False]
+            assert told == [1, 0, 1]
+            slots.release()
+            await disks
+
+        asyncio.run(scenario())
+
+    def test_who_cannot_be_reserved_has_no_place(self, storage: Storage) -> None:
+        async def scenario() -> None:
+            slots = Slots(lambda: 1)
+            landing = self.landing(storage, slots, plan(storage).path)
+
+            def refuse(*_: Any) -> None:
+                raise Conflict("it is taken")
+
+            cast(Any, landing)._vms.reserve = refuse
+            with pytest.raises(Conflict):
+                await landing.reserve(nobody)
+            assert (slots.taken, storage.arriving.taken) == (0, 0)
+
+        asyncio.run(scenario())

@@ -1,0 +1,53 @@
+"""Waiting for a copy that was told to end."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from limosa.errors import StorageError
+from limosa.qemu import disks
+from limosa.qemu.disks import Disks
+from limosa.qemu.protocol import CopyState, CopyStatistics, Event
+
+
+class Copying(Disks):
+    """A QEMU whose copy has so much left at each look, half a minute apart, and then is settled."""
+
+    def __init__(self, *remaining: int) -> None:
+        super().__init__(cast(Any, SimpleNamespace(owner=lambda: None)), cast(Any, None), Path())
+        self._remaining = list(remaining)
+        self.now = 0.0
+
+    def on_event(self, callback: Callable[[Event], None]) -> Callable[[], None]:
+        return lambda: None
+
+    async def _execute(self, command: str, arguments: Any = None) -> Any:
+        return {}
+
+    async def copies(self) -> dict[str, CopyStatistics]:
+        self.now += disks.END_WITHIN_S / 2
+        if not self._remaining:
+            return {"vda": CopyStatistics(CopyState.SETTLED, 100, 100)}
+        return {"vda": CopyStatistics(CopyState.READY, 100 - self._remaining.pop(0), 100)}
+
+
+def settle(monkeypatch: pytest.MonkeyPatch, copying: Copying) -> None:
+    monkeypatch.setattr(disks, "LOOK_EVERY_S", 0)
+    monkeypatch.setattr(disks, "time", SimpleNamespace(monotonic=lambda: copying.now))
+    asyncio.run(copying.settle_copy("vda"))
+
+
+def test_one_that_comes_nearer_to_its_end_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    settle(monkeypatch, Copying(*range(90, 0, -10)))
+
+
+def test_one_that_does_not_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(StorageError, match="vda") as caught:
+        settle(monkeypatch, Copying(90, 80, *[80] * 10))
+    assert "no nearer" in caught.value.why
