@@ -31,7 +31,11 @@ class Move:
         self.route = Route(transport="multichannel" if striped else "tcp", paths=paths, striped=striped)
         self.report = SimpleNamespace(
             now=SimpleNamespace(
-                outcome=Outcome.UNDER_WAY, phase=phase, disks=(PLAN,) if disks else (), route=self.route
+                outcome=Outcome.UNDER_WAY,
+                phase=phase,
+                disks=(PLAN,) if disks else (),
+                layers=(),
+                route=self.route,
             )
         )
         self.in_post_copy = False

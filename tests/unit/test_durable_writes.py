@@ -57,7 +57,8 @@ def synced(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bool]]:
 def vms(tmp_path: Path) -> Vms:
     files = Files(tmp_path / "state", tmp_path / "run")
     files.make()
-    return Vms("host1", files, cast(Any, SimpleNamespace(leasing=None, forget_ended=lambda _: None)))
+    leasing = SimpleNamespace(give_back=AsyncMock())
+    return Vms("host1", files, cast(Any, SimpleNamespace(leasing=leasing, forget_ended=lambda _: None)))
 
 
 def landing(vms: Vms) -> HostedVm:
@@ -87,7 +88,8 @@ def test_a_move_that_is_undone(tmp_path: Path, synced: list[bool], monkeypatch: 
         with pytest.raises(LimosaError) as caught:
             await move.run()
         await Settlement(move.script, caught.value).run()
-        assert [record.step for record in move.journal.records][-2:] == [SourceStep.UNDOING, SourceStep.UNDONE]
+        undone = [SourceStep.UNDOING, SourceStep.HOME, SourceStep.UNDONE]
+        assert [record.step for record in move.journal.records][-3:] == undone
 
     asyncio.run(scenario())
 

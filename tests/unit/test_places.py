@@ -25,10 +25,11 @@ Line = Callable[[int], None]
 
 
 def parts(storage: Storage, **more: Any) -> Any:
-    values = {"name": "host2", "vms": None, "inspector": None, "relays": None, "multichannel": None, "page": None}
-    return SimpleNamespace(
-        storage=storage, leasing=Leasing("host2", "boot", "machine", lambda _: False), **(values | more)
-    )
+    unused = ("vms", "inspector", "relays", "multichannel", "page", "neighbours")
+    leasing = Leasing("host2", "boot", "machine", lambda _: False)
+    files = SimpleNamespace(migrations=None)
+    values = {"name": "host2", "storage": storage, "leasing": leasing, "files": files}
+    return SimpleNamespace(**(dict.fromkeys(unused) | values | more))
 
 
 def nobody(place: int) -> None:
@@ -46,7 +47,7 @@ class TestAtTheSource:
 
     def leaving(self, storage: Storage, slots: Slots) -> tuple[Leaving, Place]:
         place = Place(slots)
-        return Leaving(parts(storage), None, cast(Any, None), TAG, 0, place), place
+        return Leaving(parts(storage), None, cast(Any, SimpleNamespace(of_lane=lambda _: None)), TAG, 0, place), place
 
     def test_it_gives_its_place_back_while_it_waits(self, storage: Storage) -> None:
         asyncio.run(storage._page.change({"max_storage_moves": 1}))
