@@ -116,7 +116,8 @@ class Vms:
 
     async def _restart_each(self, died: list[HostedVm]) -> None:
         for hosted in died:
-            await self._restart(hosted)
+            if self._vms.get(hosted.config.name) is hosted:  # and was not deleted while others started
+                await self._restart(hosted)
 
     # Looking
 
