@@ -622,6 +622,9 @@ def test_a_post_copy_whose_stream_breaks_goes_on_over_another(run: Run, encrypte
         await here.until("migration active")
         await source.start_post_copy()
         await there.until("migration postcopy-active")
+        while await destination.status() is RunState.INMIGRATE:  # noqa: ASYNC110 - QEMU says nothing when it has
+            await asyncio.sleep(0.01)
+        await destination.resume()
         makers.cut(cut)
         cut.close()
         await here.until("migration postcopy-paused")
@@ -634,7 +637,6 @@ def test_a_post_copy_whose_stream_breaks_goes_on_over_another(run: Run, encrypte
         await taken
         assert await here.ending() == "completed"
         await there.until("migration completed")
-        await destination.resume()
         assert await destination.status() is RunState.RUNNING
 
     run(scenario)

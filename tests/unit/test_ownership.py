@@ -196,6 +196,18 @@ def test_a_reboot_of_the_destination_voids_its_proof_once_the_word_was_given() -
     assert decide_source(SourceStep.MIGRATING, SourceQemu.COMPLETED, gone, rebooted=True) is SourceAction.RESUME
 
 
+def test_a_reboot_of_the_source_may_have_lost_that_the_word_was_given() -> None:
+    dead = SourceQemu.DEAD
+    for step in (SourceStep.PREPARING, SourceStep.MIGRATING):
+        assert decide_source(step, dead, None) is SourceAction.CRASHED
+        assert decide_source(step, dead, None, rebooted_here=True) is SourceAction.ASK
+        assert decide_source(step, dead, DestinationState.OWNED, rebooted_here=True) is SourceAction.TEAR_DOWN
+        for answer in (DestinationState.GONE, DestinationState.LOADED, DestinationState.UNKNOWN):
+            assert decide_source(step, dead, answer, rebooted_here=True) is SourceAction.CRASHED
+    for step in (SourceStep.ACCEPTED, SourceStep.UNDOING):
+        assert decide_source(step, dead, None, rebooted_here=True) is SourceAction.CRASHED
+
+
 def test_a_destination_that_cannot_be_asked_leaves_a_completed_source_paused() -> None:
     for step in (SourceStep.MIGRATING, SourceStep.HANDING_OVER, SourceStep.UNDOING):
         assert decide_source(step, SourceQemu.COMPLETED, None) is SourceAction.ASK

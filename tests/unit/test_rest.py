@@ -6,27 +6,41 @@ import asyncio
 import socket
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any, cast
+from types import SimpleNamespace
+from typing import Any, ClassVar, cast
 
+import msgspec
 import pytest
 from test_again import FACTS, play
 
 from harness.homes import BareHome
-from harness.landings import PORTS, BareLanding, header
-from limosa.errors import HostUnreachable
+from harness.landings import ADDRESS, PORTS, VM, BareLanding, header
+from limosa.errors import HostUnreachable, QemuError, QemuGone
+from limosa.host.incoming import Incoming
+from limosa.host.session import Session
+from limosa.host.vms import HostedVm
 from limosa.migration import rest, source
 from limosa.migration.destination import Destination
 from limosa.migration.home import Terms
 from limosa.migration.journal import Journal
+from limosa.migration.ownership import DestinationStep
 from limosa.migration.report import Report
 from limosa.migration.source import SourceMove
 from limosa.model.migration import Migration, Outcome, Phase, Progress, Side
+from limosa.model.network import HostNetwork
+from limosa.model.vm import VmState
 from limosa.qemu.protocol import MigrationState, StreamParameters
-from limosa.settings.host import ConvergencePolicy
+from limosa.security.identity import Identity
+from limosa.settings.host import ConvergencePolicy, HostSettings
 from limosa.testing.guest import FakeGuest
 from limosa.testing.machine import FakeMachine
 from limosa.testing.peer import LocalPeer
 from limosa.testing.wire import Stage, Wire
+from limosa.transport import tcp
+from limosa.wire import peer as say
+from limosa.wire.endpoints import Role
+
+MIGRATION = "abcdefabcdef"
 
 
 class Move:
@@ -136,3 +150,92 @@ def test_it_ends_with_either_qemu(tmp_path: Path, side: str) -> None:
         await move.script._everything_followed(move.source)
 
     played(tmp_path, scenario)
+
+
+class Connection:
+    """A WebSocket of the source's, as the destination's session knows it."""
+
+    scope: ClassVar = {"server": (ADDRESS, 1)}
+
+    def __init__(self) -> None:
+        self.asked: asyncio.Queue[bytes] = asyncio.Queue()
+        self.answers: asyncio.Queue[bytes] = asyncio.Queue()
+
+    async def receive_bytes(self) -> bytes:
+        return await self.asked.get()
+
+    async def send_bytes(self, data: bytes) -> None:
+        self.answers.put_nowait(data)
+
+    async def ask(self, message: say.Message) -> Any:
+        self.asked.put_nowait(msgspec.json.encode(message))
+        return msgspec.json.decode(await self.answers.get(), type=say.FromDestination)
+
+
+def host_with(hosted: HostedVm | None) -> Incoming:
+    async def network() -> HostNetwork:
+        return HostNetwork()
+
+    page = SimpleNamespace(now=HostSettings(migration_ports=PORTS), on_change=lambda callback: None)
+    parts = SimpleNamespace(
+        name="there",
+        boot="boot",
+        page=page,
+        vms=SimpleNamespace(find=lambda name: hosted),
+        files=SimpleNamespace(migrations=None),
+        inspector=SimpleNamespace(network=network),
+        storage=None,
+    )
+    return Incoming(cast(Any, parts))
+
+
+def landed(folder: Path, machine: FakeMachine) -> Destination:
+    journal = Journal.begin(folder, msgspec.structs.replace(header(Side.DESTINATION), migration=MIGRATION))
+    for step in (DestinationStep.RESERVED, DestinationStep.CONTINUING, DestinationStep.OWNED):
+        journal.record(step, 0.0)
+    return Destination(journal, BareLanding(machine.wire), "boot", machine)
+
+
+def test_a_destination_hands_its_qemu_the_stream_of_who_knows_the_token(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        machine = FakeMachine(Wire(), FakeGuest(0))
+        taken: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+
+        async def receive_rest(stream: socket.socket) -> None:
+            stream.setblocking(False)
+            with stream:
+                taken.set_result(await asyncio.get_running_loop().sock_recv(stream, 4))
+
+        machine.receive_rest = receive_rest  # type: ignore[method-assign]
+        incoming = host_with(HostedVm(VM, VmState.RUNNING, machine=cast(Any, machine)))
+        incoming._landing[MIGRATION] = landed(tmp_path, machine)
+        connection = Connection()
+        session = Session(cast(Any, connection), Identity("here", Role.HOST), incoming)
+        serving = asyncio.ensure_future(session.serve())
+        await connection.ask(say.Hello(host="here", oldest=1, newest=1))
+        assert (await connection.ask(say.Attach(migration=MIGRATION))).state is say.DestinationState.OWNED
+        assert isinstance(msgspec.json.decode(await connection.answers.get(), type=say.FromDestination), say.Adopted)
+        awaited = await connection.ask(say.AwaitRest())
+        assert awaited.addresses == (ADDRESS,)
+        channel = await tcp.connect_any(("127.0.0.9", *awaited.addresses), awaited.port, awaited.token)
+        channel.stream.send(b"page")
+        assert await taken == b"page"
+        channel.close()
+        serving.cancel()
+        await asyncio.wait({serving})
+
+    play(scenario())
+
+
+def test_a_destination_says_whether_its_qemu_has_ended_or_only_keeps_silent(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        destination = landed(tmp_path, FakeMachine(Wire(), FakeGuest(0)))
+        for ended in (None, HostedVm(VM, VmState.CRASHED)):
+            with pytest.raises(QemuGone):
+                host_with(ended).machine_of(destination)
+        silent = HostedVm(VM, VmState.CRASHED, fault=QemuError("QEMU does not answer"))
+        with pytest.raises(QemuError, match="does not answer") as caught:
+            host_with(silent).machine_of(destination)
+        assert not isinstance(caught.value, QemuGone)
+
+    play(scenario())

@@ -17,6 +17,7 @@ from limosa.errors import Cancelled, HostUnreachable, LimosaError
 from limosa.host.outgoing import Outgoing
 from limosa.host.views import Views
 from limosa.host.vms import HostedVm
+from limosa.migration import settle
 from limosa.migration.home import Terms
 from limosa.migration.journal import Journal
 from limosa.migration.ownership import SourceStep
@@ -270,6 +271,7 @@ class TestByADaemon:
         leasing = SimpleNamespace(reclaim=self.nothing, withdraw=self.nothing)
         parts = SimpleNamespace(
             name="here",
+            boot="boot",
             page=page,
             vms=vms,
             storage=SimpleNamespace(leaving=None),
@@ -291,6 +293,24 @@ class TestByADaemon:
             journal.record(step, 0.0, fault=fault)
         journal.close()
         return Journal.load(journal.path)
+
+    def test_a_vm_that_died_with_its_host_is_not_given_back_before_the_destination_has_answered(
+        self, tmp_path: Path, there: dict[str, DestinationState | None], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        async def scenario() -> None:
+            there["x"] = None
+            hosted = HostedVm(VM, VmState.CRASHED)
+            outgoing = self.outgoing(tmp_path, hosted, there, monkeypatch)
+            outgoing._parts.boot = "another boot"  # type: ignore[misc]
+            journal = self.journal(tmp_path, FIRST, "x", *MIGRATING)
+            await outgoing.recover(journal)
+            await until(lambda: outgoing._views.show(FIRST).outcome is Outcome.UNRESOLVED)
+            assert hosted.migration == FIRST
+            assert journal.step == SourceStep.MIGRATING
+            outgoing._background.cancel()
+
+        monkeypatch.setattr(settle, "UNRESOLVED_AFTER_S", 0.0)
+        play(scenario)
 
     def test_an_earlier_move_has_no_say_in_what_a_later_one_left_open(
         self, tmp_path: Path, there: dict[str, DestinationState | None], monkeypatch: pytest.MonkeyPatch

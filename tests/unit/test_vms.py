@@ -156,6 +156,16 @@ class TestInAMove:
 class TestWithoutADaemon:
     """Its QEMU ended while no daemon was there."""
 
+    def test_one_that_is_deleted_meanwhile_stays_deleted(self, play: Play) -> None:
+        async def scenario(world: World) -> None:
+            hosted = await world.load(RESTARTS, Found(None, "tcg", LONG_AGO))
+            world.vms.restart_died()
+            await world.vms.delete(hosted)
+            await world.vms._background.idle()
+            assert world.launcher.started == []
+
+        play(scenario)
+
     @pytest.mark.parametrize(
         ("config", "left", "migration", "doubt", "starts"),
         [

@@ -223,7 +223,7 @@ class Outgoing:
 
     async def _settle(self, move: SourceMove, cause: LimosaError | None) -> None:
         cause = cause or _cause_in(move.journal) or LimosaError("the host daemon restarted during the move")
-        settlement = Settlement(move, cause)
+        settlement = Settlement(move, cause, rebooted=move.header.boot != self._parts.boot)
         self._settling[move.header.migration] = settlement
         try:
             while True:

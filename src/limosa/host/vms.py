@@ -134,7 +134,8 @@ class Vms:
     async def _restart_died(self, hosted: HostedVm) -> None:
         async with hosted.lock:
             pass  # its leases are given back
-        await self._restart(hosted)
+        if self._vms.get(hosted.config.name) is hosted:  # and was not deleted meanwhile
+            await self._restart(hosted)
 
     # Looking
 

@@ -8,7 +8,9 @@ At every instant at most one host may run the VM. The rules, and why they suffic
 3. From HANDING_OVER on the source runs the guest again only if the destination answers GONE: it destroyed what it had
    and the guest never ran there. The destination can say so because it writes CONTINUING before it continues.
 4. Such lines are written, not synced, on the way from STOP to RESUME. They survive the daemon. If the destination's
-   *machine* died they may be lost, so its GONE counts only within one boot, once the word was given.
+   *machine* died they may be lost, so its GONE counts only within one boot, once the word was given. If the source's
+   machine died, HANDING_OVER may be the line that is lost: then the VM is a crashed one of the source's only when the
+   destination has answered.
 5. Before HANDING_OVER the word was not given, so a source whose QEMU can still run simply goes on, whatever the
    destination says: nobody but a person can have continued the guest there, and a person is told not to while the
    source runs. If the source's QEMU is ``completed`` by then, it needs the destination's answer first.
@@ -100,11 +102,17 @@ class SourceAction(StrEnum):
 
 
 def decide_source(
-    step: SourceStep, qemu: SourceQemu, destination: DestinationState | None, *, rebooted: bool = False
+    step: SourceStep,
+    qemu: SourceQemu,
+    destination: DestinationState | None,
+    *,
+    rebooted: bool = False,
+    rebooted_here: bool = False,
 ) -> SourceAction:
     """The source's next act. ``destination`` is its answer, or None if it cannot be asked.
 
-    ``rebooted``: the destination's machine restarted since the move was prepared.
+    ``rebooted``: the destination's machine restarted since the move was prepared; ``rebooted_here``: the source's did
+    since it was accepted.
     """
     if step in (SourceStep.CONFIRMED, SourceStep.FINISHED):
         return SourceAction.TEAR_DOWN
@@ -118,7 +126,8 @@ def decide_source(
     if qemu is SourceQemu.HOLDS:
         return SourceAction.UNDO
     if qemu is SourceQemu.DEAD:
-        return SourceAction.CRASHED
+        may_have_lost_the_word = rebooted_here and step in (SourceStep.PREPARING, SourceStep.MIGRATING)
+        return SourceAction.ASK if may_have_lost_the_word and destination is None else SourceAction.CRASHED
     return _completed_before_the_word(step, destination)
 
 

@@ -33,9 +33,11 @@ _COMPLETED = {MigrationState.COMPLETED, *POST_COPY}
 class Settlement:
     """Settles one move. ``run`` returns when the VM's owner is known and nothing is left to undo."""
 
-    def __init__(self, move: SourceMove, cause: LimosaError | None) -> None:
+    def __init__(self, move: SourceMove, cause: LimosaError | None, *, rebooted: bool = False) -> None:
+        """``rebooted``: this machine restarted since the move was accepted."""
         self.move = move
         self.cause = cause
+        self._rebooted = rebooted
         #: done with the side a person named
         self.resolved: asyncio.Future[Side] = asyncio.get_running_loop().create_future()
 
@@ -76,7 +78,7 @@ class Settlement:
     async def _act(self, qemu: SourceQemu, standing: Standing | None) -> None:
         state = standing.state if standing is not None else None
         rebooted = standing.rebooted if standing is not None else False
-        match decide_source(self.step, qemu, state, rebooted=rebooted):
+        match decide_source(self.step, qemu, state, rebooted=rebooted, rebooted_here=self._rebooted):
             case SourceAction.UNDO:
                 await self._undo(qemu, standing)
             case SourceAction.RESUME:
@@ -243,7 +245,7 @@ class Settlement:
             return
         vm, there = self.move.header.vm.name, self.move.header.destination
         error = OwnerUnknown(
-            f"nobody can know whether host '{there}' has taken over VM '{vm}'; it is paused here",
+            f"nobody can know whether host '{there}' has taken over VM '{vm}'; it does not run here",
             why=str(self.cause or f"host '{there}' cannot be reached"),
             todo=f"it is settled as soon as '{there}' can be reached; if '{there}' is surely dead: "
             f"limosa migration resolve {self.move.header.migration} --owner source",
