@@ -40,6 +40,7 @@ from limosa.model.migration import Side
 from limosa.model.storage import ImageSought
 from limosa.model.vm import CloudInit, Disk, Nic, VmConfig, VmState
 from limosa.security import ca
+from limosa.security.stream import make_credentials
 from limosa.settings.daemon import DEFAULT_PORT
 from limosa.settings.host import HostSettings
 from limosa.wire import api, endpoints
@@ -309,13 +310,16 @@ MIGRATION = "abcdefghijkl"
 ATTACH = msgspec.json.encode(say.Attach(migration=MIGRATION))
 
 
+SERVER, _ = make_credentials()
+
+
 def prepare(vm: VmConfig, **changes: Any) -> say.Prepare:
     raw: dict[str, Any] = {
         "migration": base64.b32encode(os.urandom(10)).decode().lower()[:12],
         "vm": vm,
         "accelerator": "tcg",
         "transport": "tcp",
-        "credentials": None,
+        "credentials": SERVER,
         "post_copy": False,
         "running": True,
     }

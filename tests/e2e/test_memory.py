@@ -405,7 +405,7 @@ class There:
 
 
 def network(addresses: tuple[str, ...], *, mptcp: bool) -> HostNetwork:
-    """A host that has a NIC for each address."""
+    """A host that has a NIC for each address, and takes memory encrypted or not."""
     nics = (
         HostNic(
             name=f"mig{number}",
@@ -418,7 +418,7 @@ def network(addresses: tuple[str, ...], *, mptcp: bool) -> HostNetwork:
         )
         for number, address in enumerate(addresses)
     )
-    return HostNetwork(nics=tuple(nics), mptcp=mptcp)
+    return HostNetwork(nics=tuple(nics), mptcp=mptcp, encrypt=False)
 
 
 def files_of(config: VmConfig) -> tuple[FileIdentity, ...]:
