@@ -84,3 +84,14 @@ def test_a_person_cannot_have_it_continued(tmp_path: Path) -> None:
         assert machine.gone.is_set()
 
     asyncio.run(scenario())
+
+
+def test_a_guest_that_was_continued_runs_though_its_qemu_waits_for_a_page(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        landing, _ = await with_silent_qemu(tmp_path)
+        landing.journal.record(DestinationStep.CONTINUING, 0.0)
+        landing._resumed_at = 1.0
+        await landing.adopted()  # BareLanding asserts that it runs
+        assert landing.step is DestinationStep.OWNED
+
+    asyncio.run(scenario())

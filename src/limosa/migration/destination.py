@@ -316,8 +316,10 @@ class Destination:
             arrived.cancel()
 
     async def _own(self) -> None:
-        runs = await self._own_qemu() is DestinationQemu.RUNNING
-        await self.landing.adopt(running=runs)
+        qemu = await self._own_qemu()
+        # In post-copy QEMU may not answer for the same page that the guest, which was continued, waits for.
+        waits = qemu is DestinationQemu.SILENT and self._resumed_at is not None
+        await self.landing.adopt(running=waits or qemu is DestinationQemu.RUNNING)
         await in_full(self.journal.record, DestinationStep.OWNED, time.time(), resumed_at=self._resumed_at)
         self._unfollow()
 
