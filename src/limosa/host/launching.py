@@ -224,8 +224,12 @@ class Launcher:
             record: ProcessRecord | None = parse(path.read_bytes(), _record_decoder, str(path))
         except FileNotFoundError:
             # Either none was started, or the daemon died between starting it and writing the record.
-            record = self._seen(config) if self._files.sockets(config).exists() else None
+            sockets = self._files.sockets(config)
+            record = self._seen(config) if sockets.exists() else None
             if record is None:
+                # Or it died while it removed the folder; one that a copier uses is removed with that.
+                if not Copier.uses(sockets):
+                    shutil.rmtree(sockets, ignore_errors=True)
                 return None
         except (OSError, InvalidInput) as error:
             _log.error("VM %s: %s", config.name, error)

@@ -46,6 +46,11 @@ class Copier(Disks):
         if (run_dir / folder.QMP).exists() and await process.end(without_guest(run_dir, 0)[1]):
             folder.remove(run_dir)
 
+    @staticmethod
+    def uses(run_dir: Path) -> bool:
+        """Whether there is one that uses ``run_dir``."""
+        return (run_dir / folder.QMP).exists() and process.find(without_guest(run_dir, 0)[1]) is not None
+
     async def disk_node(self, disk: str) -> str:
         """The node that is the disk: no device has it, so none can change it for another."""
         return disk
