@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from limosa.migration.journal import Header
-from limosa.model.migration import Side
+from limosa.model.migration import Migration, Outcome, Phase, Progress, Side
 from limosa.model.vm import VmConfig
 from limosa.qemu.protocol import MachineProtocol
 from limosa.testing.guest import FakeGuest
@@ -38,6 +38,22 @@ def header(side: Side) -> Header:
         address="",
         accepted_at=0.0,
         boot="boot",
+    )
+
+
+def first_view() -> Migration:
+    """What the source shows of that move before it has begun."""
+    return Migration(
+        id="m1",
+        vm=VM.name,
+        source="here",
+        destination="there",
+        side=Side.SOURCE,
+        transport="tcp",
+        phase=Phase.WAITING,
+        outcome=Outcome.UNDER_WAY,
+        progress=Progress(),
+        accepted_at=0.0,
     )
 
 

@@ -6,10 +6,11 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from harness.homes import BareHome
-from harness.landings import ADDRESS, PORTS, BareLanding, header
+from harness.landings import ADDRESS, PORTS, BareLanding, first_view, header
 from limosa.background import in_full
 from limosa.errors import Cancelled, LimosaError, MigrationFailed, QemuGone
 from limosa.migration.destination import Destination
@@ -19,7 +20,7 @@ from limosa.migration.ownership import DestinationStep, SourceStep
 from limosa.migration.report import Report
 from limosa.migration.source import SourceMove
 from limosa.model.facts import DestinationFacts, VmFacts
-from limosa.model.migration import Migration, Outcome, Phase, Progress, Side
+from limosa.model.migration import Migration, Side
 from limosa.model.network import HostNetwork, HostNic, NicAddress
 from limosa.model.route import Route
 from limosa.qemu.protocol import MachineProtocol, RdmaAddress, RunState
@@ -105,18 +106,7 @@ class Move:
         self.tries: list[Destination] = []
         self.landings: list[There] = []
         self.home = Here(self.source)
-        first = Migration(
-            id="m1",
-            vm="vm",
-            source="here",
-            destination="there",
-            side=Side.SOURCE,
-            transport="rdma",
-            phase=Phase.WAITING,
-            outcome=Outcome.UNDER_WAY,
-            progress=Progress(),
-            accepted_at=0.0,
-        )
+        first = msgspec.structs.replace(first_view(), transport="rdma")
         self.report = Report(first, lambda view: None)
         self.journal = Journal.begin(folder, header(Side.SOURCE))
         terms = Terms(ConvergencePolicy(first_downtime_ms=60), "rdma", encrypt=False)

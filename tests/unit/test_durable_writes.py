@@ -13,6 +13,7 @@ from unittest.mock import AsyncMock
 import pytest
 import test_host_storage
 from test_again import Move, breaks
+from test_journal import VM
 
 from limosa.errors import Conflict, LimosaError
 from limosa.host.files import Files
@@ -21,18 +22,8 @@ from limosa.host.storage import Storage
 from limosa.host.vms import HostedVm, Vms
 from limosa.migration.ownership import DestinationStep, SourceStep
 from limosa.migration.settle import Settlement
-from limosa.model.vm import Disk, VmConfig, VmState
+from limosa.model.vm import Disk, VmState
 from limosa.testing.wire import Stage
-
-VM = VmConfig(
-    name="web1",
-    uuid="7b0b7d3c-57b8-4f5c-9d5e-2d2f3f1e2a10",
-    memory_mib=64,
-    cpus=1,
-    machine="pc-q35-10.0",
-    cpu="x86-64-v2",
-)
-
 
 storage = test_host_storage.storage
 

@@ -9,6 +9,7 @@ from typing import Any, cast
 import msgspec
 import pytest
 import test_host_storage
+from test_journal import VM
 
 from limosa.errors import Conflict, NotFound
 from limosa.host import incoming
@@ -17,7 +18,7 @@ from limosa.host.storage import Storage
 from limosa.host.views import Views
 from limosa.migration.ownership import DestinationStep
 from limosa.model.migration import Outcome, Phase
-from limosa.model.vm import CloudInit, Vm, VmConfig, VmState
+from limosa.model.vm import CloudInit, Vm, VmState
 from limosa.security.identity import Identity
 from limosa.wire import endpoints
 from limosa.wire.api import Empty, LimitRequest, VmList
@@ -25,15 +26,7 @@ from limosa.wire.endpoints import Endpoint, Role
 
 SECRET = CloudInit(user_data="password: s3cret", meta_data="token: s3cret", network_config="psk: s3cret")
 WEB = Vm(
-    config=VmConfig(
-        name="web1",
-        uuid="7b0b7d3c-57b8-4f5c-9d5e-2d2f3f1e2a10",
-        memory_mib=64,
-        cpus=1,
-        machine="pc-q35-10.0",
-        cpu="x86-64-v2",
-        cloud_init=SECRET,
-    ),
+    config=msgspec.structs.replace(VM, cloud_init=SECRET),
     state=VmState.RUNNING,
     host="host1",
 )

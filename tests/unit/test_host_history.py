@@ -9,14 +9,14 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from harness.landings import header
+from harness.landings import first_view, header
 from limosa.errors import NotFound
 from limosa.host import history
 from limosa.host.history import DAY_S, KEPT_S, forget_old
 from limosa.host.views import Views
 from limosa.migration.journal import Journal
 from limosa.migration.ownership import DestinationStep, SourceStep
-from limosa.model.migration import Migration, Outcome, Phase, Progress, Side
+from limosa.model.migration import Outcome, Phase, Side
 
 NOW = 1e9
 OLD = NOW - KEPT_S - 1
@@ -32,17 +32,8 @@ def journal(folder: Path, migration: str, *steps: str, at: float = OLD, side: Si
 
 
 def view(folder: Path, views: Views, migration: str, at: float = OLD) -> Path:
-    ended = Migration(
-        id=migration,
-        vm="vm",
-        source="here",
-        destination="there",
-        side=Side.SOURCE,
-        transport="tcp",
-        phase=Phase.TEAR_DOWN,
-        outcome=Outcome.COMPLETED,
-        progress=Progress(),
-        accepted_at=at,
+    ended = msgspec.structs.replace(
+        first_view(), id=migration, phase=Phase.TEAR_DOWN, outcome=Outcome.COMPLETED, accepted_at=at
     )
     views.publish(ended)
     views.keep(ended)

@@ -35,6 +35,18 @@ async def until(what: Callable[[], bool]) -> None:
             await asyncio.sleep(0.001)
 
 
+def starts_slowly(monkeypatch: pytest.MonkeyPatch) -> tuple[Process, asyncio.Event]:
+    """The relay that is started from now on, and what has to be set for it to be there."""
+    process, loads = Process(), asyncio.Event()
+
+    async def start(**_: object) -> Process:
+        await loads.wait()
+        return process
+
+    monkeypatch.setattr(Relay, "start", start)
+    return process, loads
+
+
 def test_a_session_whose_relay_did_not_start_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
     async def start(**_: object) -> Relay:
         raise RelayFailed("cannot start a relay", why="no memory")
@@ -54,13 +66,7 @@ def test_a_session_whose_relay_did_not_start_is_over(monkeypatch: pytest.MonkeyP
 
 def test_a_relay_that_starts_when_everybody_has_left_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     async def scenario() -> None:
-        process, loads = Process(), asyncio.Event()
-
-        async def start(**_: object) -> Process:
-            await loads.wait()
-            return process
-
-        monkeypatch.setattr(Relay, "start", start)
+        process, loads = starts_slowly(monkeypatch)
         alone = session()
         seat = alone.seat()
         await seat.open()
@@ -76,13 +82,7 @@ def test_a_relay_that_starts_when_everybody_has_left_is_ended(monkeypatch: pytes
 
 def test_a_relay_that_starts_for_another_move_meanwhile_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     async def scenario() -> None:
-        process, loads = Process(), asyncio.Event()
-
-        async def start(**_: object) -> Process:
-            await loads.wait()
-            return process
-
-        monkeypatch.setattr(Relay, "start", start)
+        process, loads = starts_slowly(monkeypatch)
         shared = session(linger_s=3600)
         first = shared.seat()
         await first.open()

@@ -14,7 +14,7 @@ import pytest
 from test_again import FACTS, play
 
 from harness.homes import BareHome
-from harness.landings import ADDRESS, PORTS, VM, BareLanding, header
+from harness.landings import ADDRESS, PORTS, VM, BareLanding, first_view, header
 from limosa.errors import HostUnreachable, QemuError, QemuGone
 from limosa.host.incoming import Incoming
 from limosa.host.session import Session
@@ -26,7 +26,7 @@ from limosa.migration.journal import Journal
 from limosa.migration.ownership import DestinationStep
 from limosa.migration.report import Report
 from limosa.migration.source import SourceMove
-from limosa.model.migration import Migration, Outcome, Phase, Progress, Side
+from limosa.model.migration import Phase, Side
 from limosa.model.network import HostNetwork
 from limosa.model.vm import VmState
 from limosa.qemu.protocol import MigrationState, StreamParameters
@@ -55,18 +55,7 @@ class Move:
         self.peer = LocalPeer(there, FACTS, PORTS)
         self.is_away = False
         self.notes: list[str] = []
-        first = Migration(
-            id="m1",
-            vm="vm",
-            source="here",
-            destination="there",
-            side=Side.SOURCE,
-            transport="tcp",
-            phase=Phase.TEAR_DOWN,
-            outcome=Outcome.UNDER_WAY,
-            progress=Progress(),
-            accepted_at=0.0,
-        )
+        first = msgspec.structs.replace(first_view(), phase=Phase.TEAR_DOWN)
         report = Report(first, lambda view: self.notes.append(view.progress.note))
         terms = Terms(ConvergencePolicy(post_copy=True), "tcp", encrypt=False)
         home = cast(Any, BareHome(self.source))

@@ -12,7 +12,7 @@ import msgspec
 import pytest
 
 from harness.homes import BareHome
-from harness.landings import VM, header
+from harness.landings import VM, first_view, header
 from limosa.errors import Cancelled, HostUnreachable, LimosaError
 from limosa.host.outgoing import Outgoing
 from limosa.host.views import Views
@@ -24,7 +24,7 @@ from limosa.migration.ownership import SourceStep
 from limosa.migration.report import Report
 from limosa.migration.settle import Settlement
 from limosa.migration.source import SourceMove
-from limosa.model.migration import Migration, Outcome, Phase, Progress, Side
+from limosa.model.migration import Migration, Outcome, Phase, Side
 from limosa.model.vm import VmState
 from limosa.qemu.protocol import MigrationState, RunState
 from limosa.settings.host import ConvergencePolicy, HostSettings
@@ -89,18 +89,7 @@ class Here(BareHome):
 
 
 def view() -> Migration:
-    return Migration(
-        id=FIRST,
-        vm="vm",
-        source="here",
-        destination="there",
-        side=Side.SOURCE,
-        transport="tcp",
-        phase=Phase.COPY,
-        outcome=Outcome.UNDER_WAY,
-        progress=Progress(),
-        accepted_at=0.0,
-    )
+    return msgspec.structs.replace(first_view(), id=FIRST, phase=Phase.COPY)
 
 
 class World:

@@ -70,11 +70,11 @@ def _claim(move: SourceMove) -> Claim:
 
 def _kinds(move: SourceMove) -> frozenset[Kind]:
     """What a move sends now, or is about to."""
-    if move.report.now.outcome is not Outcome.UNDER_WAY:
+    view = move.report.now
+    if view.outcome is not Outcome.UNDER_WAY:
         return frozenset()  # it waits for its destination, to have that destroy what it has
-    match move.report.now.phase:
+    match view.phase:
         case Phase.BUILD_UP:
-            view = move.report.now
             return frozenset({Kind.STORAGE if disks.copies(view.disks) or view.layers else Kind.MEMORY})
         case Phase.STORAGE:
             return frozenset({Kind.STORAGE})

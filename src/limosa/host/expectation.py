@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from limosa.host.bandwidth import MBIT_BYTES
 from limosa.migration import disks
 from limosa.model.route import Route
 from limosa.model.storage import DiskPlan, LayerPlan
 from limosa.settings.host import ConvergencePolicy
 from limosa.transport.shares import Kind
 from limosa.wire.api import Expected
-
-_MBIT_BYTES = 1_000_000 // 8
 
 
 def expect(
@@ -31,7 +30,7 @@ def expect(
     speed = sum(known) if known and len(known) == len(speeds) else None
 
     def seconds(count: int, kind: Kind) -> float:
-        bounds = ((speed or 0) * _MBIT_BYTES, cap(kind))
+        bounds = ((speed or 0) * MBIT_BYTES, cap(kind))
         return count / min(bound for bound in bounds if bound)
 
     took = seconds(disk_bytes, Kind.STORAGE) + seconds(memory_bytes, Kind.MEMORY) if speed else None

@@ -120,16 +120,15 @@ class Receiver:
 
     def _payload(self, header: Header) -> memoryview:
         """The raw bytes of a frame, not verified yet; they are there until the next call."""
-        data = self._buffer[: header.raw_length if header.has_payload else 0]
         if not header.has_payload:
-            return data
+            return self._buffer[:0]
         if header.form is Form.RAW:
+            data = self._buffer[: header.raw_length]
             self._forward.receive_into(data)
-        else:
-            compressed = self._compressed[: header.wire_length]
-            self._forward.receive_into(compressed)
-            data = self._decompressor.decompress(compressed, header.raw_length)
-        return data
+            return data
+        compressed = self._compressed[: header.wire_length]
+        self._forward.receive_into(compressed)
+        return self._decompressor.decompress(compressed, header.raw_length)
 
     def _deliver(self, channel: _Channel, header: Header, data: memoryview) -> None:
         try:
