@@ -124,6 +124,8 @@ def test_a_nic_that_is_cut_costs_speed_and_not_the_move(hosts: list[LabHost], si
         wait_until(lambda: reaches(hosts[0], there), "the cable is in again")
     other = {"mig0": "mig1", "mig1": "mig0"}[nic]
     assert carried(ended)[other] > 2 * carried(ended)[nic]
+    known = hosts[0].client.call(endpoints.HOST).network.carried
+    assert all(2 * path.mbit_per_s > SLOW_MBIT_PER_S for path in known), "a NIC that was cut is not a slow one"
 
 
 @pytest.mark.parametrize("side", ["source", "destination"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from limosa.host import goodput
@@ -32,6 +33,16 @@ def test_a_second_that_waited_for_the_sender_says_nothing() -> None:
 
 def test_less_than_a_second_says_nothing() -> None:
     assert measured((0.0, used(0, 0)), (0.5, used(50, 0.5)), (0.9, used(90, 0.9))) == []
+
+
+def test_a_second_in_which_the_cable_was_out_says_nothing() -> None:
+    out = replace(used(2, 0.7), overdue=True)
+    assert measured((0.0, used(0, 0)), (0.7, out), (1.1, used(2, 1.1))) == []
+    assert measured((0.0, used(0, 0)), (0.7, out), (1.1, used(2, 1.1)), (1.7, used(102, 1.7))) == [800]
+
+
+def test_a_connection_that_has_ended_says_nothing() -> None:
+    assert measured((0.0, used(0, 0)), (1.1, replace(used(2, 1.1), alive=False))) == []
 
 
 def test_each_path_is_measured_by_itself() -> None:

@@ -20,7 +20,7 @@ from limosa.errors import LimosaError
 from limosa.migration.peer import Peer
 from limosa.model.network import Carried, HostNetwork
 from limosa.model.route import Compressed, Path, Route
-from limosa.transport.channel import Channel, Used
+from limosa.transport.channel import Channel, Used, by_path
 from limosa.transport.choice import MOST_PATHS, Ends, direct_path, spread
 from limosa.transport.goodput import Goodput
 
@@ -55,7 +55,7 @@ class Paths:
         # Streams may share connections, and with other moves; how fast these are is seen when each counts once.
         connections = {id(one): one for channel in self._channels for one in channel.connections}
         routed = [pair for pair in paths if not pair[0] and used]
-        open_ = _sums(used for one in connections.values() for used in one.used())
+        open_ = by_path(used for one in connections.values() for used in one.used())
         self._goodput.saw(time.monotonic(), open_)
         for one in used:
             paths[one.here, one.there] = self._path(one, paths.get((one.here, one.there)))
@@ -75,9 +75,9 @@ class Paths:
         spread = self._route.is_relayed and len(self._route.paths) > 1
         return () if spread else self._goodput.best()
 
-    def _used(self) -> list[Used]:
+    def _used(self) -> tuple[Used, ...]:
         """What all streams of the move have sent over each path."""
-        return _sums(used for channel in self._channels for used in channel.used())
+        return by_path(used for channel in self._channels for used in channel.used())
 
     def _path(self, used: Used, known: Path | None) -> Path:
         if known is None:
@@ -147,18 +147,6 @@ def _logged() -> Iterator[None]:
         yield
     except LimosaError as error:
         _log.warning("NICs that appear from now on are not used: %s", error)
-
-
-def _sums(parts: Iterable[Used]) -> list[Used]:
-    """All that went from one address to another as one."""
-    sums: dict[tuple[str, str], Used] = {}
-    for one in parts:
-        ends = one.here, one.there
-        before = sums.get(ends, Used(*ends, 0, alive=False, connections=0))
-        sent, busy_s = before.sent_bytes + one.sent_bytes, max(before.busy_s, one.busy_s)
-        count = before.connections + one.connections
-        sums[ends] = Used(*ends, sent, before.alive or one.alive, busy_s, count)
-    return list(sums.values())
 
 
 def together(parts: Iterable[Compressed | None]) -> Compressed | None:

@@ -25,7 +25,8 @@ class Used:
     """How much went from one address to another: payload the other end has acknowledged.
 
     ``alive``: a connection between the two is open; ``connections``: how many are. ``busy_s``: seconds in which
-    something was under way and the receiver had room for more.
+    something was under way and the receiver had room for more. ``overdue``: a connection waits for an acknowledgement
+    for longer than it ever should, as when a cable has been pulled.
     """
 
     here: str
@@ -34,6 +35,24 @@ class Used:
     alive: bool = True
     busy_s: float = 0.0
     connections: int = 1
+    overdue: bool = False
+
+
+def by_path(parts: Iterable[Used]) -> tuple[Used, ...]:
+    """All that went from one address to another as one."""
+    sums: dict[tuple[str, str], Used] = {}
+    for one in parts:
+        ends = one.here, one.there
+        before = sums.get(ends, Used(*ends, 0, alive=False, connections=0))
+        sums[ends] = Used(
+            *ends,
+            before.sent_bytes + one.sent_bytes,
+            alive=before.alive or one.alive,
+            busy_s=max(before.busy_s, one.busy_s),
+            connections=before.connections + one.connections,
+            overdue=before.overdue or one.overdue,
+        )
+    return tuple(sums.values())
 
 
 class Channel(Protocol):

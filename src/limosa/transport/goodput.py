@@ -2,7 +2,8 @@
 
 A NIC says how fast its cable is, and a virtual one nothing at all. The network behind may be slower: a switch, a leased
 line, a provider's limit. Only a second in which the connection always had something under way, and the receiver had
-room for more, counts: neither a guest with little to send nor a host that is busy makes its network slow.
+room for more, counts: neither a guest with little to send nor a host that is busy makes its network slow. Nor does a
+cable that is pulled: no second counts in which an acknowledgement was overdue.
 """
 
 from __future__ import annotations
@@ -37,6 +38,9 @@ class Goodput:
         for path in paths:
             ends, now = (path.here, path.there), _Mark(at, path.sent_bytes, path.busy_s)
             began = self._marks.setdefault(ends, now)
+            if path.overdue or not path.alive:
+                self._marks[ends] = now
+                continue
             seconds = now.at - began.at
             if seconds < WINDOW_S:
                 continue

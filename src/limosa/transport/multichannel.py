@@ -18,9 +18,10 @@ import os
 import socket
 import struct
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 
 from limosa.transport import tcp
-from limosa.transport.channel import Used
+from limosa.transport.channel import Used, by_path
 
 IPPROTO_MPTCP = 262
 SOL_MPTCP = 284
@@ -63,15 +64,10 @@ class MultichannelChannel(tcp.TcpChannel):
             if not self._seen:
                 return super().used()
             alive = {}
+        for number in self._seen.keys() - alive.keys():
+            self._seen[number] = replace(self._seen[number], alive=False, connections=0, overdue=False)
         self._seen.update(alive)
-        sums: dict[tuple[str, str], Used] = {}
-        for number, one in self._seen.items():
-            ends = one.here, one.there
-            before = sums.get(ends, Used(*ends, 0, alive=False, connections=0))
-            sent, busy_s = before.sent_bytes + one.sent_bytes, max(before.busy_s, one.busy_s)
-            count = before.connections + (number in alive)
-            sums[ends] = Used(*ends, sent, alive=count > 0, busy_s=busy_s, connections=count)
-        return tuple(sums.values())
+        return by_path(self._seen.values())
 
     def close(self) -> None:
         """See :class:`limosa.transport.channel.Channel`."""

@@ -39,7 +39,9 @@ PORTERS = 8
 SILENT_MS = 10_000
 
 _TOKEN_BYTES = 16
-#: Where tcpi_bytes_acked, tcpi_busy_time and tcpi_rwnd_limited (microseconds) lie in struct tcp_info (linux/tcp.h).
+#: Where in struct tcp_info (linux/tcp.h) these lie: tcpi_retransmits, timeouts since the last acknowledgement;
+#: tcpi_bytes_acked; tcpi_busy_time and tcpi_rwnd_limited, microseconds.
+_RETRANSMITS_AT = 2
 _BYTES_ACKED_AT, _BUSY_TIME_AT, _RECEIVER_LIMITED_AT = 120, 168, 176
 _TCP_INFO_BYTES = 256
 #: What may wait in a shortened socket before QEMU has to wait itself (tcp(7)).
@@ -288,7 +290,7 @@ def used_by(info: bytes, here: str, there: str) -> Used:
     """What a ``struct tcp_info`` says of a connection between two addresses."""
     places = (_BYTES_ACKED_AT, _BUSY_TIME_AT, _RECEIVER_LIMITED_AT)
     sent, busy_us, receiver_us = (struct.unpack_from("=Q", info, at)[0] for at in places)
-    return Used(here, there, sent, busy_s=(busy_us - receiver_us) / 1e6)
+    return Used(here, there, sent, busy_s=(busy_us - receiver_us) / 1e6, overdue=info[_RETRANSMITS_AT] > 0)
 
 
 def listen(address: str, port: int, protocol: int = socket.IPPROTO_TCP) -> socket.socket:

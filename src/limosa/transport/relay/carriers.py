@@ -16,12 +16,13 @@ import contextlib
 import logging
 import socket
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from limosa.errors import LimosaError, RelayFailed
 from limosa.transport import tcp
-from limosa.transport.channel import SocketChannel, Used
+from limosa.transport.channel import SocketChannel, Used, by_path
 from limosa.transport.relay.client import Relay
 from limosa.transport.relay.control import MAX_LANES
 from limosa.transport.relay.frames import MAX_LANE
@@ -105,15 +106,11 @@ class Carriers:
 
     def used(self) -> tuple[Used, ...]:
         """What went over each path, all its connections together."""
-        sums: dict[AddressPair, Used] = {}
-        for lane in self._lanes.values():
-            for one in lane.forward.used():
-                ends = one.here, one.there
-                before = sums.get(ends, Used(*ends, 0, alive=False, connections=0))
-                count = before.connections + (0 if lane.lost else one.connections)
-                alive = before.alive or (one.alive and not lane.lost)
-                sums[ends] = Used(*ends, before.sent_bytes + one.sent_bytes, alive, connections=count)
-        return tuple(sums.values())
+        return by_path(
+            replace(one, alive=False, connections=0) if lane.lost else one
+            for lane in self._lanes.values()
+            for one in lane.forward.used()
+        )
 
     def alive(self) -> int:
         """How many connections there are."""
