@@ -212,6 +212,13 @@ def test_contexts_say_what_is_wrong_with_files(authority: Path, tmp_path: Path) 
         tls.server_context(pki)
 
 
+def test_a_daemon_has_the_certificate_of_its_own_name(authority: Path, tmp_path: Path) -> None:
+    ca.issue_host(authority, "host1", [], tmp_path / "pki")
+    tls.check_holder(tmp_path / "pki" / "host.pem", "host1")
+    with pytest.raises(StateError, match=r"not of host 'host2': it is of host 'host1'"):
+        tls.check_holder(tmp_path / "pki" / "host.pem", "host2")
+
+
 @pytest.mark.parametrize("mode", [0o640, 0o604, 0o620, 0o601])
 def test_a_private_key_that_others_get_at_is_refused(authority: Path, tmp_path: Path, mode: int) -> None:
     pki, person = tmp_path / "pki", tmp_path / "person"
