@@ -40,8 +40,9 @@ def test_authority_files_are_private_and_never_overwritten(authority: Path) -> N
     assert mode(authority / "ca.pem") == 0o644
     assert mode(authority / "ca.key") == 0o600
     before = (authority / "ca.key").read_bytes()
-    with pytest.raises(Conflict):
+    with pytest.raises(Conflict) as caught:
         ca.create_authority(authority)
+    assert "--folder" in caught.value.todo
     assert (authority / "ca.key").read_bytes() == before
 
 
