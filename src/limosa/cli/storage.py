@@ -211,6 +211,12 @@ def _add(arguments: argparse.Namespace) -> int:
         values["default_location"] = arguments.name
     with client_of(arguments) as client:
         before = client.call(endpoints.SETTINGS).settings
+        known = before.locations.get(arguments.name)
+        if known is not None and (known.path, known.lvm) != (path, arguments.lvm):
+            raise Conflict(
+                f"there is a location '{arguments.name}' already: {known.path or known.lvm}",
+                todo=f"choose another name, or first 'limosa storage remove {arguments.name}'",
+            )
         client.call(endpoints.CHANGE_SETTINGS, toml.convert({"values": values}, SettingsChange, where="the request"))
         found = next(one for one in client.call(endpoints.LOCATIONS).locations if one.name == arguments.name)
         if found.fault:
