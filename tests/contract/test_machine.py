@@ -742,11 +742,11 @@ def test_a_copy_is_given_up_and_made_again(run: Run) -> None:
     run(scenario)
 
 
-def test_a_guest_can_be_made_to_wait_for_its_copy(run: Run) -> None:
+def test_a_guest_can_be_slowed_for_its_copy(run: Run) -> None:
     async def scenario(makers: Makers) -> None:
         source = await running_source(makers)
         destination = await copying(makers, source)
-        await source.block_writes("vda")
+        await source.slow_writes("vda", 1_000_000)
         await until_ready(source)
         await source.end_copy("vda")
         await source.drop_copy("vda", TAG)

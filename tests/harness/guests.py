@@ -56,6 +56,19 @@ def wait_for_console(host: Host, vm: str, text: str) -> None:
     wait_until(lambda: text in console_log(host, vm), f"{vm} says '{text}'", BOOT_WITHIN_S)
 
 
+def type_in(host: Host, line: str) -> None:
+    """Have the shell on the serial console of a host's one VM carry out a line."""
+    (folder,) = (host.run / "vm").iterdir()
+    with socket.socket(socket.AF_UNIX) as console:
+        console.settimeout(ANSWER_WITHIN_S)
+        console.connect(str(folder / "console.sock"))
+        # What was typed is echoed, but not what comes of this sum.
+        console.sendall(f"{line}\necho DONE $((6 * 7))\n".encode())
+        said = b""
+        while b"DONE 42" not in said:
+            said += console.recv(4096)
+
+
 class LanClient:
     """A machine on the LAN that knows one guest by its address."""
 

@@ -41,14 +41,14 @@ class Move:
         self.in_post_copy = False
         self.memory: int | None = None
         self.disks: int | None = None
-        self.machine = SimpleNamespace(set_bandwidth=self._set_memory)
-        self.mirrors = SimpleNamespace(cap=self._set_disks) if disks else None
+        self.machine = SimpleNamespace()
+        self.mirrors = SimpleNamespace() if disks else None
         self.home = SimpleNamespace(own_cap=0)
 
-    async def _set_memory(self, bytes_per_s: int) -> None:
+    async def cap_memory(self, bytes_per_s: int) -> None:
         self.memory = bytes_per_s // MBIT_BYTES
 
-    async def _set_disks(self, bytes_per_s: int) -> None:
+    async def cap_disks(self, bytes_per_s: int) -> None:
         self.disks = bytes_per_s // MBIT_BYTES
 
 

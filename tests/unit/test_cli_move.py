@@ -153,6 +153,14 @@ def test_a_move_with_its_lines_and_table(host: Host, capsys: pytest.CaptureFixtu
     assert "6.2 ms" in out[4]
 
 
+def test_a_note_with_other_figures_is_no_new_line(capsys: pytest.CaptureFixture[str]) -> None:
+    plain = display.PlainDisplay()
+    notes = ("writes 2.5 MiB/s, slowed by 20 %", "writes 117 KiB/s, slowed by 20 %", "writes 2.5 MiB/s, slowed by 40 %")
+    for note in notes:
+        plain.show(migration("web1", progress=Progress(note=f"the guest {note}")))
+    assert [line[-4:] for line in capsys.readouterr().out.splitlines()] == ["20 %", "40 %"]
+
+
 def test_a_narrow_terminal_gets_sentences_instead_of_a_table(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

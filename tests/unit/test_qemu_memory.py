@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from limosa.migration.source import TRICKLE
 from limosa.model.vm import Disk, VmConfig
 from limosa.qemu.arguments import Launch
 from limosa.qemu.machine import Machine
@@ -28,7 +29,7 @@ WRITER = bytes.fromhex(
 FIRST_PAGE, LAST_PAGE = 0x10000, 0x8F000
 #: so slow that what the guest writes in a pass takes longer to send than the downtime limit allows
 BRAKE_BYTES_PER_S = 3_000_000
-ENOUGH_PASSES = 5
+ENOUGH_PASSES, MORE_PASSES = 5, 8
 
 
 @pytest.mark.qemu
@@ -52,12 +53,15 @@ async def move(folder: Path, *, encrypted: bool) -> None:
 
 async def exactly(folder: Path, source: Machine, destination: Machine, *, encrypted: bool) -> None:
     server, client = make_credentials() if encrypted else (None, None)
-    passes, completed = asyncio.Event(), asyncio.Event()
+    passes, more, completed = [asyncio.Event() for _ in range(3)]
 
     def follow(event: Event) -> None:
         if event.name == "MIGRATION_PASS" and event.data["pass"] >= ENOUGH_PASSES:
             passes.set()
+        if event.name == "MIGRATION_PASS" and event.data["pass"] >= MORE_PASSES:
+            more.set()
         if event.name == "MIGRATION" and event.data["status"] == "completed":
+            more.set()
             completed.set()
 
     source.on_event(follow)
@@ -70,8 +74,12 @@ async def exactly(folder: Path, source: Machine, destination: Machine, *, encryp
     with ours, theirs:
         await destination.receive(theirs)
         await source.migrate(ours)
-    # Now each page was sent, written again and sent again, several times; release the brake.
+    # Now each page was sent, written again and sent again, several times. With a limit of 0 that goes on.
     await passes.wait()
+    await source.set_downtime_limit(0)
+    await source.set_bandwidth(TRICKLE)
+    await more.wait()
+    assert not completed.is_set()
     await source.set_downtime_limit(50)
     await source.set_bandwidth(0)
     await completed.wait()

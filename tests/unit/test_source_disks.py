@@ -48,6 +48,7 @@ from limosa.testing.machine import FakeMachine
 from limosa.testing.wire import Stage, Wire
 from limosa.transport.channel import Used
 from limosa.transport.choice import Ends
+from limosa.transport.shares import Kind
 from limosa.wire.peer import DestinationState, LayersAwaited, Prepare, Prepared, Standing
 
 TAG = "abcdefabcdef"
@@ -108,6 +109,11 @@ class Channel(BareChannel):
     def __init__(self, stream: socket.socket) -> None:
         self.stream = stream
         self.paths: list[Used] = []
+        #: each pace it was told
+        self.paces: list[int] = []
+
+    def pace(self, bytes_per_s: int) -> None:
+        self.paces.append(bytes_per_s)
 
     def used(self) -> tuple[Used, ...]:
         return tuple(self.paths)
@@ -150,6 +156,7 @@ class World(BareHome, MemoryLanding):
         self.images_left: list[str] = []
         self.files_awaited: list[LayersAwaited] = []
         self.released = self.stayed = self.no_disks_there = False
+        self.disk_channels: list[Any] = []
         self.line_moves = asyncio.Event()
         self.line_moves.set()
         header = Header(
@@ -241,7 +248,8 @@ class World(BareHome, MemoryLanding):
     # Home
 
     async def connect_disks(self, route: Route, prepared: Prepared, count: int) -> list[Any]:
-        return [Channel(self.ours.dup()) for _ in range(count)]
+        self.disk_channels = [Channel(self.ours.dup()) for _ in range(count)]
+        return self.disk_channels
 
     async def promise(self, destination: str, copied: Collection[str]) -> None: ...
 
@@ -528,14 +536,76 @@ def test_a_guest_does_not_stop_before_the_copy_of_its_disk_has_caught_up(
         await world.wire.reached(Stage.COPY)
         world.here.copy_is("vda", CopyState.READY, remaining=2)
         await until(lambda: world.here.parameters is not None and world.here.parameters.downtime_limit_ms == 0)
-        await until(lambda: world.here.blocking == {"vda"})
+        await until(lambda: set(world.here.slowed) == {"vda"})
         world.wire.release(Stage.COPY)
         await world.wire.passes(10)
         assert await world.here.status() is RunState.RUNNING
-        assert "vda" in world.report.now.progress.note
+        await until(lambda: bandwidth(world) == source.TRICKLE)
+        await world.move.cap_memory(77)
+        assert bandwidth(world) == source.TRICKLE
+        assert world.report.now.progress.note == (
+            "the copy of disk vda has to catch up before the guest may stop; "
+            "the guest's writes to disk vda are slowed, to copy them in time"
+        )
         world.here.copy_is("vda", CopyState.READY, remaining=1)
         await running
+        assert bandwidth(world) == 0
         assert world.said == ["copy", "end", "continue", "close", "resume"]
+
+    def bandwidth(world: World) -> int:
+        return world.here.parameters.bandwidth_bytes_per_s if world.here.parameters is not None else 0
+
+    play(tmp_path, scenario)
+
+
+def test_connections_keep_the_cap_of_a_copy_that_is_ready_until_the_guest_stands_still(tmp_path: Path) -> None:
+    async def scenario(world: World) -> None:
+        world.bandwidth = lambda kind: 100 if kind is Kind.STORAGE else 0  # type: ignore[method-assign]
+        world.wire.hold(Stage.COPY)
+        running = asyncio.ensure_future(world.move.run())
+        await world.wire.reached(Stage.COPY)
+        await world.move.cap_disks(50)
+        (channel,) = world.disk_channels
+        assert channel.paces == [100, 50]
+        world.wire.release(Stage.COPY)
+        await running
+        assert channel.paces == [100, 50, 0]
+
+    play(tmp_path, scenario)
+
+
+def test_the_blackout_begins_when_qemu_says_though_it_tells_later(tmp_path: Path) -> None:
+    async def scenario(world: World) -> None:
+        assert world.move._stopped_at(99.9) == 99.9
+        await world.move.run()
+        world.move._sent_at = 100.0
+        world.report.change(qemu_downtime_ms=500.0)
+        assert [world.move._stopped_at(said_at) for said_at in (99.9, 99.2)] == [99.5, 99.2]
+
+    play(tmp_path, scenario)
+
+
+def test_a_move_without_disks_has_none_to_cap(tmp_path: Path) -> None:
+    async def scenario(world: World) -> None:
+        await world.move.cap_disks(50)
+        assert world.said == []
+
+    play(tmp_path, scenario)
+
+
+def test_what_was_made_whole_is_shown_as_whole(tmp_path: Path) -> None:
+    async def scenario(world: World) -> None:
+        world.wire.hold(Stage.COPY)
+        running = asyncio.ensure_future(world.move.run())
+        await world.wire.reached(Stage.COPY)
+        world.here.copy_is("vda", CopyState.READY, remaining=1)
+        await until(lambda: left(world) == 1)
+        world.wire.release(Stage.COPY)
+        await running
+        assert left(world) == 0
+
+    def left(world: World) -> int:
+        return sum(disk.total_bytes - disk.copied_bytes for disk in world.report.now.progress.disks)
 
     play(tmp_path, scenario)
 

@@ -40,6 +40,7 @@ async def admitted(door: TcpDoorway) -> None:
         stream.sendall(b"return path")
         assert channel.stream.recv(100) == b"return path"
     channel.set_short(True)  # too late, and no harm
+    channel.pace(1)
 
 
 def test_the_source_comes_in() -> None:

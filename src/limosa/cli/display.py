@@ -8,6 +8,7 @@ events arrive in. Of more moves than the terminal is high those are drawn that d
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -21,6 +22,10 @@ from limosa.model.units import format_bytes, format_rate, format_seconds
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+
+
+#: An amount or a rate, which may be another at each look.
+_AMOUNT = re.compile(r"[\d.]+ [KMGT]?i?B(/s)?")
 
 
 class Display(Protocol):
@@ -57,8 +62,8 @@ class PlainDisplay:
         pass
 
     def show(self, migration: Migration) -> None:
-        """A line if phase, outcome or note have changed."""
-        now = (_stage(migration), migration.progress.note)
+        """A line if phase, outcome or note have changed; other figures alone make no other note."""
+        now = (_stage(migration), _AMOUNT.sub("", migration.progress.note))
         before = self._seen.get(migration.vm)
         self._seen[migration.vm] = now
         if now != before:

@@ -54,9 +54,9 @@ class Bandwidth:
                 kinds = _kinds(move)
                 with contextlib.suppress(LimosaError):
                     if Kind.MEMORY in kinds:
-                        await move.machine.set_bandwidth(self.allowance(name, Kind.MEMORY))
-                    if Kind.STORAGE in kinds and move.mirrors is not None:
-                        await move.mirrors.cap(self.allowance(name, Kind.STORAGE))
+                        await move.cap_memory(self.allowance(name, Kind.MEMORY))
+                    if Kind.STORAGE in kinds:
+                        await move.cap_disks(self.allowance(name, Kind.STORAGE))
 
     def _claims(self) -> dict[str, Claim]:
         return {name: claim for name, move in self._moves.items() if (claim := _claim(move)).kinds}

@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
-from limosa.errors import LimosaError, MigrationFailed, NotConverging, QemuError
+from limosa.errors import LimosaError, MigrationFailed, NotConverging
 from limosa.model.storage import DiskAction, DiskPlan, DiskProgress
 from limosa.model.units import MIB
 from limosa.qemu.protocol import CopyingProtocol, CopyState, CopyStatistics, MachineProtocol
@@ -25,6 +25,9 @@ LOOK_EVERY_S = 0.2
 BEHIND_S = 1.0
 #: A rate is taken over the looks of so long.
 RATE_OVER_S = 2.0
+#: A guest whose writes are slowed may write this share of what is copied, and of that again, so often; but so many
+#: bytes per second.
+SLOWED_TO, MOST_SLOWED, LEAST_BYTES_PER_S = 0.5, 4, 64 * 1024
 #: What may always remain: QEMU copies in pieces of up to this (MAX_IO_BYTES in block/mirror.c).
 PIECE_BYTES = MIB
 
@@ -34,10 +37,11 @@ class Keeping:
     """Whether a copy comes nearer to keeping up with its guest; pure.
 
     ``least`` is the least that ever remained, ``since`` when that was. A copy that has come no nearer for a quarter of
-    the patience makes the guest wait for its writes; one that has not for all of it since then does not end.
+    the patience slows the guest's writes, step by step; one that has not for all of it since the last step does not
+    end.
 
-    For one that is ready this begins anew, and again whenever no more is left than may be. It waits less before the
-    guest has to: what is left when the guest stops lengthens the blackout.
+    For one that is ready this begins anew, and again whenever no more is left than may be. It waits less for a step:
+    what is left when the guest stops lengthens the blackout.
     """
 
     patience_s: float
@@ -48,10 +52,11 @@ class Keeping:
     kept_up: float = 0.0
     #: it is ready, and has had more left for more than a moment
     is_behind: bool = False
-    write_blocking: bool = False
+    #: steps by which the guest's writes were slowed
+    slowed: int = 0
 
     def judge(self, now: float, remaining: int, allowed: int | None = None) -> tuple[Keeping, str]:
-        """The state after a look, and what to do: nothing (empty), ``block-writes`` or ``give-up``. ``allowed``: bytes
+        """The state after a look, and what to do: nothing (empty), ``slow-writes`` or ``give-up``. ``allowed``: bytes
         that may be left of one that is ready; null for one that is not."""
         if allowed is not None and (not self.ready or remaining <= allowed):
             return replace(self, since=now, least=None, ready=True, kept_up=now, is_behind=False), ""
@@ -60,9 +65,9 @@ class Keeping:
             return replace(looked, since=now, least=remaining), ""
         waited = now - self.since
         patience_s = self.patience_s / 4
-        if not self.write_blocking and waited >= (min(BEHIND_S, patience_s) if self.ready else patience_s):
-            return replace(looked, since=now, write_blocking=True), "block-writes"
-        return looked, "give-up" if self.write_blocking and waited >= self.patience_s else ""
+        if self.slowed < MOST_SLOWED and waited >= (min(BEHIND_S, patience_s) if self.ready else patience_s):
+            return replace(looked, since=now, slowed=self.slowed + 1), "slow-writes"
+        return looked, "give-up" if self.slowed == MOST_SLOWED and waited >= self.patience_s else ""
 
 
 class Mirrors:
@@ -72,6 +77,8 @@ class Mirrors:
         self._machine = machine
         began = time.monotonic()
         self._keeping = {disk: Keeping(patience_s, began) for disk in disks}
+        #: what the guest may write a second, by disk
+        self._writes: dict[str, int] = {}
         self.latest: Mapping[str, CopyStatistics] = {}
         #: when how much was copied
         self._looks: deque[tuple[float, Mapping[str, CopyStatistics]]] = deque()
@@ -134,6 +141,7 @@ class Mirrors:
     async def finish(self) -> None:
         """The guest stands still: make all whole and flush them. Raises :class:`StorageError`."""
         await asyncio.gather(*(self._machine.end_copy(disk) for disk in self._keeping))
+        self.latest = {disk: replace(copy, copied_bytes=copy.total_bytes) for disk, copy in self.latest.items()}
         self.whole = True
 
     def progress(self) -> tuple[DiskProgress, ...]:
@@ -144,7 +152,7 @@ class Mirrors:
                 copied_bytes=copy.copied_bytes,
                 total_bytes=copy.total_bytes,
                 ready=copy.state is CopyState.READY,
-                write_blocking=self._keeping[disk].write_blocking,
+                slowed=disk in self._writes,
             )
             for disk, copy in self.latest.items()
         )
@@ -158,9 +166,10 @@ class Mirrors:
         copy = self.latest[disk]
         remaining = copy.total_bytes - copy.copied_bytes
         self._keeping[disk], what = self._keeping[disk].judge(time.monotonic(), remaining, allowed)
-        if what == "block-writes":
-            with suppress(QemuError):  # a QEMU older than 8.2 cannot: then it only waits on
-                await self._machine.block_writes(disk)
+        if what == "slow-writes":
+            now = min(self._rate(disk), self._writes.get(disk, float("inf")))
+            self._writes[disk] = max(LEAST_BYTES_PER_S, round(now * SLOWED_TO))
+            await self._machine.slow_writes(disk, self._writes[disk])
         elif what == "give-up":
             raise NotConverging(
                 f"the copy of disk {disk} " + ("does not come to its end" if allowed is None else "falls behind"),

@@ -7,7 +7,7 @@ that ever remained is what counts.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import msgspec
@@ -135,7 +135,6 @@ def of_disks(
     copied = before + sum(disk.copied_bytes for disk in disks)
     bar = bar.copied(copied / total if total else 1.0)
     rate = bar.rate(at, copied)
-    slowed = [disk.disk for disk in disks if disk.write_blocking and not disk.ready]
     return bar.seen(at, copied), msgspec.structs.replace(
         shown,
         percent=round(bar.percent, 1),
@@ -145,8 +144,14 @@ def of_disks(
         rate_bytes_per_s=rate,
         remaining_s=(total - copied) / rate if rate else None,
         disks=tuple(disks),
-        note=f"the guest waits for its writes to disk {', '.join(slowed)} to be copied" if slowed else "",
+        note=slows_writes(disk for disk in disks if not disk.ready),
     )
+
+
+def slows_writes(disks: Iterable[DiskProgress]) -> str:
+    """What to say of disks to which the guest's writes are slowed; empty if there is none."""
+    slowed = ", ".join(disk.disk for disk in disks if disk.slowed)
+    return f"the guest's writes to disk {slowed} are slowed, to copy them in time" if slowed else ""
 
 
 def progress(bar: Bar, look: MigrationStatistics, *, limit_ms: float, note: str) -> Progress:

@@ -56,6 +56,8 @@ LOOK_EVERY_S = 0.2
 #: So long before a guest may stop, what waits on the way is made little: it would have to wait for that. If it will go
 #: on for so much longer it is made more again, which is faster.
 SHORTEN_BEFORE_S, LENGTHEN_BEFORE_S = 0.3, 0.6
+#: While the guest must not stop memory that is left for so long trickles, in bytes per second: see _hold_back.
+TRICKLE_BEFORE_S, TRICKLE = 1.0, 10_000
 #: A guest that has stopped runs on here if its destination has not loaded everything within this. The largest budget
 #: for a blackout is a fifth of it.
 STANDS_STILL_S = 10.0
@@ -88,6 +90,9 @@ class SourceMove:
         self.peer: Peer | None = None
         self.channel: Channel | None = None
         self._is_short = False
+        self._trickles = False
+        #: bytes per second that copies of disks may send, 0: no cap
+        self._disks_cap = 0
         #: at any time a cap was kept, so that what the networks carried says nothing of them
         self._was_capped = False
         #: until a post-copy is asked for, of which nobody knows at once whether it has begun
@@ -109,6 +114,7 @@ class SourceMove:
         #: bytes of files below disks
         self.layers_sent = 0
         self.stopped_at: float | None = None
+        self._sent_at: float | None = None
         self.stands_still = asyncio.Event()
 
     async def run(self) -> None:
@@ -155,7 +161,8 @@ class SourceMove:
         await self.guard(again.undo(self, machine, failure))
         self.terms = replace(self._asked, rdma_failed=str(failure))
         self.sent, self.paused = [asyncio.get_running_loop().create_future() for _ in range(2)]
-        self.stopped_at = None
+        self.stopped_at = self._sent_at = None
+        self._trickles = False
         self.stands_still.clear()
 
     async def build_up(self, machine: MachineProtocol, peer: Peer) -> Prepared:
@@ -265,11 +272,32 @@ class SourceMove:
         route, copies = self.examined.route, disks.copies(self.examined.disks)
         self.disk_channels = await self.home.connect_disks(route, prepared, len(copies))
         paths = self.paths_of(*self.disk_channels)
-        bandwidth = self.home.bandwidth(Kind.STORAGE) // len(copies)
-        await mirrors.send(machine, self.header.migration, copies, self.disk_channels, self.disk_credentials, bandwidth)
+        self._disks_cap = self.home.bandwidth(Kind.STORAGE)
+        each = self._disks_cap // len(copies)
+        await mirrors.send(machine, self.header.migration, copies, self.disk_channels, self.disk_credentials, each)
         copying = self.mirrors = Mirrors(machine, [plan.disk for plan in copies], self.terms.policy.patience_s)
+        self._pace_disks()
         with self._following(paths):
             await copying.until_ready(lambda: self._show_disks(copying))
+
+    async def cap_memory(self, bytes_per_s: int) -> None:
+        """Cap what is sent of memory, 0: no cap."""
+        if self.machine is not None and not self._trickles:
+            await self.machine.set_bandwidth(bytes_per_s)
+
+    async def cap_disks(self, bytes_per_s: int) -> None:
+        """Cap what the copies of disks send together, 0: no cap."""
+        if self.mirrors is not None:
+            self._disks_cap = bytes_per_s
+            self._pace_disks()
+            await self.mirrors.cap(bytes_per_s)
+
+    def _pace_disks(self) -> None:
+        """Have connections keep to the cap: QEMU does only until a copy is ready (``mirror_run``, block/mirror.c).
+        There is none when the guest may stop, because it stands still for what is on its way then."""
+        free = self._is_short or self.stands_still.is_set()
+        for channel in self.disk_channels:
+            channel.pace(0 if free else self._disks_cap // len(self.disk_channels))
 
     def paths_of(self, *channels: Channel) -> Paths:
         """The paths that are shown from now on: what these channels carry, and what files below disks have taken."""
@@ -394,10 +422,20 @@ class SourceMove:
         self.journal.record(SourceStep.HANDING_OVER, time.time(), durable=False)
         running = await self.peer.take_over()
         self.report.enter(Phase.TEAR_DOWN)
-        if running.resumed_at is not None and self.stopped_at is not None:
-            self.report.change(blackout_ms=round(1000 * (running.resumed_at - self.stopped_at), 3))
         if self.sent.result() is MigrationState.COMPLETED:
             await self._last_figures(machine)
+        if running.resumed_at is not None and self.stopped_at is not None:
+            blackout_ms = 1000 * (running.resumed_at - self._stopped_at(self.stopped_at))
+            self.report.change(blackout_ms=round(blackout_ms, 3))
+
+    def _stopped_at(self, said_at: float) -> float:
+        """When the guest stopped. QEMU says so when nothing that it was writing is under way any more
+        (``virtio_blk_stop_ioeventfd``, hw/block/virtio-blk.c), which takes its time if that has to be copied, too. Its
+        figure at the end begins before."""
+        downtime_ms = self.report.now.qemu_downtime_ms
+        if self.mirrors is None or self._sent_at is None or downtime_ms is None:
+            return said_at
+        return min(said_at, self._sent_at - downtime_ms / 1000)
 
     async def tear_down(self) -> None:
         """Wait until the destination is durable, then end QEMU here and forget the VM."""
@@ -478,21 +516,25 @@ class SourceMove:
             case "STOP":
                 self.stopped_at = event.at
                 self.stands_still.set()
+                self._pace_disks()
                 self.report.enter(Phase.SWITCHOVER, silently=True)
             case "MIGRATION_PASS" if event.data.get("pass", 0) > 1 and self.report.now.phase is Phase.COPY:
                 self.report.enter(Phase.SYNCHRONISE)
-                self._set_short(True)  # this one may be over at once
+                if not self._is_held:
+                    self._set_short(True)  # this one may be over at once
             case "MIGRATION":
                 state = MigrationState(event.data["status"])
                 if state is MigrationState.PRE_SWITCHOVER and not self.paused.done():
                     self.paused.set_result(None)
                 if state in ENDINGS and not self.sent.done():
+                    self._sent_at = event.at
                     self.sent.set_result(state)
 
     def _set_short(self, short: bool) -> None:
         if self.channel is not None and self._is_short is not short:
             self._is_short = short
             self.channel.set_short(short)
+            self._pace_disks()
 
     async def _watch(self, machine: MachineProtocol) -> None:
         judge = Convergence.begin(self.terms.policy)
@@ -506,18 +548,35 @@ class SourceMove:
         if look.state is not MigrationState.ACTIVE:
             return judge
         bar = self.report.bar = self.report.bar.moved(self.report.now.phase, look)
-        if self.mirrors is not None and self.mirrors.behind:
+        if self.mirrors is not None and self._is_held:
             disks_behind = ", ".join(self.mirrors.behind)
             note = f"the copy of disk {disks_behind} has to catch up before the guest may stop"
             judge, action = judge.hold(time.monotonic(), note)
+            self._set_short(False)
         else:
             judge, action = judge.judge(time.monotonic(), look)
-        self._let_wait(bar.pace, look, judge)
+            self._let_wait(bar.pace, look, judge)
         await self._act(machine, action)
+        await self._hold_back(machine, look, bar.pace)
         note = "" if isinstance(action, convergence.GiveUp) else action.note
-        shown = progress.progress(bar, look, limit_ms=judge.downtime_limit_ms, note=note)
-        await self._show(self._with_disks(shown), look.transferred_bytes)
+        shown = self._with_disks(progress.progress(bar, look, limit_ms=judge.downtime_limit_ms, note=note))
+        notes = note, progress.slows_writes(shown.disks)
+        await self._show(msgspec.structs.replace(shown, note="; ".join(filter(None, notes))), look.transferred_bytes)
         return judge
+
+    @property
+    def _is_held(self) -> bool:
+        """Whether the guest should not stop yet, because of its disks."""
+        return self.mirrors is not None and bool(self.mirrors.behind)
+
+    async def _hold_back(self, machine: MachineProtocol, look: MigrationStatistics, pace: float) -> None:
+        """Have the last of memory trickle while the guest should not stop: QEMU stops it whenever it looks and finds
+        that nothing was written. So it looks ten times a second at most (``BUFFER_DELAY``, migration/migration.c), and
+        a guest that has written nothing for so long misses little while it stands still."""
+        trickles = self._is_held and (self._trickles or look.remaining_bytes < TRICKLE_BEFORE_S * pace)
+        if trickles is not self._trickles:
+            self._trickles = trickles
+            await machine.set_bandwidth(TRICKLE if trickles else self.home.bandwidth(Kind.MEMORY))
 
     def _let_wait(self, pace: float, look: MigrationStatistics, judge: Convergence) -> None:
         """Have little or much wait on the way, by how soon the guest may stop: QEMU stops it when what remains takes no

@@ -234,5 +234,5 @@ class DiskProgress(Model, forbid_unknown_fields=False, frozen=True):
     copied_bytes: Bytes
     total_bytes: Bytes
     ready: bool = False
-    #: the guest waits for its writes to be copied
-    write_blocking: bool = False
+    #: the guest's writes to it are slowed, because it wrote faster than they were copied
+    slowed: bool = False

@@ -132,6 +132,13 @@ class Disks(Session):
         change = {"id": f"copy-{disk}", "type": "mirror", "copy-mode": "write-blocking"}
         await self._execute("block-job-change", change)
 
+    async def slow_writes(self, disk: str, bytes_per_s: int) -> None:
+        """Let the guest write so much a second to a disk, from now on; 0: as much as it can. The end of a copy, by
+        :meth:`pivot` or :meth:`drop_copy`, is the end of that."""
+        limits = dict.fromkeys(("bps", "bps_rd", "iops", "iops_rd", "iops_wr"), 0)
+        device = (await self._device(disk))["qdev"]
+        await self._execute("block_set_io_throttle", {"id": device, **limits, "bps_wr": bytes_per_s})
+
     async def settle_copy(self, disk: str) -> None:
         """Of a copy to a file that is ready: hold the guest's I/O back, make both alike and flush them.
 
@@ -147,6 +154,7 @@ class Disks(Session):
             await self._execute("job-finalize", {"id": f"copy-{disk}"})
             await self._reaches(disk, {CopyState.ENDED})
         await self._dismiss(disk)
+        await self.slow_writes(disk, 0)
         now = await self.disk_node(disk)
         for node in await self._execute("query-named-block-nodes", {"flat": True}):
             name = str(node["node-name"])
@@ -175,6 +183,7 @@ class Disks(Session):
 
     async def drop_copy(self, disk: str, tag: str) -> None:
         """Give a copy up, if there is one, and close it. The disk is as it was. May be repeated, in every state."""
+        await self.slow_writes(disk, 0)
         await self._hang_up(f"{disk}.{tag}")
         if disk in await self.copies():
             with suppress(QemuError):  # it may be over by now
@@ -186,10 +195,7 @@ class Disks(Session):
 
     async def disk_node(self, disk: str) -> str:
         """The node that is the disk now."""
-        for block in await self._execute("query-block"):
-            if block.get("qdev", "").startswith(f"/machine/peripheral/{disk}-device/") and "inserted" in block:
-                return str(block["inserted"]["node-name"])
-        raise QemuError(f"this QEMU has no disk {disk}")
+        return str((await self._device(disk))["inserted"]["node-name"])
 
     async def trust_disks(self, credentials: StreamCredentials) -> None:
         """Take the credentials with which copies go to a host."""
@@ -221,6 +227,13 @@ class Disks(Session):
             await self._execute("nbd-server-stop")
 
     # --- inside ---
+
+    async def _device(self, disk: str) -> dict[str, Any]:
+        """The guest's device (``BlockInfo`` in qapi/block-core.json)."""
+        for block in await self._execute("query-block"):
+            if block.get("qdev", "").startswith(f"/machine/peripheral/{disk}-device/") and "inserted" in block:
+                return dict(block)
+        raise QemuError(f"this QEMU has no disk {disk}")
 
     async def _begin(self, disk: str, target: str, bytes_per_s: int, *, whole: bool, pivots: bool) -> None:
         job = {

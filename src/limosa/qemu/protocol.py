@@ -180,8 +180,9 @@ class CopyingProtocol(Protocol):
     async def cap_copy(self, disk: str, bytes_per_s: int) -> None:
         """Cap what is copied; 0: no cap."""
 
-    async def block_writes(self, disk: str) -> None:
-        """From now on a write of the guest is done when it is in the copy too."""
+    async def slow_writes(self, disk: str, bytes_per_s: int) -> None:
+        """Let the guest write so much a second to a disk, from now on; 0: as much as it can. A copy that is given up,
+        or takes the disk's place, ends that."""
 
     async def end_copy(self, disk: str) -> None:
         """Source: make a copy that is ready whole, flush and end it. Raises :class:`StorageError` if it failed."""
@@ -243,7 +244,7 @@ class MachineProtocol(CopyingProtocol, Protocol):
 
     async def set_downtime_limit(self, milliseconds: float) -> None:
         """Source: the blackout QEMU may plan for; rounded up to whole milliseconds. 0: the guest stops only when
-        nothing remains to be sent."""
+        nothing remains to be sent, which may be any moment in which it wrote nothing."""
 
     async def set_bandwidth(self, bytes_per_s: int) -> None:
         """Source: cap what is sent; 0: no cap."""

@@ -27,6 +27,8 @@ _STREAM_FD = "stream"
 #: On both sides. Return path: the source knows what the destination has loaded. Late activation: the destination keeps
 #: its hands off disks until it is continued.
 _ESSENTIAL = ("events", "return-path", "late-block-activate")
+#: Bytes per second by which the limit of a blackout is counted; 0: what was measured.
+_FORESEEN = "avail-switchover-bandwidth"
 #: Not with RDMA: when its other end is gone without a word, as behind a cable that was cut, QEMU's main loop waits for
 #: the return path's thread for ever, and the guest with it (QEMU 10.0, measured; close_return_path_on_source joins a
 #: thread that polls a completion channel). Whether a destination has loaded everything, it is asked itself.
@@ -63,7 +65,7 @@ class Stream(Session):
         1 % until :meth:`set_throttle` allows more.
         """
         settings = {
-            "downtime-limit": _whole_ms(parameters.downtime_limit_ms),
+            **await self._downtime_limit(parameters.downtime_limit_ms),
             **_bandwidth(parameters.bandwidth_bytes_per_s),
             **_throttle(1, 1),
         }
@@ -94,8 +96,8 @@ class Stream(Session):
 
     async def set_downtime_limit(self, milliseconds: float) -> None:
         """The blackout QEMU may plan for, from now on; rounded up to whole milliseconds. With 0 it stops the guest
-        only when nothing remains to be sent (migration_iteration_run in migration/migration.c)."""
-        await self._set({"downtime-limit": _whole_ms(milliseconds)})
+        only when it has looked and nothing remains to be sent."""
+        await self._set(await self._downtime_limit(milliseconds))
 
     async def set_bandwidth(self, bytes_per_s: int) -> None:
         """Cap what is sent, from now on; 0: no cap."""
@@ -200,12 +202,18 @@ class Stream(Session):
         switches = [{"capability": name, "state": name in essential | wanted} for name in sorted(ours)]
         await self._execute("migrate-set-capabilities", {"capabilities": switches})
 
+    async def _downtime_limit(self, milliseconds: float) -> dict[str, object]:
+        """QEMU looks what the guest has written when what it knows of would take less than the limit, and stops the
+        guest without a look when it knows of nothing (migration_iteration_run, migration/migration.c). So for 0 it has
+        to take the limit for a single byte: at this bandwidth that is 1 ms. Without this parameter, before 8.2, it also
+        looks with a limit of 0."""
+        limit = math.ceil(milliseconds)
+        if _FORESEEN not in await self._execute("query-migrate-parameters"):
+            return {"downtime-limit": limit}
+        return {"downtime-limit": max(1, limit), _FORESEEN: 0 if limit else 1000}
+
     async def _set(self, parameters: dict[str, object]) -> None:
         await self._execute("migrate-set-parameters", parameters)
-
-
-def _whole_ms(milliseconds: float) -> int:
-    return math.ceil(milliseconds)
 
 
 def _bandwidth(bytes_per_s: int) -> dict[str, object]:

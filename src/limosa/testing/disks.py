@@ -23,7 +23,8 @@ class FakeDisks:
         self.copying: dict[str, CopyStatistics] = {}
         self.exported: set[str] = set()
         #: disks whose writes wait for their copy
-        self.blocking: set[str] = set()
+        #: what the guest may write a second, by disk
+        self.slowed: dict[str, int] = {}
         self._disks_trusted = False
 
     async def trust_disks(self, credentials: StreamCredentials) -> None:
@@ -51,10 +52,10 @@ class FakeDisks:
         """See the protocol."""
         await self._answer()
 
-    async def block_writes(self, disk: str) -> None:
+    async def slow_writes(self, disk: str, bytes_per_s: int) -> None:
         """See the protocol."""
         await self._answer()
-        self.blocking.add(disk)
+        self.slowed[disk] = bytes_per_s
 
     async def end_copy(self, disk: str) -> None:
         """See the protocol."""
@@ -69,6 +70,7 @@ class FakeDisks:
         """See the protocol."""
         await self._answer()
         self.copying.pop(disk, None)
+        self.slowed.pop(disk, None)
 
     async def export_disks(
         self, disks: Iterable[str], listener: socket.socket, credentials: StreamCredentials | None

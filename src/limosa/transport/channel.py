@@ -96,6 +96,10 @@ class SocketChannel(Channel, Protocol):
     def stream(self) -> socket.socket:
         """Connected to the destination; QEMU is to get a duplicate."""
 
+    def pace(self, bytes_per_s: int) -> None:
+        """Let it send so much from now on, 0: as much as it can. Only one TCP connection can keep to that; relays and
+        Multipath TCP go on as they do. Never raises."""
+
 
 async def connect_all(connects: Iterable[Callable[[], Awaitable[SocketChannel]]]) -> list[SocketChannel]:
     """Several connections, one after another. If one cannot be made, the others are closed and that is raised."""

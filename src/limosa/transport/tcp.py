@@ -65,6 +65,10 @@ class TcpChannel:
             limit = _UNSENT_BYTES if short else _NO_LIMIT
             self.stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, limit)
 
+    def pace(self, bytes_per_s: int) -> None:
+        """See :class:`limosa.transport.channel.SocketChannel`."""
+        pace(self.stream, bytes_per_s)
+
     @property
     def connections(self) -> tuple[TcpChannel]:
         """See :class:`limosa.transport.channel.Channel`: it is one."""
@@ -268,7 +272,7 @@ async def trial(addresses: Sequence[str], ports: tuple[int, int]) -> AsyncIterat
 def pace(connection: socket.socket, bytes_per_s: int) -> None:
     """Let a connection send so much from now on, 0: as much as it can. TCP keeps to it by itself, also without a queue
     discipline that does; Multipath TCP has no such option."""
-    with contextlib.suppress(OSError):  # it is closed
+    with contextlib.suppress(OSError):  # it is closed, or has none
         rate = bytes_per_s or _NO_PACE
         connection.setsockopt(socket.SOL_SOCKET, _SO_MAX_PACING_RATE, struct.pack("=Q", rate))
 

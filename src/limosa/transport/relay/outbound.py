@@ -254,6 +254,9 @@ class RelayChannel:
                 widen(self.stream)
         self._background.spawn(self._set_short(short))
 
+    def pace(self, bytes_per_s: int) -> None:
+        """See :class:`limosa.transport.channel.SocketChannel`: it does nothing, the session's lanes are paced."""
+
     def spread_over(self, ways: Iterable[AddressPair]) -> None:
         """See :class:`limosa.transport.channel.Channel`: the session is, and other VMs' streams with it."""
         self._session.carriers.want(self._number, ways)
