@@ -58,15 +58,15 @@ def test_whoever_has_the_vm_has_every_number(hosts: list[LabHost], client: LanCl
         with contextlib.suppress(LimosaError):  # the daemon may die before it has answered
             source.move("web", destination.name)
         strike(broken, plan.rpartition(":")[2])
-        wait_until(lambda: settled(hosts), "every move has ended")  # type: ignore[arg-type]
+        wait_until(lambda: settled(hosts), "every move has ended")
         wait_until(lambda: len(owners(hosts)) == 1, "one host has it")
     (owner,) = owners(hosts)
-    view = owner.vm("web")
-    wait_until(lambda: owner.vm("web").state in (VmState.RUNNING, VmState.CRASHED), "it runs, or has crashed")
+    view = owner.show("web")
+    wait_until(lambda: owner.show("web").state in (VmState.RUNNING, VmState.CRASHED), "it runs, or has crashed")
     if expected:
         there = "alpha" if owner is source else "beta"
-        assert f"{owner.vm('web').state} at {there}" == expected
-    if owner.vm("web").state is VmState.RUNNING:
+        assert f"{owner.show('web').state} at {there}" == expected
+    if owner.show("web").state is VmState.RUNNING:
         goes_on(client)
         assert_keeps(owner, "web", number(client))
         assert_no_copies(owner)

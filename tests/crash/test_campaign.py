@@ -83,13 +83,12 @@ def test_at_most_one_runs_and_everything_settles(hosts: list[LabHost]) -> None:
         told = one_round(hosts, chance)
         message = f"round {number} of seed {SEED}: {told}"
         try:
-            wait_until(lambda: settled(hosts), "every move has ended")  # type: ignore[arg-type]
+            wait_until(lambda: settled(hosts), "every move has ended")
         except AssertionError as error:
             raise AssertionError(f"{error}; {message}; {unsettled(hosts)}") from error
         wait_until(lambda: len(owners(hosts)) == 1, f"one host has the VM; {message}")
         owner = owners(hosts)[0]
-        view = owner.vm("vm")
-        assert view is not None
+        view = owner.show("vm")
         assert view.state in (VmState.RUNNING, VmState.CRASHED), message
         wait_until(lambda: sum(len(host.qemus()) for host in hosts) == len(running(hosts)), f"no orphans; {message}")
         if view.state is VmState.CRASHED:

@@ -76,9 +76,7 @@ def test_one_host_has_the_vm_and_nothing_is_left(hosts: list[Host], plan: str, e
     hosts[0].create(tiny("vm"))
     with broken_move(hosts, plan, expected) as owner:
         # It can be operated again: nothing holds it.
-        view = owner.vm("vm")
-        assert view is not None
-        assert view.migration is None
+        assert owner.show("vm").migration is None
 
 
 @pytest.mark.parametrize("victim", ["daemon", "qemu", "both"])
@@ -91,9 +89,7 @@ def test_a_move_is_undone_whose_destination_died(hosts: list[Host], step: str, m
     beta.start("destination:reserved:after:daemon")
     state = VmState.RUNNING if victim == "daemon" else VmState.CRASHED
     with broken_move(hosts, f"source:{step}:{moment}:{victim}", f"{state} at alpha", away=beta) as owner:
-        view = owner.vm("vm")
-        assert view is not None
-        assert view.migration is None
+        assert owner.show("vm").migration is None
 
 
 def test_without_a_crash_the_move_completes(hosts: list[Host]) -> None:

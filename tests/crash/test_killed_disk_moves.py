@@ -77,7 +77,7 @@ def client(host: LabHost) -> LanClient:
 )
 def test_the_named_image_holds_everything(host: LabHost, client: LanClient, plan: str) -> None:
     step, _, victim = plan.rpartition(":")
-    if host.vm("web").state is not VmState.RUNNING:  # an earlier case has failed
+    if host.show("web").state is not VmState.RUNNING:  # an earlier case has failed
         host.client.call(endpoints.START_VM, vm="web")
         wait_until_it_serves(client)
     (old,) = disks_of(host, "web")
@@ -89,11 +89,11 @@ def test_the_named_image_holds_everything(host: LabHost, client: LanClient, plan
         if victim in ("daemon", "both"):
             host.wait_for_death()
         else:
-            wait_until(lambda: host.vm("web").migration is None, "the move has ended")
+            wait_until(lambda: host.show("web").migration is None, "the move has ended")
         if victim != "daemon":
             wait_until(lambda: host.qemus() == [], "QEMU has died")
     host.start()
-    wait_until(lambda: host.vm("web").migration is None, "the move has ended")
+    wait_until(lambda: host.show("web").migration is None, "the move has ended")
     wait_until(lambda: not list((host.state / "migrations").glob("*.disks.json")), "nothing is left to do")
     (image,) = disks_of(host, "web")
     assert (image != old) == (step in COMMITTED or (step in SETTLED and victim == "qemu"))
@@ -103,7 +103,7 @@ def test_the_named_image_holds_everything(host: LabHost, client: LanClient, plan
         assert_keeps(host, "web", number(client))
         assert_no_copies(host)
     else:
-        assert host.vm("web").state is VmState.CRASHED
+        assert host.show("web").state is VmState.CRASHED
         assert_keeps(host, "web", listener.last)
         host.client.call(endpoints.START_VM, vm="web")
         wait_until_it_serves(client)

@@ -53,7 +53,6 @@ def test_the_vm_has_one_whole_disk(host: Host, wanted: bytes, step: str) -> None
     host.wait_for_death()
     host.start()
     wait_until(lambda: not list((host.state / "migrations").glob("*.disks.json")), "nothing is left to do")
-    view = host.vm("web")
-    assert view is not None
+    view = host.show("web")
     assert (view.state, view.migration) == (VmState.STOPPED, None)
     assert (assert_one_whole_disk(host, wanted) != old) == (step in COMMITTED)

@@ -78,7 +78,7 @@ def test_one_runs_after_the_cut_is_healed(hosts: list[LabHost], side: str, step:
     wait_until(lambda: quiet(hosts), "both sides noticed")
     assert states(hosts).count(VmState.RUNNING) <= 1
     set_links(broken, "up")
-    wait_until(lambda: settled(hosts), "every move has ended")  # type: ignore[arg-type]
+    wait_until(lambda: settled(hosts), "every move has ended")
     wait_until(lambda: states(hosts).count(VmState.RUNNING) == 1, "one copy runs")
     assert sorted(map(str, states(hosts))) == ["None", "running"]
     assert sum(len(host.qemus()) for host in hosts) == 1
@@ -111,7 +111,7 @@ def test_a_person_resolves_what_nobody_can_know(hosts: list[LabHost], owner: Sid
     wait_until(lambda: states(hosts)[index] is VmState.RUNNING, "it runs where the person said")
     assert states(hosts).count(VmState.RUNNING) == 1
     set_links(first, "up")
-    wait_until(lambda: settled(hosts), "every move has ended")  # type: ignore[arg-type]
+    wait_until(lambda: settled(hosts), "every move has ended")
     assert states(hosts)[index] is VmState.RUNNING
     assert states(hosts)[1 - index] is None
     assert sum(len(host.qemus()) for host in hosts) == 1

@@ -11,6 +11,7 @@ import os
 import socket
 import ssl
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -71,9 +72,7 @@ def place() -> Iterator[Place]:
         ca.issue_host(pki / "other", "alpha", [alpha.address], pki / "false")
         ca.issue_person(pki / "other", "alice", Role.OPERATOR, pki / "mallory")
         alpha.client.call(endpoints.CREATE_VM, tiny("vm"))
-        vm = alpha.vm("vm")
-        assert vm is not None
-        yield Place(alpha, beta, pki, vm.config)
+        yield Place(alpha, beta, pki, alpha.show("vm").config)
         for host in (alpha, beta):
             log = (host.folder / "log").read_text()
             assert host.process is not None
@@ -140,12 +139,16 @@ def test_every_answer_is_a_reply_or_a_fault(place: Place, extent: settings) -> N
 
 def as_before(place: Place) -> None:
     """Undo what random requests may have done."""
+
+    def is_free(name: str) -> bool:
+        return place.alpha.show(name).migration is None
+
     client = place.alpha.client
-    for vm in client.call(endpoints.LIST_VMS).vms:
-        wait_until(lambda name=vm.config.name: client.call(endpoints.SHOW_VM, vm=name).migration is None, "no move")
-        if client.call(endpoints.SHOW_VM, vm=vm.config.name).pid is not None:
-            client.call(endpoints.STOP_VM, vm=vm.config.name)
-        client.call(endpoints.DELETE_VM, vm=vm.config.name)
+    for name in [vm.config.name for vm in client.call(endpoints.LIST_VMS).vms]:
+        wait_until(partial(is_free, name), "no move")
+        if place.alpha.show(name).pid is not None:
+            client.call(endpoints.STOP_VM, vm=name)
+        client.call(endpoints.DELETE_VM, vm=name)
     client.call(endpoints.CREATE_VM, tiny("vm"))
     defaults: dict[str, Any] = dict.fromkeys(HostSettings.__struct_fields__)
     client.call(endpoints.CHANGE_SETTINGS, api.SettingsChange(values=defaults))
@@ -538,8 +541,7 @@ def test_a_move_to_a_destination_that_falls_silent_fails_and_the_vm_goes_on(plac
             ended = place.alpha.outcome(place.alpha.move("vm", address).id)
         assert ended.fault is not None
         assert ended.fault.code == "host-unreachable"
-        view = place.alpha.vm("vm")
-        assert view is not None
+        view = place.alpha.show("vm")
         assert (view.state, view.migration) == (VmState.RUNNING, None)
     finally:
         place.alpha.client.call(endpoints.STOP_VM, vm="vm")

@@ -15,6 +15,7 @@ import socket
 import tomllib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from resource import RLIM_INFINITY, RLIMIT_FSIZE, prlimit
 from typing import Any
@@ -31,6 +32,7 @@ from limosa.model.vm import CloudInit, DirectBoot, VmState
 from limosa.security import ca
 from limosa.settings.daemon import DEFAULT_PORT
 from limosa.wire import api, endpoints
+from limosa.wire.endpoints import Endpoint
 
 pytestmark = [pytest.mark.qemu, pytest.mark.lab]
 
@@ -59,7 +61,7 @@ def pair(hosts: list[Host]) -> Iterator[list[Host]]:
     for host in hosts:
         forget_all(host)
     for host in hosts:
-        wait_until(lambda host=host: nothing_landed(host), "nothing is left")
+        wait_until(partial(nothing_landed, host), "nothing is left")
 
 
 def forget_all(host: Host) -> None:
@@ -236,9 +238,10 @@ def test_vms_that_are_not_damaged_work(damaged: tuple[Host, dict[Path, bytes]]) 
 @pytest.mark.parametrize("name", ["cut", "other", "binary", "copied", "twin", "folder"])
 def test_a_damaged_vm_is_explained_and_its_name_kept(damaged: tuple[Host, dict[Path, bytes]], name: str) -> None:
     host, files = damaged
-    for endpoint in (endpoints.SHOW_VM, endpoints.START_VM, endpoints.DELETE_VM):
+    acts: tuple[Endpoint[Any, Any], ...] = (endpoints.SHOW_VM, endpoints.START_VM, endpoints.DELETE_VM)
+    for act in acts:
         with pytest.raises(StateError, match=f"{name}/vm.toml"):
-            host.client.call(endpoint, vm=name)
+            host.client.call(act, vm=name)
     with pytest.raises(Conflict):
         host.client.call(endpoints.CREATE_VM, tiny(name))
     path = host.state / "vms" / name / "vm.toml"
@@ -360,7 +363,7 @@ def cramped(cramped_pair: list[Host]) -> Iterator[tuple[Host, CrampedHost]]:
     for host in cramped_pair:
         forget_all(host)
     for host in cramped_pair:
-        wait_until(lambda host=host: nothing_landed(host), "nothing is left")
+        wait_until(partial(nothing_landed, host), "nothing is left")
 
 
 def test_a_vm_is_created_whole_or_not_at_all(cramped: tuple[Host, CrampedHost], tmp_path: Path) -> None:
@@ -386,7 +389,7 @@ def test_a_vm_starts_or_stays_stopped(cramped: tuple[Host, CrampedHost]) -> None
         for name in names:
             with pytest.raises((StateError, QemuError), match="No space"):
                 narrow.client.call(endpoints.START_VM, vm=name)
-            assert narrow.client.call(endpoints.SHOW_VM, vm=name).state is VmState.STOPPED
+            assert narrow.show(name).state is VmState.STOPPED
         assert not narrow.qemus()
     for name in names:
         narrow.client.call(endpoints.START_VM, vm=name)
@@ -414,8 +417,7 @@ def test_a_move_from_a_full_host_does_not_begin(cramped: tuple[Host, CrampedHost
     with narrow.full():
         with pytest.raises(StateError, match="No space"):
             narrow.move("vm", "wide")
-        view = narrow.vm("vm")
-        assert view is not None
+        view = narrow.show("vm")
         assert (view.state, view.migration) == (VmState.RUNNING, None)
     assert nothing_landed(wide)
     assert narrow.outcome(narrow.move("vm", "wide").id).outcome is Outcome.COMPLETED
@@ -429,7 +431,7 @@ def test_a_move_to_a_full_host_fails_and_the_vm_goes_on(cramped: tuple[Host, Cra
         assert (ended.outcome, fault_code(ended)) == (Outcome.FAILED, "state-error")
         assert runners([wide, narrow], "vm") == ["wide"]
         assert nothing_landed(narrow)
-    wait_until(lambda: wide.client.call(endpoints.SHOW_VM, vm="vm").migration is None, "the VM is free")
+    wait_until(lambda: wide.show("vm").migration is None, "the VM is free")
     ended = wide.outcome(wide.move("vm", "narrow").id)
     assert ended.outcome is Outcome.COMPLETED, ended.fault
 
@@ -503,7 +505,7 @@ def test_paths_that_are_no_images_refuse_the_start(pair: list[Host], odd_paths: 
             alpha.client.call(endpoints.CREATE_VM, new)
             with pytest.raises(StorageError, match=r"file|folder|look"):
                 alpha.client.call(endpoints.START_VM, vm=new.name)
-            assert alpha.client.call(endpoints.SHOW_VM, vm=new.name).state is VmState.STOPPED
+            assert alpha.show(new.name).state is VmState.STOPPED
         with pytest.raises(StorageError):
             alpha.client.call(
                 endpoints.CREATE_VM, api.NewVm(name="new", memory_mib=32, disks=(api.NewDisk(path=path),))

@@ -156,7 +156,7 @@ def test_a_cancelled_move_never_was(hosts: list[LabHost], client: LanClient, hel
         assert (said.code, said.object["id"], said.object["outcome"]) == (0, migration, "cancelled")
         conversation.wait_for_more()
         assert client.sees_it_run()
-        view = source.vm("web")
+        view = source.show("web")
         assert (view.state, view.migration) == (VmState.RUNNING, None)
         wait_until(lambda: destination.vm("web") is None, "the destination has forgotten it")
         if held not in (in_line_at_the_source, in_line_at_the_destination):
@@ -179,4 +179,4 @@ def test_a_move_that_has_ended_cannot_be_cancelled(hosts: list[LabHost]) -> None
     assert (said.code, said.object["error"]["code"]) == (5, "conflict")
     said = limosa(source, "migration", "cancel", "nothing", "--json")
     assert (said.code, said.object["error"]["code"]) == (4, "not-found")
-    assert destination.vm("quick").state is VmState.RUNNING
+    assert destination.show("quick").state is VmState.RUNNING

@@ -106,7 +106,8 @@ def below(host: LabHost, vm: str) -> list[Path]:
 def check(host: LabHost, vm: str, *words: str) -> dict[str, Any]:
     said = limosa(host, "check", vm, "--to", "host2", *words, "--json")
     assert said.code == 0, said.error
-    return said.object
+    report: dict[str, Any] = said.object
+    return report
 
 
 def test_a_chain_stays_a_chain_and_is_sent_once(hosts: list[LabHost], chain: list[Path]) -> None:

@@ -104,7 +104,7 @@ class TestTheDestination:
         destination.client.call(endpoints.CREATE_VM, tiny("vm"))
         assert codes(check(source, "vm", "host2")) == {"name-taken"}
         destination.client.call(endpoints.DELETE_VM, vm="vm")
-        twin = msgspec.structs.replace(tiny("twin"), uuid=source.vm("vm").config.uuid)
+        twin = msgspec.structs.replace(tiny("twin"), uuid=source.show("vm").config.uuid)
         destination.client.call(endpoints.CREATE_VM, twin)
         assert codes(check(source, "vm", "host2")) == {"uuid-taken"}
         destination.client.call(endpoints.DELETE_VM, vm="twin")
@@ -148,7 +148,7 @@ class TestTheWay:
             assert codes(said) == {"host-unreachable"}
             said = limosa(source, "move", "vm", "--to", "host2", "--json")
             assert (said.code, said.object["fault"]["code"]) == (7, "host-unreachable")
-            assert source.vm("vm").state is VmState.RUNNING
+            assert source.show("vm").state is VmState.RUNNING
         finally:
             destination.start()
 
@@ -256,7 +256,7 @@ class TestFiles:
             said = limosa(source, "move", "disky", "--to", "host2", "--storage", "vda=nowhere,vdx=images", "--json")
             assert (said.code, said.object["fault"]["code"]) == (6, "preflight-refused")
             assert "disk-unknown" in said.object["fault"]["why"]
-        assert source.vm("disky").state is VmState.RUNNING
+        assert source.show("disky").state is VmState.RUNNING
 
     def test_locations_do_not_make_two_files_one(self, hosts: tuple[LabHost, LabHost], disk: Path) -> None:
         """Both say that they share it, but it is one machine, whose kernel knows better."""

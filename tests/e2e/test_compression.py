@@ -111,7 +111,7 @@ def stays(hosts: list[LabHost], *, session: bool = False) -> None:
 
     ``session``: whether the relays are kept for a while.
     """
-    wait_until(lambda: settled(list(hosts)), "every journal has come to its end")
+    wait_until(lambda: settled(hosts), "every journal has come to its end")
     assert runners(hosts, "vm") == ["host1"]
     kept = relay_processes(hosts[1]) if session else []
     wait_until(lambda: hosts[1].processes() == kept, "the destination keeps no other process")

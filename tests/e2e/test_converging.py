@@ -61,7 +61,7 @@ def test_without_further_means_the_move_ends_with_the_reason(hosts: list[LabHost
     with client.talking() as conversation:
         said = limosa(source, "move", "web", "--to", destination.name)
         conversation.wait_for_more()
-        assert source.vm("web").state is VmState.RUNNING
+        assert source.show("web").state is VmState.RUNNING
         assert client.sees_it_run()
     assert conversation.faults == []
     assert said.code == 8
@@ -150,7 +150,7 @@ def test_post_copy_brings_it_to_its_end(hosts: list[LabHost], client: LanClient,
     assert within_budget(seen)
     assert last.progress.transferred_bytes > max(view.progress.transferred_bytes for view in seen[:-3])
     source.wait_until_bare(but=RELAYS)
-    assert destination.vm("web").state is VmState.RUNNING
+    assert destination.show("web").state is VmState.RUNNING
     assert conversation.faults == []
 
 
@@ -168,6 +168,6 @@ def test_a_post_copy_whose_network_was_cut_goes_on_when_it_is_back(
             set_links(destination, "up")
         last = source.outcome(migration)
     assert last.outcome is Outcome.COMPLETED, last.fault
-    assert destination.vm("web").state is VmState.RUNNING
+    assert destination.show("web").state is VmState.RUNNING
     assert client.sees_it_run()
     source.wait_until_bare(but=RELAYS)

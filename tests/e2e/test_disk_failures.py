@@ -56,7 +56,7 @@ def as_before(hosts: list[LabHost], client: LanClient) -> Iterator[None]:
     yield
     goes_on(client)
     assert disks_of(hosts[0], "web") == before
-    wait_until(lambda: settled(hosts), "every move has ended")  # type: ignore[arg-type]
+    wait_until(lambda: settled(hosts), "every move has ended")
     hosts[1].wait_until_bare()
     assert images(hosts[0]) == before
     assert images(hosts[1]) == []

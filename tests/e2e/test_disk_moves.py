@@ -130,9 +130,9 @@ def test_one_act_at_a_time_and_the_next_daemon_undoes_it(hosts: list[LabHost], c
     begun = host.client.call(endpoints.MOVE_DISKS, request)
     follow(host, begun.id, copying)
     limosa(host, "vm", "stop", "web")
-    assert host.vm("web").migration == begun.id, "one act at a time"
+    assert host.show("web").migration == begun.id, "one act at a time"
     host.restart({})
-    wait_until(lambda: host.vm("web").migration is None, "the next daemon has undone it")
+    wait_until(lambda: host.show("web").migration is None, "the next daemon has undone it")
     assert host.client.call(endpoints.SHOW_MIGRATION, migration=begun.id).outcome is Outcome.FAILED
     assert disks_of(host, "web") == images(host) == before
     assert_keeps(host, "web", number(client))

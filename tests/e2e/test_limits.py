@@ -86,7 +86,7 @@ def test_limits_hold_at_every_moment_and_all_arrive(hosts: list[LabHost], outgoi
     assert all(view["outcome"] == "completed" for view in said.objects)
     assert max(len(leaving(look)) for look in looks) <= outgoing
     assert max(len(landing(look)) for look in looks) == min(outgoing, incoming)
-    assert [destination.vm(name).state for name in NAMES] == [VmState.RUNNING] * 4
+    assert [destination.show(name).state for name in NAMES] == [VmState.RUNNING] * 4
     assert source.bystanders() == []
 
 
@@ -108,14 +108,14 @@ def test_the_line_is_shown_and_kept(hosts: list[LabHost]) -> None:
         said = limosa(source, "migration", "cancel", "vm3", "--json")
         assert (said.code, said.object["outcome"], said.object["total_s"]) == (0, "cancelled", 0)
         assert [view.place for view in migrations(source)] == [None, 1, None, 2]
-        assert source.vm("vm3").state is VmState.RUNNING
+        assert source.show("vm3").state is VmState.RUNNING
         with watched(source) as looks:
             change(source, {"bandwidth_mbit_per_s": 0})
             outcomes = [source.outcome(ids[number]).outcome for number in (0, 1, 3)]
         assert outcomes == [Outcome.COMPLETED] * 3
         order = list(dict.fromkeys(name for look in looks for name in leaving(look)))
         assert order == ["vm1", "vm2", "vm4"]
-    assert source.vm("vm3").state is VmState.RUNNING
+    assert source.show("vm3").state is VmState.RUNNING
     assert destination.vm("vm3") is None
 
 

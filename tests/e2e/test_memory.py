@@ -11,13 +11,14 @@ import os
 import socket
 import tempfile
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 from pyroute2 import IPRoute
 
 from harness.homes import BareHome
+from harness.landings import MemoryLanding
 from harness.relays import SO_MAX_PACING_RATE
 from limosa.host.multichannel import Multichannel
 from limosa.host.page import Page
@@ -140,12 +141,6 @@ class Plain:
 
     def on_pass(self, number: int) -> None:
         """The source's QEMU begins a pass."""
-
-    async def promise(self, destination: str, copied: Collection[str]) -> None:
-        assert not copied
-
-    async def reclaim(self) -> None:
-        raise AssertionError("nothing is settled here")
 
     async def connect(self, route: Route, prepared: Prepared) -> Channel:
         return await tcp.connect(prepared.address, prepared.port, prepared.token)
@@ -345,7 +340,7 @@ class Here(BareHome):
         return BRAKE_BYTES_PER_S
 
 
-class There:
+class There(MemoryLanding):
     """The destination's :class:`limosa.migration.destination.Landing`."""
 
     def __init__(self, folder: Path, config: VmConfig, way: Plain) -> None:
@@ -378,9 +373,6 @@ class There:
             network=network(THEIRS, mptcp=self._way.mptcp),
         )
 
-    async def reserve(self, in_line: Callable[[int], None]) -> None:
-        pass
-
     async def launch(self, request: Prepare) -> MachineProtocol:
         self.machine = await launch(self._folder, request.vm, incoming=True)
         self.machine.on_event(self._on_event)
@@ -392,12 +384,6 @@ class There:
 
     async def open_door(self, request: Prepare, machine: MachineProtocol) -> Doorway:
         return await self._way.open_door(request, machine)
-
-    async def claim(self) -> None:
-        pass
-
-    async def adopt(self, *, running: bool) -> None:
-        assert running
 
     async def release(self, machine: MachineProtocol | None) -> None:
         if machine is not None:

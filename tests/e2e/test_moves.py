@@ -49,7 +49,7 @@ def test_a_client_keeps_its_connection_over_moves_back_and_forth(hosts: Hosts, c
             move(source, "web", destination)
             conversation.wait_for_more()
             assert source.vm("web") is None
-            assert destination.vm("web").state is VmState.RUNNING
+            assert destination.show("web").state is VmState.RUNNING
     assert conversation.faults == []
     assert conversation.longest_gap_s < STALL_S
     assert client.uptime() > before, "the guest did not restart"
@@ -69,6 +69,7 @@ def test_a_move_tells_what_it_was(hosts: Hosts, client: LanClient) -> None:
     assert {Phase.BUILD_UP, Phase.COPY, Phase.SWITCHOVER, Phase.TEAR_DOWN} <= set(ended)
     worked_s = sum(seconds for phase, seconds in migration.phases.items() if phase != Phase.WAITING)
     assert migration.total_s == pytest.approx(worked_s, rel=0.01)
+    assert migration.total_s is not None
     assert migration.blackout_ms is not None
     assert 0 < migration.blackout_ms < 1000 * STALL_S
     assert migration.transfer_s is not None
@@ -113,7 +114,7 @@ def test_a_paused_vm_arrives_paused(hosts: Hosts) -> None:
     first.client.call(endpoints.PAUSE_VM, vm="still")
     migration = move(first, "still", second)
     assert migration.blackout_ms is None, "it did not run, so nothing was interrupted"
-    assert second.vm("still").state is VmState.PAUSED
+    assert second.show("still").state is VmState.PAUSED
     second.client.call(endpoints.RESUME_VM, vm="still")
-    assert second.vm("still").state is VmState.RUNNING
+    assert second.show("still").state is VmState.RUNNING
     remove(second, "still")

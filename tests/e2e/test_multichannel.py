@@ -14,13 +14,14 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from harness.commands import limosa
-from harness.hosts import settled, wait_until
+from harness.hosts import runners, settled, wait_until
 from harness.labs import LabHost, in_host, plug, reaches, running_lab, without_address
 from harness.steering import follow, settings
 from limosa.lab import daemons, namespaces
 from limosa.model.migration import Migration, Outcome
 from limosa.model.vm import VmState
 from limosa.network.mptcp import FLAG_SIGNAL, Endpoint, Limits, PathManager
+from limosa.settings.host import Transport
 from limosa.wire import api, endpoints
 
 pytestmark = [pytest.mark.qemu, pytest.mark.lab]
@@ -53,9 +54,9 @@ def big(host: LabHost) -> None:
     host.create(api.NewVm(name="vm", memory_mib=BIG_MIB, accelerator="tcg"))
 
 
-def begin(hosts: list[LabHost], transport: str = "multichannel") -> str:
+def begin(hosts: list[LabHost], transport: Transport = "multichannel") -> str:
     first, second = hosts
-    options = api.MoveOptions(transport=transport)  # type: ignore[arg-type]
+    options = api.MoveOptions(transport=transport)
     return first.client.call(endpoints.MOVE, api.MoveRequest(vm="vm", destination=second.name, options=options)).id
 
 
@@ -73,9 +74,7 @@ def arrived(hosts: list[LabHost], migration: str) -> Migration:
     """How the move ended: with the VM on the second host, and nothing set in either kernel any more."""
     ended = hosts[0].outcome(migration)
     assert ended.outcome is Outcome.COMPLETED, ended.fault
-    view = hosts[1].vm("vm")
-    assert view is not None
-    assert view.state is VmState.RUNNING
+    assert hosts[1].show("vm").state is VmState.RUNNING
     wait_until(lambda: all(is_clean(host) for host in hosts), "nothing is left in the kernels")
     return ended
 
@@ -189,13 +188,8 @@ def test_a_daemon_that_is_killed_leaves_nothing_for_long(hosts: list[LabHost], s
         wait_until(lambda: daemons.pid_of(host.lab, host.name) is None, "the daemon is dead")
         host.start()
     wait_until(lambda: all(is_clean(one) for one in hosts), "nothing is left in the kernels")
-    wait_until(lambda: running(hosts) == ["host1"], "the VM stays")
-    wait_until(lambda: settled(list(hosts)), "every journal has come to its end")
-
-
-def running(hosts: list[LabHost]) -> list[str]:
-    views = {host.name: host.vm("vm") for host in hosts}
-    return [name for name, view in views.items() if view is not None and view.state is VmState.RUNNING]
+    wait_until(lambda: runners(hosts, "vm") == ["host1"], "the VM stays")
+    wait_until(lambda: settled(hosts), "every journal has come to its end")
 
 
 def test_networks_that_are_not_allowed_carry_nothing(hosts: list[LabHost]) -> None:

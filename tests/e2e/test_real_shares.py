@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -182,7 +183,7 @@ def lab() -> Iterator[Lab]:
             scribe.write_image(place / IMAGE, (user.pw_uid, user.pw_gid))
         made = Lab(net, held.enter_context(running_vm_hosts(wire, cables=0, tap=net.tap)), served)
         for host in made.hosts:
-            wait_until(lambda host=host: made.answers(host), f"{host.name} answers")
+            wait_until(partial(made.answers, host), f"{host.name} answers")
         for kind in KINDS:
             start(made, made.hosts[0], kind, Path("/shares", kind, IMAGE))
             made.goes_on(made.hosts[0], kind)

@@ -548,7 +548,7 @@ def test_the_smaller_window_counts() -> None:
             destination.open_receiver(far, credentials=None, window_log=22),
             source.open_sender(near, credentials=None, window_log=30),
         )
-        assert agreed == [22, 22]
+        assert tuple(agreed) == (22, 22)
         for relay in (source, destination):
             await relay.end()
         for one in (*near, *far):

@@ -101,6 +101,4 @@ def test_an_operator_may_move(hosts: list[LabHost]) -> None:
     assert said.code == 0, said.error
     assert said.object["outcome"] == "completed"
     hosts[0].wait_until_bare()
-    view = hosts[1].vm("vm")
-    assert view is not None
-    assert view.state is VmState.RUNNING
+    assert hosts[1].show("vm").state is VmState.RUNNING

@@ -116,10 +116,10 @@ def test_a_second_qemu_is_kept_off_the_disk(hosts: list[LabHost], image: Path) -
     second.client.call(endpoints.CREATE_VM, thief)
     with pytest.raises(QemuError, match="lock"):
         second.client.call(endpoints.START_VM, vm="thief")
-    assert second.vm("thief").state is VmState.STOPPED
+    assert second.show("thief").state is VmState.STOPPED
     second.client.call(endpoints.DELETE_VM, vm="thief")
     assert image.exists()
-    assert first.vm("web").state is VmState.RUNNING
+    assert first.show("web").state is VmState.RUNNING
 
 
 def test_the_image_is_sound_and_holds_the_last_number(hosts: list[LabHost], image: Path) -> None:
@@ -136,6 +136,6 @@ def test_a_read_only_disk_moves_too(hosts: list[LabHost], image: Path) -> None:
     for host, name in ((first, "reader1"), (second, "reader2")):
         host.create(api.NewVm(name=name, memory_mib=32, accelerator="tcg", disks=(disk,)))
     move(first, "reader1", second)
-    assert second.vm("reader1").state is VmState.RUNNING
+    assert second.show("reader1").state is VmState.RUNNING
     assert writers(copy, second.qemus()) == []
     remove(second, "reader1", "reader2")

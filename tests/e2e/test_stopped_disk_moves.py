@@ -7,6 +7,7 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,6 +18,7 @@ from harness.stopped import DATA_MIB, MIB, SLOWLY, assert_one_whole_disk, begin,
 from limosa.errors import Conflict, LimosaError, PreflightRefused
 from limosa.model.migration import Migration, Outcome, Phase
 from limosa.wire import api, endpoints
+from limosa.wire.endpoints import Endpoint
 
 pytestmark = pytest.mark.qemu
 
@@ -103,7 +105,8 @@ def test_meanwhile_the_vm_is_not_touched_and_cancelled_it_never_moved(host: Host
     assert view.progress.disks[0].total_bytes > 0
     (copier,) = host.qemus()
     assert "Seccomp:\t2" in Path(f"/proc/{copier}/status").read_text()
-    for act in (endpoints.START_VM, endpoints.DELETE_VM):
+    acts: tuple[Endpoint[Any, Any], ...] = (endpoints.START_VM, endpoints.DELETE_VM)
+    for act in acts:
         with pytest.raises(Conflict, match="is in migration"):
             host.client.call(act, vm="web")
     with pytest.raises(Conflict):

@@ -113,9 +113,7 @@ def arrived(hosts: list[LabHost], migration: str, vm: str = "vm") -> Migration:
     assert ended.outcome is Outcome.COMPLETED, ended.fault
     assert ended.route is not None
     assert ended.route.striped
-    view = hosts[1].vm(vm)
-    assert view is not None
-    assert view.state is VmState.RUNNING
+    assert hosts[1].show(vm).state is VmState.RUNNING
     return ended
 
 

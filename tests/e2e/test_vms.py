@@ -49,6 +49,13 @@ def host(hosts: list[LabHost]) -> Iterator[LabHost]:
         assert one.bystanders() == []
 
 
+def qemu(host: LabHost, vm: str = "vm") -> int:
+    """Pid of the VM's QEMU."""
+    pid = host.show(vm).pid
+    assert pid is not None, f"{vm} has no QEMU"
+    return pid
+
+
 def state(host: LabHost, vm: str) -> VmState | None:
     view = host.vm(vm)
     return view.state if view is not None else None
@@ -64,8 +71,7 @@ class TestMaking:
             "--switch", "lan", "--accelerator", "tcg", "--on-crash", "restart", "--start", "--json",
         )  # fmt: skip
         assert said.code == 0, said.error
-        view = host.vm("made")
-        assert view is not None
+        view = host.show("made")
         config = view.config
         assert (view.state, config.memory_mib, config.cpus, config.on_crash) == (VmState.RUNNING, 64, 2, "restart")
         assert re.fullmatch(r"pc-q35-\d+\.\d+", config.machine), "pinned to a version"
@@ -121,19 +127,19 @@ class TestRunning:
             asyncio.run(echo(host, word))
 
     def _outlive_the_daemon(self, host: LabHost, client: LanClient) -> None:
-        before, pid = client.uptime(), host.vm("web").pid
+        before, pid = client.uptime(), qemu(host, "web")
         for end in (signal.SIGTERM, signal.SIGKILL):
             end_daemon(host, end)
             assert client.sees_it_run(), "nobody needs the daemon to run"
             host.start()
-            assert (state(host, "web"), host.vm("web").pid) == (VmState.RUNNING, pid)
+            assert (state(host, "web"), qemu(host, "web")) == (VmState.RUNNING, pid)
         assert client.uptime() > before
         asyncio.run(echo(host, "still"))
 
     def _shut_down(self, host: LabHost) -> None:
         assert limosa(host, "vm", "shutdown", "web").code == 0
         wait_until(lambda: state(host, "web") is VmState.STOPPED, "the guest shut down")
-        assert host.vm("web").reason == "its guest shut down"
+        assert host.show("web").reason == "its guest shut down"
         assert host.qemus() == []
 
     def test_what_does_not_fit_the_state_is_refused(self, host: LabHost) -> None:
@@ -173,38 +179,44 @@ def test_a_vm_taken_up_by_a_new_daemon_can_move(hosts: list[LabHost], host: LabH
     assert state(host, "vm") is VmState.RUNNING
 
 
+def runs_in_another(host: LabHost, pid: int) -> bool:
+    """Whether ``vm`` runs, in another QEMU than that."""
+    view = host.show("vm")
+    return view.state is VmState.RUNNING and view.pid != pid
+
+
 class TestCrashing:
     """QEMU is killed."""
 
     def test_it_is_crashed_and_says_why(self, host: LabHost) -> None:
         host.create(tiny("vm"))
-        os.kill(host.vm("vm").pid, signal.SIGKILL)
+        os.kill(qemu(host), signal.SIGKILL)
         wait_until(lambda: state(host, "vm") is VmState.CRASHED, "it has crashed")
-        assert host.vm("vm").reason == "ended by SIGKILL"
+        assert host.show("vm").reason == "ended by SIGKILL"
         host.client.call(endpoints.START_VM, vm="vm")
         assert state(host, "vm") is VmState.RUNNING
 
     def test_it_is_restarted_if_it_had_run_long_enough(self, host: LabHost) -> None:
         host.create(msgspec.structs.replace(tiny("vm"), on_crash="restart"))
-        os.kill(host.vm("vm").pid, signal.SIGKILL)
+        os.kill(qemu(host), signal.SIGKILL)
         wait_until(lambda: state(host, "vm") is VmState.CRASHED, "it crashed at once, which would go on for ever")
         host.restart({"LIMOSA_TEST_CRASH_LOOP_S": "0"})
         try:
             host.client.call(endpoints.START_VM, vm="vm")
-            pid = host.vm("vm").pid
+            pid = qemu(host)
             os.kill(pid, signal.SIGKILL)
-            wait_until(lambda: state(host, "vm") is VmState.RUNNING and host.vm("vm").pid != pid, "it runs again")
+            wait_until(lambda: runs_in_another(host, pid), "it runs again")
         finally:
             host.start()
 
     def test_it_is_restarted_by_a_daemon_that_finds_it_dead(self, host: LabHost) -> None:
         host.create(msgspec.structs.replace(tiny("vm"), on_crash="restart"))
-        pid = host.vm("vm").pid
+        pid = qemu(host)
         end_daemon(host, signal.SIGKILL)
         os.kill(pid, signal.SIGKILL)
         host.restart({"LIMOSA_TEST_CRASH_LOOP_S": "0"})
         try:
-            wait_until(lambda: state(host, "vm") is VmState.RUNNING and host.vm("vm").pid != pid, "it runs again")
+            wait_until(lambda: runs_in_another(host, pid), "it runs again")
         finally:
             host.start()
 
@@ -214,7 +226,7 @@ class TestConfinement:
 
     def test_it_is_unprivileged_and_sandboxed(self, host: LabHost) -> None:
         host.create(tiny("vm"))
-        pid = host.vm("vm").pid
+        pid = qemu(host)
         status = dict(line.split(":\t", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
         uid = subprocess.check_output(["id", "-u", "limosa-qemu"], text=True).strip()
         assert set(status["Uid"].split()) == {uid}
@@ -228,7 +240,8 @@ class TestConfinement:
 
     def test_vnc_is_a_socket_for_the_host_only(self, host: LabHost) -> None:
         host.create(tiny("vm"))
-        path = host.vm("vm").vnc_socket
+        path = host.show("vm").vnc_socket
+        assert path is not None
         with socket.socket(socket.AF_UNIX) as stream:
             stream.settimeout(10)
             stream.connect(path)

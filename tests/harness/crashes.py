@@ -90,9 +90,7 @@ def images(host: Host) -> list[Path]:
 
 def disks_of(host: Host, vm: str) -> list[Path]:
     """The images the VM's description names."""
-    view = host.vm(vm)
-    assert view is not None
-    return [Path(disk.path) for disk in view.config.disks]
+    return [Path(disk.path) for disk in host.show(vm).config.disks]
 
 
 def clean(hosts: list[Host]) -> None:

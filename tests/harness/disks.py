@@ -77,8 +77,7 @@ class Listener:
 def assert_keeps(host: Host, vm: str, last: int) -> None:
     """The image that the VM's description names holds every number up to ``last``. A guest that runs stands meanwhile,
     because an image that is written cannot be judged."""
-    view = host.vm(vm)
-    assert view is not None
+    view = host.show(vm)
     runs = view.state is VmState.RUNNING
     if runs:
         host.client.call(endpoints.PAUSE_VM, vm=vm)

@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable, Collection, Iterable, Sequence
 
 from limosa.migration.examination import DisksHere
+from limosa.model.facts import VmFacts
 from limosa.model.network import Carried, HostNetwork
 from limosa.model.route import Route
 from limosa.model.storage import BackingFile, DiskFacts
 from limosa.model.vm import Disk
 from limosa.qemu.protocol import MachineProtocol
 from limosa.transport import tcp
-from limosa.transport.channel import SocketChannel
+from limosa.transport.channel import Channel, SocketChannel
 from limosa.transport.shares import Kind
-from limosa.wire.peer import Prepared, RelayPlace, RestAwaited
+from limosa.wire.peer import LayersAwaited, Prepared, RelayPlace, RestAwaited
 
 
 class NoDisks:
@@ -27,13 +28,19 @@ class NoDisks:
 
 
 class BareHome:
-    """The base of :class:`limosa.migration.source.Home` for tests; ``facts`` and ``connect`` are theirs."""
+    """The base of :class:`limosa.migration.home.Home` for tests; who begins a move has ``facts`` and ``connect``."""
 
     def __init__(self, machine: MachineProtocol) -> None:
         self.own_cap = 0
         self.disks: DisksHere = NoDisks()
         self.left = False
         self._machine = machine
+
+    async def facts(self) -> VmFacts:
+        raise AssertionError("the move has begun")
+
+    async def connect(self, route: Route, prepared: Prepared) -> Channel:
+        raise AssertionError("the move has begun")
 
     def carry_on(self) -> dict[str, str]:
         return {}
@@ -59,8 +66,12 @@ class BareHome:
     async def connect_disks(self, route: Route, prepared: Prepared, count: int) -> list[SocketChannel]:
         raise AssertionError("no disk moves along")
 
+    async def connect_layers(self, route: Route, awaited: LayersAwaited) -> SocketChannel:
+        raise AssertionError("no disk moves along")
+
     async def networks(self) -> AsyncIterator[HostNetwork]:
-        for one in ():
+        never: tuple[HostNetwork, ...] = ()
+        for one in never:
             yield one
 
     def learn(self, carried: Collection[Carried]) -> None:

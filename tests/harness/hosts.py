@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -101,8 +101,12 @@ class Host:
         self.process = None
 
     def vm(self, name: str) -> Vm | None:
-        """The VM as this host sees it."""
+        """The VM as this host sees it, None if it has none of that name."""
         return next((vm for vm in self.client.call(endpoints.LIST_VMS).vms if vm.config.name == name), None)
+
+    def show(self, name: str) -> Vm:
+        """The VM as this host sees it. Raises ``NotFound``."""
+        return self.client.call(endpoints.SHOW_VM, vm=name)
 
     def create(self, new: api.NewVm) -> None:
         """Create and start a VM."""
@@ -197,13 +201,13 @@ def wait_until(what: Callable[[], bool], description: str, within_s: float = SET
     raise AssertionError(f"not within {within_s:g} s: {description}")
 
 
-def runners(hosts: list[Host], vm: str) -> list[str]:
+def runners(hosts: Sequence[Host], vm: str) -> list[str]:
     """Names of the hosts on which the VM runs, as their daemons say."""
     views = {host.name: host.vm(vm) for host in hosts}
     return [name for name, view in views.items() if view is not None and view.state is VmState.RUNNING]
 
 
-def settled(hosts: list[Host]) -> bool:
+def settled(hosts: Sequence[Host]) -> bool:
     """Whether every journal has come to its end."""
     ended = {*SOURCE_ENDED, *DESTINATION_ENDED}
     return all(

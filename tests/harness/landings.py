@@ -57,23 +57,14 @@ def first_view() -> Migration:
     )
 
 
-class BareLanding:
-    """A :class:`limosa.migration.destination.Landing` with a fake machine."""
-
-    def __init__(self, wire: Wire) -> None:
-        self.machine = FakeMachine(wire, FakeGuest(0), incoming=True)
+class MemoryLanding:
+    """The base of :class:`limosa.migration.destination.Landing` for tests; the machine and its door are theirs."""
 
     async def reserve(self, in_line: Callable[[int], None]) -> None:
         pass
 
     async def take_layers(self, request: Prepare, tell: Callable[[LayersAwaited], None]) -> None:
         raise AssertionError("there are no disks")
-
-    async def launch(self, request: Prepare) -> MachineProtocol:
-        return self.machine
-
-    async def open_door(self, request: Prepare, machine: MachineProtocol) -> Doorway:
-        return tcp.TcpDoorway(ADDRESS, PORTS)
 
     async def open_disks(self, request: Prepare, machine: MachineProtocol) -> Doorway | None:
         raise AssertionError("there are no disks")
@@ -83,6 +74,19 @@ class BareLanding:
 
     async def adopt(self, *, running: bool) -> None:
         assert running
+
+
+class BareLanding(MemoryLanding):
+    """A landing with a fake machine."""
+
+    def __init__(self, wire: Wire) -> None:
+        self.machine = FakeMachine(wire, FakeGuest(0), incoming=True)
+
+    async def launch(self, request: Prepare) -> MachineProtocol:
+        return self.machine
+
+    async def open_door(self, request: Prepare, machine: MachineProtocol) -> Doorway:
+        return tcp.TcpDoorway(ADDRESS, PORTS)
 
     async def release(self, machine: MachineProtocol | None) -> None:
         await self.machine.kill()

@@ -24,8 +24,7 @@ from limosa.migration.ownership import DESTINATION_ENDED
 from limosa.model.migration import Fault, Side
 from limosa.model.vm import VmState
 from limosa.settings.daemon import DEFAULT_PORT
-from limosa.wire import endpoints, versions
-from limosa.wire import peer as say
+from limosa.wire import endpoints, peer, versions
 
 #: A destination waits half a minute for a stream that does not come.
 ANSWER_WITHIN_S = 45.0
@@ -93,25 +92,26 @@ class PeerSession:
         self._background = background
         self._connection = connection
 
-    def say(self, message: say.FromSource | dict[str, Any] | bytes | str) -> None:
+    def say(self, message: peer.FromSource | dict[str, Any] | bytes | str) -> None:
         """Send a message, or bytes or text that are none."""
         data = message if isinstance(message, bytes | str) else msgspec.json.encode(message)
         self._background.run(self._connection.send(data))
 
-    def hear(self) -> say.FromDestination:
+    def hear(self) -> peer.FromDestination:
         """The next message. Raises ``websockets.ConnectionClosed``."""
         data = self._background.run(asyncio.wait_for(self._connection.recv(), ANSWER_WITHIN_S))
-        return msgspec.json.decode(data, type=say.FromDestination)  # type: ignore[no-any-return]
+        message: peer.FromDestination = msgspec.json.decode(data, type=peer.FromDestination)
+        return message
 
-    def ask(self, message: say.FromSource | dict[str, Any] | bytes | str) -> say.FromDestination:
+    def ask(self, message: peer.FromSource | dict[str, Any] | bytes | str) -> peer.FromDestination:
         """Send, and the answer."""
         self.say(message)
         return self.hear()
 
-    def refusal(self, message: say.FromSource | dict[str, Any] | bytes | str) -> str:
+    def refusal(self, message: peer.FromSource | dict[str, Any] | bytes | str) -> str:
         """Send, and the code with which that was refused."""
         answer = self.ask(message)
-        assert isinstance(answer, say.Failed), answer
+        assert isinstance(answer, peer.Failed), answer
         assert answer.fault.code in KNOWN_CODES, answer.fault
         return answer.fault.code
 
@@ -121,8 +121,8 @@ def peer_session(to: Host, pki: Path, name: str) -> Iterator[PeerSession]:
     """A session with ``to`` with the host certificate in ``pki``, greeted as ``name`` unless that is empty."""
     with ungreeted_session(to, tls_context(pki, "host")) as session:
         if name:
-            hello = say.Hello(host=name, oldest=versions.OLDEST, newest=versions.NEWEST)
-            assert isinstance(session.ask(hello), say.Welcome)
+            hello = peer.Hello(host=name, oldest=versions.OLDEST, newest=versions.NEWEST)
+            assert isinstance(session.ask(hello), peer.Welcome)
         yield session
 
 

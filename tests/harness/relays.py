@@ -48,7 +48,8 @@ def carriers(*bytes_per_s: int | None) -> tuple[list[socket.socket], list[socket
     """Two connections for each path, of which the first sends at most so fast: their near ends, and the far ones in
     another order. Without a speed, one path as fast as it gets."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        near, far = [], []
+        near: list[socket.socket] = []
+        far: list[socket.socket] = []
         for limit in [each for path in bytes_per_s or (None,) for each in (path, None)]:
             sock = socket.socket()
             if limit is not None:

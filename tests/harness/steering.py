@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,13 +21,13 @@ from limosa.wire.endpoints import Endpoint
 BRAKE = {"bandwidth_mbit_per_s": 1}
 
 
-def change(host: Host, values: dict[str, object]) -> None:
+def change(host: Host, values: Mapping[str, object]) -> None:
     """Change settings of a host; None puts a default back."""
-    host.client.call(endpoints.CHANGE_SETTINGS, api.SettingsChange(values=values))
+    host.client.call(endpoints.CHANGE_SETTINGS, api.SettingsChange(values=dict(values)))
 
 
 @contextmanager
-def settings(host: Host, values: dict[str, object]) -> Iterator[None]:
+def settings(host: Host, values: Mapping[str, object]) -> Iterator[None]:
     """Other settings during the block; afterwards they are what they were."""
     page = msgspec.to_builtins(host.client.call(endpoints.SETTINGS).settings)
     before = {key: functools.reduce(dict.__getitem__, key.split("."), page) for key in values}

@@ -77,8 +77,6 @@ def assert_one_whole_disk(host: Host, wanted: bytes, *others: Path) -> Path:
     assert not list((host.run / "vm").iterdir())
     assert contents(disk) == wanted
     host.client.call(endpoints.START_VM, vm="web")
-    view = host.vm("web")
-    assert view is not None
-    assert view.state is VmState.RUNNING
+    assert host.show("web").state is VmState.RUNNING
     host.client.call(endpoints.STOP_VM, vm="web")
     return disk

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import msgspec
 
@@ -23,6 +23,7 @@ from limosa.wire.endpoints import ENDPOINTS, Endpoint
 
 #: Gets the request and the path's parameters; gives the reply, or an iterator of replies for a stream.
 Answer = Callable[..., Any]
+Answers = dict[Endpoint[Any, Any], Answer]
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -88,14 +89,14 @@ class StandIn(socketserver.ThreadingUnixStreamServer):
     daemon_threads = True
     block_on_close = False
 
-    def __init__(self, path: Path, answers: dict[Endpoint[Any, Any], Answer]) -> None:
+    def __init__(self, path: Path, answers: Answers) -> None:
         super().__init__(str(path), Handler)
         self.path = str(path)
         self.answers = answers
         self.seen: list[tuple[Endpoint[Any, Any], dict[str, str], bytes]] = []
         self.connections = 0
 
-    def __enter__(self) -> StandIn:
+    def __enter__(self) -> Self:
         threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
         return self
 

@@ -131,7 +131,7 @@ def test_lanes_are_paced_by_network_with_each_share() -> None:
     assert (host.lane("a", FIRST), host.lane("b", FIRST)) == (100, None)
 
 
-def test_a_move_tells_the_others_before_it_sends(tmp_path: Path) -> None:
+def test_a_move_tells_the_others_before_it_sends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async def scenario() -> None:
         move, said = WholeMove(tmp_path), list[str]()
         migrate = move.source.migrate
@@ -143,8 +143,8 @@ def test_a_move_tells_the_others_before_it_sends(tmp_path: Path) -> None:
             said.append("migrate")
             await migrate(stream)
 
-        move.home.sending = sending  # type: ignore[method-assign]
-        move.source.migrate = noted  # type: ignore[method-assign]
+        monkeypatch.setattr(move.home, "sending", sending)
+        monkeypatch.setattr(move.source, "migrate", noted)
         await move.run()
         assert said[:2] == [Phase.COPY, "migrate"]
 

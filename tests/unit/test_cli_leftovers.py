@@ -9,7 +9,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from standin import StandIn
+from standin import Answers, StandIn
 
 from limosa.cli.main import main
 from limosa.errors import Conflict
@@ -40,7 +40,7 @@ BELOW = msgspec.structs.replace(OLD, path="/srv/fast/golden.abcdefabcdef-1.raw",
 def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIn]:
     monkeypatch.setenv("LIMOSA_SOCKET", str(tmp_path / "s"))
     monkeypatch.chdir("/srv")
-    answers = {
+    answers: Answers = {
         endpoints.LEFTOVERS: lambda _: LeftoverList(leftovers=(KEPT, OLD)),
         endpoints.CLEAN: lambda _: CleanReport(removed=(OLD,)),
     }
@@ -51,8 +51,13 @@ def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIn]:
 def answer(monkeypatch: pytest.MonkeyPatch, words: str) -> list[str]:
     """Answer from a terminal. Gives the questions."""
     questions: list[str] = []
+
+    def ask(question: str) -> str:
+        questions.append(question)
+        return words
+
     monkeypatch.setattr(sys.stdin, "isatty", lambda: True)
-    monkeypatch.setattr("builtins.input", lambda question: questions.append(question) or words)
+    monkeypatch.setattr("builtins.input", ask)
     return questions
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 import pytest
 from rich.console import Console
-from standin import StandIn
+from standin import Answers, StandIn
 
 from limosa.cli import display, follow
 from limosa.cli.main import main
@@ -51,7 +51,7 @@ DISK = DiskPlan(
 FINDING = Finding(code="switch-missing", severity=Severity.ERROR, what="no switch 'lan'", todo="add it")
 
 
-def migration(vm: str, **changes: Any) -> Migration:
+def shown(vm: str, **changes: Any) -> Migration:
     values: dict[str, Any] = {
         "id": vm.ljust(12, "0"),
         "vm": vm,
@@ -69,14 +69,19 @@ def migration(vm: str, **changes: Any) -> Migration:
 
 def completed(vm: str) -> Migration:
     phases = {"build-up": 0.1, "copy": 2.0, "synchronise": 0.2, "switchover": 0.02, "tear-down": 0.01}
-    return migration(vm, outcome=Outcome.COMPLETED, phases=phases, total_s=2.33, blackout_ms=6.2)
+    return shown(vm, outcome=Outcome.COMPLETED, phases=phases, total_s=2.33, blackout_ms=6.2)
 
 
 class Host(StandIn):
     """A stand-in that moves VMs; ``endings`` says how each move ends (default: completed)."""
 
     def __init__(self, path: Path) -> None:
-        answers = {MOVE: self.move, WATCH_MIGRATION: self.watch, LIST_MIGRATIONS: self.list, CHECK: self.check}
+        answers: Answers = {
+            MOVE: self.move,
+            WATCH_MIGRATION: self.watch,
+            LIST_MIGRATIONS: self.list,
+            CHECK: self.check,
+        }
         super().__init__(path, answers)
         self.endings: dict[str, Migration | Exception] = {}
         self.moves: list[MoveRequest] = []
@@ -88,13 +93,11 @@ class Host(StandIn):
         ending = self.endings.get(request.vm)
         if isinstance(ending, Exception):
             raise ending
-        return migration(request.vm, phase=Phase.BUILD_UP)
+        return shown(request.vm, phase=Phase.BUILD_UP)
 
     def watch(self, _: object, migration: str) -> Iterator[Migration]:
         vm = migration.rstrip("0")
-        yield globals()["migration"](
-            vm, progress=Progress(percent=50, transferred_bytes=1, note="the guest writes a lot")
-        )
+        yield shown(vm, progress=Progress(percent=50, transferred_bytes=1, note="the guest writes a lot"))
         if self.breaks:
             self.breaks -= 1
             raise ConnectionAbortedError
@@ -103,12 +106,12 @@ class Host(StandIn):
         yield ending
 
     def list(self, _: object) -> MigrationList:
-        return MigrationList(migrations=(migration("web1"), completed("db1"), completed("webserver123")))
+        return MigrationList(migrations=(shown("web1"), completed("db1"), completed("webserver123")))
 
     def show(self, _: object, migration: str) -> Migration:
         if migration != "web100000000":
             raise NotFound(f"no migration {migration}")
-        return globals()["migration"]("web1")
+        return shown("web1")
 
     def check(self, request: MoveRequest) -> CheckReport:
         possible = request.vm == "web1"
@@ -218,7 +221,7 @@ def test_a_refusal_shows_all_findings(host: Host, capsys: pytest.CaptureFixture[
 def test_how_a_move_ended_is_the_exit_code(
     host: Host, outcome: Outcome, fault: Fault | None, code: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    host.endings["web1"] = migration("web1", outcome=outcome, fault=fault)
+    host.endings["web1"] = shown("web1", outcome=outcome, fault=fault)
     assert main(["move", "web1", "--to", "host2"]) == code
     assert (fault is None) or fault.what in capsys.readouterr().err
     assert main(["move", "web1", "--to", "host2", "--json"]) == code
@@ -279,7 +282,7 @@ def test_check_tells_everything(host: Host, capsys: pytest.CaptureFixture[str]) 
 def test_watch_and_cancel_by_name_of_the_vm(host: Host, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["migration", "watch", "web1", "--json"]) == 0
     assert [one["outcome"] for one in objects(capsys.readouterr().out)] == ["under-way", "under-way", "completed"]
-    host.answers[CANCEL_MIGRATION] = lambda _, migration: globals()["migration"]("web1", outcome=Outcome.CANCELLED)
+    host.answers[CANCEL_MIGRATION] = lambda _, migration: shown("web1", outcome=Outcome.CANCELLED)
     assert main(["migration", "cancel", "web1"]) == 0
     assert host.seen[-1][1] == {"migration": "web100000000"}
     assert main(["migration", "cancel", "nope"]) == 4
@@ -303,7 +306,7 @@ def test_a_cancel_is_done_only_if_the_move_was_cancelled(
     def cancel(_: object, migration: str) -> Migration:
         vm = migration.rstrip("0")
         told = faults[vm]
-        return globals()["migration"](vm, outcome=ends[vm], fault=told.fault() if told is not None else None)
+        return shown(vm, outcome=ends[vm], fault=told.fault() if told is not None else None)
 
     host.answers[CANCEL_MIGRATION] = cancel
     assert main(["migration", "cancel", "web1", "db1", "--json"]) == code
@@ -313,7 +316,7 @@ def test_a_cancel_is_done_only_if_the_move_was_cancelled(
 
 
 def test_a_cancel_goes_on_after_one_that_is_not_known(host: Host) -> None:
-    host.answers[CANCEL_MIGRATION] = lambda _, migration: globals()["migration"]("web1", outcome=Outcome.CANCELLED)
+    host.answers[CANCEL_MIGRATION] = lambda _, migration: shown("web1", outcome=Outcome.CANCELLED)
     assert main(["migration", "cancel", "nope", "web1"]) == 4
     assert host.seen[-1][0] is CANCEL_MIGRATION
 
@@ -349,10 +352,10 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> Callable[[display.LiveDisplay], st
 def test_the_bar_never_goes_back_and_says_why(drawn: Callable[[display.LiveDisplay], str]) -> None:
     live = display.LiveDisplay(["web1", "db1"])
     assert "asked" in drawn(live)
-    live.show(migration("web1", progress=Progress(percent=70)))
+    live.show(shown("web1", progress=Progress(percent=70)))
     note = "it writes more than the link carries\x1b[2J"
     live.show(
-        migration("web1", progress=Progress(percent=60, rate_bytes_per_s=2**20, iteration=3, remaining_s=2, note=note))
+        shown("web1", progress=Progress(percent=60, rate_bytes_per_s=2**20, iteration=3, remaining_s=2, note=note))
     )
     live.show_event("db1", Conflict("no"))
     text = drawn(live)
@@ -364,4 +367,4 @@ def test_the_bar_never_goes_back_and_says_why(drawn: Callable[[display.LiveDispl
 
 
 def test_a_place_in_line_is_shown() -> None:
-    assert display.in_words(migration("web1", phase=Phase.WAITING, place=2)) == "waiting, place 2"
+    assert display.in_words(shown("web1", phase=Phase.WAITING, place=2)) == "waiting, place 2"

@@ -8,7 +8,7 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -106,7 +106,7 @@ def socket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "s"
 
 
-def raises(error: Exception) -> object:
+def raises(error: BaseException) -> Callable[..., None]:
     def answer(*_: object, **__: object) -> None:
         raise error
 
@@ -115,7 +115,7 @@ def raises(error: Exception) -> object:
 
 def test_an_error_is_three_lines_a_code_and_an_exit_code(socket: Path, capsys: pytest.CaptureFixture[str]) -> None:
     error = Conflict("it is so", why="it was so", todo="change it\x1b[2J")
-    with StandIn(socket, {LIST_VMS: raises(error)}):  # type: ignore[dict-item]
+    with StandIn(socket, {LIST_VMS: raises(error)}):
         assert main(["vm", "list"]) == 5
         assert capsys.readouterr().err.splitlines() == [
             "limosa: it is so: it was so",

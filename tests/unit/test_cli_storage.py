@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from standin import StandIn
+from standin import Answers, StandIn
 
 from limosa.cli.main import main
 from limosa.errors import Conflict
@@ -62,7 +62,7 @@ def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIn]:
     monkeypatch.setenv("LIMOSA_SOCKET", str(tmp_path / "s"))
     monkeypatch.chdir(tmp_path)
     settings = HostSettings(locations={"nas": Place(path="/mnt/old", shared=True)}, default_location="nas")
-    answers = {
+    answers: Answers = {
         endpoints.LOCATIONS: lambda _: LocationList(locations=(FAST, IMAGES, GONE, BULK)),
         endpoints.SIGHTINGS: lambda _: SEEN,
         endpoints.SETTINGS: lambda _: SettingsPage(settings=settings),

@@ -12,7 +12,7 @@ import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from standin import StandIn
+from standin import Answers, StandIn
 
 from limosa.cli import settings_page, vm_options
 from limosa.cli.main import main
@@ -35,7 +35,7 @@ CONFIG = VmConfig(
 )
 
 
-def vm(state: VmState = VmState.RUNNING) -> Vm:
+def web1(state: VmState = VmState.RUNNING) -> Vm:
     return Vm(config=CONFIG, state=state, host="host1", reason="a\x1bb")
 
 
@@ -44,13 +44,13 @@ def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIn]:
     def missing(_: Empty, vm: str) -> Any:
         if vm == "gone":
             raise NotFound("there is no VM 'gone'")
-        return globals()["vm"]()
+        return web1()
 
     monkeypatch.setenv("LIMOSA_SOCKET", str(tmp_path / "s"))
     monkeypatch.chdir(tmp_path)
-    answers = {
-        endpoints.LIST_VMS: lambda _: VmList(vms=(vm(),)),
-        endpoints.CREATE_VM: lambda _: vm(VmState.STOPPED),
+    answers: Answers = {
+        endpoints.LIST_VMS: lambda _: VmList(vms=(web1(),)),
+        endpoints.CREATE_VM: lambda _: web1(VmState.STOPPED),
         endpoints.DELETE_VM: lambda _, vm: Empty(),
         endpoints.SETTINGS: lambda _: SettingsPage(settings=HostSettings(peers={"host2": "10.0.0.2"})),
     }
@@ -200,7 +200,7 @@ def test_list_show_delete(host: StandIn, capsys: pytest.CaptureFixture[str]) -> 
 
 
 def test_console_of_a_vm_that_does_not_run(host: StandIn) -> None:
-    host.answers[endpoints.SHOW_VM] = lambda _, vm: globals()["vm"](VmState.STOPPED)
+    host.answers[endpoints.SHOW_VM] = lambda _, vm: web1(VmState.STOPPED)
     assert main(["vm", "console", "web1"]) == 5
 
 
@@ -301,16 +301,14 @@ def test_any_text_as_a_setting_is_a_value_or_invalid_input(text: str) -> None:
             msgspec.json.encode(settings_page.parse_changes([(key, text)]))
 
 
-def test_a_file_without_what_is_for_operators_says_so(
-    host: StandIn, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_file_without_what_is_for_operators_says_so(host: StandIn, capsys: pytest.CaptureFixture[str]) -> None:
     told = msgspec.structs.replace(CONFIG, cloud_init=CloudInit(user_data="#cloud-config"))
     whole = Vm(config=told, state=VmState.STOPPED, host="host1")
-    monkeypatch.setitem(globals(), "vm", lambda: whole)
+    host.answers[endpoints.SHOW_VM] = lambda _, vm: whole
     assert main(["vm", "show", "web1", "--toml"]) == 0
     shown = capsys.readouterr()
     assert (toml.decode(shown.out, VmConfig, where="it"), shown.err) == (told, "")
-    monkeypatch.setitem(globals(), "vm", whole.for_viewers)
+    host.answers[endpoints.SHOW_VM] = lambda _, vm: whole.for_viewers()
     assert main(["vm", "show", "web1", "--toml"]) == 0
     assert "'cloud_init' is empty here" in capsys.readouterr().err
     assert main(["vm", "show", "web1"]) == 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from standin import StandIn
@@ -34,7 +35,11 @@ def migration(percent: float = 0, outcome: Outcome = Outcome.UNDER_WAY) -> Migra
     )
 
 
-def serve(tmp_path: Path, answers: dict[Endpoint, object]) -> StandIn:  # type: ignore[type-arg]
+#: functions, or what they would return
+Answers = dict[Endpoint[Any, Any], object]
+
+
+def serve(tmp_path: Path, answers: Answers) -> StandIn:
     functions = {
         key: value if callable(value) else lambda *_, _value=value, **__: _value for key, value in answers.items()
     }
@@ -77,7 +82,7 @@ def test_errors_arrive_as_they_were_raised(tmp_path: Path) -> None:
 
 def test_a_stream_gives_each_line_and_frees_the_connection(tmp_path: Path) -> None:
     lines = [migration(percent) for percent in (1, 50, 100)]
-    answers = {WATCH_MIGRATION: lambda *_, **__: iter(lines), LIST_VMS: VmList(vms=())}
+    answers: Answers = {WATCH_MIGRATION: lambda *_, **__: iter(lines), LIST_VMS: VmList(vms=())}
     with serve(tmp_path, answers) as server, HostClient(server.path) as client:
         assert list(client.stream(WATCH_MIGRATION, migration=ID)) == lines
         client.call(LIST_VMS)
@@ -85,7 +90,7 @@ def test_a_stream_gives_each_line_and_frees_the_connection(tmp_path: Path) -> No
 
 
 def test_a_stream_left_early_costs_the_connection_only(tmp_path: Path) -> None:
-    answers = {WATCH_MIGRATION: lambda *_, **__: iter([migration(1), migration(2)]), LIST_VMS: VmList(vms=())}
+    answers: Answers = {WATCH_MIGRATION: lambda *_, **__: iter([migration(1), migration(2)]), LIST_VMS: VmList(vms=())}
     with serve(tmp_path, answers) as server, HostClient(server.path) as client:
         for _ in client.stream(WATCH_MIGRATION, migration=ID):
             break
@@ -155,7 +160,7 @@ def test_silence_is_bounded(tmp_path: Path) -> None:
     import threading  # noqa: PLC0415
 
     release = threading.Event()
-    answers = {LIST_VMS: lambda *_: release.wait(30) and VmList(vms=())}
+    answers: Answers = {LIST_VMS: lambda *_: release.wait(30) and VmList(vms=())}
     with serve(tmp_path, answers) as server, HostClient(server.path, timeout_s=0.05) as client:
         with pytest.raises(HostUnreachable, match="took too long"):
             client.call(LIST_VMS)

@@ -38,7 +38,8 @@ def look(at: float, remaining: int, *, iteration: int = 5, transferred: int = 0)
 
 
 def run(policy: ConvergencePolicy, looks: list[Look]) -> list[Action]:
-    state, actions = Convergence.begin(policy), []
+    state = Convergence.begin(policy)
+    actions: list[Action] = []
     for one in looks:
         state, action = state.judge(*one)
         if not isinstance(action, Wait):

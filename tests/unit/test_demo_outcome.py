@@ -139,9 +139,10 @@ def test_a_logarithmic_scale_keeps_to_its_edges(value: float, pixel: float) -> N
 
 
 def test_the_table_has_a_column_for_each_move_and_what_counts(both: list[Seen]) -> None:
-    screen = Console(file=io.StringIO(), width=100)
+    shown = io.StringIO()
+    screen = Console(file=shown, width=100)
     screen.print(summary(both))
-    said = screen.file.getvalue()  # type: ignore[attr-defined]
+    said = shown.getvalue()
     for words in ("37.5 ms", "245.0 ms", "0 of 8", "1 of 11", "350 B", "switchover", "400.0 ms"):
         assert words in said
 

@@ -21,7 +21,7 @@ from limosa.migration.progress import Bar, of_disks
 from limosa.model.base import NAME_PATTERN
 from limosa.model.finding import Severity
 from limosa.model.migration import Phase, Progress
-from limosa.model.storage import BackingFile, Chain, DiskAction, DiskFacts, DiskProgress, Location
+from limosa.model.storage import BackingFile, Chain, DiskAction, DiskFacts, DiskPlan, DiskProgress, Location
 from limosa.model.units import MIB
 from limosa.model.vm import Disk, DiskFormat
 from limosa.qemu.protocol import CopyState, CopyStatistics, Event, MigrationStatistics
@@ -53,10 +53,10 @@ def planned(
     fact: DiskFacts = FACT,
     wishes: dict[str, str] | None = None,
     found: dict[str, BackingFile] | None = None,
-) -> tuple[disks.DiskPlan, list[str]]:
+) -> tuple[DiskPlan, list[str]]:
     there = msgspec.structs.replace(THERE, locations=locations)
     chain: Chain = "keep" if found is not None else "flatten"
-    made = disks.plan(VM, [fact] if fact else [], there, wishes or {}, "abc", found or {}, chain)
+    made = disks.plan(VM, [fact], there, wishes or {}, "abc", found or {}, chain)
     (plan,) = made.disks
     assert made.layers == ()
     return plan, [finding.code for finding in made.findings]
@@ -541,14 +541,11 @@ class TestMirrors:
             slow = [CopyStatistics(CopyState.READY, 10 * MIB * n, 10 * MIB * n + 5 * MIB) for n in range(100, 110)]
             machine = Copying(*fast, *slow)
             copying = Mirrors(machine, ["vda"], 100)
-            for _ in fast:
-                await copying.keep_up(0.06)
-            assert not machine.blocking
-            assert copying.behind == ()
-            for _ in slow:
-                await copying.keep_up(0.06)
-            assert machine.blocking == {"vda"}
-            assert copying.behind == ("vda",)
+            for looks, behind in ((fast, ()), (slow, ("vda",))):
+                for _ in looks:
+                    await copying.keep_up(0.06)
+                assert machine.blocking == set(behind)
+                assert copying.behind == behind
 
         asyncio.run(scenario())
 

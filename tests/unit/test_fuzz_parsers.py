@@ -7,6 +7,7 @@ import json
 import re
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -204,7 +205,7 @@ def test_a_change_of_settings_is_whole_or_nothing(changes: list[dict[str, Any]])
         page.on_change(lambda: heard.append(page.now))
         for change in changes:
             before, file, told = page.now, path.read_bytes() if path.exists() else None, len(heard)
-            after, _ = attempt(InvalidInput, lambda change=change: asyncio.run(page.change(change)))
+            after, _ = attempt(InvalidInput, partial(asyncio.run, page.change(change)))
             if after is None:
                 assert page.now is before
                 assert (path.read_bytes() if path.exists() else None) == file

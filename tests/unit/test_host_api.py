@@ -53,7 +53,11 @@ def answer(role: Role, endpoint: Endpoint[Any, Any], reply: Any) -> bytes:
         "path_params": {},
         "state": {"identity": Identity("eve", role)},
     }
-    asyncio.run(_route(endpoint, handler).app(scope, receive, send))
+
+    async def work() -> None:
+        await _route(endpoint, handler).app(scope, receive, send)
+
+    asyncio.run(work())
     return b"".join(message.get("body", b"") for message in sent)
 
 

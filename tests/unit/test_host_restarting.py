@@ -85,6 +85,11 @@ class World:
         hosted.migration = "m1"
         return hosted
 
+    async def runs(self, hosted: HostedVm) -> None:
+        """Return when it runs."""
+        while hosted.state is not VmState.RUNNING:  # noqa: ASYNC110 - the fake takes a few turns
+            await asyncio.sleep(0)
+
     async def broken_off(self, hosted: HostedVm) -> None:
         """Its QEMU has died, and so its move has ended."""
         await self.vms._background.idle()
@@ -186,8 +191,7 @@ class TestWithoutADaemon:
             hosted.migration, world.vms.doubt = migration, doubt
             world.vms.restart_died()
             if starts:
-                while hosted.state is not VmState.RUNNING:  # noqa: ASYNC110 - the fake takes a few turns
-                    await asyncio.sleep(0)
+                await world.runs(hosted)
             else:
                 await world.vms._background.idle()
             assert len(world.launcher.started) == int(starts)

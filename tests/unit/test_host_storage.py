@@ -447,8 +447,14 @@ class TestVolumes:
         assert next(one.fault for one in asyncio.run(storage.locations()) if one.name == "bulk") == fault
 
     def test_no_volume_lies_below_a_disk(self, storage: Storage, group: FakeLvm) -> None:
-        named = {"location": "bulk", "location_path": "golden.raw"}
-        wanted = BackingFile(path=f"/dev/{GROUP}/golden.raw", format="raw", size=1, digest="d", **named)
+        wanted = BackingFile(
+            path=f"/dev/{GROUP}/golden.raw",
+            format="raw",
+            size=1,
+            digest="d",
+            location="bulk",
+            location_path="golden.raw",
+        )
         folders = [storage.places.path(name) for name in ("fast", "images")]
         assert storage._candidates(wanted, storage.places.names) == [str(folder / "golden.raw") for folder in folders]
 

@@ -53,8 +53,8 @@ class World:
         self.image = storage.places.path("fast") / "web1.raw"
         self.image.write_bytes(bytes(65536))
         self.hosted = SimpleNamespace(config=self.with_disk(VM, self.image), machine=None)
-        self.vms = SimpleNamespace(all=lambda: self.all, damaged={})
         self.all = [self.hosted]
+        self.vms = SimpleNamespace(all=lambda: self.all, damaged={})
         self.neighbours = Neighbourhood()
         nobody = cast(Any, None)
         self.parts = Parts(

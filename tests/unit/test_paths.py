@@ -10,6 +10,7 @@ from typing import Any, cast
 import msgspec
 import pytest
 
+from harness.channels import BareChannel
 from limosa.migration.paths import Paths
 from limosa.model.network import HostNetwork, HostNic, NicAddress
 from limosa.model.route import Path, Route
@@ -23,7 +24,7 @@ HERE, THERE = "10.0.0.1", "10.0.0.2"
 ENDS = Ends("host1", "host2", HostNetwork(), HostNetwork(), (THERE,))
 
 
-class Connection:
+class Connection(BareChannel):
     """Always busy, at 100 MB/s."""
 
     sent_bytes, busy_s = 0, 0.0
@@ -36,7 +37,7 @@ class Connection:
         self.busy_s += seconds
 
 
-class Stream:
+class Stream(BareChannel):
     """One of several that share a connection; its own is a third of what that carries."""
 
     def __init__(self, connection: Connection) -> None:
@@ -45,16 +46,13 @@ class Stream:
     def used(self) -> tuple[Used, ...]:
         return tuple(Used(one.here, one.there, one.sent_bytes // 3) for one in self.connections[0].used())
 
-    async def compressed(self) -> None:
-        return None
-
 
 @pytest.mark.parametrize("streams", [1, 2])
 def test_a_connection_that_streams_share_is_as_fast_as_it_is(monkeypatch: pytest.MonkeyPatch, streams: int) -> None:
     now = 5.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
     connection = Connection()
-    channels: list[SocketChannel] = [Stream(connection) for _ in range(streams)]  # type: ignore[misc]
+    channels: list[SocketChannel] = [Stream(connection) for _ in range(streams)]
     route = Route(transport="compression", paths=(Path(here=HERE, there=THERE),))
     paths = Paths(route, ENDS, channels)
     asyncio.run(paths.look())
@@ -68,7 +66,7 @@ def test_a_connection_that_streams_share_is_as_fast_as_it_is(monkeypatch: pytest
 @pytest.mark.parametrize("shared", [True, False])
 def test_a_connection_counts_once_however_many_streams_share_it(*, shared: bool) -> None:
     one = Connection()
-    channels: list[SocketChannel] = [Stream(one), Stream(one if shared else Connection())]  # type: ignore[list-item]
+    channels: list[SocketChannel] = [Stream(one), Stream(one if shared else Connection())]
     route = Route(
         transport="compression", paths=(Path(here=HERE, there=THERE), Path(here="10.1.0.1", there="10.1.0.2"))
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -27,7 +27,9 @@ class Copying(Disks):
     def on_event(self, callback: Callable[[Event], None]) -> Callable[[], None]:
         return lambda: None
 
-    async def _execute(self, command: str, arguments: Any = None) -> Any:
+    async def _execute(
+        self, command: str, arguments: Mapping[str, object] | None = None, *, out_of_band: bool = False
+    ) -> Any:
         return {}
 
     async def copies(self) -> dict[str, CopyStatistics]:

@@ -367,8 +367,8 @@ def test_a_machine_with_uefi_moves(place: Place) -> None:
         )
 
     def launch(each: Place, *, incoming: bool) -> Awaitable[Machine]:
-        firmware = {"firmware_code": OVMF / "OVMF_CODE_4M.fd", "firmware_vars": each.folder / "vars"}
-        return each.launch(incoming=incoming, **firmware)
+        code, own = OVMF / "OVMF_CODE_4M.fd", each.folder / "vars"
+        return each.launch(incoming=incoming, firmware_code=code, firmware_vars=own)
 
     async def scenario() -> None:
         source, destination = [await launch(each, incoming=each is places[1]) for each in places]

@@ -89,6 +89,10 @@ class World:
     async def open(self) -> None:
         await self.carriers.open_lanes(PREPARED, cast(Any, self.relay))
 
+    async def until_lanes(self, count: int) -> None:
+        """Return when it has so many lanes."""
+        await self.until(lambda: len(self.carriers.forward) >= count)
+
     async def until(self, what: Callable[[], bool]) -> None:
         while not what():  # noqa: ASYNC110 - anything may make it true
             await asyncio.sleep(0.001)
@@ -114,7 +118,7 @@ def test_a_path_that_has_lost_its_lane_is_connected_again(monkeypatch: pytest.Mo
         await world.open()
         await world.until(lambda: len(world.dialled) == 2)
         for lanes in range(2, 6):
-            await world.until(lambda lanes=lanes: len(world.carriers.forward) == lanes)  # type: ignore[misc]
+            await world.until_lanes(lanes)
             world.carriers.lose(lanes - 1, "the cable was cut")
         await world.until(lambda: len(world.dialled) == 6)
 
@@ -127,7 +131,7 @@ def test_a_path_whose_lanes_do_not_live_is_connected_less_and_less_often(monkeyp
         while len(world.carriers.forward) < 8:
             world.carriers.lose(len(world.carriers.forward) - 1, "no relay answers there")
             lost = len(world.carriers.forward)
-            await world.until(lambda lost=lost: len(world.carriers.forward) > lost)  # type: ignore[misc]
+            await world.until_lanes(lost + 1)
         pauses = [pause_s for _, pause_s in world.carriers._resting.values()]
         assert max(pauses) > 4 * carriers.DIAL_EVERY_S
         world.carriers.want(1, (FIRST, SECOND))

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from limosa.errors import RelayFailed
+from limosa.transport.channel import SocketChannel
 from limosa.transport.relay.client import Relay
 from limosa.transport.relay.outbound import Outbound
 
@@ -23,10 +24,10 @@ class Process:
 
 
 def session(*, linger_s: float = 0.0) -> Outbound:
-    async def dial(*_: object) -> list[object]:
+    async def dial(*_: object) -> list[SocketChannel]:
         raise AssertionError("it is not opened")
 
-    return Outbound(dial, encrypt=False, several=False, window_log=24, user=None, linger_s=linger_s)  # type: ignore[arg-type]
+    return Outbound(dial, encrypt=False, several=False, window_log=24, user=None, linger_s=linger_s)
 
 
 async def until(what: Callable[[], bool]) -> None:

@@ -167,7 +167,7 @@ def test_channels_take_turns_at_what_room_there_is(bench: Bench) -> None:
     assert set(first) == {ours.fileno(), bench.sender._channels[0].plug.fileno()}
 
 
-def test_what_hurries_while_the_worker_is_waited_for_goes_first(bench: Bench) -> None:
+def test_what_hurries_while_the_worker_is_waited_for_goes_first(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     other, ours = socket.socketpair()
     with other:
         bench.sender.open_channel(Plug(1, ours))
@@ -180,7 +180,7 @@ def test_what_hurries_while_the_worker_is_waited_for_goes_first(bench: Bench) ->
             bench.sender._read(bench.sender._channels[1])
             bench.sender._lock.acquire()
 
-        bench.sender._done.wait_for = wait_for  # type: ignore[method-assign]
+        monkeypatch.setattr(bench.sender._done, "wait_for", wait_for)
         sent = [bench.sender._next()]
         bench.sender._transmit(sent[0])
         bench.sender._queue.pop()
@@ -220,7 +220,6 @@ class Crowd:
         other, ours = socket.socketpair()
         self.sender = self.bench.sender
         self.sender.open_channel(Plug(1, ours))
-        self.sender._done.wait_for = self._wait_for  # type: ignore[assignment]
         self.qemus, self.said = [self.bench.qemu, other], [b"", b""]
         work, hear = self.bench.worker.work, self.hear
         self.meanwhile = [self.say, self.hurry, self.begin, work, work, work, hear, hear]
@@ -278,7 +277,7 @@ class Crowd:
             poll.register(channel.plug.fileno(), select.POLLIN)
         return bool(poll.poll(0))
 
-    def _wait_for(self, _done: object, _timeout: float) -> None:
+    def wait_for(self, _done: object, _timeout: float) -> None:
         self.sender._lock.release()
         for _ in range(self.chance.randrange(8)):
             self.act()
@@ -286,8 +285,9 @@ class Crowd:
 
 
 @pytest.mark.parametrize("seed", range(200))
-def test_whoever_is_first_meanwhile_everything_arrives(seed: int) -> None:
+def test_whoever_is_first_meanwhile_everything_arrives(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     crowd = Crowd(seed)
+    monkeypatch.setattr(crowd.sender._done, "wait_for", crowd.wait_for)
     for _ in range(crowd.chance.randrange(1, 250)):
         crowd.chance.choice((crowd.act, crowd.send))()
     crowd.finish()

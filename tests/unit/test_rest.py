@@ -58,7 +58,7 @@ class Move:
         first = msgspec.structs.replace(first_view(), phase=Phase.TEAR_DOWN)
         report = Report(first, lambda view: self.notes.append(view.progress.note))
         terms = Terms(ConvergencePolicy(post_copy=True), "tcp", encrypt=False)
-        home = cast(Any, BareHome(self.source))
+        home = BareHome(self.source)
         self.script = SourceMove(
             Journal.begin(folder, header(Side.SOURCE)), self.source, self.dial, home, terms, report
         )
@@ -185,7 +185,9 @@ def landed(folder: Path, machine: FakeMachine) -> Destination:
     return Destination(journal, BareLanding(machine.wire), "boot", machine)
 
 
-def test_a_destination_hands_its_qemu_the_stream_of_who_knows_the_token(tmp_path: Path) -> None:
+def test_a_destination_hands_its_qemu_the_stream_of_who_knows_the_token(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async def scenario() -> None:
         machine = FakeMachine(Wire(), FakeGuest(0))
         taken: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
@@ -195,7 +197,7 @@ def test_a_destination_hands_its_qemu_the_stream_of_who_knows_the_token(tmp_path
             with stream:
                 taken.set_result(await asyncio.get_running_loop().sock_recv(stream, 4))
 
-        machine.receive_rest = receive_rest  # type: ignore[method-assign]
+        monkeypatch.setattr(machine, "receive_rest", receive_rest)
         incoming = host_with(HostedVm(VM, VmState.RUNNING, machine=cast(Any, machine)))
         incoming._landing[MIGRATION] = landed(tmp_path, machine)
         connection = Connection()

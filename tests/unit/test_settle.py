@@ -107,8 +107,7 @@ class World:
 
     def settling(self, journal: Journal) -> Settlement:
         terms = Terms(ConvergencePolicy(), "tcp", encrypt=False)
-        dial = cast(Any, self.there.dial)
-        return Settlement(SourceMove(journal, self.machine, dial, cast(Any, self.home), terms, self.report), CAUSE)
+        return Settlement(SourceMove(journal, self.machine, self.there.dial, self.home, terms, self.report), CAUSE)
 
 
 def play(scenario: Callable[[], Awaitable[None]]) -> None:
@@ -247,7 +246,13 @@ class TestByADaemon:
         play(scenario)
 
     def outgoing(
-        self, folder: Path, hosted: HostedVm, there: dict[str, DestinationState | None], monkeypatch: pytest.MonkeyPatch
+        self,
+        folder: Path,
+        hosted: HostedVm,
+        there: dict[str, DestinationState | None],
+        monkeypatch: pytest.MonkeyPatch,
+        *,
+        boot: str = "boot",
     ) -> Outgoing:
         def dialler(_: Outgoing, address: str) -> Any:
             answer = there[address]
@@ -260,7 +265,7 @@ class TestByADaemon:
         leasing = SimpleNamespace(reclaim=self.nothing, withdraw=self.nothing)
         parts = SimpleNamespace(
             name="here",
-            boot="boot",
+            boot=boot,
             page=page,
             vms=vms,
             storage=SimpleNamespace(leaving=None),
@@ -289,8 +294,7 @@ class TestByADaemon:
         async def scenario() -> None:
             there["x"] = None
             hosted = HostedVm(VM, VmState.CRASHED)
-            outgoing = self.outgoing(tmp_path, hosted, there, monkeypatch)
-            outgoing._parts.boot = "another boot"  # type: ignore[misc]
+            outgoing = self.outgoing(tmp_path, hosted, there, monkeypatch, boot="another boot")
             journal = self.journal(tmp_path, FIRST, "x", *MIGRATING)
             await outgoing.recover(journal)
             await until(lambda: outgoing._views.show(FIRST).outcome is Outcome.UNRESOLVED)

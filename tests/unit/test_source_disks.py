@@ -6,26 +6,29 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import socket
-from collections.abc import Callable, Collection, Coroutine, Iterable, Sequence
+from collections.abc import Callable, Collection, Coroutine, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import msgspec
 import pytest
 from test_preflight import VM
 
+from harness.channels import BareChannel
 from harness.homes import BareHome
+from harness.landings import MemoryLanding
 from limosa.errors import Cancelled, InvalidInput, LimosaError, NotConverging, QemuError, StorageError
 from limosa.migration import mirrors, source
 from limosa.migration.convergence import Convergence, StartPostCopy
 from limosa.migration.destination import Destination
 from limosa.migration.disks import landed
 from limosa.migration.examination import Examined
+from limosa.migration.home import Terms
 from limosa.migration.journal import Header, Journal
 from limosa.migration.report import Report
 from limosa.migration.settle import Settlement
-from limosa.migration.source import SourceMove, Terms
+from limosa.migration.source import SourceMove
 from limosa.model.facts import VmFacts
 from limosa.model.migration import Migration, Outcome, Phase, Progress, Side
 from limosa.model.network import HostNetwork
@@ -99,26 +102,15 @@ class Machine(FakeMachine):
         return at
 
 
-class Channel:
+class Channel(BareChannel):
     """A stream as the script knows it."""
 
     def __init__(self, stream: socket.socket) -> None:
         self.stream = stream
+        self.paths: list[Used] = []
 
-    def set_short(self, short: bool) -> None: ...
-
-    def spread_over(self, ways: Iterable[tuple[str, str]]) -> None: ...
-
-    @property
-    def connections(self) -> tuple[()]:
-        return ()
-
-    def used(self) -> tuple[()]:
-        return ()
-
-    async def compressed(self) -> None: ...
-
-    async def fault(self) -> None: ...
+    def used(self) -> tuple[Used, ...]:
+        return tuple(self.paths)
 
     def close(self) -> None:
         self.stream.close()
@@ -142,7 +134,7 @@ class Door:
         self.closed = True
 
 
-class World(BareHome):
+class World(BareHome, MemoryLanding):
     """Two hosts. The source is a ``Home``, the destination a ``Landing``, and what lies between a ``Peer``."""
 
     host = "host2"
@@ -174,7 +166,7 @@ class World(BareHome):
         there = msgspec.structs.replace(
             header, side=Side.DESTINATION, vm=landed(VM, [PLAN]), images=(PLAN.path,), address=""
         )
-        self.destination = Destination(Journal.begin(folder, there), cast(Any, self), "boot")
+        self.destination = Destination(Journal.begin(folder, there), self, "boot")
         view = Migration(
             id=TAG,
             vm=VM.name,
@@ -190,7 +182,7 @@ class World(BareHome):
         self.seen: list[Migration] = []
         self.report = Report(view, self.seen.append)
         terms = Terms(ConvergencePolicy(patience_s=1), "tcp", encrypt=True)
-        self.move = SourceMove(Journal.begin(folder, header), self.here, self.dial, cast(Any, self), terms, self.report)
+        self.move = SourceMove(Journal.begin(folder, header), self.here, self.dial, self, terms, self.report)
 
     # Peer
 
@@ -226,8 +218,6 @@ class World(BareHome):
 
     # Landing
 
-    async def reserve(self, in_line: Callable[[int], None]) -> None: ...
-
     async def launch(self, request: Prepare) -> MachineProtocol:
         return self.there
 
@@ -250,17 +240,12 @@ class World(BareHome):
 
     # Home
 
-    async def facts(self) -> VmFacts:
-        raise NotImplementedError
-
     async def connect_disks(self, route: Route, prepared: Prepared, count: int) -> list[Any]:
         return [Channel(self.ours.dup()) for _ in range(count)]
 
     async def promise(self, destination: str, copied: Collection[str]) -> None: ...
 
     async def reclaim(self) -> None: ...
-
-    async def claim(self) -> None: ...
 
     async def take_storage_slot(self, in_line: Callable[[int], None], in_line_again: Callable[[int], None]) -> None:
         await self.line_moves.wait()
@@ -334,10 +319,11 @@ def test_copies_are_whole_before_the_last_memory_goes(tmp_path: Path) -> None:
     play(tmp_path, scenario)
 
 
-def test_others_hear_of_a_network_that_a_move_takes_to_while_it_runs(tmp_path: Path) -> None:
+def test_others_hear_of_a_network_that_a_move_takes_to_while_it_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async def scenario(world: World) -> None:
         told: list[int] = []
-        paths: list[Used] = []
         channel = Channel(world.ours)
 
         async def sending() -> None:
@@ -346,13 +332,13 @@ def test_others_hear_of_a_network_that_a_move_takes_to_while_it_runs(tmp_path: P
         async def connect(*_: object) -> Any:
             return channel
 
-        world.sending, world.connect = sending, connect  # type: ignore[method-assign]
-        channel.used = lambda: tuple(paths)  # type: ignore[assignment, method-assign, return-value]
+        monkeypatch.setattr(world, "sending", sending)
+        monkeypatch.setattr(world, "connect", connect)
         world.wire.hold(Stage.COPY)
         running = asyncio.ensure_future(world.move.run())
         await world.wire.reached(Stage.COPY)
         before = list(told)
-        paths.append(Used("10.1.0.1", "10.1.0.2", 1))
+        channel.paths.append(Used("10.1.0.1", "10.1.0.2", 1))
         await until(lambda: told[len(before) :] == [1])
         world.wire.release(Stage.COPY)
         await running
@@ -362,12 +348,14 @@ def test_others_hear_of_a_network_that_a_move_takes_to_while_it_runs(tmp_path: P
 
 
 @pytest.mark.parametrize("capped", [False, True])
-def test_nothing_is_learnt_of_networks_while_a_cap_was_kept(tmp_path: Path, capped: bool) -> None:
+def test_nothing_is_learnt_of_networks_while_a_cap_was_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capped: bool
+) -> None:
     async def scenario(world: World) -> None:
         learnt: list[Any] = []
-        world.learn = learnt.append  # type: ignore[method-assign]
+        monkeypatch.setattr(world, "learn", learnt.append)
         under_way = {Phase.STORAGE, Phase.COPY, Phase.SYNCHRONISE} if capped else set()
-        world.bandwidth = lambda _: 10**9 if world.report.now.phase in under_way else 0  # type: ignore[method-assign]
+        monkeypatch.setattr(world, "bandwidth", lambda _: 10**9 if world.report.now.phase in under_way else 0)
         await world.move.run()
         assert bool(learnt) is not capped
 
@@ -375,7 +363,9 @@ def test_nothing_is_learnt_of_networks_while_a_cap_was_kept(tmp_path: Path, capp
 
 
 @pytest.mark.parametrize("encrypt", [True, False])
-def test_disks_that_relays_carry_are_encrypted_whatever_is_said_of_memory(tmp_path: Path, encrypt: bool) -> None:
+def test_disks_that_relays_carry_are_encrypted_whatever_is_said_of_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, encrypt: bool
+) -> None:
     async def scenario(world: World) -> None:
         asked: list[bool] = []
 
@@ -383,7 +373,7 @@ def test_disks_that_relays_carry_are_encrypted_whatever_is_said_of_memory(tmp_pa
             asked.append(encrypt)
             return []
 
-        world.seats = seats  # type: ignore[assignment, method-assign]
+        monkeypatch.setattr(world, "seats", seats)
         world.move.terms = dataclasses.replace(world.move.terms, encrypt=encrypt)
         await world.move.run()
         assert asked == [True]
@@ -391,7 +381,9 @@ def test_disks_that_relays_carry_are_encrypted_whatever_is_said_of_memory(tmp_pa
     play(tmp_path, scenario)
 
 
-def test_nobody_can_write_the_disks_any_more_when_the_last_memory_has_not_gone_yet(tmp_path: Path) -> None:
+def test_nobody_can_write_the_disks_any_more_when_the_last_memory_has_not_gone_yet(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async def scenario(world: World) -> None:
         go_on = world.here.continue_migration
 
@@ -399,18 +391,18 @@ def test_nobody_can_write_the_disks_any_more_when_the_last_memory_has_not_gone_y
             await until(lambda: "close" in world.said)
             await go_on()
 
-        world.here.continue_migration = when_closed  # type: ignore[method-assign]
+        monkeypatch.setattr(world.here, "continue_migration", when_closed)
         await world.move.run()
         assert world.said == ["copy", "end", "close", "continue", "resume"]
 
     play(tmp_path, scenario)
 
 
-def test_little_waits_on_the_way_when_the_guest_may_stop_soon(tmp_path: Path) -> None:
+def test_little_waits_on_the_way_when_the_guest_may_stop_soon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async def scenario(world: World) -> None:
         asked: list[bool] = []
-        world.move.channel = channel = cast(Any, Channel(world.ours.dup()))
-        channel.set_short = asked.append
+        world.move.channel = channel = Channel(world.ours.dup())
+        monkeypatch.setattr(channel, "set_short", asked.append)
         policy = ConvergencePolicy(blackout_budget_ms=2000)
 
         def judge(limit_ms: float, *, in_post_copy: bool = False) -> Convergence:
@@ -432,7 +424,7 @@ def test_little_waits_on_the_way_when_the_guest_may_stop_soon(tmp_path: Path) ->
 
 def test_a_stream_of_which_there_is_no_way_back_is_not_cut_off(tmp_path: Path) -> None:
     async def scenario(world: World) -> None:
-        world.move.channel = cast(Any, Channel(world.ours))
+        world.move.channel = Channel(world.ours)
         with suppress(QemuError):  # whatever it answers
             await world.move._act(world.here, StartPostCopy("nothing else helps"))
         world.move._cut_off()
@@ -463,7 +455,9 @@ def test_cancelled(tmp_path: Path, moment: Stage | str) -> None:
     play(tmp_path, scenario)
 
 
-def test_cancelled_before_the_destination_heard_of_it_though_it_came_by_a_move_itself(tmp_path: Path) -> None:
+def test_cancelled_before_the_destination_heard_of_it_though_it_came_by_a_move_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async def scenario(world: World) -> None:
         world.here.came_by_a_move()
         world.line_moves.clear()
@@ -473,8 +467,8 @@ def test_cancelled_before_the_destination_heard_of_it_though_it_came_by_a_move_i
         with pytest.raises(Cancelled) as caught:
             await running
         # The destination has no journal of a move it never heard of, and its session is about none.
-        world.destination.standing = unknown  # type: ignore[method-assign]
-        world.destination.abort = refuse  # type: ignore[method-assign]
+        monkeypatch.setattr(world.destination, "standing", unknown)
+        monkeypatch.setattr(world.destination, "abort", refuse)
         await Settlement(world.move, caught.value).run()
         assert (world.stayed, world.move.journal.step) == (True, "undone")
         assert await world.here.status() is RunState.RUNNING
@@ -597,7 +591,7 @@ def test_disks_that_are_not_whole_in_time_are_given_as_the_reason(
         async def never(disk: str) -> None:
             await asyncio.Event().wait()
 
-        world.here.end_copy = never  # type: ignore[method-assign]
+        monkeypatch.setattr(world.here, "end_copy", never)
         with pytest.raises(LimosaError, match="disks") as caught:
             await world.move.run()
         await undone(world, caught.value)

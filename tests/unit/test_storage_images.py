@@ -127,7 +127,7 @@ def unnamed(image: Path) -> None:
 
 def test_data_in_another_file_is_refused(tmp_path: Path) -> None:
     path, data = tmp_path / "a.qcow2", tmp_path / "data"
-    command = ["/usr/bin/qemu-img", "create", "-q", "-f", "qcow2", "-o", f"data_file={data}", path, "1M"]
+    command = ["/usr/bin/qemu-img", "create", "-q", "-f", "qcow2", "-o", f"data_file={data}", str(path), "1M"]
     subprocess.run(command, check=True)
     with pytest.raises(StorageError, match="another file"):
         asyncio.run(images.info(path, "qcow2"))

@@ -20,7 +20,7 @@ from limosa.model.route import Path as RoutePath
 from limosa.model.route import Route
 from limosa.network.changes import changes
 from limosa.network.mptcp import Limits, PathManager
-from limosa.transport.channel import Channel, Doorway
+from limosa.transport.channel import Doorway, SocketChannel
 from limosa.wire.peer import Prepared
 
 pytestmark = pytest.mark.lab
@@ -64,7 +64,7 @@ class Ends:
     def __init__(self, folder: Path) -> None:
         self.multichannel = Multichannel(PathManager(), folder)
         self.permitted = list(THEIRS)
-        self.channel: Channel
+        self.channel: SocketChannel
         self.door: Doorway
         self.stream: socket.socket
 

@@ -191,7 +191,7 @@ async def send(
         await machine.copy_to_host(plan.disk, tag, channel.stream, bytes_per_s, whole=whole, encrypt=encrypt)
 
 
-async def drop(machine: MachineProtocol, tag: str, disks: Sequence[str]) -> None:
+async def drop(machine: CopyingProtocol, tag: str, disks: Sequence[str]) -> None:
     """Give up whatever a move has begun to copy; the disks are as they were. May be repeated. Raises the first failure
     when all have been tried."""
     failures: list[LimosaError] = []

@@ -186,6 +186,9 @@ class CopyingProtocol(Protocol):
     async def end_copy(self, disk: str) -> None:
         """Source: make a copy that is ready whole, flush and end it. Raises :class:`StorageError` if it failed."""
 
+    async def drop_copy(self, disk: str, tag: str) -> None:
+        """Source: give a copy up, or close one that has ended. The disk is as it was. May be repeated."""
+
 
 class MachineProtocol(CopyingProtocol, Protocol):
     """A QEMU that runs one VM. Every method raises :class:`QemuGone` once its process has ended, :class:`QemuError`
@@ -291,9 +294,6 @@ class MachineProtocol(CopyingProtocol, Protocol):
         ``whole``: with what is below an overlay. ``bytes_per_s``: a cap, 0 for none. ``encrypt`` needs
         :meth:`trust_disks`.
         """
-
-    async def drop_copy(self, disk: str, tag: str) -> None:
-        """Give a copy up, or close one that has ended. The disk is as it was. May be repeated."""
 
     async def export_disks(
         self, disks: Iterable[str], listener: socket.socket, credentials: StreamCredentials | None

@@ -24,10 +24,10 @@ from limosa.client.route import TlsRoute
 from limosa.model.migration import Migration, Outcome, Side
 from limosa.network.taps import Tap
 from limosa.security import ca
-from limosa.security.identity import Role
 from limosa.settings import toml
 from limosa.settings.daemon import DEFAULT_PORT, DaemonSettings
 from limosa.settings.host import HostSettings
+from limosa.wire.endpoints import Role
 
 #: The command, which is to use the package these tests use.
 LIMOSA = str(Path(sys.executable).with_name("limosa"))
