@@ -61,6 +61,9 @@ class State(Enum):
     LEFT = auto()
 
 
+_WITH_WORKER = (State.OFFERED, State.DONE)
+
+
 @dataclass(slots=True, eq=False)
 class Chunk:
     """Bytes of one channel that go into one frame, or the mark that the channel ended (``kind``)."""
@@ -76,11 +79,6 @@ class Chunk:
     content_length: int = 0
     #: of what the worker has made of that, if it is done
     compressed_length: int = 0
-
-    @property
-    def plain_length(self) -> int:
-        """What is to be sent of it if the worker makes nothing of it."""
-        return self.content_length or self.length
 
 
 class Queue:
@@ -202,7 +200,8 @@ class Queue:
 
     def to_condense(self, until: Chunk | None = None) -> list[Chunk]:
         """Those that are next to be condensed, in order: up to ``until``, or those that would not grow any more."""
-        able = [chunk for place, chunk in enumerate(self._chunks) if place > self._condensed() and self._is_free(chunk)]
+        behind = takewhile(lambda chunk: not chunk.content_length, reversed(self._chunks))
+        able = [chunk for chunk in behind if self._is_free(chunk)][::-1]
         if until is None:
             return list(takewhile(lambda chunk: self._behind(chunk.channel) is not chunk, able))
         return able[: able.index(until) + 1] if until in able else []
@@ -213,42 +212,37 @@ class Queue:
         ``idle_after_s``: for so long the carrier is busy with what was sent already. ``rate``: what it carries, bytes a
         second. ``pace``: seconds the worker takes for a byte. ``remainder``: what compression left of a byte of others.
         """
+        found: Chunk | None = None
         reached_after_s = idle_after_s
-        is_ahead = any(chunk.state in (State.OFFERED, State.DONE) for chunk in self._chunks)
+        is_ahead = any(chunk.state in _WITH_WORKER for chunk in self._chunks)
         done_after_s = 0.0 if is_ahead else _LEAD * (idle_after_s + self.waiting_bytes / rate)
-        condensed = self._condensed()
-        # The worker does them in the order in which they are offered.
-        offered = [place for place, chunk in enumerate(self._chunks) if chunk.state is not State.WAITING]
-        for place, chunk in enumerate(self._chunks):
-            plain_after_s = reached_after_s + chunk.plain_length / rate
-            made_after_s = done_after_s + _TELLING_S + _SAFETY * chunk.plain_length * pace
-            compressed_after_s = max(reached_after_s, made_after_s) + chunk.plain_length * remainder / rate
-            if chunk.state is State.OFFERED:
-                done_after_s = made_after_s
-                reached_after_s = compressed_after_s
-            elif chunk.state is State.DONE:
+        for chunk in self._chunks:
+            if chunk.state is State.DONE:
+                found = None
                 reached_after_s += chunk.compressed_length / rate
-            elif (
-                place > (offered[-1] if offered else -1)
-                and (chunk.content_length > _LEAST_CONTENT_BYTES or place > condensed)
-                and self._is_free(chunk)
-                and compressed_after_s < plain_after_s
-            ):
-                return chunk
-            else:
-                reached_after_s = plain_after_s
-        return None
+                continue
+            length = chunk.content_length or chunk.length
+            plain_after_s = reached_after_s + length / rate
+            made_after_s = done_after_s + _TELLING_S + _SAFETY * length * pace
+            compressed_after_s = max(reached_after_s, made_after_s) + length * remainder / rate
+            if chunk.state is State.OFFERED:
+                # The worker does them in the order in which they are offered.
+                found = None
+                done_after_s, reached_after_s = made_after_s, compressed_after_s
+                continue
+            if chunk.content_length and found is not None and not found.content_length:
+                found = None  # that one is condensed no more
+            is_enough = not 0 < chunk.content_length <= _LEAST_CONTENT_BYTES
+            if found is None and compressed_after_s < plain_after_s and is_enough and self._is_free(chunk):
+                found = chunk
+            reached_after_s = plain_after_s
+        return found
 
     def _is_free(self, chunk: Chunk) -> bool:
         """Whether a chunk has data, and nobody is at it."""
         is_sent = self._sending and chunk is self._chunks[0]
         is_offered = chunk.state is not State.WAITING
         return chunk.kind is Kind.DATA and chunk is not self._growing and not is_sent and not is_offered
-
-    def _condensed(self) -> int:
-        """The place of the last chunk that is condensed, -1: none is."""
-        places = [place for place, chunk in enumerate(self._chunks) if chunk.content_length]
-        return places[-1] if places else -1
 
     # --- inside ---
 
