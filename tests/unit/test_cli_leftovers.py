@@ -116,6 +116,19 @@ def test_a_script_must_say_yes(host: StandIn, monkeypatch: pytest.MonkeyPatch) -
     assert asked_to_remove(host) == [CleanRequest(paths=(OLD.path,)), CleanRequest()]
 
 
+def test_json_is_all_that_is_printed_and_nobody_is_asked(
+    host: StandIn, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    questions = answer(monkeypatch, "y")
+    assert main(["storage", "clean", "--json"]) == 2
+    assert json.loads(capsys.readouterr().out)["error"]["todo"] == "say --yes"
+    host.answers[endpoints.LEFTOVERS] = lambda _: LeftoverList(leftovers=(KEPT,))
+    assert main(["storage", "clean", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"removed": [], "kept": []}
+    assert questions == []
+    assert asked_to_remove(host) == []
+
+
 def test_what_is_no_leftover_the_host_refuses(host: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
     questions = answer(monkeypatch, "y")
     main(["storage", "clean", "/srv/own.raw"])

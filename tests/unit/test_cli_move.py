@@ -279,6 +279,21 @@ def test_check_tells_everything(host: Host, capsys: pytest.CaptureFixture[str]) 
     assert "how long that takes is not known" in capsys.readouterr().out
 
 
+def test_a_move_under_way_is_shown_with_its_figures(host: Host, capsys: pytest.CaptureFixture[str]) -> None:
+    under_way = shown("web1", progress=Progress(percent=40, transferred_bytes=9, remaining_s=7, note="it is slow"))
+    host.answers[LIST_MIGRATIONS] = lambda _: MigrationList(migrations=(under_way,))
+    assert main(["migration", "show", "web1"]) == 0
+    assert capsys.readouterr().out.endswith("\ncopy, 40 %, 7.0 s left, it is slow\n")
+
+
+def test_watching_a_landing_that_failed_says_where_the_reason_is(
+    host: Host, capsys: pytest.CaptureFixture[str]
+) -> None:
+    host.endings["web1"] = shown("web1", outcome=Outcome.FAILED, progress=Progress(note="see the source"))
+    assert main(["migration", "watch", "web1"]) == 8
+    assert capsys.readouterr().err == "see the source\n"
+
+
 def test_watch_and_cancel_by_name_of_the_vm(host: Host, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["migration", "watch", "web1", "--json"]) == 0
     assert [one["outcome"] for one in objects(capsys.readouterr().out)] == ["under-way", "under-way", "completed"]
@@ -337,19 +352,19 @@ def test_resolve_says_the_owner(host: Host) -> None:
 
 
 @pytest.fixture
-def drawn(monkeypatch: pytest.MonkeyPatch) -> Callable[[display.LiveDisplay], str]:
-    """What a live display draws."""
+def drawn() -> Callable[..., str]:
+    """What a live display draws on a terminal."""
 
-    def draw(live: display.LiveDisplay) -> str:
-        console = Console(file=io.StringIO(), width=160)
-        console.print(live._draw())
-        assert isinstance(console.file, io.StringIO)
-        return console.file.getvalue()
+    def draw(live: display.LiveDisplay, *, width: int = 160, height: int = 24) -> str:
+        live._console = Console(file=io.StringIO(), width=width, height=height)
+        live._console.print(live._draw())
+        assert isinstance(live._console.file, io.StringIO)
+        return live._console.file.getvalue()
 
     return draw
 
 
-def test_the_bar_never_goes_back_and_says_why(drawn: Callable[[display.LiveDisplay], str]) -> None:
+def test_the_bar_never_goes_back_and_says_why(drawn: Callable[..., str]) -> None:
     live = display.LiveDisplay(["web1", "db1"])
     assert "asked" in drawn(live)
     live.show(shown("web1", progress=Progress(percent=70)))
@@ -364,6 +379,42 @@ def test_the_bar_never_goes_back_and_says_why(drawn: Callable[[display.LiveDispl
     assert "it writes more than the link carries" in text
     assert "\x1b" not in text
     assert "conflict" in text
+
+
+def test_a_narrow_terminal_has_the_figures_below_the_bar_which_stays_where_it_is(drawn: Callable[..., str]) -> None:
+    slow = "the guest writes 14.9 MiB/s, the network carries 18.5 MiB/s; its processors are slowed by up to 80 %"
+    progress = Progress(
+        iteration=10,
+        rate_bytes_per_s=2.0**24,
+        dirty_rate_bytes_per_s=2.0**24,
+        throttle_percent=99,
+        remaining_s=0.1,
+        note=slow,
+    )
+    live = display.LiveDisplay(["web1"])
+    live.show(shown("web1"))
+    before = drawn(live, width=80).splitlines()
+    live.show(shown("web1", phase=Phase.SYNCHRONISE, progress=progress))
+    first, *below = [line.strip() for line in drawn(live, width=80).splitlines()]
+    assert first.index("0 %") == before[0].index("0 %")
+    assert below[0] == "16.0 MiB/s, dirty 16.0 MiB/s, pass 10, guest slowed 99 %, under 1 s left"
+    assert " ".join(below[1:]) == slow
+    assert len(below) == 3
+
+
+def test_of_more_moves_than_lines_those_that_do_something_are_drawn(drawn: Callable[..., str]) -> None:
+    names = [f"vm{number}" for number in range(40)]
+    live = display.LiveDisplay(names)
+    for name in names[:20]:
+        live.show(completed(name))
+    live.show(shown("vm20"))
+    live.show_event("vm21", Conflict("no"))
+    for place, name in enumerate(names[22:], 1):
+        live.show(shown(name, phase=Phase.WAITING, place=place, progress=Progress(note=f"waits, place {place}")))
+    lines = [line.strip() for line in drawn(live, height=12).splitlines()]
+    assert [line.split()[:2] for line in lines[:3]] == [["vm20", "copy"], ["vm21", "conflict"], ["vm22", "waiting,"]]
+    assert len(lines) == 12
+    assert lines[-1] == "and 29 more: 9 waiting, 20 completed"
 
 
 def test_a_place_in_line_is_shown() -> None:

@@ -93,6 +93,33 @@ def test_what_does_not_parse_is_invalid_input(words: list[str], capsys: pytest.C
     assert "usage: limosa" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("words", "usage"),
+    [
+        (["vm", "list", "--state=running"], "limosa vm list"),
+        (["vm", "--quiet", "list"], "limosa vm"),
+        (["--quiet", "vm", "list"], "limosa"),
+        (["check", "web1", "db1", "--to", "host2"], "limosa check"),
+    ],
+)
+def test_what_is_not_known_is_refused_with_the_usage_of_the_command(
+    words: list[str], usage: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(words) == 2
+    assert capsys.readouterr().err.startswith(f"usage: {usage} [-h]")
+
+
+@pytest.mark.parametrize("path", [(), *((noun,) for noun in NOUNS), *COMMANDS], ids=" ".join)
+def test_help_fits_a_terminal(
+    path: tuple[str, ...], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All but examples, which are there to be copied."""
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main([*path, "--help"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if len(line) > 80 and not line.startswith("  limosa ")] == []
+
+
 def test_global_options_stand_anywhere() -> None:
     for words in (["--host", "host1", "--json", "vm", "list"], ["vm", "list", "--json", "--host=host1"]):
         parsed = build_parser().parse_args(words)

@@ -177,6 +177,13 @@ def test_remove(host: StandIn, capsys: pytest.CaptureFixture[str]) -> None:
     assert len(changes(host)) == 2
 
 
+def test_the_default_location_is_not_removed(host: StandIn, capsys: pytest.CaptureFixture[str]) -> None:
+    host.answers[endpoints.LOCATIONS] = lambda _: LocationList(locations=(msgspec.structs.replace(FAST, default=True),))
+    assert main(["storage", "remove", "fast"]) == 5
+    assert "limosa host settings default_location=NAME" in capsys.readouterr().err
+    assert changes(host) == []
+
+
 def test_release(host: StandIn, capsys: pytest.CaptureFixture[str]) -> None:
     host.answers[endpoints.RELEASE_IMAGE] = lambda _: Empty()
     words = ["storage", "release", "/mnt/web1.qcow2", "--from", "alpha"]

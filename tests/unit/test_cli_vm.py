@@ -17,7 +17,7 @@ from standin import Answers, StandIn
 from limosa.cli import settings_page, vm_options
 from limosa.cli.main import main
 from limosa.cli.program import build_parser
-from limosa.errors import InvalidInput, NotFound
+from limosa.errors import Conflict, InvalidInput, NotFound
 from limosa.model.vm import CloudInit, Disk, Vm, VmConfig, VmState
 from limosa.settings import toml
 from limosa.settings.host import HostSettings
@@ -175,7 +175,26 @@ def test_create_and_start(host: StandIn, capsys: pytest.CaptureFixture[str]) -> 
     assert capsys.readouterr().out == "web1: running on host1\n"
 
 
-@pytest.mark.parametrize("verb", ["start", "stop", "shutdown", "pause", "resume"])
+def test_what_is_created_but_cannot_be_started_is_said_to_be_there(
+    host: StandIn, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def no_memory(_: object, vm: str) -> Vm:
+        raise Conflict(f"VM '{vm}' needs more memory")
+
+    host.answers[endpoints.START_VM] = no_memory
+    assert main(["vm", "create", "web1", "--memory", "64M", "--start"]) == 5
+    assert capsys.readouterr().err.startswith("web1: created, but not started")
+
+
+def test_a_shutdown_is_only_asked_for(host: StandIn, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["vm", "shutdown", "web1", "gone"]) == 4
+    assert capsys.readouterr().out == "web1: its power button is pressed; the guest shuts down by itself\n"
+    assert main(["vm", "shutdown", "web1", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["state"] == "running"
+    assert {endpoint for endpoint, _, _ in host.seen} == {endpoints.SHUTDOWN_VM}
+
+
+@pytest.mark.parametrize("verb", ["start", "stop", "pause", "resume"])
 def test_an_action_on_several(host: StandIn, verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["vm", verb, "web1", "gone", "web1"]) == 4
     assert capsys.readouterr().out.count("web1: running") == 2
@@ -254,7 +273,17 @@ def test_settings_are_sent_with_their_types(host: StandIn, capsys: pytest.Captur
 
 
 @pytest.mark.parametrize(
-    "words", [["nope=1"], ["max_outgoing"], ["max_outgoing=x"], ["encrypt=maybe"], ["peers=x"], ["a.b=1"]]
+    "words",
+    [
+        ["nope=1"],
+        ["max_outgoing"],
+        ["max_outgoing=x"],
+        ["encrypt=maybe"],
+        ["peers=x"],
+        ["a.b=1"],
+        ["--reset", "nope"],
+        ["--reset", "convergence.nope"],
+    ],
 )
 def test_bad_settings_never_reach_the_host(host: StandIn, words: list[str]) -> None:
     assert main(["host", "settings", *words]) == 2

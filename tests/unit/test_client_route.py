@@ -62,8 +62,8 @@ def test_a_persons_configuration_comes_first(tmp_path: Path) -> None:
 
 
 def test_faults_of_the_configuration_are_named(tmp_path: Path) -> None:
-    with pytest.raises(StateError, match="no certificate"):
-        find_route("host1", (tmp_path,))
+    with pytest.raises(StateError, match="no certificate to show to host 'lab1-host9'"):
+        find_route("lab1-host9", (tmp_path,))
     (tmp_path / "hosts.toml").write_text('[hosts]\nhost1 = "a b"\n')
     with pytest.raises(InvalidInput, match=r"hosts\.toml"):
         find_route("host1", (tmp_path,))

@@ -40,7 +40,10 @@ def half(files: Files) -> Iterator[Path]:
     folder = files.run / "vm" / "0000000000000000"
     folder.mkdir()
     stands_in = ["sleep", "60", vnc_argument(folder / "vnc.sock")]
-    with subprocess.Popen(["/bin/sh", "-c", "read _", *stands_in], stdin=subprocess.PIPE) as qemu:
+    shell = ["/bin/sh", "-c", "echo; read _", *stands_in]
+    with subprocess.Popen(shell, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as qemu:
+        assert qemu.stdout is not None
+        qemu.stdout.readline()  # before that it may have no command line yet
         (files.vm("web1") / "process.json").write_text(json.dumps({"pid": qemu.pid}))
         yield folder
         qemu.kill()

@@ -94,6 +94,18 @@ def test_it_does_not_wait_for_a_share_that_hangs(
     assert holder(config) == ""
 
 
+def test_who_deletes_a_vm_that_runs_is_told_to_stop_it(tmp_path: Path, config: VmConfig) -> None:
+    async def scenario() -> None:
+        vms = daemon(tmp_path)
+        await vms.load()
+        vms.get(config.name).machine = cast(Any, SimpleNamespace())
+        with pytest.raises(Conflict) as caught:
+            await vms.delete(vms.get(config.name))
+        assert caught.value.todo == f"limosa vm stop {config.name}"
+
+    asyncio.run(scenario())
+
+
 def test_a_vm_that_is_deleted_leaves_no_lease(tmp_path: Path, config: VmConfig) -> None:
     async def scenario() -> None:
         vms = daemon(tmp_path)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
+import errno
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from limosa.cli.connection import route_of
+from limosa.cli.main import main
 from limosa.errors import InvalidInput
 from limosa.lab import hosts, lifecycle
 from limosa.lab.plan import Lab
@@ -51,6 +55,21 @@ def test_the_longest_names_fit_into_sockets_and_interfaces() -> None:
 def test_a_lab_that_cannot_be_is_refused(name: str, count: int, nics: int, speed: int | list[int]) -> None:
     with pytest.raises(InvalidInput):
         lifecycle.plan(name, count, nics, speed)
+
+
+@pytest.mark.parametrize("words", [["exec", "host1"], ["exec", "host1", "--"], ["up", "--speed", "fast"]])
+def test_what_a_person_left_out_or_misspelt_is_invalid_input(
+    words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["lab", *words]) == 2
+    assert "_speeds" not in capsys.readouterr().err
+
+
+def test_a_labs_daemon_that_is_down_is_started_by_the_lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hosts, "RUN", tmp_path)
+    (tmp_path / "t1" / "host1").mkdir(parents=True)
+    route = route_of(argparse.Namespace(host="t1-host1"))
+    assert "'limosa lab restart host1 --name t1'" in route.explain(FileNotFoundError(errno.ENOENT, "")).todo
 
 
 @pytest.mark.parametrize("name", ["", "..", "x/../y", "UPPER", "x" * 11])

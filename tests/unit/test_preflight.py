@@ -95,6 +95,11 @@ def test_each_fact_of_the_destination_has_its_finding(change: dict[str, Any], co
     assert code in codes(there=msgspec.structs.replace(THERE, **change))
 
 
+def test_on_its_own_host_a_vm_is_not_said_to_be_in_its_own_way() -> None:
+    there = msgspec.structs.replace(THERE, host="host1", name_taken=True, uuid_taken=True, memory_available_mib=0)
+    assert codes(there=there) == {"same-host"}
+
+
 def test_facts_of_the_vm_and_the_way() -> None:
     assert codes(here=msgspec.structs.replace(HERE, running=False)) == {"vm-not-running"}
     assert codes(here=msgspec.structs.replace(HERE, live_migration=False)) == {"migration-off"}

@@ -40,8 +40,9 @@ def test_authority_files_are_private_and_never_overwritten(authority: Path) -> N
     assert mode(authority / "ca.pem") == 0o644
     assert mode(authority / "ca.key") == 0o600
     before = (authority / "ca.key").read_bytes()
-    with pytest.raises(Conflict):
+    with pytest.raises(Conflict) as caught:
         ca.create_authority(authority)
+    assert "--folder" in caught.value.todo
     assert (authority / "ca.key").read_bytes() == before
 
 
@@ -210,6 +211,13 @@ def test_contexts_say_what_is_wrong_with_files(authority: Path, tmp_path: Path) 
     (pki / "host.pem").write_text("rubbish")
     with pytest.raises(StateError, match="no certificate and its key"):
         tls.server_context(pki)
+
+
+def test_a_daemon_has_the_certificate_of_its_own_name(authority: Path, tmp_path: Path) -> None:
+    ca.issue_host(authority, "host1", [], tmp_path / "pki")
+    tls.check_holder(tmp_path / "pki" / "host.pem", "host1")
+    with pytest.raises(StateError, match=r"not of host 'host2': it is of host 'host1'"):
+        tls.check_holder(tmp_path / "pki" / "host.pem", "host2")
 
 
 @pytest.mark.parametrize("mode", [0o640, 0o604, 0o620, 0o601])

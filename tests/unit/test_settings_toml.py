@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from limosa.errors import InvalidInput
@@ -18,6 +20,22 @@ def test_what_is_wrong_is_named_as_a_user_knows_it() -> None:
     with pytest.raises(InvalidInput) as caught:
         toml.convert([], HostSettings, where="the page")
     assert caught.value.why == "Expected `object`, got `array`"
+
+
+def test_a_pattern_is_said_in_words() -> None:
+    for raw, why in (
+        ({"name": "we b", "memory_mib": 64}, "name: what is wanted is letters, digits, '_', '.', '-'; at most 63;"),
+        ({"name": "web1", "memory_mib": 64, "nics": [{"switch": "a/b"}]}, "nics[0].switch: what is wanted is a Linux"),
+    ):
+        with pytest.raises(InvalidInput) as caught:
+            toml.convert(raw, NewVm, where="the VM")
+        assert caught.value.why.startswith(why)
+
+
+def test_a_file_that_is_not_there_is_named_once(tmp_path: Path) -> None:
+    with pytest.raises(InvalidInput) as caught:
+        toml.read(tmp_path / "host.toml", HostSettings)
+    assert str(caught.value) == f"cannot read {tmp_path}/host.toml: No such file or directory"
 
 
 def test_nothing_is_written_for_what_is_null_also_inside_lists() -> None:

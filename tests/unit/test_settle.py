@@ -13,7 +13,7 @@ import pytest
 
 from harness.homes import BareHome
 from harness.landings import VM, first_view, header
-from limosa.errors import Cancelled, HostUnreachable, LimosaError
+from limosa.errors import Cancelled, Conflict, HostUnreachable, LimosaError
 from limosa.host.outgoing import Outgoing
 from limosa.host.views import Views
 from limosa.host.vms import HostedVm
@@ -303,6 +303,26 @@ class TestByADaemon:
             outgoing._background.cancel()
 
         monkeypatch.setattr(settle, "UNRESOLVED_AFTER_S", 0.0)
+        play(scenario)
+
+    def test_a_move_that_a_restart_undid_has_failed(
+        self, tmp_path: Path, there: dict[str, DestinationState | None], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """It is no fault of the program's, and the VM is where it was."""
+
+        async def scenario() -> None:
+            there["x"] = DestinationState.GONE
+            hosted = HostedVm(VM, VmState.RUNNING, machine=cast(Any, FakeMachine(Wire(), FakeGuest(0))))
+            outgoing = self.outgoing(tmp_path, hosted, there, monkeypatch)
+            await outgoing.recover(self.journal(tmp_path, FIRST, "x", *MIGRATING))
+            await until(lambda: outgoing._views.show(FIRST).outcome is Outcome.FAILED)
+            fault = outgoing._views.show(FIRST).fault
+            assert fault is not None
+            assert (fault.code, fault.vm, fault.todo) == ("migration-failed", VM.name, "move it again")
+            with pytest.raises(Conflict, match="cannot be cancelled any more: it has ended: failed"):
+                await outgoing.cancel(FIRST)
+            outgoing._background.cancel()
+
         play(scenario)
 
     def test_an_earlier_move_has_no_say_in_what_a_later_one_left_open(

@@ -202,8 +202,9 @@ def test_a_closed_folder_is_named(open_folder: Path) -> None:
     closed = open_folder / "closed"
     closed.mkdir(mode=0o700)
     (closed / "a.raw").write_bytes(b"x")
-    with pytest.raises(StorageError, match=f"pass through the folder {closed}"):
+    with pytest.raises(StorageError, match=f"pass through the folder {closed}") as caught:
         images.grant(closed / "a.raw", USER, read_only=True)
+    assert caught.value.todo.endswith(f"setfacl -m u:{USER}:x {closed}")
 
 
 def test_a_missing_file_cannot_be_given(tmp_path: Path) -> None:

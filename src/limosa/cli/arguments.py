@@ -3,11 +3,31 @@
 from __future__ import annotations
 
 import argparse
+import textwrap
 from collections.abc import Callable, Sequence
 
 #: What a command does: gets its arguments, returns the exit code (or raises a LimosaError).
 Run = Callable[[argparse.Namespace], int]
 Commands = argparse._SubParsersAction  # the type of add_subparsers() has no public name
+
+
+class CommandParser(argparse.ArgumentParser):
+    """The parser of a noun or verb: what it does not know it refuses itself, with its own usage."""
+
+    def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def]
+        """As the base does; nothing is left over. Raises ``SystemExit``."""
+        parsed, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return parsed, unknown
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Fills prose to the width of the terminal; a paragraph with an indented line, as of examples, stays as it is."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        paragraphs = text.split("\n\n")
+        return "\n\n".join(one if "\n  " in one else textwrap.fill(one, width) for one in paragraphs)
 
 
 def add_global_options(parser: argparse.ArgumentParser, *, top: bool = False) -> None:
@@ -28,7 +48,13 @@ def add_noun(
     commands: Commands[argparse.ArgumentParser], name: str, help_text: str
 ) -> Commands[argparse.ArgumentParser]:
     """A noun, to which verbs are added."""
-    parser = commands.add_parser(name, help=help_text, description=_sentence(help_text), allow_abbrev=False)
+    parser = commands.add_parser(
+        name,
+        help=help_text,
+        description=_sentence(help_text),
+        epilog=f"'limosa {name} VERB --help' has examples.",
+        allow_abbrev=False,
+    )
     return parser.add_subparsers(metavar="VERB", required=True)
 
 
@@ -48,7 +74,7 @@ def add_command(
         help=help_text,
         description=_sentence(help_text) + ("\n\n" + notes if notes else ""),
         epilog="\n".join(lines),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
     add_global_options(parser)

@@ -29,4 +29,7 @@ def _lab_route(name: str) -> UnixRoute | None:
     from limosa.lab.hosts import socket_of  # noqa: PLC0415 - only for commands with --host
 
     path = socket_of(name)
-    return None if path is None else UnixRoute(str(path))
+    if path is None:
+        return None
+    *_, lab, host, _ = path.parts
+    return UnixRoute(str(path), start=f"limosa lab restart {host} --name {lab}")

@@ -2,13 +2,14 @@
 
 On a terminal a bar for each VM, drawn with rich, which is loaded only then; elsewhere a plain line at each change of
 phase and whenever the daemon has a new word on why a move does not converge. Percent never goes back, whatever order
-events arrive in.
+events arrive in. Of more moves than the terminal is high those are drawn that do something, and the others counted.
 """
 
 from __future__ import annotations
 
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol
@@ -75,11 +76,13 @@ class LiveDisplay:
     """A bar for each VM, ten times a second."""
 
     def __init__(self, names: Sequence[str]) -> None:
-        from rich.live import Live  # noqa: PLC0415 - takes longer to load than a short command takes
+        from rich.console import Console  # noqa: PLC0415 - takes longer to load than a short command takes
+        from rich.live import Live  # noqa: PLC0415
 
         self._moves: dict[str, Event | None] = dict.fromkeys(names)
         self._percent: dict[str, float] = dict.fromkeys(names, 0.0)
-        self._live = Live(get_renderable=self._draw, refresh_per_second=10, transient=True)
+        self._console = Console()
+        self._live = Live(console=self._console, get_renderable=self._draw, refresh_per_second=10, transient=True)
 
     def __enter__(self) -> LiveDisplay:
         self._live.start()
@@ -99,18 +102,65 @@ class LiveDisplay:
             self._percent[name] = max(self._percent.get(name, 0.0), event.progress.percent)
 
     def _draw(self) -> RenderableType:
-        from rich.progress_bar import ProgressBar  # noqa: PLC0415 - as above
+        from rich.console import Group  # noqa: PLC0415 - as above
+
+        console = self._console
+        moves = list(self._moves.items())
+        blocks = {name: self._block(name, event, console.width) for name, event in moves}
+        lines = {name: len(console.render_lines(block, pad=False)) for name, block in blocks.items()}
+        if sum(lines.values()) <= console.height:
+            return Group(*blocks.values())
+        room, left = console.height - 1, Counter[str]()
+        shown: list[RenderableType] = []
+        for name, event in sorted(moves, key=lambda move: _rank(move[1])):
+            room -= lines[name]
+            if room >= 0:
+                shown.append(blocks[name])
+            else:
+                left[_stage(event).partition(",")[0]] += 1
+        more = ", ".join(f"{count} {stage}" for stage, count in left.items())
+        return Group(*shown, f"and {left.total()} more: {more}")
+
+    def _block(self, name: str, event: Event | None, width: int) -> RenderableType:
+        """A VM's line, and below it what does not fit there: its columns stay where they are while figures change."""
+        from rich.console import Group  # noqa: PLC0415 - as above
+        from rich.padding import Padding  # noqa: PLC0415
+        from rich.progress_bar import ProgressBar  # noqa: PLC0415
         from rich.table import Table  # noqa: PLC0415
         from rich.text import Text  # noqa: PLC0415
 
+        names = min(max(map(len, self._moves)), _NAME_WIDTH)
         grid = Table.grid(padding=(0, 2))
-        for name, event in list(self._moves.items()):
-            percent = self._percent[name]
-            bar = ProgressBar(total=100, completed=percent, width=24)
-            grid.add_row(clean(name), _stage(event), bar, f"{percent:3.0f} %", Text(_figures(event), style="dim"))
-            if isinstance(event, Migration) and event.progress.note:
-                grid.add_row("", "", "", "", Text(clean(event.progress.note), style="yellow"))
-        return grid
+        for column in (names, _STAGE_WIDTH, _BAR_WIDTH, 5):
+            grid.add_column(width=column, no_wrap=True, overflow="ellipsis")
+        grid.add_column(no_wrap=True)
+        percent = self._percent[name]
+        bar = ProgressBar(total=100, completed=percent, width=_BAR_WIDTH)
+        figures = Text(_figures(event), style="dim")
+        beside = width >= names + _STAGE_WIDTH + _BAR_WIDTH + 5 + 4 * 2 + _FIGURES_WIDTH
+        grid.add_row(clean(name), _stage(event), bar, f"{percent:3.0f} %", figures if beside else "")
+        below = [figures] if figures and not beside else []
+        if isinstance(event, Migration) and event.progress.note and not event.place:
+            below.append(Text(clean(event.progress.note), style="yellow"))
+        return Group(grid, *(Padding(text, (0, 0, 0, 2)) for text in below))
+
+
+#: Columns of the live display. The longest name is cut; stages and figures seldom get longer than this.
+_NAME_WIDTH = 24
+_STAGE_WIDTH = 17
+_BAR_WIDTH = 24
+_FIGURES_WIDTH = 76
+
+
+def _rank(event: Event | None) -> int:
+    """Which moves are drawn first: those that do something, that went wrong, that wait, that were completed."""
+    if event is None:
+        return 2
+    if not isinstance(event, Migration):
+        return 1
+    if event.outcome is Outcome.UNDER_WAY:
+        return 2 if event.place else 0
+    return 3 if event.outcome is Outcome.COMPLETED else 1
 
 
 def _stage(event: Event | None) -> str:
@@ -140,7 +190,8 @@ def _figures(event: Event | None) -> str:
     if progress.throttle_percent:
         parts.append(f"guest slowed {progress.throttle_percent} %")
     if progress.remaining_s is not None:
-        parts.append(f"{format_seconds(progress.remaining_s)} left")
+        # It is a guess; what is below a second says only that the end is near.
+        parts.append("under 1 s left" if progress.remaining_s < 1 else f"{format_seconds(progress.remaining_s)} left")
     return ", ".join(parts)
 
 

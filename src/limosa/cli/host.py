@@ -124,7 +124,7 @@ def _settings(arguments: argparse.Namespace) -> int:
     from limosa.cli import settings_page  # noqa: PLC0415 - reads the help out of types, for this verb only
 
     changes = settings_page.parse_changes(_pairs(arguments.changes))
-    changes |= dict.fromkeys(arguments.reset)
+    changes |= settings_page.parse_resets(arguments.reset)
     with client_of(arguments) as client:
         if changes:
             page = client.call(endpoints.CHANGE_SETTINGS, SettingsChange(values=changes))
@@ -149,7 +149,10 @@ def _pairs(words: list[str]) -> list[tuple[str, str]]:
         if not equals:
             following = next(rest, None)
             if following is None:
-                raise InvalidInput(f"there is no value for '{key}'", todo="write KEY VALUE or KEY=VALUE")
+                raise InvalidInput(
+                    f"there is no value for '{key}'",
+                    todo="write KEY VALUE or KEY=VALUE; 'limosa host settings' alone shows all",
+                )
             value = following
         pairs.append((key, value))
     return pairs

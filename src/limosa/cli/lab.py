@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from limosa.cli.arguments import Commands, add_command, add_noun
 from limosa.cli.output import say, say_json, say_table
-from limosa.errors import NotFound
+from limosa.errors import InvalidInput, NotFound
 from limosa.lab.hosts import DEFAULT_LAB
 
 if TYPE_CHECKING:
@@ -83,8 +83,11 @@ def _register_up(verbs: Commands[argparse.ArgumentParser]) -> None:
 
 
 def _speeds(text: str) -> int | list[int]:
-    """One speed, or one for each NIC. Raises ``ValueError``, which argparse words."""
-    speeds = [int(part) for part in text.split(",")]
+    """One speed, or one for each NIC. Raises ``ArgumentTypeError``."""
+    try:
+        speeds = [int(part) for part in text.split(",")]
+    except ValueError as fault:
+        raise argparse.ArgumentTypeError(f"'{text}' is neither a whole number nor several with commas") from fault
     return speeds[0] if len(speeds) == 1 else speeds
 
 
@@ -122,7 +125,8 @@ def _show(state: LabState) -> None:
     speeds = state.speeds_mbit_per_s[:1] if len(set(state.speeds_mbit_per_s)) == 1 else state.speeds_mbit_per_s
     speed = ", ".join(f"{one} Mbit/s" if one else "no speed limit" for one in speeds)
     nics = f"{state.nics} migration NIC{'' if state.nics == 1 else 's'} each" + (f" ({speed})" if speed else "")
-    say(f"lab {state.lab}: {len(state.hosts)} hosts, {nics}{'' if state.complete else '; INCOMPLETE, take it down'}")
+    hosts = f"{len(state.hosts)} host{'' if len(state.hosts) == 1 else 's'}"
+    say(f"lab {state.lab}: {hosts}, {nics}{'' if state.complete else '; INCOMPLETE, take it down'}")
     rows = [
         (host.host, host.address, " ".join(host.migration_addresses) or "-", _daemon(host.daemon), host.namespace)
         for host in state.hosts
@@ -152,7 +156,9 @@ def _restart(arguments: argparse.Namespace) -> int:
 
     lab = lifecycle.load(arguments.name)
     if arguments.place not in lab.host_names:
-        raise NotFound(f"there is no host '{arguments.place}' in the lab '{lab.name}'")
+        raise NotFound(
+            f"there is no host '{arguments.place}' in the lab '{lab.name}'", todo=f"choose {', '.join(lab.host_names)}"
+        )
     daemons.stop(lab, arguments.place)
     daemons.start(lab, [arguments.place])
     pid = daemons.pid_of(lab, arguments.place)
@@ -170,7 +176,7 @@ def _enter(arguments: argparse.Namespace) -> int:
 def _exec(arguments: argparse.Namespace) -> int:
     command = arguments.command[1:] if arguments.command[:1] == ["--"] else arguments.command
     if not command:
-        raise NotFound("there is no command to run", todo="write it after '--'")
+        raise InvalidInput("there is no command to run", todo="write it after '--'")
     return _run_at(arguments, command)
 
 

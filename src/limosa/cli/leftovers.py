@@ -81,7 +81,7 @@ def _clean(arguments: argparse.Namespace) -> int:
         if not arguments.yes:
             found = client.call(endpoints.LEFTOVERS).leftovers
             chosen = [one for one in found if (one.path in paths if paths else not one.doubts)]
-            if (chosen or not paths) and not _agreed(chosen):
+            if (chosen or not paths) and not _agreed(chosen, as_json=arguments.json):
                 return 0
             # What has come since was not agreed to; what is named and not there the host refuses.
             request = CleanRequest(paths=tuple(paths or [one.path for one in chosen]))
@@ -93,12 +93,15 @@ def _clean(arguments: argparse.Namespace) -> int:
     return Conflict.exit_code if report.kept else 0
 
 
-def _agreed(chosen: Sequence[Leftover]) -> bool:
+def _agreed(chosen: Sequence[Leftover], *, as_json: bool) -> bool:
     """Whether a person says that they are to be removed. Raises :class:`InvalidInput` if nobody can be asked."""
     if not chosen:
-        say("there is no image that may be removed")
+        if as_json:
+            say_json(CleanReport(removed=(), kept=()))
+        else:
+            say("there is no image that may be removed")
         return False
-    if not sys.stdin.isatty():
+    if as_json or not sys.stdin.isatty():
         raise InvalidInput("nobody can be asked whether to remove images", todo="say --yes")
     for one in chosen:
         _show(one)

@@ -8,9 +8,9 @@ from functools import partial
 
 from limosa.cli.arguments import Commands, add_command, add_noun
 from limosa.cli.connection import client_of
-from limosa.cli.display import display_for, say_summary
+from limosa.cli.display import display_for, in_words, say_summary
 from limosa.cli.follow import exit_code, follow
-from limosa.cli.output import on_each, report, say, say_json, say_table
+from limosa.cli.output import on_each, report, say, say_json, say_table, warn
 from limosa.cli.routes import say_disks, say_route
 from limosa.client.host import HostClient
 from limosa.errors import Conflict, NotFound, from_fault
@@ -116,7 +116,11 @@ def _watch(arguments: argparse.Namespace) -> int:
             for latest in follow(client, latest):  # noqa: B020 - as above
                 display.show(latest)
     say_summary([latest])
-    return report(from_fault(latest.fault)) if latest.fault else exit_code(latest)
+    if latest.fault:
+        return report(from_fault(latest.fault))
+    if exit_code(latest) and latest.progress.note:
+        warn(latest.progress.note)
+    return exit_code(latest)
 
 
 def _cancel(arguments: argparse.Namespace) -> int:
@@ -176,5 +180,7 @@ def _tell(arguments: argparse.Namespace, migration: Migration) -> None:
     if migration.route is not None:
         say_route(migration.route)
     say_disks(migration.disks, migration.layers)
-    if why := _why(migration):
+    if migration.outcome is Outcome.UNDER_WAY:
+        say(in_words(migration))
+    elif why := _why(migration):
         say(why)

@@ -178,7 +178,11 @@ def _storage(text: str | None) -> dict[str, str]:
     for part in (text or "").split(",") if text else ():
         disk, equals, location = part.partition("=")
         if not equals:
-            raise InvalidInput(f"--storage has no '{part}'", why="it wants a disk and a location", todo="vda=fast")
+            raise InvalidInput(
+                f"--storage has no '{part}'",
+                why="it wants a disk and a location",
+                todo="write for example --storage vda=fast",
+            )
         wishes[disk.strip()] = location.strip()
     return wishes
 

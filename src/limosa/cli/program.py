@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterable, Sequence
 
 from limosa import __version__
-from limosa.cli.arguments import add_global_options
+from limosa.cli.arguments import CommandParser, add_global_options
 from limosa.cli.output import report, warn
 from limosa.errors import InvalidInput, LimosaError
 
@@ -32,14 +32,16 @@ NOUNS = {
 
 _EPILOG = """\
 which host:
-  --host NAME   a host of a lab on this machine, or any host over mutual TLS: its address
-                from hosts.toml in ~/.config/limosa or /etc/limosa, or from DNS; the
-                certificate (client.pem, client.key, ca.pem) lies in the same folders
+  --host NAME   a host of a lab on this machine, or any host over mutual TLS:
+                its address from hosts.toml in ~/.config/limosa or
+                /etc/limosa, or from DNS; the certificate (client.pem,
+                client.key, ca.pem) lies in the same folders
   otherwise     $LIMOSA_SOCKET, $LIMOSA_HOST, or this machine's own daemon
 
-exit codes: 0 done, 2 invalid input, 3 not permitted, 4 not found, 5 conflict, 6 refused by
-  preflight, 7 host unreachable, 8 migration failed, 9 cancelled, 10 owner unknown, 11 QEMU,
-  12 storage, 13 network, 14 damaged file; 130 interrupted. docs/errors.md has all codes.
+exit codes: 0 done, 2 invalid input, 3 not permitted, 4 not found, 5 conflict,
+  6 refused by preflight, 7 host unreachable, 8 migration failed, 9 cancelled,
+  10 owner unknown, 11 QEMU, 12 storage, 13 network, 14 damaged file;
+  130 interrupted. docs/errors.md has all codes.
 
 examples:
   limosa vm create web1 --memory 2G --cpus 2 --disk web1.qcow2 --switch lan --start
@@ -58,7 +60,7 @@ def build_parser(nouns: Iterable[str] = tuple(NOUNS)) -> argparse.ArgumentParser
     )
     parser.add_argument("--version", action="version", version=f"limosa {__version__}")
     add_global_options(parser, top=True)
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=CommandParser)
     for module in dict.fromkeys(NOUNS[noun] for noun in nouns):
         importlib.import_module(f"limosa.cli.{module}").register(commands)
     return parser

@@ -43,15 +43,27 @@ def parse_changes(pairs: list[tuple[str, str]]) -> dict[str, Any]:
     return {key: _parse(key, text) for key, text in pairs}
 
 
+def parse_resets(keys: list[str]) -> dict[str, None]:
+    """The same for options that get their defaults back. Raises :class:`InvalidInput` if one is not known."""
+    for key in keys:
+        _kind(key)
+    return dict.fromkeys(keys)
+
+
 def _parse(key: str, text: str) -> Any:
+    kind = _kind(key)
+    return _place(text) if isinstance(kind, inspect.StructType) else _parse_as(kind, key, text)
+
+
+def _kind(key: str) -> inspect.Type:
+    """The type of an option, or of an entry of a table. Raises :class:`InvalidInput`."""
     known = options()
     if key in known:
-        return _parse_as(known[key][0], key, text)
+        return known[key][0]
     table, _, entry = key.partition(".")
     kind = known[table][0] if entry and table in known else None
     if isinstance(kind, inspect.DictType):
-        value = kind.value_type.type if isinstance(kind.value_type, inspect.Metadata) else kind.value_type
-        return _place(text) if isinstance(value, inspect.StructType) else _parse_as(value, key, text)
+        return kind.value_type.type if isinstance(kind.value_type, inspect.Metadata) else kind.value_type
     raise InvalidInput(f"there is no setting '{key[:80]}'", todo="'limosa host settings' lists them")
 
 
@@ -94,7 +106,9 @@ def _number(key: str, text: str, kind: type[int] | type[float]) -> float:
     try:
         return kind(text)
     except ValueError as fault:
-        raise InvalidInput(f"'{text[:40]}' is no value for {key}", why=f"it is no {kind.__name__}") from fault
+        raise InvalidInput(
+            f"'{text[:40]}' is no value for {key}", todo="write a whole number" if kind is int else "write a number"
+        ) from fault
 
 
 def value_text(settings: HostSettings, key: str) -> str:

@@ -17,7 +17,7 @@ from limosa.cli.follow import exit_code, follow
 from limosa.cli.output import report, say, say_findings, say_json, say_table
 from limosa.cli.routes import say_disks
 from limosa.client.host import HostClient
-from limosa.errors import InvalidInput, NotFound, from_fault
+from limosa.errors import Conflict, InvalidInput, NotFound, from_fault
 from limosa.model.migration import Migration
 from limosa.model.storage import OWN_LOCATION, Chain, Location, LocationKind, Sighting
 from limosa.model.units import format_bytes
@@ -233,8 +233,14 @@ def _remove(arguments: argparse.Namespace) -> int:
     if arguments.name == OWN_LOCATION:
         raise InvalidInput(f"every host has the location '{OWN_LOCATION}'", todo="add another, with --default")
     with client_of(arguments) as client:
-        if all(one.name != arguments.name for one in client.call(endpoints.LOCATIONS).locations):
+        location = next((one for one in client.call(endpoints.LOCATIONS).locations if one.name == arguments.name), None)
+        if location is None:
             raise NotFound(f"there is no location '{arguments.name}'", todo="'limosa storage list' shows them")
+        if location.default:
+            raise Conflict(
+                f"location '{arguments.name}' is the default one",
+                todo="make another the default first: limosa host settings default_location=NAME",
+            )
         client.call(endpoints.CHANGE_SETTINGS, SettingsChange(values={f"locations.{arguments.name}": None}))
     if arguments.json:
         say_json({"removed": arguments.name})

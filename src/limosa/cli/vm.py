@@ -11,7 +11,7 @@ from limosa.cli.arguments import Commands, Run, add_command, add_noun
 from limosa.cli.connection import client_of, route_of
 from limosa.cli.output import on_each, say, say_json, say_table, warn
 from limosa.client.host import HostClient
-from limosa.errors import Conflict
+from limosa.errors import Conflict, LimosaError
 from limosa.model.units import format_seconds
 from limosa.model.vm import Vm, VmState
 from limosa.wire import endpoints
@@ -22,7 +22,6 @@ from limosa.wire.endpoints import Endpoint
 _ACTIONS: tuple[tuple[str, Endpoint[Empty, Vm], str, str], ...] = (
     ("start", endpoints.START_VM, "start VMs", "web1 web2"),
     ("stop", endpoints.STOP_VM, "pull the plug of VMs, as a power cut would", "web1"),
-    ("shutdown", endpoints.SHUTDOWN_VM, "press the power button of VMs; the guest shuts down by itself", "web1"),
     ("pause", endpoints.PAUSE_VM, "pause VMs; they stay in memory", "web1"),
     ("resume", endpoints.RESUME_VM, "resume paused VMs", "web1"),
 )
@@ -35,6 +34,14 @@ def register(commands: Commands[argparse.ArgumentParser]) -> None:
     for verb, endpoint, help_text, example in _ACTIONS:
         action = add_command(verbs, verb, help_text, _for_each(_act_on(endpoint)), examples=[f"vm {verb} {example}"])
         _add_names(action)
+    shutdown = add_command(
+        verbs,
+        "shutdown",
+        "press the power button of VMs; the guest shuts down by itself",
+        _for_each(_shut_down),
+        examples=["vm shutdown web1"],
+    )
+    _add_names(shutdown)
     delete = add_command(
         verbs, "delete", "forget stopped VMs; their disks are kept", _for_each(_delete), examples=["vm delete web1"]
     )
@@ -89,7 +96,11 @@ def _create(arguments: argparse.Namespace) -> int:
     with client_of(arguments) as client:
         vm = client.call(endpoints.CREATE_VM, new)
         if arguments.start:
-            vm = client.call(endpoints.START_VM, vm=vm.config.name)
+            try:
+                vm = client.call(endpoints.START_VM, vm=vm.config.name)
+            except LimosaError:
+                warn(f"{vm.config.name}: created, but not started; 'limosa vm delete {vm.config.name}' forgets it")
+                raise
     _tell(arguments, vm)
     return 0
 
@@ -109,6 +120,14 @@ def _act_on(endpoint: Endpoint[Empty, Vm]) -> Callable[[HostClient, argparse.Nam
         _tell(arguments, client.call(endpoint, vm=name))
 
     return act
+
+
+def _shut_down(client: HostClient, arguments: argparse.Namespace, name: str) -> None:
+    vm = client.call(endpoints.SHUTDOWN_VM, vm=name)
+    if arguments.json:
+        say_json(vm)
+    else:
+        say(f"{vm.config.name}: its power button is pressed; the guest shuts down by itself")
 
 
 def _delete(client: HostClient, arguments: argparse.Namespace, name: str) -> None:

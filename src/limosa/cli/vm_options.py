@@ -24,7 +24,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--file", metavar="FILE", help="read everything from a TOML file instead")
     parser.add_argument("--start", action="store_true", help="start it as well")
     add = parser.add_argument_group("the machine").add_argument
-    add("--memory", metavar="SIZE", help="guest memory, such as 512M or 2G")
+    add("--memory", metavar="SIZE", help="guest memory, such as 512M or 2G; a mere number is MiB")
     add("--cpus", metavar="N", type=int, help="virtual processors (1)")
     add("--cpu", metavar="MODEL", help="x86-64-v2 (default), x86-64-v3, or a QEMU model with +feature,-feature")
     add("--machine", metavar="TYPE", help="a versioned QEMU machine type, such as pc-q35-10.0")
@@ -58,7 +58,9 @@ def new_vm(arguments: argparse.Namespace) -> NewVm:
     given = {key: value for key, value in vars(arguments).items() if key not in _NOT_OF_THE_VM and value}
     if arguments.file is not None:
         if given:
-            raise InvalidInput("--file describes the whole VM", why=f"there is also {', '.join(given)}")
+            raise InvalidInput(
+                "--file describes the whole VM", why=f"there is also {', '.join(given)}", todo="write it into the file"
+            )
         return _from_file(Path(arguments.file))
     if "name" not in given or "memory" not in given:
         raise InvalidInput("a VM needs a name and --memory", todo="or describe it in a file, with --file")
@@ -147,7 +149,7 @@ def _text(path: str) -> str:
     try:
         return Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as fault:
-        raise InvalidInput(f"cannot read {path}", why=str(fault)) from fault
+        raise InvalidInput(f"cannot read {path}", why=toml.why_unreadable(fault), todo="name another file") from fault
 
 
 def _absolute(path: str, base: str = "") -> str:

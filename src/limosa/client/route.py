@@ -58,6 +58,8 @@ class UnixRoute(Model, frozen=True):
 
     path: str
     authority: str = "localhost"
+    #: the command that starts the daemon
+    start: str = "systemctl start limosa-host"
 
     def connect(self) -> socket.socket:
         """An open stream to the daemon."""
@@ -86,7 +88,7 @@ class UnixRoute(Model, frozen=True):
             return HostUnreachable(
                 f"no host daemon answers at {self.path}",
                 why="there is no such socket" if fault.errno == errno.ENOENT else "it does not run",
-                todo="start it with 'systemctl start limosa-host', or name another host with --host",
+                todo=f"start it with '{self.start}', or name another host with --host",
             )
         return _broken(f"the daemon at {self.path}", fault)
 
@@ -179,7 +181,7 @@ def find_route(host: str, folders: tuple[Path, ...]) -> TlsRoute:
     name, port = split_address(host)
     known = _known_hosts(folders).get(name)
     address, known_port = split_address(known) if known else (name, None)
-    certificates, kind = _certificates(folders)
+    certificates, kind = _certificates(name, folders)
     return TlsRoute(name, address, port or known_port or DEFAULT_PORT, certificates, kind)
 
 
@@ -202,16 +204,17 @@ def _known_hosts(folders: tuple[Path, ...]) -> dict[str, str]:
     return known
 
 
-def _certificates(folders: tuple[Path, ...]) -> tuple[Path, Literal["host", "client"]]:
+def _certificates(host: str, folders: tuple[Path, ...]) -> tuple[Path, Literal["host", "client"]]:
     kinds: tuple[Literal["client", "host"], ...] = ("client", "host")
     for kind in kinds:
         for folder in folders:
             if os.access(folder / f"{kind}.key", os.R_OK):
                 return folder, kind
     raise StateError(
-        "there is no certificate to show to hosts",
+        f"there is no certificate to show to host '{host}', and no lab here has a host of that name",
         why="none of " + ", ".join(map(str, folders)) + " has a client.key that can be read",
-        todo=f"have one made with 'limosa ca issue NAME --role operator --out {folders[0]}'",
+        todo=f"have one made with 'limosa ca issue NAME --role operator --out {folders[0]}'; "
+        "'limosa lab status' shows labs",
     )
 
 

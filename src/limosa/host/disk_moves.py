@@ -48,7 +48,7 @@ from limosa.host.storage import Storage
 from limosa.host.views import Views
 from limosa.host.vms import HostedVm
 from limosa.migration import chains, disks, progress
-from limosa.migration.interruption import unless
+from limosa.migration.interruption import restarted, unless
 from limosa.migration.journal import new_identity
 from limosa.migration.mirrors import Mirrors
 from limosa.migration.report import Report
@@ -150,11 +150,10 @@ class DiskMoves:
 
     def _tell_of(self, record: Record, *, moved: bool) -> None:
         report = Report(self._first_view(record), self._views.publish)
-        cause = LimosaError("the host daemon restarted during the move", vm=record.vm, host=self._host)
         if moved:
             report.end(Outcome.COMPLETED)
         else:
-            report.end(Outcome.FAILED, cause.fault())
+            report.end(Outcome.FAILED, restarted(record.vm, self._host).fault())
         self._views.keep(report.now)
 
     # How one is conducted

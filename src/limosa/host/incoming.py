@@ -285,6 +285,7 @@ def view(destination: Destination) -> Migration:
     """A landing as people see it. The source knows more."""
     header = destination.journal.header
     outcomes = {DestinationStep.OWNED: Outcome.COMPLETED, DestinationStep.GONE: Outcome.FAILED}
+    told = "why it ended" if destination.step is DestinationStep.GONE else "its progress"
     return Migration(
         id=header.migration,
         vm=header.vm.name,
@@ -294,6 +295,6 @@ def view(destination: Destination) -> Migration:
         transport=str(header.options.get("transport", "")),
         phase=Phase.BUILD_UP if destination.step is None else Phase.COPY,
         outcome=outcomes.get(destination.step, Outcome.UNDER_WAY) if destination.step else Outcome.UNDER_WAY,
-        progress=Progress(note="see the source for its progress"),
+        progress=Progress(note=f"see the source for {told}"),
         accepted_at=header.accepted_at,
     )

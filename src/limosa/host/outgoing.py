@@ -23,6 +23,7 @@ from limosa.host.views import Views
 from limosa.host.vms import HostedVm
 from limosa.migration.examination import Examined, Question, examine
 from limosa.migration.home import Terms
+from limosa.migration.interruption import restarted
 from limosa.migration.journal import Header, Journal, new_identity
 from limosa.migration.ownership import SOURCE_ENDED, SourceStep
 from limosa.migration.peer import Dialler
@@ -155,7 +156,7 @@ class Outgoing:
         view = self._views.show(migration)
         move = self._active.get(migration)
         if move is None or view.outcome is not Outcome.UNDER_WAY or view.phase is Phase.TEAR_DOWN:
-            raise Conflict(f"the move of VM '{view.vm}' cannot be cancelled any more", vm=view.vm, host=self.host)
+            raise _too_late(view, self.host)
         move.cancel()
         return await self._views.ended(migration)
 
@@ -222,7 +223,7 @@ class Outgoing:
             await self._bandwidth.share()
 
     async def _settle(self, move: SourceMove, cause: LimosaError | None) -> None:
-        cause = cause or _cause_in(move.journal) or LimosaError("the host daemon restarted during the move")
+        cause = cause or _cause_in(move.journal) or restarted(move.header.vm.name, self.host)
         settlement = Settlement(move, cause, rebooted=move.header.boot != self._parts.boot)
         self._settling[move.header.migration] = settlement
         try:
@@ -321,3 +322,14 @@ class Outgoing:
 def _cause_in(journal: Journal) -> LimosaError | None:
     """Why an earlier daemon began to undo the move, if it did."""
     return next((from_fault(record.fault) for record in journal.records if record.fault is not None), None)
+
+
+def _too_late(view: Migration, host: str) -> Conflict:
+    """Why a move cannot be cancelled any more."""
+    if view.outcome is Outcome.COMPLETED:
+        why = f"it has completed; the VM is on host '{view.destination}'"
+    elif view.outcome is not Outcome.UNDER_WAY:
+        why = f"it has ended: {view.outcome}"
+    else:
+        why = f"the VM is handed over to host '{view.destination}'"
+    return Conflict(f"the move of VM '{view.vm}' cannot be cancelled any more", why=why, vm=view.vm, host=host)

@@ -8,6 +8,7 @@ are not acknowledged.
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 import ssl
 import time
@@ -221,6 +222,16 @@ class RemotePeer:
         )
 
 
+def _why_unreachable(error: Exception) -> str:
+    """In words, where the library has only numbers for it."""
+    if isinstance(error, socket.gaierror):
+        return f"its name cannot be looked up ({error.strerror})"
+    # asyncio puts a sentence of its own, with the address, in the place of the system's.
+    if isinstance(error, OSError) and error.errno:
+        return os.strerror(error.errno)
+    return str(error) or "no answer in time"
+
+
 async def dial(destination: str, address: str, own_name: str, context: ssl.SSLContext) -> RemotePeer:
     """Open a session. ``address`` is ``HOST`` or ``HOST:PORT``; the certificate must be that of ``destination``.
 
@@ -250,7 +261,7 @@ async def dial(destination: str, address: str, own_name: str, context: ssl.SSLCo
     except (OSError, TimeoutError, InvalidHandshake, WebSocketException) as error:
         raise HostUnreachable(
             f"host '{destination}' cannot be reached at {address}",
-            why=str(error) or "no answer in time",
+            why=_why_unreachable(error),
             todo="see whether 'limosa host serve' runs there, its address in the setting 'peers', and firewalls",
             host=destination,
         ) from error

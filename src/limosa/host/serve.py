@@ -151,6 +151,7 @@ def _is_served(path: Path) -> bool:
 def _tls_listeners(daemon: DaemonSettings) -> Iterator[tuple[socket.socket, ssl.SSLContext]]:
     for address in daemon.listen:
         context = tls.server_context(Path(daemon.certificates))
+        tls.check_holder(Path(daemon.certificates) / "host.pem", daemon.name)
         host, port = split_address(address)
         try:
             family = socket.AF_INET6 if ":" in host else socket.AF_INET

@@ -203,7 +203,7 @@ class Vms:
         if hosted.migration is not None or hosted.state is VmState.INCOMING:
             raise Conflict(
                 f"VM '{hosted.config.name}' is in migration {hosted.migration}",
-                todo="wait for it, or cancel it with 'limosa migration cancel'",
+                todo=f"wait for it, or cancel it at its source: limosa migration cancel {hosted.config.name}",
                 vm=hosted.config.name,
                 host=self._host,
             )
@@ -293,7 +293,8 @@ class Vms:
         self.check_idle(hosted)
         async with hosted.lock:
             if hosted.machine is not None:
-                raise self._wrong_state(hosted, "runs")
+                name = hosted.config.name
+                raise Conflict(f"VM '{name}' runs", todo=f"limosa vm stop {name}", vm=name, host=self._host)
             await self._leasing.give_back(hosted.config)
             await in_full(self._folders.remove, hosted.config)
             del self._vms[hosted.config.name]

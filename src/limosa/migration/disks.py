@@ -251,7 +251,9 @@ def _unknown_disks(vm: VmConfig, wishes: Mapping[str, str]) -> list[Finding]:
     names = {disk.name for disk in vm.disks}
     return [
         Finding.error(
-            "disk-unknown", f"the VM has no disk '{name}'", f"its disks are {', '.join(sorted(names)) or 'none'}"
+            "disk-unknown",
+            f"the VM has no disk '{name}'",
+            f"its disks are {', '.join(sorted(names))}" if names else "leave '--storage' out: it has none at all",
         )
         for name in sorted(wishes.keys() - names)
     ]
@@ -331,7 +333,7 @@ def space(plans: Iterable[DiskPlan | LayerPlan], locations: Mapping[str, Locatio
                     "space-short",
                     f"location '{name}' of host '{host}' has {format_bytes(location.free_bytes)} free, "
                     f"the disks need {format_bytes(count)}",
-                    "free space there, or choose another location with --storage",
+                    "free space there, or choose another location",
                 )
             )
     return found

@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Coroutine
 from contextlib import suppress
 from typing import Any, TypeVar
 
+from limosa.errors import MigrationFailed
 from limosa.qemu.protocol import MachineProtocol
 from limosa.qemu.session import DYING_S
 
@@ -35,6 +36,11 @@ async def unless(
         if not task.done():
             task.cancel()
             await asyncio.wait({task})
+
+
+def restarted(vm: str, host: str) -> MigrationFailed:
+    """What ended a move that a new daemon found under way and has undone."""
+    return MigrationFailed("the host daemon restarted during the move", todo="move it again", vm=vm, host=host)
 
 
 async def is_gone(machine: MachineProtocol) -> bool:

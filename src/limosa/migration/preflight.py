@@ -32,12 +32,15 @@ def check(
     copied: Collection[str] = (),
     relayed: bool = False,
 ) -> tuple[Finding, ...]:
-    """Everything that stands against moving ``vm``, errors first.
+    """Everything that stands against moving ``vm``, errors first. Of a move to the host it is on, only that.
 
     ``clock_skew_s``: the destination's clock less the source's; ``reachable``: whether a trial connection to the
     destination's first address succeeded; ``copied``: files that need not be seen there, because they are copied;
     ``relayed``: relays are to carry memory.
     """
+    if source == there.host:
+        # Whatever else was found says of the VM itself that it is in its own way.
+        return (Finding.error("same-host", f"the VM is on host '{source}' already", "choose another host"),)
     rules = (
         _hosts(source, here, there),
         _programs(vm, here, there),
@@ -56,8 +59,6 @@ def check(
 
 def _hosts(source: str, here: VmFacts, there: DestinationFacts) -> Iterator[Finding]:
     todo = "limosa --host {} host settings live_migration true"
-    if source == there.host:
-        yield Finding.error("same-host", f"the VM is on host '{source}' already", "choose another host")
     if not here.live_migration:
         yield Finding.error("migration-off", f"live migration is off on host '{source}'", todo.format(source))
     if not there.live_migration:
@@ -139,7 +140,9 @@ def _places(vm: VmConfig, there: DestinationFacts) -> Iterator[Finding]:
         )
     if there.name_taken:
         yield Finding.error(
-            "name-taken", f"host '{there.host}' has a VM named '{vm.name}'", "rename or delete one of them"
+            "name-taken",
+            f"host '{there.host}' has a VM named '{vm.name}'",
+            "delete one of them, or create it anew under another name",
         )
     if there.uuid_taken:
         yield Finding.error("uuid-taken", f"host '{there.host}' has a VM with UUID {vm.uuid}", "delete the copy")

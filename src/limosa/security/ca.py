@@ -57,7 +57,11 @@ def create_authority(folder: Path, name: str = "Limosa CA") -> None:
     private_folder(folder)
     for path in (folder / "ca.pem", folder / "ca.key"):
         if path.exists():
-            raise Conflict(f"there is a certificate authority in {folder} already", why=f"{path.name} exists")
+            raise Conflict(
+                f"there is a certificate authority in {folder} already",
+                why=f"{path.name} exists",
+                todo="use it, or name another folder with --folder",
+            )
     authority = Authority.make(name, Validity.lasting(AUTHORITY_LIFE, back=BACK))
     write_private(folder / "ca.key", key_pem(authority.key))
     write_public(folder / "ca.pem", certificate_pem(authority.certificate))

@@ -14,10 +14,15 @@ import shlex
 import ssl
 import stat
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from limosa.errors import LimosaError, StateError
+from limosa.security.identity import Identity, from_uris
+from limosa.wire.endpoints import Role
 from limosa.wire.peer import StreamCredentials
+
+if TYPE_CHECKING:
+    from cryptography import x509
 
 Kind = Literal["host", "client"]
 #: The name in a stream's server certificate: what the source is told to expect (QEMU's ``tls-hostname``).
@@ -102,13 +107,7 @@ def stream_context(credentials: StreamCredentials, *, server: bool) -> ssl.SSLCo
 
 def check_dates(certificate: Path) -> None:
     """Raise :class:`StateError` if a certificate of ours has expired or is not valid yet."""
-    # Loading cryptography takes longer than most commands do; it is needed by daemons and to explain a failure.
-    from cryptography import x509  # noqa: PLC0415
-
-    try:
-        loaded = x509.load_pem_x509_certificate(certificate.read_bytes())
-    except (OSError, ValueError) as fault:
-        raise StateError(f"cannot read the certificate {certificate}", why=str(fault)) from fault
+    loaded = _loaded(certificate)
     now = datetime.datetime.now(datetime.UTC)
     if now > loaded.not_valid_after_utc:
         raise StateError(
@@ -122,6 +121,30 @@ def check_dates(certificate: Path) -> None:
             why=f"it begins at {loaded.not_valid_before_utc:%Y-%m-%d %H:%M} UTC",
             todo="set this machine's clock",
         )
+
+
+def check_holder(certificate: Path, host: str) -> None:
+    """Raise :class:`StateError` if the certificate is not that of the host of this name: no other would believe it."""
+    from cryptography import x509  # noqa: PLC0415 - as in _loaded
+
+    names = _loaded(certificate).extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    holder = from_uris(names.get_values_for_type(x509.UniformResourceIdentifier))
+    if holder != Identity(host, Role.HOST):
+        raise StateError(
+            f"the certificate {certificate} is not of host '{host}'",
+            why=f"it is of {holder.role.name.lower()} '{holder.name}'",
+            todo=f"write its name into host.toml, or have one made with 'limosa ca issue {host}'",
+        )
+
+
+def _loaded(certificate: Path) -> x509.Certificate:
+    # Loading cryptography takes longer than most commands do; it is needed by daemons and to explain a failure.
+    from cryptography import x509  # noqa: PLC0415
+
+    try:
+        return x509.load_pem_x509_certificate(certificate.read_bytes())
+    except (OSError, ValueError) as fault:
+        raise StateError(f"cannot read the certificate {certificate}", why=str(fault)) from fault
 
 
 def _load(context: ssl.SSLContext, pki: Path, kind: Kind) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -40,7 +41,29 @@ def convert(
     try:
         return reading.convert(raw, cls)
     except msgspec.ValidationError as fault:
-        raise error(f"{where} is not valid", why=_with_field_first(str(fault)), todo=todo) from fault
+        raise error(f"{where} is not valid", why=_with_field_first(_in_words(str(fault), cls)), todo=todo) from fault
+
+
+def _in_words(fault: str, cls: type[Model]) -> str:
+    """msgspec's words, with what a pattern means, as the type says it, instead of the pattern."""
+    before, found, rest = fault.partition("Expected `str` matching regex ")
+    if not found:
+        return fault
+    for pattern, meaning in _patterns(msgspec.json.schema(cls)):
+        if rest.startswith(repr(pattern)):
+            return f"{before}what is wanted is {meaning}{rest.removeprefix(repr(pattern))}"
+    return fault
+
+
+def _patterns(schema: object) -> Iterator[tuple[str, str]]:
+    """Every pattern in a JSON schema that has a description, with that."""
+    if isinstance(schema, dict):
+        if isinstance(schema.get("pattern"), str) and "description" in schema:
+            yield schema["pattern"], schema["description"]
+        schema = list(schema.values())
+    if isinstance(schema, list):
+        for part in schema:
+            yield from _patterns(part)
 
 
 def _with_field_first(fault: str) -> str:
@@ -56,10 +79,15 @@ def read(path: Path, cls: type[T], *, error: type[LimosaError] = InvalidInput) -
             data = stream.read(MAX_FILE_BYTES + 1)
         text = data.decode("utf-8")
     except (OSError, UnicodeDecodeError) as fault:
-        raise error(f"cannot read {path}", why=str(fault)) from fault
+        raise error(f"cannot read {path}", why=why_unreadable(fault)) from fault
     if len(data) > MAX_FILE_BYTES:
         raise error(f"{path} is too large", why=f"more than {MAX_FILE_BYTES} bytes")
     return decode(text, cls, where=str(path), error=error)
+
+
+def why_unreadable(fault: OSError | UnicodeDecodeError) -> str:
+    """Why a file could not be read as text, without its name."""
+    return (fault.strerror if isinstance(fault, OSError) else None) or str(fault)
 
 
 def encode(value: Model) -> str:

@@ -14,6 +14,7 @@ import ctypes
 import os
 import platform
 import pwd
+import shlex
 import stat
 import threading
 from pathlib import Path
@@ -45,10 +46,13 @@ def grant(path: Path, user: str | None, *, read_only: bool) -> None:
         raise StorageError(f"the daemon may not {verb} {path}", todo="change its mode or the mount")
     reason = "it is only read" if read_only else _give(path, user)
     if reason or not may(path, user, write=True):
+        closed = _closed_folder(path, user)
         raise StorageError(
             f"QEMU's user '{user}' may not {verb} {path}",
-            why=_closed_folder(path, user) or reason,
-            todo=f"let '{user}' {verb} it, for example with chown, or setfacl -m u:{user}:{verb[0]} on the file",
+            why=f"it may not pass through the folder {closed}" if closed else reason,
+            todo=f"keep the image elsewhere, or let '{user}' through: setfacl -m u:{user}:x {shlex.quote(str(closed))}"
+            if closed
+            else f"let '{user}' {verb} it, for example with chown, or setfacl -m u:{user}:{verb[0]} on the file",
         )
 
 
@@ -117,10 +121,9 @@ def _give_volume(path: Path, user: str) -> str:
     return ""
 
 
-def _closed_folder(path: Path, user: str) -> str:
-    """The first folder on the way that the user may not pass through, in words."""
-    closed = (folder for folder in reversed(path.resolve().parents) if not _test(os.X_OK, folder, user))
-    return next((f"it may not pass through the folder {folder}" for folder in closed), "")
+def _closed_folder(path: Path, user: str) -> Path | None:
+    """The first folder on the way that the user may not pass through."""
+    return next((folder for folder in reversed(path.resolve().parents) if not _test(os.X_OK, folder, user)), None)
 
 
 def _test(sort: int, path: Path, user: str | None) -> bool:

@@ -115,7 +115,8 @@ def _head(path: Path) -> bytes:
         finally:
             os.close(descriptor)
     except OSError as error:
-        raise StorageError(f"cannot read {path}", why=error.strerror or str(error)) from error
+        todo = "give a size to have it made, or name one that is there" if isinstance(error, FileNotFoundError) else ""
+        raise StorageError(f"cannot read {path}", why=error.strerror or str(error), todo=todo) from error
 
 
 async def create(
@@ -131,7 +132,8 @@ async def create(
     except FileExistsError:
         raise StorageError(f"{path} exists already", todo="leave the size out to use it as it is") from None
     except OSError as error:
-        raise StorageError(f"cannot create {path}", why=error.strerror or str(error)) from error
+        todo = "make the folder first, or name another" if isinstance(error, FileNotFoundError) else ""
+        raise StorageError(f"cannot create {path}", why=error.strerror or str(error), todo=todo) from error
     try:
         if image_format == "qcow2" and mounts.of(str(path)).locks_are_mandatory:
             raise StorageError(

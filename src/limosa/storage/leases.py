@@ -143,7 +143,11 @@ class Rule:
 def release(now: Lease, image: str, dead: str) -> Lease:
     """On a person's word that host ``dead`` does not run a VM on the image any more."""
     if now.host != dead:
-        raise refusal(image, now, "") if now.host else ImageLeased(f"no host holds the lease on {image}")
+        if now.host:
+            raise refusal(image, now, "")
+        raise ImageLeased(
+            f"no host holds the lease on {image}", todo="see that this is its path; if so, start a VM on it as it is"
+        )
     return Lease(epoch=now.epoch + 1)
 
 
