@@ -24,7 +24,7 @@ from limosa.errors import InvalidInput, RelayFailed
 from limosa.security.stream import make_credentials
 from limosa.transport.relay.client import Relay
 from limosa.transport.relay.control import MAX_LANES, ChannelStatistics
-from limosa.transport.relay.frames import HELLO_BYTES, VERSION, Form, FrameWriter, Hello, Way, digest
+from limosa.transport.relay.frames import HELLO_BYTES, VERSION, Form, FrameWriter, Hello, Said, Way
 from limosa.transport.tcp import TcpChannel
 
 MIB = 1024 * 1024
@@ -592,7 +592,7 @@ def test_garbage_on_the_carrier_ends_the_session_and_reaches_no_qemu(garbage: by
                 one.close()
             assert len(backward.recv(HELLO_BYTES)) == HELLO_BYTES
             with await destination.open_channel(3) as qemu:
-                forward.sendall(FrameWriter().data(3, Form.RAW, 4, 4, digest(b"good")) + b"good" + garbage)
+                forward.sendall(FrameWriter().data(3, Form.RAW, 4, 4, Said(b"good").intdigest()) + b"good" + garbage)
                 forward.shutdown(socket.SHUT_WR)
                 assert await asyncio.to_thread(qemu.recv, 100) == b"good"
                 assert await asyncio.to_thread(qemu.recv, 100) == b""

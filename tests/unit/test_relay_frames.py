@@ -19,8 +19,8 @@ from limosa.transport.relay.frames import (
     FrameWriter,
     Hello,
     Kind,
+    Said,
     Way,
-    digest,
 )
 
 payloads = st.binary(min_size=1, max_size=200)
@@ -49,24 +49,24 @@ def test_another_version_is_named() -> None:
 def test_frames_are_read_as_they_were_written(items: list[tuple[int, bytes]]) -> None:
     writer, reader = FrameWriter(), FrameReader()
     for channel, data in items:
-        header = reader.header(writer.data(channel, Form.RAW, len(data), len(data), digest(data)))
-        header.verify(digest(data))
+        header = reader.header(writer.data(channel, Form.RAW, len(data), len(data), Said(data).intdigest()))
+        header.verify(Said(data).intdigest())
         assert (header.kind, header.form, header.channel, header.wire_length) == (Kind.DATA, 0, channel, len(data))
         assert reader.header(writer.sign(Kind.END, channel)).kind is Kind.END
 
 
 @given(payloads, st.data())
 def test_every_changed_byte_is_noticed(data: bytes, draw: st.DataObject) -> None:
-    frame = bytearray(FrameWriter().data(7, Form.RAW, len(data), len(data), digest(data)) + data)
+    frame = bytearray(FrameWriter().data(7, Form.RAW, len(data), len(data), Said(data).intdigest()) + data)
     frame[draw.draw(st.integers(0, len(frame) - 1))] ^= draw.draw(st.integers(1, 255))
     with pytest.raises(BrokenStream):
-        FrameReader().header(frame[:HEADER_BYTES]).verify(digest(bytes(frame[HEADER_BYTES:])))
+        FrameReader().header(frame[:HEADER_BYTES]).verify(Said(bytes(frame[HEADER_BYTES:])).intdigest())
 
 
 @given(st.binary(min_size=HEADER_BYTES, max_size=HEADER_BYTES))
 def test_arbitrary_bytes_are_no_frame(header: bytes) -> None:
     with pytest.raises(BrokenStream):
-        FrameReader().header(header).verify(digest(b"x"))
+        FrameReader().header(header).verify(Said(b"x").intdigest())
 
 
 @given(st.permutations(range(4)).filter(lambda order: order != [0, 1, 2, 3]))
@@ -90,7 +90,10 @@ def test_frames_out_of_order_are_noticed(order: list[int]) -> None:
         (Form.RAW, 10, 9),
         (Form.RAW, MAX_RAW_BYTES + 1, MAX_RAW_BYTES + 1),
         (Form.COMPRESSED, MAX_RAW_BYTES + 1, 10),
-        (Form.COMPRESSED, 10, 10 + 2049),
+        (Form.RAW, 10, 11),
+        (Form.CONDENSED, 10, 15),
+        (Form.CONDENSED, 10, 0),
+        (Form.COMPRESSED, 10, 15),
         (Form.COMPRESSED, 10, 0),
     ],
 )

@@ -4,9 +4,22 @@ from __future__ import annotations
 
 import pytest
 
-from limosa.transport.relay.pace import Line, Pace, Patience
+from limosa.transport.relay.pace import Condensing, Line, Pace, Patience
 
 MB = 1_000_000
+
+
+def test_known_pages_are_looked_for_where_the_line_is_slow_and_wherever_they_are_many() -> None:
+    condensing = Condensing()
+    assert not condensing.pays(None)
+    for _ in range(20):
+        condensing.note(MB, MB, 0.0003)
+    assert condensing.pays(120 * MB)
+    assert not condensing.pays(1200 * MB)
+    for _ in range(20):
+        condensing.note(MB, MB // 5, 0.0003)
+    assert condensing.remainder == pytest.approx(0.2, rel=0.01)
+    assert condensing.pays(1200 * MB)
 
 
 def test_a_line_that_is_kept_busy_is_measured() -> None:

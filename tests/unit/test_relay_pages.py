@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from limosa.transport.relay.errors import BrokenStream
-from limosa.transport.relay.pages import MAX_CONDENSED_BYTES, PAGE_BYTES, Finder, Keeper, pages_in
+from limosa.transport.relay.frames import HEAD_BYTES, MAX_CONTENT_BYTES
+from limosa.transport.relay.pages import PAGE_BYTES, Finder, Keeper, pages_in
 
 NOISE = random.Random(2)
 WHOLE, FILLED, NAMED = 0x28, 0x22, 0x08
@@ -60,8 +61,18 @@ def test_pages_lie_within_the_chunk_and_not_over_one_another(data: bytes) -> Non
     assert all(begin + PAGE_BYTES <= following for begin, following in pairwise(found))
 
 
+def condensed(finder: Finder, said: bytes) -> bytes:
+    room = bytearray(b"what" + said)
+    return bytes(room[: finder.condense(memoryview(room))])
+
+
+def restored(keeper: Keeper, content: bytes, length: int) -> bytes:
+    keeper.room(len(content))[:] = content
+    return bytes(keeper.restore(length))
+
+
 #: As little as goes: a chunk of the largest size, and hardly more.
-WINDOW = MAX_CONDENSED_BYTES + 3 * PAGE_BYTES
+WINDOW = MAX_CONTENT_BYTES + 3 * PAGE_BYTES
 SOME = [filled(number) if number % 4 == 3 else whole(number) for number in range(40)]
 
 
@@ -72,54 +83,65 @@ def test_whatever_is_condensed_comes_out_as_it_was_however_little_is_kept(chunks
     finder, keeper = Finder(window), Keeper(window)
     for chunk in chunks:
         said = b"".join(SOME[number] for number in chunk)
-        assert keeper.restore(finder.condense(memoryview(said)), len(said)) == said
+        assert restored(keeper, condensed(finder, said), len(said)) == said
 
 
 def test_pages_are_found_again_until_what_came_later_took_their_place() -> None:
-    window = 2 * MAX_CONDENSED_BYTES
+    window = 2 * MAX_CONTENT_BYTES
     finder, keeper = Finder(window), Keeper(window)
     pages = [whole(number) for number in range(window // PAGE_BYTES)]
     left_out = 0
     for number, page in enumerate(pages * 2):
         again = pages[max(0, number - 100) % len(pages)]
         for said in (page, again):
-            condensed = finder.condense(memoryview(said))
-            left_out += len(condensed) < 100
-            assert keeper.restore(condensed, len(said)) == said
+            content = condensed(finder, said)
+            left_out += len(content) < 100
+            assert restored(keeper, content, len(said)) == said
     assert left_out == len(pages * 2)
 
 
 def test_a_page_is_sent_once() -> None:
     finder = Finder(1 << 20)
     page = whole(1)
-    assert len(finder.condense(memoryview(page))) > PAGE_BYTES
-    assert len(finder.condense(memoryview(page + page))) < 100
+    assert condensed(finder, page) == bytes(HEAD_BYTES) + page
+    assert len(condensed(finder, page + page)) < 100
 
 
 def test_a_page_that_is_twice_in_a_chunk_is_found_again_after_it() -> None:
     finder, keeper = Finder(WINDOW), Keeper(WINDOW)
     said = whole(1) * 2 + whole(2)
     for _ in range(400):
-        assert keeper.restore(finder.condense(memoryview(said)), len(said)) == said
+        assert restored(keeper, condensed(finder, said), len(said)) == said
 
 
 def test_what_came_first_is_forgotten_first() -> None:
     finder, said = Finder(WINDOW), [whole(number) for number in range(5)]
     for page in said:
-        finder.condense(memoryview(page))
-    sizes = [len(finder.condense(memoryview(said[number]))) > PAGE_BYTES for number in (4, 3, 0)]
+        condensed(finder, page)
+    sizes = [len(condensed(finder, said[number])) > PAGE_BYTES for number in (4, 3, 0)]
     assert sizes == [False, False, True]
 
 
 @pytest.mark.parametrize("place", [13, 4096, WINDOW - PAGE_BYTES, WINDOW, 0xFFFFFFFF])
 def test_a_page_that_never_came_is_refused(place: int) -> None:
-    condensed = struct.pack("!III", 1, 0, place)
+    content = struct.pack("!III", 1, 0, place)
     with pytest.raises(BrokenStream, match="never sent"):
-        Keeper(WINDOW).restore(condensed, PAGE_BYTES)
+        restored(Keeper(WINDOW), content, PAGE_BYTES)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.binary(min_size=1, max_size=400), st.integers(1, 5000))
+def test_what_was_condensed_by_somebody_else_is_refused_or_exactly_as_long(content: bytes, length: int) -> None:
+    try:
+        restored(Keeper(WINDOW), content, length)
+    except BrokenStream:
+        return
+    assert content[:HEAD_BYTES] == bytes(HEAD_BYTES)
+    assert len(content) == HEAD_BYTES + length
 
 
 @pytest.mark.parametrize(
-    "condensed",
+    "content",
     [
         b"",
         struct.pack("!I", 1),
@@ -132,6 +154,6 @@ def test_a_page_that_never_came_is_refused(place: int) -> None:
         struct.pack("!I", 0) + bytes(PAGE_BYTES + 1),
     ],
 )
-def test_what_has_another_length_than_was_said_is_refused(condensed: bytes) -> None:
+def test_what_has_another_length_than_was_said_is_refused(content: bytes) -> None:
     with pytest.raises(BrokenStream):
-        Keeper(WINDOW).restore(condensed, PAGE_BYTES)
+        restored(Keeper(WINDOW), content, PAGE_BYTES)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from limosa.transport.relay.frames import MAX_GROWTH_BYTES, MAX_RAW_BYTES, Kind
+from limosa.transport.relay.frames import HEAD_BYTES, MAX_RAW_BYTES, Kind
 from limosa.transport.relay.queue import Chunk, Queue, State
 
 SLOTS = 5
@@ -27,6 +27,7 @@ class Bench:
         self.read = {1: 0, 2: 0}
         self.sent = {1: 0, 2: 0}
         self.offered: list[Chunk] = []
+        self.condensed: list[Chunk] = []
         #: what slots held when the worker began with them, which must not change until it is done
         self.begun: list[tuple[Chunk, bytes]] = []
         self.sending: Chunk | None = None
@@ -46,8 +47,14 @@ class Bench:
         if len(self.offered) + len(self.begun) < 2:
             chunk = self.queue.worth(1.0, GIGABIT, PACE, 0.3)
             if chunk is not None:
+                self.condense(chunk)
                 chunk.state = State.OFFERED
                 self.offered.append(chunk)
+
+    def condense(self, until: Chunk | None = None) -> None:
+        for chunk in self.queue.to_condense(until):
+            chunk.content_length = HEAD_BYTES + chunk.length
+            self.condensed.append(chunk)
 
     def start(self) -> None:
         if self.offered and not self.begun:
@@ -60,9 +67,9 @@ class Bench:
             chunk, contents = self.begun.pop()
             assert bytes(self.slots[chunk.slot]) == contents
             if chunk.state is State.LATE:
-                self.queue.learn(chunk)
+                self.queue.leave(chunk)
             else:
-                chunk.state, chunk.wire_length = State.DONE, chunk.length + MAX_GROWTH_BYTES
+                chunk.state, chunk.compressed_length = State.DONE, chunk.content_length
 
     def send(self) -> None:
         """What the worker has begun with is not waited for; what it has not begun with is taken back."""
@@ -74,6 +81,7 @@ class Bench:
             head.state = State.WAITING
         elif head.state is State.OFFERED:
             head.state = State.LATE
+        self.condense(head)
         self.sending = self.queue.begin()
 
     def sent_it(self) -> None:
@@ -85,6 +93,9 @@ class Bench:
         data = bytes(self.slots[chunk.slot][: chunk.length])
         assert data == numbered(chunk.channel, self.sent[chunk.channel], chunk.length)
         self.sent[chunk.channel] += chunk.length
+        if chunk.content_length:
+            assert self.condensed.pop(0) is chunk
+            assert chunk.content_length == HEAD_BYTES + chunk.length
         assert self.queue.pop() is chunk
 
 
@@ -95,10 +106,11 @@ def numbered(channel: int, start: int, count: int) -> bytes:
     return (turned * (count // 251 + 1))[:count]
 
 
+ACTS = ["condense", "offer", "start", "work", "send", "sent_it", "short", "long"]
 steps = st.one_of(
     st.tuples(st.just("fill"), st.sampled_from([1, 2]), st.integers(0, 600 * KIB)),
     st.tuples(st.sampled_from(["hurry", "calm"]), st.sampled_from([1, 2]), st.just(0)),
-    st.tuples(st.sampled_from(["offer", "start", "work", "send", "sent_it", "short", "long"]), st.just(0), st.just(0)),
+    st.tuples(st.sampled_from(ACTS), st.just(0), st.just(0)),
 )
 
 
@@ -158,6 +170,55 @@ def test_what_is_late_keeps_its_slot_while_it_is_sent_though_it_is_made() -> Non
     assert bench.queue.has_room(1)
 
 
+def test_what_got_ahead_of_condensed_chunks_goes_as_it_is_and_they_in_order() -> None:
+    bench = Bench()
+    for channel in (1, 2, 1):
+        bench.fill(channel, KIB)
+    first, second, third = bench.queue
+    bench.condense(second)
+    bench.queue.set_hurried(2, True)
+    bench.queue.set_hurried(1, True)
+    bench.fill(1, KIB)
+    assert [chunk.content_length > 0 for chunk in (first, second, third)] == [True, True, False]
+    ahead = next(iter(bench.queue))
+    bench.queue.set_hurried(1, False)
+    assert (bench.queue.to_condense(), bench.queue.to_condense(ahead)) == ([], [])
+
+
+def test_what_may_grow_is_condensed_only_when_it_is_wanted() -> None:
+    bench = Bench()
+    for channel in (1, 2):
+        bench.fill(channel, KIB)
+    first, second = bench.queue
+    assert bench.queue.to_condense() == [first]
+    assert bench.queue.to_condense(second) == [first, second]
+
+
+def test_neither_what_is_being_sent_nor_what_is_being_read_behind_is_condensed() -> None:
+    bench = Bench()
+    for channel in (1, 2):
+        bench.fill(channel, KIB)
+    bench.queue.begin()
+    bench.queue.room(2)
+    assert bench.queue.to_condense(list(bench.queue)[1]) == []
+
+
+def test_what_is_condensed_does_not_grow() -> None:
+    bench = Bench()
+    bench.fill(1, KIB)
+    bench.condense(bench.queue.head())
+    bench.fill(1, KIB)
+    assert [chunk.length for chunk in bench.queue] == [KIB, KIB]
+
+
+def test_of_too_little_nobody_is_told() -> None:
+    bench = full(2)
+    chunks = list(bench.queue)
+    bench.condense(chunks[0])
+    chunks[0].content_length = KIB
+    assert bench.queue.worth(0.0, SLOW_LINE, PACE, 0.3) is chunks[1]
+
+
 def test_what_waits_grows_instead_of_multiplying() -> None:
     bench = Bench()
     for _ in range(8):
@@ -207,7 +268,7 @@ def test_what_hurries_stays_behind_what_its_channel_said_before() -> None:
     for channel in (1, 2, 1):
         bench.fill(channel, KIB)
     bench.queue.set_hurried(2, True)
-    list(bench.queue)[1].state = State.OFFERED
+    bench.condense(list(bench.queue)[1])
     bench.fill(2, KIB)
     assert [chunk.channel for chunk in bench.queue] == [1, 2, 2, 1]
 
@@ -225,7 +286,7 @@ def test_on_a_slow_line_every_chunk_is_worth_it() -> None:
     bench = full(3)
     for chunk in bench.queue:
         assert bench.queue.worth(0.0, SLOW_LINE, PACE, 0.3) is chunk
-        chunk.state, chunk.wire_length = State.DONE, 60 * KIB
+        chunk.state, chunk.compressed_length = State.DONE, 60 * KIB
 
 
 def test_on_a_fast_line_nothing_is() -> None:
@@ -246,7 +307,7 @@ def test_a_worker_that_is_ahead_needs_no_lead() -> None:
     bench = full(4)
     chunks = list(bench.queue)
     assert bench.queue.worth(0.0, GIGABIT, SLOW_PACE, 0.3) is chunks[2]
-    chunks[0].state, chunks[0].wire_length = State.DONE, 200 * KIB
+    chunks[0].state, chunks[0].compressed_length = State.DONE, 200 * KIB
     assert bench.queue.worth(0.0, GIGABIT, SLOW_PACE, 0.3) is chunks[1]
 
 

@@ -117,7 +117,7 @@ class RelayPlace(Model, frozen=True, omit_defaults=True):
 
     session: Annotated[str, Meta(pattern=r"\A[0-9a-f]{32}\Z")]
     channel: Annotated[int, Meta(ge=0, lt=2**32)]
-    #: the most the source allows for the window of the compressed stream, as a power of two
+    #: how many bytes the destination may keep of what comes, as a power of two, as far as the source is concerned
     window_log: Annotated[int, Meta(ge=20, le=30)]
     #: of the session, null: it is not encrypted. QEMU's own stream inside it never is.
     credentials: StreamCredentials | None

@@ -1,12 +1,8 @@
-"""The two ends of one compressed stream, chunk by chunk.
+"""Both ends of what is compressed: contents (``pages``), each by itself, with zstd.
 
-What was sent before is left out first (``pages``), however long ago that was; the rest is compressed by itself, with
-zstd at level 1.
-
-zstd's own stream with a window as long and long-distance matching would do both at once, and find pages that are alike
-but for some bytes, too. It takes three times as long: it looks at every byte, and in memory that no cache holds.
-
-Memory: ``window_log`` bounds what the destination keeps of pages; the source has a digest of each, a 25th of that.
+zstd's own stream with a long window and long-distance matching would leave out what was sent before, too, and find
+pages that are alike but for some bytes. It takes three times as long: it looks at every byte, and in memory that no
+cache holds. And each piece of it would have to be waited for, since the next may refer to it.
 """
 
 from __future__ import annotations
@@ -14,41 +10,35 @@ from __future__ import annotations
 import zstandard
 
 from limosa.transport.relay.errors import BrokenStream
-from limosa.transport.relay.pages import MAX_CONDENSED_BYTES, Finder, Keeper
+from limosa.transport.relay.frames import MAX_CONTENT_BYTES
 
 MIN_WINDOW_LOG = 20
 MAX_WINDOW_LOG = 30
 
 
 class Compressor:
-    """Makes the stream."""
+    """The source's end."""
 
-    def __init__(self, window_log: int, level: int) -> None:
-        self._finder = Finder(1 << window_log)
+    def __init__(self, level: int) -> None:
         self._zstd = zstandard.ZstdCompressor(level, write_checksum=False)
 
-    def compress(self, data: memoryview) -> bytes:
-        """The next piece of the stream."""
-        return self._zstd.compress(self._finder.condense(data))
+    def compress(self, content: memoryview) -> bytes:
+        """What says the same."""
+        return self._zstd.compress(content)
 
 
 class Decompressor:
-    """Reads the stream. Never makes more than it is asked for, whatever comes in."""
+    """The destination's end."""
 
-    def __init__(self, window_log: int) -> None:
+    def __init__(self) -> None:
         self._zstd = zstandard.ZstdDecompressor()
-        self._keeper = Keeper(1 << window_log)
 
-    def decompress(self, data: bytes | memoryview, length: int) -> memoryview:
-        """The next ``length`` bytes, from the next piece of the stream; they are there until the next call.
-
-        Raises :class:`BrokenStream`; no more can be read then.
-        """
+    def decompress(self, data: bytes | memoryview) -> bytes:
+        """The content that was compressed. Raises :class:`BrokenStream`; never takes more memory than a content may."""
         try:
             # As much memory is taken as the piece says.
-            if not 0 < zstandard.frame_content_size(data) <= MAX_CONDENSED_BYTES:
+            if not 0 < zstandard.frame_content_size(data) <= MAX_CONTENT_BYTES:
                 raise BrokenStream("what was compressed is longer than may be, or does not say how long it is")
-            condensed = self._zstd.decompress(data, allow_extra_data=False)
+            return self._zstd.decompress(data, allow_extra_data=False)
         except zstandard.ZstdError as error:
             raise BrokenStream(f"what was compressed cannot be read: {error}") from error
-        return self._keeper.restore(condensed, length)

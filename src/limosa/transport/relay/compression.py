@@ -1,4 +1,5 @@
-"""What of the queue is compressed, and when it is not waited for any longer: the sender's dealings with its worker.
+"""What is left out of chunks, what of the rest is compressed, and when that is not waited for any longer: the sender's
+dealings with its worker.
 
 All of it happens under the sender's lock.
 """
@@ -13,11 +14,12 @@ from collections.abc import Callable, Iterator
 from limosa.transport.relay.carrier import Out
 from limosa.transport.relay.control import CompressionStatistics
 from limosa.transport.relay.errors import WorkerLost
-from limosa.transport.relay.frames import MAX_RAW_BYTES
-from limosa.transport.relay.pace import Line, Pace, Patience
+from limosa.transport.relay.frames import HEAD_BYTES, MAX_RAW_BYTES
+from limosa.transport.relay.pace import Condensing, Line, Pace, Patience
+from limosa.transport.relay.pages import Finder
 from limosa.transport.relay.pump import Interest
 from limosa.transport.relay.queue import Chunk, Queue, State
-from limosa.transport.relay.worker import NO_SLOT, Worker
+from limosa.transport.relay.worker import NO_SLOT, Memory, Worker
 
 _log = logging.getLogger(__name__)
 #: While the worker is at one it need not wait to be told of the next.
@@ -35,14 +37,26 @@ _SAFELY = 0.7
 
 
 class Compression:
-    """Without a ``worker``, and when it is lost, everything goes raw."""
+    """Without a ``finder`` everything goes raw; without a ``worker``, and when it is lost, nothing is compressed.
 
-    def __init__(self, queue: Queue, carrier: Out, worker: Worker | None) -> None:
-        self._queue, self._carrier, self._worker = queue, carrier, worker
+    ``spend`` is told of processor time that went into a channel.
+    """
+
+    def __init__(
+        self,
+        queue: Queue,
+        carrier: Out,
+        memory: Memory,
+        finder: Finder | None,
+        worker: Worker | None,
+        spend: Callable[[int, float], None],
+    ) -> None:
+        self._queue, self._carrier, self._memory = queue, carrier, memory
+        self._finder, self._worker = finder, worker
+        self._spend = spend
         #: by slot
         self._offered: dict[int, Chunk] = {}
-        self._made_late: list[Chunk] = []
-        self._line, self._pace, self._patience = Line(), Pace(), Patience()
+        self._line, self._condensing, self._pace, self._patience = Line(), Condensing(), Pace(), Patience()
         #: the worker had no processor when one was needed, and was not heard of since
         self._held_up = False
         self.statistics = CompressionStatistics()
@@ -65,32 +79,28 @@ class Compression:
                     self._held_up = False
                     continue
                 chunk = self._offered.pop(result.slot)
-                chunk.wire_length, chunk.digest, chunk.cpu_s = result.wire_length, result.digest, result.cpu_seconds
                 if chunk.state is State.LATE:
-                    self._made_late.append(chunk)
+                    self._queue.leave(chunk)
                     self._held_up = False
                     self._patience.late(time.monotonic())
                 else:
-                    chunk.state = State.DONE
-                self._pace.note(chunk.length, result.wire_length, result.seconds, result.cpu_seconds)
+                    chunk.state, chunk.compressed_length = State.DONE, result.length
+                self._pace.note(chunk.content_length, result.length, result.seconds, result.cpu_seconds)
                 self._patience.served(result.seconds, result.cpu_seconds)
-                self.statistics.cpu_s += result.cpu_seconds
+                self._spent(chunk, result.cpu_seconds)
         except WorkerLost:
             self._lose_worker()
         self._offer()
 
-    def made_late(self) -> list[Chunk]:
-        """Chunks that went raw and are in the window nevertheless: the other side is to hear of them, in this order,
-        before anything that was compressed after them. The caller says when it has (:meth:`Queue.learn`). What is being
-        sent may be among them."""
-        made, self._made_late = self._made_late, []
-        return made
-
     def decide(self, chunk: Chunk, done: threading.Condition) -> None:
-        """The carrier has reached a chunk that was offered: wait for it as long as that costs nothing.
+        """The carrier has reached a chunk: condense it, or wait for what the worker makes of it as long as that costs
+        nothing.
 
-        Afterwards the chunk is done, or to be sent raw. ``done`` is told of results; its lock is held.
+        Afterwards it is known how it is to be sent. ``done`` is told of results; its lock is held.
         """
+        if chunk.state is State.WAITING:
+            self._condense(self._queue.to_condense(chunk))
+            return
         done.wait_for(lambda: chunk.state is not State.OFFERED, _SAFELY * self._costs_nothing_for_s(chunk))
         if chunk.state is State.OFFERED:
             self.take_results()  # whoever tells of them may have no processor itself
@@ -98,17 +108,39 @@ class Compression:
             self._give_up(chunk, self._worker)
 
     def _offer(self) -> None:
-        """Offer the worker what is worth it."""
+        """Condense what will not grow any more, and offer the worker what is worth it."""
         self._look()
+        self._condense(self._queue.to_condense())
         if self._held_up or not self._patience.allows(time.monotonic()):
             return
         while self._worker is not None and len(self._offered) < _MOST_OFFERED and (chunk := self._worth()) is not None:
+            if not chunk.content_length:
+                self._condense(self._queue.to_condense(chunk), chunk)
+                continue  # it may be too little to be worth it by now
             chunk.state = State.OFFERED
             self._offered[chunk.slot] = chunk
             try:
-                self._worker.offer(chunk.slot, chunk.length)
+                self._worker.offer(chunk.slot, chunk.content_length)
             except WorkerLost:
                 self._lose_worker()
+
+    def _condense(self, chunks: list[Chunk], wanted: Chunk | None = None) -> None:
+        """Leave known pages out of chunks, if that takes little of the time that the carrier needs for them; of the one
+        that is ``wanted`` in any case."""
+        if self._finder is None:
+            return
+        for chunk in chunks:
+            if chunk is not wanted and not self._condensing.pays(self._line.rate):
+                continue
+            began = time.thread_time()
+            chunk.content_length = self._finder.condense(self._memory.content(chunk.slot, HEAD_BYTES + chunk.length))
+            took = time.thread_time() - began
+            self._condensing.note(chunk.length, chunk.content_length, took)
+            self._spent(chunk, took)
+
+    def _spent(self, chunk: Chunk, cpu_s: float) -> None:
+        self.statistics.cpu_s += cpu_s
+        self._spend(chunk.channel, cpu_s)
 
     def _give_up(self, chunk: Chunk, worker: Worker) -> None:
         """Take the chunk back if the worker has not begun with it; else it is late.
@@ -141,7 +173,7 @@ class Compression:
     def _costs_nothing_for_s(self, chunk: Chunk) -> float:
         """How long to wait for a chunk: until the carrier has nothing to do; and, while the worker can be relied on,
         for as long as it takes to send what compressing will save."""
-        saved = chunk.length * (1 - self._pace.remainder) if self._patience.trusts else 0.0
+        saved = chunk.content_length * (1 - self._pace.remainder) if self._patience.trusts else 0.0
         return self._line.busy_for_s() + saved / (self._line.rate or float("inf"))
 
     def _look(self) -> None:
@@ -151,7 +183,9 @@ class Compression:
 
     def _limit(self) -> None:
         """Have wait what the carrier takes in a certain time, by what is known of it."""
-        remainder = self._pace.remainder if self._worker is not None and self._patience.trusts else 1.0
+        remainder = self._condensing.remainder
+        if self._worker is not None and self._patience.trusts:
+            remainder *= self._pace.remainder
         self._queue.set_waiting_limit(self._line.carries(_WAITING_S / remainder))
         hurried = self._line.carries(_SHORT_WAITING_S / remainder) or SHORT_WAITING_BYTES
         self._queue.set_hurried_limit(min(hurried, SHORT_WAITING_BYTES))
@@ -160,15 +194,14 @@ class Compression:
             self._carrier.set_unsent(unsent)
 
     def _lose_worker(self) -> None:
-        """It died: what it had goes raw, and so does all that follows. What it knew is lost with it, and the next
-        session is the time to begin anew."""
+        """It died: nothing is compressed any more. The next session has another."""
         if self._worker is not None:
             _log.warning("lost the process that compresses; going on without")
             self._worker.end()
             self._worker = None
         for chunk in self._offered.values():
             if chunk.state is State.LATE:
-                self._queue.learn(chunk)
+                self._queue.leave(chunk)
             else:
                 chunk.state = State.WAITING
         self._offered.clear()

@@ -21,11 +21,12 @@ import xxhash
 
 from limosa.transport.relay.errors import BrokenStream
 
-VERSION = 6
+VERSION = 7
 #: The most one frame carries, before compression.
 MAX_RAW_BYTES = 512 * 1024
-#: What compression may add to data that cannot be compressed.
-MAX_GROWTH_BYTES = 2048
+#: What a content has before a chunk's bytes if none of them are left out (``pages``).
+HEAD_BYTES = 4
+MAX_CONTENT_BYTES = HEAD_BYTES + MAX_RAW_BYTES
 #: How much of one channel may be on its way until the destination's QEMU has taken it.
 WINDOW_BYTES = 8 * 1024 * 1024
 #: Channels are numbered by the source's daemon, upwards, and no number is used twice in a session.
@@ -92,16 +93,17 @@ class Kind(IntEnum):
     ABORT = 3
     #: the destination's QEMU has taken ``raw_length`` more bytes
     CREDIT = 4
-    #: a piece of the compressed stream whose data came raw before: only for what refers to it later
-    LEARN = 5
 
 
 class Form(IntEnum):
     """How the payload of a frame is written."""
 
+    #: the bytes themselves, of which the destination keeps nothing
     RAW = 0
-    #: the next piece of the session's compressed stream
-    COMPRESSED = 1
+    #: the next content
+    CONDENSED = 1
+    #: the next content, compressed
+    COMPRESSED = 2
 
 
 class Header(NamedTuple):
@@ -117,11 +119,11 @@ class Header(NamedTuple):
     @property
     def has_payload(self) -> bool:
         """Whether bytes of a stream follow."""
-        return self.kind in (Kind.DATA, Kind.LEARN)
+        return self.kind is Kind.DATA
 
     def verify(self, raw_digest: int) -> None:
-        """Raises :class:`BrokenStream` if ``raw_digest`` is not what was sent: of data that of all its channel has said
-        up to its end, of what is only learnt that of itself, both decompressed."""
+        """Raises :class:`BrokenStream` if ``raw_digest``, of all the channel has said up to the end of this frame's
+        data, is not what was sent."""
         if raw_digest != self.checksum:
             raise BrokenStream(f"data of channel {self.channel} is not what was sent: checksum differs")
 
@@ -129,11 +131,6 @@ class Header(NamedTuple):
         """:meth:`verify` data that follows what the channel has ``said`` before, which is brought up to date."""
         said.update(data)
         self.verify(said.intdigest())
-
-
-def digest(data: bytes | bytearray | memoryview) -> int:
-    """The checksum of a payload by itself, before compression."""
-    return xxhash.xxh3_64_intdigest(data)
 
 
 class FrameWriter:
@@ -145,10 +142,6 @@ class FrameWriter:
     def data(self, channel: int, form: Form, raw_length: int, wire_length: int, raw_digest: int) -> bytes:
         """The header of a payload that follows it; ``raw_digest`` is of all the channel has said up to its end."""
         return self._header(Kind.DATA, form, channel, raw_length, wire_length, raw_digest)
-
-    def learn(self, channel: int, raw_length: int, wire_length: int, raw_digest: int) -> bytes:
-        """The header of a piece of the compressed stream whose data was sent already."""
-        return self._header(Kind.LEARN, Form.COMPRESSED, channel, raw_length, wire_length, raw_digest)
 
     def sign(self, kind: Kind, channel: int, count: int = 0) -> bytes:
         """A frame without payload; ``count`` is the bytes of a credit."""
@@ -193,10 +186,9 @@ _FORMS = frozenset(Form)
 
 def _check_lengths(header: Header) -> None:
     if header.has_payload:
-        limit = header.raw_length + (MAX_GROWTH_BYTES if header.form is not Form.RAW else 0)
-        sound = 0 < header.raw_length <= MAX_RAW_BYTES and 0 < header.wire_length <= limit
-        sound = sound and (header.form is not Form.RAW or header.wire_length == header.raw_length)
-        sound = sound and (header.form is Form.COMPRESSED or header.kind is Kind.DATA)
+        most = header.raw_length + (HEAD_BYTES if header.form is not Form.RAW else 0)
+        least = most if header.form is Form.RAW else 1
+        sound = 0 < header.raw_length <= MAX_RAW_BYTES and least <= header.wire_length <= most
     elif header.kind is Kind.CREDIT:
         sound = header.form is Form.RAW and 0 < header.raw_length <= WINDOW_BYTES and header.wire_length == 0
     else:

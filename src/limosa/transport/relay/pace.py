@@ -3,6 +3,8 @@
 :class:`Line` measures how fast the carrier drains, so that the queue can tell when it will reach a chunk. Only times
 in which there was always something to drain count; while there was not, the carrier is at least as fast as it was fed.
 
+:class:`Condensing` tells whether known pages are to be looked for, which the relay does itself.
+
 :class:`Pace` remembers what the worker needs for a byte and what is left of it, and :class:`Patience` for how long the
 worker is left alone after it was too late: it had no processor time then, because others wanted it.
 """
@@ -20,6 +22,8 @@ _SLOWEST_BYTES_PER_S = 50e6
 #: A worker that gets less than a quarter of a processor is not planned with, but tried and found late.
 _MOST_SLOWED = 4.0
 _HOPE = 0.75
+#: Of the time the carrier takes, so much may be spent on what may never bring anything.
+_INVESTED = 0.1
 #: Who had the processor for at least this part of the time did not have to wait for others.
 _SERVED = 0.6
 _PATIENCE_FIRST_S = 0.002
@@ -63,6 +67,28 @@ class Line:
         return self._unsent / self.rate if self.rate else 0.0
 
 
+class Condensing:
+    """What leaving out known pages takes and achieves."""
+
+    def __init__(self) -> None:
+        #: a careful guess, to begin with
+        self._seconds_per_byte = 0.4e-9
+        #: what was left of a byte
+        self.remainder = 1.0
+
+    def pays(self, rate: float | None) -> bool:
+        """Whether a carrier of that rate is slow enough to do it: for what it has brought lately, or for what it may
+        bring yet, when another VM is alike."""
+        share = max(_INVESTED, 1 - self.remainder)
+        return rate is not None and self._seconds_per_byte * rate < share
+
+    def note(self, raw_length: int, length: int, cpu_seconds: float) -> None:
+        """It took ``cpu_seconds`` of processor time to make a chunk that much shorter."""
+        weight = _WEIGHT * min(1.0, raw_length / _WEIGHTY_BYTES)
+        self._seconds_per_byte += weight * (cpu_seconds / raw_length - self._seconds_per_byte)
+        self.remainder += weight * (min(1.0, length / raw_length) - self.remainder)
+
+
 class Pace:
     """What the worker needs and achieves."""
 
@@ -78,13 +104,13 @@ class Pace:
         again."""
         return min(self._remainder, _HOPE)
 
-    def note(self, raw_length: int, wire_length: int, seconds: float, cpu_seconds: float) -> None:
+    def note(self, length: int, made_length: int, seconds: float, cpu_seconds: float) -> None:
         """The worker took ``seconds`` for a chunk, ``cpu_seconds`` of it processor time."""
-        weight = _WEIGHT * min(1.0, raw_length / _WEIGHTY_BYTES)
-        self._alone += weight * (min(cpu_seconds / raw_length, 1 / _SLOWEST_BYTES_PER_S) - self._alone)
-        seen = self.seconds_per_byte + weight * (seconds / raw_length - self.seconds_per_byte)
+        weight = _WEIGHT * min(1.0, length / _WEIGHTY_BYTES)
+        self._alone += weight * (min(cpu_seconds / length, 1 / _SLOWEST_BYTES_PER_S) - self._alone)
+        seen = self.seconds_per_byte + weight * (seconds / length - self.seconds_per_byte)
         self.seconds_per_byte = min(seen, _MOST_SLOWED * self._alone)
-        self._remainder += weight * (wire_length / raw_length - self._remainder)
+        self._remainder += weight * (made_length / length - self._remainder)
 
 
 class Patience:

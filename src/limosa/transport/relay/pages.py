@@ -1,8 +1,9 @@
 """Pages that were sent before, of whichever VM, are not sent again. Pure.
 
-A chunk is *condensed* to a list of those of its pages that the destination has, and all other bytes. The destination
-keeps what comes in so much memory as was agreed, round and round (:class:`Keeper`). The source does not: it knows
-where everything comes to lie there, and has a digest of each page in it (:class:`Finder`).
+A chunk is *condensed* to a list of those of its pages that the destination has, and all other bytes: its *content*.
+The destination keeps the contents that come in so much memory as was agreed, round and round (:class:`Keeper`). The
+source does not: it knows where everything comes to lie there, and has a digest of each page in it (:class:`Finder`).
+So contents must come in the order in which chunks were condensed; what comes otherwise is not kept.
 
 Where pages lie in a chunk is read off QEMU's stream of guest memory (:func:`pages_in`). That is a guess, for a chunk
 may begin and end anywhere; a wrong one costs what it does not find, and whatever is condensed comes out as it went in.
@@ -23,11 +24,12 @@ from contextlib import suppress
 import xxhash
 
 from limosa.transport.relay.errors import BrokenStream
-from limosa.transport.relay.frames import MAX_GROWTH_BYTES, MAX_RAW_BYTES
+from limosa.transport.relay.frames import HEAD_BYTES, MAX_CONTENT_BYTES, MAX_RAW_BYTES
 
 PAGE_BYTES = 4096
-MAX_CONDENSED_BYTES = MAX_RAW_BYTES + MAX_GROWTH_BYTES
+#: How many pages are left out, before all else in a content.
 _COUNT = struct.Struct("!I")
+assert _COUNT.size == HEAD_BYTES
 #: Of each page that is left out: how many bytes are between it and the one before, and where the destination has it.
 _ENTRY = struct.Struct("!II")
 
@@ -103,16 +105,21 @@ class Finder:
         self._window = window
         self._at = 0
 
-    def condense(self, data: memoryview) -> bytes:
-        """What to send instead of a chunk."""
+    def condense(self, room: memoryview) -> int:
+        """Put a chunk's content in its place: the length of what is to be sent from the beginning of ``room``, where
+        the chunk lies behind :data:`HEAD_BYTES` that are free.
+
+        A chunk with no page that is known stays where it is.
+        """
+        data = room[HEAD_BYTES:]
         begins = pages_in(data)
         digest_of, seed = xxhash.xxh3_128_digest, self._seed
         digests = [digest_of(data[begin : begin + PAGE_BYTES], seed) for begin in begins]
-        self._forget(_COUNT.size + len(data))
+        self._forget(len(room))
         places = list(map(self._places.get, digests))
         known = len(places) - places.count(None)
         # Where the chunk's first byte would come to lie there, for all that is left out before what is looked at.
-        base = self._at + _COUNT.size + known * _ENTRY.size
+        base = self._at + HEAD_BYTES + known * _ENTRY.size
         new: list[tuple[bytes, int]] = []
         entries: list[bytes] = []
         rest: list[memoryview] = []
@@ -128,9 +135,14 @@ class Finder:
         # One that is twice in a chunk is kept twice, and forgotten with the first.
         self._places.update(new)
         self._kept.extend(new)
-        condensed = b"".join((_COUNT.pack(known), *entries, *rest, data[done:]))
-        self._at += len(condensed)
-        return condensed
+        _COUNT.pack_into(room, 0, known)
+        size = len(room)
+        if known:
+            content = b"".join((room[:HEAD_BYTES], *entries, *rest, data[done:]))
+            size = len(content)
+            room[:size] = content
+        self._at += size
+        return size
 
     def _forget(self, size: int) -> None:
         """Forget pages that the destination no longer has when the next ``size`` bytes have come."""
@@ -158,47 +170,51 @@ class Keeper:
         self._at = 0
         #: as far as it was ever written
         self._end = 0
+        self._content = self._memory[:0]
         self._buffer = memoryview(bytearray(MAX_RAW_BYTES))
 
-    def restore(self, condensed: bytes, length: int) -> memoryview:
-        """The ``length`` bytes that were condensed, until the next call. Raises :class:`BrokenStream`; no more can be
-        restored then."""
+    def room(self, size: int) -> memoryview:
+        """Where the next content is to be written, of so many bytes, at most :data:`MAX_CONTENT_BYTES`."""
+        begin = _wrapped(self._at, len(self._memory))
+        self._at = begin + size
+        self._end = max(self._end, self._at)
+        self._content = self._memory[begin : self._at]
+        return self._content
+
+    def restore(self, length: int) -> memoryview:
+        """The ``length`` bytes of the chunk whose content was written, until the next call of either.
+
+        Raises :class:`BrokenStream`; no more can be restored then.
+        """
+        content = self._content
         try:
-            self._keep(condensed)
-            (known,) = _COUNT.unpack_from(condensed)
+            (known,) = _COUNT.unpack_from(content)
             if not known:
                 # All of it is new, and this is what it was.
-                data = memoryview(condensed)[_COUNT.size :]
-                if len(data) != length:
+                if len(content) != HEAD_BYTES + length:
                     raise ValueError(length)
-                return data
+                return content[HEAD_BYTES:]
             data = self._buffer[:length]
-            self._fill(data, memoryview(condensed), _COUNT.size + known * _ENTRY.size)
+            self._fill(data, content, HEAD_BYTES + known * _ENTRY.size)
         except (struct.error, ValueError) as error:
             raise BrokenStream("what was condensed has another length than was said") from error
         return data
 
-    def _keep(self, condensed: bytes) -> None:
-        begin = _wrapped(self._at, len(self._memory))
-        self._at = begin + len(condensed)
-        self._memory[begin : self._at] = condensed
-        self._end = max(self._end, self._at)
-
-    def _fill(self, data: memoryview, condensed: memoryview, read: int) -> None:
-        if read > len(condensed):
+    def _fill(self, data: memoryview, content: memoryview, read: int) -> None:
+        if read > len(content):
             raise ValueError(read)
         written = 0
-        for gap, place in _ENTRY.iter_unpack(condensed[_COUNT.size : read]):
+        for gap, place in _ENTRY.iter_unpack(content[HEAD_BYTES:read]):
             if place + PAGE_BYTES > self._end:
                 raise BrokenStream("a page is referred to that was never sent")
             begin = written + gap
-            data[written:begin] = condensed[read : read + gap]
+            data[written:begin] = content[read : read + gap]
             read += gap
             written = begin + PAGE_BYTES
             data[begin:written] = self._memory[place : place + PAGE_BYTES]
-        data[written:] = condensed[read:]
+        data[written:] = content[read:]
 
 
 def _wrapped(at: int, window: int) -> int:
     """Where the next chunk comes to lie: at the beginning again if the largest would not go behind the last one."""
-    return at if at + MAX_CONDENSED_BYTES <= window else 0
+    return at if at + MAX_CONTENT_BYTES <= window else 0

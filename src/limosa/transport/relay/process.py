@@ -35,6 +35,7 @@ from limosa.transport.relay.control import (
 from limosa.transport.relay.joining import Admission, Calling
 from limosa.transport.relay.lanes import Lanes
 from limosa.transport.relay.notices import Notices
+from limosa.transport.relay.pages import Finder
 from limosa.transport.relay.plug import Plug
 from limosa.transport.relay.receiver import Receiver
 from limosa.transport.relay.sender import Sender
@@ -123,12 +124,13 @@ class Relay:
         self._begin_to_send(wish, agreed.out, agreed.back, agreed.window_log)
 
     def _begin_to_send(self, wish: OpenSender, out: Out, back: In, window_log: int) -> None:
+        finder, worker = None, None
         if wish.level is None:
             self._worker.end()
         else:
-            self._worker.begin(window_log, wish.level)
-        worker = None if wish.level is None else self._worker
-        self._begin(Sender(out, back, self._memory, worker, self._notices), window_log)
+            finder, worker = Finder(1 << window_log), self._worker
+            worker.begin(wish.level)
+        self._begin(Sender(out, back, self._memory, finder, worker, self._notices), window_log)
 
     def _receive(self, wish: OpenReceiver, connections: list[socket.socket]) -> None:
         self._worker.end()

@@ -6,16 +6,18 @@ added to it, so chunks are small when the carrier is idle and large when it is n
 fill.
 
 A channel whose guest is about to stand still is *hurried*: what is read from it goes ahead of all other channels'
-chunks, and little of it waits. Where those are with the worker already it goes raw, for the worker's order is theirs.
+chunks, and little of it waits.
 
-A chunk may be *offered* to the worker, and withdrawn as long as the worker has not begun with it. If it has, and does
-not get on, the chunk goes raw and is *late*: its slot stays taken, because the worker reads it, and what the worker
-makes of it is sent when it comes, for the window of the compressed stream contains it from then on. Chunks are offered
-in the order of the queue, which is the order in which the worker makes them.
+Pages that the destination has are left out of a chunk when it is *condensed* (``pages``), which is done in the order of
+the queue, for that is the order in which the destination keeps things. What got ahead of chunks that are condensed
+already goes as it is. A chunk that is condensed does not grow any more.
+
+A condensed chunk may be *offered* to the worker, and withdrawn as long as the worker has not begun with it. If it has,
+and does not get on, the chunk goes as it is and is *late*: its slot stays taken as long as the worker reads it.
 
 Which chunk is offered follows from one thought: no chunk may arrive later because it was compressed.
 :meth:`Queue.worth` gives the first chunk that is over the carrier, by its measured rate, sooner if the worker is waited
-for than if it goes raw. On a fast carrier that is none, or one far back in the queue; on a slow one every chunk.
+for than if it goes as it is. On a fast carrier that is none, or one far back in the queue; on a slow one every chunk.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum, auto
+from itertools import takewhile
 
 from limosa.transport.relay.frames import MAX_RAW_BYTES, Kind
 
@@ -33,12 +36,14 @@ _LEAST_READ_BYTES = 16 * 1024
 _LEAST_WAITING_BYTES = 64 * 1024
 #: What it takes to wake the worker and to hear from it.
 _TELLING_S = 0.0001
-#: It is planned to take longer than it does on average by so much: a chunk that is late is sent twice.
+#: It is planned to take longer than it does on average by so much: what is late was in vain.
 _SAFETY = 1.5
 #: Where it begins anew it begins with a lead: this part of all that waits. Others may take so much time from it before
 #: anything is late.
 _LEAD = 0.1
 _LEAST_CHUNK_BYTES = 32 * 1024
+#: What is left of a chunk may be too little to tell anybody of.
+_LEAST_CONTENT_BYTES = 2048
 #: What hurries finds a slot.
 _KEPT_SLOTS = 1
 _NO_SLOT = -1
@@ -50,10 +55,13 @@ class State(Enum):
     WAITING = auto()
     OFFERED = auto()
     DONE = auto()
-    #: begun, but not waited for: it goes raw, and the worker reads its slot
+    #: begun, but not waited for: it goes as it is, and the worker reads its slot
     LATE = auto()
     #: was late, and the worker is done with it
-    LEARNT = auto()
+    LEFT = auto()
+
+
+_WITH_WORKER = (State.OFFERED, State.DONE)
 
 
 @dataclass(slots=True, eq=False)
@@ -67,11 +75,10 @@ class Chunk:
     state: State = State.WAITING
     #: the checksum of all its channel has said up to its end
     said: int = 0
-    #: once the worker has made it: the compressed length, and the checksum of the raw bytes by themselves
-    wire_length: int = 0
-    digest: int = 0
-    #: processor time that took
-    cpu_s: float = 0.0
+    #: of its content in the slot, once it is condensed
+    content_length: int = 0
+    #: of what the worker has made of that, if it is done
+    compressed_length: int = 0
 
 
 class Queue:
@@ -183,47 +190,59 @@ class Queue:
             self._release(chunk)
         return chunk
 
-    def learn(self, chunk: Chunk) -> None:
+    def leave(self, chunk: Chunk) -> None:
         """The worker is done with a late chunk: its slot is free, unless the chunk is being sent out of it."""
-        chunk.state = State.LEARNT
+        chunk.state = State.LEFT
         if chunk not in self._chunks:
             self._release(chunk)
 
     # --- compressing ---
 
+    def to_condense(self, until: Chunk | None = None) -> list[Chunk]:
+        """Those that are next to be condensed, in order: up to ``until``, or those that would not grow any more."""
+        behind = takewhile(lambda chunk: not chunk.content_length, reversed(self._chunks))
+        able = [chunk for chunk in behind if self._is_free(chunk)][::-1]
+        if until is None:
+            return list(takewhile(lambda chunk: self._behind(chunk.channel) is not chunk, able))
+        return able[: able.index(until) + 1] if until in able else []
+
     def worth(self, idle_after_s: float, rate: float, pace: float, remainder: float) -> Chunk | None:
-        """The next chunk to offer to the worker, or None.
+        """The next chunk to offer to the worker, or None; it may have to be condensed before.
 
         ``idle_after_s``: for so long the carrier is busy with what was sent already. ``rate``: what it carries, bytes a
         second. ``pace``: seconds the worker takes for a byte. ``remainder``: what compression left of a byte of others.
         """
+        found: Chunk | None = None
         reached_after_s = idle_after_s
-        is_ahead = any(chunk.state in (State.OFFERED, State.DONE) for chunk in self._chunks)
+        is_ahead = any(chunk.state in _WITH_WORKER for chunk in self._chunks)
         done_after_s = 0.0 if is_ahead else _LEAD * (idle_after_s + self.waiting_bytes / rate)
-        # The worker's order is the queue's, so nothing before what was offered already may be offered now.
-        offered = [place for place, chunk in enumerate(self._chunks) if chunk.state is not State.WAITING]
-        for place, chunk in enumerate(self._chunks):
-            raw_after_s = reached_after_s + chunk.length / rate
-            made_after_s = done_after_s + _TELLING_S + _SAFETY * chunk.length * pace
-            compressed_after_s = max(reached_after_s, made_after_s) + chunk.length * remainder / rate
+        for chunk in self._chunks:
+            if chunk.state is State.DONE:
+                found = None
+                reached_after_s += chunk.compressed_length / rate
+                continue
+            length = chunk.content_length or chunk.length
+            plain_after_s = reached_after_s + length / rate
+            made_after_s = done_after_s + _TELLING_S + _SAFETY * length * pace
+            compressed_after_s = max(reached_after_s, made_after_s) + length * remainder / rate
             if chunk.state is State.OFFERED:
-                done_after_s = made_after_s
-                reached_after_s = compressed_after_s
-            elif chunk.state is State.DONE:
-                reached_after_s += chunk.wire_length / rate
-            elif (
-                place > (offered[-1] if offered else -1)
-                and self._is_free(place, chunk)
-                and compressed_after_s < raw_after_s
-            ):
-                return chunk
-            else:
-                reached_after_s = raw_after_s
-        return None
+                # The worker does them in the order in which they are offered.
+                found = None
+                done_after_s, reached_after_s = made_after_s, compressed_after_s
+                continue
+            if chunk.content_length and found is not None and not found.content_length:
+                found = None  # that one is condensed no more
+            is_enough = not 0 < chunk.content_length <= _LEAST_CONTENT_BYTES
+            if found is None and compressed_after_s < plain_after_s and is_enough and self._is_free(chunk):
+                found = chunk
+            reached_after_s = plain_after_s
+        return found
 
-    def _is_free(self, place: int, chunk: Chunk) -> bool:
-        """Whether a chunk that waits has data to compress, and nobody is at it."""
-        return chunk.kind is Kind.DATA and chunk is not self._growing and not (place == 0 and self._sending)
+    def _is_free(self, chunk: Chunk) -> bool:
+        """Whether a chunk has data, and nobody is at it."""
+        is_sent = self._sending and chunk is self._chunks[0]
+        is_offered = chunk.state is not State.WAITING
+        return chunk.kind is Kind.DATA and chunk is not self._growing and not is_sent and not is_offered
 
     # --- inside ---
 
@@ -268,7 +287,7 @@ class Queue:
     def _grows(self, chunk: Chunk) -> bool:
         """Whether bytes can be added to ``chunk``."""
         is_sent = self._sending and chunk is self._chunks[0]
-        return chunk.kind is Kind.DATA and chunk.state is State.WAITING and not is_sent
+        return chunk.kind is Kind.DATA and not chunk.content_length and not is_sent
 
 
 def _enough(length: int) -> int:

@@ -17,7 +17,7 @@ from limosa.transport.relay.control import ChannelStatistics, CompressionStatist
 from limosa.transport.relay.errors import BrokenStream
 from limosa.transport.relay.frames import (
     HEADER_BYTES,
-    MAX_GROWTH_BYTES,
+    MAX_CONTENT_BYTES,
     MAX_RAW_BYTES,
     Form,
     FrameReader,
@@ -25,9 +25,9 @@ from limosa.transport.relay.frames import (
     Header,
     Kind,
     Said,
-    digest,
 )
 from limosa.transport.relay.notices import Notices
+from limosa.transport.relay.pages import Keeper
 from limosa.transport.relay.plug import Plug
 from limosa.transport.relay.pump import Interest, Pump
 
@@ -59,9 +59,10 @@ class Receiver:
     def __init__(self, forward: In, backward: Out, window_log: int, notices: Notices) -> None:
         self._forward, self._backward = forward, backward
         self._notices = notices
-        self._decompressor = Decompressor(window_log)
+        self._keeper = Keeper(1 << window_log)
+        self._decompressor = Decompressor()
         self._buffer = memoryview(bytearray(MAX_RAW_BYTES))
-        self._compressed = memoryview(bytearray(MAX_RAW_BYTES + MAX_GROWTH_BYTES))
+        self._compressed = memoryview(bytearray(MAX_CONTENT_BYTES))
         self._back_buffer = memoryview(bytearray(_BACK_BYTES))
         self._channels: dict[int, _Channel] = {}
         #: numbers that were ever opened: what still comes for those that ended is dropped
@@ -109,9 +110,6 @@ class Receiver:
             self._forward.receive_into(first)
             header = frames.header(first)
             data = self._payload(header)
-            if header.kind is Kind.LEARN:
-                header.verify(digest(data))
-                continue
             channel = self._channels.get(header.channel)
             if channel is not None and not channel.broken:
                 self._deliver(channel, header, data)
@@ -126,9 +124,14 @@ class Receiver:
             data = self._buffer[: header.raw_length]
             self._forward.receive_into(data)
             return data
-        compressed = self._compressed[: header.wire_length]
-        self._forward.receive_into(compressed)
-        return self._decompressor.decompress(compressed, header.raw_length)
+        if header.form is Form.CONDENSED:
+            self._forward.receive_into(self._keeper.room(header.wire_length))
+        else:
+            compressed = self._compressed[: header.wire_length]
+            self._forward.receive_into(compressed)
+            content = self._decompressor.decompress(compressed)
+            self._keeper.room(len(content))[:] = content
+        return self._keeper.restore(header.raw_length)
 
     def _deliver(self, channel: _Channel, header: Header, data: memoryview) -> None:
         try:

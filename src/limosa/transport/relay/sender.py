@@ -3,7 +3,7 @@
 Three threads share what :class:`Sender` holds, under one lock:
 
 - the *pump* reads from QEMUs into the queue, writes the return path to them, and takes the worker's results;
-- the *sending* thread takes the head of the queue, compressed if the worker has done it or is about to, else raw;
+- the *sending* thread takes the head of the queue, compressed if the worker has done it or is about to;
 - the *backward* thread takes what the destination's relay says.
 
 Memory is bounded by the slots. A channel is read only while it has credit, so a destination's QEMU that does not read
@@ -31,6 +31,7 @@ from limosa.transport.relay.frames import (
     Said,
 )
 from limosa.transport.relay.notices import Notices
+from limosa.transport.relay.pages import Finder
 from limosa.transport.relay.plug import Plug
 from limosa.transport.relay.pump import Interest, Pump
 from limosa.transport.relay.queue import Chunk, Queue, State
@@ -60,13 +61,14 @@ class _Channel:
 
 
 class Sender:
-    """A session as the source's relay sees it. Without a ``worker`` everything goes raw."""
+    """A session as the source's relay sees it. Without a ``finder`` everything goes raw."""
 
     def __init__(
         self,
         forward: Out,
         backward: In,
         memory: Memory,
+        finder: Finder | None,
         worker: Worker | None,
         notices: Notices,
     ) -> None:
@@ -81,7 +83,7 @@ class Sender:
         self._done = threading.Condition(self._lock)
         self._pump = Pump(self._interests)
         self._queue = Queue(memory.slots)
-        self._compression = Compression(self._queue, forward, worker)
+        self._compression = Compression(self._queue, forward, memory, finder, worker, self._spend)
         #: the pump found no room, or what keeps a channel from being forgotten, and wants to be told of progress
         self._held_up = False
         self._turn = 0
@@ -235,8 +237,7 @@ class Sender:
                 while (chunk := self._queue.head()) is None:
                     self._arrived.wait()
                 self._compression.take_results()
-                if chunk.state is State.OFFERED:
-                    self._compression.decide(chunk, self._done)
+                self._compression.decide(chunk, self._done)
                 # What hurries may have gone ahead of it meanwhile.
                 if self._queue.head() is chunk:
                     return self._queue.begin()
@@ -245,39 +246,28 @@ class Sender:
         if chunk.kind is not Kind.DATA:
             self._forward.send(self._frames.sign(chunk.kind, chunk.channel))
             return
-        self._teach()
-        if chunk.state is State.DONE:
+        if chunk.state is State.DONE and chunk.compressed_length < chunk.content_length:
             form = Form.COMPRESSED
-            payload = self._memory.compressed(chunk.slot, chunk.wire_length)
+            payload = self._memory.compressed(chunk.slot, chunk.compressed_length)
+        elif chunk.content_length:
+            form = Form.CONDENSED
+            payload = self._memory.content(chunk.slot, chunk.content_length)
         else:
             form = Form.RAW
             payload = self._memory.raw(chunk.slot, 0, chunk.length)
         self._forward.send(self._frames.data(chunk.channel, form, chunk.length, len(payload), chunk.said), payload)
-        self._count(chunk, len(payload), compressed=form is not Form.RAW)
+        self._count(chunk, len(payload))
 
-    def _teach(self) -> None:
-        """Tell of what is in the window besides what was sent compressed, before anything that may refer to it."""
-        with self._lock:
-            made = self._compression.made_late()
-        for chunk in made:
-            payload = self._memory.compressed(chunk.slot, chunk.wire_length)
-            header = self._frames.learn(chunk.channel, chunk.length, chunk.wire_length, chunk.digest)
-            self._forward.send(header, payload)
-            if (channel := self._channels.get(chunk.channel)) is not None:
-                channel.statistics.wire_bytes += chunk.wire_length + HEADER_BYTES
-                channel.statistics.cpu_s += chunk.cpu_s
-        with self._lock:
-            for chunk in made:
-                self._queue.learn(chunk)
-
-    def _count(self, chunk: Chunk, wire_length: int, *, compressed: bool) -> None:
+    def _count(self, chunk: Chunk, wire_length: int) -> None:
         channel = self._channels.get(chunk.channel)
         if channel is not None:
             channel.statistics.wire_bytes += wire_length + HEADER_BYTES
-            channel.statistics.compressed_chunks += compressed
-            channel.statistics.raw_chunks += not compressed
-            if compressed:
-                channel.statistics.cpu_s += chunk.cpu_s
+            channel.statistics.compressed_chunks += wire_length < chunk.length
+            channel.statistics.raw_chunks += wire_length >= chunk.length
+
+    def _spend(self, number: int, cpu_s: float) -> None:
+        if (channel := self._channels.get(number)) is not None:
+            channel.statistics.cpu_s += cpu_s
 
     # --- the backward thread ---
 

@@ -23,7 +23,7 @@ HANDSHAKE_WITHIN_S = 10.0
 
 
 class Agreed(NamedTuple):
-    """A path that both relays know: where to send and where to receive, and the window of the compressed stream."""
+    """A path that both relays know: where to send and where to receive, and how much the destination keeps of it."""
 
     out: Carrier
     back: Carrier

@@ -3,8 +3,9 @@
 It is a process and not a thread because of its priority: a thread that is last in line and holds Python's lock when
 somebody else wants the processor would stop the whole relay.
 
-Raw chunks lie in slots, which both processes share; what becomes of a chunk is written to the slot's twin, so that a
-worker which dies or is not waited for leaves the raw chunk as it was.
+Chunks, and what is left of them when known pages are left out, lie in slots, which both processes share; what the
+worker makes of one is written to the slot's twin, so that a worker which dies or is not waited for leaves it as it was.
+It knows nothing of other chunks.
 
 A chunk is offered by a ticket in a socket, and both processes can take tickets out of it: whoever does has the chunk.
 So the relay can withdraw what the worker had no time to begin with, and the kernel decides who was first.
@@ -28,37 +29,40 @@ from typing import NamedTuple
 from limosa.transport.relay import priority
 from limosa.transport.relay.codec import Compressor
 from limosa.transport.relay.errors import WorkerLost
-from limosa.transport.relay.frames import MAX_GROWTH_BYTES, MAX_RAW_BYTES, digest
+from limosa.transport.relay.frames import HEAD_BYTES, MAX_CONTENT_BYTES
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
-#: window, level
-_BEGINNING = struct.Struct("=ii")
-#: slot, raw length
+#: level
+_BEGINNING = struct.Struct("=i")
+#: slot, length of the content in it
 _TICKET = struct.Struct("=II")
-#: slot, compressed length, digest of the raw bytes, nanoseconds it took, nanoseconds of processor time
-_RESULT = struct.Struct("=IIQQQ")
+#: slot, compressed length, nanoseconds it took, nanoseconds of processor time
+_RESULT = struct.Struct("=IIQQ")
 #: Of a ticket without a chunk.
 NO_SLOT = 0xFFFFFFFF
-_TWIN_BYTES = MAX_RAW_BYTES + MAX_GROWTH_BYTES
 
 
 class Memory:
-    """Slots for raw chunks, and for each a twin for what was made of it, shared with every process forked later."""
+    """Slots for chunks, and for each a twin for what was made of it, shared with every process forked later."""
 
     def __init__(self, slots: int) -> None:
         self.slots = slots
-        self._view = memoryview(mmap.mmap(-1, slots * (MAX_RAW_BYTES + _TWIN_BYTES)))
+        self._view = memoryview(mmap.mmap(-1, 2 * slots * MAX_CONTENT_BYTES))
 
     def raw(self, slot: int, begin: int, end: int) -> memoryview:
-        """Bytes of a slot. Raises ``IndexError`` if there is no such slot."""
+        """Bytes of the chunk in a slot. Raises ``IndexError`` if there is no such slot."""
+        return self.content(slot, HEAD_BYTES + end)[HEAD_BYTES + begin :]
+
+    def content(self, slot: int, length: int) -> memoryview:
+        """The first bytes of a slot. Raises ``IndexError`` if there is no such slot."""
         self._check(slot)
-        start = slot * MAX_RAW_BYTES
-        return self._view[start + begin : start + end]
+        start = slot * MAX_CONTENT_BYTES
+        return self._view[start : start + length]
 
     def compressed(self, slot: int, length: int) -> memoryview:
         """The first bytes of a slot's twin. Raises ``IndexError`` if there is no such slot."""
         self._check(slot)
-        start = self.slots * MAX_RAW_BYTES + slot * _TWIN_BYTES
+        start = (self.slots + slot) * MAX_CONTENT_BYTES
         return self._view[start : start + length]
 
     def _check(self, slot: int) -> None:
@@ -68,17 +72,16 @@ class Memory:
 
 
 class Result(NamedTuple):
-    """What the worker made of the chunk in ``slot``."""
+    """What the worker made of the content in ``slot``. If that would not be shorter, there is nothing in the twin."""
 
     slot: int
-    wire_length: int
-    digest: int
+    length: int
     seconds: float
     cpu_seconds: float
 
 
 class Worker:
-    """A compressing process with one stream. Made by :meth:`start`."""
+    """A compressing process. Made by :meth:`start`."""
 
     def __init__(self, pidfd: int, offers: socket.socket, tickets: socket.socket, results: socket.socket) -> None:
         # Both ends of the tickets stay here: one to give them, the other to take them back.
@@ -110,16 +113,16 @@ class Worker:
         finally:
             os._exit(1)
 
-    def begin(self, window_log: int, level: int) -> None:
-        """Tell it how to compress: zstd's numbers. Before the first offer."""
-        self._results.send(_BEGINNING.pack(window_log, level))
+    def begin(self, level: int) -> None:
+        """Tell it how hard to compress: zstd's number. Before the first offer."""
+        self._results.send(_BEGINNING.pack(level))
 
     def fileno(self) -> int:
         """Readable when there is a result, or the worker died."""
         return self._results.fileno()
 
     def offer(self, slot: int, length: int) -> None:
-        """Let it compress a chunk, if it comes to it. Raises :class:`WorkerLost`."""
+        """Let it compress a content, if it comes to it. Raises :class:`WorkerLost`."""
         try:
             self._offers.send(_TICKET.pack(slot, length), socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
         except OSError as error:
@@ -146,8 +149,8 @@ class Worker:
             raise WorkerLost(str(error)) from error
         if len(data) != _RESULT.size:
             raise WorkerLost("it ended")
-        slot, wire_length, raw_digest, nanoseconds, cpu_nanoseconds = _RESULT.unpack(data)
-        return Result(slot, wire_length, raw_digest, nanoseconds / 1e9, cpu_nanoseconds / 1e9)
+        slot, length, nanoseconds, cpu_nanoseconds = _RESULT.unpack(data)
+        return Result(slot, length, nanoseconds / 1e9, cpu_nanoseconds / 1e9)
 
     def end(self) -> None:
         """End it, whatever it does. Does not wait: a process that is last in line may take its time to die."""
@@ -177,14 +180,11 @@ def _work(memory: Memory, tickets: socket.socket, results: socket.socket) -> Non
         while compressor is not None and (ticket := tickets.recv(_TICKET.size)):
             slot, length = _TICKET.unpack(ticket)
             if slot == NO_SLOT:
-                results.send(_RESULT.pack(slot, 0, 0, 0, 0))
+                results.send(_RESULT.pack(slot, 0, 0, 0))
                 continue
             began, cpu_began = time.monotonic_ns(), time.thread_time_ns()
-            raw = memory.raw(slot, 0, length)
-            made = compressor.compress(raw)
-            if len(made) > length + MAX_GROWTH_BYTES:
-                return  # it would not fit; nothing known to zstd makes that happen
-            memory.compressed(slot, len(made))[:] = made
-            raw_digest = digest(raw)
+            made = compressor.compress(memory.content(slot, length))
+            if len(made) < length:
+                memory.compressed(slot, len(made))[:] = made
             took, cpu_took = time.monotonic_ns() - began, time.thread_time_ns() - cpu_began
-            results.send(_RESULT.pack(slot, len(made), raw_digest, took, cpu_took))
+            results.send(_RESULT.pack(slot, min(len(made), length), took, cpu_took))
