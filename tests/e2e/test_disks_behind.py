@@ -110,7 +110,7 @@ def test_one_that_does_not_catch_up_ends_the_move(hosts: list[LabHost], client: 
     assert last.fault is not None
     assert (last.fault.code, last.fault.what) == ("not-converging", "the copy of disk vda falls behind")
     assert any(is_slowed(view) for view in seen)
-    assert source.vm("web").state is VmState.RUNNING
+    assert source.show("web").state is VmState.RUNNING
     assert conversation.faults == []
     assert images(source) == before
     wait_until(lambda: images(destination) == [], "the destination keeps nothing")

@@ -17,6 +17,9 @@ class BareChannel:
     def set_short(self, short: bool) -> None:
         pass
 
+    def pace(self, bytes_per_s: int) -> None:
+        pass
+
     def spread_over(self, ways: Iterable[tuple[str, str]]) -> None:
         pass
 

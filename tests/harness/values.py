@@ -48,7 +48,7 @@ def vm_configs(draw: st.DrawFn) -> VmConfig:
         name=draw(NAMES),
         uuid=str(draw(st.uuids())),
         memory_mib=draw(st.integers(16, 16 * 1024 * 1024)),
-        cpus=draw(st.integers(1, 1024)),
+        cpus=draw(st.integers(1, 255)),
         machine=draw(st.from_regex(r"\Apc-q35-[a-z0-9._+-]{0,20}\Z")),
         cpu=draw(st.sampled_from(["x86-64-v2", "x86-64-v3", "max", "Nehalem,+aes,-pcid"])),
         accelerator=draw(st.sampled_from(["auto", "kvm", "tcg"])),

@@ -157,7 +157,7 @@ def test_a_note_with_other_figures_is_no_new_line(capsys: pytest.CaptureFixture[
     plain = display.PlainDisplay()
     notes = ("writes 2.5 MiB/s, slowed by 20 %", "writes 117 KiB/s, slowed by 20 %", "writes 2.5 MiB/s, slowed by 40 %")
     for note in notes:
-        plain.show(migration("web1", progress=Progress(note=f"the guest {note}")))
+        plain.show(shown("web1", progress=Progress(note=f"the guest {note}")))
     assert [line[-4:] for line in capsys.readouterr().out.splitlines()] == ["20 %", "40 %"]
 
 

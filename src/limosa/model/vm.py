@@ -24,7 +24,7 @@ CpuModel = Annotated[
     ),
 ]
 MemoryMib = Annotated[int, Meta(ge=16, le=16 * 1024 * 1024, description="guest memory in MiB")]
-Cpus = Annotated[int, Meta(ge=1, le=255, description="virtual processors; more need an IOMMU that VMs here do not have")]
+Cpus = Annotated[int, Meta(ge=1, le=255, description="virtual processors; more need an IOMMU")]
 Text = Annotated[str, Meta(max_length=512 * 1024)]
 
 
