@@ -26,9 +26,10 @@ pytestmark = [pytest.mark.qemu, pytest.mark.lab]
 
 MIB = 1024 * 1024
 SLOW_MBIT_PER_S = 100
-#: Even its empty pages must be named, in 9 bytes each: 10 MB, which compress well.
-BIG_MIB = 4096
-#: Makes a move last for ten seconds.
+#: Even its empty pages must be named, in 9 bytes each: 7 MB, which compress well, and all of which may be on its way to
+#: a destination that reads nothing.
+BIG_MIB = 3072
+#: Makes a move last for seven seconds.
 BRAKE = {"bandwidth_mbit_per_s": 8}
 CANCEL_WITHIN_S = 2.0
 

@@ -183,8 +183,9 @@ class Disks(Session):
 
     async def drop_copy(self, disk: str, tag: str) -> None:
         """Give a copy up, if there is one, and close it. The disk is as it was. May be repeated, in every state."""
-        await self.slow_writes(disk, 0)
+        # Before anything else: a QEMU that waits for the other end may answer nothing until it has hung up.
         await self._hang_up(f"{disk}.{tag}")
+        await self.slow_writes(disk, 0)
         if disk in await self.copies():
             with suppress(QemuError):  # it may be over by now
                 await self._execute("job-cancel", {"id": f"copy-{disk}"})
