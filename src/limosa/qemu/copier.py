@@ -55,6 +55,9 @@ class Copier(Disks):
         """The node that is the disk: no device has it, so none can change it for another."""
         return disk
 
+    async def slow_writes(self, disk: str, bytes_per_s: int) -> None:
+        """Nobody writes: there is no guest."""
+
     async def _open(self, name: str, image: ImageFile) -> None:
         nodes = image_nodes(
             name,
