@@ -8,7 +8,7 @@ from pathlib import Path
 from limosa.host import goodput
 from limosa.host.goodput import Goodputs
 from limosa.model.network import Carried
-from limosa.transport.channel import Used
+from limosa.transport.channel import Used, by_path
 from limosa.transport.goodput import Goodput
 
 
@@ -80,3 +80,10 @@ def test_what_is_remembered_is_bounded(tmp_path: Path) -> None:
     known = Goodputs(tmp_path / "goodput.json")
     known.learn(Carried(here="a", there=str(number), mbit_per_s=1) for number in range(goodput.MOST + 3))
     assert (len(known.known), known.known[0].there) == (goodput.MOST, "3")
+
+
+def test_of_a_connection_that_has_ended_nothing_is_overdue() -> None:
+    ended = replace(used(2, 0.7), alive=False, connections=0, overdue=True)
+    (path,) = by_path([ended, used(5, 0.2)])
+    assert (path.sent_bytes, path.alive, path.connections, path.overdue) == (7_000_000, True, 1, False)
+    assert by_path([used(1, 0.1), replace(used(1, 0.1), overdue=True)])[0].overdue

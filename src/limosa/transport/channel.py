@@ -39,7 +39,7 @@ class Used:
 
 
 def by_path(parts: Iterable[Used]) -> tuple[Used, ...]:
-    """All that went from one address to another as one."""
+    """All that went from one address to another as one. Of a connection that has ended nothing is overdue."""
     sums: dict[tuple[str, str], Used] = {}
     for one in parts:
         ends = one.here, one.there
@@ -50,7 +50,7 @@ def by_path(parts: Iterable[Used]) -> tuple[Used, ...]:
             alive=before.alive or one.alive,
             busy_s=max(before.busy_s, one.busy_s),
             connections=before.connections + one.connections,
-            overdue=before.overdue or one.overdue,
+            overdue=before.overdue or (one.overdue and one.connections > 0),
         )
     return tuple(sums.values())
 

@@ -65,7 +65,7 @@ class MultichannelChannel(tcp.TcpChannel):
                 return super().used()
             alive = {}
         for number in self._seen.keys() - alive.keys():
-            self._seen[number] = replace(self._seen[number], alive=False, connections=0, overdue=False)
+            self._seen[number] = replace(self._seen[number], alive=False, connections=0)
         self._seen.update(alive)
         return by_path(self._seen.values())
 
