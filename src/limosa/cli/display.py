@@ -110,21 +110,24 @@ class LiveDisplay:
         from rich.console import Group  # noqa: PLC0415 - as above
 
         console = self._console
-        moves = list(self._moves.items())
-        blocks = {name: self._block(name, event, console.width) for name, event in moves}
-        lines = {name: len(console.render_lines(block, pad=False)) for name, block in blocks.items()}
-        if sum(lines.values()) <= console.height:
-            return Group(*blocks.values())
-        room, left = console.height - 1, Counter[str]()
-        shown: list[RenderableType] = []
-        for name, event in sorted(moves, key=lambda move: _rank(move[1])):
-            room -= lines[name]
-            if room >= 0:
-                shown.append(blocks[name])
-            else:
-                left[_stage(event).partition(",")[0]] += 1
+        moves = dict(self._moves)
+        ranked = sorted(moves.items(), key=lambda move: _rank(move[1]))
+        room, lines = console.height, dict[str, int]()
+        blocks: dict[str, RenderableType] = {}
+        for name, event in ranked:
+            block = self._block(name, event, console.width)
+            room -= (height := len(console.render_lines(block, pad=False)))
+            if room < 0:
+                room += height
+                break
+            blocks[name], lines[name] = block, height
+        if len(blocks) == len(moves):
+            return Group(*(blocks[name] for name in moves))
+        while blocks and room < 1:  # for the line that counts the others
+            room += lines[blocks.popitem()[0]]
+        left = Counter(_stage(event).partition(",")[0] for _, event in ranked[len(blocks) :])
         more = ", ".join(f"{count} {stage}" for stage, count in left.items())
-        return Group(*shown, f"and {left.total()} more: {more}")
+        return Group(*blocks.values(), f"and {left.total()} more: {more}")
 
     def _block(self, name: str, event: Event | None, width: int) -> RenderableType:
         """A VM's line, and below it what does not fit there: its columns stay where they are while figures change."""

@@ -22,7 +22,6 @@ class FakeDisks:
     def __init__(self) -> None:
         self.copying: dict[str, CopyStatistics] = {}
         self.exported: set[str] = set()
-        #: disks whose writes wait for their copy
         #: what the guest may write a second, by disk
         self.slowed: dict[str, int] = {}
         self._disks_trusted = False

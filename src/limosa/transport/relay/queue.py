@@ -240,9 +240,12 @@ class Queue:
 
     def _is_free(self, chunk: Chunk) -> bool:
         """Whether a chunk has data, and nobody is at it."""
-        is_sent = self._sending and chunk is self._chunks[0]
-        is_offered = chunk.state is not State.WAITING
-        return chunk.kind is Kind.DATA and chunk is not self._growing and not is_sent and not is_offered
+        is_taken = chunk.state is not State.WAITING or chunk is self._growing or self._is_sent(chunk)
+        return chunk.kind is Kind.DATA and not is_taken
+
+    def _is_sent(self, chunk: Chunk) -> bool:
+        """Whether it is just being sent."""
+        return self._sending and chunk is self._chunks[0]
 
     # --- inside ---
 
@@ -286,8 +289,7 @@ class Queue:
 
     def _grows(self, chunk: Chunk) -> bool:
         """Whether bytes can be added to ``chunk``."""
-        is_sent = self._sending and chunk is self._chunks[0]
-        return chunk.kind is Kind.DATA and not chunk.content_length and not is_sent
+        return chunk.kind is Kind.DATA and not chunk.content_length and not self._is_sent(chunk)
 
 
 def _enough(length: int) -> int:
