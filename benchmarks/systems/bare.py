@@ -113,8 +113,6 @@ class Bare:
             *("-chardev", f"file,id=console,path={self._console},append=on", "-device", "isa-serial,chardev=console"),
             *("-netdev", f"tap,id=net0,ifname={self._tap},script=no,downscript=no"),
             *("-device", f"virtio-net-pci,netdev=net0,mac={guest.mac},romfile=,disable-legacy=on,addr=2.0"),
-            *("-object", "rng-builtin,id=rng"),
-            *("-device", "virtio-rng-pci,rng=rng,disable-legacy=on,vectors=0,addr=1b.0"),
             *("-device", "VGA,addr=1.0"),
         ]
 

@@ -140,7 +140,7 @@ class Virsh:
         """The same machine and devices, at the same places, as Limosa's and the script's."""
         guest = self._guest
         return f"""
-<domain type='qemu' xmlns:qemu='http://libvirt.org/schemas/domain/qemu/1.0'>
+<domain type='qemu'>
   <name>{guest.name}</name>
   <memory unit='MiB'>{guest.load.memory_mib}</memory>
   <vcpu>1</vcpu>
@@ -164,15 +164,9 @@ class Virsh:
       {_address(0x02)}
     </interface>
     {self._disk()}
-    <rng model='virtio-non-transitional'><backend model='builtin'/><alias name='ua-rng'/>{_address(0x1B)}</rng>
     <video><model type='vga'/>{_address(0x01)}</video>
     <memballoon model='none'/>
   </devices>
-  <qemu:override>
-    <qemu:device alias='ua-rng'>
-      <qemu:frontend><qemu:property name='vectors' type='unsigned' value='0'/></qemu:frontend>
-    </qemu:device>
-  </qemu:override>
 </domain>
 """
 

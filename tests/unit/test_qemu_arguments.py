@@ -89,7 +89,7 @@ def test_a_device_keeps_its_address_whatever_else_there_is(few: set[str], more: 
     more = more | few | {LETTERS[LETTERS.index(letter) - 13] for letter in more if letter >= "n"}
     cards = tuple(Nic(switch="lan", mac=f"52:54:00:00:00:{number:02x}") for number in range(nics))
     small = devices(build(launch(config(disks=tuple(map(disk, sorted(few)))))))
-    large = devices(build(launch(config(disks=tuple(map(disk, sorted(more))), nics=cards))))
+    large = devices(build(launch(config(disks=tuple(map(disk, sorted(more))), nics=cards, rng=True))))
     for name, device in small.items():
         assert large[name].get("addr") == device.get("addr")
     addresses = [(device["bus"], device["addr"]) for device in large.values() if "addr" in device]
@@ -153,6 +153,12 @@ def test_each_nic_is_given_its_tap() -> None:
         ("52:54:00:00:00:00", "net0"),
         ("52:54:00:00:00:01", "net1"),
     ]
+
+
+def test_random_numbers_come_from_a_device_only_if_they_are_asked_for() -> None:
+    assert "rng0" not in devices(build(launch(config())))
+    device = devices(build(launch(config(rng=True))))["rng0"]
+    assert device["rng"] in [made["id"] for made in parsed(build(launch(config(rng=True))), "-object")]
 
 
 def test_uefi_has_its_code_and_this_machines_variables() -> None:

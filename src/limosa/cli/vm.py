@@ -193,6 +193,7 @@ def _facts(vm: Vm) -> list[tuple[str, object]]:
         *((f"disk {disk.name}", f"{disk.path} ({disk.format})") for disk in config.disks),
         *((f"nic {number}", f"{nic.switch} {nic.mac}") for number, nic in enumerate(config.nics)),
         *((f"device {number}", f"{one.kind} {one.address}") for number, one in enumerate(config.host_devices)),
+        ("random numbers", "virtio-rng" if config.rng else ""),
         ("cloud-init", _cloud_init(vm)),
         ("on crash", config.on_crash),
         ("QEMU", f"process {vm.pid}" if vm.pid else ""),

@@ -29,6 +29,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     add("--cpu", metavar="MODEL", help="x86-64-v2 (default), x86-64-v3, or a QEMU model with +feature,-feature")
     add("--machine", metavar="TYPE", help="a versioned QEMU machine type, such as pc-q35-10.0")
     add("--accelerator", choices=("auto", "kvm", "tcg"), help="auto (default) probes whether KVM can run a guest")
+    add("--rng", action="store_true", help="a virtio-rng, for old guests; it makes each blackout 1 ms longer")
     add("--on-crash", choices=("stop", "restart"), help="what to do when its QEMU dies (stop)")
     add = parser.add_argument_group("disks and network").add_argument
     add(
@@ -77,6 +78,7 @@ def _from_options(arguments: argparse.Namespace) -> dict[str, Any]:
         "firmware": "uefi" if arguments.uefi else "bios",
         "boot": _boot(arguments),
         "cloud_init": _cloud_init(arguments),
+        "rng": arguments.rng,
     }
     for name in ("cpus", "cpu", "machine", "accelerator", "on_crash"):
         if getattr(arguments, name) is not None:

@@ -85,6 +85,9 @@ class HostDevice(Model, frozen=True):
     ]
 
 
+Rng = Annotated[bool, Meta(description="a source of random numbers, for guests whose processor has none (rdrand)")]
+
+
 class VmConfig(Model, frozen=True):
     """The durable form of a VM (``vm.toml``): everything a host needs to run it, with nothing left to defaults.
 
@@ -105,6 +108,7 @@ class VmConfig(Model, frozen=True):
     nics: Annotated[tuple[Nic, ...], Meta(max_length=8)] = ()
     cloud_init: CloudInit | None = None
     host_devices: Annotated[tuple[HostDevice, ...], Meta(max_length=8)] = ()
+    rng: Rng = False
     on_crash: Literal["stop", "restart"] = "stop"
 
     def __post_init__(self) -> None:

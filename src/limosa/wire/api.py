@@ -24,6 +24,7 @@ from limosa.model.vm import (
     HostDevice,
     MachineType,
     MemoryMib,
+    Rng,
     Vm,
 )
 from limosa.settings.host import HostSettings, Transport
@@ -76,6 +77,7 @@ class NewVm(Model, frozen=True):
     nics: Annotated[tuple[NewNic, ...], Meta(max_length=8)] = ()
     cloud_init: CloudInit | None = None
     host_devices: Annotated[tuple[HostDevice, ...], Meta(max_length=8)] = ()
+    rng: Rng = False
     on_crash: Literal["stop", "restart"] = "stop"
 
 
