@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -292,6 +293,20 @@ def test_a_move_under_way_is_shown_with_its_figures(host: Host, capsys: pytest.C
     host.answers[LIST_MIGRATIONS] = lambda _: MigrationList(migrations=(under_way,))
     assert main(["migration", "show", "web1"]) == 0
     assert capsys.readouterr().out.endswith("\ncopy, 40 %, 7.0 s left, it is slow\n")
+
+
+def test_the_list_says_since_when(
+    host: Host, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TZ", "UTC")
+    time.tzset()
+    moves = (shown("web1", accepted_at=1.7e9), completed("web2"))
+    host.answers[LIST_MIGRATIONS] = lambda _: MigrationList(migrations=moves)
+    assert main(["migration", "list"]) == 0
+    head, first, second = capsys.readouterr().out.splitlines()
+    assert head.split() == ["ID", "VM", "SOURCE", "DESTINATION", "BEGAN", "STATE", "DONE", "NOTE"]
+    assert "2023-11-14 22:13:20  copy" in first
+    assert "1970-01-01 00:00:01  completed" in second
 
 
 def test_watching_a_landing_that_failed_says_where_the_reason_is(

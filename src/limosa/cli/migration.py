@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import time
 from contextlib import suppress
 from functools import partial
 
@@ -83,11 +84,19 @@ def _list(arguments: argparse.Namespace) -> int:
             say_json(migration)
         return 0
     rows = [
-        (one.id, one.vm, one.source, one.destination, _state(one), f"{one.progress.percent:.0f} %", _why(one))
+        (
+            *(one.id, one.vm, one.source, one.destination, _began(one)),
+            *(_state(one), f"{one.progress.percent:.0f} %", _why(one)),
+        )
         for one in migrations
     ]
-    say_table(("ID", "VM", "SOURCE", "DESTINATION", "STATE", "DONE", "NOTE"), rows)
+    say_table(("ID", "VM", "SOURCE", "DESTINATION", "BEGAN", "STATE", "DONE", "NOTE"), rows)
     return 0
+
+
+def _began(migration: Migration) -> str:
+    """When the move was asked for, by the clock here."""
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(migration.accepted_at))
 
 
 def _state(migration: Migration) -> str:
@@ -175,7 +184,8 @@ def _tell(arguments: argparse.Namespace, migration: Migration) -> None:
     if arguments.json:
         say_json(migration)
         return
-    say(f"{migration.vm}: {migration.source} to {migration.destination}, {_state(migration)} ({migration.id})")
+    way = f"{migration.source} to {migration.destination}"
+    say(f"{migration.vm}: {way}, {_state(migration)}, asked for at {_began(migration)} ({migration.id})")
     say_summary([migration])
     if migration.route is not None:
         say_route(migration.route)
