@@ -269,6 +269,14 @@ def test_a_team_that_hashes_ports_gets_several_connections() -> None:
     assert (slow.transport, slow.paths[0].streams) == ("compression", 8)
 
 
+def test_relays_use_all_members_of_a_team() -> None:
+    for asked in ("compression", "auto"):
+        route = choose(ends(team(1, speed=200), team(2, speed=200)), asked)
+        assert (route.transport, route.paths[0].streams) == ("compression", 8)
+        assert route.is_multipath
+    assert not choose(ends(team(1), team(2)), "tcp").is_multipath
+
+
 def test_a_team_beside_a_nic_shares_the_connections_there_may_be() -> None:
     route = choose(ends([*team(1), nic(3, 1, 2000)], [*team(2), nic(3, 2, 2000)], allowed=False), "auto")
     assert {path.nic_here: path.streams for path in route.paths} == {"bond0": 4, "mig3": 1}

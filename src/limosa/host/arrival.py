@@ -91,15 +91,18 @@ class Arrival:
         if place is None:
             return await self._open_bare(request)
         chosen = await self._chosen(request)
-        return await self._parts.relays.open_door(self._source, place, chosen, self._offered, request.networks)
+        return await self._parts.relays.open_door(
+            self._source, place, chosen, self._offered, request.networks, _streams(request)
+        )
 
     async def _open_bare(self, request: Prepare) -> tcp.TcpDoorway:
         ports = self._parts.page.now.migration_ports
         chosen = await self._chosen(request)
         if request.transport != "multichannel":
             return tcp.TcpDoorway(chosen[0], ports)
-        streams = dict(zip(request.addresses, request.streams, strict=False))
-        return await self._parts.multichannel.open_door(chosen, ports, self._offered, request.networks, streams)
+        return await self._parts.multichannel.open_door(
+            chosen, ports, self._offered, request.networks, _streams(request)
+        )
 
     def _check_encrypted(self, request: Prepare) -> None:
         credentials = request.credentials if request.relay is None else request.relay.credentials
@@ -122,3 +125,8 @@ class Arrival:
 
     async def _offered(self) -> tuple[str, ...]:
         return stream_addresses(await self._parts.inspector.network(), self._reached_at)
+
+
+def _streams(request: Prepare) -> dict[str, int]:
+    """How many connections the source wants to each address: several where one would use one member of a team."""
+    return dict(zip(request.addresses, request.streams, strict=False))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 from limosa.background import then
@@ -58,15 +58,17 @@ class Relays:
         chosen: Sequence[str],
         permitted: Addresses,
         networks: Sequence[str],
+        streams: Mapping[str, int] | None = None,
     ) -> Doorway:
         """The door for a VM that comes from host ``source``, at the addresses that has chosen.
 
-        Raises :class:`RelayFailed` and :class:`NetworkError`.
+        ``streams``: see :meth:`Multichannel.open_door`. Raises :class:`RelayFailed` and :class:`NetworkError`.
         """
         key = (source, place.session)
         starting = self._inbound.get(key)
         if starting is None:
-            starting = self._inbound[key] = asyncio.ensure_future(self._await(place, chosen, permitted, networks))
+            arriving = self._await(place, chosen, permitted, networks, streams)
+            starting = self._inbound[key] = asyncio.ensure_future(arriving)
             starting.add_done_callback(lambda done: self._forget_later(key, done))
         try:
             session = await asyncio.shield(starting)
@@ -106,7 +108,12 @@ class Relays:
         return await connect_all([partial(tcp.connect, there, prepared.port, prepared.token, here)] * CARRIERS)
 
     async def _await(
-        self, place: RelayPlace, chosen: Sequence[str], permitted: Addresses, networks: Sequence[str]
+        self,
+        place: RelayPlace,
+        chosen: Sequence[str],
+        permitted: Addresses,
+        networks: Sequence[str],
+        streams: Mapping[str, int] | None,
     ) -> Inbound:
         relay = await Relay.start(user=self._user)
         try:
@@ -115,7 +122,7 @@ class Relays:
             if place.striped:
                 door = LastingDoorway(chosen[:MAX_LANES], ports, permitted)
             elif place.several:
-                door = await self._multichannel.open_door(chosen, ports, permitted, networks)
+                door = await self._multichannel.open_door(chosen, ports, permitted, networks, streams)
             else:
                 door = tcp.TcpDoorway(chosen[0], ports)
         except BaseException:

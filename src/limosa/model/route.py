@@ -57,7 +57,8 @@ class Route(Model, forbid_unknown_fields=False, frozen=True):
     @property
     def is_multipath(self) -> bool:
         """Whether it takes Multipath TCP, by itself or below relays."""
-        return not self.striped and (self.transport == "multichannel" or len(self.paths) > 1)
+        several = len(self.paths) > 1 or any(path.streams > 1 for path in self.paths)
+        return not self.striped and (self.transport == "multichannel" or several)
 
     @property
     def is_relayed(self) -> bool:
