@@ -1,6 +1,7 @@
-"""Both daemons' ends of a striped session, with real relays, and addresses of loopback in place of networks.
+"""Both daemons' ends of a session over several connections, with real relays, and addresses of loopback in place of
+networks.
 
-Paths that cannot be connected at first, that are lost, and that appear.
+Paths that cannot be connected at first, that are lost, and that appear; and a team, whose members want several.
 """
 
 from __future__ import annotations
@@ -73,6 +74,10 @@ class Move:
         await until(lambda: self.carriers.alive() == connections)
 
 
+async def announced_ports(address: str) -> list[int]:
+    return [one.port for one in await PathManager().endpoints() if one.address == address and one.port]
+
+
 async def until(is_so: Callable[[], bool]) -> None:
     while not is_so():  # noqa: ASYNC110 - kernels and relays tell nobody here; run() bounds it
         await asyncio.sleep(0.01)
@@ -94,12 +99,16 @@ async def moving(
     awaited: tuple[str, ...] = THEIRS,
     encrypt: bool = True,
     swallows: str | None = None,
+    streams: int = 0,
 ) -> AsyncIterator[Move]:
     """A move over these paths; the destination awaits it at some of its addresses, and more may be asked for. At the
-    address that ``swallows`` whoever connects is let in, and nothing that is sent gets through."""
-    relays = Relays(Multichannel(PathManager(), folder), Page(folder / "settings.toml"), None)
-    paths = tuple(RoutePath(here=here, there=there) for here, there in ways)
-    route = Route(transport="multichannel", paths=paths, striped=True, alone=True)
+    address that ``swallows`` whoever connects is let in, and nothing that is sent gets through. With ``streams``, so
+    many connections of Multipath TCP over each path instead of stripes."""
+    multichannel = Multichannel(PathManager(), folder)
+    relays = Relays(multichannel, Page(folder / "settings.toml"), None)
+    paths = tuple(RoutePath(here=here, there=there, streams=streams or 1) for here, there in ways)
+    transport = "compression" if streams else "multichannel"
+    route = Route(transport=transport, paths=paths, striped=not streams, alone=True)
     seat = relays.seat("there", route, None, encrypt=encrypt)
 
     async def permitted() -> tuple[str, ...]:
@@ -111,7 +120,8 @@ async def moving(
     hole: socket.socket | None = None
     try:
         await seat.open()
-        door = await relays.open_door("here", seat.place, awaited, permitted, ())
+        wanted = {path.there: path.streams for path in paths}
+        door = await relays.open_door("here", seat.place, awaited, permitted, (), wanted)
         prepared = Prepared(address=door.address, port=door.port, token=door.token)
         hole = socket.create_server((swallows, door.port)) if swallows is not None else None
         channel = await seat.connect(prepared)
@@ -129,6 +139,7 @@ async def moving(
         for starting in list(relays._inbound.values()):
             with suppress(Exception):
                 await (await starting).relay.end()
+        await multichannel.endpoints.idle()
 
 
 def test_both_paths_carry_and_the_figures_are_of_both(tmp_path: Path) -> None:
@@ -137,6 +148,18 @@ def test_both_paths_carry_and_the_figures_are_of_both(tmp_path: Path) -> None:
             await move.uses(*WAYS[:2])
             assert move.carriers.alive() == 4
             assert {(one.here, one.there) for one in move.channel.used()} == set(WAYS[:2])
+
+    run(work())
+
+
+def test_a_team_gets_several_connections_over_its_one_path(tmp_path: Path) -> None:
+    async def work() -> None:
+        async with moving(tmp_path, WAYS[0], awaited=THEIRS[:1], streams=3) as move:
+            await move.sends()
+            # On loopback both ends are one kernel, which connects to them from both: what counts is what is announced.
+            while len(await announced_ports(THEIRS[0])) < 2:  # noqa: ASYNC110 - as in until()
+                await asyncio.sleep(0.01)
+        assert not await announced_ports(THEIRS[0])
 
     run(work())
 

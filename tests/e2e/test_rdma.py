@@ -55,7 +55,7 @@ def moved(source: VmHost, destination: VmHost, *options: str) -> Migration:
 def says_why(ended: Migration, words: str) -> bool:
     """Whether it went otherwise, and says so both in its route and in a finding."""
     assert ended.route is not None
-    assert ended.route.transport != "rdma"
+    assert ended.route.transport in ("tcp", "multichannel", "compression")
     told = [finding.what for finding in ended.findings if finding.code == "rdma-not-used"]
     return words in ended.route.why and any(words in what for what in told)
 

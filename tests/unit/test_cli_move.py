@@ -295,11 +295,18 @@ def test_a_move_under_way_is_shown_with_its_figures(host: Host, capsys: pytest.C
     assert capsys.readouterr().out.endswith("\ncopy, 40 %, 7.0 s left, it is slow\n")
 
 
-def test_the_list_says_since_when(
-    host: Host, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("TZ", "UTC")
+@pytest.fixture
+def in_utc() -> Iterator[None]:
+    """The clock here is that of Greenwich."""
+    with pytest.MonkeyPatch.context() as changes:
+        changes.setenv("TZ", "UTC")
+        time.tzset()
+        yield
     time.tzset()
+
+
+@pytest.mark.usefixtures("in_utc")
+def test_the_list_says_since_when(host: Host, capsys: pytest.CaptureFixture[str]) -> None:
     moves = (shown("web1", accepted_at=1.7e9), completed("web2"))
     host.answers[LIST_MIGRATIONS] = lambda _: MigrationList(migrations=moves)
     assert main(["migration", "list"]) == 0

@@ -57,8 +57,8 @@ class Route(Model, forbid_unknown_fields=False, frozen=True):
     @property
     def is_multipath(self) -> bool:
         """Whether it takes Multipath TCP, by itself or below relays."""
-        several = len(self.paths) > 1 or any(path.streams > 1 for path in self.paths)
-        return not self.striped and (self.transport == "multichannel" or several)
+        connections = sum(path.streams for path in self.paths)
+        return not self.striped and (self.transport == "multichannel" or connections > 1)
 
     @property
     def is_relayed(self) -> bool:

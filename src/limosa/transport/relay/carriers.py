@@ -115,7 +115,7 @@ class Carriers:
     def alive(self) -> int:
         """How many connections there are."""
         lanes = [lane for lane in self._lanes.values() if not lane.lost]
-        return sum(one.alive for lane in lanes for end in (lane.forward, lane.backward) for one in end.used())
+        return sum(one.connections for lane in lanes for end in (lane.forward, lane.backward) for one in end.used())
 
     async def open(
         self,
