@@ -14,7 +14,7 @@ class BareChannel:
     stream: socket.socket
     connections: Sequence[SocketChannel] = ()
 
-    def set_short(self, short: bool) -> None:
+    def set_short(self, short: bool, pace: float) -> None:
         pass
 
     def pace(self, bytes_per_s: int) -> None:

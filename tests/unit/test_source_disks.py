@@ -410,7 +410,7 @@ def test_little_waits_on_the_way_when_the_guest_may_stop_soon(tmp_path: Path, mo
     async def scenario(world: World) -> None:
         asked: list[bool] = []
         world.move.channel = channel = Channel(world.ours.dup())
-        monkeypatch.setattr(channel, "set_short", asked.append)
+        monkeypatch.setattr(channel, "set_short", lambda short, _pace: asked.append(short))
         policy = ConvergencePolicy(blackout_budget_ms=2000)
 
         def judge(limit_ms: float, *, in_post_copy: bool = False) -> Convergence:

@@ -34,12 +34,15 @@ async def admitted(door: TcpDoorway) -> None:
         stream.setblocking(True)
         for one in (stream, channel.stream):
             assert one.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
-        channel.set_short(True)
+        channel.set_short(True, 1e9)
+        assert channel.stream.getsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT) == 1_000_000
+        channel.set_short(True, 0)
+        assert channel.stream.getsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT) == 16 * 1024
         channel.stream.sendall(b"memory")
         assert stream.recv(100) == b"memory"
         stream.sendall(b"return path")
         assert channel.stream.recv(100) == b"return path"
-    channel.set_short(True)  # too late, and no harm
+    channel.set_short(True, 0)  # too late, and no harm
     channel.pace(1)
 
 

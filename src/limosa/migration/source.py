@@ -533,7 +533,7 @@ class SourceMove:
     def _set_short(self, short: bool) -> None:
         if self.channel is not None and self._is_short is not short:
             self._is_short = short
-            self.channel.set_short(short)
+            self.channel.set_short(short, self.report.bar.pace)
             self._pace_disks()
 
     async def _watch(self, machine: MachineProtocol) -> None:

@@ -62,10 +62,11 @@ class Channel(Protocol):
     def stream(self) -> socket.socket | RdmaAddress:
         """Connected to the destination, and QEMU is to get a duplicate; or where QEMU is to call."""
 
-    def set_short(self, short: bool) -> None:
+    def set_short(self, short: bool, pace: float) -> None:
         """Whether little may wait between QEMU and the network from now on, at some cost of throughput. Never raises.
 
-        QEMU takes for sent what was taken from it. What waits would be sent while the guest stands still.
+        QEMU takes for sent what was taken from it. What waits would be sent while the guest stands still. ``pace``:
+        bytes a second that the stream makes, by which what is little can be told.
         """
 
     @property

@@ -48,7 +48,7 @@ class MultichannelChannel(tcp.TcpChannel):
         #: by the kernel's number of the connection: one that has died is not told any more
         self._seen: dict[int, Used] = {}
 
-    def set_short(self, short: bool) -> None:
+    def set_short(self, short: bool, pace: float) -> None:
         """See :class:`limosa.transport.channel.Channel`: it does nothing.
 
         What waits, waits in the connections this one is made of, where ``TCP_NOTSENT_LOWAT`` has no effect; and with it

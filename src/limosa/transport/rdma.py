@@ -31,7 +31,7 @@ class RdmaChannel:
     def __init__(self, stream: RdmaAddress) -> None:
         self.stream = stream
 
-    def set_short(self, short: bool) -> None:
+    def set_short(self, short: bool, pace: float) -> None:
         """See :class:`limosa.transport.channel.Channel`: no kernel is between, in which anything could wait."""
 
     @property

@@ -245,7 +245,7 @@ class RelayChannel:
         """See :class:`limosa.transport.channel.Channel`: the session's."""
         return self._session.carriers.forward
 
-    def set_short(self, short: bool) -> None:
+    def set_short(self, short: bool, pace: float) -> None:
         """See :class:`limosa.transport.channel.Channel`."""
         with contextlib.suppress(OSError):  # it is closed: then the stream is at its end
             if short:
