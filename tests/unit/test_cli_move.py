@@ -311,9 +311,24 @@ def test_the_list_says_since_when(host: Host, capsys: pytest.CaptureFixture[str]
     host.answers[LIST_MIGRATIONS] = lambda _: MigrationList(migrations=moves)
     assert main(["migration", "list"]) == 0
     head, first, second = capsys.readouterr().out.splitlines()
-    assert head.split() == ["ID", "VM", "SOURCE", "DESTINATION", "BEGAN", "STATE", "DONE", "NOTE"]
+    assert head.split() == ["ID", "VM", "SOURCE", "DESTINATION", "ASKED", "FOR", "STATE", "DONE", "NOTE"]
     assert "2023-11-14 22:13:20  copy" in first
     assert "1970-01-01 00:00:01  completed" in second
+
+
+def test_the_list_can_be_of_some_vms_and_of_what_has_not_ended(
+    host: Host, capsys: pytest.CaptureFixture[str]
+) -> None:
+    moves = (shown("web1"), completed("web1"), shown("web2"))
+    host.answers[LIST_MIGRATIONS] = lambda _: MigrationList(migrations=moves)
+
+    def listed(*words: str) -> list[tuple[str, str]]:
+        assert main(["migration", "list", *words, "--json"]) == 0
+        return [(one["vm"], one["outcome"]) for one in objects(capsys.readouterr().out)]
+
+    assert listed("web1") == [("web1", "under-way"), ("web1", "completed")]
+    assert listed("--under-way") == [("web1", "under-way"), ("web2", "under-way")]
+    assert listed("--under-way", "web2", "db1") == [("web2", "under-way")]
 
 
 def test_watching_a_landing_that_failed_says_where_the_reason_is(

@@ -100,6 +100,19 @@ def test_a_host_is_found_in_the_only_lab_in_the_default_lab_and_by_its_full_name
     assert hosts.socket_of("host1") == run / "limosa" / "host1" / "api.sock"
 
 
+def test_a_host_that_is_written_down_goes_before_a_labs(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (run / "t1" / "host1").mkdir(parents=True)
+    folder = tmp_path / "limosa"
+    folder.mkdir()
+    (folder / "client.key").touch()
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    assert route_of(argparse.Namespace(host="host1")).authority == "localhost"
+    (folder / "hosts.toml").write_text('[hosts]\nhost1 = "10.9.9.9"\n')
+    assert route_of(argparse.Namespace(host="host1")).authority == "host1:7411"
+
+
 @pytest.mark.parametrize("name", ["host1", "t1-host1", "host0", "web1", "10.0.0.1", "../host1", "a/b-host1", "host1\n"])
 def test_what_no_lab_has_is_not_found(run: Path, name: str) -> None:
     assert hosts.socket_of(name) is None

@@ -30,15 +30,16 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
         return "\n\n".join(one if "\n  " in one else textwrap.fill(one, width) for one in paragraphs)
 
 
-def add_global_options(parser: argparse.ArgumentParser, *, top: bool = False) -> None:
+def add_global_options(parser: argparse.ArgumentParser, *, top: bool = False, with_host: bool = True) -> None:
     """``--host`` and ``--json``, which may stand before the noun or after the verb."""
     # A verb's parser must not put its default over what stood before the noun.
-    parser.add_argument(
-        "--host",
-        metavar="HOST",
-        default=None if top else argparse.SUPPRESS,
-        help="the host to speak with; see 'limosa --help'",
-    )
+    if with_host:
+        parser.add_argument(
+            "--host",
+            metavar="HOST",
+            default=None if top else argparse.SUPPRESS,
+            help="the host to speak with; see 'limosa --help'",
+        )
     parser.add_argument(
         "--json", action="store_true", default=False if top else argparse.SUPPRESS, help="print JSON, one object a line"
     )
@@ -66,8 +67,10 @@ def add_command(
     *,
     examples: Sequence[str],
     notes: str = "",
+    local: bool = False,
 ) -> argparse.ArgumentParser:
-    """A verb, or a noun that is a command itself. ``examples`` are command lines without ``limosa``."""
+    """A verb, or a noun that is a command itself. ``examples`` are command lines without ``limosa``; one that is
+    ``local`` speaks with no host."""
     lines = ["examples:", *(f"  limosa {example}" for example in examples)]
     parser = commands.add_parser(
         name,
@@ -77,7 +80,7 @@ def add_command(
         formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
-    add_global_options(parser)
+    add_global_options(parser, with_host=not local)
     parser.set_defaults(run=run)
     return parser
 

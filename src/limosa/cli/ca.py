@@ -23,6 +23,7 @@ def register(commands: Commands[argparse.ArgumentParser]) -> None:
         _init,
         examples=["ca init", "ca init --folder /srv/limosa-ca --name 'Limosa CA of example.org'"],
         notes="Once for all hosts. Keep the folder, with ca.key in it, off the hosts and in a backup.",
+        local=True,
     )
     init.add_argument("--name", default="Limosa CA", help="(Limosa CA)")
     issue = add_command(
@@ -37,13 +38,16 @@ def register(commands: Commands[argparse.ArgumentParser]) -> None:
         ],
         notes="A host without --role. Copy what is made to /etc/limosa/pki on the host, or to\n"
         "~/.config/limosa of the person. Issuing again renews: the key stays, the certificate is new.",
+        local=True,
     )
     issue.add_argument("name", metavar="NAME", help="the host's name, as in its settings file, or a person's")
     issue.add_argument("--address", action="append", default=[], help="an IP address or DNS name the host is called by")
     issue.add_argument("--role", choices=("operator", "viewer"), help="a person's role")
     issue.add_argument("--out", metavar="FOLDER", type=Path, help="(NAME in the current folder)")
     issue.add_argument("--days", type=int, default=730, help="how long it is valid (730)")
-    listing = add_command(verbs, "list", "list the certificates that were made", _list, examples=["ca list"])
+    listing = add_command(
+        verbs, "list", "list the certificates that were made", _list, examples=["ca list"], local=True
+    )
     for parser in (init, issue, listing):
         folder = configuration_folders(os.environ)[0] / "ca"
         parser.add_argument("--folder", type=Path, default=folder, help=f"the authority's folder ({folder})")

@@ -18,6 +18,7 @@ def register(commands: Commands[argparse.ArgumentParser]) -> None:
             "completion bash > /etc/bash_completion.d/limosa",
             "completion zsh > /usr/share/zsh/site-functions/_limosa",
         ],
+        local=True,
     )
     parser.add_argument("shell", choices=("bash", "zsh"))
 

@@ -6,7 +6,7 @@ import argparse
 import os
 
 from limosa.client.host import HostClient
-from limosa.client.route import Route, UnixRoute, configuration_folders, find_route, local_route
+from limosa.client.route import Route, UnixRoute, configuration_folders, find_route, is_known, local_route
 
 
 def client_of(arguments: argparse.Namespace) -> HostClient:
@@ -22,7 +22,10 @@ def route_of(arguments: argparse.Namespace) -> Route:
     name = arguments.host or environment.get("LIMOSA_HOST")
     if not name:
         return local_route(environment)
-    return _lab_route(name) or find_route(name, configuration_folders(environment))
+    folders = configuration_folders(environment)
+    # What somebody wrote down of a name goes before a lab that happens to have it.
+    lab = _lab_route(name) if not is_known(name, folders) else None
+    return lab or find_route(name, folders)
 
 
 def _lab_route(name: str) -> UnixRoute | None:

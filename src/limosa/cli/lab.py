@@ -26,7 +26,7 @@ def register(commands: Commands[argparse.ArgumentParser]) -> None:
     """Add ``lab`` and its verbs."""
     verbs = add_noun(commands, "lab", "a fabric of hosts on this machine, to try things out")
     _register_up(verbs)
-    listing = add_command(verbs, "status", "show labs and their hosts", _status, examples=["lab status"])
+    listing = add_command(verbs, "status", "show labs and their hosts", _status, examples=["lab status"], local=True)
     listing.add_argument("--name", metavar="LAB", help="only this lab")
     removal = add_command(
         verbs,
@@ -35,6 +35,7 @@ def register(commands: Commands[argparse.ArgumentParser]) -> None:
         _down,
         examples=["lab down", "lab down --name test1"],
         notes="Works after a crash of anything too, and does nothing where there is no lab.",
+        local=True,
     )
     restart = add_command(
         verbs,
@@ -43,9 +44,15 @@ def register(commands: Commands[argparse.ArgumentParser]) -> None:
         _restart,
         examples=["lab restart host1"],
         notes="The host's VMs go on running and the new daemon takes them up.",
+        local=True,
     )
     shell = add_command(
-        verbs, "enter", "open a shell on a host, the client or the wire", _enter, examples=["lab enter host1"]
+        verbs,
+        "enter",
+        "open a shell on a host, the client or the wire",
+        _enter,
+        examples=["lab enter host1"],
+        local=True,
     )
     command = add_command(
         verbs,
@@ -53,6 +60,7 @@ def register(commands: Commands[argparse.ArgumentParser]) -> None:
         "run a command on a host, the client or the wire",
         _exec,
         examples=["lab exec host1 -- ip -brief address", "lab exec client -- curl http://10.77.0.101/"],
+        local=True,
     )
     for parser in (restart, shell, command):
         parser.add_argument("place", metavar="HOST", help="host1 and so on, 'client' or 'wire'")
@@ -69,6 +77,7 @@ def _register_up(verbs: Commands[argparse.ArgumentParser]) -> None:
         _up,
         examples=["lab up", "lab up --hosts 2 --nics 2 --speed 500,100", "lab up --name test1 --speed 0"],
         notes=_NOTES,
+        local=True,
     )
     parser.add_argument("--hosts", type=int, default=3, metavar="N", help="how many hosts (3)")
     parser.add_argument("--nics", type=int, default=1, metavar="N", help="migration NICs of each host (1)")

@@ -25,13 +25,15 @@ from limosa.wire.api import LimitRequest, ResolveRequest
 def register(commands: Commands[argparse.ArgumentParser]) -> None:
     """Add ``migration`` and its verbs."""
     verbs = add_noun(commands, "migration", "moves under way and ended: list, watch, cancel, resolve")
-    add_command(
+    listing = add_command(
         verbs,
         "list",
         "list moves from this host, and to it while they are under way, newest first",
         _list,
-        examples=["migration list", "migration list --json"],
+        examples=["migration list", "migration list --under-way", "migration list web1 --json"],
     )
+    listing.add_argument("vms", metavar="VM", nargs="*", help="only moves of these")
+    listing.add_argument("--under-way", action="store_true", help="only those that have not ended")
     show = add_command(
         verbs, "show", "show one move", _show, examples=["migration show 3f9c0a1b2c3d", "migration show web1"]
     )
@@ -78,23 +80,30 @@ def register(commands: Commands[argparse.ArgumentParser]) -> None:
 
 def _list(arguments: argparse.Namespace) -> int:
     with client_of(arguments) as client:
-        migrations = client.call(endpoints.LIST_MIGRATIONS).migrations
+        all_migrations = client.call(endpoints.LIST_MIGRATIONS).migrations
+    migrations = [one for one in all_migrations if _is_wanted(one, arguments)]
     if arguments.json:
         for migration in migrations:
             say_json(migration)
         return 0
     rows = [
         (
-            *(one.id, one.vm, one.source, one.destination, _began(one)),
+            *(one.id, one.vm, one.source, one.destination, _asked_for(one)),
             *(_state(one), f"{one.progress.percent:.0f} %", _why(one)),
         )
         for one in migrations
     ]
-    say_table(("ID", "VM", "SOURCE", "DESTINATION", "BEGAN", "STATE", "DONE", "NOTE"), rows)
+    say_table(("ID", "VM", "SOURCE", "DESTINATION", "ASKED FOR", "STATE", "DONE", "NOTE"), rows)
     return 0
 
 
-def _began(migration: Migration) -> str:
+def _is_wanted(migration: Migration, arguments: argparse.Namespace) -> bool:
+    if arguments.under_way and migration.outcome is not Outcome.UNDER_WAY:
+        return False
+    return not arguments.vms or migration.vm in arguments.vms
+
+
+def _asked_for(migration: Migration) -> str:
     """When the move was asked for, by the clock here."""
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(migration.accepted_at))
 
@@ -185,7 +194,7 @@ def _tell(arguments: argparse.Namespace, migration: Migration) -> None:
         say_json(migration)
         return
     way = f"{migration.source} to {migration.destination}"
-    say(f"{migration.vm}: {way}, {_state(migration)}, asked for at {_began(migration)} ({migration.id})")
+    say(f"{migration.vm}: {way}, {_state(migration)}, asked for at {_asked_for(migration)} ({migration.id})")
     say_summary([migration])
     if migration.route is not None:
         say_route(migration.route)

@@ -32,9 +32,9 @@ NOUNS = {
 
 _EPILOG = """\
 which host:
-  --host NAME   a host of a lab on this machine, or any host over mutual TLS:
-                its address from hosts.toml in ~/.config/limosa or
-                /etc/limosa, or from DNS; the certificate (client.pem,
+  --host NAME   a host in hosts.toml in ~/.config/limosa or /etc/limosa, of a
+                lab on this machine, or in DNS; any but a lab's is spoken to
+                over mutual TLS, for which the certificate (client.pem,
                 client.key, ca.pem) lies in the same folders
   otherwise     $LIMOSA_SOCKET, $LIMOSA_HOST, or this machine's own daemon
 

@@ -2,8 +2,9 @@
 
 ::
 
-    --host NAME        a lab's host of that name     its Unix socket (the command line asks the lab)
-                       NAME in hosts.toml, or DNS    mutual TLS, as operator or viewer
+    --host NAME        NAME in hosts.toml            mutual TLS, as operator or viewer
+                       a lab's host of that name     its Unix socket (the command line asks the lab)
+                       otherwise, by DNS             mutual TLS
     (nothing)          $LIMOSA_SOCKET                that Unix socket (set inside a lab's host)
                        $LIMOSA_HOST                  as --host
                        otherwise                     /run/limosa/api.sock, this machine's own daemon
@@ -171,6 +172,11 @@ class KnownHosts(Model, frozen=True):
     """The file ``hosts.toml``: addresses of hosts by name."""
 
     hosts: dict[Name, PeerAddress] = {}
+
+
+def is_known(host: str, folders: tuple[Path, ...]) -> bool:
+    """Whether hosts.toml in one of the folders says where a host of that name is. Raises as :func:`find_route`."""
+    return host in _known_hosts(folders)
 
 
 def find_route(host: str, folders: tuple[Path, ...]) -> TlsRoute:

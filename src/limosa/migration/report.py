@@ -45,11 +45,7 @@ class Report:
         ``silently``: let watchers hear of it with the next change. While the guest stands still the processors have
         better things to do than to wake everybody who watches.
         """
-        at = time.monotonic()
-        phases = dict(self.now.phases)
-        if phase is not self.now.phase:
-            phases[self.now.phase] = phases.get(self.now.phase, 0.0) + at - self._since
-            self._since = at
+        phases = self.now.phases if phase is self.now.phase else self._timed()
         self.bar = self.bar.entered(phase)
         progress = msgspec.structs.replace(self.now.progress, percent=round(self.bar.percent, 1), note=note)
         self.now = msgspec.structs.replace(self.now, phase=phase, phases=phases, progress=progress, place=place)
@@ -67,15 +63,19 @@ class Report:
 
     def end(self, outcome: Outcome, fault: Fault | None = None) -> None:
         """Publish the outcome. A move that stays unresolved may end again, otherwise."""
-        at = time.monotonic()
-        phases = dict(self.now.phases)
-        if self.now.total_s is None:
-            phases[self.now.phase] = phases.get(self.now.phase, 0.0) + at - self._since
+        phases = self._timed() if self.now.total_s is None else self.now.phases
         progress = self.now.progress
         if outcome is Outcome.COMPLETED:
             progress = msgspec.structs.replace(progress, percent=100.0, remaining_bytes=0, remaining_s=0.0, note="")
-        total = sum(seconds for phase, seconds in phases.items() if phase != Phase.WAITING)
+        total = round(sum(seconds for phase, seconds in phases.items() if phase != Phase.WAITING), 6)
         self.change(outcome=outcome, fault=fault, phases=phases, total_s=total, progress=progress, place=None)
+
+    def _timed(self) -> dict[str, float]:
+        """What all phases have taken up to now, in whole microseconds."""
+        now = time.monotonic()
+        spent = self.now.phases.get(self.now.phase, 0.0) + now - self._since
+        self._since = now
+        return {**self.now.phases, self.now.phase: round(spent, 6)}
 
     def change(self, **changes: Any) -> None:
         """Replace fields and publish."""
