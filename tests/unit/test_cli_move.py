@@ -288,6 +288,16 @@ def test_check_tells_everything(host: Host, capsys: pytest.CaptureFixture[str]) 
     assert "how long that takes is not known" in capsys.readouterr().out
 
 
+def test_check_and_move_are_asked_the_same(host: Host) -> None:
+    options = ["--keep", "--no-post-copy", "--bandwidth", "300", "--blackout-budget", "20", "--storage", "vda=fast"]
+    main(["check", "web1", "--to", "host2", *options])
+    main(["move", "web1", "--to", "host2", *options, "--detach", "--json"])
+    (_, _, checked), (_, _, moved) = host.seen
+    assert json.loads(checked) == json.loads(moved)
+    asked = json.loads(checked)["options"]
+    assert (asked["keep"], asked["post_copy"], asked["bandwidth_mbit_per_s"]) == (True, False, 300)
+
+
 def test_a_move_under_way_is_shown_with_its_figures(host: Host, capsys: pytest.CaptureFixture[str]) -> None:
     under_way = shown("web1", progress=Progress(percent=40, transferred_bytes=9, remaining_s=7, note="it is slow"))
     host.answers[LIST_MIGRATIONS] = lambda _: MigrationList(migrations=(under_way,))
@@ -316,9 +326,7 @@ def test_the_list_says_since_when(host: Host, capsys: pytest.CaptureFixture[str]
     assert "1970-01-01 00:00:01  completed" in second
 
 
-def test_the_list_can_be_of_some_vms_and_of_what_has_not_ended(
-    host: Host, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_list_can_be_of_some_vms_and_of_what_has_not_ended(host: Host, capsys: pytest.CaptureFixture[str]) -> None:
     moves = (shown("web1"), completed("web1"), shown("web2"))
     host.answers[LIST_MIGRATIONS] = lambda _: MigrationList(migrations=moves)
 

@@ -49,49 +49,49 @@ def register(commands: Commands[argparse.ArgumentParser]) -> None:
     move.add_argument("--to", metavar="HOST", required=True, help="the destination, a host name or address")
     move.add_argument("--all", action="store_true", help="every VM of the host that runs or is paused")
     move.add_argument("--detach", action="store_true", help="return as soon as the moves are accepted")
-    _add_transport(move)
-    move.add_argument("--bandwidth", metavar="MBIT/S", type=int, help="cap for this move, 0: none")
-    move.add_argument("--blackout-budget", metavar="MS", type=float, help="the longest blackout it may plan for")
-    move.add_argument(
-        "--post-copy",
-        action=argparse.BooleanOptionalAction,
-        help="allow post-copy as the last step; no way back from it",
-    )
-    move.add_argument(
-        "--rdma-pin-all",
-        action=argparse.BooleanOptionalAction,
-        help="with RDMA, lock all of the VM's memory at once on both hosts",
-    )
-    move.add_argument("--keep", action="store_true", help="keep the disk images the VM leaves behind")
     check = add_command(
         commands,
         "check",
         "say everything that stands against a move, without moving",
         _check,
         examples=["check web1 --to host2", "check web1 --to host2 --transport compression --json"],
-        notes="Exit code 6 if the move would be refused. The move runs the same checks.",
+        notes="Exit code 6 if the move would be refused. The move runs the same checks, and takes the same options.",
     )
     check.add_argument("vm", metavar="VM")
     check.add_argument("--to", metavar="HOST", required=True, help="the destination, a host name or address")
     for parser in (move, check):
-        parser.add_argument(
-            "--storage",
-            metavar="DISK=LOCATION,...",
-            help="copy disks to these locations of the destination; without it those it does not see are copied to the "
-            "location of the same name as here, else its default one",
-        )
-        parser.add_argument(
-            "--chain",
-            choices=get_args(Chain),
-            default="keep",
-            help="of disks that are copied: keep the files below them, and send those the destination does not have "
-            "(keep, the default), or have each arrive in one piece (flatten), as it always does in a volume group",
-        )
-    _add_transport(check)
+        _add_options(parser)
 
 
-def _add_transport(parser: argparse.ArgumentParser) -> None:
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    """How the move is to be."""
     parser.add_argument("--transport", choices=get_args(Transport), help="instead of the host's setting")
+    parser.add_argument("--bandwidth", metavar="MBIT/S", type=int, help="cap for this move, 0: none")
+    parser.add_argument("--blackout-budget", metavar="MS", type=float, help="the longest blackout it may plan for")
+    parser.add_argument(
+        "--post-copy",
+        action=argparse.BooleanOptionalAction,
+        help="allow post-copy as the last step; no way back from it",
+    )
+    parser.add_argument(
+        "--rdma-pin-all",
+        action=argparse.BooleanOptionalAction,
+        help="with RDMA, lock all of the VM's memory at once on both hosts",
+    )
+    parser.add_argument("--keep", action="store_true", help="keep the disk images the VM leaves behind")
+    parser.add_argument(
+        "--storage",
+        metavar="DISK=LOCATION,...",
+        help="copy disks to these locations of the destination; without it those it does not see are copied to the "
+        "location of the same name as here, else its default one",
+    )
+    parser.add_argument(
+        "--chain",
+        choices=get_args(Chain),
+        default="keep",
+        help="of disks that are copied: keep the files below them, and send those the destination does not have "
+        "(keep, the default), or have each arrive in one piece (flatten), as it always does in a volume group",
+    )
 
 
 def _check(arguments: argparse.Namespace) -> int:
@@ -141,17 +141,10 @@ def _names(arguments: argparse.Namespace) -> list[str]:
 
 def _mover(arguments: argparse.Namespace) -> Callable[[str], Iterator[Migration]]:
     """What a thread does for each VM: ask for the move and, unless detached, follow it."""
-    values = {
-        **_options(arguments),
-        "bandwidth_mbit_per_s": arguments.bandwidth,
-        "blackout_budget_ms": arguments.blackout_budget,
-        "post_copy": arguments.post_copy,
-        "rdma_pin_all": arguments.rdma_pin_all,
-        "keep": arguments.keep,
-    }
+    options = _options(arguments)
 
     def begin(name: str) -> Iterator[Migration]:
-        raw = {"vm": name, "destination": arguments.to, "options": values}
+        raw = {"vm": name, "destination": arguments.to, "options": options}
         request = toml.convert(raw, MoveRequest, where="the request")
         with client_of(arguments) as client:
             migration = client.call(endpoints.MOVE, request)
@@ -164,8 +157,12 @@ def _mover(arguments: argparse.Namespace) -> Callable[[str], Iterator[Migration]
 
 
 def _options(arguments: argparse.Namespace) -> dict[str, object]:
-    """Those that a check and a move have in common."""
     return {
+        "bandwidth_mbit_per_s": arguments.bandwidth,
+        "blackout_budget_ms": arguments.blackout_budget,
+        "post_copy": arguments.post_copy,
+        "rdma_pin_all": arguments.rdma_pin_all,
+        "keep": arguments.keep,
         "transport": arguments.transport,
         "storage": _storage(arguments.storage),
         "chain": arguments.chain,
