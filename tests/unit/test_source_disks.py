@@ -426,6 +426,11 @@ def test_little_waits_on_the_way_when_the_guest_may_stop_soon(tmp_path: Path, mo
         ):
             world.move._let_wait(100.0, MigrationStatistics(remaining_bytes=remaining), now)
         assert asked == [True, False, True, False, True]
+        asked.clear()
+        for rate in (100.0, 100.0, 300.0, 400.0, 100.0):
+            world.move._rate = rate
+            world.move._set_short(True)
+        assert asked == [True, True, True]  # the first time, and when it is much faster, or slower
 
     play(tmp_path, scenario)
 

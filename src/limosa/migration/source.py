@@ -89,7 +89,10 @@ class SourceMove:
         self.report = report
         self.peer: Peer | None = None
         self.channel: Channel | None = None
-        self._is_short = False
+        #: what the stream makes, bytes a second, by the last look
+        self._rate = 0.0
+        #: for which rate little waits on the way; None: as much as likes to
+        self._short_for: float | None = None
         self._trickles = False
         #: bytes per second that copies of disks may send, 0: no cap
         self._disks_cap = 0
@@ -295,7 +298,7 @@ class SourceMove:
     def _pace_disks(self) -> None:
         """Have connections keep to the cap: QEMU does only until a copy is ready (``mirror_run``, block/mirror.c).
         There is none when the guest may stop, because it stands still for what is on its way then."""
-        free = self._is_short or self.stands_still.is_set()
+        free = self._short_for is not None or self.stands_still.is_set()
         for channel in self.disk_channels:
             channel.pace(0 if free else self._disks_cap // len(self.disk_channels))
 
@@ -499,7 +502,7 @@ class SourceMove:
         for channel in (self.channel, *self.disk_channels):
             if channel is not None:
                 channel.close()
-        self.channel, self.disk_channels, self.layers_channel, self._is_short = None, [], [], False
+        self.channel, self.disk_channels, self.layers_channel, self._short_for = None, [], [], None
         self.home.disconnect()
 
     def _cut_off(self) -> None:
@@ -531,9 +534,14 @@ class SourceMove:
                     self.sent.set_result(state)
 
     def _set_short(self, short: bool) -> None:
-        if self.channel is not None and self._is_short is not short:
-            self._is_short = short
-            self.channel.set_short(short, self.report.bar.pace)
+        """Told again when the stream has become much faster or slower: the rate is hardly known to begin with."""
+        if short and self._short_for is not None:
+            is_so = 0.5 < self._rate / max(self._short_for, 1.0) < 2
+        else:
+            is_so = short is (self._short_for is not None)
+        if self.channel is not None and not is_so:
+            self._short_for = self._rate if short else None
+            self.channel.set_short(short, self._rate)
             self._pace_disks()
 
     async def _watch(self, machine: MachineProtocol) -> None:
@@ -548,6 +556,7 @@ class SourceMove:
         if look.state is not MigrationState.ACTIVE:
             return judge
         bar = self.report.bar = self.report.bar.moved(self.report.now.phase, look)
+        self._rate = look.rate_bytes_per_s or bar.pace
         if self.mirrors is not None and self._is_held:
             disks_behind = ", ".join(self.mirrors.behind)
             note = f"the copy of disk {disks_behind} has to catch up before the guest may stop"
