@@ -204,6 +204,25 @@ def test_the_first_network_wins_over_the_faster_nic_but_the_faster_nic_within_on
     assert nics(choose(free, "tcp")) == ["mig1"]
 
 
+@pytest.mark.parametrize(
+    ("speeds", "asked", "words"),
+    [
+        ((1000, 25_000), "auto", "one stream does not fill a NIC of 25000 Mbit/s"),
+        ((100, 1000), "auto", "a NIC of 1000 Mbit/s would wait for the others, which are more than 2 times slower"),
+        ((100, 1000), "tcp", "it was asked for"),
+    ],
+)
+def test_a_slower_network_that_is_preferred_is_said_to_be(speeds: tuple[int, ...], asked: str, words: str) -> None:
+    preferred = "; it goes over mig0, whose network host 'host2' prefers"
+    without = dataclasses.replace(pair(*speeds), no_relay="host 'host2' knows another version of it, or none")
+    route = choose(without, asked)
+    assert (route.transport, nics(route)) == ("tcp", ["mig0"])
+    assert route.why.startswith(f"{words}{preferred}")
+    fastest = msgspec.structs.replace(without.there, allowed=())
+    route = choose(dataclasses.replace(without, there=fastest), asked)
+    assert (nics(route), preferred in route.why) == (["mig1"], False)
+
+
 def test_nics_on_one_network_are_one_path() -> None:
     here = [nic(0, 1, network=0), nic(1, 11, network=0)]
     there = [nic(0, 2, network=0), nic(1, 12, network=0)]

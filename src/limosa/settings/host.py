@@ -63,7 +63,10 @@ class HostSettings(Model, frozen=True):
     ] = 2
     migration_networks: Annotated[
         tuple[Cidr, ...],
-        Meta(description="networks allowed to carry guest memory, in order of preference; empty: any the hosts share"),
+        Meta(
+            description="networks allowed to carry guest memory, in order of preference: what goes over one comes over "
+            "the first, also if another is faster; empty: any the hosts share"
+        ),
     ] = ()
     migration_ports: Annotated[
         tuple[int, int], Meta(description="first and last TCP port on which this host receives guest memory")

@@ -7,7 +7,10 @@ them, unless an administrator has set up policy routing.
 Several paths are one Multipath TCP connection, or, where that is missing on one side or the NICs are unequal, one TCP
 connection each, over which relays spread the stream (*striped*: 011-striping).
 
-Where no network is common, the source's routing decides, as far as the network it leads to is allowed here, too.
+Of several networks, what is not spread over them takes the one that comes first in the destination's
+``migration_networks``: its administrator has said so, whatever the NICs' speeds. Without that setting it takes the
+fastest. Where no network is common, the source's routing decides, as far as the network it leads to is allowed here,
+too.
 
 What guides ``auto``: more NICs are faster as long as the NICs are what a move waits for. One stream of QEMU's fills a
 NIC of some gigabits by itself; beyond that the processor is the limit, and then plain TCP, which costs less of it, is
@@ -152,7 +155,8 @@ def _uncompressed(ends: Ends, asked: str, blocked: Collection[str]) -> Route:
     if asked == "auto":
         reason = reason or _not_worth(ends, several, stripes)
     if reason:
-        return Route(transport="tcp", paths=single[:1], why=_except(reason, blocked))
+        why = _except("; ".join(filter(None, (reason, _preferred(ends, single)))), blocked)
+        return Route(transport="tcp", paths=single[:1], why=why)
     if not stripes:
         several = _with_streams(ends, _alike(several) if asked == "auto" else several)
     words = [_gain(several) if asked == "auto" else "it was asked for"]
@@ -225,8 +229,16 @@ def _not_worth(ends: Ends, several: Sequence[Path], stripes: str) -> str:
     if stripes and max(speeds) >= SPREAD_MBIT_PER_S:
         return f"relays do not carry more than a NIC of {max(speeds)} Mbit/s, and {stripes}"
     if len(_alike(several)) == 1 and not stripes and not has_team:
-        return f"the other NICs are more than {SLOWER} times slower and would hold it up"
+        return f"a NIC of {max(speeds)} Mbit/s would wait for the others, which are more than {SLOWER} times slower"
     return ""
+
+
+def _preferred(ends: Ends, single: Sequence[Path]) -> str:
+    """That an administrator prefers another network than the fastest for one stream, in words; else empty."""
+    first, fastest = single[0], max(path.speed_mbit_per_s or 0 for path in single)
+    if (first.speed_mbit_per_s or 0) == fastest:
+        return ""
+    return f"it goes over {first.nic_here}, whose network host '{ends.destination}' prefers"
 
 
 def _alike(paths: Sequence[Path]) -> tuple[Path, ...]:
