@@ -107,6 +107,18 @@ def test_no_relay_is_taken_where_post_copy_is_allowed_unless_it_is_asked_for(ask
     assert choose(allowed, "multichannel").is_relayed
 
 
+@pytest.mark.parametrize("speeds", [(1000, 1000), (500, 100)])
+def test_all_nics_are_taken_without_relays_where_post_copy_is_allowed_and_multipath_tcp_is_on(
+    speeds: tuple[int, ...],
+) -> None:
+    here, there = [[nic(at, host, speed) for at, speed in enumerate(speeds)] for host in (1, 2)]
+    known = ends(here, there, encrypt=True)
+    assert choose(known, "multichannel").striped
+    route = choose(dataclasses.replace(known, post_copy=True), "multichannel")
+    assert (route.transport, route.is_relayed, nics(route)) == ("multichannel", False, ["mig0", "mig1"])
+    assert choose(dataclasses.replace(known, post_copy=True), "compression").striped
+
+
 @pytest.mark.parametrize(
     ("change", "why"),
     [

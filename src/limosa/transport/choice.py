@@ -17,7 +17,7 @@ NIC of some gigabits by itself; beyond that the processor is the limit, and then
 the faster one (measured on links without a limit: 006-transports). What is encrypted goes through relays anyway, whose
 TLS costs less than QEMU's, and which compress as far as that is faster; what is not, where the NICs are slower than a
 processor compresses. Where post-copy is allowed it takes no relays: a broken stream of QEMU's own can be mended in
-post-copy, what a relay had on its way is lost with it.
+post-copy, what a relay had on its way is lost with it. Nor does ``multichannel`` then, where Multipath TCP is possible.
 """
 
 from __future__ import annotations
@@ -79,8 +79,7 @@ def choose(ends: Ends, asked: str, blocked: Collection[str] = ()) -> Route:
     """
     if asked not in ("auto", "rdma"):
         return _asked(ends, asked, blocked)
-    if ends.post_copy and not ends.no_relay:
-        ends = replace(ends, no_relay="post-copy is allowed, and a relay that ended would take the guest with it")
+    ends = _for_post_copy(ends)
     direct = _direct(ends, blocked)
     ways = rdma.paths(ends.here, ends.there, direct)
     sides = ends.source, ends.destination, ends.here, ends.there
@@ -95,6 +94,13 @@ def choose(ends: Ends, asked: str, blocked: Collection[str] = ()) -> Route:
     # Most hosts have no RDMA and need not hear of it.
     tell = asked == "rdma" or ways
     return msgspec.structs.replace(other, why=f"{other.why}; not rdma: {reason}") if tell else other
+
+
+def _for_post_copy(ends: Ends) -> Ends:
+    """The same without relays if post-copy is allowed."""
+    if not ends.post_copy or ends.no_relay:
+        return ends
+    return replace(ends, no_relay="post-copy is allowed, and a relay that ended would take the guest with it")
 
 
 def _fastest(ends: Ends, blocked: Collection[str]) -> Route:
@@ -114,7 +120,9 @@ def _fastest(ends: Ends, blocked: Collection[str]) -> Route:
 def _asked(ends: Ends, asked: str, blocked: Collection[str]) -> Route:
     """The route for ``tcp``, ``multichannel`` or ``compression``, as far as that is possible."""
     if asked != "compression":
-        return _uncompressed(ends, asked, blocked)
+        # All NICs were asked for, and relays only where nothing else takes all.
+        without = asked == "multichannel" and not _multipath_off(ends)
+        return _uncompressed(_for_post_copy(ends) if without else ends, asked, blocked)
     bare = _uncompressed(ends, "auto", blocked)
     if not bare.paths:
         return bare
