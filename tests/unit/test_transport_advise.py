@@ -65,12 +65,13 @@ def test_a_host_with_a_cap_is_told_what_moves_do_under_it() -> None:
         (HostSettings(), "compression"),
         (HostSettings(storage_bandwidth_mbit_per_s=100), "compression"),
         (HostSettings(bandwidth_mbit_per_s=100), "multichannel"),
-        (HostSettings(network_bandwidth_mbit_per_s={"10.9.0.0/24": 100}), "multichannel"),
+        (HostSettings(network_bandwidth_mbit_per_s={"10.0.2.0/24": 900}), "multichannel"),
+        (HostSettings(network_bandwidth_mbit_per_s={"10.9.0.0/24": 100}), "compression"),
     ],
 )
 def test_the_settings_that_cap_memory_count(settings: HostSettings, transport: str) -> None:
     async def network() -> HostNetwork:
-        return GOOD
+        return msgspec.structs.replace(GOOD, caps_mbit_per_s=settings.network_bandwidth_mbit_per_s)
 
     parts = SimpleNamespace(
         name="host1", page=SimpleNamespace(now=settings), inspector=SimpleNamespace(network=network)

@@ -254,6 +254,18 @@ def test_networks_with_caps_are_as_fast_as_those_and_each_gets_a_stream() -> Non
     assert choose(dataclasses.replace(unknown, here=here), "tcp").paths[0].speed_mbit_per_s == 900
 
 
+def test_a_cap_on_a_network_that_is_not_taken_changes_nothing() -> None:
+    both = pair(1000)
+    capped, elsewhere = [
+        dataclasses.replace(both, here=msgspec.structs.replace(both.here, caps_mbit_per_s={network: 500}))
+        for network in ("10.78.0.0/24", "10.99.0.0/24")
+    ]
+    assert choose(capped, "auto").why.endswith(
+        "not compressed: the cap on bandwidth counts what is sent before it is compressed"
+    )
+    assert choose(elsewhere, "auto") == choose(both, "auto")
+
+
 def test_what_is_blocked_or_unplugged_is_no_path() -> None:
     route = choose(pair(500, 500), "auto", blocked={"10.79.0.2"})
     assert (route.transport, nics(route)) == ("compression", ["mig0"])

@@ -72,6 +72,11 @@ def test_what_a_move_has_against_rdma_counts(asked: str) -> None:
     assert route.why.endswith("not rdma: a cap is set")
 
 
+@pytest.mark.parametrize(("network", "transport"), [("10.0.2.0/24", "tcp"), ("10.0.1.0/24", "rdma")])
+def test_a_cap_counts_on_the_network_of_the_device(network: str, transport: str) -> None:
+    assert choose(between(host(1, caps_mbit_per_s={network: 20_000}), host(2)), "rdma").transport == transport
+
+
 def test_auto_speaks_of_rdma_only_where_there_might_be_some() -> None:
     plain = host(1, nic("eth0", "10.0.1.1")), host(2, nic("eth0", "10.0.1.2"))
     assert "rdma" not in choose(between(*plain), "auto").why

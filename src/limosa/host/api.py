@@ -131,7 +131,7 @@ class Handlers:
         network = await services.parts.inspector.network()
         page = services.parts.page.now
         route, findings = advise(
-            services.parts.name, network, post_copy=page.convergence.post_copy, capped=page.caps_memory
+            services.parts.name, network, post_copy=page.convergence.post_copy, capped=page.bandwidth_mbit_per_s > 0
         )
         return api.Advice(name=services.parts.name, transport=route.transport, why=route.why, findings=findings)
 

@@ -101,7 +101,7 @@ class Inspector:
             encrypt=settings.encrypt,
             post_copy=settings.convergence.post_copy,
             network=await self.network(),
-            capped=settings.caps_memory,
+            capped=settings.bandwidth_mbit_per_s > 0,
             leases=await self._leases(hosted) if running else (),
             cpu_features=self.capabilities.features_seen(hosted.config.cpu, hosted.accelerator or "tcg"),
         )

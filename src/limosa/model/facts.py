@@ -55,7 +55,7 @@ class VmFacts(Model, forbid_unknown_fields=False, frozen=True):
     encrypt: bool
     post_copy: bool
     network: HostNetwork = HostNetwork()
-    #: what it may send is capped
+    #: what it may send is capped, over whatever network
     capped: bool = False
     #: images whose leases it could not hand on
     leases: tuple[LeaseConflict, ...] = ()

@@ -135,11 +135,6 @@ class HostSettings(Model, frozen=True):
         Meta(description="where images of VMs that come here go unless another location is asked for"),
     ] = OWN_LOCATION
 
-    @property
-    def caps_memory(self) -> bool:
-        """Whether any cap on bandwidth is set that is for guest memory, too."""
-        return self.bandwidth_mbit_per_s > 0 or bool(self.network_bandwidth_mbit_per_s)
-
     def __post_init__(self) -> None:
         for name, networks in (
             ("migration_networks", self.migration_networks),

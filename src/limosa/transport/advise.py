@@ -28,7 +28,7 @@ def advise(
 ) -> tuple[Route, tuple[Finding, ...]]:
     """The transport that suits moves to a host alike, with its reason, and what is set wrongly here.
 
-    ``post_copy`` is allowed; ``capped``: guest memory has a cap on bandwidth.
+    ``post_copy`` is allowed; ``capped``: guest memory has a cap on bandwidth on every network.
     """
     rules = (
         _networks(network),

@@ -63,7 +63,7 @@ class Ends:
     no_relay: str = ""
     #: what keeps this move from RDMA, whatever devices there are; empty if nothing does
     no_rdma: str = ""
-    #: whether a cap on bandwidth counts what is sent, which it does before compression
+    #: whether a cap on bandwidth counts what is sent over any network, which it does before compression
     capped: bool = False
     #: the VM's, 0 where none is meant
     memory_mib: int = 0
@@ -83,7 +83,7 @@ def choose(ends: Ends, asked: str, blocked: Collection[str] = ()) -> Route:
     direct = _direct(ends, blocked)
     ways = rdma.paths(ends.here, ends.there, direct)
     sides = ends.source, ends.destination, ends.here, ends.there
-    capped = "a cap on bandwidth is set, which QEMU does not keep by RDMA" if ends.capped else ""
+    capped = "a cap on bandwidth is set, which QEMU does not keep by RDMA" if _is_capped(ends, ways[:1]) else ""
     reason = ends.no_rdma or capped or rdma.against(*sides, direct, ends.memory_mib)
     if asked == "auto" and not reason and rdma.is_emulated(ends.here, ends.there, ways[0]):
         reason = "the kernel emulates the RDMA device, and TCP costs less"
@@ -109,7 +109,7 @@ def _fastest(ends: Ends, blocked: Collection[str]) -> Route:
     if not bare.paths:
         return bare
     outrun = _outrun(bare.paths)
-    if doubt := _against_relays(ends) or ("" if ends.here.encrypt else outrun):
+    if doubt := _against_relays(ends, bare.paths) or ("" if ends.here.encrypt else outrun):
         return msgspec.structs.replace(bare, why=f"{bare.why}; not compressed: {doubt}")
     faster = f"a processor compresses faster than {_speed(bare.paths)} Mbit/s"
     why = f"{'relays encrypt faster than QEMU' if outrun else faster}; {bare.why}"
@@ -128,15 +128,20 @@ def _asked(ends: Ends, asked: str, blocked: Collection[str]) -> Route:
         return bare
     if ends.no_relay:
         return msgspec.structs.replace(bare, why=f"compression is not possible: {ends.no_relay}; {bare.why}")
-    doubt = _against_relays(ends) or _outrun(bare.paths)
+    doubt = _against_relays(ends, bare.paths) or _outrun(bare.paths)
     words = f"it was asked for, but {doubt}" if doubt else "it was asked for"
     return msgspec.structs.replace(bare, transport="compression", why=_except(words, blocked))
 
 
-def _against_relays(ends: Ends) -> str:
-    """Why they are not possible or gain nothing, whatever the route, in words; empty if they may."""
-    capped = "the cap on bandwidth counts what is sent before it is compressed" if ends.capped else ""
+def _against_relays(ends: Ends, paths: Sequence[Path]) -> str:
+    """Why they are not possible or gain nothing, however fast these paths are, in words; empty if they may."""
+    capped = "the cap on bandwidth counts what is sent before it is compressed" if _is_capped(ends, paths) else ""
     return ends.no_relay or capped
+
+
+def _is_capped(ends: Ends, paths: Sequence[Path]) -> bool:
+    """Whether a cap counts what is sent over these paths; one for another network does not."""
+    return ends.capped or any(ends.here.cap_to(path.there) for path in paths)
 
 
 def _outrun(paths: Sequence[Path]) -> str:
