@@ -26,6 +26,8 @@ class Kernel:
         self.there = {one.address: one for one in endpoints}
         self.acts: list[str] = []
         self.refuses = False
+        #: addresses whose endpoints an administrator removes right before we do
+        self.flushed: set[str] = set()
         self._numbers = iter(range(100, 10_000))
 
     async def endpoints(self) -> tuple[Endpoint, ...]:
@@ -43,7 +45,10 @@ class Kernel:
         return self.there[place]
 
     async def withdraw(self, endpoint: Endpoint) -> None:
-        place = next(place for place, one in self.there.items() if one == endpoint)
+        place = next((place for place, one in self.there.items() if one == endpoint), None)
+        if place is None or endpoint.address in self.flushed:
+            self.there = {place: one for place, one in self.there.items() if one != endpoint}
+            raise NetworkError("there is no such endpoint")
         del self.there[place]
         self.acts.append(f"withdraw {place}")
 
@@ -136,6 +141,36 @@ def test_announced_again_is_withdrawn_first_since_the_kernel_says_nothing_twice(
         await endpoints.announce(hold, [OTHER])  # came too late
         await endpoints.idle()
         assert kernel.there == {}
+
+    play(scenario)
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_one_that_is_gone_already_keeps_no_other_there(tmp_path: Path, killed: bool) -> None:
+    async def scenario() -> None:
+        kernel = Kernel()
+        endpoints = Endpoints(kernel, tmp_path / "mptcp.json")
+        hold = await endpoints.hold([MINE, OTHER])
+        kernel.there[THEIRS] = Endpoint(THEIRS, 3, FLAG_IMPLICIT)
+        kernel.flushed = {MINE}
+        if killed:
+            await Endpoints(kernel, tmp_path / "mptcp.json").clean()
+        else:
+            hold.release()
+            await endpoints.idle()
+        assert (kernel.now, kernel.there, list(tmp_path.iterdir())) == (DEFAULT, {}, [])
+
+    play(scenario)
+
+
+def test_one_that_is_gone_can_be_announced_again(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        kernel = Kernel()
+        endpoints = Endpoints(kernel, tmp_path / "mptcp.json")
+        hold = await endpoints.hold([MINE])
+        kernel.there.clear()
+        await endpoints.announce(hold, [MINE], again=True)
+        assert set(kernel.there) == {MINE}
 
     play(scenario)
 

@@ -197,7 +197,7 @@ class Endpoints:
 
     async def _announce(self, place: Place) -> None:
         if (old := self._ours.pop(place, None)) is not None:
-            await self._manager.withdraw(old)
+            await _logged(self._manager.withdraw(old))  # if it is still there, the kernel refuses it a second time
         if place not in self._record.endpoints:
             self._write(endpoints=(*self._record.endpoints, place))
         self._ours[place] = await self._manager.announce(*place)
@@ -227,7 +227,8 @@ class Endpoints:
             made = _place(one) in record.endpoints and one.flags == FLAG_SIGNAL
             over = record.before is not None
             if made or (over and one.flags & FLAG_IMPLICIT and one.address not in record.implicit):
-                await self._manager.withdraw(one)
+                # Somebody else may have removed it just now, which must not keep the others there.
+                await _logged(self._manager.withdraw(one))
 
     async def _put_back(self, record: Record) -> None:
         if record.before is None or record.raised is None or record.before == record.raised:
