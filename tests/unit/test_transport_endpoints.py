@@ -56,6 +56,8 @@ class Kernel:
         return self.now
 
     async def set_limits(self, limits: Limits) -> None:
+        if self.refuses:
+            raise NetworkError("refused")
         self.now = limits
 
 
@@ -184,6 +186,28 @@ def test_a_refusal_leaves_nothing(tmp_path: Path) -> None:
             await endpoints.hold([MINE])
         await endpoints.idle()
         assert (kernel.now, kernel.there, list(tmp_path.iterdir())) == (DEFAULT, {}, [])
+
+    play(scenario)
+
+
+def test_addresses_that_the_kernel_has_no_room_for_cost_their_paths_only(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def scenario() -> None:
+        theirs = tuple(Endpoint(f"10.90.0.{number}", number, FLAG_SIGNAL) for number in range(1, 8))
+        kernel = Kernel(endpoints=theirs)
+        endpoints = Endpoints(kernel, tmp_path / "mptcp.json")
+        hold = await endpoints.hold([MINE, OTHER, THEIRS])
+        assert set(kernel.there.values()) > set(theirs)
+        assert kernel.acts == [f"announce {MINE}"]
+        assert [record.getMessage().split()[0] for record in caplog.records] == [OTHER, THEIRS]
+        del kernel.there["10.90.0.1"]
+        second = await endpoints.hold([OTHER])  # there is room now
+        assert kernel.acts[1:] == [f"announce {OTHER}"]
+        for one in (hold, second):
+            one.release()
+        await endpoints.idle()
+        assert (kernel.now, tuple(kernel.there.values())) == (DEFAULT, theirs[1:])
 
     play(scenario)
 

@@ -115,7 +115,10 @@ class Endpoints:
         self._forget()
 
     async def hold(self, addresses: Iterable[str] = ()) -> Hold:
-        """Have the limits raised and ``addresses`` announced. Raises :class:`NetworkError`; nothing is kept then."""
+        """Have the limits raised and ``addresses`` announced, as far as the kernel has room for them.
+
+        Raises :class:`NetworkError`; nothing is kept then.
+        """
         hold = Hold(self)
         self._moves += 1
         try:
@@ -128,7 +131,9 @@ class Endpoints:
         return hold
 
     async def announce(self, hold: Hold, addresses: Iterable[str], *, again: bool = False) -> None:
-        """Announce addresses for a move. Raises :class:`NetworkError`.
+        """Announce addresses for a move. Raises :class:`NetworkError` if the kernel does not say what there is.
+
+        What it refuses, such as more endpoints than it has room for, is logged: it costs a path and not the move.
 
         The other end connects to an address when it hears of it, and a new connection hears of all there are. If no NIC
         of its led there at that time, hearing of it ``again`` is what makes it try again. That costs the connections
@@ -142,7 +147,10 @@ class Endpoints:
             for place in ((address, 0) for address in addresses):
                 self._use(hold, place)
                 if place not in foreign and (again or place not in self._ours):
-                    await self._announce(place)
+                    try:
+                        await self._announce(place)
+                    except LimosaError as error:
+                        _log.warning("%s is not announced, so that a move has one path less: %s", place[0], error)
 
     async def announce_ports(self, hold: Hold, address: str, count: int, free: Iterable[int]) -> None:
         """Announce an address with ``count`` further ports in all, so that the other end connects to each as well.
