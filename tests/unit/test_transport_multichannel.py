@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import resource
 import socket
 from collections.abc import Awaitable, Callable
 from contextlib import closing
@@ -20,6 +21,7 @@ from limosa.model.route import Path as RoutePath
 from limosa.model.route import Route
 from limosa.network.changes import changes
 from limosa.network.mptcp import Limits, PathManager
+from limosa.transport import multichannel
 from limosa.transport.channel import Doorway, SocketChannel
 from limosa.wire.peer import Prepared
 
@@ -148,6 +150,33 @@ def test_strangers_at_the_open_door_are_hung_up_on(tmp_path: Path) -> None:
                     await loop.sock_connect(caller, (address, ends.door.port))
                     assert await loop.sock_recv(caller, 1) == b""
         await ends.until_used(*THEIRS)
+        await ends.close()
+
+    play(scenario)
+
+
+def test_strangers_are_hung_up_on_also_after_the_kernel_had_no_descriptor_for_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(multichannel, "_AGAIN_AFTER_S", 0.01)
+
+    async def scenario() -> None:
+        ends = Ends(tmp_path)
+        await ends.connect()
+        loop = asyncio.get_running_loop()
+        before = resource.getrlimit(resource.RLIMIT_NOFILE)
+        with closing(socket.socket()) as caller, closing(socket.socket()) as second:
+            for one in (caller, second):
+                one.setblocking(False)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (3, before[1]))
+            try:
+                await loop.sock_connect(caller, (THEIRS[0], ends.door.port))
+                await asyncio.sleep(0.05)
+            finally:
+                resource.setrlimit(resource.RLIMIT_NOFILE, before)
+            await loop.sock_connect(second, (THEIRS[0], ends.door.port))
+            for one in (caller, second):
+                assert await loop.sock_recv(one, 1) == b""
         await ends.close()
 
     play(scenario)

@@ -11,7 +11,6 @@ the move lasts. Such connections never come to us; who does is a stranger and is
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import ctypes
 import ipaddress
 import os
@@ -35,6 +34,9 @@ _SUBFLOW_BYTES = 264
 #: In a struct mptcp_subflow_info: the connection's number, and two sockaddr_storage.
 _LOCAL_AT, _PEER_AT = 8, 136
 _MOST_SUBFLOWS = 16
+
+#: After the kernel would not give a caller.
+_AGAIN_AFTER_S = 1.0
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -140,10 +142,12 @@ class MultichannelDoorway(tcp.TcpDoorway):
 async def _turn_away(listener: socket.socket) -> None:
     """Hang up on whoever comes: a queue full of strangers would keep the kernel from taking further connections."""
     loop = asyncio.get_running_loop()
-    with contextlib.suppress(OSError):  # the listener was closed
-        while True:
+    while listener.fileno() != -1:
+        try:
             caller, _ = await loop.sock_accept(listener)
             caller.close()
+        except OSError:  # no descriptor is left, or that caller has gone again: others will come
+            await asyncio.sleep(_AGAIN_AFTER_S)
 
 
 async def connect(address: str, port: int, token: str, source: str, release: Callable[[], None]) -> MultichannelChannel:
