@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import random
 import select
 import socket
+import subprocess
 from collections.abc import Iterator
 
 import pytest
@@ -204,6 +206,23 @@ def test_on_a_line_that_is_faster_than_pages_are_found_they_are_not_looked_for(b
     bench.sender._compression._line.rate = 100e9
     bench.read(b"".join(PAGES[:20]))
     assert not bench.sender._next().content_length
+
+
+def test_a_worker_that_died_before_the_session_costs_compression_only(bench: Bench) -> None:
+    with subprocess.Popen(["true"]) as process:
+        pidfd = os.pidfd_open(process.pid)
+    offers, tickets = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    results, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    theirs.close()
+    dead = Worker(pidfd, offers, tickets, results)
+    dead.begin(1)
+    bench.sender._compression._worker = dead
+    said = b"what was said" * 1000
+    bench.read(said)
+    bench.sender._transmit(bench.sender._next())
+    assert bench.arrived() == said
+    assert bench.sender._compression._worker is None
+    os.close(pidfd)
 
 
 #: Pages as QEMU says them, more than the window has room for, so that they are known, forgotten and known again.

@@ -114,8 +114,12 @@ class Worker:
             os._exit(1)
 
     def begin(self, level: int) -> None:
-        """Tell it how hard to compress: zstd's number. Before the first offer."""
-        self._results.send(_BEGINNING.pack(level))
+        """Tell it how hard to compress: zstd's number. Before the first offer.
+
+        Of one that has died meanwhile :meth:`result` tells, as ever.
+        """
+        with suppress(OSError):
+            self._results.send(_BEGINNING.pack(level))
 
     def fileno(self) -> int:
         """Readable when there is a result, or the worker died."""
