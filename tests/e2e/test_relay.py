@@ -22,6 +22,7 @@ import uvloop
 from harness.relays import SO_MAX_PACING_RATE, WINDOW_LOG, Pair, carriers, pair
 from limosa.errors import InvalidInput, RelayFailed
 from limosa.security.stream import make_credentials
+from limosa.transport.relay import client
 from limosa.transport.relay.client import Relay
 from limosa.transport.relay.control import MAX_LANES, ChannelStatistics
 from limosa.transport.relay.frames import HELLO_BYTES, VERSION, Form, FrameWriter, Hello, Said, Way
@@ -462,6 +463,22 @@ def test_when_a_relay_is_killed_every_stream_ends_and_both_daemons_know(victim: 
             assert "the connection" in survivor.why()
             with pytest.raises(RelayFailed):
                 await survivor.open_channel(9)
+
+    run(work())
+
+
+def test_a_relay_that_stands_still_is_given_up_by_who_joins_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def work() -> None:
+        async with pair() as relays:
+            await relays.source.statistics()
+            monkeypatch.setattr(client, "ANSWERS_WITHIN_S", 0.2)
+            os.kill(relays.source.pid, signal.SIGSTOP)
+            asked = asyncio.ensure_future(relays.source.statistics())
+            with pytest.raises(RelayFailed, match="did not answer within"):
+                await relays.source.open_channel(7)
+            with pytest.raises(RelayFailed, match="did not answer within"):
+                await asked
+            assert relays.source.ended.is_set()
 
     run(work())
 

@@ -40,6 +40,8 @@ V = TypeVar("V")
 _decoder: msgspec.json.Decoder[FromRelay] = reading.decoder(FromRelay)
 DEFAULT_LEVEL = 1
 _SO_SNDBUFFORCE = 32  # socket(7)
+#: A relay that is only busy answers sooner, also one that is still being loaded.
+ANSWERS_WITHIN_S = 15.0
 #: A relay is of the same Limosa as its daemon, also where that is not installed.
 _SOURCES = Path(limosa.__file__).parent.parent
 
@@ -47,7 +49,8 @@ _SOURCES = Path(limosa.__file__).parent.parent
 class Relay:
     """A relay process. Made by :meth:`start`; belongs to one event loop.
 
-    Every call raises :class:`RelayFailed` if the relay ended, also while the call waits. ``on_channel_ended`` is called
+    Every call raises :class:`RelayFailed` if the relay ended, also while the call waits. A relay that does not answer
+    within :data:`ANSWERS_WITHIN_S` is ended: it would let every move wait that joins it. ``on_channel_ended`` is called
     with the last figures of each channel, ``on_lane_lost`` with the number of a lane that broke or did not come about,
     and why.
     """
@@ -201,6 +204,11 @@ class Relay:
         except OSError as error:
             raise RelayFailed("the relay does not listen", why=error.strerror or "") from error
         self._asked.append(waiting)
+        await asyncio.wait({waiting}, timeout=ANSWERS_WITHIN_S)
+        if not waiting.done():
+            self._why = f"it did not answer within {ANSWERS_WITHIN_S:.0f} s"
+            await self.end()
+            raise self._failed()
         answer = await waiting
         if isinstance(answer, control.Refused):
             raise InvalidInput("the relay refused", why=answer.why)
