@@ -132,6 +132,23 @@ def test_several_streams_share_a_session_and_the_return_path_works() -> None:
     run(work())
 
 
+def test_a_session_carries_what_64_moves_with_three_disks_each_have_at_once() -> None:
+    async def work() -> None:
+        async with pair() as relays:
+            most = [await relays.channel() for _ in range(64 * 4)]
+            assert len((await relays.source.statistics()).channels) == len(most)
+            for here, there in (most[0], most[-1]):
+                here.sendall(b"page")
+                assert await asyncio.to_thread(there.recv, 100) == b"page"
+            with pytest.raises(InvalidInput, match="open already"):
+                await relays.channel()
+            for here, there in most:
+                here.close()
+                there.close()
+
+    run(work())
+
+
 def test_shortened_streams_come_out_too() -> None:
     async def work() -> None:
         async with pair(bytes_per_s=SLOW) as relays:
