@@ -100,17 +100,14 @@ class DiskMoves:
         self._background = Background()
 
     async def move(self, request: DiskMoveRequest) -> Migration:
-        """Accept a move of disks and begin it, or put it in line. Raises :class:`Conflict`, :class:`PreflightRefused`;
-        nothing is kept then."""
-        hosted = self._vms.get(request.vm)
-        fitting = _OFF if hosted.machine is None else (VmState.RUNNING, VmState.PAUSED)
-        if hosted.state not in fitting:
-            raise Conflict(
-                f"VM '{request.vm}' is {hosted.state}", todo="try again in a moment", vm=request.vm, host=self._host
-            )
-        self._vms.check_idle(hosted)
+        """Accept a move of disks and begin it, or put it in line. Raises :class:`Conflict`, :class:`PreflightRefused`,
+        :class:`limosa.errors.NotFound`; nothing is kept then."""
+        hosted = self._movable(request.vm)
+        config = hosted.config
         record, findings = await self._plan(hosted, request)
-        self._vms.check_idle(hosted)
+        # That takes seconds, in which the VM may go, another get its name, or another move of its disks end.
+        if self._movable(request.vm) is not hosted or hosted.config is not config:
+            raise Conflict(f"VM '{request.vm}' has changed meanwhile", todo="try again", vm=request.vm, host=self._host)
         report = Report(self._first_view(record, findings), self._views.publish)
         move = _Move(self, hosted, record, report, (request.bandwidth_mbit_per_s or 0) * MBIT_BYTES)
         hosted.migration = record.migration
@@ -157,6 +154,15 @@ class DiskMoves:
         self._views.keep(report.now)
 
     # How one is conducted
+
+    def _movable(self, name: str) -> HostedVm:
+        """The VM, if its disks can be moved now. Raises :class:`limosa.errors.NotFound` and :class:`Conflict`."""
+        hosted = self._vms.get(name)
+        fitting = _OFF if hosted.machine is None else (VmState.RUNNING, VmState.PAUSED)
+        if hosted.state not in fitting:
+            raise Conflict(f"VM '{name}' is {hosted.state}", todo="try again in a moment", vm=name, host=self._host)
+        self._vms.check_idle(hosted)
+        return hosted
 
     async def _plan(self, hosted: HostedVm, request: DiskMoveRequest) -> tuple[Record, tuple[Finding, ...]]:
         moved = _chosen(hosted, request, self._storage)

@@ -1,0 +1,238 @@
+"""Disks that move within their host, with a fake QEMU: what else happens to the VM meanwhile, and every way out."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import msgspec
+import pytest
+from test_host_restarting import LONG_AGO, FakeLauncher
+from test_host_storage import storage
+from test_own_disks import Neighbourhood
+from test_preflight import VM
+
+from limosa.errors import Conflict, NotFound
+from limosa.host.disk_moves import DiskMoves
+from limosa.host.leasing import Leasing
+from limosa.host.parts import Parts
+from limosa.host.storage import Storage
+from limosa.host.views import Views
+from limosa.host.vms import HostedVm, Vms
+from limosa.model.migration import Migration
+from limosa.model.vm import Disk, VmConfig, VmState
+from limosa.qemu.protocol import CopyState, CopyStatistics, ImageFile
+from limosa.settings import toml
+from limosa.testing.guest import FakeGuest
+from limosa.testing.machine import FakeMachine
+from limosa.testing.wire import Wire
+from limosa.wire.api import DiskMoveRequest
+
+__all__ = ["storage"]
+
+OTHER = "8b0b7d3c-57b8-4f5c-9d5e-2d2f3f1e2a10"
+
+
+class Machine(FakeMachine):
+    """A fake QEMU that copies to files. A copy is ready at once, unless a test says otherwise."""
+
+    def __init__(self) -> None:
+        super().__init__(Wire(), FakeGuest(0))
+
+    async def copy_to_file(self, disk: str, tag: str, image: ImageFile, bytes_per_s: int, *, whole: bool) -> None:
+        await self._answer()
+        self.copying[disk] = CopyStatistics(CopyState.READY, 100, 100)
+
+    async def block_writes(self, disk: str) -> None:
+        await self._answer()
+
+    async def settle_copy(self, disk: str) -> None:
+        await self._answer()
+        self.copying[disk] = replace(self.copying[disk], state=CopyState.SETTLED)
+
+    async def pivot(self, disk: str) -> None:
+        await self._answer()
+        self.copying.pop(disk, None)
+
+
+class Launcher(FakeLauncher):
+    """Starts such machines."""
+
+    user = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.leasing = Leasing("host2", "boot", "machine", lambda _: False)  # type: ignore[assignment]
+        #: what new machines are
+        self.make: Callable[[], Machine] = Machine
+
+    async def pin(self, new: VmConfig, identity: str) -> VmConfig:
+        return new
+
+    @asynccontextmanager
+    async def new_disks(self, new: VmConfig, config: VmConfig) -> AsyncIterator[None]:
+        yield
+
+    def forget_ended(self, config: VmConfig) -> None: ...
+
+    async def launch(self, config: VmConfig, accelerator: str, *, incoming: bool) -> FakeMachine:
+        self.started.append(self.make())
+        return self.started[-1]
+
+    async def launch_copier(self, config: VmConfig) -> FakeMachine:
+        return await self.launch(config, "", incoming=False)
+
+    async def end_copier(self, config: VmConfig) -> None: ...
+
+
+class World:
+    """A host with a VM ``web1`` whose disks lie in its own location, and with another, ``fast``."""
+
+    def __init__(self, storage: Storage) -> None:
+        self.storage = storage
+        self.files = storage._files
+        self.files.vms.mkdir()
+        self.launcher = Launcher()
+        self.views = Views("host2", self.files.migrations)
+        self.config = self.with_disks("vda")
+        #: done once while a move is planned
+        self.meanwhile: Callable[[], Awaitable[object]] | None = None
+        self.daemon()
+
+    def daemon(self) -> None:
+        """A new one, which knows nothing of the one before."""
+        self.vms = Vms("host2", self.files, cast(Any, self.launcher))
+        nobody = cast(Any, None)
+        self.parts = Parts(
+            name="host2",
+            boot="boot",
+            files=self.files,
+            page=self.storage._page,
+            vms=self.vms,
+            storage=self.storage,
+            leasing=cast(Any, self.launcher.leasing),
+            inspector=nobody,
+            multichannel=nobody,
+            relays=nobody,
+            neighbours=Neighbourhood(),
+        )
+        self.moves = DiskMoves(self.parts, self.views, cast(Any, self.launcher))
+
+    def with_disks(self, *names: str, **how: Any) -> VmConfig:
+        paths = [self.files.images / f"web1-{name}.raw" for name in names]
+        for path in paths:
+            path.write_bytes(bytes(65536))
+        disks = tuple(Disk(name=name, path=str(path), format="raw") for name, path in zip(names, paths, strict=True))
+        return msgspec.structs.replace(VM, disks=disks, **how)
+
+    async def load(self) -> HostedVm:
+        """The VM, stopped."""
+        path = self.files.vm(self.config.name) / "vm.toml"
+        path.parent.mkdir()
+        toml.write(path, self.config)
+        assert await self.vms.load() == []
+        return self.vms.get("web1")
+
+    async def running(self) -> HostedVm:
+        """The VM, which has run for long."""
+        hosted = await self.load()
+        await self.vms.start(hosted)
+        hosted.started_at = LONG_AGO
+        return hosted
+
+    async def begin(self, **how: Any) -> Migration:
+        """Begin to move its disks."""
+        return await self.moves.move(DiskMoveRequest(vm="web1", location="fast", **how))
+
+    async def facts(self, disks: Any) -> Any:
+        found = await Storage.facts(self.storage, disks)
+        meanwhile, self.meanwhile = self.meanwhile, None
+        if meanwhile is not None:
+            await meanwhile()
+        return found
+
+    def images(self) -> list[str]:
+        """Where there are images."""
+        folders = (self.files.images, self.storage.places.path("fast"))
+        return [path.parent.name for folder in folders for path in sorted(folder.iterdir()) if path.name[0] != "."]
+
+    def named(self) -> list[str]:
+        """Where those are that the VM's description names."""
+        config = toml.read(self.files.vm("web1") / "vm.toml", VmConfig)
+        return [Path(disk.path).parent.name for disk in config.disks]
+
+    def records(self) -> list[Path]:
+        return list(self.files.migrations.glob("*.disks.json"))
+
+
+@pytest.fixture
+def world(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> World:
+    made = World(storage)
+    monkeypatch.setattr(storage, "facts", made.facts)
+    return made
+
+
+def play(scenario: Coroutine[Any, Any, None]) -> None:
+    async def limited() -> None:
+        async with asyncio.timeout(20):
+            await scenario
+
+    asyncio.run(limited())
+
+
+@pytest.mark.parametrize("runs", [False, True], ids=["stopped", "running"])
+def test_without_anything_else_the_disks_move(world: World, runs: bool) -> None:
+    async def scenario() -> None:
+        hosted = await (world.running() if runs else world.load())
+        begun = await world.begin()
+        assert (await world.views.ended(begun.id)).outcome == "completed"
+        await world.moves._background.idle()
+        assert world.images() == world.named() == ["fast"]
+        assert (hosted.migration, hosted.state) == (None, VmState.RUNNING if runs else VmState.STOPPED)
+        assert world.records() == []
+
+    play(scenario())
+
+
+class TestMeanwhile:
+    """To plan a move takes seconds."""
+
+    @pytest.mark.parametrize("again", [False, True], ids=["deleted", "and created again"])
+    def test_a_vm_that_is_deleted_stays_so(self, world: World, again: bool) -> None:
+        async def scenario() -> None:
+            hosted = await world.load()
+            another = msgspec.structs.replace(world.config, uuid=OTHER, disks=())
+
+            async def meanwhile() -> None:
+                await world.vms.delete(hosted)
+                if again:
+                    await world.vms.create(cast(Any, another))
+
+            world.meanwhile = meanwhile
+            with pytest.raises(Conflict if again else NotFound):
+                await world.begin()
+            await world.moves._background.idle()
+            assert [one.config for one in world.vms.all()] == [another] * again
+            assert world.images() == ["images"]
+            assert (world.views.list(), world.records()) == ([], [])
+
+        play(scenario())
+
+    def test_of_two_moves_only_one_knows_where_the_disks_are(self, world: World) -> None:
+        async def scenario() -> None:
+            await world.load()
+
+            async def meanwhile() -> None:
+                await world.views.ended((await world.begin()).id)
+                await world.moves._background.idle()
+
+            world.meanwhile = meanwhile
+            with pytest.raises(Conflict, match="changed"):
+                await world.begin()
+            assert world.images() == world.named() == ["fast"]
+
+        play(scenario())
