@@ -16,8 +16,11 @@ from test_host_storage import storage
 from test_own_disks import Neighbourhood
 from test_preflight import VM
 
-from limosa.errors import Conflict, NotFound
+from limosa.errors import Conflict, NotFound, OutcomeUnknown, StateError, StorageError
+from limosa.host import disk_moves
 from limosa.host.disk_moves import DiskMoves
+from limosa.host.folders import Folders
+from limosa.host.launching import Found
 from limosa.host.leasing import Leasing
 from limosa.host.parts import Parts
 from limosa.host.storage import Storage
@@ -42,10 +45,16 @@ class Machine(FakeMachine):
 
     def __init__(self) -> None:
         super().__init__(Wire(), FakeGuest(0))
+        #: whether copies stay under way
+        self.slow = False
+        #: does not give up copies
+        self.stuck = False
+        #: called when a copy is to take its disk's place, which it then does not
+        self.refuses: Callable[[], None] | None = None
 
     async def copy_to_file(self, disk: str, tag: str, image: ImageFile, bytes_per_s: int, *, whole: bool) -> None:
         await self._answer()
-        self.copying[disk] = CopyStatistics(CopyState.READY, 100, 100)
+        self.copying[disk] = CopyStatistics(CopyState.COPYING if self.slow else CopyState.READY, 50, 100)
 
     async def block_writes(self, disk: str) -> None:
         await self._answer()
@@ -56,7 +65,16 @@ class Machine(FakeMachine):
 
     async def pivot(self, disk: str) -> None:
         await self._answer()
+        if self.refuses is not None:
+            self.copying[disk] = replace(self.copying[disk], state=CopyState.ENDED, error="Input/output error")
+            self.refuses()
+            raise StorageError(f"disk {disk} could not be copied", why="Input/output error")
         self.copying.pop(disk, None)
+
+    async def drop_copy(self, disk: str, tag: str) -> None:
+        if self.stuck:
+            raise OutcomeUnknown("QEMU does not answer")
+        await super().drop_copy(disk, tag)
 
 
 class Launcher(FakeLauncher):
@@ -144,6 +162,17 @@ class World:
         hosted.started_at = LONG_AGO
         return hosted
 
+    async def next_daemon(self) -> HostedVm:
+        """The VM as that finds it; this one is killed."""
+        self.moves._background.cancel()
+        await self.moves._background.idle()
+        machine = self.vms.get("web1").machine
+        self.launcher.found = Found(machine, "tcg", LONG_AGO) if machine is not None else None
+        self.daemon()
+        assert await self.vms.load() == []
+        await self.moves.recover()
+        return self.vms.get("web1")
+
     async def begin(self, **how: Any) -> Migration:
         """Begin to move its disks."""
         return await self.moves.move(DiskMoveRequest(vm="web1", location="fast", **how))
@@ -174,6 +203,11 @@ def world(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> World:
     made = World(storage)
     monkeypatch.setattr(storage, "facts", made.facts)
     return made
+
+
+async def until(told: Callable[[], bool]) -> None:
+    while not told():  # noqa: ASYNC110 - it takes a few turns
+        await asyncio.sleep(0.001)
 
 
 def play(scenario: Coroutine[Any, Any, None]) -> None:
@@ -234,5 +268,73 @@ class TestMeanwhile:
             with pytest.raises(Conflict, match="changed"):
                 await world.begin()
             assert world.images() == world.named() == ["fast"]
+
+        play(scenario())
+
+
+class TestWhatCannotBeUndone:
+    """It is tried again, and nobody does anything to the VM meanwhile."""
+
+    @pytest.fixture(autouse=True)
+    def _often(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(disk_moves, "UNDO_EVERY_S", 0.01)
+
+    @pytest.mark.parametrize("restarted", [False, True], ids=["same daemon", "next daemon"])
+    def test_a_copy_that_qemu_does_not_give_up(self, world: World, restarted: bool) -> None:
+        async def scenario() -> None:
+            hosted = await world.running()
+            machine = cast(Machine, hosted.machine)
+            machine.slow = machine.stuck = True
+            begun = await world.begin()
+            await until(lambda: bool(machine.copying))
+            if restarted:
+                hosted = await world.next_daemon()
+            else:
+                world.moves._active[begun.id].cancel()
+            await until(lambda: "does not answer" in world.views.show(begun.id).progress.note)
+            with pytest.raises(Conflict, match=begun.id):
+                await world.vms.stop(hosted)
+            assert len(world.records()) == 1
+            machine.stuck = False
+            ended = await world.views.ended(begun.id)
+            assert ended.outcome == ("failed" if restarted else "cancelled")
+            await world.moves._background.idle()
+            assert world.images() == world.named() == ["images"]
+            assert (hosted.migration, world.records(), machine.copying) == (None, [], {})
+            await world.vms.stop(hosted)
+
+        play(scenario())
+
+    @pytest.mark.parametrize("dies", [False, True], ids=["", "and then qemu dies"])
+    def test_a_disk_is_what_qemu_writes_also_where_that_cannot_be_written_down(
+        self, world: World, monkeypatch: pytest.MonkeyPatch, dies: bool
+    ) -> None:
+        """QEMU did not put the new image in its place, and the disk with the VM's description is full."""
+        full: list[bool] = []
+        keep = Folders.keep
+
+        def keep_if_there_is_room(folders: Folders, config: VmConfig) -> None:
+            if full:
+                raise StateError("cannot write vm.toml", why="No space left on device")
+            keep(folders, config)
+
+        monkeypatch.setattr(Folders, "keep", keep_if_there_is_room)
+
+        async def scenario() -> None:
+            hosted = await world.running()
+            machine = cast(Machine, hosted.machine)
+            machine.refuses = lambda: full.append(True)
+            begun = await world.begin()
+            await until(lambda: "No space" in world.views.show(begun.id).progress.note)
+            assert world.named() == ["fast"], "which is not what QEMU writes"
+            assert hosted.migration == begun.id
+            if dies:
+                machine.die("")
+                await until(lambda: hosted.machine is None)
+            full.clear()
+            assert (await world.views.ended(begun.id)).outcome == "failed"
+            await world.moves._background.idle()
+            assert world.images() == world.named() == ["images"]
+            assert hosted.migration is None
 
         play(scenario())

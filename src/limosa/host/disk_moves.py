@@ -43,6 +43,7 @@ from limosa.host.bandwidth import MBIT_BYTES
 from limosa.host.launching import Launcher
 from limosa.host.own_disks import OwnDisks
 from limosa.host.parts import Parts
+from limosa.host.slots import Place
 from limosa.host.stopped import StoppedDisks, unwritten
 from limosa.host.storage import Storage
 from limosa.host.views import Views
@@ -67,6 +68,8 @@ from limosa.storage import access, mounts
 from limosa.wire.api import DiskMoveRequest
 
 _log = logging.getLogger(__name__)
+#: Between attempts to undo a move that could not be, because the disk is full for one.
+UNDO_EVERY_S = 2.0
 #: States in which disks can move without a QEMU of the VM's.
 _OFF = (VmState.STOPPED, VmState.CRASHED)
 
@@ -97,6 +100,9 @@ class DiskMoves:
         self._user = launcher.user
         self.stopped = StoppedDisks(parts, launcher)
         self._active: dict[str, _Move] = {}
+        #: new images that QEMU did not put in a disk's place: its guest goes on writing the old one, whatever
+        #: ``vm.toml`` says
+        self._refused: set[str] = set()
         self._background = Background()
 
     async def move(self, request: DiskMoveRequest) -> Migration:
@@ -134,24 +140,24 @@ class DiskMoves:
         return move.report.now
 
     async def recover(self) -> None:
-        """Bring to an end what an earlier daemon left."""
+        """Bring to an end what an earlier daemon left, or begin to. What cannot be undone yet keeps its VM locked."""
         for path in sorted(self._folder.glob("*.disks.json")):
             try:
                 record = reading.decode(path.read_bytes(), Record)
                 self._storage.resume(plan.path for plan in record.plans)
-                moved = await self._recover(record)
-                self._tell_of(record, moved=moved)
-                path.unlink()
+                await self._take_up(self._owner(record), record)
             except (OSError, msgspec.MsgspecError, LimosaError) as error:
                 _log.error("the move of disks in %s could not be brought to an end: %s", path, error)
 
-    def _tell_of(self, record: Record, *, moved: bool) -> None:
-        report = Report(self._first_view(record), self._views.publish)
-        if moved:
-            report.end(Outcome.COMPLETED)
+    async def _take_up(self, hosted: HostedVm, record: Record) -> None:
+        move = _Move(self, hosted, record, Report(self._first_view(record), self._views.publish), 0)
+        hosted.migration = record.migration
+        self._active[record.migration] = move
+        cause = restarted(record.vm, self._host)
+        if await self._is_undone(move, cause):
+            await self._let_go(move)
         else:
-            report.end(Outcome.FAILED, restarted(record.vm, self._host).fault())
-        self._views.keep(report.now)
+            self._background.spawn(self._undo(move, cause))
 
     # How one is conducted
 
@@ -192,47 +198,68 @@ class DiskMoves:
         return record, tuple(against)
 
     async def _conduct(self, move: _Move) -> None:
-        has_slot = False
+        place = Place(self._storage.leaving)
         try:
-            await move.guard(self._storage.leaving.acquire(move.report.line("other moves of disks on this host")))
-            has_slot = True
-            await move.run()
-            move.report.end(Outcome.COMPLETED)
+            try:
+                await move.guard(place.take(move.report.line("other moves of disks on this host")))
+                await move.run()
+            finally:
+                place.give_back()  # to undo it copies nothing, and may take long
         except LimosaError as error:
             await self._undo(move, error)
         except Exception as error:  # noqa: BLE001 - a fault of ours must not leave a VM locked
             await self._undo(move, LimosaError("an internal error", why=repr(error), vm=move.record.vm))
-        finally:
-            if has_slot:
-                self._storage.leaving.release()
-            move.hosted.migration = None
-            self._active.pop(move.record.migration, None)
-            self._views.keep(move.report.now)
-        if move.hosted.machine is not None and move.hosted.machine.gone.is_set():
-            await self._vms.crashed(move.hosted)
+        else:
+            move.report.end(Outcome.COMPLETED)
+            await self._let_go(move)
 
     async def _undo(self, move: _Move, cause: LimosaError) -> None:
-        """The VM goes on with the disks it had. What cannot be undone now is undone by the next daemon."""
+        """The VM goes on with the disks it had, and stays locked until it does: who stopped and started it before could
+        have it start from others. What this daemon cannot undo the next one does."""
+        while True:
+            if await self._is_undone(move, cause):
+                break
+            await asyncio.sleep(UNDO_EVERY_S)
+        await self._let_go(move)
+
+    async def _is_undone(self, move: _Move, cause: LimosaError) -> bool:
+        """Try once."""
         try:
             await move.end_copier()
-            moved = await self._recover(move.record)
+            moved = await self._recover(move.hosted, move.record)
             self.forget(move.record)
-        except LimosaError as error:
-            moved = False
+        except Exception as error:  # noqa: BLE001 - whatever it is, it is tried again
             _log.error("the move of disks of VM %s could not be undone: %s", move.record.vm, error)
+            move.report.note(f"it cannot be undone yet: {error}")
+            return False
         if moved:
             move.report.end(Outcome.COMPLETED)
         else:
             move.report.end(Outcome.CANCELLED if isinstance(cause, Cancelled) else Outcome.FAILED, cause.fault())
+        return True
 
-    async def _recover(self, record: Record) -> bool:
-        """Undo what is not in use, finish what ``vm.toml`` says is. Returns whether that was so."""
+    async def _let_go(self, move: _Move) -> None:
+        """The move has ended: the VM is people's again."""
+        move.hosted.migration = None
+        self._active.pop(move.record.migration, None)
+        self._views.keep(move.report.now)
+        if move.hosted.machine is not None and move.hosted.machine.gone.is_set():
+            await self._vms.crashed(move.hosted)
+
+    def _owner(self, record: Record) -> HostedVm:
+        """The VM. Raises :class:`StateError`."""
         hosted = self._vms.find(record.vm)
         if hosted is None or hosted.fault is not None:
             raise StateError(f"VM '{record.vm}' is not known", why="so it cannot be told which images it uses")
+        return hosted
+
+    async def _recover(self, hosted: HostedVm, record: Record) -> bool:
+        """Undo what is not in use, finish what ``vm.toml`` says is. Returns whether that was so. May be repeated."""
         if hosted.machine is None:
             await self.stopped.end(hosted.config)
         for plan in record.plans:
+            if await self._is_refused(hosted, plan):
+                await self._put_back(hosted, record.old[plan.disk])
             with suppress(QemuGone):
                 await self._end_copy(hosted, record, plan)
         now = {disk.name: disk.path for disk in hosted.config.disks}
@@ -248,22 +275,30 @@ class DiskMoves:
             await self.stopped.give_back(hosted.config, [plan.path for plan in record.plans])
         return all(now.get(plan.disk) == plan.path for plan in record.plans)
 
+    async def _is_refused(self, hosted: HostedVm, plan: DiskPlan) -> bool:
+        """Whether ``vm.toml`` names the new image and QEMU did not take it. Once known it stays so: that QEMU may end
+        before the file can be written."""
+        if not _is_named(hosted, plan):
+            return False
+        if hosted.machine is not None:
+            with suppress(QemuGone):
+                copy = (await hosted.machine.copies()).get(plan.disk)
+                if copy is not None and copy.error:
+                    self._refused.add(plan.path)
+        return plan.path in self._refused
+
+    async def _put_back(self, hosted: HostedVm, old: Disk) -> None:
+        as_before = tuple(old if disk.name == old.name else disk for disk in hosted.config.disks)
+        await self._vms.change_disks(hosted, as_before)
+
     async def _end_copy(self, hosted: HostedVm, record: Record, plan: DiskPlan) -> None:
-        """Have QEMU use what ``vm.toml`` names, which is the old image again if QEMU did not take the new one."""
-        machine = hosted.machine
-        if machine is None:
+        """Have QEMU use what ``vm.toml`` names."""
+        if hosted.machine is None:
             return
-        committed = any(disk.path == plan.path for disk in hosted.config.disks)
-        copy = (await machine.copies()).get(plan.disk)
-        if committed and copy is not None and copy.error:
-            old = record.old[plan.disk]
-            as_before = tuple(old if disk.name == plan.disk else disk for disk in hosted.config.disks)
-            await self._vms.change_disks(hosted, as_before)
-            committed = False
-        if committed:
-            await machine.pivot(plan.disk)
+        if _is_named(hosted, plan):
+            await hosted.machine.pivot(plan.disk)
         else:
-            await machine.drop_copy(plan.disk, record.migration)
+            await hosted.machine.drop_copy(plan.disk, record.migration)
 
     async def _leave(self, hosted: HostedVm, record: Record, old: Sequence[str]) -> None:
         """The VM has left images."""
@@ -339,7 +374,7 @@ class _Move:
         self._cancelled: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     async def run(self) -> None:
-        """Move the disks. Raises what went wrong; the VM uses its old images then, or the next daemon sees to it."""
+        """Move the disks. Raises what went wrong; it is to be undone then."""
         self.report.enter(Phase.BUILD_UP)
         await self.guard(self._moves.make_images(self.hosted, self.record))
         with ExitStack() as held:
@@ -427,6 +462,11 @@ class _Move:
         bar, shown = progress.of_disks(self.report.bar, self.report.now.progress, copying.progress(), time.monotonic())
         self.report.bar = bar
         self.report.change(progress=shown)
+
+
+def _is_named(hosted: HostedVm, plan: DiskPlan) -> bool:
+    """Whether the VM's description names the new image."""
+    return any(disk.path == plan.path for disk in hosted.config.disks)
 
 
 def _plan_of(
