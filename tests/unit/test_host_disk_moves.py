@@ -22,6 +22,7 @@ from limosa.host.disk_moves import DiskMoves
 from limosa.host.folders import Folders
 from limosa.host.launching import Found
 from limosa.host.leasing import Leasing
+from limosa.host.leftovers import Leftovers
 from limosa.host.parts import Parts
 from limosa.host.storage import Storage
 from limosa.host.views import Views
@@ -51,6 +52,12 @@ class Machine(FakeMachine):
         self.stuck = False
         #: called when a copy is to take its disk's place, which it then does not
         self.refuses: Callable[[], None] | None = None
+
+    @classmethod
+    def which_is_slow(cls) -> Machine:
+        made = cls()
+        made.slow = True
+        return made
 
     async def copy_to_file(self, disk: str, tag: str, image: ImageFile, bytes_per_s: int, *, whole: bool) -> None:
         await self._answer()
@@ -162,10 +169,15 @@ class World:
         hosted.started_at = LONG_AGO
         return hosted
 
-    async def next_daemon(self) -> HostedVm:
-        """The VM as that finds it; this one is killed."""
+    async def killed(self) -> None:
+        """The daemon."""
         self.moves._background.cancel()
         await self.moves._background.idle()
+        self.storage._held.clear()
+
+    async def next_daemon(self) -> HostedVm:
+        """The VM as that finds it; this one is killed."""
+        await self.killed()
         machine = self.vms.get("web1").machine
         self.launcher.found = Found(machine, "tcg", LONG_AGO) if machine is not None else None
         self.daemon()
@@ -336,5 +348,67 @@ class TestWhatCannotBeUndone:
             await world.moves._background.idle()
             assert world.images() == world.named() == ["images"]
             assert hosted.migration is None
+
+        play(scenario())
+
+
+class TestWithoutItsVm:
+    """A daemon finds the record of a move, and no VM that it is about."""
+
+    async def begun(self, world: World) -> Path:
+        """The VM's description; its move was under way when the daemon was killed."""
+        hosted = await world.load()
+        world.launcher.make = Machine.which_is_slow
+        await world.begin()
+        await until(lambda: bool(world.launcher.started and world.launcher.started[0].copying))
+        await world.killed()
+        world.launcher.started[0].die("")
+        world.daemon()
+        return world.files.vm(hosted.config.name) / "vm.toml"
+
+    async def recover(self, world: World, *, faults: int = 0) -> None:
+        assert len(await world.vms.load()) == faults
+        await world.moves.recover()
+
+    def forget_location(self, world: World) -> Coroutine[Any, Any, Any]:
+        return world.storage._page.change({"locations.fast": None})
+
+    def test_its_images_stay_and_are_found(self, world: World) -> None:
+        async def scenario() -> None:
+            (await self.begun(world)).unlink()
+            await self.recover(world)
+            assert world.images() == ["images", "fast"]
+            (found,) = await Leftovers(world.parts).look()
+            assert (Path(found.path).parent.name, found.doubts) == ("fast", ())
+            (told,) = world.views.list()
+            assert told.fault is not None
+            assert "has gone" in told.fault.what
+            assert world.records() == []
+            await self.forget_location(world)
+
+        play(scenario())
+
+    def test_another_of_its_name_has_nothing_to_do_with_it(self, world: World) -> None:
+        async def scenario() -> None:
+            toml.write(await self.begun(world), msgspec.structs.replace(world.config, uuid=OTHER, disks=()))
+            await self.recover(world)
+            assert world.images() == ["images", "fast"]
+            assert world.vms.get("web1").migration is None
+            assert world.records() == []
+
+        play(scenario())
+
+    def test_one_that_cannot_be_read_may_be_it(self, world: World) -> None:
+        async def scenario() -> None:
+            (await self.begun(world)).write_text("damaged")
+            await self.recover(world, faults=1)
+            assert world.images() == ["images", "fast"]
+            assert await Leftovers(world.parts).look() == ()
+            with pytest.raises(Conflict, match="in use"):
+                await self.forget_location(world)
+            world.daemon()
+            toml.write(world.files.vm("web1") / "vm.toml", world.config)
+            await self.recover(world)
+            assert (world.images(), world.records()) == (["images"], [])
 
         play(scenario())

@@ -34,6 +34,7 @@ from limosa.errors import (
     Conflict,
     InvalidInput,
     LimosaError,
+    MigrationFailed,
     PreflightRefused,
     QemuError,
     QemuGone,
@@ -83,6 +84,8 @@ class Record(Model, frozen=True, forbid_unknown_fields=False):
     #: the disks as they were, by name
     old: dict[DiskName, Disk]
     keep: bool
+    #: the VM's; empty in a record of a daemon that did not write it
+    uuid: str = ""
 
 
 class DiskMoves:
@@ -145,7 +148,11 @@ class DiskMoves:
             try:
                 record = reading.decode(path.read_bytes(), Record)
                 self._storage.resume(plan.path for plan in record.plans)
-                await self._take_up(self._owner(record), record)
+                hosted = self._owner(record)
+                if hosted is not None:
+                    await self._take_up(hosted, record)
+                else:
+                    self._give_up(record)
             except (OSError, msgspec.MsgspecError, LimosaError) as error:
                 _log.error("the move of disks in %s could not be brought to an end: %s", path, error)
 
@@ -158,6 +165,36 @@ class DiskMoves:
             await self._let_go(move)
         else:
             self._background.spawn(self._undo(move, cause))
+
+    def _owner(self, record: Record) -> HostedVm | None:
+        """The VM; None if it is this host's no more. Raises :class:`StateError` if nobody can know that now, or what
+        the VM uses."""
+        hosted = self._vms.find(record.vm)
+        if hosted is not None and record.uuid in ("", hosted.config.uuid):
+            can_be_known = hosted.fault is None
+        else:  # there is none, or another that was given the name meanwhile
+            hosted, can_be_known = None, not self._vms.is_unsure
+        if not can_be_known:
+            raise StateError(f"VM '{record.vm}' is not known", why="so it cannot be told which images it uses")
+        return hosted
+
+    def _give_up(self, record: Record) -> None:
+        """Which images the VM used last nobody knows any more, so all stay. An unfinished one is a leftover from now
+        on, like those of moves whose records were lost."""
+        report = Report(self._first_view(record), self._views.publish)
+        error = MigrationFailed(
+            f"VM '{record.vm}' has gone from host '{self._host}'",
+            why="so nobody knows which images it used, and all of them stay",
+            todo="'limosa storage leftovers' shows those that the move made",
+            vm=record.vm,
+            host=self._host,
+        )
+        report.end(Outcome.FAILED, error.fault())
+        self._views.keep(report.now)
+        for plan in record.plans:
+            self._storage.settle(plan.path)
+        self.forget(record)
+        _log.error("%s", error)
 
     # How one is conducted
 
@@ -194,6 +231,7 @@ class DiskMoves:
             plans=plans,
             old={disk.name: disk for disk in moved},
             keep=request.keep,
+            uuid=hosted.config.uuid,
         )
         return record, tuple(against)
 
@@ -245,13 +283,6 @@ class DiskMoves:
         self._views.keep(move.report.now)
         if move.hosted.machine is not None and move.hosted.machine.gone.is_set():
             await self._vms.crashed(move.hosted)
-
-    def _owner(self, record: Record) -> HostedVm:
-        """The VM. Raises :class:`StateError`."""
-        hosted = self._vms.find(record.vm)
-        if hosted is None or hosted.fault is not None:
-            raise StateError(f"VM '{record.vm}' is not known", why="so it cannot be told which images it uses")
-        return hosted
 
     async def _recover(self, hosted: HostedVm, record: Record) -> bool:
         """Undo what is not in use, finish what ``vm.toml`` says is. Returns whether that was so. May be repeated."""
