@@ -284,6 +284,40 @@ class TestMeanwhile:
         play(scenario())
 
 
+class TestACrash:
+    """QEMU dies, or has died."""
+
+    @pytest.mark.parametrize("wanted", ["restart", "stop"])
+    def test_does_what_on_crash_says_as_soon_as_the_move_is_undone(self, world: World, wanted: str) -> None:
+        async def scenario() -> None:
+            world.config = msgspec.structs.replace(world.config, on_crash=wanted)
+            world.launcher.make = Machine.which_is_slow
+            hosted = await world.running()
+            machine = cast(Machine, hosted.machine)
+            begun = await world.begin()
+            await until(lambda: bool(machine.copying))
+            machine.die("")
+            assert (await world.views.ended(begun.id)).outcome == "failed"
+            await world.moves._background.idle()
+            assert world.images() == world.named() == ["images"]
+            await until(lambda: hosted.state is (VmState.RUNNING if wanted == "restart" else VmState.CRASHED))
+            assert len(world.launcher.started) == (2 if wanted == "restart" else 1)
+
+        play(scenario())
+
+    def test_before_the_move_is_no_crash_in_it(self, world: World) -> None:
+        async def scenario() -> None:
+            world.config = msgspec.structs.replace(world.config, on_crash="restart")
+            hosted = await world.load()
+            hosted.state = VmState.CRASHED
+            begun = await world.begin()
+            assert (await world.views.ended(begun.id)).outcome == "completed"
+            await world.moves._background.idle()
+            assert (hosted.state, len(world.launcher.started)) == (VmState.CRASHED, 1), "only what copied"
+
+        play(scenario())
+
+
 class TestWhatCannotBeUndone:
     """It is tried again, and nobody does anything to the VM meanwhile."""
 

@@ -281,7 +281,7 @@ class DiskMoves:
         move.hosted.migration = None
         self._active.pop(move.record.migration, None)
         self._views.keep(move.report.now)
-        if move.hosted.machine is not None and move.hosted.machine.gone.is_set():
+        if move.qemu_ended:
             await self._vms.crashed(move.hosted)
 
     async def _recover(self, hosted: HostedVm, record: Record) -> bool:
@@ -394,6 +394,7 @@ class _Move:
 
     def __init__(self, moves: DiskMoves, hosted: HostedVm, record: Record, report: Report, cap: int) -> None:
         self.hosted = hosted
+        self._machine = hosted.machine
         #: what copies: the VM's QEMU, or from when it has been started one without a guest
         self._qemu: Disks | None = hosted.machine
         self.record = record
@@ -424,6 +425,12 @@ class _Move:
         """What copies."""
         assert self._qemu is not None
         return self._qemu
+
+    @property
+    def qemu_ended(self) -> bool:
+        """Whether the VM had a QEMU, and has lost it during the move. By now it may be known as one that does not
+        run."""
+        return self._machine is not None and self._machine.gone.is_set()
 
     async def end_copier(self) -> None:
         """End the QEMU without a guest, if there is one. May be repeated."""
