@@ -284,6 +284,41 @@ class TestMeanwhile:
         play(scenario())
 
 
+class TestInLine:
+    """A move is written down before it waits."""
+
+    def test_the_next_daemon_says_that_it_has_failed(self, world: World) -> None:
+        async def scenario() -> None:
+            await world.running()
+            while not world.storage.leaving.is_full:
+                await world.storage.leaving.acquire(lambda _: None)
+            begun = await world.begin()
+            await until(lambda: world.views.show(begun.id).place == 1)
+            world.views = Views("host2", world.files.migrations)
+            hosted = await world.next_daemon()
+            told = world.views.show(begun.id)
+            assert told.outcome == "failed"
+            assert told.fault is not None
+            assert "restarted" in told.fault.what
+            assert world.images() == world.named() == ["images"]
+            assert (hosted.migration, world.records()) == (None, [])
+
+        play(scenario())
+
+    def test_what_cannot_be_written_down_is_refused(self, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+        def fail(path: Path, data: bytes) -> None:
+            raise StateError(f"cannot write {path}", why="No space left on device")
+
+        async def scenario() -> None:
+            hosted = await world.running()
+            monkeypatch.setattr(toml, "write_atomically", fail)
+            with pytest.raises(StateError):
+                await world.begin()
+            assert (hosted.migration, world.views.list(), world.records()) == (None, [], [])
+
+        play(scenario())
+
+
 class TestACrash:
     """QEMU dies, or has died."""
 

@@ -2,7 +2,8 @@
 
 ::
 
-    build-up     check, write down which images will be made, make them
+    waiting      checked, and written down which images will be made
+    build-up     they are made
     storage      QEMU copies, and keeps up with what the guest writes
     switchover   the guest's I/O is held back, both images are alike and flushed; ``vm.toml`` names the new ones; QEMU
                  uses them
@@ -28,7 +29,7 @@ from typing import Any
 
 import msgspec
 
-from limosa.background import Background, in_full
+from limosa.background import Background, in_full, to_its_end
 from limosa.errors import (
     Cancelled,
     Conflict,
@@ -110,7 +111,7 @@ class DiskMoves:
 
     async def move(self, request: DiskMoveRequest) -> Migration:
         """Accept a move of disks and begin it, or put it in line. Raises :class:`Conflict`, :class:`PreflightRefused`,
-        :class:`limosa.errors.NotFound`; nothing is kept then."""
+        :class:`limosa.errors.NotFound` and :class:`StateError`; nothing is kept then."""
         hosted = self._movable(request.vm)
         config = hosted.config
         record, findings = await self._plan(hosted, request)
@@ -119,11 +120,8 @@ class DiskMoves:
             raise Conflict(f"VM '{request.vm}' has changed meanwhile", todo="try again", vm=request.vm, host=self._host)
         report = Report(self._first_view(record, findings), self._views.publish)
         move = _Move(self, hosted, record, report, (request.bandwidth_mbit_per_s or 0) * MBIT_BYTES)
-        hosted.migration = record.migration
-        self._active[record.migration] = move
-        self._views.publish(report.now)
-        self._background.spawn(self._conduct(move))
-        return report.now
+        hosted.migration = record.migration  # in one go with the look above
+        return await to_its_end(self._begin(move))
 
     async def cancel(self, migration: str) -> Migration | None:
         """Cancel a move of disks; None if none of that identity is under way. Raises :class:`Conflict` if it is too
@@ -206,6 +204,22 @@ class DiskMoves:
             raise Conflict(f"VM '{name}' is {hosted.state}", todo="try again in a moment", vm=name, host=self._host)
         self._vms.check_idle(hosted)
         return hosted
+
+    async def _begin(self, move: _Move) -> Migration:
+        """Write down what will be made, so that the next daemon knows of the move also if it waits in line until then;
+        and begin it. Raises :class:`StateError`; the VM is in no move then."""
+        record = move.record
+        try:
+            await in_full(toml.write_atomically, self._path(record), msgspec.json.encode(record))
+        except LimosaError:
+            move.hosted.migration = None
+            with suppress(OSError):
+                self.forget(record)
+            raise
+        self._active[record.migration] = move
+        self._views.publish(move.report.now)
+        self._background.spawn(self._conduct(move))
+        return move.report.now
 
     async def _plan(self, hosted: HostedVm, request: DiskMoveRequest) -> tuple[Record, tuple[Finding, ...]]:
         moved = _chosen(hosted, request, self._storage)
@@ -336,8 +350,7 @@ class DiskMoves:
         await OwnDisks(self._parts, hosted).leave(old, keep=record.keep)
 
     async def make_images(self, hosted: HostedVm, record: Record) -> None:
-        """Write down which, then make them and give them to QEMU's user. Raises :class:`StorageError`."""
-        await in_full(toml.write_atomically, self._path(record), msgspec.json.encode(record))
+        """Make them and give them to QEMU's user. Raises :class:`StorageError`."""
         for plan in record.plans:
             await self._storage.make(plan)
             await in_full(access.grant, Path(plan.path), self._user, read_only=False)
