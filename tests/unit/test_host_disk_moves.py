@@ -27,6 +27,7 @@ from limosa.host.parts import Parts
 from limosa.host.storage import Storage
 from limosa.host.views import Views
 from limosa.host.vms import HostedVm, Vms
+from limosa.migration import mirrors
 from limosa.model.migration import Migration
 from limosa.model.vm import Disk, VmConfig, VmState
 from limosa.qemu.protocol import CopyState, CopyStatistics, ImageFile
@@ -48,6 +49,8 @@ class Machine(FakeMachine):
         super().__init__(Wire(), FakeGuest(0))
         #: whether copies stay under way
         self.slow = False
+        #: bytes a second that a copy was told to keep to, last
+        self.caps: dict[str, int] = {}
         #: does not give up copies
         self.stuck = False
         #: called when a copy is to take its disk's place, which it then does not
@@ -62,6 +65,11 @@ class Machine(FakeMachine):
     async def copy_to_file(self, disk: str, tag: str, image: ImageFile, bytes_per_s: int, *, whole: bool) -> None:
         await self._answer()
         self.copying[disk] = CopyStatistics(CopyState.COPYING if self.slow else CopyState.READY, 50, 100)
+        self.caps[disk] = bytes_per_s
+
+    async def cap_copy(self, disk: str, bytes_per_s: int) -> None:
+        await super().cap_copy(disk, bytes_per_s)
+        self.caps[disk] = bytes_per_s
 
     async def block_writes(self, disk: str) -> None:
         await self._answer()
@@ -282,6 +290,30 @@ class TestMeanwhile:
             assert world.images() == world.named() == ["fast"]
 
         play(scenario())
+
+
+def test_a_cap_is_for_the_disks_that_are_still_copied(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mirrors, "LOOK_EVERY_S", 0.001)
+
+    async def scenario() -> None:
+        world.config = world.with_disks("vda", "vdb", "vdc")
+        world.launcher.make = Machine.which_is_slow
+        hosted = await world.running()
+        machine = cast(Machine, hosted.machine)
+        begun = await world.begin(bandwidth_mbit_per_s=24)
+        await until(lambda: machine.caps == {"vda": 1_000_000, "vdb": 1_000_000, "vdc": 1_000_000})
+        await until(lambda: bool(world.views.show(begun.id).progress.disks))
+        machine.copy_is("vda", CopyState.READY)
+        await until(lambda: machine.caps["vdb"] == machine.caps["vdc"] == 1_500_000)
+        await world.moves.limit(begun.id, 48)
+        assert machine.caps["vdb"] == machine.caps["vdc"] == 3_000_000
+        machine.copy_is("vdb", CopyState.READY)
+        await until(lambda: machine.caps["vdc"] == 6_000_000)
+        machine.copy_is("vdc", CopyState.READY)
+        assert (await world.views.ended(begun.id)).outcome == "completed"
+        await world.moves._background.idle()
+
+    play(scenario())
 
 
 class TestInLine:

@@ -416,6 +416,8 @@ class _Move:
         #: bytes per second for all disks together, 0: none
         self._cap = cap
         self._copying: Mirrors | None = None
+        #: the disks among which the cap is divided
+        self._sharing: tuple[str, ...] = tuple(record.old)
         self._cancelled: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     async def run(self) -> None:
@@ -466,7 +468,14 @@ class _Move:
         """Cap all disks together, 0: no cap."""
         self._cap = bytes_per_s
         if self._copying is not None:
-            await self._copying.cap(bytes_per_s)
+            await self._share(self._copying)
+
+    async def _share(self, copying: Mirrors) -> None:
+        """Divide the cap among the copies that are not ready: QEMU keeps to none of one that is (``mirror_run``,
+        block/mirror.c)."""
+        self._sharing = copying.unready
+        for disk in self._sharing:
+            await self.qemu.cap_copy(disk, self._cap // len(self._sharing))
 
     async def guard(self, work: Coroutine[Any, Any, None]) -> None:
         """Do ``work`` unless a person cancels or QEMU dies, which raises."""
@@ -497,7 +506,7 @@ class _Move:
             await self.qemu.copy_to_file(plan.disk, self.record.migration, image, cap, whole=whole)
         copying = self._copying = Mirrors(self.qemu, [plan.disk for plan in plans], self._moves.patience_s)
         self.report.bar = self.report.bar.with_disks(1, 0)
-        await copying.until_ready(lambda: self._show(copying))
+        await copying.until_ready(lambda: self._look(copying))
 
     async def _switch_over(self) -> None:
         await self._moves.finish(self.record)
@@ -509,7 +518,12 @@ class _Move:
         for disk in self.record.old:
             await self.qemu.pivot(disk)
 
-    async def _show(self, copying: Mirrors) -> None:
+    async def _look(self, copying: Mirrors) -> None:
+        if self._cap and copying.unready != self._sharing:
+            await self._share(copying)
+        self._show(copying)
+
+    def _show(self, copying: Mirrors) -> None:
         bar, shown = progress.of_disks(self.report.bar, self.report.now.progress, copying.progress(), time.monotonic())
         self.report.bar = bar
         self.report.change(progress=shown)

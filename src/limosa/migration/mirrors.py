@@ -133,6 +133,12 @@ class Mirrors:
         """The disks for whose copies the guest should not stop yet."""
         return tuple(disk for disk, keeping in self._keeping.items() if keeping.is_behind)
 
+    @property
+    def unready(self) -> tuple[str, ...]:
+        """The disks of which not everything has been copied once, by the last look."""
+        ready = {disk for disk, copy in self.latest.items() if copy.state is not CopyState.COPYING}
+        return tuple(disk for disk in self._keeping if disk not in ready)
+
     async def cap(self, bytes_per_s: int) -> None:
         """Cap what all copies together send; 0: no cap."""
         for disk in self._keeping:
