@@ -1,4 +1,5 @@
-"""The destination's script with a QEMU that lives but answers nothing: nobody waits for it, and nothing is guessed."""
+"""The destination's script when something is wrong: a QEMU that lives but answers nothing or refuses, a person's word
+that nobody needs. Nobody waits for such a QEMU, and nothing is guessed."""
 
 from __future__ import annotations
 
@@ -8,28 +9,42 @@ from pathlib import Path
 import pytest
 
 from harness.landings import VM, BareLanding, header
-from limosa.errors import DestinationLost, QemuError
+from limosa.errors import Conflict, DestinationLost, QemuError
 from limosa.migration import destination as script
 from limosa.migration import interruption
 from limosa.migration.destination import Destination
 from limosa.migration.journal import Journal
 from limosa.migration.ownership import DestinationStep
 from limosa.model.migration import Side
+from limosa.qemu.protocol import MigrationState, RunState
 from limosa.testing.machine import FakeMachine
 from limosa.testing.wire import Wire
 from limosa.wire.peer import DestinationState, Prepare
 
 
-async def with_silent_qemu(folder: Path) -> tuple[Destination, FakeMachine]:
-    """A landing that was prepared, and whose QEMU then hung."""
+async def prepared(folder: Path) -> tuple[Destination, FakeMachine]:
+    """A landing that awaits its stream."""
     place = BareLanding(Wire())
     landing = Destination(Journal.begin(folder, header(Side.DESTINATION)), place, boot="boot")
     request = Prepare(
         migration="m1", vm=VM, accelerator="kvm", running=True, transport="tcp", credentials=None, post_copy=False
     )
     await landing.prepare(request, lambda place: None, lambda layers: None)
-    place.machine.hang()
     return landing, place.machine
+
+
+async def loaded(folder: Path) -> tuple[Destination, FakeMachine]:
+    """The same when the whole state of the guest is there."""
+    landing, machine = await prepared(folder)
+    machine._loaded(MigrationState.COMPLETED)
+    return landing, machine
+
+
+async def with_silent_qemu(folder: Path) -> tuple[Destination, FakeMachine]:
+    """A landing that was prepared, and whose QEMU then hung."""
+    landing, machine = await prepared(folder)
+    machine.hang()
+    return landing, machine
 
 
 @pytest.fixture(autouse=True)
@@ -77,11 +92,27 @@ def test_it_is_not_continued_and_the_source_is_told(tmp_path: Path) -> None:
 def test_a_person_cannot_have_it_continued(tmp_path: Path) -> None:
     async def scenario() -> None:
         landing, machine = await with_silent_qemu(tmp_path)
+        await landing.abandoned()
         with pytest.raises(QemuError, match="does not answer"):
             await landing.resolve(here=True)
         assert not machine.gone.is_set()
         await landing.resolve(here=False)
         assert machine.gone.is_set()
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("here", [False, True])
+def test_a_person_decides_only_when_the_source_has_gone_away(tmp_path: Path, here: bool) -> None:
+    async def scenario() -> None:
+        landing, machine = await loaded(tmp_path)
+        with pytest.raises(Conflict, match="needs no decision"):
+            await landing.resolve(here=here)
+        assert landing.step is DestinationStep.RESERVED
+        assert await machine.status() is RunState.PAUSED
+        await landing.abandoned()
+        await landing.resolve(here=here)
+        assert landing.step is (DestinationStep.OWNED if here else DestinationStep.GONE)
 
     asyncio.run(scenario())
 

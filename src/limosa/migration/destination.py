@@ -229,8 +229,18 @@ class Destination:
     async def resolve(self, *, here: bool) -> None:
         """A person says whether the guest is this host's, and answers for it.
 
-        Raises :class:`QemuError` if QEMU does not answer: it may have the only copy of the guest, and is kept.
+        Raises :class:`Conflict` while the source's session lasts: the move is under way, and the source decides. Raises
+        :class:`QemuError` if QEMU does not answer: it may have the only copy of the guest, and is kept.
         """
+        if not self._abandoned.is_set():
+            header = self.journal.header
+            raise Conflict(
+                f"the move of VM '{self.vm.name}' needs no decision",
+                why=f"host '{header.source}' conducts it, and has not gone away",
+                todo=f"to end it: limosa --host {header.source} migration cancel {header.migration}",
+                vm=self.vm.name,
+                host=header.destination,
+            )
         if here:
             if await self._own_qemu() is DestinationQemu.SILENT:
                 raise QemuError(
