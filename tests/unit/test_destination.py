@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from harness.landings import VM, BareLanding, header
-from limosa.errors import Conflict, DestinationLost, QemuError
+from limosa.errors import Conflict, DestinationLost, OutcomeUnknown, QemuError
 from limosa.migration import destination as script
 from limosa.migration import interruption
 from limosa.migration.destination import Destination
@@ -98,6 +98,66 @@ def test_a_person_cannot_have_it_continued(tmp_path: Path) -> None:
         assert not machine.gone.is_set()
         await landing.resolve(here=False)
         assert machine.gone.is_set()
+
+    asyncio.run(scenario())
+
+
+def refuse(machine: FakeMachine, monkeypatch: pytest.MonkeyPatch, error: QemuError | None = None) -> None:
+    """Have ``cont`` fail."""
+
+    async def resume() -> float:
+        raise error or QemuError("QEMU refused cont", why='Failed to get "write" lock')
+
+    monkeypatch.setattr(machine, "resume", resume)
+
+
+def test_a_guest_that_qemu_refuses_to_run_is_given_up_for_the_source(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario() -> None:
+        landing, machine = await loaded(tmp_path)
+        refuse(machine, monkeypatch)
+        with pytest.raises(DestinationLost, match="refused to run it") as caught:
+            await landing.take_over()
+        assert "write" in caught.value.why
+        assert machine.gone.is_set()
+        assert (await landing.standing()).state is DestinationState.GONE
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("why", ["no answer", "it has run", "post-copy"])
+def test_one_that_may_have_run_or_whose_memory_is_in_two_places_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, why: str
+) -> None:
+    async def scenario() -> None:
+        landing, machine = await loaded(tmp_path)
+        if why == "it has run":
+            await machine.resume()
+            await machine.pause()
+        if why == "post-copy":
+            machine._loaded(MigrationState.POSTCOPY_ACTIVE)
+        refuse(machine, monkeypatch, OutcomeUnknown("QEMU did not answer cont") if why == "no answer" else None)
+        with pytest.raises(QemuError):
+            await landing.take_over()
+        assert not machine.gone.is_set()
+        assert (await landing.standing()).state is DestinationState.OWNED
+        landing._unfollow()
+
+    asyncio.run(scenario())
+
+
+def test_one_that_a_person_gave_to_this_host_is_kept_though_qemu_refuses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario() -> None:
+        landing, machine = await loaded(tmp_path)
+        await landing.abandoned()
+        refuse(machine, monkeypatch)
+        with pytest.raises(QemuError, match="refused cont"):
+            await landing.resolve(here=True)
+        assert not machine.gone.is_set()
+        landing._unfollow()
 
     asyncio.run(scenario())
 

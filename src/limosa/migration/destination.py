@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable
 from typing import Protocol
 
 from limosa.background import in_full
-from limosa.errors import Conflict, DestinationLost, LimosaError, QemuError, QemuGone, StateError
+from limosa.errors import Conflict, DestinationLost, LimosaError, OutcomeUnknown, QemuError, QemuGone, StateError
 from limosa.migration.interruption import is_gone
 from limosa.migration.journal import Journal
 from limosa.migration.ownership import (
@@ -103,6 +103,8 @@ class Destination:
         #: the source will not come again in this session: it has what it needs, or it is gone
         self._abandoned = asyncio.Event()
         self._resumed_at: float | None = None
+        #: QEMU has said RESUME, which it does before the guest's first instruction
+        self._ran = False
         #: one act at a time: a word, an abort and a lost session may come at once
         self._lock = asyncio.Lock()
         self._watch: asyncio.Task[None] | None = None
@@ -169,9 +171,13 @@ class Destination:
     async def take_over(self) -> Running:
         """Continue the guest. The caller says by this that nobody else does, and never will.
 
-        Raises :class:`DestinationLost` if the guest's state never was whole here; everything is destroyed then and the
-        guest never ran. Called again, it answers as before.
+        Raises :class:`DestinationLost` if the guest's state never was whole here, or QEMU refuses to run it; everything
+        is destroyed then and the guest never ran. Called again, it answers as before.
         """
+        return await self._take_over(is_only_copy=False)
+
+    async def _take_over(self, *, is_only_copy: bool) -> Running:
+        """``is_only_copy``: the source's may be no more, so that one whose QEMU refuses to run it is kept."""
         async with self._lock:
             if self.step in (DestinationStep.CONTINUING, DestinationStep.OWNED):
                 return Running(resumed_at=self._resumed_at)
@@ -179,7 +185,7 @@ class Destination:
             await self._claim()
             await self._write_continuing()
             if self.journal.header.was_running:
-                self._resumed_at = await self._continue(machine)
+                self._resumed_at = await self._continue(machine, is_only_copy=is_only_copy)
             return Running(resumed_at=self._resumed_at)
 
     async def adopted(self) -> None:
@@ -249,7 +255,7 @@ class Destination:
                     vm=self.vm.name,
                     host=self.journal.header.destination,
                 )
-            await self.take_over()
+            await self._take_over(is_only_copy=True)
             await self.adopted()
         else:
             await self.abort("a person gave the VM to the source")
@@ -287,7 +293,7 @@ class Destination:
             await self._destroy()
             raise self._lost("the journal cannot be written", error.why) from error
 
-    async def _continue(self, machine: MachineProtocol) -> float:
+    async def _continue(self, machine: MachineProtocol, *, is_only_copy: bool) -> float:
         try:
             return await machine.resume()
         except QemuGone as error:
@@ -295,6 +301,23 @@ class Destination:
             # system/cpus.c), so that this daemon, which lived and listened, can give its proof.
             await self._destroy()
             raise self._lost("QEMU ended before the guest ran", error.why) from error
+        except OutcomeUnknown:
+            raise
+        except QemuError as error:
+            if is_only_copy or not await self._will_not_run(machine):
+                raise
+            await self._destroy()
+            raise self._lost("QEMU refused to run it", error.why) from error
+
+    async def _will_not_run(self, machine: MachineProtocol) -> bool:
+        """Whether a guest whose ``cont`` was refused (as by ``bdrv_activate_all`` in ``qmp_cont``, if another process
+        holds the lock of an image) never ran, by what this daemon heard and QEMU says, and is the source's as a whole.
+        """
+        try:
+            stands = await machine.status() is not RunState.RUNNING
+            return stands and not self._ran and (await machine.migration()).state is MigrationState.COMPLETED
+        except QemuError:
+            return False
 
     def _lost(self, what: str, why: str) -> DestinationLost:
         header = self.journal.header
@@ -416,6 +439,8 @@ class Destination:
             if event.data["status"] == MigrationState.COMPLETED:
                 self._loaded.set()
                 self.disks_whole()
+        elif event.name == "RESUME":
+            self._ran = True
 
     async def _until_gone(self, machine: MachineProtocol) -> None:
         await machine.gone.wait()
