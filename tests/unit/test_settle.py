@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -32,9 +32,10 @@ from limosa.testing.guest import FakeGuest
 from limosa.testing.machine import FakeMachine
 from limosa.testing.wire import Wire
 from limosa.transport.shares import Kind
-from limosa.wire.peer import DestinationState, Standing
+from limosa.wire.peer import DestinationState, Running, Standing
 
 FIRST, SECOND = "first0000000", "second000000"
+OLD_IMAGE = "/images/vm-vda.qcow2"
 CAUSE = Cancelled("the move was cancelled")
 
 
@@ -46,6 +47,7 @@ class There:
     def __init__(self, state: DestinationState, *, away: bool) -> None:
         self.state = state
         self.away = away
+        self.rebooted = False
         self.asked = 0
         self.lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
@@ -56,10 +58,17 @@ class There:
         return self
 
     async def attach(self, migration: str) -> Standing:
-        return Standing(self.state)
+        return Standing(self.state, rebooted=self.rebooted)
 
     async def abort(self, reason: str) -> None:
         self.state = DestinationState.GONE
+
+    async def take_over(self) -> Running:
+        self.state = DestinationState.OWNED
+        return Running(resumed_at=None)
+
+    async def adopted(self) -> None:
+        assert self.state is DestinationState.OWNED
 
     async def close(self) -> None: ...
 
@@ -71,7 +80,12 @@ class Here(BareHome):
         super().__init__(machine)
         self.given_back: list[str | None] = []
         self.shared = 0
+        #: images that were deleted when the VM left
+        self.deleted: tuple[str, ...] = ()
         self._journal = journal
+
+    async def vm_left(self, images: Sequence[str]) -> None:
+        self.left, self.deleted = True, tuple(images)
 
     async def reclaim(self) -> None: ...
 
@@ -100,7 +114,8 @@ class World:
         self.machine = FakeMachine(Wire(), FakeGuest(0))
         self.journal = Journal.begin(folder, msgspec.structs.replace(header(Side.SOURCE), migration=FIRST))
         for step in steps:
-            self.journal.record(step, 0.0)
+            left = (OLD_IMAGE,) if step is SourceStep.PREPARING else ()
+            self.journal.record(step, 0.0, left=left)
         self.home = Here(self.machine, self.journal)
         self.report = Report(view(), lambda view: None)
         self.settlement = self.settling(self.journal)
@@ -205,6 +220,81 @@ def test_a_person_is_heard_once_and_the_destination_asked_no_more_often_for_it(t
         waiting.cancel()
 
     play(scenario)
+
+
+HANDED_OVER = (*MIGRATING, SourceStep.HANDING_OVER)
+
+
+class TestWhatAPersonSays:
+    """Of a move that was handed over, to a destination that may not have heard of it."""
+
+    def world(self, folder: Path, state: DestinationState, *, away: bool, owner: Side) -> World:
+        world = World(folder, There(state, away=away), *HANDED_OVER)
+        world.machine._migration_is(MigrationState.COMPLETED)
+        world.machine._run_state = RunState.POSTMIGRATE
+        world.settlement.resolve(owner)
+        return world
+
+    @pytest.mark.parametrize("away", [True, False])
+    def test_what_may_be_the_last_images_are_kept_where_only_the_person_knows(self, tmp_path: Path, away: bool) -> None:
+        async def scenario() -> None:
+            world = self.world(tmp_path, DestinationState.UNKNOWN, away=away, owner=Side.DESTINATION)
+            await world.settlement.run()
+            assert world.report.now.outcome is Outcome.COMPLETED
+            assert world.home.left
+            assert world.home.deleted == ()
+            world.journal.close()
+            lines = world.journal.path.read_bytes().splitlines(keepends=True)
+            world.journal.path.write_bytes(b"".join(lines[:-1]))  # the daemon died before it had deleted them
+            await world.settling(Journal.load(world.journal.path)).run()
+            assert world.home.deleted == ()
+
+        play(scenario)
+
+    @pytest.mark.parametrize("state", [DestinationState.OWNED, DestinationState.LOADED])
+    def test_a_destination_that_has_it_is_handed_it(self, tmp_path: Path, state: DestinationState) -> None:
+        async def scenario() -> None:
+            world = self.world(tmp_path, state, away=False, owner=Side.DESTINATION)
+            await world.settlement.run()
+            assert world.there.state is DestinationState.OWNED
+            assert world.home.deleted == (OLD_IMAGE,)
+
+        play(scenario)
+
+    def test_a_destination_that_has_destroyed_it_is_not_given_it(self, tmp_path: Path) -> None:
+        async def scenario() -> None:
+            world = self.world(tmp_path, DestinationState.GONE, away=False, owner=Side.DESTINATION)
+            world.there.rebooted = True
+            running = asyncio.ensure_future(world.settlement.run())
+            await until(lambda: world.there.asked > 1)
+            with pytest.raises(Conflict, match="cannot be given to host 'there'"):
+                world.settlement.resolve(Side.DESTINATION)
+            assert not world.home.left
+            assert not world.machine.gone.is_set()
+            world.settlement.resolve(Side.SOURCE)
+            await running
+            assert await world.machine.status() is RunState.RUNNING
+
+        play(scenario)
+
+    def test_it_does_not_run_here_if_the_destination_answers_that_it_owns_it(self, tmp_path: Path) -> None:
+        async def scenario() -> None:
+            world = self.world(tmp_path, DestinationState.OWNED, away=False, owner=Side.SOURCE)
+            await world.settlement.run()
+            assert world.home.given_back == []
+            assert world.report.now.outcome is Outcome.COMPLETED
+
+        play(scenario)
+
+    def test_nobody_has_a_say_when_the_destination_has_confirmed(self, tmp_path: Path) -> None:
+        async def scenario() -> None:
+            steps = (*HANDED_OVER, SourceStep.CONFIRMED)
+            world = World(tmp_path, There(DestinationState.OWNED, away=True), *steps)
+            for owner in Side:
+                with pytest.raises(Conflict, match="needs no decision"):
+                    world.settlement.resolve(owner)
+
+        play(scenario)
 
 
 class TestByADaemon:

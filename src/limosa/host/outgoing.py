@@ -161,13 +161,12 @@ class Outgoing:
         return await self._views.ended(migration)
 
     async def resolve(self, migration: str, owner: Side) -> Migration:
-        """A person says who owns the VM."""
+        """A person says who owns the VM. Raises :class:`Conflict` if that is known, or cannot be."""
         view = self._views.show(migration)
         settlement = self._settling.get(migration)
-        if settlement is None or settlement.step is SourceStep.HOME or view.outcome is not Outcome.UNRESOLVED:
+        if settlement is None or view.outcome is not Outcome.UNRESOLVED:
             raise Conflict(f"the move of VM '{view.vm}' needs no decision", vm=view.vm, host=self.host)
-        if not settlement.resolved.done():
-            settlement.resolved.set_result(owner)
+        settlement.resolve(owner)
         return view
 
     # How moves are conducted

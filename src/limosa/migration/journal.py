@@ -70,6 +70,8 @@ class Record(Model, frozen=True, forbid_unknown_fields=False):
     resumed_at: float | None = None
     #: source, with PREPARING: paths of images the VM leaves behind
     left: tuple[str, ...] = ()
+    #: source, with CONFIRMED: they stay, because only a person said that the destination has the VM
+    stay: bool = False
 
 
 class Journal:

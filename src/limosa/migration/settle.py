@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 
 from limosa.background import in_full
-from limosa.errors import Cancelled, HostUnreachable, LimosaError, OwnerUnknown, QemuError
+from limosa.errors import Cancelled, Conflict, HostUnreachable, LimosaError, OwnerUnknown, QemuError
 from limosa.migration import mirrors
 from limosa.migration.interruption import is_gone
 from limosa.migration.ownership import SOURCE_ENDED, SourceAction, SourceQemu, SourceStep, decide_source
@@ -28,6 +28,8 @@ ABORT_WITHIN_S = 5.0
 UNRESOLVED_AFTER_S = 3.0
 
 _COMPLETED = {MigrationState.COMPLETED, *POST_COPY}
+#: Whose the VM is has been written, and nobody has a say in it any more.
+_DECIDED = (SourceStep.CONFIRMED, SourceStep.FINISHED, SourceStep.HOME, SourceStep.UNDONE)
 
 
 class Settlement:
@@ -40,6 +42,8 @@ class Settlement:
         self._rebooted = rebooted
         #: done with the side a person named
         self.resolved: asyncio.Future[Side] = asyncio.get_running_loop().create_future()
+        #: what the destination answered when it was asked last, None if it did not
+        self._heard: DestinationState | None = None
 
     @property
     def step(self) -> SourceStep:
@@ -52,14 +56,31 @@ class Settlement:
         """Whether the destination may have heard of the move."""
         return any(record.step == SourceStep.PREPARING for record in self.move.journal.records)
 
+    def resolve(self, owner: Side) -> None:
+        """A person says whose the VM is. Raises :class:`Conflict` if that is known, or cannot be."""
+        vm, there = self.move.header.vm.name, self.move.header.destination
+        if self.step in _DECIDED:
+            raise Conflict(f"the move of VM '{vm}' needs no decision", vm=vm, host=self.move.header.source)
+        if owner is Side.DESTINATION and self._heard is DestinationState.GONE:
+            raise Conflict(
+                f"VM '{vm}' cannot be given to host '{there}'",
+                why=f"host '{there}' answers that it has destroyed what it had of the VM",
+                todo=f"give it to this host: limosa migration resolve {self.move.header.migration} --owner source",
+                vm=vm,
+                host=there,
+            )
+        if not self.resolved.done():
+            self.resolved.set_result(owner)
+
     async def run(self) -> None:
         """Decide and act until the move has ended."""
         began = time.monotonic()
         for pause in _pauses():
             qemu = await self._own_qemu()
             standing = await self._ask(qemu)
-            if self.resolved.done() and self.step is not SourceStep.HOME:
-                await self._as_resolved(qemu, self.resolved.result())
+            self._heard = standing.state if standing is not None else None
+            if self.resolved.done() and self.step not in _DECIDED:
+                await self._as_resolved(qemu, standing, self.resolved.result())
             else:
                 await self._act(qemu, standing)
             if self.step in SOURCE_ENDED:
@@ -167,10 +188,10 @@ class Settlement:
             return
         await self._tear_down(SourceQemu.COMPLETED)
 
-    async def _tear_down(self, qemu: SourceQemu) -> None:
+    async def _tear_down(self, qemu: SourceQemu, *, images_stay: bool = False) -> None:
         self.move.report.enter(Phase.TEAR_DOWN)
         try:
-            await self.move.tear_down()
+            await self.move.tear_down(images_stay=images_stay)
         except HostUnreachable:
             return
         self.move.report.end(Outcome.COMPLETED)
@@ -218,15 +239,23 @@ class Settlement:
         except (LimosaError, TimeoutError):
             return None
 
-    async def _as_resolved(self, qemu: SourceQemu, owner: Side) -> None:
-        """A person said whose the VM is, and answers for it."""
-        if owner is Side.DESTINATION:
-            self.move.peer = None
-            await self._tear_down(qemu)
-        elif qemu is SourceQemu.DEAD:
-            await self._crashed()
-        else:
-            await self._resume_here()
+    async def _as_resolved(self, qemu: SourceQemu, standing: Standing | None, owner: Side) -> None:
+        """A person said whose the VM is, and answers for it; unless the destination, asked since, knows better."""
+        state = standing.state if standing is not None else None
+        match owner, state:
+            case _, DestinationState.OWNED:
+                await self._tear_down(qemu)
+            case Side.SOURCE, _:
+                await (self._crashed() if qemu is SourceQemu.DEAD else self._resume_here())
+            case _, DestinationState.LOADED | DestinationState.INCOMING:
+                await self._hand_over()
+            case _, DestinationState.GONE:
+                self.resolved = asyncio.get_running_loop().create_future()  # there is nothing that it could own
+                await self._act(qemu, standing)
+            case _:
+                # Only the person knows, so what may be the last copy of its disks is not deleted.
+                self.move.peer = None
+                await self._tear_down(qemu, images_stay=True)
 
     async def _record_undoing(self) -> None:
         if self.step is not SourceStep.UNDOING:

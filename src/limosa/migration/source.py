@@ -440,22 +440,26 @@ class SourceMove:
             return said_at
         return min(said_at, self._sent_at - downtime_ms / 1000)
 
-    async def tear_down(self) -> None:
+    async def tear_down(self, *, images_stay: bool = False) -> None:
         """Wait until the destination is durable, then end QEMU here and forget the VM."""
         if self.machine is not None:
             await self._everything_followed(self.machine)
         # The guest runs there, so this copy of its memory is of no use any more; its files are, until that is durable.
-        await both(self._confirm(), self.home.end_qemu())
+        await both(self._confirm(images_stay), self.home.end_qemu())
         await self.home.vm_left(self._left())
         self.journal.record(SourceStep.FINISHED, time.time(), durable=False)
 
-    async def _confirm(self) -> None:
+    async def _confirm(self, images_stay: bool) -> None:
+        if self.journal.step == SourceStep.CONFIRMED:
+            return  # an earlier try did it, perhaps on a person's word, of which the destination knows nothing
         if self.peer is not None:
             await self.peer.adopted()
-        await in_full(self.journal.record, SourceStep.CONFIRMED, time.time())
+        await in_full(self.journal.record, SourceStep.CONFIRMED, time.time(), stay=images_stay)
 
     def _left(self) -> tuple[str, ...]:
         """Images nobody uses here any more, by the journal."""
+        if any(record.stay for record in self.journal.records):
+            return ()
         return next((record.left for record in self.journal.records if record.left), ())
 
     async def _everything_followed(self, machine: MachineProtocol) -> None:
