@@ -26,6 +26,7 @@ from limosa.host.landing import LandingHere
 from limosa.host.layers import Layers
 from limosa.host.parts import Parts
 from limosa.host.slots import Slots
+from limosa.host.vms import HostedVm
 from limosa.migration.destination import Destination
 from limosa.migration.disks import image_name, on_image
 from limosa.migration.journal import Header, Journal
@@ -34,6 +35,7 @@ from limosa.model.facts import DestinationFacts
 from limosa.model.finding import Finding
 from limosa.model.migration import Migration, Outcome, Phase, Progress, Side
 from limosa.model.storage import BackingFile
+from limosa.model.vm import VmState
 from limosa.network.addresses import stream_addresses
 from limosa.qemu.protocol import MachineProtocol
 from limosa.storage import layers
@@ -238,6 +240,9 @@ class Incoming:
             return
         self._storage.resume(journal.header.images)
         hosted = await self._vms.take_up_landing(journal.header.vm, journal.header.migration)
+        if journal.header.boot != self._boot and _has_landed(hosted, journal.header):
+            # The guest was continued here, durably, and the line that says so was lost with the machine.
+            await in_full(journal.record, DestinationStep.CONTINUING, time.time())
         destination = self._make(journal, hosted.machine, silent=hosted.fault is not None)
         self._landing[journal.header.migration] = destination
         await destination.abandoned()
@@ -269,6 +274,13 @@ class Incoming:
     ) -> Destination:
         landing = LandingHere(self._parts, self._layers, journal.header, self.slots, reached_at)
         return Destination(journal, landing, self._boot, machine, silent=silent)
+
+
+def _has_landed(hosted: HostedVm, header: Header) -> bool:
+    """Whether the VM is this host's, with the images of that landing."""
+    paths = {disk.path for disk in hosted.config.disks}
+    is_ours = hosted.state is not VmState.INCOMING and hosted.config.uuid == header.vm.uuid
+    return is_ours and paths.issuperset(header.images)
 
 
 async def _watch(destination: Destination) -> AsyncIterator[Migration]:

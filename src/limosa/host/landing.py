@@ -34,6 +34,8 @@ class LandingHere:
         self._hosted: HostedVm | None = None
         self._leasing = parts.leasing
         self._leases = parts.leasing.landing(header.vm, header.source, header.migration, header.images)
+        #: the journal may have lost the lines that say that the guest was continued here
+        self._is_unsure = header.boot != parts.boot
 
     async def reserve(self, in_line: Callable[[int], None]) -> None:
         """See :class:`limosa.migration.destination.Landing`."""
@@ -102,9 +104,14 @@ class LandingHere:
         if hosted is not None:
             await asyncio.shield(self._vms.discard(hosted))
         await self._leases.hand_back()
-        for path in self._header.images:
-            await self._storage.remove(path)
-        await self._layers.give_up(self._header.layers, self._header.migration)
+        if self._is_unsure:
+            # The guest may have written them. Who knows that it has not finds them among the leftovers.
+            for path in (*self._header.images, *(layer.path for layer in self._header.layers)):
+                self._storage.settle(path)
+        else:
+            for path in self._header.images:
+                await self._storage.remove(path)
+            await self._layers.give_up(self._header.layers, self._header.migration)
         self._give_slots()
 
     def _only_read(self, request: Prepare) -> set[str]:

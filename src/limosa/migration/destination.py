@@ -72,7 +72,9 @@ class Landing(Protocol):
         """Make the VM one of this host's, durably. If its QEMU is dead by now, it crashed here."""
 
     async def release(self, machine: MachineProtocol | None) -> None:
-        """Kill QEMU and give back name, memory, slot, files, images that were made. Never fails."""
+        """Kill QEMU and give back name, memory, slot, files, images that were made. Never fails.
+
+        After a reboot of this machine images stay: lines may be lost that say that the guest ran on them."""
 
 
 class Destination:

@@ -8,9 +8,10 @@ At every instant at most one host may run the VM. The rules, and why they suffic
 3. From HANDING_OVER on the source runs the guest again only if the destination answers GONE: it destroyed what it had
    and the guest never ran there. The destination can say so because it writes CONTINUING before it continues.
 4. Such lines are written, not synced, on the way from STOP to RESUME. They survive the daemon. If the destination's
-   *machine* died they may be lost, so its GONE counts only within one boot, once the word was given. If the source's
-   machine died, HANDING_OVER may be the line that is lost: then the VM is a crashed one of the source's only when the
-   destination has answered.
+   *machine* died they may be lost, so its GONE counts only within one boot, once the word was given, and it keeps the
+   images it made, which the guest may have written. A VM that is the destination's durably was continued there,
+   whatever its journal has lost. If the source's machine died, HANDING_OVER may be the line that is lost: then the VM
+   is a crashed one of the source's only when the destination has answered.
 5. Before HANDING_OVER the word was not given, so a source whose QEMU can still run simply goes on, whatever the
    destination says: nobody but a person can have continued the guest there, and a person is told not to while the
    source runs. If the source's QEMU is ``completed`` by then, it needs the destination's answer first.

@@ -1,0 +1,128 @@
+"""What the next daemon makes of a landing: which images it deletes, and whose the VM is."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import msgspec
+import pytest
+
+from harness.landings import VM, header
+from limosa.host.files import Files
+from limosa.host.incoming import Incoming
+from limosa.host.vms import Vms
+from limosa.migration.journal import Journal
+from limosa.migration.ownership import DestinationStep
+from limosa.model.migration import Side
+from limosa.model.storage import BackingFile
+from limosa.model.vm import Disk, VmState
+from limosa.settings import toml
+from limosa.settings.host import HostSettings
+from limosa.wire.peer import DestinationState
+
+MIGRATION = "abcdefabcdef"
+IMAGE, LAYER = f"/images/vm-vda.{MIGRATION}.qcow2", f"/images/golden.{MIGRATION}-1.qcow2"
+LANDED = msgspec.structs.replace(VM, disks=(Disk(name="vda", path=IMAGE, format="qcow2"),))
+
+
+class World:
+    """A host whose daemon starts, and finds a journal that begins in the boot ``boot``."""
+
+    def __init__(self, folder: Path, *steps: DestinationStep, boot: str, belongs_here: bool = False) -> None:
+        self.removed: list[str] = []
+        self.settled: list[str] = []
+        files = Files(folder / "state", folder / "run")
+        files.migrations.mkdir(parents=True)
+        if belongs_here:
+            files.vm(VM.name).mkdir(parents=True)
+            toml.write(files.vm(VM.name) / "vm.toml", LANDED)
+        files.vms.mkdir(parents=True, exist_ok=True)
+        leases = SimpleNamespace(hand_back=self.nothing, settle=self.nothing)
+        leasing = SimpleNamespace(landing=lambda *_: leases, give_back=self.nothing)
+        launcher = SimpleNamespace(leasing=leasing, attach=self.nothing)
+        self.vms = Vms("there", files, cast(Any, launcher))
+        storage = SimpleNamespace(
+            resume=lambda paths: None,
+            settle=self.settled.append,
+            finish=self.nothing,
+            remove=self.remove,
+            arriving=None,
+        )
+        page = SimpleNamespace(now=HostSettings(), on_change=lambda callback: None)
+        parts = SimpleNamespace(
+            name="there",
+            boot="now",
+            files=files,
+            page=page,
+            vms=self.vms,
+            storage=storage,
+            leasing=leasing,
+            inspector=None,
+            relays=None,
+        )
+        self.incoming = Incoming(cast(Any, parts))
+        self.incoming._layers = cast(Any, SimpleNamespace(give_up=self.give_up, finish=self.nothing))
+        layer = BackingFile(path=LAYER, format="qcow2", size=1, digest="d")
+        self.journal = Journal.begin(
+            files.migrations,
+            msgspec.structs.replace(
+                header(Side.DESTINATION), migration=MIGRATION, vm=LANDED, boot=boot, images=(IMAGE,), layers=(layer,)
+            ),
+        )
+        for step in steps:
+            self.journal.record(step, 0.0)
+
+    async def nothing(self, *_: object) -> None: ...
+
+    async def remove(self, path: str) -> None:
+        self.removed.append(path)
+
+    async def give_up(self, layers: tuple[BackingFile, ...], migration: str) -> None:
+        self.removed += [layer.path for layer in layers]
+
+    async def start(self) -> None:
+        assert await self.vms.load() == []
+        await self.incoming.recover(self.journal)
+
+    async def answer(self) -> DestinationState:
+        found = await self.incoming.find(MIGRATION, "here")
+        assert found is not None
+        return (await found.standing()).state
+
+
+@pytest.mark.parametrize("steps", [(), (DestinationStep.RESERVED,)])
+@pytest.mark.parametrize("boot", ["before", "now"])
+def test_images_that_the_guest_may_have_written_stay(
+    tmp_path: Path, steps: tuple[DestinationStep, ...], boot: str
+) -> None:
+    """In another boot, in which lines were lost that said that it was continued."""
+
+    async def scenario() -> None:
+        world = World(tmp_path, *steps, boot=boot)
+        await world.start()
+        assert world.removed == ([IMAGE, LAYER] if boot == "now" else [])
+        assert world.settled == ([] if boot == "now" else [IMAGE, LAYER])
+        assert await world.answer() is DestinationState.GONE
+        assert world.vms.all() == []
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(
+    "steps", [(), (DestinationStep.RESERVED,), (DestinationStep.RESERVED, DestinationStep.CONTINUING)]
+)
+def test_a_vm_that_is_durably_this_hosts_has_landed_whatever_its_journal_has_lost(
+    tmp_path: Path, steps: tuple[DestinationStep, ...]
+) -> None:
+    async def scenario() -> None:
+        world = World(tmp_path, *steps, boot="before", belongs_here=True)
+        await world.start()
+        assert world.removed == []
+        assert await world.answer() is DestinationState.OWNED
+        assert world.vms.get(VM.name).state is VmState.CRASHED
+        assert world.journal.step == DestinationStep.OWNED
+
+    asyncio.run(scenario())
