@@ -277,6 +277,32 @@ class TestWhatAPersonSays:
 
         play(scenario)
 
+    @pytest.mark.parametrize(
+        ("state", "why"), [(DestinationState.GONE, "was restarted"), (DestinationState.UNKNOWN, "knows nothing")]
+    )
+    def test_one_is_asked_also_if_the_destination_answers_and_cannot_know(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, state: DestinationState, why: str
+    ) -> None:
+        async def scenario() -> None:
+            there = There(state, away=True)
+            there.rebooted = True
+            world = World(tmp_path, there, *HANDED_OVER)
+            world.machine._migration_is(MigrationState.COMPLETED)
+            running = asyncio.ensure_future(world.settlement.run())
+            await until(lambda: world.report.now.outcome is Outcome.UNRESOLVED)
+            assert world.report.now.fault is not None
+            assert why not in world.report.now.fault.why
+            there.away = False
+            await until(lambda: world.report.now.fault is not None and why in world.report.now.fault.why)
+            assert world.report.now.outcome is Outcome.UNRESOLVED
+            assert not world.home.given_back
+            world.settlement.resolve(Side.SOURCE)
+            await running
+            assert world.home.given_back == [SourceStep.HOME]
+
+        monkeypatch.setattr(settle, "UNRESOLVED_AFTER_S", 0.0)
+        play(scenario)
+
     def test_it_does_not_run_here_if_the_destination_answers_that_it_owns_it(self, tmp_path: Path) -> None:
         async def scenario() -> None:
             world = self.world(tmp_path, DestinationState.OWNED, away=False, owner=Side.SOURCE)

@@ -80,13 +80,13 @@ class Settlement:
             standing = await self._ask(qemu)
             self._heard = standing.state if standing is not None else None
             if self.resolved.done() and self.step not in _DECIDED:
-                await self._as_resolved(qemu, standing, self.resolved.result())
+                action = await self._as_resolved(qemu, standing, self.resolved.result())
             else:
-                await self._act(qemu, standing)
+                action = await self._act(qemu, standing)
             if self.step in SOURCE_ENDED:
                 return
-            if standing is None:
-                self._show_waiting(time.monotonic() - began)
+            if standing is None or action is SourceAction.ASK:
+                self._show_waiting(standing, time.monotonic() - began)
             await self._wait(pause)
 
     async def _wait(self, seconds: float) -> None:
@@ -96,10 +96,12 @@ class Settlement:
         else:
             await asyncio.wait({self.resolved}, timeout=seconds)
 
-    async def _act(self, qemu: SourceQemu, standing: Standing | None) -> None:
+    async def _act(self, qemu: SourceQemu, standing: Standing | None) -> SourceAction:
+        """Do what the rules say. Returns what that was."""
         state = standing.state if standing is not None else None
         rebooted = standing.rebooted if standing is not None else False
-        match decide_source(self.step, qemu, state, rebooted=rebooted, rebooted_here=self._rebooted):
+        action = decide_source(self.step, qemu, state, rebooted=rebooted, rebooted_here=self._rebooted)
+        match action:
             case SourceAction.UNDO:
                 await self._undo(qemu, standing)
             case SourceAction.RESUME:
@@ -114,6 +116,7 @@ class Settlement:
                 await self._dismiss()
             case SourceAction.ASK:
                 pass
+        return action
 
     async def _own_qemu(self) -> SourceQemu:
         machine = self.move.machine
@@ -239,8 +242,9 @@ class Settlement:
         except (LimosaError, TimeoutError):
             return None
 
-    async def _as_resolved(self, qemu: SourceQemu, standing: Standing | None, owner: Side) -> None:
-        """A person said whose the VM is, and answers for it; unless the destination, asked since, knows better."""
+    async def _as_resolved(self, qemu: SourceQemu, standing: Standing | None, owner: Side) -> SourceAction | None:
+        """A person said whose the VM is, and answers for it; unless the destination, asked since, knows better. Returns
+        what the rules said where they were followed instead."""
         state = standing.state if standing is not None else None
         match owner, state:
             case _, DestinationState.OWNED:
@@ -251,11 +255,12 @@ class Settlement:
                 await self._hand_over()
             case _, DestinationState.GONE:
                 self.resolved = asyncio.get_running_loop().create_future()  # there is nothing that it could own
-                await self._act(qemu, standing)
+                return await self._act(qemu, standing)
             case _:
                 # Only the person knows, so what may be the last copy of its disks is not deleted.
                 self.move.peer = None
                 await self._tear_down(qemu, images_stay=True)
+        return None
 
     async def _record_undoing(self) -> None:
         if self.step is not SourceStep.UNDOING:
@@ -269,19 +274,29 @@ class Settlement:
         self.move.report.end(outcome, self.cause.fault() if self.cause is not None else None)
         await self.move.home.sending()  # what it may have sent is for others now
 
-    def _show_waiting(self, seconds: float) -> None:
-        if self.move.report.now.outcome is not Outcome.UNDER_WAY or seconds < UNRESOLVED_AFTER_S:
+    def _show_waiting(self, standing: Standing | None, seconds: float) -> None:
+        if self.move.report.now.outcome not in (Outcome.UNDER_WAY, Outcome.UNRESOLVED) or seconds < UNRESOLVED_AFTER_S:
             return
         vm, there = self.move.header.vm.name, self.move.header.destination
+        word = f"limosa migration resolve {self.move.header.migration} --owner source"
+        if standing is None:
+            why = str(self.cause or f"host '{there}' cannot be reached")
+            todo = f"it is settled as soon as '{there}' can be reached; if '{there}' is surely dead: {word}"
+        elif standing.state is DestinationState.GONE:
+            why = f"host '{there}' was restarted meanwhile, and nothing of the VM is left there; it may have run before"
+            todo = f"to let it go on here, as it was when it was sent: {word}"
+        else:
+            why = f"host '{there}' answers, and knows nothing of the move"
+            todo = f"see whether it has the VM; if it surely does not: {word}"
         error = OwnerUnknown(
             f"nobody can know whether host '{there}' has taken over VM '{vm}'; it does not run here",
-            why=str(self.cause or f"host '{there}' cannot be reached"),
-            todo=f"it is settled as soon as '{there}' can be reached; if '{there}' is surely dead: "
-            f"limosa migration resolve {self.move.header.migration} --owner source",
+            why=why,
+            todo=todo,
             vm=vm,
             host=there,
         )
-        self.move.report.end(Outcome.UNRESOLVED, error.fault())
+        if self.move.report.now.fault != error.fault():  # it may be asked for hours
+            self.move.report.end(Outcome.UNRESOLVED, error.fault())
 
 
 def _pauses() -> Iterator[float]:
