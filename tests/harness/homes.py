@@ -89,7 +89,7 @@ class BareHome:
     async def vm_left(self, images: Sequence[str]) -> None:
         self.left = True
 
-    async def vm_stays(self) -> None:
+    async def vm_stays(self, why_stopped: str = "") -> None:
         raise AssertionError("the move failed")
 
     async def withdraw(self) -> None:

@@ -136,6 +136,16 @@ class TestInAMove:
 
         play(scenario)
 
+    def test_why_it_did_not_go_on_is_forgotten_when_it_runs(self, play: Play) -> None:
+        async def scenario(world: World) -> None:
+            hosted = await world.in_a_move(VM)
+            await world.launcher.started[0].pause()
+            hosted.reason = "it cannot go on: an image is locked"
+            await world.launcher.started[0].resume()
+            assert (hosted.state, hosted.reason) == (VmState.RUNNING, "")
+
+        play(scenario)
+
     def test_one_that_crashes_at_once_is_left_also_by_the_next_daemon(self, play: Play) -> None:
         async def scenario(world: World) -> None:
             hosted = await world.in_a_move(RESTARTS, started_at=time.time() - CRASH_LOOP_S / 2)

@@ -13,7 +13,7 @@ import pytest
 
 from harness.homes import BareHome
 from harness.landings import VM, first_view, header
-from limosa.errors import Cancelled, Conflict, HostUnreachable, LimosaError
+from limosa.errors import Cancelled, Conflict, HostUnreachable, LimosaError, QemuError
 from limosa.host.outgoing import Outgoing
 from limosa.host.views import Views
 from limosa.host.vms import HostedVm
@@ -79,6 +79,7 @@ class Here(BareHome):
     def __init__(self, machine: FakeMachine, journal: Journal) -> None:
         super().__init__(machine)
         self.given_back: list[str | None] = []
+        self.why_stopped = ""
         self.shared = 0
         #: images that were deleted when the VM left
         self.deleted: tuple[str, ...] = ()
@@ -92,8 +93,9 @@ class Here(BareHome):
     async def withdraw(self) -> None:
         assert self._journal.step == SourceStep.UNDOING, "the next daemon would not do it"
 
-    async def vm_stays(self) -> None:
+    async def vm_stays(self, why_stopped: str = "") -> None:
         self.given_back.append(self._journal.step)
+        self.why_stopped = why_stopped
 
     async def vm_crashed(self) -> None:
         self.given_back.append(self._journal.step)
@@ -223,6 +225,41 @@ def test_a_person_is_heard_once_and_the_destination_asked_no_more_often_for_it(t
 
 
 HANDED_OVER = (*MIGRATING, SourceStep.HANDING_OVER)
+
+
+def test_a_guest_that_qemu_runs_no_more_is_given_back_as_it_is(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        world = World(tmp_path, There(DestinationState.INCOMING, away=False), *MIGRATING)
+        await world.machine.resume()
+        world.machine._enter(RunState.INTERNAL_ERROR)
+        await world.settlement.run()
+        assert world.home.given_back == [SourceStep.HOME]
+        assert "Resetting the Virtual Machine is required" in world.home.why_stopped
+        assert await world.machine.status() is RunState.INTERNAL_ERROR
+        assert world.report.now.outcome is Outcome.CANCELLED
+
+    play(scenario)
+
+
+def test_one_that_it_only_refuses_for_now_is_given_back_when_a_person_says_whose_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def refuse() -> None:
+        raise QemuError("QEMU refused cont", why='Failed to get "write" lock')
+
+    async def scenario() -> None:
+        world = World(tmp_path, There(DestinationState.GONE, away=False), *HANDED_OVER)
+        world.machine._migration_is(MigrationState.COMPLETED)
+        monkeypatch.setattr(world.machine, "resume_if_stopped", refuse)
+        with pytest.raises(QemuError, match="refused cont"):
+            await world.settlement.run()
+        assert world.home.given_back == []
+        world.settlement.resolve(Side.SOURCE)
+        await world.settlement.run()
+        assert world.home.given_back == [SourceStep.HOME]
+        assert "write" in world.home.why_stopped
+
+    play(scenario)
 
 
 class TestWhatAPersonSays:
@@ -437,6 +474,23 @@ class TestByADaemon:
             assert (fault.code, fault.vm, fault.todo) == ("migration-failed", VM.name, "move it again")
             with pytest.raises(Conflict, match="cannot be cancelled any more: it has ended: failed"):
                 await outgoing.cancel(FIRST)
+            outgoing._background.cancel()
+
+        play(scenario)
+
+    def test_a_vm_that_cannot_go_on_says_why(
+        self, tmp_path: Path, there: dict[str, DestinationState | None], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        async def scenario() -> None:
+            there["x"] = DestinationState.GONE
+            machine = FakeMachine(Wire(), FakeGuest(0))
+            machine._run_state = RunState.INTERNAL_ERROR
+            hosted = HostedVm(VM, VmState.PAUSED, machine=cast(Any, machine))
+            outgoing = self.outgoing(tmp_path, hosted, there, monkeypatch)
+            await outgoing.recover(self.journal(tmp_path, FIRST, "x", *MIGRATING))
+            await until(lambda: outgoing._views.show(FIRST).outcome is Outcome.FAILED)
+            assert (hosted.migration, hosted.state) == (None, VmState.PAUSED)
+            assert "Resetting the Virtual Machine is required" in hosted.reason
             outgoing._background.cancel()
 
         play(scenario)

@@ -265,7 +265,7 @@ class World(BareHome, MemoryLanding):
         assert self.destination.step == "owned", "the images were needed until then"
         self.images_left += images
 
-    async def vm_stays(self) -> None:
+    async def vm_stays(self, why_stopped: str = "") -> None:
         self.stayed = True
 
     async def withdraw(self) -> None: ...

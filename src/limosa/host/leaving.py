@@ -133,10 +133,11 @@ class Leaving:
             await self._vms.forget(self._hosted)
         await self.disks.leave(images)
 
-    async def vm_stays(self) -> None:
+    async def vm_stays(self, why_stopped: str = "") -> None:
         """See :class:`limosa.migration.home.Home`."""
         if self._hosted is not None:
             self._hosted.migration = None
+            self._hosted.reason = why_stopped
 
     async def withdraw(self) -> None:
         """See :class:`limosa.migration.home.Home`."""

@@ -404,7 +404,7 @@ class Vms:
             hosted.reason = "its guest shut down" if event.data.get("guest") else ""
         elif hosted.state is not VmState.INCOMING:
             if event.name == "RESUME":
-                hosted.state = VmState.RUNNING
+                hosted.state, hosted.reason = VmState.RUNNING, ""
             elif event.name == "STOP":
                 hosted.state = VmState.PAUSED
 

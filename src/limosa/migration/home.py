@@ -113,8 +113,8 @@ class Home(Protocol):
     async def vm_left(self, images: Sequence[str]) -> None:
         """The VM belongs to the destination, durably: forget it here, durably, and delete the images it has left."""
 
-    async def vm_stays(self) -> None:
-        """The VM goes on here; it may be operated again."""
+    async def vm_stays(self, why_stopped: str = "") -> None:
+        """The VM goes on here, or says why it cannot; it may be operated again."""
 
     async def withdraw(self) -> None:
         """As :meth:`reclaim`, for a guest that has died: the disks are nobody's. Never fails."""

@@ -13,14 +13,14 @@ import time
 from collections.abc import Iterator
 
 from limosa.background import in_full
-from limosa.errors import Cancelled, Conflict, HostUnreachable, LimosaError, OwnerUnknown, QemuError
+from limosa.errors import Cancelled, Conflict, HostUnreachable, LimosaError, OwnerUnknown, QemuError, QemuGone
 from limosa.migration import mirrors
 from limosa.migration.interruption import is_gone
 from limosa.migration.ownership import SOURCE_ENDED, SourceAction, SourceQemu, SourceStep, decide_source
 from limosa.migration.source import POST_COPY, SourceMove
 from limosa.migration.stop import stop_stream
 from limosa.model.migration import Outcome, Phase, Side
-from limosa.qemu.protocol import MachineProtocol, MigrationState
+from limosa.qemu.protocol import MachineProtocol, MigrationState, RunState
 from limosa.wire.peer import DestinationState, Standing
 
 ABORT_WITHIN_S = 5.0
@@ -175,11 +175,25 @@ class Settlement:
         # What was never promised is as it was, and may be another's: then the move was refused because of that.
         if self._is_told:
             await self.move.home.reclaim()
-        if self.move.header.was_running:
-            await machine.resume_if_stopped()
+        why_stopped = await self._let_run(machine) if self.move.header.was_running else ""
         await in_full(self.move.journal.record, SourceStep.HOME, time.time())
-        await self.move.home.vm_stays()
+        await self.move.home.vm_stays(why_stopped)
         await self._dismiss()
+
+    async def _let_run(self, machine: MachineProtocol) -> str:
+        """Let the guest go on. Returns why it does not where only its users can mend that: whose it is is certain, and
+        how it fares no matter of the move. Else raises :class:`QemuError`; it may be tried again."""
+        try:
+            await machine.resume_if_stopped()
+        except QemuGone:
+            raise
+        except QemuError as error:
+            # An image may be locked for a moment; but QEMU runs none of these again.
+            is_broken = await machine.status() in (RunState.INTERNAL_ERROR, RunState.SHUTDOWN)
+            if not is_broken and not self.resolved.done():
+                raise
+            return f"it cannot go on: {error}"
+        return ""
 
     async def _hand_over(self) -> None:
         assert self.move.peer is not None

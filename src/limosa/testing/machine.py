@@ -33,6 +33,7 @@ _IN_POST_COPY = (
     MigrationState.POSTCOPY_RECOVER_SETUP,
     MigrationState.POSTCOPY_RECOVER,
 )
+_BROKEN = (RunState.INTERNAL_ERROR, RunState.SHUTDOWN)
 _STOPPED_BY_MIGRATION = (RunState.FINISH_MIGRATE, RunState.POSTMIGRATE)
 
 
@@ -95,6 +96,8 @@ class FakeMachine(FakeDisks):
             raise QemuError("the guest cannot run yet", why="its state has not arrived completely")
         if self._run_state is RunState.FINISH_MIGRATE:
             raise QemuError("QEMU refused cont", why="Migration is not finalized yet")
+        if self._run_state in _BROKEN:
+            raise QemuError("QEMU refused cont", why="Resetting the Virtual Machine is required")
         if self._run_state is not RunState.RUNNING:
             self._enter(RunState.RUNNING)
         return self.wire.now
