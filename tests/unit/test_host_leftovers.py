@@ -126,7 +126,8 @@ class TestChains:
             subprocess.run(["qemu-img", "create", "-q", *words], check=True)
         for path in chain:
             marks.begin(str(path), marks.Mark(host="host1", at=7.0))
-        (tmp_path / "migrations").mkdir()
+        for folder in ("migrations", "own"):
+            (tmp_path / folder).mkdir()
         return chain
 
     def judged(self, tmp_path: Path) -> dict[Path, Leftover]:

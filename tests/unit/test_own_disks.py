@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import os
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
@@ -142,6 +144,55 @@ def test_what_lies_below_a_clone_in_no_location_stays(either: World, tmp_path: P
     either.all.append(SimpleNamespace(config=World.with_disk(OTHER, clone), machine=None))
     assert either.needed() == "VM 'other' uses it, below disk vda"
     assert not either.leave()
+
+
+class TestWhatCannotBeRead:
+    """It may lie above any image, or name it."""
+
+    def check(self, world: World, why: str) -> None:
+        assert world.needed() == why
+        assert not world.leave()
+
+    def test_an_image(self, either: World, monkeypatch: pytest.MonkeyPatch) -> None:
+        clone, pread = either.overlay(), os.pread
+
+        def broken(descriptor: int, *where: int) -> bytes:
+            if os.path.samestat(os.fstat(descriptor), clone.stat()):
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            return pread(descriptor, *where)
+
+        monkeypatch.setattr(os, "pread", broken)
+        self.check(either, f"what lies below {clone} is not known: cannot read {clone}: Input/output error")
+
+    def test_an_image_that_is_damaged(self, either: World) -> None:
+        clone = either.overlay()
+        with clone.open("r+b") as stream:
+            stream.truncate(50)
+        self.check(either, f"what lies below {clone} is not known: {clone} is no sound qcow2 image: it is cut short")
+
+    def test_a_location(self, either: World) -> None:
+        folder = either.storage.places.path("images")
+        folder.rmdir()
+        self.check(either, f"what lies in {folder} is not known: No such file or directory")
+
+    def test_the_file_of_a_vm(self, either: World) -> None:
+        either.vms.damaged["other"] = "nonsense"
+        self.check(either, "the file of VM 'other' cannot be read: nonsense")
+
+    def test_what_is_certainly_no_image_that_lies_above_others(self, either: World) -> None:
+        for name, data in (("empty", b""), ("short", b"QFI"), ("notes.txt", b"text"), ("other.raw", bytes(65536))):
+            either.image.with_name(name).write_bytes(data)
+        either.image.with_name("folder").mkdir()
+        assert either.needed() == ""
+        assert either.leave()
+
+    def test_an_image_that_a_move_is_about_to_make_is_above_nothing_yet(self, either: World) -> None:
+        coming = either.image.with_name("other-vda.abcdefabcdef.qcow2")
+        either.all.append(SimpleNamespace(config=World.with_disk(OTHER, coming), machine=None))
+        assert f"cannot read {coming}" in either.needed()
+        (either.storage._files.migrations / "abcdefabcdef.disks.json").write_text("{}")
+        assert either.needed() == ""
+        assert either.leave()
 
 
 def test_what_a_process_has_open_is_only_its_own_qemu_s_while_it_runs(world: World) -> None:

@@ -47,8 +47,9 @@ class Claims:
         claims.unread.extend(f"the file of VM '{name}' cannot be read: {why}" for name, why in known.damaged.items())
         for config in known.configs:
             claims._of_vm(config)
-        for name in places.names:
-            claims._of_images_in(places.path(name))
+        for name in sorted(places.names):
+            if (store := places.store(name)).kind == "folder":  # a logical volume stands alone
+                claims._of_images_in(Path(store.root))
         return claims
 
     def on(self, image: Path, migration: str, but: Collection[Path] = ()) -> str:
@@ -64,8 +65,8 @@ class Claims:
     def besides(self, image: Path, *, in_use: bool) -> str:
         """Who has a claim to the image of a VM that was left out of what is known, in words; empty if nobody. Of one
         that the VM has ``in_use`` it does not count who has it open; nor of a logical volume, where that may be udev
-        for a moment: LVM waits for it, and removes none that is open."""
-        who = self._name(image) or self._copy_above(image, ())
+        for a moment: LVM waits for it, and removes none that is open. What could not be read may name it, too."""
+        who = self._name(image) or self._copy_above(image, ()) or "; ".join(self.unread)
         if who or in_use or self.places.store_of(str(image)).kind == "lvm":
             return who
         return self._holder(Path(os.path.realpath(image)))
@@ -118,13 +119,23 @@ class Claims:
                 for path, _ in chains.below(disk.path, disk.format):
                     self._note(path, f"VM '{config.name}' uses it, below disk {disk.name}")
             except StorageError as error:
-                self.unread.append(f"what lies below disk {disk.name} of VM '{config.name}' is not known: {error}")
+                if not self._is_to_be_made(Path(disk.path)):
+                    self.unread.append(f"what lies below disk {disk.name} of VM '{config.name}' is not known: {error}")
 
     def _of_images_in(self, folder: Path) -> None:
-        for image in _images(folder):
-            with suppress(StorageError):  # it is none
-                if backing := qcow2.read(image).backing:
-                    self._lies_above(image, image.parent / backing)
+        try:
+            images = _files(folder)
+        except OSError as error:
+            self.unread.append(f"what lies in {folder} is not known: {error.strerror or error}")
+            return
+        for image in images:
+            try:
+                header = qcow2.read_if_any(image)
+            except StorageError as error:
+                self.unread.append(f"what lies below {image} is not known: {error}")
+                continue
+            if header is not None and header.backing:
+                self._lies_above(image, image.parent / header.backing)
 
     def _lies_above(self, image: Path, below: Path) -> None:
         if not self._is_given_up(image):
@@ -137,6 +148,12 @@ class Claims:
         """Whether it is an unfinished copy that no move works with."""
         made = read_name(image.name)
         return made is not None and marks.has(str(image)) and not self._worker(made.migration)
+
+    def _is_to_be_made(self, image: Path) -> bool:
+        """Whether a move is about to make it, and it lies above nothing yet; the move looks whether what is to lie
+        below it is there when it does."""
+        made = read_name(image.name)
+        return made is not None and _is_nothing(image) and bool(self._worker(made.migration))
 
     def _note(self, path: str | Path, who: str) -> None:
         for key in _keys(path):
@@ -165,8 +182,14 @@ def _keys(path: str | Path) -> list[FileKey | str]:
     return keys
 
 
-def _images(folder: Path) -> Iterator[Path]:
-    with suppress(OSError), os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.is_file(follow_symlinks=False):
-                yield folder / entry.name
+def _files(folder: Path) -> list[Path]:
+    """Raises ``OSError`` if not all of them are known."""
+    with os.scandir(folder) as entries:
+        return [folder / entry.name for entry in entries if entry.is_file(follow_symlinks=False)]
+
+
+def _is_nothing(image: Path) -> bool:
+    try:
+        return image.stat().st_size == 0
+    except OSError as error:
+        return isinstance(error, FileNotFoundError)

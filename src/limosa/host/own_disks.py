@@ -3,7 +3,7 @@
 That a QEMU has an image open says only that nobody else writes it now. Another VM that does not run may name it, an
 image may lie above it, LVM may have snapshots of it; and where it lies on shared storage, all that may be so on other
 hosts. So this is asked before a move, which is refused then unless the images are to be kept, and again before they are
-deleted: what is needed by then stays.
+deleted: what is needed by then stays. What cannot be read may lie above any image, or name it.
 """
 
 from __future__ import annotations

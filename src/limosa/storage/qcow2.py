@@ -54,16 +54,41 @@ class Header:
 def read(path: Path) -> Header:
     """The header of an image, which QEMU may have open. Raises :class:`StorageError` if it is none."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        try:
-            check_kind(path, os.fstat(descriptor))
-            return parse(os.pread(descriptor, _FIRST_CLUSTER, 0))
-        finally:
-            os.close(descriptor)
+        return _parsed(path, _beginning(path))
     except OSError as error:
-        raise StorageError(f"cannot read {path}", why=error.strerror or str(error)) from error
+        raise _unreadable(path, error) from error
+
+
+def read_if_any(path: Path) -> Header | None:
+    """The same of a file of which it is not known what it is; None if it is certain that it is no such image, or that
+    it is not there any more. Raises :class:`StorageError` if it may be one."""
+    try:
+        data = _beginning(path)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    return _parsed(path, data) if data.startswith(MAGIC) else None
+
+
+def _beginning(path: Path) -> bytes:
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        check_kind(path, os.fstat(descriptor))
+        return os.pread(descriptor, _FIRST_CLUSTER, 0)
+    finally:
+        os.close(descriptor)
+
+
+def _parsed(path: Path, data: bytes) -> Header:
+    try:
+        return parse(data)
     except ValueError as fault:
         raise StorageError(f"{path} is no sound qcow2 image", why=str(fault)) from fault
+
+
+def _unreadable(path: Path, error: OSError) -> StorageError:
+    return StorageError(f"cannot read {path}", why=error.strerror or str(error))
 
 
 def parse(data: bytes) -> Header:
