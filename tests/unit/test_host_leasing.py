@@ -44,6 +44,8 @@ def holder(image: str) -> str:
         (False, Mount("ext4", "/dev/sda1"), False),
         (True, Mount("nfs4", "server:/vms"), False),
         (False, Mount("cifs", "//server/vms"), True),
+        (False, Mount("fuse.sshfs", "server:/vms"), True),
+        (True, Mount("9p", "vms"), True),
     ],
 )
 def test_where_a_vm_that_starts_takes_one(
@@ -65,8 +67,12 @@ def test_who_has_it_by_smb_finds_the_server_s(image: str, monkeypatch: pytest.Mo
     assert holder(image) == ""
 
 
-def test_a_vm_that_runs_without_one_moves_without_one(image: str) -> None:
-    """Its location has been called shared since it was started."""
+@pytest.mark.parametrize("mount", [Mount("ext4", "/dev/sda1"), Mount("fuse.sshfs", "server:/vms")])
+def test_a_vm_that_runs_without_one_moves_without_one(
+    image: str, monkeypatch: pytest.MonkeyPatch, mount: Mount
+) -> None:
+    """Its location has been called shared since it was started, or it was started by an earlier version."""
+    monkeypatch.setattr(mounts, "of", lambda _: mount)
 
     async def scenario() -> None:
         server, client = host("server", shared=True), host("client", shared=True)
@@ -78,6 +84,26 @@ def test_a_vm_that_runs_without_one_moves_without_one(image: str) -> None:
 
     asyncio.run(scenario())
     assert not leases.folder_of(image).exists()
+
+
+def test_where_locks_may_not_reach_the_other_host_it_goes_with_the_vm(
+    image: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mounts, "of", lambda _: Mount("fuse.sshfs", "server:/vms"))
+
+    async def scenario() -> None:
+        one, other = host("one", shared=True), host("other", shared=True, machine="second")
+        await one.take(using(image))
+        with pytest.raises(ImageLeased):
+            await other.take(using(image))
+        await one.promise(using(image), "other", MOVE, ())
+        landing = other.landing(using(image), "one", MOVE, ())
+        await landing.prepare()
+        await landing.claim()
+        await landing.settle()
+
+    asyncio.run(scenario())
+    assert holder(image) == "other"
 
 
 def test_a_new_image_of_a_vm_that_lands_has_one(image: str) -> None:

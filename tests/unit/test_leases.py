@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -356,6 +358,51 @@ def test_a_lease_without_contents_is_nobodys_to_take(image: str) -> None:
 )
 def test_file_systems_whose_locks_do_not_reach_other_hosts(kind: str, source: str, options: str, none: bool) -> None:
     assert mounts.Mount(kind, source, frozenset(options.split(","))).has_no_locks is none
+
+
+@pytest.mark.parametrize(
+    ("kind", "source", "options", "may"),
+    [
+        ("fuse.sshfs", "server:/vms", "", True),
+        ("fuse.rclone", "remote:", "", True),
+        ("9p", "vms", "trans=virtio", True),
+        ("ocfs2", "/dev/sdb", "", True),
+        ("lustre", "mds@tcp:/vms", "flock", False),
+        ("lustre", "mds@tcp:/vms", "localflock", True),
+        ("gfs2", "/dev/sdb", "localflocks", True),
+        ("gfs2", "/dev/sdb", "", False),
+        ("fuse.glusterfs", "server:vms", "", False),
+        ("fuse.ceph", "ceph-fuse", "", False),
+        ("ceph", "server:/", "", False),
+        ("nfs4", "server:/vms", "local_lock=none", False),
+        ("nfs", "server:/vms", "local_lock=all", True),
+        ("cifs", "//server/vms", "nobrl", True),
+        ("ext4", "/dev/sda1", "", False),
+    ],
+)
+def test_shares_of_which_it_is_not_known_that_locks_reach_others(
+    kind: str, source: str, options: str, may: bool
+) -> None:
+    assert mounts.Mount(kind, source, frozenset(options.split(","))).locks_may_end_here is may
+
+
+def test_a_client_that_remembers_what_a_folder_held_is_made_to_look(
+    image: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As sshfs does: what this host has listed stays so for it until it changes the folder itself."""
+    change(image, rule_of("alpha", image).take)
+    known = {leases.folder_of(image): ["00000001"]}
+    change(image, lambda now: rule_of("alpha", image).promise(now, "beta", MOVE))
+    listdir, mkdir = os.listdir, Path.mkdir
+
+    def made(path: Path, *how: Any, **more: Any) -> None:
+        mkdir(path, *how, **more)
+        known.pop(path.parent, None)
+
+    monkeypatch.setattr(os, "listdir", lambda folder: known.get(folder) or listdir(folder))
+    monkeypatch.setattr(Path, "mkdir", made)
+    assert read(image).promised_to == "beta"
+    assert [path.name for path in leases.folder_of(image).iterdir()] == ["00000002"]
 
 
 def test_an_image_needs_one_where_there_is_one(image: str) -> None:

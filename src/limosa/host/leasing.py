@@ -1,6 +1,7 @@
 """The leases of this host's VMs: taken for a QEMU that is to write, given back when it has ended, handed on in moves.
 
-Only images that are written need one, and only where the file system's locks do not reach other hosts, or may not
+Only images that are written need one, and only where the file system's locks do not reach other hosts, or it is not
+known that they do
 (:func:`limosa.storage.leases.is_needed`). A share can hang, so all of this is done in threads.
 
 What a move does follows :mod:`limosa.migration.ownership` and adds a second bar: the source promises the lease before
@@ -114,7 +115,7 @@ class Leasing:
         """One for each image that needs a lease. Of those that are ``begun`` to be written now it is asked where they
         lie; what is written already keeps what it began with."""
         asked = _written(config) if only is None else only
-        needed = [path for path in asked if leases.is_needed(path, served=path in begun and self._is_shared(path))]
+        needed = [path for path in asked if leases.is_needed(path, begun=path in begun, served=self._is_shared(path))]
         return [Rule(path, self._host, self._boot, config.uuid, self._machine) for path in needed]
 
 

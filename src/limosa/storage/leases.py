@@ -166,12 +166,13 @@ def refusal(image: str, now: Lease, host: str, *, twin: bool = False) -> ImageLe
     return ImageLeased(f"{image} may not be written here", why=held, todo=todo, host=host)
 
 
-def is_needed(image: str, *, served: bool = False) -> bool:
+def is_needed(image: str, *, begun: bool = False, served: bool = False) -> bool:
     """Whether the locks of the image's file system do not reach other hosts, or somebody has made a lease already.
 
-    One of this host's own file systems that is ``served`` to others needs one too: it may be by SMB, which does not
-    pass locks on as QEMU means them. A file that is not there needs none. Raises :class:`StorageError` if that cannot
-    be told.
+    One that is ``begun`` to be written now needs one also where it is not known that locks reach others: on shares of
+    such a kind, and on this host's own file systems that are ``served`` to others, for that may be by SMB, which does
+    not pass locks on as QEMU means them. A file that is not there needs none. Raises :class:`StorageError` if that
+    cannot be told.
     """
     try:
         mount, is_file = mounts.of(image), os.path.isfile(image)
@@ -179,7 +180,8 @@ def is_needed(image: str, *, served: bool = False) -> bool:
         return False
     except OSError as error:
         raise StorageError(f"cannot look at {image}", why=error.strerror or str(error)) from error
-    return mount.has_no_locks or (served and is_file and not mount.share) or folder_of(image).is_dir()
+    in_doubt = is_file and (mount.locks_may_end_here if mount.share else served)
+    return mount.has_no_locks or (begun and in_doubt) or folder_of(image).is_dir()
 
 
 def folder_of(image: str) -> Path:
@@ -199,7 +201,7 @@ def read(image: str) -> Lease:
             data = (folder / _number(epochs[-1]) / _FILE).read_bytes()
             return msgspec.structs.replace(reading.decode(data, Lease), epoch=epochs[-1])
         except (FileNotFoundError, NotADirectoryError):
-            continue  # it was followed by another and removed while we looked
+            _list_anew(folder)  # it was followed by another and removed while we looked, or before
         except (OSError, msgspec.MsgspecError) as error:
             raise _unreadable(folder, str(error)) from error
     raise _unreadable(folder, "it has no contents")
@@ -276,6 +278,14 @@ def _epochs(folder: Path) -> list[int]:
     with suppress(FileNotFoundError):
         return sorted(int(name) for name in os.listdir(folder) if name.isdecimal())
     return []
+
+
+def _list_anew(folder: Path) -> None:
+    """Have a client that remembers what a folder holds, as sshfs does for 20 s, ask its server: by changing that."""
+    own = folder / f"new-{secrets.token_hex(8)}"
+    with suppress(OSError):
+        own.mkdir(mode=0o755)
+        own.rmdir()
 
 
 def _number(epoch: int) -> str:

@@ -13,6 +13,11 @@ _SHARED = frozenset({"nfs", "nfs4", "cifs", "smb3", "ceph", "fuse.ceph", "fuse.g
 #: in the way of a move, or with ``nobrl`` sends none.
 _WITHOUT_LOCKS = frozenset({"cifs", "smb3", "fuse.smbnetfs"})
 _CIFS = frozenset({"cifs", "smb3"})
+#: Shared ones whose locks, as QEMU takes them, are known to keep other hosts out. The kernel keeps locks on one host
+#: for FUSE that has none, such as sshfs, for 9P unless it is told otherwise, and for OCFS2 with its own cluster stack.
+_LOCKS_REACH = frozenset({"nfs", "nfs4", "ceph", "fuse.ceph", "fuse.glusterfs", "lustre", "gfs2"})
+#: How Lustre and GFS2 say that locks are kept on this host.
+_FLOCKED_HERE = frozenset({"localflock", "localflocks"})
 #: How NFS says that the locks QEMU takes are kept on this host (nfs(5); ``nolock`` is shown so, too).
 _LOCKED_HERE = frozenset({"local_lock=all", "local_lock=posix"})
 _OCTAL = re.compile(r"\\([0-7]{3})")
@@ -39,7 +44,7 @@ class Mount:
 
     @property
     def has_no_locks(self) -> bool:
-        """Whether file locks do not keep other hosts out.
+        """Whether file locks do not keep other hosts out, and QEMU is to take none.
 
         FUSE that says no more of itself than what it mounted is SMB if that is ``//SERVER/SHARE`` or ``smbnetfs``.
         """
@@ -47,6 +52,12 @@ class Mount:
         if self.kind.startswith("nfs"):
             return bool(self.options & _LOCKED_HERE)
         return self.kind in _WITHOUT_LOCKS or (self.kind.startswith("fuse") and smb)
+
+    @property
+    def locks_may_end_here(self) -> bool:
+        """Whether other hosts may use the file system, and it is not known that file locks keep them out."""
+        known = self.kind in _LOCKS_REACH and not self.options & _FLOCKED_HERE
+        return self.has_no_locks or (self.share != "" and not known)
 
     @property
     def locks_are_mandatory(self) -> bool:
