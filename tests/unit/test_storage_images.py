@@ -207,6 +207,20 @@ def test_a_closed_folder_is_named(open_folder: Path) -> None:
     assert caught.value.todo.endswith(f"setfacl -m u:{USER}:x {closed}")
 
 
+@needs_root
+@pytest.mark.parametrize("closed", [True, False])
+def test_what_its_owner_could_not_write_either_stays_as_it_was(open_folder: Path, *, closed: bool) -> None:
+    folder = open_folder / "folder"
+    folder.mkdir(mode=0o700 if closed else 0o755)
+    path = folder / "a.raw"
+    path.write_bytes(b"x")
+    path.chmod(0o600 if closed else 0o400)
+    with pytest.raises(StorageError, match="may not write") as caught:
+        images.grant(path, USER, read_only=False)
+    assert (f"pass through the folder {folder}" if closed else "does not let its owner write it") in caught.value.why
+    assert (path.stat().st_uid, path.stat().st_gid) == (0, 0)
+
+
 def test_a_missing_file_cannot_be_given(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match="no file"):
         images.grant(tmp_path / "a", None, read_only=True)

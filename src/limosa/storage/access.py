@@ -44,9 +44,9 @@ def grant(path: Path, user: str | None, *, read_only: bool) -> None:
     verb = "read" if read_only else "write"
     if user is None:
         raise StorageError(f"the daemon may not {verb} {path}", todo="change its mode or the mount")
-    reason = "it is only read" if read_only else _give(path, user)
-    if reason or not may(path, user, write=True):
-        closed = _closed_folder(path, user)
+    closed = _closed_folder(path, user)
+    reason = "it is only read" if read_only else "" if closed else _give(path, user)
+    if reason or closed:
         raise StorageError(
             f"QEMU's user '{user}' may not {verb} {path}",
             why=f"it may not pass through the folder {closed}" if closed else reason,
@@ -97,13 +97,11 @@ def _give(path: Path, user: str, *, new: bool = False) -> str:
             return "it is no regular file of root's with a single name"
         if not new and mounts.find(status.st_dev).share:
             return "it lies on storage other hosts use too"
-        entry = pwd.getpwnam(user)
-        os.fchown(descriptor, entry.pw_uid, entry.pw_gid)
+        return _make_owner(descriptor, path, user, of_group=True)
     except (OSError, KeyError) as error:
         return str(error)
     finally:
         os.close(descriptor)
-    return ""
 
 
 def _give_volume(path: Path, user: str) -> str:
@@ -113,12 +111,22 @@ def _give_volume(path: Path, user: str) -> str:
         try:
             if not lvm.is_ours(path, os.fstat(descriptor).st_rdev):
                 return "it is no logical volume that Limosa has made"
-            os.fchown(descriptor, pwd.getpwnam(user).pw_uid, -1)
+            return _make_owner(descriptor, path, user, of_group=False)
         finally:
             os.close(descriptor)
     except (OSError, KeyError, StorageError) as error:
         return str(error)
-    return ""
+
+
+def _make_owner(descriptor: int, path: Path, user: str, *, of_group: bool) -> str:
+    """Make the user the file's owner; where it may not write it even so, the file is as it was, and the reason why.
+    Raises ``OSError`` and ``KeyError``."""
+    before, entry = os.fstat(descriptor), pwd.getpwnam(user)
+    os.fchown(descriptor, entry.pw_uid, entry.pw_gid if of_group else -1)
+    if may(path, user, write=True):
+        return ""
+    os.fchown(descriptor, before.st_uid, before.st_gid)
+    return "its mode, its file system or the mount does not let its owner write it"
 
 
 def _closed_folder(path: Path, user: str) -> Path | None:
