@@ -7,12 +7,15 @@ import os
 import pwd
 import struct
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+import limosa
 from limosa.errors import InvalidInput, StorageError
+from limosa.host.files import Files
 from limosa.model.vm import DiskFormat
 from limosa.storage import access, images, mounts, qcow2
 
@@ -195,6 +198,35 @@ def test_files_that_are_not_given(open_folder: Path) -> None:
         assert caught.value.why
         assert caught.value.todo
         assert (path.stat().st_uid, path.stat().st_mode) == (before.st_uid, before.st_mode)
+
+
+@needs_root
+def test_what_limosa_runs_from_or_believes_is_not_given(open_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would be for the guest to write."""
+    monkeypatch.setattr(access, "_PROGRAM", (open_folder / "venv",))
+    (open_folder / "state").mkdir()
+    link = open_folder / "link"
+    link.symlink_to("state")
+    files = Files(link, open_folder / "run")
+    for path in (open_folder / "venv" / "lib" / "a.pth", files.settings, files.vm("web1") / "vm.toml"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"x")
+        with pytest.raises(StorageError, match="may not write") as caught:
+            images.grant(path, USER, read_only=False, own=files.own)
+        assert caught.value.why == "it lies where Limosa has files of its own"
+        access.give_new(path, USER, files.own)
+        assert path.stat().st_uid == 0
+    files.images.mkdir()
+    image = files.images / "a.raw"
+    image.write_bytes(b"x")
+    images.grant(image, USER, read_only=False, own=files.own)
+    assert image.stat().st_uid == pwd.getpwnam(USER).pw_uid
+
+
+@pytest.mark.parametrize("folder", [sys.prefix, str(Path(limosa.__file__).parent), "/opt/limosa"])
+def test_which_folders_are_a_program_s(folder: str) -> None:
+    path = Path(folder).resolve() / "any.raw"
+    assert any(path.is_relative_to(one) for one in (*access._SYSTEM, *access._PROGRAM))
 
 
 @needs_root

@@ -67,6 +67,20 @@ class Files:
         return self.state / "images"
 
     @property
+    def own(self) -> tuple[Path, ...]:
+        """What is the daemon's alone: all but images, of which QEMU's user may have some."""
+        alone = (self.settings, self.goodput, self._machine_id, self._lock)
+        return (*alone, self.vms, self.migrations, self.run)
+
+    @property
+    def _machine_id(self) -> Path:
+        return self.state / "machine-id"
+
+    @property
+    def _lock(self) -> Path:
+        return self.state / "lock"
+
+    @property
     def socket(self) -> Path:
         """The API's Unix socket."""
         return self.run / "api.sock"
@@ -106,7 +120,7 @@ class Files:
 
         Raises :class:`Conflict` if there is another: two daemons would command the same QEMUs.
         """
-        path = self.state / "lock"
+        path = self._lock
         try:
             # Never closed by us: the lock is the descriptor's, and the kernel closes that.
             descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -122,7 +136,7 @@ class Files:
     def machine(self) -> str:
         """What tells this machine from others, by machine-id(5), or by a number in the state folder where that is
         missing. Others may read it, so it is worked out from that number, and is not it. Raises :class:`StateError`."""
-        own = self.state / "machine-id"
+        own = self._machine_id
         try:
             known = next((path.read_text() for path in (_MACHINE_ID, own) if path.exists() and path.stat().st_size), "")
             if not known:

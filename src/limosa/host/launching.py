@@ -99,6 +99,8 @@ class Launcher:
         self._netlink = netlink
         self._boot = boot
         self.user = user
+        #: never a VM's disk, whatever anybody names
+        self._own = (*files.own, Path(daemon.certificates))
 
     # Definitions
 
@@ -128,7 +130,7 @@ class Launcher:
                     store = self._store_of(disk.path)
                     await store.create(disk.path, disk.format, asked.size_mib * MIB, thick=disk.thick)
                     made.push_async_callback(in_full, store.remove, disk.path)
-                    await in_full(access.give_new, Path(disk.path), self.user)
+                    await in_full(access.give_new, Path(disk.path), self.user, self._own)
             yield
             made.pop_all()
 
@@ -314,7 +316,7 @@ class Launcher:
 
     def _grant(self, config: VmConfig) -> None:
         for disk in config.disks:
-            access.grant(Path(disk.path), self.user, read_only=disk.read_only)
+            access.grant(Path(disk.path), self.user, read_only=disk.read_only, own=self._own)
             for path, _ in chains.below(disk.path, disk.format):
                 access.grant(Path(path), self.user, read_only=True)
         for path in config.boot.paths() if config.boot else ():

@@ -3,9 +3,10 @@
 The question is put to the kernel as that user, so that access lists, network shares and read-only mounts all count.
 
 Giving an image away is done only where it can hurt nobody: an operator may name any path of the host, and a daemon that
-is root must not be talked into handing out a system file. So only a regular file of root's with one name, on a local
-file system or just made by us, outside of the system's own folders, is ever given, and a logical volume that Limosa has
-made, which is given anew after each restart of the host; for everything else the error says what to do.
+is root must not be talked into handing out a system file, or one that it runs or believes itself. So only a regular
+file of root's with one name, on a local file system or just made by us, outside of the system's own folders and of
+Limosa's, is ever given, and a logical volume that Limosa has made, which is given anew after each restart of the host;
+for everything else the error says what to do.
 """
 
 from __future__ import annotations
@@ -16,13 +17,17 @@ import platform
 import pwd
 import shlex
 import stat
+import sys
 import threading
+from collections.abc import Collection
 from pathlib import Path
 
 from limosa.errors import StorageError
 from limosa.storage import lvm, mounts
 
-_SYSTEM = ("/bin", "/boot", "/dev", "/etc", "/lib", "/lib64", "/proc", "/root", "/sbin", "/sys", "/usr")
+_SYSTEM = ("/bin", "/boot", "/dev", "/etc", "/lib", "/lib64", "/opt", "/proc", "/root", "/sbin", "/sys", "/usr")
+#: What this program runs from.
+_PROGRAM = tuple(Path(folder).resolve() for folder in (sys.prefix, sys.exec_prefix, Path(__file__).parents[1]))
 #: The number of the system call setgroups(2).
 _SETGROUPS = {"x86_64": 116, "aarch64": 159}
 
@@ -32,11 +37,11 @@ def may(path: Path, user: str | None, *, write: bool) -> bool:
     return all(_test(sort, path, user) for sort in ([os.R_OK, os.W_OK] if write else [os.R_OK]))
 
 
-def grant(path: Path, user: str | None, *, read_only: bool) -> None:
+def grant(path: Path, user: str | None, *, read_only: bool, own: Collection[Path] = ()) -> None:
     """Make sure that ``user`` may open the file, by giving it to that user if need be and if it is safe.
 
-    Only images that are written are ever given. Raises :class:`StorageError` saying what stands in the way; the file
-    is then as it was.
+    Only images that are written are ever given, and nothing that lies in ``own``, the daemon's files and folders.
+    Raises :class:`StorageError` saying what stands in the way; the file is then as it was.
     """
     check_kind(path, _status(path))
     if may(path, user, write=not read_only):
@@ -45,7 +50,7 @@ def grant(path: Path, user: str | None, *, read_only: bool) -> None:
     if user is None:
         raise StorageError(f"the daemon may not {verb} {path}", todo="change its mode or the mount")
     closed = _closed_folder(path, user)
-    reason = "it is only read" if read_only else "" if closed else _give(path, user)
+    reason = "it is only read" if read_only else "" if closed else _give(path, user, own)
     if reason or closed:
         raise StorageError(
             f"QEMU's user '{user}' may not {verb} {path}",
@@ -56,13 +61,13 @@ def grant(path: Path, user: str | None, *, read_only: bool) -> None:
         )
 
 
-def give_new(path: Path, user: str | None) -> None:
+def give_new(path: Path, user: str | None, own: Collection[Path] = ()) -> None:
     """Give the user an image that has just been made here, also on storage other hosts use: none of them has it yet.
 
-    Where that fails, or the file system knows no owners, :func:`grant` judges.
+    Where that fails, or the file system knows no owners, :func:`grant` judges. Nothing in ``own`` is given.
     """
     if user is not None and not may(path, user, write=True):
-        _give(path, user, new=True)
+        _give(path, user, own, new=True)
 
 
 def check_kind(path: Path, status: os.stat_result) -> None:
@@ -80,13 +85,15 @@ def _status(path: Path) -> os.stat_result:
         raise StorageError(f"cannot look at {path}", why=error.strerror or str(error)) from error
 
 
-def _give(path: Path, user: str, *, new: bool = False) -> str:
+def _give(path: Path, user: str, own: Collection[Path], *, new: bool = False) -> str:
     """Give the file to the user if that is safe; else the reason why it is not."""
     real = path.resolve()
     if path.is_block_device():
         return _give_volume(path, user)
     if any(real.is_relative_to(folder) for folder in _SYSTEM):
         return "it lies in a folder of the system's"
+    if any(real.is_relative_to(folder) for folder in (*_PROGRAM, *(folder.resolve() for folder in own))):
+        return "it lies where Limosa has files of its own"
     try:
         descriptor = os.open(real, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
