@@ -144,6 +144,15 @@ class TestWhatIsRemoved:
         world.landing(world.above(), DestinationStep.RESERVED, DestinationStep.GONE)
         assert world.give_up()
 
+    def test_a_line_that_another_landing_is_writing_is_left_alone(self, world: World) -> None:
+        world.landing(world.above(), DestinationStep.RESERVED)
+        journal = world.storage._files.migrations / f"{OTHER}.destination.jsonl"
+        with journal.open("ab") as stream:
+            stream.write(b'{"step":"gone",')
+        before = journal.read_bytes()
+        assert not world.give_up()
+        assert journal.read_bytes() == before
+
     def test_nor_does_its_own(self, world: World) -> None:
         world.landing(world.above(), DestinationStep.RESERVED, migration=TAG)
         assert world.give_up()

@@ -172,7 +172,7 @@ class Layers:
     def _landing(self, *, but: str) -> Iterable[Disk | BackingFile]:
         """Images of VMs that land here by other moves, also those of an earlier daemon, and layers these bring."""
         for path in self._journals.glob(f"*.{Side.DESTINATION}.jsonl"):
-            journal = Journal.load(path)
+            journal = Journal.look(path)
             ended = journal.step is not None and DestinationStep(journal.step) in DESTINATION_ENDED
             if not ended and journal.header.migration != but:
                 yield from journal.header.vm.disks

@@ -119,6 +119,13 @@ class Journal:
             os.truncate(path, whole)
         return cls(path, header, records)
 
+    @classmethod
+    def look(cls, path: Path) -> Journal:
+        """Read a journal that its move may be writing at the moment; nothing is changed. Raises :class:`StateError` if
+        it is damaged."""
+        _, header, records = _read(path)
+        return cls(path, header, records)
+
     @property
     def step(self) -> str | None:
         """The last step, or None if only the header is there."""
@@ -159,12 +166,11 @@ class Journal:
 
 
 def last_step(path: Path) -> str | None:
-    """The last step in a journal, which its move may be writing at the moment; None if only the header is there.
+    """The last step in a journal, as :meth:`Journal.look` finds it; None if only the header is there.
 
     Raises :class:`StateError` if it is damaged.
     """
-    _, _, records = _read(path)
-    return records[-1].step if records else None
+    return Journal.look(path).step
 
 
 def _read(path: Path) -> tuple[bytes, Header, list[Record]]:
