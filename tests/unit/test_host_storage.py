@@ -124,6 +124,19 @@ class TestTheLedger:
             asyncio.run(storage.remove(image.path))
         assert not Path(image.path).exists()
 
+    def test_what_is_held_before_counts_once(self, storage: Storage) -> None:
+        before = self.free(storage)
+        image = plan(storage, expected=before * 2 // 3)
+        asyncio.run(storage.hold([image]))
+        assert not Path(image.path).exists()
+        assert self.free(storage) < before * 0.5
+        with pytest.raises(StorageError, match="no room"):
+            asyncio.run(storage.make(plan(storage, "vdb", expected=before * 2 // 3)))
+        asyncio.run(storage.make(image))
+        assert self.free(storage) > before * 0.2
+        asyncio.run(storage.remove(image.path))
+        assert storage._held == {}
+
     def test_what_has_been_written_counts_once(self, storage: Storage) -> None:
         image = plan(storage, expected=64 * MIB)
         asyncio.run(storage.make(image))

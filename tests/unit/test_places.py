@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from contextlib import nullcontext, suppress
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -11,7 +12,7 @@ import pytest
 from test_host_storage import TAG, plan, storage
 from test_preflight import VM
 
-from limosa.errors import Conflict
+from limosa.errors import Conflict, StorageError
 from limosa.host.landing import LandingHere
 from limosa.host.leasing import Leasing
 from limosa.host.leaving import Leaving
@@ -108,6 +109,20 @@ class TestAtTheSource:
         asyncio.run(scenario())
 
 
+class FakeLayers:
+    """Sees for what space is held when what lies below disks begins to come."""
+
+    def __init__(self, storage: Storage) -> None:
+        self._storage = storage
+        self.held: list[str] | None = None
+
+    async def take(self, *_: Any) -> None:
+        self.held = list(self._storage._held)
+
+    async def give_up(self, *_: Any) -> None:
+        pass
+
+
 class TestAtTheDestination:
     """It knows what comes along from the beginning."""
 
@@ -128,8 +143,8 @@ class TestAtTheDestination:
         def reserve(*_: Any) -> None:
             return None
 
-        vms = SimpleNamespace(reserve=reserve)
-        return LandingHere(parts(storage, vms=vms), cast(Any, None), header, slots, "10.0.0.2")
+        vms = SimpleNamespace(reserve=reserve, find_landing=reserve)
+        return LandingHere(parts(storage, vms=vms), cast(Any, FakeLayers(storage)), header, slots, "10.0.0.2")
 
     def test_memory_alone_does_not_wait_for_disks(self, storage: Storage) -> None:
         asyncio.run(storage._page.change({"max_storage_moves": 1}))
@@ -160,5 +175,20 @@ class TestAtTheDestination:
             with pytest.raises(Conflict):
                 await landing.reserve(nobody)
             assert (slots.taken, storage.arriving.taken) == (0, 0)
+
+        asyncio.run(scenario())
+
+    def test_disks_have_their_space_before_anything_comes(self, storage: Storage) -> None:
+        async def scenario() -> None:
+            (free,) = [one.free_bytes for one in await storage.locations() if one.name == "fast"]
+            disks = tuple(plan(storage, name, expected=free * 2 // 5) for name in ("vda", "vdb", "vdc"))
+            for some, held in ((disks, None), (disks[:2], [disk.path for disk in disks[:2]])):
+                landing = self.landing(storage, Slots(lambda: 1), *(disk.path for disk in disks))
+                request = cast(Any, SimpleNamespace(vm=VM, disks=some, layers=(), layers_relay=object()))
+                with suppress(StorageError) if held is None else nullcontext():
+                    await landing.take_layers(request, lambda _: None)
+                assert cast(Any, landing)._layers.held == held
+                await landing.release(None)
+                assert storage._held == {}
 
         asyncio.run(scenario())

@@ -55,6 +55,8 @@ class LandingHere:
 
     async def take_layers(self, request: Prepare, tell: Callable[[LayersAwaited], None]) -> None:
         """See :class:`limosa.migration.destination.Landing`."""
+        # So too little space refuses the move before a byte is sent, and not when what lies below the disks is here.
+        await self._storage.hold(request.disks)
         credentials = request.disk_credentials if request.layers_relay is None else None
         open_door = partial(self._arrival.open_layers, request)
         await self._layers.take(request.layers, credentials, open_door, tell, self._only_read(request))

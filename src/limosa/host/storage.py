@@ -141,11 +141,19 @@ class Storage:
             found += _alike(folder, wanted)
         return list(dict.fromkeys(str(path) for path in found if self.places.of(str(path)) in folders))
 
+    async def hold(self, plans: Iterable[DiskPlan]) -> None:
+        """Hold space for images that are made later. Raises :class:`StorageError`. What is held is to be settled, like
+        images that were made."""
+        for plan in plans:
+            await self._hold(plan.path, plan.location, plan.expected_bytes)
+
     async def make(self, plan: DiskPlan) -> None:
-        """Hold space for the image of a copy, which will write all of it, and create it, durably, with the mark of one
-        that is not finished. Raises :class:`StorageError`; nothing is left then. Who is cancelled removes it."""
+        """Hold space for the image of a copy, which will write all of it, if none is held, and create it, durably, with
+        the mark of one that is not finished. Raises :class:`StorageError`; nothing is left then. Who is cancelled
+        removes it."""
         store = self.places.store(plan.location)
-        await self._hold(plan.path, plan.location, plan.expected_bytes)
+        if plan.path not in self._held:
+            await self._hold(plan.path, plan.location, plan.expected_bytes)
         try:
             if await in_full(os.path.lexists, plan.path):
                 raise StorageError(f"{plan.path} exists already")

@@ -52,8 +52,8 @@ class Landing(Protocol):
         """Wait for a slot; then reserve the VM's name, UUID and memory."""
 
     async def take_layers(self, request: Prepare, tell: Callable[[LayersAwaited], None]) -> None:
-        """Receive the files below disks that are not here, when ``tell`` has said where. What came is removed by
-        :meth:`release`."""
+        """Receive the files below disks that are not here, when ``tell`` has said where; first hold space for disks,
+        too. What came is removed by :meth:`release`, which gives that back."""
 
     async def launch(self, request: Prepare) -> MachineProtocol:
         """Make the images of disks that come along; start QEMU with taps and files, waiting for a migration."""
