@@ -198,6 +198,19 @@ class TestThePlan:
         assert vm.disks[0].thick
         assert not disks.landed(vm, [disks.copied("web1", FACT, FAST, "abc")]).disks[0].thick
 
+    @pytest.mark.parametrize("location", [FAST, BULK, POOL])
+    def test_a_thick_disk_stays_thick_at_another_host_but_in_a_thin_pool(self, location: Location) -> None:
+        vm = msgspec.structs.replace(VM, disks=(msgspec.structs.replace(VM.disks[0], thick=True),))
+        below = BackingFile(path="/vm/golden.raw", format="raw", size=GIB, digest="d", allocated_bytes=GIB)
+        fact = msgspec.structs.replace(FACT, below=(below,))
+        there = msgspec.structs.replace(THERE, locations=(location,))
+        made = disks.plan(vm, [fact], there, {"vda": location.name}, "abc", {"d": below})
+        assert [one.action for one in made.disks] == [DiskAction.COPY], "with nothing below it"
+        assert made.disks[0].expected_bytes >= 8 * GIB
+        assert disks.landed(vm, made.disks).disks[0].thick is not location.thin
+        assert [one.code for one in made.findings] == ["thick-lost"] * location.thin
+        assert disks.plan(VM, [FACT], there, {"vda": location.name}, "abc", {}).findings == ()
+
     def test_thick_takes_all_it_may(self) -> None:
         assert disks.copied("web1", FACT, FAST, "abc", "raw", thick=True).expected_bytes == 8 * GIB
 

@@ -1,8 +1,8 @@
 """What becomes of each disk when a VM moves to another host; pure.
 
 A disk both hosts see stays where it is. Any other is copied into a new image: in the location that was asked for, else
-in the destination's location of the same name as here, else in its default one. One that is only read is sent as it is,
-like files below disks, unless the destination has its contents.
+in the destination's location of the same name as here, else in its default one; it stays thick if it was. One that is
+only read is sent as it is, like files below disks, unless the destination has its contents.
 """
 
 from __future__ import annotations
@@ -132,9 +132,9 @@ def plan(
             findings += _against_sending(disk, location)
             plans.append(chains.bring(fact, location))
             continue
-        findings += against_copying(fact)
-        whole = copied(vm.name, fact, location, tag)
-        keeps = chain == "keep" and location.kind == "folder"
+        findings += [*against_copying(fact), *_against_thick(disk, location)]
+        whole = copied(vm.name, fact, location, tag, thick=disk.thick and not location.thin)
+        keeps = chain == "keep" and location.kind == "folder" and not whole.thick
         plans.append(chains.keep(whole, fact, partial(_of_layer, locations, location)) if keeps else whole)
     findings += _unknown_disks(vm, wishes)
     findings += space([*copies(plans), *chains.layers], locations, there.host)
@@ -243,6 +243,18 @@ def _against_sending(disk: Disk, location: Location) -> list[Finding]:
             "form-not-possible",
             f"disk {disk.name} cannot go to location '{location.name}': it is only read, and sent as a file",
             "choose a location that is a folder",
+        )
+    ]
+
+
+def _against_thick(disk: Disk, location: Location) -> list[Finding]:
+    if not (disk.thick and location.thin):
+        return []
+    return [
+        Finding.warning(
+            "thick-lost",
+            f"disk {disk.name} is thick and will be thin: location '{location.name}' is a thin pool",
+            "choose another location if its space is to stay its own whatever the guest discards",
         )
     ]
 
