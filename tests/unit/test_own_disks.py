@@ -10,22 +10,28 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
+from unittest.mock import AsyncMock
 
 import msgspec
 import pytest
+from test_cli_storage import VIEW
+from test_disks import FACT
 from test_host_storage import storage
 from test_preflight import VM
 
 from harness.lvm import EXTENT, GROUP, FakeLvm
 from limosa.host.claims import Claims
+from limosa.host.disk_moves import _Move
 from limosa.host.leasing import Leasing
 from limosa.host.neighbours import Answers, Neighbours
 from limosa.host.own_disks import OwnDisks
 from limosa.host.parts import Parts
 from limosa.host.storage import Storage
+from limosa.migration import disks
+from limosa.migration.report import Report
 from limosa.model.storage import ImageUse
 from limosa.model.vm import Disk, VmConfig
-from limosa.storage import lvm
+from limosa.storage import leases, lvm
 from limosa.wire.api import ImagesSought, ImageUses
 
 __all__ = ["storage"]
@@ -87,9 +93,11 @@ class World:
         return fact.needed
 
     def leave(self, **how: Any) -> bool:
-        """The VM has left its image; returns whether that has gone."""
-        asyncio.run(OwnDisks(self.parts, cast(Any, self.hosted)).leave([str(self.image)], **how))
-        return not self.image.exists()
+        """The VM has left its image; returns whether that has gone. Of what is to go and does not it is told."""
+        self.told = asyncio.run(OwnDisks(self.parts, cast(Any, self.hosted)).leave([str(self.image)], **how))
+        stays = self.image.exists()
+        assert [one.code for one in self.told] == ["image-left"] * (stays and "keep" not in how)
+        return not stays
 
     def overlay(self) -> Path:
         path = self.image.with_name("child.qcow2")
@@ -123,6 +131,44 @@ def test_who_leaves_nothing_asks_nobody(world: World, monkeypatch: pytest.Monkey
 
 def test_what_is_to_be_kept_stays(either: World) -> None:
     assert not either.leave(keep=True)
+
+
+def test_what_cannot_be_deleted_is_told_of_and_nobody_has_a_lease_on_it(
+    either: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rule = leases.Rule(str(either.image), "host2", "boot", VM.uuid, "machine")
+    leases.change(str(either.image), rule.take)
+
+    def broken(*_: Any, **__: Any) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as then:
+        then.setattr(Path, "unlink", broken)
+        assert not either.leave()
+    (told,) = either.told
+    assert told.what == (
+        f"{either.image}, which the VM has left, was not deleted: cannot delete {either.image}: Input/output error"
+    )
+    assert leases.read(str(either.image)).host == ""
+
+
+def test_a_move_of_disks_says_what_it_could_not_delete(world: World) -> None:
+    """Everything else of it is tested with a QEMU."""
+    world.hosted.machine = SimpleNamespace(gone=asyncio.Event())
+    before = disks.against_copying(msgspec.structs.replace(FACT, bitmaps=1))
+    left = disks.not_deleted("/srv/web1.raw", "it is broken")
+    moves = SimpleNamespace(make_images=AsyncMock(), remove_old=AsyncMock(return_value=(left,)))
+
+    class Copied(_Move):
+        _copy = _switch_over = AsyncMock()
+
+    async def scenario() -> None:
+        first = msgspec.structs.replace(VIEW, findings=tuple(before))
+        report = Report(first, lambda _: None)
+        await Copied(cast(Any, moves), cast(Any, world.hosted), cast(Any, None), report, 0).run()
+        assert report.now.findings == (*before, left)
+
+    asyncio.run(scenario())
 
 
 def test_what_another_vm_names_stays(either: World) -> None:

@@ -345,9 +345,9 @@ class DiskMoves:
         else:
             await hosted.machine.drop_copy(plan.disk, record.migration)
 
-    async def _leave(self, hosted: HostedVm, record: Record, old: Sequence[str]) -> None:
-        """The VM has left images."""
-        await OwnDisks(self._parts, hosted).leave(old, keep=record.keep)
+    async def _leave(self, hosted: HostedVm, record: Record, old: Sequence[str]) -> tuple[Finding, ...]:
+        """The VM has left images. Returns what is to be said of those that could not be deleted."""
+        return await OwnDisks(self._parts, hosted).leave(old, keep=record.keep)
 
     async def make_images(self, hosted: HostedVm, record: Record) -> None:
         """Make them and give them to QEMU's user. Raises :class:`StorageError`."""
@@ -364,14 +364,16 @@ class DiskMoves:
         """Make the new images the VM's, durably. Raises :class:`StateError`; they are not then."""
         await self._vms.change_disks(move.hosted, disks.landed(move.hosted.config, move.record.plans).disks)
 
-    async def remove_old(self, hosted: HostedVm, record: Record) -> None:
-        """Delete the images the disks had, unless they are to be kept."""
+    async def remove_old(self, hosted: HostedVm, record: Record) -> tuple[Finding, ...]:
+        """Delete the images the disks had, unless they are to be kept. Returns what is to be said of those that could
+        not be."""
         for plan in record.plans:
             self._storage.settle(plan.path)
-        await self._leave(hosted, record, [record.old[plan.disk].path for plan in record.plans])
+        left = await self._leave(hosted, record, [record.old[plan.disk].path for plan in record.plans])
         if hosted.machine is None:
             await self.stopped.give_back(hosted.config)
         self.forget(record)
+        return left
 
     def forget(self, record: Record) -> None:
         """Nothing is left to do."""
@@ -433,7 +435,8 @@ class _Move:
             await self._switch_over()
         self.report.enter(Phase.TEAR_DOWN)
         await self.end_copier()
-        await self._moves.remove_old(self.hosted, self.record)
+        left = await self._moves.remove_old(self.hosted, self.record)
+        self.report.change(findings=(*self.report.now.findings, *left))
 
     @property
     def qemu(self) -> Disks:

@@ -21,7 +21,9 @@ from limosa.host.neighbours import sought
 from limosa.host.parts import Parts
 from limosa.host.proof import Elsewhere, doubts_elsewhere
 from limosa.host.vms import HostedVm
+from limosa.migration.disks import not_deleted
 from limosa.migration.journal import new_identity
+from limosa.model.finding import Finding
 from limosa.model.storage import BackingFile, DiskFacts, ImageSought
 from limosa.model.vm import Disk
 
@@ -50,18 +52,20 @@ class OwnDisks:
         """See :class:`limosa.migration.examination.DisksHere`."""
         return await self._storage.digest(backing)
 
-    async def leave(self, images: Sequence[str], *, keep: bool = False) -> None:
-        """The VM has left these images: delete them, unless they are to be kept, or somebody else needs them, which is
-        logged. What could not be deleted is logged, too."""
-        needed = {} if keep else await self._needed_or_doubted(images)
-        for path, who in needed.items():
+    async def leave(self, images: Sequence[str], *, keep: bool = False) -> tuple[Finding, ...]:
+        """The VM has left these images: delete them, unless they are to be kept, or somebody else needs them by now.
+        What is not deleted without being asked for is logged, and returned in words."""
+        left: dict[str, Finding] = {}
+        for path, who in ({} if keep else await self._needed_or_doubted(images)).items():
             _log.error("%s is left, because it is needed: %s", path, who)
-        staying = images if keep else needed.keys()
+            left[path] = not_deleted(path, f"it is needed: {who}")
         for path in images:
-            if path not in staying:
-                await self._storage.remove(path)
+            if not keep and path not in left and (why := await self._storage.remove(path)):
+                left[path] = not_deleted(path, why)
+        staying = images if keep else [*left]
         if self._hosted is not None and staying:
-            await self._leasing.give_back(self._hosted.config, [*staying])
+            await self._leasing.give_back(self._hosted.config, staying)
+        return tuple(left.values())
 
     async def _needed_or_doubted(self, images: Sequence[str]) -> dict[str, str]:
         try:

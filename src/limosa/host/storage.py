@@ -230,14 +230,16 @@ class Storage:
                     host=self._host,
                 )
 
-    async def remove(self, path: str) -> None:
-        """Delete an image that its VM has left, or never had. Block devices that are in no location stay. Never fails;
-        what could not be deleted is logged."""
+    async def remove(self, path: str) -> str:
+        """Delete an image that its VM has left, or never had. Block devices that are in no location stay. Never fails:
+        returns why it could not be deleted, which is logged, or nothing."""
         self.settle(path)
         try:
             await in_full(self.places.store_of(path).remove, path)
         except StorageError as error:
             _log.error("%s is not used any more: %s", path, error)
+            return str(error)
+        return ""
 
     def _facts(self, disk: Disk) -> DiskFacts:
         itself = ((disk.path, disk.format),) if disk.read_only else ()

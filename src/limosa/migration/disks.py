@@ -306,6 +306,15 @@ def against_leaving(fact: DiskFacts) -> list[Finding]:
     ]
 
 
+def not_deleted(image: str, why: str) -> Finding:
+    """What is said after a move that has left an image where it is."""
+    return Finding.warning(
+        "image-left",
+        f"{image}, which the VM has left, was not deleted: {why}",
+        "delete it yourself when nobody needs it",
+    )
+
+
 def against_form(location: Location, image_format: DiskFormat | None, *, thick: bool) -> list[Finding]:
     """Why images of a location cannot be as they are wanted."""
     impossible = []
