@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Callable, Collection, Iterable, Seque
 
 from limosa.migration.examination import DisksHere
 from limosa.model.facts import VmFacts
+from limosa.model.finding import Finding
 from limosa.model.network import Carried, HostNetwork
 from limosa.model.route import Route
 from limosa.model.storage import BackingFile, DiskFacts
@@ -86,8 +87,9 @@ class BareHome:
     async def end_qemu(self) -> None:
         await self._machine.kill()
 
-    async def vm_left(self, images: Sequence[str]) -> None:
+    async def vm_left(self, images: Sequence[str]) -> tuple[Finding, ...]:
         self.left = True
+        return ()
 
     async def vm_stays(self, why_stopped: str = "") -> None:
         raise AssertionError("the move failed")

@@ -19,7 +19,7 @@ from harness.channels import BareChannel
 from harness.homes import BareHome
 from harness.landings import MemoryLanding
 from limosa.errors import Cancelled, InvalidInput, LimosaError, NotConverging, QemuError, StorageError
-from limosa.migration import mirrors, source
+from limosa.migration import disks, mirrors, source
 from limosa.migration.convergence import Convergence, StartPostCopy
 from limosa.migration.destination import Destination
 from limosa.migration.disks import landed
@@ -30,6 +30,7 @@ from limosa.migration.report import Report
 from limosa.migration.settle import Settlement
 from limosa.migration.source import SourceMove
 from limosa.model.facts import VmFacts
+from limosa.model.finding import Finding
 from limosa.model.migration import Migration, Outcome, Phase, Progress, Side
 from limosa.model.network import HostNetwork
 from limosa.model.route import Route
@@ -261,9 +262,10 @@ class World(BareHome, MemoryLanding):
     async def connect(self, route: Route, prepared: Prepared) -> Any:
         return Channel(self.ours)
 
-    async def vm_left(self, images: Sequence[str]) -> None:
+    async def vm_left(self, images: Sequence[str]) -> tuple[Finding, ...]:
         assert self.destination.step == "owned", "the images were needed until then"
         self.images_left += images
+        return tuple(disks.not_deleted(image, "it is broken") for image in images)
 
     async def vm_stays(self, why_stopped: str = "") -> None:
         self.stayed = True
@@ -318,6 +320,7 @@ def test_copies_are_whole_before_the_last_memory_goes(tmp_path: Path) -> None:
         await world.move.run()
         assert world.said == ["copy", "end", "continue", "close", "resume"]
         assert world.images_left == [VM.disks[0].path]
+        assert world.move.report.now.findings == (disks.not_deleted(VM.disks[0].path, "it is broken"),)
         assert await world.there.status() is RunState.RUNNING
         phases = list(dict.fromkeys(view.phase for view in world.seen))
         assert phases[:3] == [Phase.BUILD_UP, Phase.STORAGE, Phase.COPY]

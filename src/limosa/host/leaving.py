@@ -13,6 +13,7 @@ from limosa.host.parts import Parts
 from limosa.host.slots import Place
 from limosa.host.vms import HostedVm
 from limosa.model.facts import VmFacts
+from limosa.model.finding import Finding
 from limosa.model.network import Carried, HostNetwork
 from limosa.model.route import Route
 from limosa.transport import tcp
@@ -126,12 +127,12 @@ class Leaving:
         if self._hosted is not None:
             await self._vms.end_handed_over(self._hosted)
 
-    async def vm_left(self, images: Sequence[str]) -> None:
+    async def vm_left(self, images: Sequence[str]) -> tuple[Finding, ...]:
         """See :class:`limosa.migration.home.Home`."""
         if self._hosted is not None:
             await self._leasing.give_back(self._hosted.config)  # images that stay behind and were not claimed
             await self._vms.forget(self._hosted)
-        await self.disks.leave(images)
+        return await self.disks.leave(images)
 
     async def vm_stays(self, why_stopped: str = "") -> None:
         """See :class:`limosa.migration.home.Home`."""

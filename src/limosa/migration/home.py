@@ -10,6 +10,7 @@ import msgspec
 
 from limosa.migration.examination import DisksHere
 from limosa.model.facts import VmFacts
+from limosa.model.finding import Finding
 from limosa.model.network import Carried, HostNetwork
 from limosa.model.route import Route
 from limosa.model.storage import Chain
@@ -110,8 +111,9 @@ class Home(Protocol):
     async def end_qemu(self) -> None:
         """End the VM's QEMU here, which will never run the guest again."""
 
-    async def vm_left(self, images: Sequence[str]) -> None:
-        """The VM belongs to the destination, durably: forget it here, durably, and delete the images it has left."""
+    async def vm_left(self, images: Sequence[str]) -> tuple[Finding, ...]:
+        """The VM belongs to the destination, durably: forget it here, durably, and delete the images it has left.
+        Returns what is to be said of those that could not be deleted."""
 
     async def vm_stays(self, why_stopped: str = "") -> None:
         """The VM goes on here, or says why it cannot; it may be operated again."""

@@ -446,7 +446,8 @@ class SourceMove:
             await self._everything_followed(self.machine)
         # The guest runs there, so this copy of its memory is of no use any more; its files are, until that is durable.
         await both(self._confirm(images_stay), self.home.end_qemu())
-        await self.home.vm_left(self._left())
+        not_deleted = await self.home.vm_left(self._left())
+        self.report.change(findings=tuple(dict.fromkeys((*self.report.now.findings, *not_deleted))))
         self.journal.record(SourceStep.FINISHED, time.time(), durable=False)
 
     async def _confirm(self, images_stay: bool) -> None:
