@@ -24,6 +24,7 @@ from limosa.migration.ownership import SourceStep
 from limosa.migration.report import Report
 from limosa.migration.settle import Settlement
 from limosa.migration.source import SourceMove
+from limosa.model.finding import Finding
 from limosa.model.migration import Migration, Outcome, Phase, Side
 from limosa.model.vm import VmState
 from limosa.qemu.protocol import MigrationState, RunState
@@ -85,8 +86,9 @@ class Here(BareHome):
         self.deleted: tuple[str, ...] = ()
         self._journal = journal
 
-    async def vm_left(self, images: Sequence[str]) -> None:
+    async def vm_left(self, images: Sequence[str]) -> tuple[Finding, ...]:
         self.left, self.deleted = True, tuple(images)
+        return ()
 
     async def reclaim(self) -> None: ...
 

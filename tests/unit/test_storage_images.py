@@ -226,7 +226,7 @@ def test_what_limosa_runs_from_or_believes_is_not_given(open_folder: Path, monke
 @pytest.mark.parametrize("folder", [sys.prefix, str(Path(limosa.__file__).parent), "/opt/limosa"])
 def test_which_folders_are_a_program_s(folder: str) -> None:
     path = Path(folder).resolve() / "any.raw"
-    assert any(path.is_relative_to(one) for one in (*access._SYSTEM, *access._PROGRAM))
+    assert any(path.is_relative_to(one) for one in (*map(Path, access._SYSTEM), *access._PROGRAM))
 
 
 @needs_root
