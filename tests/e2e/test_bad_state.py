@@ -231,8 +231,10 @@ def test_vms_that_are_not_damaged_work(damaged: tuple[Host, dict[Path, bytes]]) 
     for name in ("whole", "record"):
         host.client.call(endpoints.PAUSE_VM, vm=name)
         host.client.call(endpoints.RESUME_VM, vm=name)
-    host.client.call(endpoints.START_VM, vm="dead")
-    host.client.call(endpoints.STOP_VM, vm="dead")
+    host.client.call(endpoints.STOP_VM, vm="whole")
+    host.client.call(endpoints.START_VM, vm="whole")
+    with pytest.raises(OwnerUnknown, match=JOURNAL):
+        host.client.call(endpoints.START_VM, vm="dead")
 
 
 @pytest.mark.parametrize("name", ["cut", "other", "binary", "copied", "twin", "folder"])
@@ -276,12 +278,15 @@ def test_a_vm_that_was_mended_is_there_after_a_restart(damaged: tuple[Host, dict
     host, _ = damaged
     path = host.state / "vms" / "other" / "vm.toml"
     path.write_bytes(path.read_bytes().replace(b"colour = 'red'\n", b""))
+    for journal in host.state.glob("migrations/*.jsonl"):
+        journal.unlink()
     host.kill()
     host.start()
     host.client.call(endpoints.START_VM, vm="other")
+    host.client.call(endpoints.START_VM, vm="dead")
 
 
-def test_a_vm_that_may_run_elsewhere_is_not_resumed_while_its_journal_is_damaged(pair: list[Host]) -> None:
+def test_a_vm_that_may_run_elsewhere_is_not_resumed_or_started_while_its_journal_is_damaged(pair: list[Host]) -> None:
     alpha, beta = pair
     alpha.kill()
     alpha.start("source:handing-over:after:daemon")
@@ -297,6 +302,9 @@ def test_a_vm_that_may_run_elsewhere_is_not_resumed_while_its_journal_is_damaged
     beta.client.call(endpoints.RESOLVE_MIGRATION, api.ResolveRequest(owner=Side.DESTINATION), migration=migration)
     assert runners(pair, "vm") == ["beta"]
     alpha.client.call(endpoints.STOP_VM, vm="vm")
+    with pytest.raises(OwnerUnknown, match=journal.name):
+        alpha.client.call(endpoints.START_VM, vm="vm")
+    assert runners(pair, "vm") == ["beta"]
     alpha.client.call(endpoints.DELETE_VM, vm="vm")
     journal.unlink()
     alpha.kill()

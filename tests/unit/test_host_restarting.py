@@ -13,12 +13,12 @@ import msgspec
 import pytest
 
 from harness.landings import VM
-from limosa.errors import StorageError
+from limosa.errors import OwnerUnknown, StorageError
 from limosa.host.files import Files
 from limosa.host.launching import Found
 from limosa.host.vms import CRASH_LOOP_S, HostedVm, Vms
 from limosa.model.vm import VmConfig, VmState
-from limosa.qemu.protocol import Event
+from limosa.qemu.protocol import Event, RunState
 from limosa.settings import toml
 from limosa.testing.guest import FakeGuest
 from limosa.testing.machine import FakeMachine
@@ -205,5 +205,63 @@ class TestWithoutADaemon:
             else:
                 await world.vms._background.idle()
             assert len(world.launcher.started) == int(starts)
+
+        play(scenario)
+
+
+class TestWhileAJournalIsDamaged:
+    """It may be that of any VM, and say that the VM has left."""
+
+    @pytest.mark.parametrize("state", [RunState.POSTMIGRATE, RunState.FINISH_MIGRATE])
+    @pytest.mark.parametrize("config", [VM, RESTARTS])
+    def test_a_vm_that_was_sent_away_is_not_run_again(self, play: Play, config: VmConfig, state: RunState) -> None:
+        async def scenario(world: World) -> None:
+            machine = FakeMachine(Wire(), FakeGuest(0))
+            machine._run_state = state
+            hosted = await world.load(config, Found(cast(Any, machine), "tcg", LONG_AGO))
+            world.vms.doubt = "a journal is damaged"
+            with pytest.raises(OwnerUnknown, match="a journal is damaged"):
+                await world.vms.resume(hosted)
+            if config is VM:
+                await world.vms.stop(hosted)
+            else:
+                machine.die("")
+            await world.vms._background.idle()
+            with pytest.raises(OwnerUnknown, match="a journal is damaged"):
+                await world.vms.start(hosted)
+            assert world.launcher.started == []
+
+        play(scenario)
+
+    def test_one_that_did_not_run_is_not_started(self, play: Play) -> None:
+        async def scenario(world: World) -> None:
+            hosted = await world.load(VM)
+            world.vms.doubt = "a journal is damaged"
+            with pytest.raises(OwnerUnknown):
+                await world.vms.start(hosted)
+            assert world.launcher.started == []
+
+        play(scenario)
+
+    def test_one_that_ran_here_works_as_ever(self, play: Play) -> None:
+        async def scenario(world: World) -> None:
+            machine = FakeMachine(Wire(), FakeGuest(0))
+            await machine.resume()
+            hosted = await world.load(VM, Found(cast(Any, machine), "tcg", LONG_AGO))
+            world.vms.doubt = "a journal is damaged"
+            await world.vms.pause(hosted)
+            await world.vms.resume(hosted)
+            await world.vms.stop(hosted)
+            await world.vms.start(hosted)
+            assert len(world.launcher.started) == 1
+
+        play(scenario)
+
+    def test_one_whose_own_move_says_that_it_stayed_is_restarted(self, play: Play) -> None:
+        async def scenario(world: World) -> None:
+            hosted = await world.load(RESTARTS, Found(None, "tcg", LONG_AGO))
+            world.vms.doubt = "a journal is damaged"
+            await world.vms.crashed(hosted)
+            assert len(world.launcher.started) == 1
 
         play(scenario)

@@ -34,6 +34,8 @@ _log = logging.getLogger(__name__)
 CRASH_LOOP_S = 30.0
 #: A daemon that starts waits so long for shares with leases of VMs that do not run.
 LEASES_WITHIN_S = 5.0
+#: A QEMU that has sent its guest away, or is just doing so: in post-copy it stays so while the guest runs elsewhere.
+_SENT = frozenset({RunState.FINISH_MIGRATE, RunState.POSTMIGRATE})
 
 
 @dataclass
@@ -52,6 +54,8 @@ class HostedVm:
     ending: bool = False
     #: its QEMU runs and cannot be commanded; until that is mended nothing is done to the VM
     fault: LimosaError | None = None
+    #: whatever journals say that cannot be read, it has not left: this daemon made it, or has seen its guest here
+    is_here: bool = False
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     #: held while the end of its QEMU is dealt with
     ended: asyncio.Lock = field(default_factory=asyncio.Lock)
@@ -106,8 +110,9 @@ class Vms:
                 self._died.append(hosted)
             return
         self._attach(hosted, found.machine)
-        running = await found.machine.status() is RunState.RUNNING
-        hosted.state = VmState.RUNNING if running else VmState.PAUSED
+        status = await found.machine.status()
+        hosted.state = VmState.RUNNING if status is RunState.RUNNING else VmState.PAUSED
+        hosted.is_here = status not in _SENT
 
     async def give_back_leases(self) -> None:
         """Those of VMs that neither run nor move, which an earlier daemon may have had no time to give back. VMs on a
@@ -220,7 +225,7 @@ class Vms:
     async def create(self, new: NewVm) -> HostedVm:
         """Pin what was left open, check, and make the VM durable. On failure nothing is kept."""
         self._check_free(new.name, new.uuid)
-        created = HostedVm(await self._launcher.pin(new, str(uuid.uuid4())), VmState.STOPPED)
+        created = HostedVm(await self._launcher.pin(new, str(uuid.uuid4())), VmState.STOPPED, is_here=True)
         self._check_free(new.name, created.config.uuid)
         self._vms[new.name] = created
         try:
@@ -239,6 +244,8 @@ class Vms:
     async def start(self, hosted: HostedVm) -> None:
         """Start a stopped VM. On failure it is stopped and nothing runs."""
         self.check_idle(hosted)
+        if self.doubt and not hosted.is_here:
+            raise self._may_be_away(hosted)
         async with hosted.lock:
             if hosted.machine is not None:
                 raise self._wrong_state(hosted, "is started already")
@@ -278,14 +285,8 @@ class Vms:
         """Let a paused guest go on."""
         self.check_idle(hosted)
         machine = self._running(hosted)
-        if self.doubt and await machine.status() is RunState.POSTMIGRATE:
-            raise OwnerUnknown(
-                f"VM '{hosted.config.name}' was sent to another host, and may run there",
-                why=self.doubt,
-                todo="see docs/recovery.md; restart the daemon when the journal is mended or moved away",
-                vm=hosted.config.name,
-                host=self._host,
-            )
+        if self.doubt and await machine.status() in _SENT:
+            raise self._may_be_away(hosted)
         await machine.resume_if_stopped()
 
     async def delete(self, hosted: HostedVm) -> None:
@@ -324,6 +325,7 @@ class Vms:
         """A VM that landed is this host's from now on, durably."""
         await in_full(self._folders.keep, hosted.config)
         hosted.migration = None
+        hosted.is_here = True
         hosted.started_at = time.time()
         if hosted.machine is None:
             hosted.state, hosted.reason = VmState.CRASHED, "its QEMU ended just after it had landed"
@@ -349,7 +351,8 @@ class Vms:
         self._vms.pop(hosted.config.name, None)
 
     async def crashed(self, hosted: HostedVm) -> None:
-        """The VM's QEMU died in a migration; do what ``on_crash`` says."""
+        """The VM's QEMU died in a migration, which has left the VM here; do what ``on_crash`` says."""
+        hosted.is_here = True
         if hosted.machine is not None and hosted.machine.gone.is_set():
             await self._after_end(hosted, hosted.machine)
         await self._restart(hosted)
@@ -405,6 +408,7 @@ class Vms:
         elif hosted.state is not VmState.INCOMING:
             if event.name == "RESUME":
                 hosted.state, hosted.reason = VmState.RUNNING, ""
+                hosted.is_here = True
             elif event.name == "STOP":
                 hosted.state = VmState.PAUSED
 
@@ -464,6 +468,15 @@ class Vms:
     def _wrong_state(self, hosted: HostedVm, what: str) -> Conflict:
         name = hosted.config.name
         return Conflict(f"VM '{name}' {what}", todo=f"see 'limosa vm show {name}'", vm=name, host=self._host)
+
+    def _may_be_away(self, hosted: HostedVm) -> OwnerUnknown:
+        return OwnerUnknown(
+            f"VM '{hosted.config.name}' may have been sent to another host, and run there",
+            why=self.doubt,
+            todo="see docs/recovery.md; restart the daemon when the journal is mended or moved away",
+            vm=hosted.config.name,
+            host=self._host,
+        )
 
     def _check_free(self, name: str, identity: str | None) -> None:
         if name in self._folders.damaged:
