@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import jsonschema
 import msgspec
@@ -22,19 +22,33 @@ from harness.fuzz import fuzz
 from limosa.cli import program, vm_options
 from limosa.client.host import HostClient, error_of, fill_path
 from limosa.errors import InvalidInput, LimosaError, StateError, every_error, from_fault
+from limosa.host import disk_moves
+from limosa.host.goodput import Goodputs
+from limosa.host.launching import ProcessRecord
+from limosa.host.neighbours import Met, met
 from limosa.host.openapi import document
 from limosa.host.page import Page
+from limosa.host.views import Views
+from limosa.lab.daemons import DaemonRecord
+from limosa.lab.plan import Lab
 from limosa.migration.journal import Header, Journal
+from limosa.migration.journal import Record as JournalRecord
 from limosa.migration.ownership import SourceStep
+from limosa.model import reading
 from limosa.model.base import Model, is_clean_path, is_name
-from limosa.model.migration import Side
+from limosa.model.migration import Migration, Side
+from limosa.model.network import Carried
 from limosa.model.units import parse_size
 from limosa.model.vm import VmConfig
 from limosa.qemu.arguments import Launch, build
+from limosa.qemu.capabilities import QemuCapabilities
 from limosa.settings import toml
 from limosa.settings.address import parse_address, split_address
 from limosa.settings.daemon import DaemonSettings
 from limosa.settings.host import HostSettings
+from limosa.storage.leases import Lease
+from limosa.storage.marks import Mark
+from limosa.transport import endpoints
 from limosa.wire import peer as say
 from limosa.wire.api import NewVm
 from limosa.wire.endpoints import CREATE_VM, ENDPOINTS
@@ -270,6 +284,52 @@ def test_a_journal_is_read_or_refused_and_left(data: bytes) -> None:
             assert data.startswith(path.read_bytes())
             assert b"\n" not in data[len(path.read_bytes()) :]
             assert len(journal.records) == path.read_bytes().count(b"\n") - 1
+
+
+# Other state files ----------------------------------------------------------------------------------------------------
+
+STATE_FILES: tuple[Any, ...] = (
+    Header,
+    JournalRecord,
+    Met,
+    Migration,
+    disk_moves.Record,
+    ProcessRecord,
+    tuple[Carried, ...],
+    endpoints.Record,
+    QemuCapabilities,
+    Lease,
+    Mark,
+    Lab,
+    DaemonRecord,
+    dict,
+    object,
+)
+STUMBLED_OVER = [DEEP, b'{"x":' + DEEP, b'[{"here":"\xff"}]', b'{"\xff":1}', b'{"vm":"\xff"}', b'{"x":' + b"9" * 9999]
+
+
+@fuzz(st.binary() | values.JUNK.map(json.dumps).map(str.encode).flatmap(damaged), st.sampled_from(STATE_FILES))
+def test_any_bytes_are_a_state_file_or_refused(data: bytes, kind: Any) -> None:
+    attempt(msgspec.DecodeError, lambda: reading.decode(data, kind))
+
+
+@pytest.mark.parametrize("kind", STATE_FILES, ids=str)
+@pytest.mark.parametrize("data", STUMBLED_OVER, ids=range(len(STUMBLED_OVER)))
+def test_a_state_file_that_json_readers_stumble_over_is_refused(data: bytes, kind: Any) -> None:
+    attempt(msgspec.DecodeError, lambda: reading.decode(data, kind))
+
+
+@pytest.mark.parametrize("data", STUMBLED_OVER, ids=range(len(STUMBLED_OVER)))
+def test_files_that_only_remember_may_hold_anything(tmp_path: Path, data: bytes) -> None:
+    path = tmp_path / "abcdefghijkl.view.json"
+    path.write_bytes(data)
+    views = Views("here", tmp_path)
+    views.recall("abcdefghijkl")
+    assert views.list() == []
+    assert Goodputs(path).known == ()
+    assert met(path) is None
+    asyncio.run(endpoints.Endpoints(cast(Any, None), path).clean())
+    assert path.read_bytes() == data
 
 
 # Messages -------------------------------------------------------------------------------------------------------------

@@ -128,7 +128,7 @@ class HostClient:
             return cls()
         try:
             return reading.decode(data, cls)
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as fault:
+        except msgspec.DecodeError as fault:
             raise HostUnreachable(
                 "the host gave an answer that this command does not understand",
                 why=str(fault),
@@ -140,7 +140,7 @@ def error_of(status: int, data: bytes) -> LimosaError:
     """The error that a refusing reply stands for."""
     try:
         return from_fault(reading.decode(data, Fault))
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+    except msgspec.DecodeError:
         return LimosaError(
             f"the host refused the request with status {status}",
             why=data[:200].decode("utf-8", "replace"),

@@ -12,6 +12,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import msgspec
+
 from limosa.errors import LimosaError, StorageError
 from limosa.host.vms import Vms
 from limosa.migration.disks import read_name
@@ -102,7 +104,7 @@ class Claims:
                     yield f"{path} says that the move is not over", True
             except FileNotFoundError:
                 continue  # the move is over
-            except (OSError, ValueError, LimosaError) as error:
+            except (OSError, msgspec.DecodeError, LimosaError) as error:
                 yield f"{path} is damaged, and the move may not be over: {error}", False
 
     def _holder(self, image: Path) -> str:

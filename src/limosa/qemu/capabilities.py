@@ -130,7 +130,7 @@ async def probe(program: Path, cache: Path, user: str | None = None) -> QemuCapa
     Raises :class:`QemuError` if it does not run. A cache that cannot be read or written costs time, nothing else.
     """
     key = _key(program, user)
-    with contextlib.suppress(OSError, msgspec.MsgspecError, ValueError, RecursionError):
+    with contextlib.suppress(OSError, msgspec.DecodeError):
         known = reading.decode(cache.read_bytes(), QemuCapabilities)
         if known.key == key:
             return known
