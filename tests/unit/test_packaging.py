@@ -57,6 +57,21 @@ SEEN = """
 import os, sys; from limosa.storage import openers
 print(openers.everywhere().get(openers.key(os.stat(sys.argv[1])), "nobody"))
 """
+SPARED = """
+import pwd, socket, sys; from pathlib import Path
+from limosa.qemu import process; from limosa.transport.relay import client
+Path("/proc/self/oom_score_adj").write_text("300")  # to have less takes a right that a container may lack
+process._OWN_SCORE = Path(sys.argv[2])
+user = pwd.getpwuid(int(sys.argv[3])).pw_name
+ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+children = [
+    process._start(["sleep", "60"], (), Path(sys.argv[1]), user, False), client._spawn(theirs.fileno(), user)
+]
+for child in children:
+    print(Path(f"/proc/{child.pid}/oom_score_adj").read_text().strip())
+    child.kill()
+    child.wait()
+"""
 LOG = """
 import sys; from limosa.qemu import process
 print(process._log_of(int(sys.argv[1])))
@@ -75,3 +90,10 @@ def test_who_has_a_file_open_is_seen(image: Path, other: int) -> None:
 
 def test_the_log_of_a_qemu_that_runs_already_is_found(image: Path, other: int) -> None:
     assert as_the_unit(LOG, str(other)).stdout == f"{image.with_name('qemu.log')}\n"
+
+
+@pytest.mark.parametrize(("own", "childrens"), [("-900", "0"), ("300", "300")])
+def test_of_what_short_memory_ends_only_the_daemon_is_spared(tmp_path: Path, own: str, childrens: str) -> None:
+    (tmp_path / "own").write_text(f"{own}\n")
+    done = as_the_unit(SPARED, str(tmp_path / "log"), str(tmp_path / "own"), str(NOBODY))
+    assert done.stdout.split() == [childrens] * 2, done.stderr

@@ -30,6 +30,7 @@ _LOG_TAIL_BYTES = 4096
 _LOG_TAIL_LINES = 4
 #: From linux/capability.h: whoever has it may raise the limits of others.
 _CAP_SYS_RESOURCE = 24
+_OWN_SCORE = Path("/proc/self/oom_score_adj")
 #: ``-msg timestamp=on`` puts a time before, and QEMU its own program name.
 _PREFIX = re.compile(r"\A(\S+Z )?(\S*qemu-system-\w+: )?")
 
@@ -158,7 +159,7 @@ def _start(
     uid, gid = owner_of(user) or (None, None)
     try:
         with _fresh(log) as words:
-            return subprocess.Popen(
+            child = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
                 stdout=words,
@@ -174,6 +175,17 @@ def _start(
             )
     except (OSError, subprocess.SubprocessError) as error:
         raise QemuError(f"cannot start {command[0]}", why=str(error)) from error
+    let_be_ended(child.pid)
+    return child
+
+
+def let_be_ended(pid: int) -> None:
+    """Where the kernel was told to spare us when memory is short, have it judge this child, which has inherited that,
+    as any other process. It would otherwise end all else on the host for the sake of a VM (``proc(5)``, oom_score_adj).
+    """
+    with contextlib.suppress(OSError):  # it has ended
+        if int(_OWN_SCORE.read_text()) < 0:
+            Path(f"/proc/{pid}/oom_score_adj").write_text("0")
 
 
 def _fresh(log: Path) -> BinaryIO:

@@ -27,7 +27,7 @@ import msgspec
 import limosa
 from limosa.errors import InvalidInput, RelayFailed
 from limosa.model import reading
-from limosa.qemu.process import owner_of
+from limosa.qemu.process import let_be_ended, owner_of
 from limosa.transport.relay import control
 from limosa.transport.relay.control import Answer, ChannelStatistics, FromRelay, Statistics
 from limosa.transport.relay.frames import MAX_RAW_BYTES
@@ -286,7 +286,7 @@ def _spawn(descriptor: int, user: str | None) -> subprocess.Popen[bytes]:
     # It gives up its rights itself, once it is loaded: the user might not be able to read this installation.
     owner = owner_of(user) or ()
     try:
-        return subprocess.Popen(
+        child = subprocess.Popen(
             [sys.executable, "-P", "-m", "limosa.transport.relay", str(descriptor), *map(str, owner)],
             stdin=subprocess.DEVNULL,
             cwd="/",
@@ -297,3 +297,5 @@ def _spawn(descriptor: int, user: str | None) -> subprocess.Popen[bytes]:
         )
     except (OSError, subprocess.SubprocessError) as error:
         raise RelayFailed("cannot start a relay", why=str(error)) from error
+    let_be_ended(child.pid)
+    return child
