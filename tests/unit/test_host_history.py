@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 from pathlib import Path
 
@@ -113,3 +114,18 @@ def test_nothing_is_left_in_memory_either(tmp_path: Path, views: Views) -> None:
             views.show("m10000000000")
 
     asyncio.run(asyncio.wait_for(scenario(), 10))
+
+
+def test_what_is_kept_of_a_move_stays_whole_on_a_full_disk(
+    tmp_path: Path, views: Views, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = view(tmp_path, views, "m10000000000")
+    before = sorted(tmp_path.iterdir()), path.read_bytes()
+
+    def writes_half(file: Path, data: bytes) -> int:
+        file.open("wb").write(data[: len(data) // 2])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", writes_half)
+    views.keep(views.show("m10000000000"))
+    assert (sorted(tmp_path.iterdir()), path.read_bytes()) == before

@@ -538,3 +538,36 @@ class TestByADaemon:
             outgoing._background.cancel()
 
         play(scenario)
+
+    @pytest.mark.parametrize(
+        ("steps", "outcome", "code"),
+        [
+            ([SourceStep.HANDING_OVER, SourceStep.CONFIRMED, SourceStep.FINISHED], Outcome.COMPLETED, ""),
+            ([SourceStep.UNDOING, SourceStep.HOME, SourceStep.UNDONE], Outcome.CANCELLED, "cancelled"),
+            ([SourceStep.HOME, SourceStep.UNDONE], Outcome.FAILED, "migration-failed"),
+        ],
+    )
+    @pytest.mark.parametrize("kept", [None, b"", b'{"vm":"\xff"}', Outcome.UNRESOLVED])
+    def test_a_move_that_ended_with_its_daemon_is_known_by_its_journal(
+        self,
+        tmp_path: Path,
+        there: dict[str, DestinationState | None],
+        monkeypatch: pytest.MonkeyPatch,
+        steps: list[SourceStep],
+        outcome: Outcome,
+        code: str,
+        kept: bytes | Outcome | None,
+    ) -> None:
+        async def scenario() -> None:
+            outgoing = self.outgoing(tmp_path, HostedVm(VM, VmState.RUNNING), there, monkeypatch)
+            journal = self.journal(tmp_path, FIRST, "x", *MIGRATING, *steps)
+            if isinstance(kept, Outcome):
+                outgoing._views.keep(msgspec.structs.replace(first_view(), id=FIRST, outcome=kept))
+            elif kept is not None:
+                (tmp_path / f"{FIRST}.view.json").write_bytes(kept)
+            await outgoing.recover(journal)
+            shown = await outgoing._views.ended(FIRST)
+            assert (shown.outcome, shown.fault.code if shown.fault else "") == (outcome, code)
+            assert outgoing._views.list() == [shown]
+
+        play(scenario)

@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 
 from limosa.background import Background, in_full
-from limosa.errors import Conflict, HostUnreachable, LimosaError, from_fault
+from limosa.errors import Cancelled, Conflict, HostUnreachable, LimosaError, from_fault
 from limosa.host.bandwidth import MBIT_BYTES, Bandwidth
 from limosa.host.expectation import expect, resident_bytes
 from limosa.host.leaving import Leaving
@@ -174,7 +174,8 @@ class Outgoing:
     async def recover(self, journal: Journal) -> None:
         """Take up a move that a restart found: from the line if it waited there, else settle it."""
         if journal.step is not None and SourceStep(journal.step) in SOURCE_ENDED:
-            self._views.recall(journal.header.migration)
+            if not self._views.recall(journal.header.migration):
+                self._tell_of(journal)
             return
         hosted = self._vms.find(journal.header.vm.name)
         if hosted is not None and hosted.config.uuid != journal.header.vm.uuid:
@@ -187,6 +188,19 @@ class Outgoing:
             self._begin(journal, hosted, hosted.machine)
         else:
             self._begin(journal, hosted, hosted.machine if hosted is not None else None, settle=True)
+
+    def _tell_of(self, journal: Journal) -> None:
+        """Show how a move ended of which an earlier daemon had no time to keep more than the journal."""
+        header = journal.header
+        view = self._first_view(header, str(header.options.get("transport") or self._page.now.transport))
+        if journal.step == SourceStep.FINISHED:
+            progress = msgspec.structs.replace(view.progress, percent=100.0)
+            view = msgspec.structs.replace(view, phase=Phase.TEAR_DOWN, outcome=Outcome.COMPLETED, progress=progress)
+        else:
+            cause = _cause_in(journal) or restarted(header.vm.name, self.host)
+            outcome = Outcome.CANCELLED if isinstance(cause, Cancelled) else Outcome.FAILED
+            view = msgspec.structs.replace(view, phase=Phase.BUILD_UP, outcome=outcome, fault=cause.fault())
+        self._views.publish(view)
 
     def _begin(
         self, journal: Journal, hosted: HostedVm | None, machine: MachineProtocol | None, *, settle: bool = False

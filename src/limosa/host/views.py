@@ -60,14 +60,27 @@ class Views:
             queue.put_nowait(view)
 
     def keep(self, view: Migration) -> None:
-        """Remember a move that has ended over a restart, if that can be written."""
-        with contextlib.suppress(OSError):
-            self._path(view.id).write_bytes(msgspec.json.encode(view))
+        """Remember a move that has ended over a restart, if that can be written; else what was kept of it stays."""
+        path = self._path(view.id)
+        temporary = path.with_name(f".{path.name}.new")
+        # Not synced, which would hold up the event loop: how the move ended is in its journal.
+        try:
+            temporary.write_bytes(msgspec.json.encode(view))
+            temporary.replace(path)
+        except OSError:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
 
-    def recall(self, migration: str) -> None:
-        """Know again a move that an earlier daemon has kept."""
-        with contextlib.suppress(OSError, msgspec.MsgspecError):
-            self._views[migration] = reading.decode(self._path(migration).read_bytes(), Migration)
+    def recall(self, migration: str) -> bool:
+        """Know again a move that has ended, as an earlier daemon has kept it. Returns whether one has."""
+        try:
+            view = reading.decode(self._path(migration).read_bytes(), Migration)
+        except (OSError, msgspec.DecodeError):
+            return False
+        if view.outcome in (Outcome.UNDER_WAY, Outcome.UNRESOLVED):
+            return False  # it was kept before the end
+        self._views[migration] = view
+        return True
 
     def forget(self, migration: str) -> None:
         """Of a move that ended long ago nothing is left but what is here."""
