@@ -13,16 +13,19 @@ import msgspec
 import pytest
 
 from harness.landings import VM
-from limosa.errors import OwnerUnknown, StorageError
+from limosa.errors import Conflict, OwnerUnknown, QemuGone, StorageError
 from limosa.host.files import Files
 from limosa.host.launching import Found
+from limosa.host.outgoing import Outgoing
 from limosa.host.vms import CRASH_LOOP_S, HostedVm, Vms
 from limosa.model.vm import VmConfig, VmState
 from limosa.qemu.protocol import Event, RunState
 from limosa.settings import toml
+from limosa.settings.host import HostSettings
 from limosa.testing.guest import FakeGuest
 from limosa.testing.machine import FakeMachine
 from limosa.testing.wire import Wire
+from limosa.wire.api import MoveRequest
 
 RESTARTS = msgspec.structs.replace(VM, on_crash="restart")
 LONG_AGO = 0.0
@@ -62,6 +65,13 @@ class FakeLauncher:
         self.left.append(config.name)
 
 
+class Parts(SimpleNamespace):
+    """Those that were named; None for all others."""
+
+    def __getattr__(self, name: str) -> None:
+        return None
+
+
 class World:
     """A host with the VM ``vm``, as its daemon finds it when it starts."""
 
@@ -84,6 +94,19 @@ class World:
         hosted.started_at = started_at
         hosted.migration = "m1"
         return hosted
+
+    async def hangs(self, act: str) -> tuple[HostedVm, asyncio.Future[None]]:
+        """A VM of whose guest something is asked that its QEMU does not answer."""
+        hosted = await self.load(VM)
+        await self.vms.start(hosted)
+        self.launcher.started[0].hang()
+        acting = asyncio.ensure_future(getattr(self.vms, act)(hosted))
+        await asyncio.sleep(0)
+        return hosted, acting
+
+    def outgoing(self) -> Outgoing:
+        page = SimpleNamespace(now=HostSettings(), on_change=lambda _: None)
+        return Outgoing(cast(Any, Parts(name="here", page=page, vms=self.vms)), Path(), cast(Any, None))
 
     async def runs(self, hosted: HostedVm) -> None:
         """Return when it runs."""
@@ -205,6 +228,34 @@ class TestWithoutADaemon:
             else:
                 await world.vms._background.idle()
             assert len(world.launcher.started) == int(starts)
+
+        play(scenario)
+
+
+class TestWhileItIsPausedOrResumed:
+    """An act of a person that QEMU has not answered yet."""
+
+    @pytest.mark.parametrize("act", ["pause", "resume"])
+    def test_no_move_begins(self, play: Play, act: str) -> None:
+        async def scenario(world: World) -> None:
+            hosted, acting = await world.hangs(act)
+            with pytest.raises(Conflict, match="is being paused or resumed"):
+                await world.outgoing().move(MoveRequest(vm="vm", destination="there"))
+            assert hosted.migration is None
+            world.launcher.started[0]._answers.set()
+            await acting
+            world.vms.check_movable(hosted)
+
+        play(scenario)
+
+    @pytest.mark.parametrize("act", ["pause", "resume"])
+    def test_a_qemu_that_does_not_answer_can_be_ended(self, play: Play, act: str) -> None:
+        async def scenario(world: World) -> None:
+            hosted, acting = await world.hangs(act)
+            await world.vms.stop(hosted)
+            with pytest.raises(QemuGone):
+                await acting
+            assert (hosted.state, hosted.steered) == (VmState.STOPPED, 0)
 
         play(scenario)
 

@@ -128,7 +128,7 @@ class Outgoing:
         hosted = self._vms.get(request.vm)
         if hosted.machine is None or hosted.state not in (VmState.RUNNING, VmState.PAUSED):
             raise Conflict(f"VM '{request.vm}' is {hosted.state}", todo="start it first", vm=request.vm, host=self.host)
-        self._vms.check_idle(hosted)
+        self._vms.check_movable(hosted)
         name = split_address(request.destination)[0]
         header = Header(
             migration=new_identity(),

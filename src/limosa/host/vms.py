@@ -11,8 +11,8 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
 import msgspec
@@ -56,6 +56,8 @@ class HostedVm:
     fault: LimosaError | None = None
     #: whatever journals say that cannot be read, it has not left: this daemon made it, or has seen its guest here
     is_here: bool = False
+    #: how many acts that pause or resume its guest are under way
+    steered: int = 0
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     #: held while the end of its QEMU is dealt with
     ended: asyncio.Lock = field(default_factory=asyncio.Lock)
@@ -220,6 +222,27 @@ class Vms:
                 host=self._host,
             )
 
+    def check_movable(self, hosted: HostedVm) -> None:
+        """As :meth:`check_idle`; also raises :class:`Conflict` while the VM is being paused or resumed: a move has to
+        know how it is to arrive."""
+        self.check_idle(hosted)
+        if hosted.steered:
+            raise Conflict(
+                f"VM '{hosted.config.name}' is being paused or resumed",
+                todo="try again in a moment",
+                vm=hosted.config.name,
+                host=self._host,
+            )
+
+    @contextmanager
+    def _steering(self, hosted: HostedVm) -> Iterator[None]:
+        """While QEMU is told to stop the guest or to go on. Not under the lock: a QEMU that is silent can be ended."""
+        hosted.steered += 1
+        try:
+            yield
+        finally:
+            hosted.steered -= 1
+
     # What people do
 
     async def create(self, new: NewVm) -> HostedVm:
@@ -279,15 +302,17 @@ class Vms:
     async def pause(self, hosted: HostedVm) -> None:
         """Stop the guest's processors."""
         self.check_idle(hosted)
-        await self._running(hosted).pause()
+        with self._steering(hosted):
+            await self._running(hosted).pause()
 
     async def resume(self, hosted: HostedVm) -> None:
         """Let a paused guest go on."""
         self.check_idle(hosted)
         machine = self._running(hosted)
-        if self.doubt and await machine.status() in _SENT:
-            raise self._may_be_away(hosted)
-        await machine.resume_if_stopped()
+        with self._steering(hosted):
+            if self.doubt and await machine.status() in _SENT:
+                raise self._may_be_away(hosted)
+            await machine.resume_if_stopped()
 
     async def delete(self, hosted: HostedVm) -> None:
         """Forget a stopped VM. Its disks are kept, and nobody's."""
