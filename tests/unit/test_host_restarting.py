@@ -29,6 +29,7 @@ from limosa.wire.api import MoveRequest
 
 RESTARTS = msgspec.structs.replace(VM, on_crash="restart")
 LONG_AGO = 0.0
+OTHER = "00000000-0000-4000-8000-000000000002"
 
 
 class FakeLauncher:
@@ -40,6 +41,7 @@ class FakeLauncher:
         self.started: list[FakeMachine] = []
         self.left: list[str] = []
         self.has_images = True
+        self.memory_mib = 2**20
 
     async def nothing(self, *_: object) -> None: ...
 
@@ -49,9 +51,14 @@ class FakeLauncher:
     def accelerator(self, config: VmConfig) -> str:
         return "tcg"
 
-    def check_memory(self, config: VmConfig, committed_mib: int) -> None: ...
+    def check_memory(self, config: VmConfig, committed_mib: int) -> None:
+        if committed_mib + config.memory_mib > self.memory_mib:
+            raise Conflict("there is no memory")
+
+    def forget_ended(self, config: VmConfig) -> None: ...
 
     async def claim_images(self, config: VmConfig) -> None:
+        await asyncio.sleep(0)
         if not self.has_images:
             raise StorageError("the image is missing")
 
@@ -187,6 +194,40 @@ class TestInAMove:
             await world.broken_off(hosted)
             assert hosted.state is VmState.CRASHED
             assert hosted.reason == "Segmentation fault; it could not be restarted: the image is missing"
+
+        play(scenario)
+
+
+class TestMemory:
+    """It is given to one VM at a time."""
+
+    def test_of_two_that_start_at_once_one_is_refused_where_there_is_memory_for_one(self, play: Play) -> None:
+        async def scenario(world: World) -> None:
+            first = await world.load(VM)
+            second = HostedVm(msgspec.structs.replace(VM, name="other", uuid=OTHER), VmState.STOPPED)
+            world.vms._vms["other"] = second
+            world.launcher.memory_mib = VM.memory_mib
+            done = await asyncio.gather(world.vms.start(first), world.vms.start(second), return_exceptions=True)
+            assert [type(one) for one in done] == [type(None), Conflict]
+            assert len(world.launcher.started) == 1
+            await world.vms.stop(first)
+            await world.vms.start(second)
+
+        play(scenario)
+
+    def test_one_that_starts_leaves_none_for_one_that_lands(self, play: Play) -> None:
+        async def scenario(world: World) -> None:
+            hosted = await world.load(VM)
+            landing = msgspec.structs.replace(VM, name="other", uuid=OTHER)
+            world.launcher.memory_mib = VM.memory_mib
+            world.launcher.has_images = False
+            starting = asyncio.ensure_future(world.vms.start(hosted))
+            await asyncio.sleep(0)
+            with pytest.raises(Conflict):
+                world.vms.reserve(landing, "m1")
+            with pytest.raises(StorageError):
+                await starting
+            world.vms.reserve(landing, "m1")
 
         play(scenario)
 

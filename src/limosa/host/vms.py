@@ -58,6 +58,8 @@ class HostedVm:
     is_here: bool = False
     #: how many acts that pause or resume its guest are under way
     steered: int = 0
+    #: it is about to have a QEMU, and was given the memory for that
+    starting: bool = False
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     #: held while the end of its QEMU is dealt with
     ended: asyncio.Lock = field(default_factory=asyncio.Lock)
@@ -67,6 +69,11 @@ class HostedVm:
         """What the running QEMU uses."""
         assert self.accelerator is not None
         return self.accelerator
+
+    @property
+    def has_memory(self) -> bool:
+        """Whether memory was given to it."""
+        return self.machine is not None or self.starting or self.state is VmState.INCOMING
 
 
 class Vms:
@@ -181,9 +188,7 @@ class Vms:
 
     def committed_mib(self) -> int:
         """Memory given to VMs that have a QEMU, or are about to."""
-        return sum(
-            vm.config.memory_mib for vm in self._vms.values() if vm.machine is not None or vm.state is VmState.INCOMING
-        )
+        return sum(vm.config.memory_mib for vm in self._vms.values() if vm.has_memory)
 
     def view(self, hosted: HostedVm) -> Vm:
         """A VM as clients see it."""
@@ -274,16 +279,24 @@ class Vms:
                 raise self._wrong_state(hosted, "is started already")
             hosted.accelerator = self._launcher.accelerator(hosted.config)
             self._launcher.check_memory(hosted.config, self.committed_mib())
-            await self._launcher.claim_images(hosted.config)
-            await self._leasing.take(hosted.config)
+            hosted.starting = True
             try:
-                machine = await self._launcher.launch(hosted.config, hosted.accelerator, incoming=False)
-            except BaseException:
-                await asyncio.shield(self._leasing.give_back(hosted.config))
-                raise
-            self._attach(hosted, machine)
+                machine = await self._launch(hosted, hosted.accelerator)
+            finally:
+                hosted.starting = False
             hosted.started_at = time.time()
             await machine.resume()
+
+    async def _launch(self, hosted: HostedVm, accelerator: Accelerator) -> Machine:
+        await self._launcher.claim_images(hosted.config)
+        await self._leasing.take(hosted.config)
+        try:
+            machine = await self._launcher.launch(hosted.config, accelerator, incoming=False)
+        except BaseException:
+            await asyncio.shield(self._leasing.give_back(hosted.config))
+            raise
+        self._attach(hosted, machine)
+        return machine
 
     async def stop(self, hosted: HostedVm) -> None:
         """Pull the plug."""
