@@ -13,7 +13,8 @@ import msgspec
 import pytest
 
 from harness.landings import VM
-from limosa.errors import Conflict, OwnerUnknown, QemuGone, StorageError
+from limosa.errors import Conflict, OwnerUnknown, QemuError, QemuGone, StorageError
+from limosa.host import vms
 from limosa.host.files import Files
 from limosa.host.launching import Found
 from limosa.host.outgoing import Outgoing
@@ -40,12 +41,15 @@ class FakeLauncher:
         self.found: Found | None = None
         self.started: list[FakeMachine] = []
         self.left: list[str] = []
+        self.silent = False
         self.has_images = True
         self.memory_mib = 2**20
 
     async def nothing(self, *_: object) -> None: ...
 
     async def attach(self, config: VmConfig) -> Found | None:
+        if self.silent:
+            raise QemuError("QEMU does not answer")
         return self.found
 
     def accelerator(self, config: VmConfig) -> str:
@@ -87,10 +91,19 @@ class World:
         self.launcher = FakeLauncher()
         self.vms = Vms("here", self.files, cast(Any, self.launcher))
 
-    async def load(self, config: VmConfig, found: Found | None = None) -> HostedVm:
+    def write(self, config: VmConfig) -> None:
         path = self.files.vm(config.name) / "vm.toml"
         path.parent.mkdir(parents=True)
         toml.write(path, config)
+
+    async def load_silent(self, config: VmConfig) -> HostedVm:
+        self.write(config)
+        self.launcher.silent = True
+        assert len(await self.vms.load()) == 1
+        return self.vms.get(config.name)
+
+    async def load(self, config: VmConfig, found: Found | None = None) -> HostedVm:
+        self.write(config)
         self.launcher.found = found
         assert await self.vms.load() == []
         return self.vms.get(config.name)
@@ -228,6 +241,88 @@ class TestMemory:
             with pytest.raises(StorageError):
                 await starting
             world.vms.reserve(landing, "m1")
+
+        play(scenario)
+
+
+class TestASilentQemu:
+    """It does not answer a daemon that starts."""
+
+    @pytest.fixture(autouse=True)
+    def at_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(vms, "ASK_EVERY_S", 0.0)
+
+    def test_it_is_taken_up_when_it_answers(self, play: Play) -> None:
+        async def scenario(world: World) -> None:
+            hosted = await world.load_silent(VM)
+            with pytest.raises(QemuError, match="does not answer"):
+                await world.vms.start(hosted)
+            world.vms.ask_again()
+            await asyncio.sleep(0.01)
+            assert hosted.fault is not None
+            machine = FakeMachine(Wire(), FakeGuest(0))
+            await machine.resume()
+            world.launcher.silent, world.launcher.found = False, Found(cast(Any, machine), "tcg", LONG_AGO)
+            await world.runs(hosted)
+            await world.vms.pause(hosted)
+            assert hosted.reason == ""
+
+        play(scenario)
+
+    @pytest.mark.parametrize(("config", "starts"), [(VM, False), (RESTARTS, True)])
+    def test_one_that_ends_has_crashed(self, play: Play, config: VmConfig, starts: bool) -> None:
+        async def scenario(world: World) -> None:
+            hosted = await world.load_silent(config)
+            world.vms.ask_again()
+            world.launcher.silent, world.launcher.found = False, Found(None, "tcg", LONG_AGO)
+            if starts:
+                await world.runs(hosted)
+            else:
+                await world.vms._background.idle()
+                assert hosted.state is VmState.CRASHED
+                await world.vms.start(hosted)
+
+        play(scenario)
+
+    def test_it_is_left_to_the_move_that_has_it(self, play: Play) -> None:
+        async def scenario(world: World) -> None:
+            hosted = await world.load_silent(VM)
+            hosted.migration = "m1"
+            world.vms.ask_again()
+            world.launcher.silent, world.launcher.found = False, Found(None, "tcg", LONG_AGO)
+            await asyncio.sleep(0.01)
+            assert hosted.fault is not None
+            hosted.migration = None
+            await world.vms._background.idle()
+            assert hosted.fault is None
+
+        play(scenario)
+
+    def test_its_memory_is_given_to_no_other(self, play: Play) -> None:
+        async def scenario(world: World) -> None:
+            await world.load_silent(VM)
+            world.launcher.memory_mib = VM.memory_mib
+            with pytest.raises(Conflict):
+                world.vms.reserve(msgspec.structs.replace(VM, name="other", uuid=OTHER), "m1")
+
+        play(scenario)
+
+    def test_several_are_waited_for_at_once(self, play: Play, monkeypatch: pytest.MonkeyPatch) -> None:
+        async def scenario(world: World) -> None:
+            asked: set[str] = set()
+            all_are = asyncio.Event()
+
+            async def attach(config: VmConfig) -> None:
+                asked.add(config.name)
+                if len(asked) == 2:
+                    all_are.set()
+                await all_are.wait()
+                raise QemuError(f"{config.name} does not answer")
+
+            monkeypatch.setattr(world.launcher, "attach", attach)
+            world.write(VM)
+            world.write(msgspec.structs.replace(VM, name="other", uuid=OTHER))
+            assert [str(fault) for fault in await world.vms.load()] == ["other does not answer", "vm does not answer"]
 
         play(scenario)
 

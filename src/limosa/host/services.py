@@ -115,6 +115,9 @@ async def recover(services: Services) -> None:
             services.parts.vms.doubt = f"migration {journal.header.migration} could not be taken up: {error!r}"
     await services.parts.vms.give_back_leases()
     services.parts.vms.restart_died()
+    # A QEMU that was silent may not use the disks its vm.toml names until that move has been brought to an end.
+    if not any(services.parts.files.migrations.glob("*.disks.json")):
+        services.parts.vms.ask_again()
 
 
 def _load(path: Path) -> Journal:

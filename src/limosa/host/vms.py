@@ -34,6 +34,8 @@ _log = logging.getLogger(__name__)
 CRASH_LOOP_S = 30.0
 #: A daemon that starts waits so long for shares with leases of VMs that do not run.
 LEASES_WITHIN_S = 5.0
+#: Between attempts to take up a QEMU that did not answer.
+ASK_EVERY_S = 10.0
 #: A QEMU that has sent its guest away, or is just doing so: in post-copy it stays so while the guest runs elsewhere.
 _SENT = frozenset({RunState.FINISH_MIGRATE, RunState.POSTMIGRATE})
 
@@ -72,8 +74,9 @@ class HostedVm:
 
     @property
     def has_memory(self) -> bool:
-        """Whether memory was given to it."""
-        return self.machine is not None or self.starting or self.state is VmState.INCOMING
+        """Whether memory was given to it. A QEMU that cannot be commanded has it still."""
+        has_qemu = self.machine is not None or self.fault is not None
+        return has_qemu or self.starting or self.state is VmState.INCOMING
 
 
 class Vms:
@@ -96,16 +99,17 @@ class Vms:
     async def load(self) -> list[LimosaError]:
         """Read every ``vm.toml`` and take up the QEMUs that still run. Returns what could not be read or taken up."""
         configs = self._folders.read()
-        faults = list(self._folders.damaged.values())
-        for config in configs:
-            hosted = HostedVm(config, VmState.STOPPED)
-            self._vms[config.name] = hosted
-            try:
-                await self._take_up(hosted, died=VmState.CRASHED)
-            except LimosaError as error:
-                hosted.fault, hosted.state, hosted.reason = error, VmState.CRASHED, str(error)
-                faults.append(error)
-        return faults
+        self._vms = {config.name: HostedVm(config, VmState.STOPPED) for config in configs}
+        # Side by side: one that does not answer is waited for, and there may be many.
+        await asyncio.gather(*map(self._load, self._vms.values()))
+        silent = [hosted.fault for hosted in self._vms.values() if hosted.fault is not None]
+        return [*self._folders.damaged.values(), *silent]
+
+    async def _load(self, hosted: HostedVm) -> None:
+        try:
+            await self._take_up(hosted, died=VmState.CRASHED)
+        except LimosaError as error:
+            hosted.fault, hosted.state, hosted.reason = error, VmState.CRASHED, str(error)
 
     async def _take_up(self, hosted: HostedVm, *, died: VmState) -> None:
         """Attach to the VM's QEMU if its ``process.json`` names one that still runs."""
@@ -122,6 +126,26 @@ class Vms:
         status = await found.machine.status()
         hosted.state = VmState.RUNNING if status is RunState.RUNNING else VmState.PAUSED
         hosted.is_here = status not in _SENT
+
+    def ask_again(self) -> None:
+        """Take up QEMUs that did not answer as soon as they do.
+
+        To be called when it is known of every move, also of disks, which VMs are its."""
+        for hosted in self.all():
+            if hosted.fault is not None and hosted.state is not VmState.INCOMING:
+                self._background.spawn(self._ask_again(hosted))
+
+    async def _ask_again(self, hosted: HostedVm) -> None:
+        while hosted.fault is not None and self._vms.get(hosted.config.name) is hosted:
+            await asyncio.sleep(ASK_EVERY_S)
+            if hosted.migration is not None or hosted.machine is not None:
+                continue  # a move is being settled as if the QEMU had ended
+            with suppress(LimosaError):
+                await self._take_up(hosted, died=VmState.CRASHED)
+                hosted.fault = None
+        if hosted.machine is None and hosted.fault is None:
+            await self._give_back(hosted)
+            await self._restart(hosted)
 
     async def give_back_leases(self) -> None:
         """Those of VMs that neither run nor move, which an earlier daemon may have had no time to give back. VMs on a
