@@ -98,6 +98,7 @@ async def assemble(daemon: DaemonSettings, files: Files) -> Services:
 
 async def recover(services: Services) -> None:
     """Bring every migration that an earlier daemon left to its end, or begin to."""
+    await asyncio.to_thread(_remove_half_written, services.parts.files.migrations)
     await services.disk_moves.recover()
     journals: list[Journal] = []
     for path in sorted(services.parts.files.migrations.glob("*.jsonl")):
@@ -118,6 +119,17 @@ async def recover(services: Services) -> None:
     # A QEMU that was silent may not use the disks its vm.toml names until that move has been brought to an end.
     if not any(services.parts.files.migrations.glob("*.disks.json")):
         services.parts.vms.ask_again()
+
+
+def _remove_half_written(folder: Path) -> None:
+    """Files that an earlier daemon had not given their names yet, which say nothing. They would pass for a move that
+    goes on."""
+    for pattern in (*(f"*.{side}.new" for side in Side), ".*.json.new"):
+        for path in folder.glob(pattern):
+            try:
+                path.unlink()
+            except OSError as error:
+                _log.error("%s stays: %s", path, error)
 
 
 def _load(path: Path) -> Journal:

@@ -1,0 +1,70 @@
+"""What a daemon does with what an earlier one has left, before it answers anybody."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+from unittest.mock import AsyncMock, Mock
+
+import msgspec
+import pytest
+
+from harness.landings import header
+from limosa.host.services import recover
+from limosa.migration.journal import Journal
+from limosa.migration.ownership import SourceStep
+from limosa.model.migration import Side
+
+
+def services(folder: Path) -> Any:
+    vms = SimpleNamespace(doubt="", give_back_leases=AsyncMock(), restart_died=Mock(), ask_again=Mock())
+    return SimpleNamespace(
+        disk_moves=SimpleNamespace(recover=AsyncMock()),
+        outgoing=SimpleNamespace(recover=AsyncMock()),
+        incoming=SimpleNamespace(recover=AsyncMock()),
+        parts=SimpleNamespace(files=SimpleNamespace(migrations=folder), vms=vms),
+    )
+
+
+@pytest.mark.parametrize("side", Side)
+def test_what_was_half_written_when_a_daemon_died_is_removed(
+    tmp_path: Path, side: Side, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Killed(BaseException):
+        """What nobody catches."""
+
+    def killed(*_: object) -> None:
+        raise Killed
+
+    monkeypatch.setattr("limosa.migration.journal.os.link", killed)
+    with pytest.raises(Killed):
+        Journal.begin(tmp_path, header(side))
+    for name in (".m1.view.json.new", ".m1.disks.json.new"):
+        (tmp_path / name).touch()
+    assert len(list(tmp_path.iterdir())) == 3
+    asyncio.run(recover(services(tmp_path)))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_whole_or_anothers_stays(tmp_path: Path) -> None:
+    journal = Journal.begin(tmp_path, msgspec.structs.replace(header(Side.SOURCE), migration="abcdefghijkl"))
+    journal.record(SourceStep.PREPARING, 1.0)
+    journal.close()
+    for name in ("m1.view.json", "m1.disks.json", "a-copy.new", "m1.source.jsonl.damaged"):
+        (tmp_path / name).touch()
+    before = sorted(tmp_path.iterdir())
+    host = services(tmp_path)
+    asyncio.run(recover(host))
+    assert sorted(tmp_path.iterdir()) == before
+    assert host.outgoing.recover.await_count == 1
+
+
+@pytest.mark.parametrize("left", [True, False])
+def test_silent_qemus_are_asked_again_where_no_move_of_disks_is_left(tmp_path: Path, left: bool) -> None:
+    if left:
+        (tmp_path / "m1.disks.json").touch()
+    host = services(tmp_path)
+    asyncio.run(recover(host))
+    assert cast(Mock, host.parts.vms.ask_again).call_count == int(not left)
