@@ -59,7 +59,9 @@ def test_a_qemu_keeps_the_folder_it_was_started_with(files: Files, half: Path) -
     assert files.sockets(SECOND) != half
 
 
-@pytest.mark.parametrize("record", ["", "{}", "[]", "nonsense", '{"pid": "x"}', '{"pid": 0}'])
+@pytest.mark.parametrize(
+    "record", ["", "{}", "[]", "nonsense", '{"pid": "x"}', '{"pid": 0}', "[" * 100_000], ids=range(7)
+)
 def test_who_has_crashed_does_not_get_the_folder_of_another(files: Files, half: Path, record: str) -> None:
     (files.vm("web2") / "process.json").write_text(record)
     assert files.sockets(SECOND) == files.run / "vm" / "00000000000000000000000000000002"

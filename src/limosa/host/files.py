@@ -21,13 +21,13 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-import json
 import os
 import secrets
 from dataclasses import dataclass
 from pathlib import Path
 
 from limosa.errors import Conflict, StateError
+from limosa.model import reading
 from limosa.model.vm import VmConfig
 from limosa.settings import toml
 
@@ -101,7 +101,7 @@ class Files:
     def _is_used_by(self, config: VmConfig, sockets: Path) -> bool:
         """Whether the QEMU in the VM's record was started with that folder. Another VM's UUID may begin alike."""
         try:
-            pid = json.loads((self.vm(config.name) / "process.json").read_bytes())["pid"]
+            pid = reading.decode((self.vm(config.name) / "process.json").read_bytes(), dict)["pid"]
             return os.fsencode(f"{sockets}/") in Path(f"/proc/{pid}/cmdline").read_bytes()
         except (OSError, ValueError, TypeError, LookupError):
             return False
@@ -142,8 +142,9 @@ class Files:
             if not known:
                 known = secrets.token_hex(16)
                 toml.write_atomically(own, known.encode())
-        except OSError as error:
-            raise StateError(f"cannot read {error.filename}", why=error.strerror or str(error)) from error
+        except (OSError, UnicodeDecodeError) as error:
+            name = error.filename if isinstance(error, OSError) else f"{_MACHINE_ID} or {own}"
+            raise StateError(f"cannot read {name}", why=toml.why_unreadable(error)) from error
         return hashlib.sha256(f"limosa {known.strip()}".encode()).hexdigest()[:32]
 
 
