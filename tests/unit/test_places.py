@@ -29,7 +29,7 @@ def parts(storage: Storage, **more: Any) -> Any:
     unused = ("vms", "inspector", "relays", "multichannel", "page", "neighbours")
     leasing = Leasing("host2", "boot", "machine", lambda _: False)
     files = SimpleNamespace(migrations=None)
-    values = {"name": "host2", "storage": storage, "leasing": leasing, "files": files}
+    values = {"name": "host2", "boot": "boot", "storage": storage, "leasing": leasing, "files": files}
     return SimpleNamespace(**(dict.fromkeys(unused) | values | more))
 
 
