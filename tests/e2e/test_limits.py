@@ -119,6 +119,16 @@ def test_the_line_is_shown_and_kept(hosts: list[LabHost]) -> None:
     assert destination.vm("vm3") is None
 
 
+def test_who_waits_in_line_moves_by_the_settings_there_are_then(hosts: list[LabHost]) -> None:
+    source, destination = hosts
+    with settings(source, {"max_outgoing": 1, "transport": "tcp"}):
+        first, second = [source.move(name, destination.name).id for name in NAMES[:2]]
+        follow(source, first, lambda view: view.phase is Phase.COPY)
+        change(source, {"transport": "multichannel"})
+        change(source, {"bandwidth_mbit_per_s": 0})
+        assert [source.outcome(one).transport for one in (first, second)] == ["tcp", "multichannel"]
+
+
 def test_a_changed_limit_works_at_once(hosts: list[LabHost]) -> None:
     source, destination = hosts
     with settings(source, {"max_outgoing": 1}), settings(destination, {"max_incoming": 3}):

@@ -215,13 +215,14 @@ class Outgoing:
         move = SourceMove(journal, machine, self._dialler(header.address), leaving, terms, report)
         self._active[header.migration] = move
         self._views.publish(report.now)
-        self._background.spawn(self._settle(move, None) if settle else self._conduct(move, place))
+        self._background.spawn(self._settle(move, None) if settle else self._conduct(move, place, options))
         return report.now
 
-    async def _conduct(self, move: SourceMove, place: Place) -> None:
+    async def _conduct(self, move: SourceMove, place: Place, options: MoveOptions) -> None:
         try:
             try:
                 await move.guard(place.take(move.report.line("other moves of this host")))
+                move.begin_on(self._terms(options))  # settings may have changed while it waited
                 await self._bandwidth.share()
                 await move.run()
             finally:

@@ -120,6 +120,10 @@ class SourceMove:
         self._sent_at: float | None = None
         self.stands_still = asyncio.Event()
 
+    def begin_on(self, terms: Terms) -> None:
+        """Take other terms than at first. To be called before :meth:`run`."""
+        self.terms = self._asked = terms
+
     async def run(self) -> None:
         """Move the VM. Raises what went wrong; then nothing is settled yet."""
         assert self.machine is not None
