@@ -1,10 +1,13 @@
 """Moves whose relays spread the stream over several networks: where Multipath TCP is missing, and over unequal NICs.
 
-Everything is judged by the bytes each path has carried, which the kernel counts, never by time.
+Everything is judged by the bytes each path has carried, which the kernel counts, never by time: except for a stall,
+which is one.
 """
 
 from __future__ import annotations
 
+import itertools
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +17,7 @@ import pytest
 
 from harness.commands import limosa
 from harness.disks import goes_on, number
-from harness.guests import LanClient, address_of, linux, wait_until_it_serves
+from harness.guests import LanClient, address_of, linux, type_in, wait_for_console, wait_until_it_serves
 from harness.hosts import wait_until
 from harness.labs import (
     LabHost,
@@ -26,7 +29,7 @@ from harness.labs import (
     running_lab,
     without_address,
 )
-from harness.steering import follow, settings
+from harness.steering import follow, looking, settings
 from limosa.lab import namespaces
 from limosa.model.migration import Migration, Outcome, Phase
 from limosa.model.vm import VmState
@@ -48,6 +51,12 @@ USED_BYTES = 1 * MIB
 #: Nothing ends under it before a test wants it to.
 BRAKE = {"bandwidth_mbit_per_s": 4}
 SWITCH = Path("/proc/sys/net/mptcp/enabled")
+#: Memory that no compression makes less.
+LOAD = {"fill_mib": 8, "random_mib": 8}
+#: On which side the cable is pulled out, one time after another.
+FLAPS = (0, 1, 0)
+#: A stream that stands still for longer has waited for a path that is cut.
+STALL_S = 3.0
 
 
 @pytest.fixture(scope="module")
@@ -186,6 +195,54 @@ def test_a_nic_that_is_cut_costs_speed_and_not_the_move(hosts: list[LabHost], si
         after = carried(arrived(hosts, migration))
     other = {"mig0": "mig1", "mig1": "mig0"}[nic]
     assert after[other] - before[other] > 5 * (after[nic] - before[nic])
+
+
+def until_carried(host: LabHost, migration: str, nic: str, more: int) -> None:
+    """Wait until a NIC has carried so much more."""
+    before = carried(follow(host, migration, lambda view: has_sent(0, view)))
+    follow(host, migration, lambda view: carried(view)[nic] > before[nic] + more)
+
+
+@contextmanager
+def stalls(host: LabHost, migration: str) -> Iterator[list[float]]:
+    """The longest time, in seconds, for which nothing was sent during the block, once that is over."""
+    sent: dict[int, float] = {}
+    found: list[float] = []
+    with host.client as client:
+
+        def look() -> None:
+            view = client.call(endpoints.SHOW_MIGRATION, migration=migration)
+            if view.outcome is Outcome.UNDER_WAY:
+                sent.setdefault(sum(carried(view).values()), time.monotonic())
+
+        with looking(look, pause_s=0.02):
+            yield found
+            over = time.monotonic()
+    moments = [*sent.values(), over]
+    found.append(max(after - before for before, after in itertools.pairwise(moments)))
+
+
+def test_a_link_that_flaps_costs_no_byte_and_no_long_stall(hosts: list[LabHost]) -> None:
+    hosts[0].create(linux("vm", memory_mib=96, load=LOAD))
+    client = LanClient(hosts[0].lab, address_of(1))
+    wait_until_it_serves(client)
+    wait_for_console(hosts[0], "vm", "LIMOSA FILLED")
+    sums = "md5sum /bin/* /fill/* >/www/"
+    type_in(hosts[0], f"{sums}before")
+    migration = begin(hosts, "auto")
+    until_carried(hosts[0], migration, "mig0", USED_BYTES)
+    with client.talking() as conversation:
+        with stalls(hosts[0], migration) as longest:
+            for side in FLAPS:
+                with cut(hosts, side, "mig0"):
+                    until_carried(hosts[0], migration, "mig1", 3 * USED_BYTES)
+                until_carried(hosts[0], migration, "mig0", USED_BYTES // 2)
+        arrived(hosts, migration)
+        conversation.wait_for_more()
+    assert conversation.faults == []
+    assert max(conversation.longest_gap_s, *longest) < STALL_S
+    type_in(hosts[1], f"{sums}after")
+    assert client.get("/after") == client.get("/before")
 
 
 @pytest.mark.long
