@@ -23,6 +23,7 @@ from harness.labs import (
     LabHost,
     break_connections,
     end_relays,
+    in_host,
     off_the_network,
     plug,
     reaches,
@@ -136,6 +137,16 @@ def cut(hosts: list[LabHost], side: int, nic: str) -> Iterator[None]:
         plug(hosts[side], nic, in_=True)
         there = hosts[1].lab.migration_addresses("host2")[int(nic[-1])]
         wait_until(lambda: reaches(hosts[0], there), "the cable is in again")
+
+
+@contextmanager
+def renamed(host: LabHost, nic: str, name: str) -> Iterator[None]:
+    """A NIC has another name during the block."""
+    in_host(host, lambda netlink, index: netlink.link("set", index=index, ifname=name), nic)
+    try:
+        yield
+    finally:
+        in_host(host, lambda netlink, index: netlink.link("set", index=index, ifname=nic), name)
 
 
 def in_proportion(migration: Migration) -> bool:
@@ -307,6 +318,19 @@ def test_a_nic_whose_address_goes_and_comes_back_is_used_again(hosts: list[LabHo
         break_connections(hosts[0], "mig1")
         then = follow(hosts[0], migration, lambda view: carried(view)["mig0"] > before["mig0"] + USED_BYTES)
     assert carried(arrived(hosts, migration))["mig1"] > carried(then)["mig1"] + USED_BYTES
+
+
+@pytest.mark.parametrize("side", [0, 1], ids=["source", "destination"])
+def test_a_nic_that_is_renamed_in_mid_move_goes_on_and_nothing_is_left(hosts: list[LabHost], side: int) -> None:
+    big(hosts[0])
+    migration = begin(hosts)
+    follow(hosts[0], migration, lambda view: has_sent(USED_BYTES, view))
+    with renamed(hosts[side], "mig1", "other"):
+        ended = arrived(hosts, migration)
+        assert in_proportion(ended), carried(ended)
+        for host in hosts:
+            host.clean()
+            host.wait_until_bare()
 
 
 def test_compression_goes_over_all_of_them(hosts: list[LabHost]) -> None:
