@@ -20,6 +20,7 @@ from harness.disks import goes_on, number
 from harness.guests import LanClient, address_of, linux, type_in, wait_for_console, wait_until_it_serves
 from harness.hosts import wait_until
 from harness.labs import (
+    RELAYS,
     LabHost,
     break_connections,
     end_relays,
@@ -51,6 +52,10 @@ BIGGER_MIB = 8192
 USED_BYTES = 1 * MIB
 #: Nothing ends under it before a test wants it to.
 BRAKE = {"bandwidth_mbit_per_s": 4}
+#: What the lab's switches and NICs have.
+MTU, SEGMENTS = 1500, 65535
+#: What the switches do not pass on.
+JUMBO = 9000
 SWITCH = Path("/proc/sys/net/mptcp/enabled")
 #: Memory that no compression makes less.
 LOAD = {"fill_mib": 8, "random_mib": 8}
@@ -331,6 +336,61 @@ def test_a_nic_that_is_renamed_in_mid_move_goes_on_and_nothing_is_left(hosts: li
         for host in hosts:
             host.clean()
             host.wait_until_bare()
+
+
+@contextmanager
+def mtus(hosts: list[LabHost], nic: str, sizes: tuple[int, int]) -> Iterator[None]:
+    """A NIC of each host sends packets of up to so many bytes during the block, over new connections, and has no device
+    that takes more at once, which would pass wherever its pieces do."""
+
+    def change(host: LabHost, size: int, segments: int) -> None:
+        values = {"mtu": size, "gso_max_segs": segments}
+        in_host(host, lambda netlink, index: netlink.link("set", index=index, **values), nic)
+
+    try:
+        for host, size in zip(hosts, sizes, strict=True):
+            end_relays(host)
+            change(host, size, 1)
+        yield
+    finally:
+        for host in hosts:
+            change(host, MTU, SEGMENTS)
+            end_relays(host)
+
+
+@pytest.mark.parametrize("sizes", [(JUMBO, MTU), (MTU, 1400), (1400, MTU)], ids=str)
+def test_different_mtus_are_found_and_both_nics_carry_all_the_same(
+    hosts: list[LabHost], sizes: tuple[int, int]
+) -> None:
+    big(hosts[0])
+    with mtus(hosts, "mig0", sizes):
+        said = limosa(hosts[0], "check", "vm", "--to", "host2").out
+        assert f"mig0 on host 'host1' has an MTU of {sizes[0]}, mig0 on host 'host2' of {sizes[1]}" in said
+        ended = arrived(hosts, begin(hosts))
+    assert [finding.code for finding in ended.findings] == ["mtu-differs"]
+    assert min(carried(ended).values()) > USED_BYTES, carried(ended)
+
+
+def test_a_switch_that_swallows_long_packets_costs_speed_and_not_the_move(hosts: list[LabHost]) -> None:
+    big(hosts[0])
+    with mtus(hosts, "mig0", (JUMBO, JUMBO)):
+        used = carried(arrived(hosts, begin(hosts, "auto")))
+    assert used["mig1"] > 5 * used["mig0"], used
+
+
+@pytest.mark.parametrize("transport", ["auto", "tcp"])
+def test_a_switch_that_swallows_long_packets_and_is_the_only_one_ends_the_move(
+    hosts: list[LabHost], transport: Transport
+) -> None:
+    big(hosts[0])
+    only = {"migration_networks": list(hosts[0].lab.migration_networks[:1]), "convergence.patience_s": 1}
+    with mtus(hosts, "mig0", (JUMBO, JUMBO)), settings(hosts[0], only):
+        ended = hosts[0].outcome(begin(hosts, transport))
+        assert ended.fault is not None
+        assert (ended.outcome, ended.fault.code) == (Outcome.FAILED, "not-converging"), ended.fault
+        assert "no memory has arrived" in ended.fault.why
+        assert hosts[0].show("vm").state is VmState.RUNNING
+        hosts[1].wait_until_bare(but=RELAYS)
 
 
 def test_compression_goes_over_all_of_them(hosts: list[LabHost]) -> None:
