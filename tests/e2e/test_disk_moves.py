@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from harness.commands import Said, limosa
 from harness.crashes import disks_of
 from harness.disks import assert_keeps, goes_on, number
 from harness.guests import LanClient
-from harness.hosts import wait_until
+from harness.hosts import tiny, wait_until
 from harness.images import MIB, SIZE_MIB, add_location, images, numbering
 from harness.labs import LabHost, running_lab
 from harness.qmp import assert_no_copies
-from harness.steering import follow, move
+from harness.steering import follow, move, remove, settings
 from limosa.model.migration import Migration, Outcome, Phase
 from limosa.wire import api, endpoints
 
@@ -119,6 +122,57 @@ def test_cancelled_it_never_was(hosts: list[LabHost], client: LanClient, until: 
     assert (said.code, said.object["outcome"]) == (0, "cancelled")
     assert disks_of(host, "web") == images(host) == before
     assert_keeps(host, "web", number(client))
+    assert_no_copies(host, disks=2)
+    goes_on(client)
+
+
+@contextmanager
+def beside(host: LabHost, *names: str) -> Iterator[None]:
+    """VMs with a disk each run during the block."""
+    paths = [host.state / "images" / f"{name}.raw" for name in names]
+    for name, path in zip(names, paths, strict=True):
+        path.write_bytes(os.urandom(SIZE_MIB * MIB))
+        host.create(msgspec.structs.replace(tiny(name), disks=(api.NewDisk(path=str(path)),)))
+    try:
+        yield
+    finally:
+        paths = [disk for name in names for disk in disks_of(host, name)]
+        remove(host, *names)
+        for path in paths:
+            path.unlink()
+
+
+def test_those_over_the_limit_wait_in_line_and_can_leave_it(hosts: list[LabHost], client: LanClient) -> None:
+    host = hosts[0]
+    before = disks_of(host, "web")
+
+    def begin(vm: str) -> str:
+        request = api.DiskMoveRequest(vm=vm, location="fast", bandwidth_mbit_per_s=SLOWLY)
+        return host.client.call(endpoints.MOVE_DISKS, request).id
+
+    def place(migration: str) -> int | None:
+        return host.client.call(endpoints.SHOW_MIGRATION, migration=migration).place
+
+    with beside(host, "one", "two"), settings(host, {"max_storage_moves": 1}):
+        first = begin("one")
+        follow(host, first, copying)
+        ids = [begin("web"), begin("two")]
+        assert [place(each) for each in (first, *ids)] == [None, 1, 2]
+        shown = limosa(host, "migration", "show", "web")
+        assert "waits for other moves of disks on this host, place 1" in shown.out
+        said = limosa(host, "migration", "cancel", "web", "--json")
+        assert (said.code, said.object["outcome"], said.object["total_s"]) == (0, "cancelled", 0)
+        assert [place(each) for each in (first, ids[1])] == [None, 1]
+        assert disks_of(host, "web") == before
+        assert len(images(host)) == len(before) + 3, "only the first has begun"
+        goes_on(client)
+        host.client.call(endpoints.CANCEL_MIGRATION, migration=first)
+        follow(host, ids[1], copying)
+        host.client.call(endpoints.LIMIT_MIGRATION, api.LimitRequest(bandwidth_mbit_per_s=0), migration=ids[1])
+        assert host.outcome(ids[1]).outcome is Outcome.COMPLETED
+        assert [path.parent.name for vm in ("one", "two") for path in disks_of(host, vm)] == ["images", "fast"]
+    assert_keeps(host, "web", number(client))
+    assert images(host) == before
     assert_no_copies(host, disks=2)
     goes_on(client)
 
