@@ -500,6 +500,23 @@ def test_a_relay_that_stands_still_is_given_up_by_who_joins_it(monkeypatch: pyte
     run(work())
 
 
+def test_a_relay_that_stands_still_is_given_up_though_nobody_waits_for_its_answer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def work() -> None:
+        async with pair() as relays:
+            await relays.source.statistics()
+            monkeypatch.setattr(client, "ANSWERS_WITHIN_S", 0.2)
+            os.kill(relays.source.pid, signal.SIGSTOP)
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(0.05):
+                    await relays.source.statistics()
+            await relays.source.ended.wait()
+            assert "did not answer within" in relays.source.why()
+
+    run(work())
+
+
 def test_a_worker_that_is_killed_costs_compression_only() -> None:
     async def work() -> None:
         async with pair(bytes_per_s=SLOW) as relays:

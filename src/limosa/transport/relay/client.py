@@ -50,9 +50,9 @@ class Relay:
     """A relay process. Made by :meth:`start`; belongs to one event loop.
 
     Every call raises :class:`RelayFailed` if the relay ended, also while the call waits. A relay that does not answer
-    within :data:`ANSWERS_WITHIN_S` is ended: it would let every move wait that joins it. ``on_channel_ended`` is called
-    with the last figures of each channel, ``on_lane_lost`` with the number of a lane that broke or did not come about,
-    and why.
+    within :data:`ANSWERS_WITHIN_S`, waited for or not, is ended: it would let every move wait that it carries or that
+    joins it. ``on_channel_ended`` is called with the last figures of each channel, ``on_lane_lost`` with the number of
+    a lane that broke or did not come about, and why.
     """
 
     def __init__(self, process: subprocess.Popen[bytes], sock: socket.socket) -> None:
@@ -204,16 +204,20 @@ class Relay:
         except OSError as error:
             raise RelayFailed("the relay does not listen", why=error.strerror or "") from error
         self._asked.append(waiting)
-        await asyncio.wait({waiting}, timeout=ANSWERS_WITHIN_S)
-        if not waiting.done():
-            self._why = f"it did not answer within {ANSWERS_WITHIN_S:.0f} s"
-            await self.end()
-            raise self._failed()
-        answer = await waiting
+        late = self._loop.call_later(ANSWERS_WITHIN_S, self._give_up, waiting)
+        waiting.add_done_callback(lambda _: late.cancel())
+        answer = await asyncio.shield(waiting)  # its answer is due also if nobody waits for it any more
         if isinstance(answer, control.Refused):
             raise InvalidInput("the relay refused", why=answer.why)
         assert isinstance(answer, kind)
         return answer
+
+    def _give_up(self, waiting: asyncio.Future[Answer]) -> None:
+        if not waiting.done():
+            self._on_message()  # where it is this daemon that stood still, the answer is there
+        if not waiting.done():
+            self._why = f"it did not answer within {ANSWERS_WITHIN_S:.0f} s"
+            self._process.kill()
 
     def _on_message(self) -> None:
         try:
