@@ -201,6 +201,40 @@ def test_a_destination_that_stops_reading_is_cancelled_as_fast(hosts: list[LabHo
     stays(hosts, session=True)
 
 
+@pytest.mark.parametrize("side", [0, 1], ids=["source", "destination"])
+def test_a_move_whose_relay_stands_still_is_cancelled_as_fast(hosts: list[LabHost], side: int) -> None:
+    with under_way(hosts) as migration:
+        (relay,) = relays(hosts[side])
+        os.kill(relay, signal.SIGSTOP)
+        cancels_at_once(hosts, migration)
+    stays(hosts, session=True)
+
+
+def test_a_move_ends_with_a_relay_that_stands_still(hosts: list[LabHost]) -> None:
+    with under_way(hosts) as migration:
+        (relay,) = relays(hosts[0])
+        os.kill(relay, signal.SIGSTOP)
+        ended = hosts[0].outcome(migration)
+    assert ended.outcome is Outcome.FAILED
+    assert ended.fault is not None
+    assert (ended.fault.code, "did not answer" in ended.fault.why) == ("relay-failed", True), ended.fault
+    stays(hosts)
+    arrived(hosts, begin(hosts))
+
+
+def test_a_move_to_a_relay_that_stands_still_is_given_up(hosts: list[LabHost]) -> None:
+    with settings(hosts[0], {"convergence.patience_s": 2}), under_way(hosts) as migration:
+        (relay,) = relays(hosts[1])
+        os.kill(relay, signal.SIGSTOP)
+        with settings(hosts[0], {"bandwidth_mbit_per_s": 0}):
+            ended = hosts[0].outcome(migration)
+    assert ended.outcome is Outcome.FAILED
+    assert ended.fault is not None
+    # The guest may be stopped before what is on its way is too much to be only that.
+    assert ended.fault.code in ("migration-failed", "not-converging"), ended.fault
+    stays(hosts, session=True)
+
+
 def test_a_guest_that_stands_still_for_a_destination_that_stops_reading_runs_on(hosts: list[LabHost]) -> None:
     with under_way(hosts) as migration:
         (qemu,) = [pid for pid in hosts[1].qemus() if b"guest=vm" in command(pid)]
