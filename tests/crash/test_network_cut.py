@@ -15,6 +15,7 @@ import pytest
 
 from harness.hosts import settled, tiny, wait_until
 from harness.labs import LabHost, set_links
+from limosa.errors import Conflict
 from limosa.lab import lifecycle
 from limosa.lab.plan import UPLINK, Lab
 from limosa.model.migration import Outcome, Side
@@ -106,7 +107,18 @@ def test_a_person_resolves_what_nobody_can_know(hosts: list[LabHost], owner: Sid
     assert migration in view.fault.todo
     word = api.ResolveRequest(owner=owner)
     decided = first if owner is Side.SOURCE else second
-    decided.client.call(endpoints.RESOLVE_MIGRATION, word, migration=migration)
+
+    def is_heeded() -> bool:
+        """The destination may hear some seconds after the source that the other is gone."""
+        try:
+            decided.client.call(endpoints.RESOLVE_MIGRATION, word, migration=migration)
+        except Conflict as refusal:
+            if decided is first or "has not gone away" not in refusal.why:
+                raise
+            return False
+        return True
+
+    wait_until(is_heeded, "the person is heeded")
     index = 0 if owner is Side.SOURCE else 1
     wait_until(lambda: states(hosts)[index] is VmState.RUNNING, "it runs where the person said")
     assert states(hosts).count(VmState.RUNNING) == 1

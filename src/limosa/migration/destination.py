@@ -245,7 +245,8 @@ class Destination:
             raise Conflict(
                 f"the move of VM '{self.vm.name}' needs no decision",
                 why=f"host '{header.source}' conducts it, and has not gone away",
-                todo=f"to end it: limosa --host {header.source} migration cancel {header.migration}",
+                todo=f"to end it: limosa --host {header.source} migration cancel {header.migration}; "
+                "if that host has just died, try again in some seconds",
                 vm=self.vm.name,
                 host=header.destination,
             )
