@@ -325,7 +325,7 @@ def test_a_nic_whose_address_goes_and_comes_back_is_used_again(hosts: list[LabHo
     assert carried(arrived(hosts, migration))["mig1"] > carried(then)["mig1"] + USED_BYTES
 
 
-@pytest.mark.parametrize("side", [0, 1], ids=["source", "destination"])
+@pytest.mark.parametrize("side", [0, pytest.param(1, marks=pytest.mark.long)], ids=["source", "destination"])
 def test_a_nic_that_is_renamed_in_mid_move_goes_on_and_nothing_is_left(hosts: list[LabHost], side: int) -> None:
     big(hosts[0])
     migration = begin(hosts)
@@ -358,7 +358,11 @@ def mtus(hosts: list[LabHost], nic: str, sizes: tuple[int, int]) -> Iterator[Non
             end_relays(host)
 
 
-@pytest.mark.parametrize("sizes", [(JUMBO, MTU), (MTU, 1400), (1400, MTU)], ids=str)
+@pytest.mark.parametrize(
+    "sizes",
+    [(JUMBO, MTU), *(pytest.param(sizes, marks=pytest.mark.long) for sizes in ((MTU, 1400), (1400, MTU)))],
+    ids=str,
+)
 def test_different_mtus_are_found_and_both_nics_carry_all_the_same(
     hosts: list[LabHost], sizes: tuple[int, int]
 ) -> None:
@@ -378,7 +382,7 @@ def test_a_switch_that_swallows_long_packets_costs_speed_and_not_the_move(hosts:
     assert used["mig1"] > 5 * used["mig0"], used
 
 
-@pytest.mark.parametrize("transport", ["auto", "tcp"])
+@pytest.mark.parametrize("transport", ["auto", pytest.param("tcp", marks=pytest.mark.long)])
 def test_a_switch_that_swallows_long_packets_and_is_the_only_one_ends_the_move(
     hosts: list[LabHost], transport: Transport
 ) -> None:
