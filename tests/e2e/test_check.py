@@ -296,6 +296,17 @@ def own_folder(host: LabHost, folder: Path, prepare: str) -> Iterator[None]:
         host.start()
 
 
+def test_what_is_asked_of_the_move_counts(hosts: tuple[LabHost, LabHost]) -> None:
+    """As the move itself would have it, whatever the host's settings say."""
+    source, _ = hosts
+    asked = ("check", "vm", "--to", "host2", "--transport", "auto", "--json")
+    free = limosa(source, *asked).object
+    capped = limosa(source, *asked, "--bandwidth", "1").object
+    assert (free["route"]["transport"], capped["route"]["transport"]) == ("compression", "tcp")
+    assert "cap on bandwidth" in capped["route"]["why"]
+    assert capped["expected"]["seconds"] > 20 * free["expected"]["seconds"]
+
+
 def test_a_device_of_the_host_cannot_move(hosts: tuple[LabHost, LabHost]) -> None:
     source, _ = hosts
     assert limosa(source, "vm", "create", "keyed", "--memory", "32M", "--device", "usb:1050:0407").code == 0

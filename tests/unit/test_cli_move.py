@@ -327,7 +327,8 @@ def test_the_list_says_since_when(host: Host, capsys: pytest.CaptureFixture[str]
 
 
 def test_the_list_can_be_of_some_vms_and_of_what_has_not_ended(host: Host, capsys: pytest.CaptureFixture[str]) -> None:
-    moves = (shown("web1"), completed("web1"), shown("web2"))
+    asks = shown("db2", outcome=Outcome.UNRESOLVED)
+    moves = (shown("web1"), completed("web1"), shown("web2"), asks)
     host.answers[LIST_MIGRATIONS] = lambda _: MigrationList(migrations=moves)
 
     def listed(*words: str) -> list[tuple[str, str]]:
@@ -335,7 +336,7 @@ def test_the_list_can_be_of_some_vms_and_of_what_has_not_ended(host: Host, capsy
         return [(one["vm"], one["outcome"]) for one in objects(capsys.readouterr().out)]
 
     assert listed("web1") == [("web1", "under-way"), ("web1", "completed")]
-    assert listed("--under-way") == [("web1", "under-way"), ("web2", "under-way")]
+    assert listed("--under-way") == [("web1", "under-way"), ("web2", "under-way"), ("db2", "unresolved")]
     assert listed("--under-way", "web2", "db1") == [("web2", "under-way")]
 
 

@@ -16,7 +16,7 @@ from test_host_storage import storage
 from test_own_disks import Neighbourhood
 from test_preflight import VM
 
-from limosa.errors import Conflict, NotFound, OutcomeUnknown, StateError, StorageError
+from limosa.errors import Conflict, NotFound, OutcomeUnknown, OwnerUnknown, StateError, StorageError
 from limosa.host import disk_moves
 from limosa.host.disk_moves import DiskMoves
 from limosa.host.folders import Folders
@@ -248,6 +248,17 @@ def test_without_anything_else_the_disks_move(world: World, runs: bool) -> None:
         assert world.images() == world.named() == ["fast"]
         assert (hosted.migration, hosted.state) == (None, VmState.RUNNING if runs else VmState.STOPPED)
         assert world.records() == []
+
+    play(scenario())
+
+
+def test_of_a_vm_that_may_be_away_none_begins(world: World) -> None:
+    async def scenario() -> None:
+        await world.load()
+        world.vms.doubt = "a journal is damaged"
+        with pytest.raises(OwnerUnknown):
+            await world.begin()
+        assert (world.views.list(), world.records()) == ([], [])
 
     play(scenario())
 

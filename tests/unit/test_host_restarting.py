@@ -448,6 +448,9 @@ class TestWhileAJournalIsDamaged:
         async def scenario(world: World) -> None:
             hosted = await world.load(RESTARTS, Found(None, "tcg", LONG_AGO))
             world.vms.doubt = "a journal is damaged"
+            await world.vms.crashed(hosted)  # as after a move of its disks, which says nothing of that
+            assert world.launcher.started == []
+            hosted.stayed()
             await world.vms.crashed(hosted)
             assert len(world.launcher.started) == 1
 

@@ -13,7 +13,7 @@ import pytest
 
 from harness.homes import BareHome
 from harness.landings import VM, first_view, header
-from limosa.errors import Cancelled, Conflict, HostUnreachable, LimosaError, QemuError
+from limosa.errors import Cancelled, Conflict, DestinationLost, HostUnreachable, LimosaError, QemuError
 from limosa.host.outgoing import Outgoing
 from limosa.host.views import Views
 from limosa.host.vms import HostedVm
@@ -297,6 +297,28 @@ class TestWhatAPersonSays:
             await world.settlement.run()
             assert world.there.state is DestinationState.OWNED
             assert world.home.deleted == (OLD_IMAGE,)
+
+        play(scenario)
+
+    def test_one_that_could_not_run_it_is_not_given_it_when_it_has_gone_away_since(self, tmp_path: Path) -> None:
+        class Refuses(There):
+            async def take_over(self) -> Running:
+                self.state, self.away = DestinationState.GONE, True
+                raise DestinationLost("its QEMU refused to run it")
+
+        async def scenario() -> None:
+            world = World(tmp_path, there := Refuses(DestinationState.LOADED, away=False), *HANDED_OVER)
+            world.machine._migration_is(MigrationState.COMPLETED)
+            world.machine._run_state = RunState.POSTMIGRATE
+            world.settlement.resolve(Side.DESTINATION)
+            running = asyncio.ensure_future(world.settlement.run())
+            await until(lambda: there.away)
+            asked = there.asked
+            await until(lambda: there.asked > asked + 1)
+            assert not world.home.left
+            there.away = False
+            await running
+            assert world.home.given_back
 
         play(scenario)
 

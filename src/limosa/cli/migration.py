@@ -98,7 +98,7 @@ def _list(arguments: argparse.Namespace) -> int:
 
 
 def _is_wanted(migration: Migration, arguments: argparse.Namespace) -> bool:
-    if arguments.under_way and migration.outcome is not Outcome.UNDER_WAY:
+    if arguments.under_way and migration.outcome not in (Outcome.UNDER_WAY, Outcome.UNRESOLVED):
         return False
     return not arguments.vms or migration.vm in arguments.vms
 

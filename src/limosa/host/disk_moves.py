@@ -203,6 +203,7 @@ class DiskMoves:
         if hosted.state not in fitting:
             raise Conflict(f"VM '{name}' is {hosted.state}", todo="try again in a moment", vm=name, host=self._host)
         self._vms.check_idle(hosted)
+        self._vms.check_here(hosted)
         return hosted
 
     async def _begin(self, move: _Move) -> Migration:

@@ -1,8 +1,7 @@
 """The leases of this host's VMs: taken for a QEMU that is to write, given back when it has ended, handed on in moves.
 
 Only images that are written need one, and only where the file system's locks do not reach other hosts, or it is not
-known that they do
-(:func:`limosa.storage.leases.is_needed`). A share can hang, so all of this is done in threads.
+known that they do (:func:`limosa.storage.leases.is_needed`). A share can hang, so all of this is done in threads.
 
 What a move does follows :mod:`limosa.migration.ownership` and adds a second bar: the source promises the lease before
 the destination builds anything; the destination claims it, by one rename that is prepared, before it writes that it

@@ -137,8 +137,8 @@ class Leaving:
     async def vm_stays(self, why_stopped: str = "") -> None:
         """See :class:`limosa.migration.home.Home`."""
         if self._hosted is not None:
-            self._hosted.migration = None
-            self._hosted.reason = why_stopped
+            self._hosted.stayed()
+            self._hosted.reason = why_stopped or self._hosted.reason
 
     async def withdraw(self) -> None:
         """See :class:`limosa.migration.home.Home`."""
@@ -148,5 +148,5 @@ class Leaving:
     async def vm_crashed(self) -> None:
         """See :class:`limosa.migration.home.Home`."""
         if self._hosted is not None:
-            self._hosted.migration = None
+            self._hosted.stayed()
             await self._vms.crashed(self._hosted)

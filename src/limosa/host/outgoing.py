@@ -29,9 +29,10 @@ from limosa.migration.ownership import SOURCE_ENDED, SourceStep
 from limosa.migration.peer import Dialler
 from limosa.migration.report import Report
 from limosa.migration.settle import Settlement
-from limosa.migration.source import SourceMove
+from limosa.migration.source import SourceMove, by_terms
 from limosa.model import reading
 from limosa.model.base import is_name
+from limosa.model.facts import VmFacts
 from limosa.model.finding import Finding, Severity
 from limosa.model.migration import Migration, Outcome, Phase, Progress, Side
 from limosa.model.units import MIB
@@ -73,7 +74,7 @@ class Outgoing:
             peer = await self._dialler(request.destination)()
             try:
                 destination = peer.host
-                facts = self._parts.inspector.vm_facts(hosted)
+                facts = self._facts(hosted, request.options)
                 disks_here = OwnDisks(self._parts, hosted)
                 examined = await examine(peer, self._question(hosted, request.options), facts, disks_here)
                 findings, route, disks, layers = examined.findings, examined.route, examined.disks, examined.layers
@@ -108,8 +109,11 @@ class Outgoing:
             min(memory, resident) if resident is not None else memory,
             examined.route,
             self._terms(options).policy,
-            lambda kind: self._bandwidth.alone(kind, addresses),
+            lambda kind: _least(self._bandwidth.alone(kind, addresses), _own_cap(options)),
         )
+
+    async def _facts(self, hosted: HostedVm, options: MoveOptions) -> VmFacts:
+        return by_terms(await self._parts.inspector.vm_facts(hosted), self._terms(options), _own_cap(options))
 
     def _question(self, hosted: HostedVm, options: MoveOptions) -> Question:
         return Question(
@@ -209,9 +213,8 @@ class Outgoing:
         options = reading.convert(header.options, MoveOptions)
         terms = self._terms(options)
         report = Report(self._first_view(header, terms.transport), self._views.publish)
-        own_cap = (options.bandwidth_mbit_per_s or 0) * MBIT_BYTES
         place = Place(self.slots)
-        leaving = Leaving(self._parts, hosted, self._bandwidth, header.migration, own_cap, place)
+        leaving = Leaving(self._parts, hosted, self._bandwidth, header.migration, _own_cap(options), place)
         move = SourceMove(journal, machine, self._dialler(header.address), leaving, terms, report)
         self._active[header.migration] = move
         self._views.publish(report.now)
@@ -331,6 +334,16 @@ class Outgoing:
             progress=Progress(),
             accepted_at=header.accepted_at,
         )
+
+
+def _own_cap(options: MoveOptions) -> int:
+    """The cap of one move, in bytes a second; 0: none."""
+    return (options.bandwidth_mbit_per_s or 0) * MBIT_BYTES
+
+
+def _least(*caps: int) -> int:
+    """The lowest of caps of which 0 is none."""
+    return min((cap for cap in caps if cap), default=0)
 
 
 def _cause_in(journal: Journal) -> LimosaError | None:

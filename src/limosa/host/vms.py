@@ -72,6 +72,10 @@ class HostedVm:
         assert self.accelerator is not None
         return self.accelerator
 
+    def stayed(self) -> None:
+        """A move to another host has ended, and it is certain that the VM is here."""
+        self.migration, self.is_here = None, True
+
     @property
     def has_memory(self) -> bool:
         """Whether memory was given to it. A QEMU that cannot be commanded has it still."""
@@ -296,8 +300,7 @@ class Vms:
     async def start(self, hosted: HostedVm) -> None:
         """Start a stopped VM. On failure it is stopped and nothing runs."""
         self.check_idle(hosted)
-        if self.doubt and not hosted.is_here:
-            raise self._may_be_away(hosted)
+        self.check_here(hosted)
         async with hosted.lock:
             if hosted.machine is not None:
                 raise self._wrong_state(hosted, "is started already")
@@ -413,8 +416,7 @@ class Vms:
         self._vms.pop(hosted.config.name, None)
 
     async def crashed(self, hosted: HostedVm) -> None:
-        """The VM's QEMU died in a migration, which has left the VM here; do what ``on_crash`` says."""
-        hosted.is_here = True
+        """The VM's QEMU died in a move, which has ended; do what ``on_crash`` says."""
         if hosted.machine is not None and hosted.machine.gone.is_set():
             await self._after_end(hosted, hosted.machine)
         await self._restart(hosted)
@@ -530,6 +532,11 @@ class Vms:
     def _wrong_state(self, hosted: HostedVm, what: str) -> Conflict:
         name = hosted.config.name
         return Conflict(f"VM '{name}' {what}", todo=f"see 'limosa vm show {name}'", vm=name, host=self._host)
+
+    def check_here(self, hosted: HostedVm) -> None:
+        """Raise :class:`OwnerUnknown` if a journal that cannot be read may say that the VM has left."""
+        if self.doubt and not hosted.is_here:
+            raise self._may_be_away(hosted)
 
     def _may_be_away(self, hosted: HostedVm) -> OwnerUnknown:
         return OwnerUnknown(

@@ -13,7 +13,16 @@ import time
 from collections.abc import Iterator
 
 from limosa.background import in_full
-from limosa.errors import Cancelled, Conflict, HostUnreachable, LimosaError, OwnerUnknown, QemuError, QemuGone
+from limosa.errors import (
+    Cancelled,
+    Conflict,
+    DestinationLost,
+    HostUnreachable,
+    LimosaError,
+    OwnerUnknown,
+    QemuError,
+    QemuGone,
+)
 from limosa.migration import mirrors
 from limosa.migration.interruption import is_gone
 from limosa.migration.ownership import SOURCE_ENDED, SourceAction, SourceQemu, SourceStep, decide_source
@@ -202,6 +211,8 @@ class Settlement:
             await self.move.peer.take_over()
         except LimosaError as error:
             self.cause = error
+            if isinstance(error, DestinationLost):
+                self._forget_word()
             return
         await self._tear_down(SourceQemu.COMPLETED)
 
@@ -268,13 +279,17 @@ class Settlement:
             case _, DestinationState.LOADED | DestinationState.INCOMING:
                 await self._hand_over()
             case _, DestinationState.GONE:
-                self.resolved = asyncio.get_running_loop().create_future()  # there is nothing that it could own
+                self._forget_word()
                 return await self._act(qemu, standing)
             case _:
                 # Only the person knows, so what may be the last copy of its disks is not deleted.
                 self.move.peer = None
                 await self._tear_down(qemu, images_stay=True)
         return None
+
+    def _forget_word(self) -> None:
+        """The destination has destroyed its copy, so there is nothing that it could own, whatever a person said."""
+        self.resolved = asyncio.get_running_loop().create_future()
 
     async def _record_undoing(self) -> None:
         if self.step is not SourceStep.UNDOING:

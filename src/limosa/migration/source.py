@@ -68,6 +68,13 @@ LAST_WORDS_WITHIN_S = 1.0
 T = TypeVar("T")
 
 
+def by_terms(facts: VmFacts, terms: Terms, own_cap: int) -> VmFacts:
+    """What was asked for a move counts, not what the host's settings say. ``own_cap``: bytes a second, 0 for none."""
+    network = msgspec.structs.replace(facts.network, encrypt=terms.encrypt)
+    capped = facts.capped or own_cap > 0
+    return msgspec.structs.replace(facts, post_copy=terms.policy.post_copy, network=network, capped=capped)
+
+
 class SourceMove:
     """One move. Made by the host daemon, which calls :meth:`run` once, or ``settle`` after a restart."""
 
@@ -266,11 +273,7 @@ class SourceMove:
             self.report.bar = self.report.bar.with_disks(expected, self.header.vm.memory_mib * MIB)
 
     async def _facts(self) -> VmFacts:
-        # What was asked for this move counts, not what the host's settings say.
-        facts = await self.home.facts()
-        network = msgspec.structs.replace(facts.network, encrypt=self.terms.encrypt)
-        capped = facts.capped or self.home.own_cap > 0
-        return msgspec.structs.replace(facts, post_copy=self.terms.policy.post_copy, network=network, capped=capped)
+        return by_terms(await self.home.facts(), self.terms, self.home.own_cap)
 
     async def copy_disks(self, machine: MachineProtocol, prepared: Prepared) -> None:
         """Copy the disks that move along, until the copies keep up with the guest."""

@@ -213,23 +213,25 @@ class Relay:
         return answer
 
     def _give_up(self, waiting: asyncio.Future[Answer]) -> None:
-        if not waiting.done():
-            self._on_message()  # where it is this daemon that stood still, the answer is there
+        while not waiting.done() and self._on_message():
+            pass  # where it is this daemon that stood still, the answer is there, behind what else was said
         if not waiting.done():
             self._why = f"it did not answer within {ANSWERS_WITHIN_S:.0f} s"
             self._process.kill()
 
-    def _on_message(self) -> None:
+    def _on_message(self) -> bool:
+        """Take one message. Returns whether there was any."""
         try:
             data, _ = control.receive(self._socket)
         except BlockingIOError:
-            return
+            return False
         except OSError:
             data = b""
         if not data:
             self._loop.remove_reader(self._socket.fileno())
-            return
+            return False
         self._take(parse(data, _decoder, "what the relay says"))
+        return True
 
     def _take(self, message: FromRelay) -> None:
         if isinstance(message, control.Failed):
