@@ -118,7 +118,7 @@ class Settlement:
             case SourceAction.HAND_OVER:
                 await self._hand_over()
             case SourceAction.TEAR_DOWN:
-                await self._tear_down(qemu)
+                await self._tear_down()
             case SourceAction.CRASHED:
                 await self._crashed()
             case SourceAction.DISMISS:
@@ -214,9 +214,9 @@ class Settlement:
             if isinstance(error, DestinationLost):
                 self._forget_word()
             return
-        await self._tear_down(SourceQemu.COMPLETED)
+        await self._tear_down()
 
-    async def _tear_down(self, qemu: SourceQemu, *, images_stay: bool = False) -> None:
+    async def _tear_down(self, *, images_stay: bool = False) -> None:
         self.move.report.enter(Phase.TEAR_DOWN)
         try:
             await self.move.tear_down(images_stay=images_stay)
@@ -273,7 +273,7 @@ class Settlement:
         state = standing.state if standing is not None else None
         match owner, state:
             case _, DestinationState.OWNED:
-                await self._tear_down(qemu)
+                await self._tear_down()
             case Side.SOURCE, _:
                 await (self._crashed() if qemu is SourceQemu.DEAD else self._resume_here())
             case _, DestinationState.LOADED | DestinationState.INCOMING:
@@ -284,7 +284,7 @@ class Settlement:
             case _:
                 # Only the person knows, so what may be the last copy of its disks is not deleted.
                 self.move.peer = None
-                await self._tear_down(qemu, images_stay=True)
+                await self._tear_down(images_stay=True)
         return None
 
     def _forget_word(self) -> None:
