@@ -306,13 +306,11 @@ class Launcher:
     def _write(self, config: VmConfig, record: ProcessRecord) -> None:
         path = self._files.vm(config.name) / "process.json"
         # Not synced: it means something only as long as the machine does not restart.
-        temporary = path.with_name(".process.json.new")
         try:
-            temporary.write_bytes(msgspec.json.encode(record))
-            temporary.replace(path)
-        except OSError as error:
-            temporary.unlink(missing_ok=True)
-            raise StateError(f"cannot write {path}", why=error.strerror or str(error), vm=config.name) from error
+            toml.write_atomically(path, msgspec.json.encode(record), durable=False)
+        except StateError as error:
+            error.vm = config.name
+            raise
 
     def _grant(self, config: VmConfig) -> None:
         for disk in config.disks:

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import msgspec
 
-from limosa.errors import NotFound
+from limosa.errors import NotFound, StateError
 from limosa.model import reading
 from limosa.model.migration import Migration, Outcome
+from limosa.settings import toml
 
 
 class Views:
@@ -61,15 +62,9 @@ class Views:
 
     def keep(self, view: Migration) -> None:
         """Remember a move that has ended over a restart, if that can be written; else what was kept of it stays."""
-        path = self._path(view.id)
-        temporary = path.with_name(f".{path.name}.new")
         # Not synced, which would hold up the event loop: how the move ended is in its journal.
-        try:
-            temporary.write_bytes(msgspec.json.encode(view))
-            temporary.replace(path)
-        except OSError:
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError, StateError):
+            toml.write_atomically(self._path(view.id), msgspec.json.encode(view), durable=False)
 
     def recall(self, migration: str) -> bool:
         """Know again a move that has ended, as an earlier daemon has kept it. Returns whether one has."""

@@ -31,10 +31,11 @@ from typing import Any, Protocol, TypeVar
 import msgspec
 
 from limosa.background import Background
-from limosa.errors import LimosaError, StateError
+from limosa.errors import LimosaError
 from limosa.model import reading
 from limosa.model.base import Model
 from limosa.network.mptcp import FLAG_IMPLICIT, FLAG_SIGNAL, MOST, Endpoint, Limits
+from limosa.settings import toml
 
 _log = logging.getLogger(__name__)
 
@@ -247,12 +248,7 @@ class Endpoints:
     def _write(self, **changes: Any) -> None:
         """Replace the file; it need not outlive the machine. Raises :class:`StateError`."""
         self._record = msgspec.structs.replace(self._record, **changes)
-        new = self._file.with_name(f".{self._file.name}.new")
-        try:
-            new.write_bytes(msgspec.json.encode(self._record))
-            new.replace(self._file)
-        except OSError as error:
-            raise StateError(f"cannot write {self._file}", why=error.strerror or str(error)) from error
+        toml.write_atomically(self._file, msgspec.json.encode(self._record), durable=False)
 
     def _forget(self) -> None:
         try:
