@@ -186,7 +186,8 @@ class QemuGone(QemuError):
 
 
 class OutcomeUnknown(QemuError):
-    """A command was sent to QEMU and no answer came: nobody can tell whether it took effect. Ask its state."""
+    """A command was sent to QEMU and no answer came, or a move that was cancelled has not ended in time: nobody can
+    tell whether it took effect. Ask its state."""
 
     code = "outcome-unknown"
 

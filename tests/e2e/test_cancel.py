@@ -8,6 +8,7 @@ holds it in its build-up.
 from __future__ import annotations
 
 import os
+import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -21,6 +22,7 @@ from harness.guests import LanClient, address_of, linux, wait_for_console
 from harness.hosts import tiny, wait_until
 from harness.labs import LabHost, running_lab
 from harness.steering import BRAKE, follow, remove, settings, slow
+from limosa.errors import OutcomeUnknown
 from limosa.model.migration import Outcome, Phase, Side
 from limosa.model.vm import VmState
 from limosa.settings import toml
@@ -168,6 +170,46 @@ def test_a_cancelled_move_never_was(hosts: list[LabHost], client: LanClient, hel
     with client.talking():
         assert source.outcome(source.move("web", destination.name).id).outcome is Outcome.COMPLETED
     assert conversation.faults == []
+
+
+def test_while_its_qemu_hangs_a_cancel_says_so_and_is_done_afterwards(hosts: list[LabHost], client: LanClient) -> None:
+    source, destination = sorted(hosts, key=lambda host: host.vm("web") is None)
+    with in_copy(source, destination) as migration:
+        (pid,) = source.qemus()
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            begun = time.monotonic()
+            with pytest.raises(OutcomeUnknown, match="is not cancelled yet: its QEMU has not answered"):
+                source.client.call(endpoints.CANCEL_MIGRATION, migration=migration)
+            assert time.monotonic() - begun < CANCEL_WITHIN_S
+        finally:
+            os.kill(pid, signal.SIGCONT)
+        assert source.outcome(migration).outcome is Outcome.CANCELLED
+    assert client.sees_it_run()
+    destination.wait_until_bare()
+
+
+def test_a_move_that_is_handed_over_cannot_be_cancelled(hosts: list[LabHost], client: LanClient) -> None:
+    """Its destination has the word, and its QEMU there hangs before it lets the guest run."""
+    source, destination = sorted(hosts, key=lambda host: host.vm("web") is None)
+    destination.restart({"LIMOSA_TEST_BREAK": "destination:continuing:after:hang"})
+    migration = source.move("web", destination.name).id
+    wait_until(lambda: stopped(destination) != [], "its QEMU hangs")
+    begun = time.monotonic()
+    said = limosa(source, "migration", "cancel", "web", "--json")
+    assert time.monotonic() - begun < CANCEL_WITHIN_S
+    assert (said.code, said.object["error"]["code"]) == (5, "conflict")
+    assert said.object["error"]["why"] == f"the VM is handed over to host '{destination.name}'"
+    for pid in stopped(destination):
+        os.kill(pid, signal.SIGCONT)
+    assert source.outcome(migration).outcome is Outcome.COMPLETED
+    assert client.sees_it_run()
+    destination.start()
+
+
+def stopped(host: LabHost) -> list[int]:
+    """Its QEMUs that do nothing because they were sent SIGSTOP."""
+    return [pid for pid in host.qemus() if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"]
 
 
 def test_a_move_that_has_ended_cannot_be_cancelled(hosts: list[LabHost]) -> None:

@@ -34,7 +34,7 @@ pytestmark = [pytest.mark.qemu, pytest.mark.lab]
 BRAKE = {"storage_bandwidth_mbit_per_s": 4}
 #: A lost session is noticed by its pings; what was begun is undone at once then.
 UNDONE_WITHIN_S = 30.0
-CANCEL_WITHIN_S = 5.0
+CANCEL_WITHIN_S = 2.0
 
 
 @pytest.fixture(scope="module")
@@ -134,6 +134,23 @@ def test_the_destinations_qemu_hangs_before_it_has_answered(hosts: list[LabHost]
     with looking(listener.ask, pause_s=0.05):
         cancels(source)
     destination.start()
+
+
+@pytest.mark.parametrize("hangs", [False, True])
+@pytest.mark.parametrize("step", ["whole", "continued"])
+def test_cancelled_in_the_switchover(hosts: list[LabHost], tmp_path: Path, step: str, hangs: bool) -> None:
+    """The guest stands still: copies are about to be made whole, or memory has to follow them; and the destination's
+    QEMU takes nothing any more."""
+    source, destination = hosts
+    mark = tmp_path / "held"
+    source.restart({"LIMOSA_TEST_BREAK": f"source:{step}:before:hold", "LIMOSA_TEST_HOLD": str(mark)})
+    source.move("web", destination.name)
+    wait_until(mark.exists, "it is held in its switchover")
+    if hangs:
+        (pid,) = destination.qemus()
+        os.kill(pid, signal.SIGSTOP)
+        mark.unlink()
+    cancels(source)
 
 
 def cancels(host: LabHost) -> None:

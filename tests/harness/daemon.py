@@ -4,11 +4,13 @@ The plan comes in LIMOSA_TEST_BREAK as ``SIDE:STEP:MOMENT:VICTIM``, for example 
 the journal of that side is about to write (``before``) or has written (``after``) that step. Disks have further steps
 that no journal tells, the calls in ``CALLS``; the side ``host`` is a host whose own disks move. Victims are ``daemon``,
 ``qemu``, ``both``, ``hang`` (its QEMU does nothing any more), ``network`` (the links named in LIMOSA_TEST_LINKS go
-down) and ``disk`` (from then on the daemon cannot write to any file). It happens once.
+down), ``disk`` (from then on the daemon cannot write to any file) and, of calls alone, ``hold`` (the call waits: the
+file named in LIMOSA_TEST_HOLD appears, and it goes on when that is gone). It happens once.
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import functools
 import inspect
@@ -44,6 +46,7 @@ CALLS: dict[tuple[str, str], tuple[type | ModuleType, str]] = {
     ("source", "sent"): (layers, "send"),
     ("source", "copied"): (Mirrors, "until_ready"),
     ("source", "whole"): (Mirrors, "finish"),
+    ("source", "continued"): (Machine, "continue_migration"),
     ("source", "dropped"): (Machine, "drop_copy"),
     ("source", "removed"): (Storage, "remove"),
     ("destination", "awaited"): (Storage, "make_layer"),
@@ -68,9 +71,9 @@ def break_at(plan: Plan, vms: Path) -> None:
     side, step, moment, victim = plan
     struck: list[bool] = []
 
-    def strike(journal_side: str, journal_step: str, now: str, vm: str = "*") -> None:
+    def strike(journal_side: str, journal_step: str, now: str, vm: str = "*") -> bool:
         if struck or (journal_side, journal_step, now) != (side, step, moment):
-            return
+            return False
         struck.append(True)
         if victim in ("qemu", "both", "hang"):
             for record in vms.glob(f"{vm}/process.json"):
@@ -85,6 +88,7 @@ def break_at(plan: Plan, vms: Path) -> None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
         if victim in ("daemon", "both"):
             os.kill(os.getpid(), signal.SIGKILL)
+        return victim == "hold"
 
     begin, record = Journal.begin.__func__, Journal.record  # type: ignore[attr-defined]
 
@@ -105,15 +109,17 @@ def break_at(plan: Plan, vms: Path) -> None:
         _break_call(*CALLS[side, step], lambda now: strike(side, step, now))
 
 
-def _break_call(owner: type | ModuleType, name: str, strike: Callable[[str], None]) -> None:
-    """Have ``strike`` told before and after each call of a method."""
+def _break_call(owner: type | ModuleType, name: str, strike: Callable[[str], bool]) -> None:
+    """Have ``strike`` told before and after each call of a method; it says whether that is to wait."""
     whole = getattr(owner, name)
 
     @functools.wraps(whole)
     async def broken_later(*words: Any, **named: Any) -> Any:
-        strike("before")
+        if strike("before"):
+            await _held()
         result = await whole(*words, **named)
-        strike("after")
+        if strike("after"):
+            await _held()
         return result
 
     @functools.wraps(whole)
@@ -124,6 +130,13 @@ def _break_call(owner: type | ModuleType, name: str, strike: Callable[[str], Non
         return result
 
     setattr(owner, name, broken_later if inspect.iscoroutinefunction(whole) else broken)
+
+
+async def _held() -> None:
+    mark = Path(os.environ["LIMOSA_TEST_HOLD"])
+    mark.touch()
+    while mark.exists():  # noqa: ASYNC110 - a file tells nobody
+        await asyncio.sleep(0.01)
 
 
 def main() -> None:

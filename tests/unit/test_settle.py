@@ -13,11 +13,20 @@ import pytest
 
 from harness.homes import BareHome
 from harness.landings import VM, first_view, header
-from limosa.errors import Cancelled, Conflict, DestinationLost, HostUnreachable, LimosaError, QemuError
+from limosa.errors import (
+    Cancelled,
+    Conflict,
+    DestinationLost,
+    HostUnreachable,
+    LimosaError,
+    OutcomeUnknown,
+    QemuError,
+)
+from limosa.host import outgoing as module_of_outgoing
 from limosa.host.outgoing import Outgoing
 from limosa.host.views import Views
 from limosa.host.vms import HostedVm
-from limosa.migration import settle
+from limosa.migration import settle, stop
 from limosa.migration.home import Terms
 from limosa.migration.journal import Journal
 from limosa.migration.ownership import SourceStep
@@ -384,6 +393,164 @@ class TestWhatAPersonSays:
         play(scenario)
 
 
+def outgoing_with(
+    folder: Path,
+    hosted: HostedVm,
+    destination: Callable[[str], There],
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    boot: str = "boot",
+) -> Outgoing:
+    """The moves of a host that has one VM. ``destination`` is who is called at an address."""
+    monkeypatch.setattr(Outgoing, "_dialler", lambda _, address: destination(address).dial)
+    page = SimpleNamespace(now=HostSettings(), on_change=lambda callback: None)
+    vms = SimpleNamespace(find=lambda name: hosted)
+    relays = SimpleNamespace(pace=lambda: None)
+    leasing = SimpleNamespace(reclaim=nothing, withdraw=nothing)
+    parts = SimpleNamespace(
+        name="here",
+        boot=boot,
+        page=page,
+        vms=vms,
+        storage=SimpleNamespace(leaving=None),
+        inspector=None,
+        leasing=leasing,
+        relays=relays,
+        neighbours=None,
+        files=SimpleNamespace(migrations=folder),
+    )
+    return Outgoing(cast(Any, parts), folder, Views("here", folder))
+
+
+async def nothing(*_: object) -> None: ...
+
+
+def test_a_stream_that_a_hanging_qemu_does_not_end_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario() -> None:
+        machine = FakeMachine(Wire(), FakeGuest(0))
+        machine.hang()
+        with pytest.raises(QemuError, match="does not end a migration"):
+            await stop.stop_stream(machine)
+
+    monkeypatch.setattr(stop, "CANCEL_WITHIN_S", 0.01)
+    play(scenario)
+
+
+class TestACancel:
+    """By a daemon: it is answered at once, whatever hangs."""
+
+    @pytest.fixture(autouse=True)
+    def _quick(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(module_of_outgoing, "CANCEL_WITHIN_S", 0.05)
+        monkeypatch.setattr(module_of_outgoing, "SETTLE_EVERY_S", 0.01)
+
+    def moving(
+        self, folder: Path, machine: FakeMachine, there: There, monkeypatch: pytest.MonkeyPatch
+    ) -> tuple[Outgoing, HostedVm]:
+        """A move that copies memory until it is interrupted."""
+
+        async def run(move: SourceMove) -> None:
+            for step in MIGRATING:
+                move.journal.record(step, 0.0)
+            move.report.enter(Phase.COPY)
+            await move.guard(asyncio.Event().wait())
+
+        monkeypatch.setattr(SourceMove, "run", run)
+        hosted = HostedVm(VM, VmState.RUNNING, machine=cast(Any, machine), migration=FIRST)
+        outgoing = outgoing_with(folder, hosted, lambda _: there, monkeypatch)
+        journal = Journal.begin(folder, msgspec.structs.replace(header(Side.SOURCE), migration=FIRST))
+        outgoing._begin(journal, hosted, machine)
+        return outgoing, hosted
+
+    async def copies(self, outgoing: Outgoing) -> None:
+        await until(lambda: outgoing._views.show(FIRST).phase is Phase.COPY)
+
+    def test_while_its_qemu_does_not_answer_says_so_and_is_done_when_it_does(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        async def scenario() -> None:
+            machine = FakeMachine(Wire(), FakeGuest(0))
+            await machine.resume()
+            there = There(DestinationState.INCOMING, away=False)
+            outgoing, hosted = self.moving(tmp_path, machine, there, monkeypatch)
+            await self.copies(outgoing)
+            machine.hang()
+            for _ in range(2):
+                with pytest.raises(OutcomeUnknown, match="is not cancelled yet: its QEMU has not answered within"):
+                    await outgoing.cancel(FIRST)
+            machine.answer_again()
+            assert (await outgoing._views.ended(FIRST)).outcome is Outcome.CANCELLED
+            assert hosted.migration is None
+            assert await machine.status() is RunState.RUNNING
+            await until(lambda: there.state is DestinationState.GONE)
+            outgoing._background.cancel()
+
+        play(scenario)
+
+    def test_of_a_qemu_that_hangs_for_longer_people_are_told(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        async def scenario() -> None:
+            machine = FakeMachine(Wire(), FakeGuest(0))
+            await machine.resume()
+            there = There(DestinationState.INCOMING, away=False)
+            outgoing, _ = self.moving(tmp_path, machine, there, monkeypatch)
+            await self.copies(outgoing)
+            machine.hang()
+            told = await outgoing.cancel(FIRST)
+            assert told.outcome is Outcome.UNRESOLVED
+            assert told.fault is not None
+            assert (told.fault.code, told.fault.why) == ("qemu-error", "its QEMU does not answer")
+            with pytest.raises(Conflict, match="its QEMU does not answer"):
+                await outgoing.cancel(FIRST)
+            machine.answer_again()
+            await until(lambda: outgoing._views.show(FIRST).outcome is Outcome.CANCELLED)
+            outgoing._background.cancel()
+
+        monkeypatch.setattr(settle, "QEMU_ANSWERS_WITHIN_S", 0.01)
+        monkeypatch.setattr(module_of_outgoing, "CANCEL_WITHIN_S", 10)
+        play(scenario)
+
+    def test_that_comes_when_all_was_sent_waits_for_the_destination_and_says_so(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        async def scenario() -> None:
+            machine = FakeMachine(Wire(), FakeGuest(0))
+            there = There(DestinationState.LOADED, away=True)
+            outgoing, hosted = self.moving(tmp_path, machine, there, monkeypatch)
+            await self.copies(outgoing)
+            machine._migration_is(MigrationState.COMPLETED)
+            with pytest.raises(OutcomeUnknown, match="host 'there', which may have the whole VM, has not answered"):
+                await outgoing.cancel(FIRST)
+            assert hosted.migration == FIRST
+            outgoing._background.cancel()
+
+        play(scenario)
+
+    def test_is_refused_once_the_destination_is_given_its_word(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        class Hangs(There):
+            async def take_over(self) -> Running:
+                await asyncio.Event().wait()
+                raise AssertionError
+
+        async def scenario() -> None:
+            machine = FakeMachine(Wire(), FakeGuest(0))
+            there = Hangs(DestinationState.LOADED, away=False)
+            outgoing, _ = self.moving(tmp_path, machine, there, monkeypatch)
+            await self.copies(outgoing)
+            machine._migration_is(MigrationState.COMPLETED)
+            for _ in range(2):  # the first is what finds out that it comes too late
+                with pytest.raises(Conflict, match="any more: the VM is handed over to host 'there'"):
+                    await outgoing.cancel(FIRST)
+            assert Journal.look(tmp_path / f"{FIRST}.source.jsonl").step == SourceStep.HANDING_OVER
+            outgoing._background.cancel()
+
+        monkeypatch.setattr(module_of_outgoing, "CANCEL_WITHIN_S", 10)
+        play(scenario)
+
+
 class TestByADaemon:
     """What a daemon makes of broken moves, and of the journals of an earlier one."""
 
@@ -431,30 +598,11 @@ class TestByADaemon:
         *,
         boot: str = "boot",
     ) -> Outgoing:
-        def dialler(_: Outgoing, address: str) -> Any:
+        def destination(address: str) -> There:
             answer = there[address]
-            return There(answer or DestinationState.GONE, away=answer is None).dial
+            return There(answer or DestinationState.GONE, away=answer is None)
 
-        monkeypatch.setattr(Outgoing, "_dialler", dialler)
-        page = SimpleNamespace(now=HostSettings(), on_change=lambda callback: None)
-        vms = SimpleNamespace(find=lambda name: hosted)
-        relays = SimpleNamespace(pace=lambda: None)
-        leasing = SimpleNamespace(reclaim=self.nothing, withdraw=self.nothing)
-        parts = SimpleNamespace(
-            name="here",
-            boot=boot,
-            page=page,
-            vms=vms,
-            storage=SimpleNamespace(leaving=None),
-            inspector=None,
-            leasing=leasing,
-            relays=relays,
-            neighbours=None,
-            files=SimpleNamespace(migrations=folder),
-        )
-        return Outgoing(cast(Any, parts), folder, Views("here", folder))
-
-    async def nothing(self, *_: object) -> None: ...
+        return outgoing_with(folder, hosted, destination, monkeypatch, boot=boot)
 
     def journal(self, folder: Path, identity: str, address: str, *steps: SourceStep) -> Journal:
         its = msgspec.structs.replace(header(Side.SOURCE), migration=identity, address=address)

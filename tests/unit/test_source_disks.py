@@ -471,6 +471,37 @@ def test_cancelled(tmp_path: Path, moment: Stage | str) -> None:
     play(tmp_path, scenario)
 
 
+def test_cancelled_while_its_qemu_answers_nothing_because_the_copy_of_a_disk_hangs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """QEMU waits for what is on its way to the copy with all else standing still, until the connection ends."""
+
+    async def scenario(world: World) -> None:
+        qemus, theirs = socket.socketpair()
+
+        async def connect_disks(*_: object) -> list[Channel]:
+            return [Channel(qemus.dup())]
+
+        async def goes_on_when_it_ends() -> None:
+            theirs.setblocking(False)
+            assert await asyncio.get_running_loop().sock_recv(theirs, 1) == b""
+            world.here.answer_again()
+
+        monkeypatch.setattr(world, "connect_disks", connect_disks)
+        ended = asyncio.ensure_future(goes_on_when_it_ends())
+        running = asyncio.ensure_future(world.move.run())
+        await world.move.paused
+        world.here.hang()
+        world.move.cancel()
+        with pytest.raises(Cancelled) as caught:
+            await running
+        await undone(world, caught.value)
+        await ended
+        qemus.close()
+
+    play(tmp_path, scenario)
+
+
 def test_cancelled_before_the_destination_heard_of_it_though_it_came_by_a_move_itself(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

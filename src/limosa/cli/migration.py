@@ -52,7 +52,8 @@ def register(commands: Commands[argparse.ArgumentParser]) -> None:
         _cancel,
         examples=["migration cancel web1", "migration cancel 3f9c0a1b2c3d 8e2d4c6b0a19"],
         notes="Possible in every phase before the hand-over. All that are named are cancelled, also after one could\n"
-        "not be. Exit code 0 only if all were: 5 if a move had completed, 10 if nobody can know.",
+        "not be. Exit code 0 only if all were: 5 if a move had completed or the VM is handed over, 10 if nobody can\n"
+        "know, 11 if QEMU or the destination does not answer yet: the move is cancelled as soon as that is possible.",
     )
     limit = add_command(
         verbs,

@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 
 from limosa.background import Background, in_full
-from limosa.errors import Cancelled, Conflict, HostUnreachable, LimosaError, from_fault
+from limosa.errors import Cancelled, Conflict, HostUnreachable, LimosaError, OutcomeUnknown, from_fault
 from limosa.host.bandwidth import MBIT_BYTES, Bandwidth
 from limosa.host.expectation import expect, resident_bytes
 from limosa.host.leaving import Leaving
@@ -44,6 +44,8 @@ from limosa.wire.api import CheckReport, CheckRequest, Expected, MoveOptions, Mo
 
 _log = logging.getLogger(__name__)
 
+#: From a person's cancel to words about it, if it cannot be done by then.
+CANCEL_WITHIN_S = 1.5
 #: Between attempts to settle a move that could not be, because the disk is full for one.
 SETTLE_EVERY_S = 2.0
 
@@ -156,13 +158,37 @@ class Outgoing:
         return self._begin(journal, hosted, machine)  # also if that has ended meanwhile, which the move will find
 
     async def cancel(self, migration: str) -> Migration:
-        """Cancel a move. Raises :class:`Conflict` if it has ended or is past the hand-over."""
+        """Cancel a move. Raises :class:`Conflict` if it has ended or the VM is handed over, and
+        :class:`OutcomeUnknown` if something does not answer that is needed for it: it is cancelled as soon as that
+        does, if it still can be then."""
         view = self._views.show(migration)
         move = self._active.get(migration)
-        if move is None or view.outcome is not Outcome.UNDER_WAY or view.phase is Phase.TEAR_DOWN:
+        if move is None or view.outcome is not Outcome.UNDER_WAY or move.handed_over.done():
             raise _too_late(view, self.host)
         move.cancel()
-        return await self._views.ended(migration)
+        ended = asyncio.ensure_future(self._views.ended(migration))
+        either: set[asyncio.Future[Any]] = {ended, move.handed_over}
+        try:
+            await asyncio.wait(either, timeout=CANCEL_WITHIN_S, return_when=asyncio.FIRST_COMPLETED)
+            if ended.done():
+                return ended.result()
+            if move.handed_over.done():
+                raise _too_late(self._views.show(migration), self.host)
+            raise self._not_yet(move)
+        finally:
+            ended.cancel()
+
+    def _not_yet(self, move: SourceMove) -> OutcomeUnknown:
+        """What is to be said of a cancel that takes longer."""
+        settlement, vm = self._settling.get(move.header.migration), move.header.vm.name
+        awaited = settlement.awaits if settlement is not None else "what was under way has not ended"
+        return OutcomeUnknown(
+            f"the move of VM '{vm}' is not cancelled yet",
+            why=f"{awaited} within {CANCEL_WITHIN_S:g} s",
+            todo=f"it will be, if it still can be then: see 'limosa migration show {move.header.migration}'",
+            vm=vm,
+            host=self.host,
+        )
 
     async def resolve(self, migration: str, owner: Side) -> Migration:
         """A person says who owns the VM. Raises :class:`Conflict` if that is known, or cannot be."""
@@ -355,6 +381,8 @@ def _too_late(view: Migration, host: str) -> Conflict:
     """Why a move cannot be cancelled any more."""
     if view.outcome is Outcome.COMPLETED:
         why = f"it has completed; the VM is on host '{view.destination}'"
+    elif view.outcome is Outcome.UNRESOLVED and view.fault is not None:
+        why = str(from_fault(view.fault))
     elif view.outcome is not Outcome.UNDER_WAY:
         why = f"it has ended: {view.outcome}"
     else:

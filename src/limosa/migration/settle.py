@@ -33,6 +33,8 @@ from limosa.qemu.protocol import MachineProtocol, MigrationState, RunState
 from limosa.wire.peer import DestinationState, Standing
 
 ABORT_WITHIN_S = 5.0
+#: From a question to the answer of a QEMU that does not hang.
+QEMU_ANSWERS_WITHIN_S = 10.0
 #: The move is shown as unresolved when the destination could not be asked for this long.
 UNRESOLVED_AFTER_S = 3.0
 
@@ -51,6 +53,8 @@ class Settlement:
         self._rebooted = rebooted
         #: done with the side a person named
         self.resolved: asyncio.Future[Side] = asyncio.get_running_loop().create_future()
+        #: what it waits for, in words
+        self.awaits = ""
         #: what the destination answered when it was asked last, None if it did not
         self._heard: DestinationState | None = None
 
@@ -85,6 +89,7 @@ class Settlement:
         """Decide and act until the move has ended."""
         began = time.monotonic()
         for pause in _pauses():
+            self.awaits = "its QEMU has not answered"
             qemu = await self._own_qemu()
             standing = await self._ask(qemu)
             self._heard = standing.state if standing is not None else None
@@ -128,14 +133,25 @@ class Settlement:
         return action
 
     async def _own_qemu(self) -> SourceQemu:
+        """Raises :class:`QemuError` if it lives and does not answer: then nobody knows what it has."""
         machine = self.move.machine
         # A VM that was given back to its users may have any QEMU by now, which tells nothing about this move.
         if machine is None or machine.gone.is_set() or self.step is SourceStep.HOME:
             return SourceQemu.DEAD
         try:
-            state = (await machine.migration()).state
+            async with asyncio.timeout(QEMU_ANSWERS_WITHIN_S):
+                state = (await machine.migration()).state
         except QemuError:
             return SourceQemu.DEAD if await is_gone(machine) else SourceQemu.HOLDS
+        except TimeoutError:
+            vm, host = self.move.header.vm.name, self.move.header.source
+            raise QemuError(
+                f"the move of VM '{vm}' cannot be brought to its end",
+                why="its QEMU does not answer",
+                todo="it is asked again; 'limosa vm show' says its process, if it is to be ended",
+                vm=vm,
+                host=host,
+            ) from None
         # A QEMU that came here by a move itself says "completed" of that until it is told to migrate.
         told = any(record.step == SourceStep.MIGRATING for record in self.move.journal.records)
         return SourceQemu.COMPLETED if told and state in _COMPLETED else SourceQemu.HOLDS
@@ -146,6 +162,7 @@ class Settlement:
             return None
         if qemu is SourceQemu.HOLDS and self.step is not SourceStep.HANDING_OVER:
             return None
+        self.awaits = f"host '{self.move.header.destination}', which may have the whole VM, has not answered"
         try:
             await self._connect()
             assert self.move.peer is not None
@@ -207,6 +224,7 @@ class Settlement:
     async def _hand_over(self) -> None:
         assert self.move.peer is not None
         await in_full(self.move.journal.record, SourceStep.HANDING_OVER, time.time())
+        self.move.note_hand_over()
         try:
             await self.move.peer.take_over()
         except LimosaError as error:

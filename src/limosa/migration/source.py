@@ -114,6 +114,10 @@ class SourceMove:
         self.cancelled: asyncio.Future[None] = loop.create_future()
         #: done with the state in which QEMU's migration ended, or passed the point of no return
         self.sent: asyncio.Future[MigrationState] = loop.create_future()
+        #: done when the destination is given its word, or is known to own the VM: the move cannot be cancelled any more
+        self.handed_over: asyncio.Future[None] = loop.create_future()
+        if any(record.step == SourceStep.HANDING_OVER for record in journal.records):
+            self.handed_over.set_result(None)
         #: done when QEMU waits before the switchover, with the guest stopped
         self.paused: asyncio.Future[None] = loop.create_future()
         self.mirrors: Mirrors | None = None
@@ -430,6 +434,7 @@ class SourceMove:
         """Give the destination the word. From here on only ``settle`` may let the guest run here again."""
         assert self.peer is not None
         self.journal.record(SourceStep.HANDING_OVER, time.time(), durable=False)
+        self.note_hand_over()
         running = await self.peer.take_over()
         self.report.enter(Phase.TEAR_DOWN)
         if self.sent.result() is MigrationState.COMPLETED:
@@ -449,6 +454,7 @@ class SourceMove:
 
     async def tear_down(self, *, images_stay: bool = False) -> None:
         """Wait until the destination is durable, then end QEMU here and forget the VM."""
+        self.note_hand_over()
         if self.machine is not None:
             await self._everything_followed(self.machine)
         # The guest runs there, so this copy of its memory is of no use any more; its files are, until that is durable.
@@ -494,6 +500,11 @@ class SourceMove:
         if not self.cancelled.done():
             self.cancelled.set_result(None)
 
+    def note_hand_over(self) -> None:
+        """The destination is given its word, or is known to own the VM."""
+        if not self.handed_over.done():
+            self.handed_over.set_result(None)
+
     async def guard(self, work: Coroutine[Any, Any, T]) -> T:
         """Do ``work`` unless a person cancels, QEMU dies or the session breaks, which raises."""
         assert self.machine is not None
@@ -520,11 +531,13 @@ class SourceMove:
     def _cut_off(self) -> None:
         """Have a QEMU that has not sent everything fail, as a cancel does. It may not hear of a cancel: while it sends
         the rest, and waits for its socket, it holds the lock it needs for that (``migration_completion`` with the BQL,
-        migration/migration.c)."""
+        migration/migration.c). It also does while it stops the guest and waits for what is on its way to copies of
+        disks (``bdrv_drain_all`` in ``do_vm_stop``, system/cpus.c)."""
         has_more = self._way_back and not self.sent.done()
-        if has_more and self.channel is not None and isinstance(self.channel.stream, socket.socket):
-            with suppress(OSError):
-                self.channel.stream.shutdown(socket.SHUT_RDWR)
+        for channel in (self.channel if has_more else None, *self.disk_channels):
+            if channel is not None and isinstance(channel.stream, socket.socket):
+                with suppress(OSError):
+                    channel.stream.shutdown(socket.SHUT_RDWR)
 
     def _on_event(self, event: Event) -> None:
         match event.name:

@@ -27,10 +27,10 @@ async def stop_stream(machine: MachineProtocol) -> None:
 
     unsubscribe = machine.on_event(on_event)
     try:
-        state = (await machine.migration()).state
-        if state in _UNDER_WAY or state is MigrationState.CANCELLING:
-            await machine.cancel_migration()
-            async with asyncio.timeout(CANCEL_WITHIN_S):
+        async with asyncio.timeout(CANCEL_WITHIN_S):
+            state = (await machine.migration()).state
+            if state in _UNDER_WAY or state is MigrationState.CANCELLING:
+                await machine.cancel_migration()
                 await ended.wait()
     except TimeoutError:
         raise QemuError("QEMU does not end a migration that was cancelled", todo="see the VM's qemu.log") from None

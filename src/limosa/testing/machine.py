@@ -229,6 +229,10 @@ class FakeMachine(FakeDisks):
         """It lives, but answers nothing any more."""
         self._answers.clear()
 
+    def answer_again(self) -> None:
+        """It goes on after :meth:`hang`."""
+        self._answers.set()
+
     def die(self, words: str) -> None:
         """The process ends, with these last words."""
         self._answers.set()
