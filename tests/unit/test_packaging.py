@@ -1,9 +1,10 @@
-"""The shipped unit gives the daemon what it needs of root's rights."""
+"""The shipped unit is one that systemd takes, starts the command as it is, and gives it what it needs of root's."""
 
 from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,7 +12,12 @@ from pathlib import Path
 
 import pytest
 
-UNIT = Path(__file__).parents[2] / "packaging" / "limosa-host.service"
+from limosa.cli.program import parse
+from limosa.settings import toml
+from limosa.settings.daemon import DEFAULT_FILE, DaemonSettings
+
+PACKAGING = Path(__file__).parents[2] / "packaging"
+UNIT = PACKAGING / "limosa-host.service"
 #: Somebody who is not root, and has nothing.
 NOBODY = 65534
 
@@ -76,6 +82,59 @@ LOG = """
 import sys; from limosa.qemu import process
 print(process._log_of(int(sys.argv[1])))
 """
+
+
+def directives(name: str) -> list[str]:
+    """All values the unit has for a directive."""
+    return re.findall(rf"^{name}=(.*)$", UNIT.read_text(), re.MULTILINE)
+
+
+def complaints(folder: Path) -> str:
+    """What systemd says against the unit in a folder, and the drop-ins beside it."""
+    command = ["systemd-analyze", "verify", "--man=no", "--recursive-errors=no", str(folder / UNIT.name)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    return done.stderr + (f"exit code {done.returncode}" if done.returncode else "")
+
+
+@pytest.fixture
+def installed(tmp_path: Path) -> Path:
+    """A folder with the unit and its drop-in as they are installed, but for where the program is on this machine."""
+    program = str(Path(sys.executable).with_name("limosa"))
+    text = UNIT.read_text()
+    assert text.count("ExecStart=/usr/local/bin/limosa ") == 1
+    (tmp_path / UNIT.name).write_text(text.replace("/usr/local/bin/limosa", program))
+    drop_ins = tmp_path / f"{UNIT.name}.d"
+    drop_ins.mkdir()
+    shutil.copy(PACKAGING / "limosa-host-lvm.conf", drop_ins / "lvm.conf")
+    return tmp_path
+
+
+def test_systemd_takes_the_unit_and_the_drop_in(installed: Path) -> None:
+    assert complaints(installed) == ""
+
+
+@pytest.mark.parametrize("name", [UNIT.name, f"{UNIT.name}.d/lvm.conf"])
+def test_systemd_would_say_what_it_does_not_know(installed: Path, name: str) -> None:
+    with (installed / name).open("a") as unit:
+        unit.write("[Service]\nRestrictEverything=yes\n")
+    assert "RestrictEverything" in complaints(installed)
+
+
+def test_it_starts_the_command_with_what_that_takes() -> None:
+    (start,) = directives("ExecStart")
+    program, *words = start.split()
+    assert Path(program).name == "limosa"
+    parsed = parse(words)
+    assert str(parsed.settings) == DEFAULT_FILE
+    assert parsed.run.__module__ == "limosa.cli.host"
+
+
+def test_it_makes_the_folders_that_the_daemon_uses() -> None:
+    shipped = toml.read(PACKAGING / "host.toml.example", DaemonSettings)
+    for settings in (shipped, DaemonSettings(name="host1")):
+        assert [settings.state_dir] == [f"/var/lib/{name}" for name in directives("StateDirectory")]
+        assert [settings.run_dir] == [f"/run/{name}" for name in directives("RuntimeDirectory")]
+    assert directives("RuntimeDirectoryPreserve") == ["yes"], "VMs that outlive the daemon have their sockets there"
 
 
 def test_an_image_of_qemus_user_can_be_had_alone(image: Path) -> None:
