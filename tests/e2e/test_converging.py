@@ -6,16 +6,22 @@ blackout over its budget.
 
 from __future__ import annotations
 
-import os
-import pwd
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 from harness.commands import limosa
-from harness.guests import LanClient, address_of, linux, wait_for_console
+from harness.guests import LanClient, address_of
 from harness.labs import RELAYS, LabHost, running_lab, set_links
+from harness.post_copy import (
+    BUDGET_MS,
+    POLICY,
+    daemons_die_in_post_copy,
+    has_arrived,
+    is_possible,
+    made_possible,
+    start_writer,
+)
 from harness.steering import change, follow, settings, views
 from limosa.model.migration import Migration, Outcome, Phase
 from limosa.model.vm import VmState
@@ -23,23 +29,12 @@ from limosa.wire import endpoints
 
 pytestmark = [pytest.mark.qemu, pytest.mark.lab]
 
-CAP_MBIT_PER_S = 160
-BUDGET_MS = 20
-POLICY = {
-    "bandwidth_mbit_per_s": CAP_MBIT_PER_S,
-    "convergence.blackout_budget_ms": BUDGET_MS,
-    "convergence.auto_converge": False,
-    "convergence.patience_s": 1,
-}
-USERFAULTFD = Path("/dev/userfaultfd")
-
 
 @pytest.fixture(scope="module")
 def hosts() -> Iterator[list[LabHost]]:
     """Two hosts with a guest ``web`` on the first that writes all the time."""
     with running_lab() as made:
-        made[0].create(linux("web", load={"fill_mib": 16, "random_mib": 16, "rewrite_mib_per_s": 200}))
-        wait_for_console(made[0], "web", "LIMOSA REWRITES")
+        start_writer(made[0])
         for host in made:
             change(host, POLICY)
         yield made
@@ -99,7 +94,7 @@ def test_auto_converge_brings_it_to_its_end(hosts: list[LabHost], client: LanCli
 
 def test_where_post_copy_is_not_possible_it_is_warned_of_and_left_out(hosts: list[LabHost]) -> None:
     source, destination = hosts
-    if may_post_copy():
+    if is_possible():
         pytest.skip("QEMU's user may use userfaultfd on this machine")
     with settings(source, {"convergence.post_copy": True}):
         found = limosa(source, "check", "web", "--to", destination.name, "--json").object
@@ -115,26 +110,11 @@ def test_where_post_copy_is_not_possible_it_is_warned_of_and_left_out(hosts: lis
     assert any(f"a blackout of up to {BUDGET_MS} ms is planned" in view.progress.note for view in seen)
 
 
-def may_post_copy() -> bool:
-    status = USERFAULTFD.stat()
-    return bool(status.st_mode & 0o006) or status.st_gid == pwd.getpwnam("limosa-qemu").pw_gid
-
-
-@pytest.fixture
+@pytest.fixture(scope="module")
 def userfaultfd(hosts: list[LabHost]) -> Iterator[None]:
-    """QEMU's user may use ``userfaultfd``, as the rule in ``packaging`` would have it."""
-    if not USERFAULTFD.exists():
-        pytest.skip("this kernel has no /dev/userfaultfd")
-    before = USERFAULTFD.stat()
-    try:
-        os.chown(USERFAULTFD, -1, pwd.getpwnam("limosa-qemu").pw_gid)
-        USERFAULTFD.chmod(0o660)
-        for host in hosts:
-            host.start()
+    """From the first test that needs it on."""
+    with made_possible(hosts):
         yield
-    finally:
-        os.chown(USERFAULTFD, before.st_uid, before.st_gid)
-        USERFAULTFD.chmod(before.st_mode & 0o777)
 
 
 def test_post_copy_brings_it_to_its_end(hosts: list[LabHost], client: LanClient, userfaultfd: None) -> None:
@@ -171,3 +151,11 @@ def test_a_post_copy_whose_network_was_cut_goes_on_when_it_is_back(
     assert destination.show("web").state is VmState.RUNNING
     assert client.sees_it_run()
     source.wait_until_bare(but=RELAYS)
+
+
+def test_a_post_copy_goes_on_though_both_daemons_die(
+    hosts: list[LabHost], client: LanClient, userfaultfd: None
+) -> None:
+    source, destination = sorted(hosts, key=lambda host: host.vm("web") is None)
+    daemons_die_in_post_copy(source, destination, [source, destination])
+    has_arrived(hosts, source, destination, client)
