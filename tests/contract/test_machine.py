@@ -419,6 +419,23 @@ def test_cancel_leaves_the_source_as_it_was_and_ends_the_destination(run: Run) -
     run(scenario)
 
 
+def test_cancel_before_the_switchover_lets_a_stopped_guest_run(run: Run) -> None:
+    async def scenario(makers: Makers) -> None:
+        source = await running_source(makers)
+        destination, stream = await connected(makers, source, StreamParameters(pause=True))
+        here = Recorder(source)
+        await send(source, stream)
+        await here.until("migration pre-switchover")
+        await source.cancel_migration()
+        assert await here.ending() == "cancelled"
+        assert await source.status() is RunState.RUNNING
+        assert here.names()[-2:] == ["RESUME", "migration cancelled"]
+        await destination.gone.wait()
+        await moves_after_all(makers, source)
+
+    run(scenario)
+
+
 def test_a_lost_destination_leaves_the_source_as_it_was(run: Run) -> None:
     async def scenario(makers: Makers) -> None:
         source, destination, here = await in_its_middle(makers)

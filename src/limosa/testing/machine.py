@@ -378,9 +378,15 @@ class FakeMachine(FakeDisks):
         if self.gone.is_set():
             return
         self._count(error=error)
-        cancelled = self._statistics.state is MigrationState.CANCELLING
-        self._migration_is(MigrationState.CANCELLED if cancelled else MigrationState.FAILED)
-        await asyncio.sleep(0)  # QEMU, too, enters the state a moment after the event
+        if self._statistics.state is MigrationState.CANCELLING:
+            self._run_as_before(was_running=was_running)
+            self._migration_is(MigrationState.CANCELLED)
+        else:
+            self._migration_is(MigrationState.FAILED)
+            await asyncio.sleep(0)  # QEMU, too, enters the state a moment after the event
+            self._run_as_before(was_running=was_running)
+
+    def _run_as_before(self, *, was_running: bool) -> None:
         if self._run_state in _STOPPED_BY_MIGRATION:
             self._enter(RunState.RUNNING if was_running else RunState.PAUSED)
 
