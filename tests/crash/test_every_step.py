@@ -12,6 +12,7 @@ import pytest
 
 from harness.crashes import broken_move, clean, nothing_else_is_left, place
 from harness.hosts import Host, running_hosts, tiny
+from harness.steering import change
 from limosa.model.migration import Outcome
 from limosa.model.vm import VmState
 
@@ -21,12 +22,30 @@ SOURCE_STEPS = ("begin", "preparing", "migrating", "handing-over", "confirmed", 
 DESTINATION_STEPS = ("begin", "reserved", "continuing", "owned")
 MOMENTS = ("before", "after")
 HANDED_OVER = ("handing-over", "confirmed", "finished")
+TRANSPORTS = ("tcp", "compression")
+#: Shown over relays, which end with their daemon, and in the longer tests also without; the others the other way round.
+RELAYED = {
+    "source:migrating:after:daemon",
+    "source:migrating:after:qemu",
+    "source:handing-over:after:both",
+    "destination:reserved:after:daemon",
+    "destination:continuing:before:daemon",
+    "destination:owned:before:daemon",
+}
 
 
-@pytest.fixture(scope="module", params=["tcp", pytest.param("compression", marks=pytest.mark.long)])
-def hosts(request: pytest.FixtureRequest) -> Iterator[list[Host]]:
-    with running_hosts("alpha", "beta", transport=request.param) as made:
+@pytest.fixture(scope="module")
+def running() -> Iterator[list[Host]]:
+    with running_hosts("alpha", "beta") as made:
         yield made
+
+
+@pytest.fixture
+def hosts(running: list[Host], transport: str) -> list[Host]:
+    """The two hosts, between which memory goes by this transport."""
+    for host in running:
+        change(host, {"transport": transport})
+    return running
 
 
 def plans() -> Iterator[tuple[str, str]]:
@@ -71,7 +90,15 @@ def expected_at_destination(step: str, moment: str, victim: str) -> str:
     return "running at beta" if victim == "daemon" else "crashed at beta"
 
 
-@pytest.mark.parametrize(("plan", "expected"), [pytest.param(*case, id=case[0]) for case in plans()])
+def cases() -> Iterator[object]:
+    for transport in TRANSPORTS:
+        for plan, expected in plans():
+            is_quick = (transport == "compression") is (plan in RELAYED)
+            marks = [] if is_quick else [pytest.mark.long]
+            yield pytest.param(transport, plan, expected, id=f"{transport}-{plan}", marks=marks)
+
+
+@pytest.mark.parametrize(("transport", "plan", "expected"), list(cases()))
 def test_one_host_has_the_vm_and_nothing_is_left(hosts: list[Host], plan: str, expected: str) -> None:
     hosts[0].create(tiny("vm"))
     with broken_move(hosts, plan, expected) as owner:
@@ -82,6 +109,7 @@ def test_one_host_has_the_vm_and_nothing_is_left(hosts: list[Host], plan: str, e
 @pytest.mark.parametrize("victim", ["daemon", "qemu", "both"])
 @pytest.mark.parametrize("moment", MOMENTS)
 @pytest.mark.parametrize("step", ["undoing", "home"])
+@pytest.mark.parametrize("transport", ["tcp", pytest.param("compression", marks=pytest.mark.long)])
 def test_a_move_is_undone_whose_destination_died(hosts: list[Host], step: str, moment: str, victim: str) -> None:
     alpha, beta = hosts
     alpha.create(tiny("vm"))
@@ -92,7 +120,8 @@ def test_a_move_is_undone_whose_destination_died(hosts: list[Host], step: str, m
         assert owner.show("vm").migration is None
 
 
-def test_without_a_crash_the_move_completes(hosts: list[Host]) -> None:
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_without_a_crash_the_move_completes(hosts: list[Host], transport: str) -> None:
     """The cases above would prove little if the move failed by itself."""
     alpha, _ = hosts
     for host in hosts:
@@ -101,7 +130,7 @@ def test_without_a_crash_the_move_completes(hosts: list[Host]) -> None:
     alpha.create(tiny("vm"))
     try:
         migration = alpha.outcome(alpha.move("vm", "beta").id)
-        assert migration.outcome is Outcome.COMPLETED, migration.fault
+        assert (migration.outcome, migration.transport) == (Outcome.COMPLETED, transport), migration.fault
         assert place(hosts) == "running at beta"
         assert nothing_else_is_left(hosts)
     finally:

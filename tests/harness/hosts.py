@@ -141,7 +141,7 @@ class Host:
             os.kill(pid, signal.SIGKILL)
 
 
-def make_hosts(folder: Path, *names: str, first: int = 2, transport: str = "tcp") -> list[Host]:
+def make_hosts(folder: Path, *names: str, first: int = 2) -> list[Host]:
     """Hosts that trust and know each other, not started. ``first`` is where their addresses begin to count."""
     folder.chmod(0o711)
     ca.create_authority(folder / "ca")
@@ -162,17 +162,17 @@ def make_hosts(folder: Path, *names: str, first: int = 2, transport: str = "tcp"
         (host.folder / "host.toml").write_text(tomli_w.dumps(settings))
         host.state.mkdir(mode=0o711)
         peers = {other.name: other.address for other in hosts}
-        (host.state / "settings.toml").write_text(tomli_w.dumps({"peers": peers, "transport": transport}))
+        (host.state / "settings.toml").write_text(tomli_w.dumps({"peers": peers, "transport": "tcp"}))
     return hosts
 
 
 @contextmanager
-def running_hosts(*names: str, transport: str = "tcp") -> Iterator[list[Host]]:
+def running_hosts(*names: str) -> Iterator[list[Host]]:
     """Started hosts in a short folder of their own (Unix sockets have short paths), gone afterwards."""
     folder = Path(f"/tmp/lt{os.getpid()}")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
-    hosts = make_hosts(folder, *names, transport=transport)
+    hosts = make_hosts(folder, *names)
     try:
         for host in hosts:
             host.start()
