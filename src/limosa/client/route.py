@@ -9,8 +9,9 @@
                        $LIMOSA_HOST                  as --host
                        otherwise                     /run/limosa/api.sock, this machine's own daemon
 
-``hosts.toml`` and the certificate lie in ``~/.config/limosa`` or ``/etc/limosa``. ``ssl`` is loaded only when TLS is
-spoken, since most commands talk to a Unix socket; ``dataclasses``, which takes a tenth of a command's start, is not.
+``hosts.toml`` and the certificate lie in ``~/.config/limosa`` or ``/etc/limosa``; a host that has no other shows its
+own, with which it commands itself alone. ``ssl`` is loaded only when TLS is spoken, since most commands talk to a Unix
+socket; ``dataclasses``, which takes a tenth of a command's start, is not.
 """
 
 from __future__ import annotations

@@ -20,11 +20,12 @@ Reply = TypeVar("Reply", bound=Model)
 
 
 class Role(IntEnum):
-    """What a certificate allows; each includes those before it, except that only a host is a ``HOST``."""
+    """What a certificate allows; each includes those before it. At its own host that of a host is an operator's."""
 
-    VIEWER = 1
-    OPERATOR = 2
-    HOST = 3
+    #: what hosts ask of one another
+    HOST = 1
+    VIEWER = 2
+    OPERATOR = 3
 
 
 class Endpoint(msgspec.Struct, Generic[Request, Reply], frozen=True):
@@ -61,7 +62,7 @@ PAUSE_VM = Endpoint("POST", "/v1/vms/{vm}/pause", api.Empty, Vm, Role.OPERATOR, 
 RESUME_VM = Endpoint("POST", "/v1/vms/{vm}/resume", api.Empty, Vm, Role.OPERATOR, "Resume a paused VM")
 
 LOCATIONS = Endpoint(
-    "GET", "/v1/storage", api.Empty, api.LocationList, Role.VIEWER, "Where images can lie, and how much space there is"
+    "GET", "/v1/storage", api.Empty, api.LocationList, Role.HOST, "Where images can lie, and how much space there is"
 )
 MOVE_DISKS = Endpoint(
     "POST",
