@@ -11,11 +11,12 @@ from unittest.mock import AsyncMock, Mock
 import msgspec
 import pytest
 
-from harness.landings import header
+from harness.landings import first_view, header
 from limosa.host.services import recover
+from limosa.host.views import Views
 from limosa.migration.journal import Journal
 from limosa.migration.ownership import SourceStep
-from limosa.model.migration import Side
+from limosa.model.migration import Outcome, Side
 
 
 def services(folder: Path) -> Any:
@@ -24,6 +25,7 @@ def services(folder: Path) -> Any:
         disk_moves=SimpleNamespace(recover=AsyncMock()),
         outgoing=SimpleNamespace(recover=AsyncMock()),
         incoming=SimpleNamespace(recover=AsyncMock()),
+        views=Views("here", folder),
         parts=SimpleNamespace(files=SimpleNamespace(migrations=folder), vms=vms),
     )
 
@@ -59,6 +61,16 @@ def test_what_is_whole_or_anothers_stays(tmp_path: Path) -> None:
     asyncio.run(recover(host))
     assert sorted(tmp_path.iterdir()) == before
     assert host.outgoing.recover.await_count == 1
+
+
+def test_moves_of_disks_that_ended_are_known_again(tmp_path: Path) -> None:
+    ended = msgspec.structs.replace(first_view(), id="m10000000000", outcome=Outcome.COMPLETED)
+    views = services(tmp_path).views
+    views.publish(ended)
+    views.publish(msgspec.structs.replace(ended, id="m20000000000", outcome=Outcome.UNDER_WAY))
+    again = services(tmp_path)
+    asyncio.run(recover(again))
+    assert again.views.list() == [ended]
 
 
 @pytest.mark.parametrize("left", [True, False])

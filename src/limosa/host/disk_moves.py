@@ -188,7 +188,6 @@ class DiskMoves:
             host=self._host,
         )
         report.end(Outcome.FAILED, error.fault())
-        self._views.keep(report.now)
         for plan in record.plans:
             self._storage.settle(plan.path)
         self.forget(record)
@@ -295,7 +294,6 @@ class DiskMoves:
         """The move has ended: the VM is people's again."""
         move.hosted.migration = None
         self._active.pop(move.record.migration, None)
-        self._views.keep(move.report.now)
         if move.qemu_ended:
             await self._vms.crashed(move.hosted)
 

@@ -212,7 +212,10 @@ class Outgoing:
         header = journal.header
         options = reading.convert(header.options, MoveOptions)
         terms = self._terms(options)
-        report = Report(self._first_view(header, terms.transport), self._views.publish)
+        # A move that failed before the restart has its destination to tell of that, but nothing else to show.
+        has_failed = journal.step == SourceStep.HOME and self._views.recall(header.migration)
+        known = self._views.show(header.migration) if has_failed else self._first_view(header, terms.transport)
+        report = Report(known, self._views.publish)
         place = Place(self.slots)
         leaving = Leaving(self._parts, hosted, self._bandwidth, header.migration, _own_cap(options), place)
         move = SourceMove(journal, machine, self._dialler(header.address), leaving, terms, report)
@@ -272,8 +275,6 @@ class Outgoing:
             self._background.spawn(peer.close())
         move.journal.close()
         self._active.pop(move.header.migration, None)
-        if move.report.now.outcome is not Outcome.UNDER_WAY:
-            self._views.keep(move.report.now)
 
     def _dialler(self, destination: str) -> Dialler:
         async def open_session() -> RemotePeer:

@@ -14,6 +14,8 @@ from limosa.model import reading
 from limosa.model.migration import Migration, Outcome
 from limosa.settings import toml
 
+_ENDED = frozenset({Outcome.COMPLETED, Outcome.FAILED, Outcome.CANCELLED})
+
 
 class Views:
     """All moves from this host and on it. Views of ended ones are kept as ``ID.view.json`` in ``folder``."""
@@ -55,13 +57,16 @@ class Views:
         return [view async for view in self.watch(migration)][-1]
 
     def publish(self, view: Migration) -> None:
-        """A move has changed."""
+        """A move has changed. One that has ended is remembered over a restart from now on, though it may be long until
+        its destination has heard of that."""
         self._views[view.id] = view
         for queue in self._watchers.get(view.id, ()):
             queue.put_nowait(view)
+        if view.outcome in _ENDED:
+            self._keep(view)
 
-    def keep(self, view: Migration) -> None:
-        """Remember a move that has ended over a restart, if that can be written; else what was kept of it stays."""
+    def _keep(self, view: Migration) -> None:
+        """Write it down, if that can be; else what was kept of it stays."""
         # Not synced, which would hold up the event loop: how the move ended is in its journal.
         with contextlib.suppress(OSError, StateError):
             toml.write_atomically(self._path(view.id), msgspec.json.encode(view), durable=False)
@@ -72,10 +77,18 @@ class Views:
             view = reading.decode(self._path(migration).read_bytes(), Migration)
         except (OSError, msgspec.DecodeError):
             return False
-        if view.outcome in (Outcome.UNDER_WAY, Outcome.UNRESOLVED):
-            return False  # it was kept before the end
+        if view.outcome not in _ENDED:
+            return False
         self._views[migration] = view
         return True
+
+    def recall_others(self) -> None:
+        """The same of all that no journal tells of, such as moves of disks. To be called when journals have told
+        theirs: they know better."""
+        for path in sorted(self._folder.glob("*.view.json")):
+            migration = path.name.removesuffix(".view.json")
+            if migration not in self._views:
+                self.recall(migration)
 
     def forget(self, migration: str) -> None:
         """Of a move that ended long ago nothing is left but what is here."""
