@@ -429,6 +429,20 @@ class TestWhatCannotBeUndone:
 
         play(scenario())
 
+    def test_it_is_known_which_vms_have_one_that_is_not_at_its_end(self, world: World) -> None:
+        async def scenario() -> None:
+            hosted = await world.running()
+            cast(Machine, hosted.machine).slow = True
+            assert world.moves.not_ended() == set()
+            await world.begin()
+            assert world.moves.not_ended() == {"web1"}
+            (record,) = world.records()
+            await world.killed()
+            record.write_bytes(b"{")
+            assert world.moves.not_ended() is None
+
+        play(scenario())
+
     @pytest.mark.parametrize("dies", [False, True], ids=["", "and then qemu dies"])
     def test_a_disk_is_what_qemu_writes_also_where_that_cannot_be_written_down(
         self, world: World, monkeypatch: pytest.MonkeyPatch, dies: bool

@@ -154,6 +154,13 @@ class DiskMoves:
             except (OSError, msgspec.MsgspecError, LimosaError) as error:
                 _log.error("the move of disks in %s could not be brought to an end: %s", path, error)
 
+    def not_ended(self) -> set[str] | None:
+        """Names of VMs whose disks have moves that are not at their end; None if that cannot be known."""
+        try:
+            return {reading.decode(path.read_bytes(), Record).vm for path in self._folder.glob("*.disks.json")}
+        except (OSError, msgspec.MsgspecError):
+            return None
+
     async def _take_up(self, hosted: HostedVm, record: Record) -> None:
         move = _Move(self, hosted, record, Report(self._first_view(record), self._views.publish), 0)
         hosted.migration = record.migration

@@ -118,8 +118,9 @@ async def recover(services: Services) -> None:
     await services.parts.vms.give_back_leases()
     services.parts.vms.restart_died()
     # A QEMU that was silent may not use the disks its vm.toml names until that move has been brought to an end.
-    if not any(services.parts.files.migrations.glob("*.disks.json")):
-        services.parts.vms.ask_again()
+    having_disks_moved = services.disk_moves.not_ended()
+    if having_disks_moved is not None:
+        services.parts.vms.ask_again(but=having_disks_moved)
 
 
 def _remove_half_written(folder: Path) -> None:
