@@ -56,6 +56,11 @@ def test_every_command_has_help_and_examples_that_parse(
         assert callable(parsed.run)
 
 
+@pytest.mark.parametrize("noun", ["vm", "migration", "storage", "ca"])
+def test_ls_is_list(noun: str) -> None:
+    assert COMMANDS[noun, "ls"] is COMMANDS[noun, "list"]
+
+
 def test_every_option_has_help() -> None:
     for path, parser in COMMANDS.items():
         for action in parser._actions:

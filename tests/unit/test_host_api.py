@@ -76,6 +76,7 @@ CHANGES = {
     endpoints.START_VM,
     endpoints.STOP_VM,
     endpoints.SHUTDOWN_VM,
+    endpoints.RESET_VM,
     endpoints.PAUSE_VM,
     endpoints.RESUME_VM,
     endpoints.MOVE_DISKS,

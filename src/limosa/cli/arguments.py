@@ -68,12 +68,14 @@ def add_command(
     examples: Sequence[str],
     notes: str = "",
     local: bool = False,
+    also: Sequence[str] = (),
 ) -> argparse.ArgumentParser:
     """A verb, or a noun that is a command itself. ``examples`` are command lines without ``limosa``; one that is
-    ``local`` speaks with no host."""
+    ``local`` speaks with no host; ``also`` are other names for it."""
     lines = ["examples:", *(f"  limosa {example}" for example in examples)]
     parser = commands.add_parser(
         name,
+        aliases=also,
         help=help_text,
         description=_sentence(help_text) + ("\n\n" + notes if notes else ""),
         epilog="\n".join(lines),

@@ -47,7 +47,7 @@ def register(commands: Commands[argparse.ArgumentParser]) -> None:
     issue.add_argument("--out", metavar="FOLDER", type=Path, help="(NAME in the current folder)")
     issue.add_argument("--days", type=int, default=730, help="how long it is valid (730)")
     listing = add_command(
-        verbs, "list", "list the certificates that were made", _list, examples=["ca list"], local=True
+        verbs, "list", "list the certificates that were made", _list, examples=["ca list"], local=True, also=["ls"]
     )
     for parser in (init, issue, listing):
         folder = configuration_folders(os.environ)[0] / "ca"

@@ -32,7 +32,14 @@ KINDS: dict[LocationKind, str] = {"folder": "folder", "lvm": "LVM"}
 def register(commands: Commands[argparse.ArgumentParser]) -> None:
     """Add ``storage`` and its verbs."""
     verbs = add_noun(commands, "storage", "locations for disk images: list, add, remove; move disks; leftovers")
-    add_command(verbs, "list", "list the host's locations", _list, examples=["storage list", "storage list --json"])
+    add_command(
+        verbs,
+        "list",
+        "list the host's locations",
+        _list,
+        examples=["storage list", "storage list --json"],
+        also=["ls"],
+    )
     show = add_command(verbs, "show", "show one location", _show, examples=["storage show fast"])
     add = add_command(
         verbs,

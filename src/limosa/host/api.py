@@ -92,6 +92,7 @@ class Handlers:
             endpoints.START_VM: self._act(self._services.parts.vms.start),
             endpoints.STOP_VM: self._act(self._services.parts.vms.stop),
             endpoints.SHUTDOWN_VM: self._act(self._services.parts.vms.shutdown),
+            endpoints.RESET_VM: self._act(self._services.parts.vms.reset),
             endpoints.PAUSE_VM: self._act(self._services.parts.vms.pause),
             endpoints.RESUME_VM: self._act(self._services.parts.vms.resume),
             endpoints.CHECK: self.check,

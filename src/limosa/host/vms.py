@@ -346,6 +346,15 @@ class Vms:
         self.check_idle(hosted)
         await self._running(hosted).press_power_button()
 
+    async def reset(self, hosted: HostedVm) -> None:
+        """Press the reset button. A guest that is paused stays so."""
+        self.check_idle(hosted)
+        with self._steering(hosted):
+            machine = self._running(hosted)
+            if self.doubt and await machine.status() in _SENT:
+                raise self._may_be_away(hosted)
+            await machine.reset()
+
     async def pause(self, hosted: HostedVm) -> None:
         """Stop the guest's processors."""
         self.check_idle(hosted)

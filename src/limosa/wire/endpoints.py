@@ -58,6 +58,7 @@ DELETE_VM = Endpoint(
 START_VM = Endpoint("POST", "/v1/vms/{vm}/start", api.Empty, Vm, Role.OPERATOR, "Start a VM")
 STOP_VM = Endpoint("POST", "/v1/vms/{vm}/stop", api.Empty, Vm, Role.OPERATOR, "Pull the VM's plug")
 SHUTDOWN_VM = Endpoint("POST", "/v1/vms/{vm}/shutdown", api.Empty, Vm, Role.OPERATOR, "Press the VM's power button")
+RESET_VM = Endpoint("POST", "/v1/vms/{vm}/reset", api.Empty, Vm, Role.OPERATOR, "Press the VM's reset button")
 PAUSE_VM = Endpoint("POST", "/v1/vms/{vm}/pause", api.Empty, Vm, Role.OPERATOR, "Pause a VM")
 RESUME_VM = Endpoint("POST", "/v1/vms/{vm}/resume", api.Empty, Vm, Role.OPERATOR, "Resume a paused VM")
 
