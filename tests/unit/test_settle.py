@@ -590,6 +590,35 @@ class TestByADaemon:
 
         play(scenario)
 
+    @pytest.mark.parametrize("state", [DestinationState.GONE, None])
+    def test_one_that_waits_for_a_person_does_so_also_after_a_restart(
+        self,
+        tmp_path: Path,
+        there: dict[str, DestinationState | None],
+        monkeypatch: pytest.MonkeyPatch,
+        state: DestinationState | None,
+    ) -> None:
+        async def scenario() -> None:
+            there["x"] = state
+            phases = {"build-up": 0.1, "copy": 2.0}
+            left = msgspec.structs.replace(
+                first_view(), id=FIRST, phase=Phase.SWITCHOVER, outcome=Outcome.UNRESOLVED, phases=phases, total_s=2.1
+            )
+            Views("here", tmp_path).publish(left)
+            outgoing = self.outgoing(tmp_path, HostedVm(VM, VmState.STOPPED), there, monkeypatch)
+            journal = self.journal(tmp_path, FIRST, "x", *MIGRATING, SourceStep.HANDING_OVER)
+            await outgoing.recover(journal)
+            assert outgoing._views.show(FIRST) == left
+            if state is None:
+                await until(lambda: FIRST in outgoing._settling)
+                await outgoing.resolve(FIRST, Side.SOURCE)
+            await until(lambda: outgoing._views.show(FIRST).outcome is Outcome.FAILED)
+            shown = outgoing._views.show(FIRST)
+            assert (shown.phases, shown.total_s) == (phases, 2.1)
+            outgoing._background.cancel()
+
+        play(scenario)
+
     @pytest.mark.parametrize(
         ("steps", "outcome", "code"),
         [

@@ -57,12 +57,12 @@ class Views:
         return [view async for view in self.watch(migration)][-1]
 
     def publish(self, view: Migration) -> None:
-        """A move has changed. One that has ended is remembered over a restart from now on, though it may be long until
-        its destination has heard of that."""
+        """A move has changed. One that has ended, or waits for a person, is remembered over a restart from now on,
+        though it may be long until its destination has heard of that."""
         self._views[view.id] = view
         for queue in self._watchers.get(view.id, ()):
             queue.put_nowait(view)
-        if view.outcome in _ENDED:
+        if view.outcome is not Outcome.UNDER_WAY:
             self._keep(view)
 
     def _keep(self, view: Migration) -> None:
@@ -71,13 +71,17 @@ class Views:
         with contextlib.suppress(OSError, StateError):
             toml.write_atomically(self._path(view.id), msgspec.json.encode(view), durable=False)
 
+    def kept(self, migration: str) -> Migration | None:
+        """A move as an earlier daemon has kept it; None if none has, or it cannot be read."""
+        try:
+            return reading.decode(self._path(migration).read_bytes(), Migration)
+        except (OSError, msgspec.DecodeError):
+            return None
+
     def recall(self, migration: str) -> bool:
         """Know again a move that has ended, as an earlier daemon has kept it. Returns whether one has."""
-        try:
-            view = reading.decode(self._path(migration).read_bytes(), Migration)
-        except (OSError, msgspec.DecodeError):
-            return False
-        if view.outcome not in _ENDED:
+        view = self.kept(migration)
+        if view is None or view.outcome not in _ENDED:
             return False
         self._views[migration] = view
         return True
