@@ -560,9 +560,10 @@ def _plan_of(
 def _chosen(hosted: HostedVm, request: DiskMoveRequest, storage: Storage) -> list[Disk]:
     """The disks to move: those named, else all that are not there yet.
 
-    Raises :class:`InvalidInput` and :class:`Conflict`.
+    Raises :class:`InvalidInput`, :class:`limosa.errors.NotFound` (no such location) and :class:`Conflict`.
     """
     config = hosted.config
+    storage.places.path(request.location)
     by_name = {disk.name: disk for disk in config.disks}
     if unknown := [name for name in request.disks if name not in by_name]:
         raise InvalidInput(
