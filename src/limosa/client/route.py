@@ -3,7 +3,8 @@
 ::
 
     --host NAME        NAME in hosts.toml            mutual TLS, as operator or viewer
-                       a lab's host of that name     its Unix socket (the command line asks the lab)
+                       a lab's host of that name     its Unix socket (the command line asks the lab; inside a lab's
+                                                     host that lab goes before others)
                        otherwise, by DNS             mutual TLS
     (nothing)          $LIMOSA_SOCKET                that Unix socket (set inside a lab's host)
                        $LIMOSA_HOST                  as --host
