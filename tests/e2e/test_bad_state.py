@@ -374,8 +374,16 @@ def cramped(cramped_pair: list[Host]) -> Iterator[tuple[Host, CrampedHost]]:
         wait_until(partial(nothing_landed, host), "nothing is left")
 
 
+def let_through(folder: Path) -> None:
+    """Have QEMU's user reach a test's own folder."""
+    for one in (folder, *folder.parents[:3]):
+        if one.is_relative_to("/tmp") and one != Path("/tmp"):
+            one.chmod(0o755)
+
+
 def test_a_vm_is_created_whole_or_not_at_all(cramped: tuple[Host, CrampedHost], tmp_path: Path) -> None:
     _, narrow = cramped
+    let_through(tmp_path)
     new = api.NewVm(name="vm", memory_mib=32, disks=(api.NewDisk(path=str(tmp_path / "disk.qcow2"), size_mib=8),))
     with narrow.full():
         with pytest.raises(StateError, match="No space"):
@@ -526,9 +534,7 @@ def test_paths_that_are_no_images_are_refused_at_the_latest_when_it_starts(
 def test_a_disk_that_a_running_vm_uses_is_refused(pair: list[Host], tmp_path: Path) -> None:
     alpha, _ = pair
     disk = str(tmp_path / "disk.qcow2")
-    for folder in (tmp_path, *tmp_path.parents[:3]):
-        if folder.is_relative_to("/tmp") and folder != Path("/tmp"):
-            folder.chmod(0o755)
+    let_through(tmp_path)
     first = api.NewVm(name="first", memory_mib=32, disks=(api.NewDisk(path=disk, size_mib=8),))
     second = api.NewVm(name="second", memory_mib=32, disks=(api.NewDisk(path=disk),))
     alpha.create(first)

@@ -18,7 +18,8 @@ _ENDED = frozenset({Outcome.COMPLETED, Outcome.FAILED, Outcome.CANCELLED})
 
 
 class Views:
-    """All moves from this host and on it. Views of ended ones are kept as ``ID.view.json`` in ``folder``."""
+    """All moves from this host and on it. Views of those that ended, or wait for a person, are kept as ``ID.view.json``
+    in ``folder``."""
 
     def __init__(self, host: str, folder: Path) -> None:
         self._host = host

@@ -129,11 +129,9 @@ class Vms:
         try:
             async with asyncio.timeout(ATTACH_WITHIN_S):
                 status = await found.machine.status()
-        except BaseException as error:
+        except (QemuError, TimeoutError) as error:
             await found.machine.detach()  # QEMU speaks with one at a time, and is asked again
-            if isinstance(error, TimeoutError):
-                raise QemuError(f"QEMU with pid {found.machine.pid} does not answer") from error
-            raise
+            raise QemuError(f"QEMU with pid {found.machine.pid} does not answer", why=str(error)) from error
         self._attach(hosted, found.machine)
         hosted.state = VmState.RUNNING if status is RunState.RUNNING else VmState.PAUSED
         hosted.is_here = status not in _SENT
