@@ -163,6 +163,7 @@ class Session:
 
     async def _begin(self, request: say.Prepare) -> None:
         self._destination = await self._incoming.begin(request, self._source.name, self._reached_at)
+        self._destination.attended()
 
     async def _take_over(self) -> None:
         destination = self._current()
@@ -176,10 +177,12 @@ class Session:
 
     async def _attach(self, migration: str) -> None:
         self._check_free(migration)
-        self._destination = await self._incoming.find(migration, self._source.name)
+        before, self._destination = self._destination, await self._incoming.find(migration, self._source.name)
         if self._destination is None:
             await self._send(say.Standing(state=say.DestinationState.UNKNOWN))
             return
+        if self._destination is not before:
+            self._destination.attended()
         standing = await self._destination.standing()
         await self._send(standing)
         if standing.state is say.DestinationState.OWNED:
