@@ -288,6 +288,18 @@ def test_a_viewer_may_look_and_nothing_else(place: Place) -> None:
             assert status in (200, 400, 404)
 
 
+def test_a_host_may_ask_another_what_hosts_ask_and_nothing_else(place: Place) -> None:
+    context = tls_context(place.pki / "gamma", "host")
+    for endpoint in ENDPOINTS:
+        path = endpoint.path.replace("{vm}", "vm").replace("{migration}", "abcdefghijkl")
+        status, data = tls_request(place.alpha, context, endpoint.method, path)
+        if endpoint.role > Role.HOST:
+            assert (status, fault_of(data).code) == (403, "not-permitted")
+        else:
+            assert status in (200, 400)
+    assert tls_request(place.alpha, context, "GET", "/v1/openapi.json")[0] == 403
+
+
 @pytest.mark.parametrize("person", ["alice", "victor"])
 def test_people_may_not_open_sessions_between_hosts(place: Place, person: str) -> None:
     with (

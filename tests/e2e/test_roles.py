@@ -28,6 +28,9 @@ def hosts() -> Iterator[list[LabHost]]:
         ca.issue_person(state / "other-ca", "mallory", Role.OPERATOR, state / "stranger" / "limosa")
         # Which authority the hosts belong to anybody may know.
         shutil.copy(state / "client" / "limosa" / "ca.pem", state / "stranger" / "limosa" / "ca.pem")
+        for host in made:
+            (state / f"of-{host.name}").mkdir()
+            (state / f"of-{host.name}" / "limosa").symlink_to(host.folder / "pki")
         made[0].create(tiny("vm"))
         yield made
 
@@ -82,6 +85,15 @@ def test_a_viewer_may_change_nothing(hosts: list[LabHost], words: tuple[str, ...
 
 def test_a_viewer_may_not_sit_at_the_console(hosts: list[LabHost]) -> None:
     assert as_person("viewer", hosts, "vm", "console", "vm").code == 3
+
+
+def test_a_host_commands_itself_and_no_other(hosts: list[LabHost]) -> None:
+    assert as_person("of-host1", hosts, "vm", "resume", "vm").code == 0
+    for words in (("vm", "stop", "vm"), ("vm", "list"), ("vm", "console", "vm")):
+        said = as_person("of-host2", hosts, *words)
+        assert said.code == 3, said.error
+        assert "host 'host2' may not do this at host 'host1'" in said.error
+        assert "limosa ca issue" in said.error
 
 
 def test_a_stranger_may_not_even_look(hosts: list[LabHost]) -> None:

@@ -9,13 +9,15 @@ import signal
 import socket
 import subprocess
 from collections.abc import Iterator
+from contextlib import suppress
+from math import inf
 from pathlib import Path
 
 import msgspec
 import pytest
 
 from harness.commands import limosa
-from harness.guests import ECHO_PORT, LanClient, address_of, linux, wait_until_it_serves
+from harness.guests import BOOT_WITHIN_S, ECHO_PORT, LanClient, address_of, linux, wait_until_it_serves
 from harness.hosts import tiny, wait_until
 from harness.labs import LabHost, running_lab
 from harness.steering import does_not_fit, move, remove
@@ -107,6 +109,7 @@ class TestRunning:
         self._pause_and_resume(host, client)
         self._sit_at_the_console(host)
         self._outlive_the_daemon(host, client)
+        self._reset(host, client)
         self._shut_down(host)
 
     def _pause_and_resume(self, host: LabHost, client: LanClient) -> None:
@@ -136,6 +139,12 @@ class TestRunning:
         assert client.uptime() > before
         asyncio.run(echo(host, "still"))
 
+    def _reset(self, host: LabHost, client: LanClient) -> None:
+        before, pid = max(visits(client) for _ in range(20)), qemu(host, "web")
+        assert limosa(host, "vm", "reset", "web").code == 0
+        wait_until(lambda: visits(client) < before, "the guest booted again", BOOT_WITHIN_S)
+        assert (state(host, "web"), qemu(host, "web")) == (VmState.RUNNING, pid)
+
     def _shut_down(self, host: LabHost) -> None:
         assert limosa(host, "vm", "shutdown", "web").code == 0
         wait_until(lambda: state(host, "web") is VmState.STOPPED, "the guest shut down")
@@ -144,10 +153,18 @@ class TestRunning:
 
     def test_what_does_not_fit_the_state_is_refused(self, host: LabHost) -> None:
         host.client.call(endpoints.CREATE_VM, tiny("still"))
-        does_not_fit(host, "still", endpoints.STOP_VM, endpoints.PAUSE_VM, endpoints.SHUTDOWN_VM, endpoints.RESUME_VM)
+        does_not_fit(host, "still", endpoints.STOP_VM, endpoints.PAUSE_VM, endpoints.SHUTDOWN_VM, endpoints.RESET_VM)
+        does_not_fit(host, "still", endpoints.RESUME_VM)
         host.client.call(endpoints.START_VM, vm="still")
         does_not_fit(host, "still", endpoints.START_VM, endpoints.DELETE_VM)
         assert state(host, "still") is VmState.RUNNING
+
+
+def visits(client: LanClient) -> float:
+    """How often the guest was asked since it booted; endless while it does not answer."""
+    with suppress(OSError):
+        return int(client.facts()["visits"])
+    return inf
 
 
 async def echo(host: LabHost, word: str) -> None:

@@ -6,6 +6,8 @@ that no journal tells, the calls in ``CALLS``; the side ``host`` is a host whose
 ``qemu``, ``both``, ``hang`` (its QEMU does nothing any more), ``network`` (the links named in LIMOSA_TEST_LINKS go
 down), ``disk`` (from then on the daemon cannot write to any file) and, of calls alone, ``hold`` (the call waits: the
 file named in LIMOSA_TEST_HOLD appears, and it goes on when that is gone). It happens once.
+
+With LIMOSA_TEST_RELEASE=next it speaks as a daemon of the next release may.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from limosa.host import vms
+from limosa.host import session, vms
 from limosa.host.disk_moves import DiskMoves
 from limosa.host.layers import Layers
 from limosa.host.serve import serve
@@ -34,11 +36,14 @@ from limosa.host.storage import Storage
 from limosa.migration import layers
 from limosa.migration.journal import Header, Journal
 from limosa.migration.mirrors import Mirrors
+from limosa.model.base import Model
 from limosa.qemu.disks import Disks
 from limosa.qemu.machine import Machine
 from limosa.settings import toml
 from limosa.settings.daemon import DaemonSettings
 from limosa.transport.layers import Receiver
+from limosa.wire import versions
+from limosa.wire.encoding import encode
 
 Plan = tuple[str, str, str, str]
 #: Steps of moves of disks, by what is called to take them.
@@ -139,6 +144,16 @@ async def _held() -> None:
         await asyncio.sleep(0.01)
 
 
+def be_newer() -> None:
+    """Speak as the next release may: one version more, and one field more in every answer to a source."""
+
+    def encode_more(value: Model) -> bytes:
+        return encode(value).removesuffix(b"}") + b',"novelty":1}'
+
+    versions.NEWEST += 1
+    session.encode = encode_more  # type: ignore[attr-defined]
+
+
 def main() -> None:
     """Serve with the settings file named on the command line."""
     settings = Path(sys.argv[1])
@@ -147,6 +162,8 @@ def main() -> None:
         side, step, moment, victim = plan.split(":")
         daemon = toml.read(settings, DaemonSettings)
         break_at((side, step, moment, victim), Path(daemon.state_dir) / "vms")
+    if os.environ.get("LIMOSA_TEST_RELEASE") == "next":
+        be_newer()
     # How long a VM must have run to be restarted after a crash: half a minute is long for a test.
     vms.CRASH_LOOP_S = float(os.environ.get("LIMOSA_TEST_CRASH_LOOP_S", vms.CRASH_LOOP_S))
     serve(settings)

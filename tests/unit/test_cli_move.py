@@ -405,6 +405,16 @@ def test_resolve_says_the_owner(host: Host) -> None:
     assert main(["migration", "resolve", "web1", "--owner", "me"]) == 2
 
 
+def test_hosts_of_a_lab_have_two_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("limosa.lab.hosts.RUN", tmp_path)
+    path = tmp_path / "t1" / "host1" / "api.sock"
+    path.parent.mkdir(parents=True)
+    with Host(path) as host:
+        for destination in ("host2", "t1-host2", "t2-host2", "10.0.0.1"):
+            assert main(["--host", "t1-host1", "move", "web1", "--to", destination, "--detach"]) == 0
+    assert [move.destination for move in host.moves] == ["host2", "host2", "t2-host2", "10.0.0.1"]
+
+
 @pytest.fixture
 def drawn() -> Callable[..., str]:
     """What a live display draws on a terminal."""

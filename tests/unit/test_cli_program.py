@@ -56,6 +56,24 @@ def test_every_command_has_help_and_examples_that_parse(
         assert callable(parsed.run)
 
 
+@pytest.mark.parametrize("words", [[], ["storage"]])
+def test_what_commands_do_stands_beside_them(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*words, "--help"]) == 0
+    listed = capsys.readouterr().out.partition("positional arguments:\n")[2].partition("\n\n")[0].splitlines()[1:]
+    assert all(re.match(r"    \S.*  +\S| {10,}\S", line) for line in listed), listed
+
+
+def test_who_writes_what_is_no_command_is_told_where_to_look(capsys: pytest.CaptureFixture[str]) -> None:
+    for words, where in (([], "limosa"), (["vm"], "limosa vm"), (["vm", "list", "--x"], "limosa vm list")):
+        assert main(words) == 2
+        assert capsys.readouterr().err.endswith(f"\n  to do: see '{where} --help'\n")
+
+
+@pytest.mark.parametrize("noun", ["vm", "migration", "storage", "ca"])
+def test_ls_is_list(noun: str) -> None:
+    assert COMMANDS[noun, "ls"] is COMMANDS[noun, "list"]
+
+
 def test_every_option_has_help() -> None:
     for path, parser in COMMANDS.items():
         for action in parser._actions:

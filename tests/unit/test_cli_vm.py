@@ -55,7 +55,9 @@ def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIn]:
         endpoints.SETTINGS: lambda _: SettingsPage(settings=HostSettings(peers={"host2": "10.0.0.2"})),
     }
     shown = (endpoints.SHOW_VM, endpoints.START_VM, endpoints.STOP_VM, endpoints.SHUTDOWN_VM, endpoints.PAUSE_VM)
-    with StandIn(tmp_path / "s", answers | dict.fromkeys([*shown, endpoints.RESUME_VM], missing)) as host:
+    with StandIn(
+        tmp_path / "s", answers | dict.fromkeys([*shown, endpoints.RESUME_VM, endpoints.RESET_VM], missing)
+    ) as host:
         yield host
 
 
@@ -194,6 +196,14 @@ def test_a_shutdown_is_only_asked_for(host: StandIn, capsys: pytest.CaptureFixtu
     assert {endpoint for endpoint, _, _ in host.seen} == {endpoints.SHUTDOWN_VM}
 
 
+def test_a_reset(host: StandIn, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["vm", "reset", "web1"]) == 0
+    assert capsys.readouterr().out == "web1: reset, running on host1\n"
+    assert main(["vm", "reset", "web1", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["state"] == "running"
+    assert {endpoint for endpoint, _, _ in host.seen} == {endpoints.RESET_VM}
+
+
 @pytest.mark.parametrize("verb", ["start", "stop", "pause", "resume"])
 def test_an_action_on_several(host: StandIn, verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["vm", verb, "web1", "gone", "web1"]) == 4
@@ -317,7 +327,7 @@ def test_certificates_from_the_command_line(tmp_path: Path, capsys: pytest.Captu
     assert {path.name for path in (tmp_path / "h").iterdir()} == {"ca.pem", "host.pem", "host.key"}
 
 
-@pytest.mark.parametrize("shell", ["bash", "zsh"])
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_completion(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["completion", shell]) == 0
     assert "migration" in capsys.readouterr().out

@@ -171,6 +171,12 @@ def test_a_person_decides_only_when_the_source_has_gone_away(tmp_path: Path, her
         assert landing.step is DestinationStep.RESERVED
         assert await machine.status() is RunState.PAUSED
         await landing.abandoned()
+        landing.attended()
+        landing.attended()
+        await landing.abandoned()  # of two sessions the one that had broken
+        with pytest.raises(Conflict, match="needs no decision"):
+            await landing.resolve(here=here)
+        await landing.abandoned()
         await landing.resolve(here=here)
         assert landing.step is (DestinationStep.OWNED if here else DestinationStep.GONE)
 

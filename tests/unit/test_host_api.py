@@ -11,7 +11,7 @@ import pytest
 import test_host_storage
 from test_journal import VM
 
-from limosa.errors import Conflict, NotFound
+from limosa.errors import Conflict, InvalidInput, NotFound, NotPermitted
 from limosa.host import incoming
 from limosa.host.api import Handlers, _route
 from limosa.host.storage import Storage
@@ -22,7 +22,7 @@ from limosa.model.vm import CloudInit, Vm, VmState
 from limosa.security.identity import Identity
 from limosa.wire import endpoints
 from limosa.wire.api import Empty, LimitRequest, VmList
-from limosa.wire.endpoints import Endpoint, Role
+from limosa.wire.endpoints import ENDPOINTS, Endpoint, Role
 
 SECRET = CloudInit(user_data="password: s3cret", meta_data="token: s3cret", network_config="psk: s3cret")
 WEB = Vm(
@@ -32,8 +32,8 @@ WEB = Vm(
 )
 
 
-def answer(role: Role, endpoint: Endpoint[Any, Any], reply: Any) -> bytes:
-    """What somebody of that role gets, where the handler gives ``reply``."""
+def answer(role: Role, endpoint: Endpoint[Any, Any], reply: Any, name: str = "eve") -> bytes:
+    """What somebody of that role gets from ``host1``, where the handler gives ``reply``. Raises what is refused."""
     sent: list[dict[str, Any]] = []
 
     async def handler(_: Any, __: dict[str, str]) -> Any:
@@ -51,20 +51,75 @@ def answer(role: Role, endpoint: Endpoint[Any, Any], reply: Any) -> bytes:
         "path": endpoint.path,
         "headers": [],
         "path_params": {},
-        "state": {"identity": Identity("eve", role)},
+        "state": {"identity": Identity(name, role)},
     }
 
     async def work() -> None:
-        await _route(endpoint, handler).app(scope, receive, send)
+        await _route(endpoint, handler, "host1").app(scope, receive, send)
 
     asyncio.run(work())
     return b"".join(message.get("body", b"") for message in sent)
 
 
-@pytest.mark.parametrize("role", [Role.OPERATOR, Role.HOST])
-def test_operators_see_all_of_a_vm(role: Role) -> None:
-    assert msgspec.json.decode(answer(role, endpoints.SHOW_VM, WEB), type=Vm) == WEB
-    assert msgspec.json.decode(answer(role, endpoints.LIST_VMS, VmList(vms=(WEB,))), type=VmList).vms == (WEB,)
+@pytest.mark.parametrize(("role", "name"), [(Role.OPERATOR, "alice"), (Role.HOST, "host1")])
+def test_operators_see_all_of_a_vm(role: Role, name: str) -> None:
+    assert msgspec.json.decode(answer(role, endpoints.SHOW_VM, WEB, name), type=Vm) == WEB
+    assert msgspec.json.decode(answer(role, endpoints.LIST_VMS, VmList(vms=(WEB,)), name), type=VmList).vms == (WEB,)
+
+
+#: What hosts ask of one another.
+BETWEEN_HOSTS = {endpoints.IMAGE_USES, endpoints.LOCATIONS}
+CHANGES = {
+    endpoints.CHANGE_SETTINGS,
+    endpoints.CREATE_VM,
+    endpoints.DELETE_VM,
+    endpoints.START_VM,
+    endpoints.STOP_VM,
+    endpoints.SHUTDOWN_VM,
+    endpoints.RESET_VM,
+    endpoints.PAUSE_VM,
+    endpoints.RESUME_VM,
+    endpoints.MOVE_DISKS,
+    endpoints.CLEAN,
+    endpoints.RELEASE_IMAGE,
+    endpoints.MOVE,
+    endpoints.CANCEL_MIGRATION,
+    endpoints.LIMIT_MIGRATION,
+    endpoints.RESOLVE_MIGRATION,
+}
+
+
+@pytest.mark.parametrize(
+    ("role", "name", "permitted"),
+    [
+        (Role.OPERATOR, "alice", set(ENDPOINTS)),
+        (Role.VIEWER, "eve", set(ENDPOINTS) - CHANGES),
+        (Role.HOST, "host1", set(ENDPOINTS)),
+        (Role.HOST, "host2", BETWEEN_HOSTS),
+        # Names of people and of hosts are not the same.
+        (Role.VIEWER, "host1", set(ENDPOINTS) - CHANGES),
+    ],
+)
+def test_who_may_do_what(role: Role, name: str, permitted: set[Endpoint[Any, Any]]) -> None:
+    def may(endpoint: Endpoint[Any, Any]) -> bool:
+        try:
+            answer(role, endpoint, Empty(), name)
+        except NotPermitted:
+            return False
+        except InvalidInput:
+            pass  # what is asked is empty, which not all of them take
+        return True
+
+    assert {endpoint for endpoint in ENDPOINTS if may(endpoint)} == permitted
+
+
+def test_a_host_that_would_command_another_is_told_what_to_use() -> None:
+    with pytest.raises(NotPermitted, match="host 'host2' may not do this at host 'host1'") as refused:
+        answer(Role.HOST, endpoints.STOP_VM, WEB, "host2")
+    assert "limosa ca issue NAME --role operator" in refused.value.todo
+    with pytest.raises(NotPermitted) as refused:
+        answer(Role.HOST, endpoints.LIST_VMS, VmList(vms=()), "host2")
+    assert "limosa ca issue NAME --role viewer" in refused.value.todo
 
 
 def test_viewers_do_not_see_what_a_guest_was_told_in_confidence() -> None:

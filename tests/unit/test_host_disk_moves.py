@@ -396,6 +396,31 @@ class TestACrash:
         play(scenario())
 
 
+def test_a_location_that_is_not_there_is_said_so_also_of_a_vm_without_disks(world: World) -> None:
+    async def scenario() -> None:
+        world.config = msgspec.structs.replace(world.config, disks=())
+        await world.load()
+        with pytest.raises(NotFound):
+            await world.moves.move(DiskMoveRequest(vm="web1", location="nowhere"))
+
+    play(scenario())
+
+
+def test_it_is_known_which_vms_have_one_that_is_not_at_its_end(world: World) -> None:
+    async def scenario() -> None:
+        hosted = await world.running()
+        cast(Machine, hosted.machine).slow = True
+        assert world.moves.not_ended() == set()
+        await world.begin()
+        assert world.moves.not_ended() == {"web1"}
+        (record,) = world.records()
+        await world.killed()
+        record.write_bytes(b"{")
+        assert world.moves.not_ended() is None
+
+    play(scenario())
+
+
 class TestWhatCannotBeUndone:
     """It is tried again, and nobody does anything to the VM meanwhile."""
 

@@ -37,7 +37,6 @@ def view(folder: Path, views: Views, migration: str, at: float = OLD) -> Path:
         first_view(), id=migration, phase=Phase.TEAR_DOWN, outcome=Outcome.COMPLETED, accepted_at=at
     )
     views.publish(ended)
-    views.keep(ended)
     path = folder / f"{migration}.view.json"
     os.utime(path, (at, at))
     return path
@@ -127,5 +126,5 @@ def test_what_is_kept_of_a_move_stays_whole_on_a_full_disk(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(Path, "write_bytes", writes_half)
-    views.keep(views.show("m10000000000"))
+    views.publish(views.show("m10000000000"))
     assert (sorted(tmp_path.iterdir()), path.read_bytes()) == before

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import json
+import subprocess
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import msgspec
 import pytest
+import test_storage_images
 from test_preflight import VM
 
+from limosa.errors import StorageError
 from limosa.host.files import Files
 from limosa.host.launching import Launcher
-from limosa.model.vm import Disk
+from limosa.model.vm import DirectBoot, Disk
 from limosa.qemu import folder, process
 from limosa.qemu.arguments import without_guest
-from limosa.wire.api import NewDisk
+from limosa.settings.host import HostSettings
+from limosa.wire.api import NewDisk, NewVm
 
 
 @pytest.mark.parametrize(
@@ -46,6 +52,58 @@ def launcher(tmp_path: Path) -> Launcher:
     made._files = Files(tmp_path / "state", tmp_path / "run")
     made._files.make()
     return made
+
+
+open_folder = test_storage_images.open_folder
+
+
+@test_storage_images.needs_root
+@pytest.mark.parametrize("kind", ["new disk", "disk", "disk below", "kernel"])
+def test_what_qemu_could_never_open_is_refused_when_the_vm_is_created(
+    launcher: Launcher, open_folder: Path, kind: str
+) -> None:
+    launcher.user, launcher._own = test_storage_images.USER, ()
+    launcher._page = cast(Any, SimpleNamespace(now=HostSettings()))
+    closed, image, reached = open_folder / "closed", open_folder / "closed" / "a.raw", open_folder / "b.qcow2"
+    closed.mkdir(mode=0o700)
+    if kind != "new disk":
+        image.write_bytes(bytes(65536))
+    disk = NewDisk(path=str(image), format="raw", size_mib=1 if kind == "new disk" else None)
+    if kind == "disk below":
+        over = ["qemu-img", "create", "-q", "-f", "qcow2", "-b", str(image), "-F", "raw", str(reached)]
+        subprocess.run(over, check=True)
+        disk = NewDisk(path=str(reached), format="qcow2")
+    boot = DirectBoot(kernel=str(image)) if kind == "kernel" else None
+    new = NewVm(name="web1", memory_mib=32, disks=(disk,) if boot is None else (), boot=boot)
+    config = msgspec.structs.replace(
+        VM, disks=tuple(Disk(name="vda", path=one.path, format=one.format or "raw") for one in new.disks), boot=boot
+    )
+    before = sorted(open_folder.rglob("*"))
+
+    async def create() -> None:
+        async with launcher.new_disks(new, config):
+            pass
+
+    with pytest.raises(StorageError, match=f"may not pass through the folder {closed}") as refused:
+        asyncio.run(create())
+    assert "setfacl" in refused.value.todo
+    assert sorted(open_folder.rglob("*")) == before
+    if reached.exists():
+        assert reached.stat().st_uid == 0, "nothing is given to anybody before it starts"
+    closed.chmod(0o755)
+    asyncio.run(create())
+
+
+def test_a_vm_may_be_created_before_its_storage_is_mounted(launcher: Launcher) -> None:
+    launcher.user, launcher._own = None, ()
+    new = NewVm(name="web1", memory_mib=32, disks=(NewDisk(path="/nowhere/a.raw", format="raw"),))
+    config = msgspec.structs.replace(VM, disks=(Disk(name="vda", path="/nowhere/a.raw", format="raw"),))
+
+    async def create() -> None:
+        async with launcher.new_disks(new, config):
+            pass
+
+    asyncio.run(create())
 
 
 def test_sockets_of_no_qemu_are_removed(launcher: Launcher) -> None:

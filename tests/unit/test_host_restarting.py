@@ -76,6 +76,18 @@ class FakeLauncher:
         self.left.append(config.name)
 
 
+class Detachable(FakeMachine):
+    """A fake machine that says whether it was let go of."""
+
+    def __init__(self) -> None:
+        super().__init__(Wire(), FakeGuest(0))
+        self.pid = 7
+        self.detached = False
+
+    async def detach(self) -> None:
+        self.detached = True
+
+
 class Parts(SimpleNamespace):
     """Those that were named; None for all others."""
 
@@ -266,6 +278,41 @@ class TestASilentQemu:
             await world.runs(hosted)
             await world.vms.pause(hosted)
             assert hosted.reason == ""
+
+        play(scenario)
+
+    def test_one_that_greets_and_then_says_nothing_is_let_go_of_and_asked_again(
+        self, play: Play, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(vms, "ATTACH_WITHIN_S", 0.01)
+
+        async def scenario(world: World) -> None:
+            machine = Detachable()
+            machine.hang()
+            world.launcher.found = Found(cast(Any, machine), "tcg", LONG_AGO)
+            world.write(VM)
+            (fault,) = await world.vms.load()
+            assert str(fault) == "QEMU with pid 7 does not answer"
+            assert machine.detached
+            hosted = world.vms.get(VM.name)
+            assert hosted.machine is None
+            world.vms.ask_again()
+            answering = Detachable()
+            await answering.resume()
+            world.launcher.found = Found(cast(Any, answering), "tcg", LONG_AGO)
+            await world.runs(hosted)
+            assert hosted.machine is cast(Any, answering)
+            assert not answering.detached
+
+        play(scenario)
+
+    def test_one_whose_disks_nobody_knows_is_not_taken_up(self, play: Play) -> None:
+        async def scenario(world: World) -> None:
+            hosted = await world.load_silent(VM)
+            world.vms.ask_again(but={VM.name})
+            world.launcher.silent = False
+            await asyncio.wait_for(world.vms._background.idle(), 1)
+            assert hosted.fault is not None
 
         play(scenario)
 

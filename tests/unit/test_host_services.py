@@ -11,19 +11,21 @@ from unittest.mock import AsyncMock, Mock
 import msgspec
 import pytest
 
-from harness.landings import header
+from harness.landings import first_view, header
 from limosa.host.services import recover
+from limosa.host.views import Views
 from limosa.migration.journal import Journal
 from limosa.migration.ownership import SourceStep
-from limosa.model.migration import Side
+from limosa.model.migration import Outcome, Side
 
 
 def services(folder: Path) -> Any:
     vms = SimpleNamespace(doubt="", give_back_leases=AsyncMock(), restart_died=Mock(), ask_again=Mock())
     return SimpleNamespace(
-        disk_moves=SimpleNamespace(recover=AsyncMock()),
+        disk_moves=SimpleNamespace(recover=AsyncMock(), not_ended=Mock(return_value=set())),
         outgoing=SimpleNamespace(recover=AsyncMock()),
         incoming=SimpleNamespace(recover=AsyncMock()),
+        views=Views("here", folder),
         parts=SimpleNamespace(files=SimpleNamespace(migrations=folder), vms=vms),
     )
 
@@ -61,10 +63,22 @@ def test_what_is_whole_or_anothers_stays(tmp_path: Path) -> None:
     assert host.outgoing.recover.await_count == 1
 
 
-@pytest.mark.parametrize("left", [True, False])
-def test_silent_qemus_are_asked_again_where_no_move_of_disks_is_left(tmp_path: Path, left: bool) -> None:
-    if left:
-        (tmp_path / "m1.disks.json").touch()
+def test_moves_of_disks_that_ended_are_known_again(tmp_path: Path) -> None:
+    ended = msgspec.structs.replace(first_view(), id="m10000000000", outcome=Outcome.COMPLETED)
+    views = services(tmp_path).views
+    views.publish(ended)
+    views.publish(msgspec.structs.replace(ended, id="m20000000000", outcome=Outcome.UNDER_WAY))
+    again = services(tmp_path)
+    asyncio.run(recover(again))
+    assert again.views.list() == [ended]
+
+
+@pytest.mark.parametrize("moving", [set(), {"web1"}, None])
+def test_silent_qemus_are_asked_again_but_those_whose_disks_nobody_knows(
+    tmp_path: Path, moving: set[str] | None
+) -> None:
     host = services(tmp_path)
+    host.disk_moves.not_ended.return_value = moving
     asyncio.run(recover(host))
-    assert cast(Mock, host.parts.vms.ask_again).call_count == int(not left)
+    ask_again = cast(Mock, host.parts.vms.ask_again)
+    assert [call.kwargs["but"] for call in ask_again.call_args_list] == ([] if moving is None else [moving])

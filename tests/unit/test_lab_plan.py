@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,8 +13,9 @@ import pytest
 
 from limosa.cli.connection import route_of
 from limosa.cli.main import main
+from limosa.client.route import UnixRoute
 from limosa.errors import InvalidInput
-from limosa.lab import hosts, lifecycle
+from limosa.lab import hosts, lifecycle, namespaces
 from limosa.lab.plan import Lab
 from limosa.lab.wiring import bucket
 
@@ -98,6 +100,49 @@ def test_a_host_is_found_in_the_only_lab_in_the_default_lab_and_by_its_full_name
     assert hosts.socket_of("t2-host1") == run / "t2" / "host1" / "api.sock"
     (run / "limosa" / "host1").mkdir(parents=True)
     assert hosts.socket_of("host1") == run / "limosa" / "host1" / "api.sock"
+
+
+def test_inside_a_host_of_a_lab_names_are_those_of_that_lab(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for lab in ("t1", "t2"):
+        (run / lab / "host1").mkdir(parents=True)
+    monkeypatch.setenv("LIMOSA_SOCKET", str(run / "t2" / "host2" / "api.sock"))
+    assert route_of(argparse.Namespace(host="host1")) == UnixRoute(
+        str(run / "t2" / "host1" / "api.sock"), start="limosa lab restart host1 --name t2"
+    )
+    monkeypatch.setenv("LIMOSA_SOCKET", "/run/limosa/api.sock")
+    with pytest.raises(InvalidInput, match="several labs"):
+        route_of(argparse.Namespace(host="host1"))
+
+
+@pytest.mark.parametrize(
+    ("words", "where"),
+    [
+        (["host1", "--", "ip", "-br"], ("limosa", "host1")),
+        (["--name", "t1", "host1", "--", "ip", "-br"], ("t1", "host1")),
+        (["host1", "--name", "t1", "--", "ip", "-br"], ("t1", "host1")),
+        (["t1-host1", "ip", "-br"], ("t1", "host1")),
+        (["t1-client", "--", "ip", "-br"], ("t1", "client")),
+    ],
+)
+def test_where_a_command_is_run(
+    words: list[str], where: tuple[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    places: list[tuple[str, str]] = []
+
+    def place(lab: str, name: str) -> tuple[str, dict[str, str]]:
+        places.append((lab, name))
+        return "", {}
+
+    def run_it(_: str, command: list[str], __: object) -> None:
+        raise OSError(errno.ENOENT, f"not {command}")
+
+    monkeypatch.setattr(lifecycle, "load", lambda name: name)
+    monkeypatch.setattr(lifecycle, "place", place)
+    monkeypatch.setattr(namespaces, "enter", lambda _: None)
+    monkeypatch.setattr(os, "execvpe", run_it)
+    assert main(["lab", "exec", *words]) == 4
+    assert "cannot run 'ip': not ['ip', '-br']" in capsys.readouterr().err
+    assert places == [where]
 
 
 def test_a_host_that_is_written_down_goes_before_a_labs(

@@ -7,8 +7,9 @@ import dataclasses
 from hypothesis import given
 from hypothesis import strategies as st
 
-from limosa.migration.progress import Bar, remaining_s
-from limosa.model.migration import Phase
+from limosa.migration.progress import Bar, of_disks, of_layers, progress, remaining_s
+from limosa.model.migration import Phase, Progress
+from limosa.model.storage import DiskProgress
 from limosa.qemu.protocol import MigrationStatistics
 
 PHASES = list(Phase)
@@ -64,3 +65,14 @@ def test_remaining_time_is_not_promised_to_a_guest_that_writes_faster() -> None:
     assert remaining_s(look(1000, dirty=50), 100) == 20
     assert remaining_s(look(1000, dirty=100), 100) is None
     assert remaining_s(look(1000, rate=0), 0) is None
+
+
+def test_what_is_shown_has_no_more_digits_than_mean_something() -> None:
+    memory = progress(Bar(), look(10**8, 11169659.574468086, 1.1), limit_ms=0.1 + 0.2, note="")
+    bar = Bar().seen(0.0, 0)
+    disk = DiskProgress(disk="vda", copied_bytes=1000, total_bytes=10**6)
+    _, disks = of_disks(bar, Progress(), [disk], 0.7)
+    _, layers = of_layers(bar, Progress(), 1000, 10**6, 0.7)
+    assert (memory.rate_bytes_per_s, memory.dirty_rate_bytes_per_s, memory.downtime_limit_ms) == (11169660.0, 1.0, 0.3)
+    for shown in (disks, layers):
+        assert (shown.rate_bytes_per_s, shown.remaining_s) == (1429.0, 699.3)

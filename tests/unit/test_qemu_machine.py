@@ -351,6 +351,25 @@ def test_devices_of_every_kind_start(place: Place) -> None:
     asyncio.run(scenario())
 
 
+def test_a_machine_that_is_reset_stays_as_it_was(place: Place) -> None:
+    async def scenario() -> None:
+        machine = await place.launch()
+        begun = asyncio.Event()
+        machine.on_event(lambda event: begun.set() if event.name == "RESET" else None)
+        await machine.resume()
+        for state in (RunState.RUNNING, RunState.PRELAUNCH):
+            begun.clear()
+            await machine.reset()
+            await begun.wait()
+            assert await machine.status() is state
+            await machine.pause()
+        await machine.resume()
+        assert await machine.status() is RunState.RUNNING
+        await machine.quit()
+
+    asyncio.run(scenario())
+
+
 OVMF = Path("/usr/share/OVMF")
 
 

@@ -199,13 +199,17 @@ def test_a_destination_hands_its_qemu_the_stream_of_who_knows_the_token(
 
         monkeypatch.setattr(machine, "receive_rest", receive_rest)
         incoming = host_with(HostedVm(VM, VmState.RUNNING, machine=cast(Any, machine)))
-        incoming._landing[MIGRATION] = landed(tmp_path, machine)
+        incoming._landing[MIGRATION] = landing = landed(tmp_path, machine)
         connection = Connection()
         session = Session(cast(Any, connection), Identity("here", Role.HOST), incoming)
         serving = asyncio.ensure_future(session.serve())
         await connection.ask(say.Hello(host="here", oldest=1, newest=1))
-        assert (await connection.ask(say.Attach(migration=MIGRATION))).state is say.DestinationState.OWNED
-        assert isinstance(msgspec.json.decode(await connection.answers.get(), type=say.FromDestination), say.Adopted)
+        for _ in range(2):
+            assert (await connection.ask(say.Attach(migration=MIGRATION))).state is say.DestinationState.OWNED
+            adopted = msgspec.json.decode(await connection.answers.get(), type=say.FromDestination)
+            assert isinstance(adopted, say.Adopted)
+            incoming._landing[MIGRATION] = landing
+            assert landing._sessions == 1
         awaited = await connection.ask(say.AwaitRest())
         assert awaited.addresses == (ADDRESS,)
         channel = await tcp.connect_any(("127.0.0.9", *awaited.addresses), awaited.port, awaited.token)
@@ -214,6 +218,7 @@ def test_a_destination_hands_its_qemu_the_stream_of_who_knows_the_token(
         channel.close()
         serving.cancel()
         await asyncio.wait({serving})
+        assert landing._sessions == 0
 
     play(scenario())
 

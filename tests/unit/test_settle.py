@@ -709,6 +709,64 @@ class TestByADaemon:
 
         play(scenario)
 
+    def test_one_that_failed_is_shown_as_it_was_also_after_a_restart(
+        self, tmp_path: Path, there: dict[str, DestinationState | None], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Its destination stays away, so that it is not settled when the daemon is restarted."""
+
+        async def breaks(move: SourceMove) -> None:
+            move.report.enter(Phase.COPY)
+            move.journal.record(SourceStep.PREPARING, 0.0)
+            raise HostUnreachable("host 'x' cannot be reached")
+
+        async def scenario() -> None:
+            there["x"] = None
+            monkeypatch.setattr(SourceMove, "run", breaks)
+            hosted = HostedVm(VM, VmState.RUNNING, machine=cast(Any, FakeMachine(Wire(), FakeGuest(0))))
+            outgoing = self.outgoing(tmp_path, hosted, there, monkeypatch)
+            journal = self.journal(tmp_path, FIRST, "x")
+            await outgoing.recover(journal)
+            failed = await outgoing._views.ended(FIRST)
+            assert (failed.outcome, failed.phase, set(failed.phases)) == ("failed", Phase.COPY, {"waiting", "copy"})
+            outgoing._background.cancel()
+            there["x"] = DestinationState.GONE
+            again = self.outgoing(tmp_path, hosted, there, monkeypatch)
+            await again.recover(Journal.load(journal.path))
+            assert again._views.show(FIRST) == failed
+            await until(lambda: not again._active)
+            assert again._views.show(FIRST) == failed
+
+        play(scenario)
+
+    @pytest.mark.parametrize("state", [DestinationState.GONE, None])
+    def test_one_that_waits_for_a_person_does_so_also_after_a_restart(
+        self,
+        tmp_path: Path,
+        there: dict[str, DestinationState | None],
+        monkeypatch: pytest.MonkeyPatch,
+        state: DestinationState | None,
+    ) -> None:
+        async def scenario() -> None:
+            there["x"] = state
+            phases = {"build-up": 0.1, "copy": 2.0}
+            left = msgspec.structs.replace(
+                first_view(), id=FIRST, phase=Phase.SWITCHOVER, outcome=Outcome.UNRESOLVED, phases=phases, total_s=2.1
+            )
+            Views("here", tmp_path).publish(left)
+            outgoing = self.outgoing(tmp_path, HostedVm(VM, VmState.STOPPED), there, monkeypatch)
+            journal = self.journal(tmp_path, FIRST, "x", *MIGRATING, SourceStep.HANDING_OVER)
+            await outgoing.recover(journal)
+            assert outgoing._views.show(FIRST) == left
+            if state is None:
+                await until(lambda: FIRST in outgoing._settling)
+                await outgoing.resolve(FIRST, Side.SOURCE)
+            await until(lambda: outgoing._views.show(FIRST).outcome is Outcome.FAILED)
+            shown = outgoing._views.show(FIRST)
+            assert (shown.phases, shown.total_s) == (phases, 2.1)
+            outgoing._background.cancel()
+
+        play(scenario)
+
     @pytest.mark.parametrize(
         ("steps", "outcome", "code"),
         [
@@ -732,7 +790,8 @@ class TestByADaemon:
             outgoing = self.outgoing(tmp_path, HostedVm(VM, VmState.RUNNING), there, monkeypatch)
             journal = self.journal(tmp_path, FIRST, "x", *MIGRATING, *steps)
             if isinstance(kept, Outcome):
-                outgoing._views.keep(msgspec.structs.replace(first_view(), id=FIRST, outcome=kept))
+                view = msgspec.structs.replace(first_view(), id=FIRST, outcome=kept)
+                (tmp_path / f"{FIRST}.view.json").write_bytes(msgspec.json.encode(view))
             elif kept is not None:
                 (tmp_path / f"{FIRST}.view.json").write_bytes(kept)
             await outgoing.recover(journal)

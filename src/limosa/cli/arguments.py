@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import textwrap
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 #: What a command does: gets its arguments, returns the exit code (or raises a LimosaError).
 Run = Callable[[argparse.Namespace], int]
@@ -12,7 +13,11 @@ Commands = argparse._SubParsersAction  # the type of add_subparsers() has no pub
 
 
 class CommandParser(argparse.ArgumentParser):
-    """The parser of a noun or verb: what it does not know it refuses itself, with its own usage."""
+    """The parser of all commands, a noun or a verb: what it does not know it refuses itself, with its own usage."""
+
+    def error(self, message: str) -> NoReturn:
+        """As the base does, and says what to do."""
+        super().error(f"{message}\n  to do: see '{self.prog} --help'")
 
     def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def]
         """As the base does; nothing is left over. Raises ``SystemExit``."""
@@ -23,7 +28,15 @@ class CommandParser(argparse.ArgumentParser):
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Fills prose to the width of the terminal; a paragraph with an indented line, as of examples, stays as it is."""
+    """Fills prose to the width of the terminal; a paragraph with an indented line, as of examples, stays as it is.
+    What commands do stands beside them, however long their names are."""
+
+    def add_argument(self, action: argparse.Action) -> None:
+        """The base forgets how far the names of commands are indented."""
+        super().add_argument(action)
+        for below in self._iter_indented_subactions(action):
+            width = len(self._format_action_invocation(below)) + self._current_indent
+            self._action_max_length = max(self._action_max_length, width)
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         paragraphs = text.split("\n\n")
@@ -54,6 +67,7 @@ def add_noun(
         help=help_text,
         description=_sentence(help_text),
         epilog=f"'limosa {name} VERB --help' has examples.",
+        formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
     return parser.add_subparsers(metavar="VERB", required=True)
@@ -68,12 +82,14 @@ def add_command(
     examples: Sequence[str],
     notes: str = "",
     local: bool = False,
+    also: Sequence[str] = (),
 ) -> argparse.ArgumentParser:
     """A verb, or a noun that is a command itself. ``examples`` are command lines without ``limosa``; one that is
-    ``local`` speaks with no host."""
+    ``local`` speaks with no host; ``also`` are other names for it."""
     lines = ["examples:", *(f"  limosa {example}" for example in examples)]
     parser = commands.add_parser(
         name,
+        aliases=also,
         help=help_text,
         description=_sentence(help_text) + ("\n\n" + notes if notes else ""),
         epilog="\n".join(lines),

@@ -37,7 +37,8 @@ def register(commands: Commands[argparse.ArgumentParser]) -> None:
             "ca issue monitoring --role viewer --days 90 --out ./monitoring",
         ],
         notes="A host without --role. Copy what is made to /etc/limosa/pki on the host, or to\n"
-        "~/.config/limosa of the person. Issuing again renews: the key stays, the certificate is new.",
+        "~/.config/limosa of the person. A viewer may look at every host, an operator command it; a host's\n"
+        "certificate commands that host alone. Issuing again renews: the key stays, the certificate is new.",
         local=True,
     )
     issue.add_argument("name", metavar="NAME", help="the host's name, as in its settings file, or a person's")
@@ -46,7 +47,7 @@ def register(commands: Commands[argparse.ArgumentParser]) -> None:
     issue.add_argument("--out", metavar="FOLDER", type=Path, help="(NAME in the current folder)")
     issue.add_argument("--days", type=int, default=730, help="how long it is valid (730)")
     listing = add_command(
-        verbs, "list", "list the certificates that were made", _list, examples=["ca list"], local=True
+        verbs, "list", "list the certificates that were made", _list, examples=["ca list"], local=True, also=["ls"]
     )
     for parser in (init, issue, listing):
         folder = configuration_folders(os.environ)[0] / "ca"

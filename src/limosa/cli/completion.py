@@ -17,10 +17,11 @@ def register(commands: Commands[argparse.ArgumentParser]) -> None:
         examples=[
             "completion bash > /etc/bash_completion.d/limosa",
             "completion zsh > /usr/share/zsh/site-functions/_limosa",
+            "completion fish > /etc/fish/completions/limosa.fish",
         ],
         local=True,
     )
-    parser.add_argument("shell", choices=("bash", "zsh"))
+    parser.add_argument("shell", choices=("bash", "zsh", "fish"))
 
 
 def _complete(arguments: argparse.Namespace) -> int:

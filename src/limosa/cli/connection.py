@@ -28,10 +28,19 @@ def route_of(arguments: argparse.Namespace) -> Route:
     return lab or find_route(name, folders)
 
 
-def _lab_route(name: str) -> UnixRoute | None:
-    from limosa.lab.hosts import socket_of  # noqa: PLC0415 - only for commands with --host
+def name_there(arguments: argparse.Namespace, host: str) -> str:
+    """Another host's name, as a person gives it, for the host that a command speaks with: in a lab both may say
+    ``LAB-host2``."""
+    from limosa.lab.hosts import lab_of, name_within  # noqa: PLC0415 - only for commands that name another host
 
-    path = socket_of(name)
+    route = route_of(arguments)
+    return name_within(lab_of(route.path), host) if isinstance(route, UnixRoute) else host
+
+
+def _lab_route(name: str) -> UnixRoute | None:
+    from limosa.lab.hosts import lab_of, socket_of  # noqa: PLC0415 - only for commands with --host
+
+    path = socket_of(name, within=lab_of(os.environ.get("LIMOSA_SOCKET")))
     if path is None:
         return None
     *_, lab, host, _ = path.parts

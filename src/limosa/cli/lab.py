@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 _NOTES = """\
 A lab's hosts share this machine's memory and disks, and each has a daemon, a virtual
 switch 'lan' and migration NICs of its own. Name one with --host: 'limosa --host host1 ...',
-or 'limosa --host LAB-host1 ...' where several labs have one."""
+or 'limosa --host LAB-host1 ...' where several labs have one. '--to host2' and '--to LAB-host2'
+are the same host of the lab, and inside a lab's hosts '--host host2' is it too."""
 
 
 def register(commands: Commands[argparse.ArgumentParser]) -> None:
@@ -63,7 +64,7 @@ def register(commands: Commands[argparse.ArgumentParser]) -> None:
         local=True,
     )
     for parser in (restart, shell, command):
-        parser.add_argument("place", metavar="HOST", help="host1 and so on, 'client' or 'wire'")
+        parser.add_argument("place", metavar="HOST", help="host1 and so on, 'client' or 'wire'; or LAB-host1")
     command.add_argument("command", metavar="COMMAND", nargs=argparse.REMAINDER, help="the command, after '--'")
     for parser in (removal, restart, shell, command):
         parser.add_argument("--name", metavar="LAB", default=DEFAULT_LAB, help=f"the lab ({DEFAULT_LAB})")
@@ -163,18 +164,17 @@ def _down(arguments: argparse.Namespace) -> int:
 def _restart(arguments: argparse.Namespace) -> int:
     from limosa.lab import daemons, lifecycle  # noqa: PLC0415 - loads pyroute2
 
-    lab = lifecycle.load(arguments.name)
-    if arguments.place not in lab.host_names:
-        raise NotFound(
-            f"there is no host '{arguments.place}' in the lab '{lab.name}'", todo=f"choose {', '.join(lab.host_names)}"
-        )
-    daemons.stop(lab, arguments.place)
-    daemons.start(lab, [arguments.place])
-    pid = daemons.pid_of(lab, arguments.place)
+    name, host = _place(arguments)
+    lab = lifecycle.load(name)
+    if host not in lab.host_names:
+        raise NotFound(f"there is no host '{host}' in the lab '{lab.name}'", todo=f"choose {', '.join(lab.host_names)}")
+    daemons.stop(lab, host)
+    daemons.start(lab, [host])
+    pid = daemons.pid_of(lab, host)
     if arguments.json:
-        say_json({"host": arguments.place, "daemon": pid})
+        say_json({"host": host, "daemon": pid})
     else:
-        say(f"{arguments.place}: daemon is {_daemon(pid)}")
+        say(f"{host}: daemon is {_daemon(pid)}")
     return 0
 
 
@@ -183,17 +183,27 @@ def _enter(arguments: argparse.Namespace) -> int:
 
 
 def _exec(arguments: argparse.Namespace) -> int:
-    command = arguments.command[1:] if arguments.command[:1] == ["--"] else arguments.command
+    command: list[str] = arguments.command
+    if command[:1] == ["--name"] and len(command) > 1:  # argparse leaves to the command what stands behind the host
+        arguments.name, command = command[1], command[2:]
+    command = command[1:] if command[:1] == ["--"] else command
     if not command:
         raise InvalidInput("there is no command to run", todo="write it after '--'")
     return _run_at(arguments, command)
+
+
+def _place(arguments: argparse.Namespace) -> tuple[str, str]:
+    """The lab, and the place in it, of ``HOST`` or ``LAB-HOST``, as --host takes both."""
+    lab, _, place = arguments.place.rpartition("-")
+    return lab or arguments.name, place
 
 
 def _run_at(arguments: argparse.Namespace, command: list[str]) -> int:
     """Become ``command`` inside a namespace of the lab."""
     from limosa.lab import lifecycle, namespaces  # noqa: PLC0415
 
-    namespace, environment = lifecycle.place(lifecycle.load(arguments.name), arguments.place)
+    name, place = _place(arguments)
+    namespace, environment = lifecycle.place(lifecycle.load(name), place)
     # Who has called this program by its path, as it is not installed, finds it by its name there.
     path = os.pathsep.join([os.environ.get("PATH", os.defpath), str(Path(sys.executable).parent)])
     namespaces.enter(namespace)

@@ -31,6 +31,7 @@ def register(commands: Commands[argparse.ArgumentParser]) -> None:
         "list moves from this host, and to it while they are under way, newest first",
         _list,
         examples=["migration list", "migration list --under-way", "migration list web1 --json"],
+        also=["ls"],
     )
     listing.add_argument("vms", metavar="VM", nargs="*", help="only moves of these")
     listing.add_argument("--under-way", action="store_true", help="only those that have not ended")

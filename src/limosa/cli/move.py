@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import get_args
 
 from limosa.cli.arguments import Commands, add_command
-from limosa.cli.connection import client_of
+from limosa.cli.connection import client_of, name_there
 from limosa.cli.display import display_for, say_summary
 from limosa.cli.follow import Event, exit_code, follow, follow_all
 from limosa.cli.output import report, say, say_findings, say_json, warn
@@ -95,7 +95,8 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _check(arguments: argparse.Namespace) -> int:
-    raw = {"vm": arguments.vm, "destination": arguments.to, "options": _options(arguments)}
+    destination = name_there(arguments, arguments.to)
+    raw = {"vm": arguments.vm, "destination": destination, "options": _options(arguments)}
     request = toml.convert(raw, CheckRequest, where="the request")
     with client_of(arguments) as client:
         found = client.call(endpoints.CHECK, request)
@@ -141,10 +142,10 @@ def _names(arguments: argparse.Namespace) -> list[str]:
 
 def _mover(arguments: argparse.Namespace) -> Callable[[str], Iterator[Migration]]:
     """What a thread does for each VM: ask for the move and, unless detached, follow it."""
-    options = _options(arguments)
+    options, destination = _options(arguments), name_there(arguments, arguments.to)
 
     def begin(name: str) -> Iterator[Migration]:
-        raw = {"vm": name, "destination": arguments.to, "options": options}
+        raw = {"vm": name, "destination": destination, "options": options}
         request = toml.convert(raw, MoveRequest, where="the request")
         with client_of(arguments) as client:
             migration = client.call(endpoints.MOVE, request)

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterable, Sequence
 
 from limosa import __version__
-from limosa.cli.arguments import CommandParser, add_global_options
+from limosa.cli.arguments import CommandParser, HelpFormatter, add_global_options
 from limosa.cli.output import report, warn
 from limosa.errors import InvalidInput, LimosaError
 
@@ -51,11 +51,11 @@ examples:
 
 def build_parser(nouns: Iterable[str] = tuple(NOUNS)) -> argparse.ArgumentParser:
     """The parser with the commands of some nouns."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="limosa",
         description="Live migration for QEMU/KVM virtual machines.",
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"limosa {__version__}")

@@ -11,7 +11,7 @@ import msgspec
 
 from limosa.cli import leftovers
 from limosa.cli.arguments import Commands, add_command, add_noun
-from limosa.cli.connection import client_of
+from limosa.cli.connection import client_of, name_there
 from limosa.cli.display import display_for, say_summary
 from limosa.cli.follow import exit_code, follow
 from limosa.cli.output import report, say, say_findings, say_json, say_table
@@ -32,7 +32,14 @@ KINDS: dict[LocationKind, str] = {"folder": "folder", "lvm": "LVM"}
 def register(commands: Commands[argparse.ArgumentParser]) -> None:
     """Add ``storage`` and its verbs."""
     verbs = add_noun(commands, "storage", "locations for disk images: list, add, remove; move disks; leftovers")
-    add_command(verbs, "list", "list the host's locations", _list, examples=["storage list", "storage list --json"])
+    add_command(
+        verbs,
+        "list",
+        "list the host's locations",
+        _list,
+        examples=["storage list", "storage list --json"],
+        also=["ls"],
+    )
     show = add_command(verbs, "show", "show one location", _show, examples=["storage show fast"])
     add = add_command(
         verbs,
@@ -257,13 +264,14 @@ def _remove(arguments: argparse.Namespace) -> int:
 
 def _release(arguments: argparse.Namespace) -> int:
     path = os.path.normpath(os.path.join(os.getcwd(), arguments.image))
-    request = toml.convert({"image": path, "dead": arguments.dead}, ReleaseRequest, where="the request")
+    dead = name_there(arguments, arguments.dead)
+    request = toml.convert({"image": path, "dead": dead}, ReleaseRequest, where="the request")
     with client_of(arguments) as client:
         client.call(endpoints.RELEASE_IMAGE, request)
     if arguments.json:
-        say_json({"released": path, "from": arguments.dead})
+        say_json({"released": path, "from": dead})
     else:
-        say(f"{path} is nobody's now; host '{arguments.dead}' must not run a VM on it any more")
+        say(f"{path} is nobody's now; host '{dead}' must not run a VM on it any more")
     return 0
 
 

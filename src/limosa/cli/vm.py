@@ -42,12 +42,26 @@ def register(commands: Commands[argparse.ArgumentParser]) -> None:
         examples=["vm shutdown web1"],
     )
     _add_names(shutdown)
+    reset = add_command(
+        verbs,
+        "reset",
+        "press the reset button of VMs; what the guest has not written to its disks is lost",
+        _for_each(_reset),
+        examples=["vm reset web1"],
+        notes="Guests that still answer are better rebooted from inside.",
+    )
+    _add_names(reset)
     delete = add_command(
         verbs, "delete", "forget stopped VMs; their disks are kept", _for_each(_delete), examples=["vm delete web1"]
     )
     _add_names(delete)
     add_command(
-        verbs, "list", "list the host's VMs", _list, examples=["vm list", "--host host2 vm list", "vm list --json"]
+        verbs,
+        "list",
+        "list the host's VMs",
+        _list,
+        examples=["vm list", "--host host2 vm list", "vm list --json"],
+        also=["ls"],
     )
     show = add_command(
         verbs, "show", "show one VM", _show, examples=["vm show web1", "vm show web1 --toml > web1.toml"]
@@ -128,6 +142,14 @@ def _shut_down(client: HostClient, arguments: argparse.Namespace, name: str) -> 
         say_json(vm)
     else:
         say(f"{vm.config.name}: its power button is pressed; the guest shuts down by itself")
+
+
+def _reset(client: HostClient, arguments: argparse.Namespace, name: str) -> None:
+    vm = client.call(endpoints.RESET_VM, vm=name)
+    if arguments.json:
+        say_json(vm)
+    else:
+        say(f"{vm.config.name}: reset, {vm.state.value} on {vm.host}")
 
 
 def _delete(client: HostClient, arguments: argparse.Namespace, name: str) -> None:

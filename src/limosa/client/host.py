@@ -26,6 +26,7 @@ from limosa.errors import HostUnreachable, InvalidInput, LimosaError, from_fault
 from limosa.model import reading
 from limosa.model.migration import Fault
 from limosa.wire.api import Empty
+from limosa.wire.encoding import encode
 from limosa.wire.endpoints import Endpoint, Reply, Request
 
 #: Longest wait for an ordinary reply. Starting a VM or checking a move takes a second or two.
@@ -103,7 +104,7 @@ class HostClient:
         if request is None:
             raise TypeError(f"{endpoint.method} {endpoint.path} needs a {endpoint.request.__name__}")
         try:
-            return msgspec.json.encode(request)
+            return encode(request)
         except UnicodeEncodeError as fault:
             # A command line may hold any bytes; Python keeps those that are no UTF-8 as lone surrogates.
             raise InvalidInput("what was given is not valid", why="it is not UTF-8") from fault

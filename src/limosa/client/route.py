@@ -3,14 +3,16 @@
 ::
 
     --host NAME        NAME in hosts.toml            mutual TLS, as operator or viewer
-                       a lab's host of that name     its Unix socket (the command line asks the lab)
+                       a lab's host of that name     its Unix socket (the command line asks the lab; inside a lab's
+                                                     host that lab goes before others)
                        otherwise, by DNS             mutual TLS
     (nothing)          $LIMOSA_SOCKET                that Unix socket (set inside a lab's host)
                        $LIMOSA_HOST                  as --host
                        otherwise                     /run/limosa/api.sock, this machine's own daemon
 
-``hosts.toml`` and the certificate lie in ``~/.config/limosa`` or ``/etc/limosa``. ``ssl`` is loaded only when TLS is
-spoken, since most commands talk to a Unix socket; ``dataclasses``, which takes a tenth of a command's start, is not.
+``hosts.toml`` and the certificate lie in ``~/.config/limosa`` or ``/etc/limosa``; a host that has no other shows its
+own, with which it commands itself alone. ``ssl`` is loaded only when TLS is spoken, since most commands talk to a Unix
+socket; ``dataclasses``, which takes a tenth of a command's start, is not.
 """
 
 from __future__ import annotations

@@ -50,7 +50,8 @@ def application(services: Services) -> Starlette:
     """The API of a host."""
     handlers = Handlers(services)
     table = handlers.table()
-    routes: list[BaseRoute] = [_route(endpoint, table[endpoint]) for endpoint in ENDPOINTS if not endpoint.stream]
+    host = services.parts.name
+    routes: list[BaseRoute] = [_route(endpoint, table[endpoint], host) for endpoint in ENDPOINTS if not endpoint.stream]
     routes += [
         Route(endpoints.WATCH_MIGRATION.path, handlers.watch, methods=["GET"]),
         Route("/v1/openapi.json", handlers.openapi, methods=["GET"]),
@@ -91,6 +92,7 @@ class Handlers:
             endpoints.START_VM: self._act(self._services.parts.vms.start),
             endpoints.STOP_VM: self._act(self._services.parts.vms.stop),
             endpoints.SHUTDOWN_VM: self._act(self._services.parts.vms.shutdown),
+            endpoints.RESET_VM: self._act(self._services.parts.vms.reset),
             endpoints.PAUSE_VM: self._act(self._services.parts.vms.pause),
             endpoints.RESUME_VM: self._act(self._services.parts.vms.resume),
             endpoints.CHECK: self.check,
@@ -254,7 +256,7 @@ class Handlers:
 
     async def watch(self, request: Request) -> Response:
         """One move, a line at each change."""
-        _authorise(request.scope, Role.VIEWER)
+        _authorise(request.scope, Role.VIEWER, self._services.parts.name)
         migration = request.path_params["migration"]
         changes = self._services.incoming.watch(migration)
         if changes is None:
@@ -269,7 +271,7 @@ class Handlers:
 
     async def openapi(self, request: Request) -> Response:
         """The OpenAPI document."""
-        _authorise(request.scope, Role.VIEWER)
+        _authorise(request.scope, Role.VIEWER, self._services.parts.name)
         return Response(msgspec.json.encode(document()), media_type="application/json")
 
     async def peer(self, socket: WebSocket) -> None:
@@ -285,7 +287,7 @@ class Handlers:
         """A VM's serial console."""
         identity = _identity(socket.scope)
         hosted = self._services.parts.vms.find(socket.path_params["vm"])
-        if identity is None or identity.role < Role.OPERATOR:
+        if identity is None or identity.role_at(self._services.parts.name) < Role.OPERATOR:
             await socket.close(code=4403, reason="the console needs the role operator")
         elif hosted is None or hosted.machine is None:
             await socket.close(code=4404, reason="no such VM runs here")
@@ -294,11 +296,11 @@ class Handlers:
             await console.relay(socket, self._services.parts.files.sockets(hosted.config) / "console.sock")
 
 
-def _route(endpoint: Endpoint[Any, Any], handler: Handler) -> Route:
+def _route(endpoint: Endpoint[Any, Any], handler: Handler, host: str) -> Route:
     decoder = reading.decoder(endpoint.request)
 
     async def answer(request: Request) -> Response:
-        role = _authorise(request.scope, endpoint.role)
+        role = _authorise(request.scope, endpoint.role, host)
         reply = await handler(parse(await _body(request), decoder, "the request"), dict(request.path_params))
         return Response(msgspec.json.encode(_shown_to(role, reply)), media_type="application/json")
 
@@ -320,17 +322,25 @@ def _shown_to(role: Role, reply: Model) -> Model:
     return reply
 
 
-def _authorise(scope: Any, role: Role) -> Role:
-    """The role of who asks. Raises :class:`NotPermitted` if it is less than ``role``."""
+def _authorise(scope: Any, role: Role, host: str) -> Role:
+    """The role that who asks has at this host. Raises :class:`NotPermitted` if it is less than ``role``."""
     identity = _identity(scope)
     if identity is None:
         raise NotPermitted("this connection says not who it is", todo="use a certificate made by 'limosa ca issue'")
-    if identity.role < role:
+    if (has := identity.role_at(host)) >= role:
+        return has
+    needed = role.name.lower()
+    if has is Role.HOST:
         raise NotPermitted(
-            f"'{identity.name}' is {identity.role.name.lower()} and may not do this",
-            todo=f"use a certificate with the role {role.name.lower()}",
+            f"host '{identity.name}' may not do this at host '{host}'",
+            why="a host's certificate is for commands at that host, and for what hosts ask of one another",
+            todo=f"use a person's, made with 'limosa ca issue NAME --role {needed}' and copied to ~/.config/limosa",
+            host=host,
         )
-    return identity.role
+    raise NotPermitted(
+        f"'{identity.name}' is {has.name.lower()} and may not do this",
+        todo=f"use a certificate with the role {needed}",
+    )
 
 
 async def _body(request: Request) -> bytes:

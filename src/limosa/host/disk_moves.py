@@ -154,6 +154,13 @@ class DiskMoves:
             except (OSError, msgspec.MsgspecError, LimosaError) as error:
                 _log.error("the move of disks in %s could not be brought to an end: %s", path, error)
 
+    def not_ended(self) -> set[str] | None:
+        """Names of VMs whose disks have moves that are not at their end; None if that cannot be known."""
+        try:
+            return {reading.decode(path.read_bytes(), Record).vm for path in self._folder.glob("*.disks.json")}
+        except (OSError, msgspec.MsgspecError):
+            return None
+
     async def _take_up(self, hosted: HostedVm, record: Record) -> None:
         move = _Move(self, hosted, record, Report(self._first_view(record), self._views.publish), 0)
         hosted.migration = record.migration
@@ -188,7 +195,6 @@ class DiskMoves:
             host=self._host,
         )
         report.end(Outcome.FAILED, error.fault())
-        self._views.keep(report.now)
         for plan in record.plans:
             self._storage.settle(plan.path)
         self.forget(record)
@@ -295,7 +301,6 @@ class DiskMoves:
         """The move has ended: the VM is people's again."""
         move.hosted.migration = None
         self._active.pop(move.record.migration, None)
-        self._views.keep(move.report.now)
         if move.qemu_ended:
             await self._vms.crashed(move.hosted)
 
@@ -555,9 +560,10 @@ def _plan_of(
 def _chosen(hosted: HostedVm, request: DiskMoveRequest, storage: Storage) -> list[Disk]:
     """The disks to move: those named, else all that are not there yet.
 
-    Raises :class:`InvalidInput` and :class:`Conflict`.
+    Raises :class:`InvalidInput`, :class:`limosa.errors.NotFound` (no such location) and :class:`Conflict`.
     """
     config = hosted.config
+    storage.places.path(request.location)
     by_name = {disk.name: disk for disk in config.disks}
     if unknown := [name for name in request.disks if name not in by_name]:
         raise InvalidInput(

@@ -6,7 +6,7 @@
                 vms/NAME/vm.toml           a VM that belongs to this host
                          process.json      its QEMU, while one runs
                          console.log  seed.iso  nvram.fd  qemu.log  qemu-disks.log
-                migrations/ID.SIDE.jsonl   journals, and beside them ID.view.json: the last of those that ended
+                migrations/ID.SIDE.jsonl   journals, and beside them ID.view.json: those that ended, or wait
                 goodput.json               how fast networks were
                 machine-id                 what tells this machine from others, if /etc/machine-id does not
                 images/                    disk images: the location every host has

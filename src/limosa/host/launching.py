@@ -123,7 +123,10 @@ class Launcher:
 
     @asynccontextmanager
     async def new_disks(self, new: NewVm, config: VmConfig) -> AsyncIterator[None]:
-        """Create the images that were asked for with a size; remove them again if they, or what follows, fail."""
+        """Create the images that were asked for with a size; remove them again if they, or what follows, fail.
+
+        Raises :class:`StorageError` also if QEMU's user may not open one of the VM's files.
+        """
         async with AsyncExitStack() as made:
             for asked, disk in zip(new.disks, config.disks, strict=True):
                 if asked.size_mib is not None:
@@ -131,6 +134,7 @@ class Launcher:
                     await store.create(disk.path, disk.format, asked.size_mib * MIB, thick=disk.thick)
                     made.push_async_callback(in_full, store.remove, disk.path)
                     await in_full(access.give_new, Path(disk.path), self.user, self._own)
+            await asyncio.to_thread(self._check_access, config)
             yield
             made.pop_all()
 
@@ -311,6 +315,17 @@ class Launcher:
         except StateError as error:
             error.vm = config.name
             raise
+
+    def _check_access(self, config: VmConfig) -> None:
+        """Raise what :meth:`_grant` would. What is not there may be on storage that is mounted later."""
+        files = [(disk.path, disk.read_only) for disk in config.disks]
+        files += [(path, True) for path in config.boot.paths()] if config.boot else []
+        for disk in config.disks:
+            with suppress(StorageError):  # what cannot be read the launch tells
+                files += [(path, True) for path, _ in chains.below(disk.path, disk.format)]
+        for path, read_only in files:
+            if os.path.exists(path):
+                access.grant(Path(path), self.user, read_only=read_only, own=self._own, only_look=True)
 
     def _grant(self, config: VmConfig) -> None:
         for disk in config.disks:

@@ -11,7 +11,7 @@ from limosa import __version__
 from limosa.model.base import Model
 from limosa.model.migration import Fault
 from limosa.wire.api import Empty
-from limosa.wire.endpoints import ENDPOINTS, Endpoint
+from limosa.wire.endpoints import ENDPOINTS, Endpoint, Role
 
 _REF = "#/components/schemas/{name}"
 
@@ -52,7 +52,7 @@ def _operation(endpoint: Endpoint[Any, Any], schema: dict[Any, Any]) -> dict[str
     media = "application/x-ndjson" if endpoint.stream else "application/json"
     operation: dict[str, Any] = {
         "summary": endpoint.summary,
-        "description": f"Needs the role {endpoint.role.name.lower()}.",
+        "description": f"For the roles {', '.join(role.name.lower() for role in Role if role >= endpoint.role)}.",
         "parameters": [
             {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
             for name in re.findall(r"{(\w+)}", endpoint.path)

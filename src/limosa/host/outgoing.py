@@ -238,7 +238,8 @@ class Outgoing:
         header = journal.header
         options = reading.convert(header.options, MoveOptions)
         terms = self._terms(options)
-        report = Report(self._first_view(header, terms.transport), self._views.publish)
+        first = self._left_view(journal) if settle else None
+        report = Report(first or self._first_view(header, terms.transport), self._views.publish)
         place = Place(self.slots)
         leaving = Leaving(self._parts, hosted, self._bandwidth, header.migration, _own_cap(options), place)
         move = SourceMove(journal, machine, self._dialler(header.address), leaving, terms, report)
@@ -298,8 +299,6 @@ class Outgoing:
             self._background.spawn(peer.close())
         move.journal.close()
         self._active.pop(move.header.migration, None)
-        if move.report.now.outcome is not Outcome.UNDER_WAY:
-            self._views.keep(move.report.now)
 
     def _dialler(self, destination: str) -> Dialler:
         async def open_session() -> RemotePeer:
@@ -346,6 +345,15 @@ class Outgoing:
     def _on_page(self) -> None:
         self.slots.admit()
         self._background.spawn(self._bandwidth.share())
+
+    def _left_view(self, journal: Journal) -> Migration | None:
+        """What an earlier daemon showed last of a move that it could not settle, where that holds still: that it
+        waits for a person, or has failed and only its destination does not know that yet."""
+        view = self._views.kept(journal.header.migration)
+        if view is None:
+            return None
+        has_failed = journal.step == SourceStep.HOME and view.outcome in (Outcome.FAILED, Outcome.CANCELLED)
+        return view if has_failed or view.outcome is Outcome.UNRESOLVED else None
 
     def _first_view(self, header: Header, transport: str) -> Migration:
         return Migration(

@@ -15,7 +15,6 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any, TypeVar
 
-import msgspec
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import InvalidHandshake, WebSocketException
 
@@ -32,6 +31,7 @@ from limosa.settings.address import split_address
 from limosa.settings.daemon import DEFAULT_PORT
 from limosa.wire import peer as say
 from limosa.wire import versions
+from limosa.wire.encoding import encode
 from limosa.wire.endpoints import PEER_PATH, Role
 from limosa.wire.parsing import parse
 
@@ -54,6 +54,8 @@ class RemotePeer:
 
     def __init__(self, connection: ClientConnection, host: str) -> None:
         self.host = host
+        #: of the protocol, agreed on by :meth:`hello`
+        self.version = versions.OLDEST
         self._connection = connection
         loop = asyncio.get_running_loop()
         self.lost: asyncio.Future[None] = loop.create_future()
@@ -148,6 +150,7 @@ class RemotePeer:
                 host=self.host,
             )
         self.host = welcome.host
+        self.version = versions.agree((versions.OLDEST, versions.NEWEST), (welcome.version,) * 2, host=self.host)
 
     async def _ask(self, message: say.Message, answer: type[Answer]) -> Answer:
         await self._send(message)
@@ -158,7 +161,7 @@ class RemotePeer:
         if self.lost.done():
             self.lost.result()
         try:
-            await self._connection.send(msgspec.json.encode(message))
+            await self._connection.send(encode(message))
         except WebSocketException as error:
             raise self._lose(str(error)) from error
 

@@ -114,11 +114,13 @@ async def recover(services: Services) -> None:
         except Exception as error:  # noqa: BLE001 - a fault in one must not keep the host's other VMs without a daemon
             _log.exception("migration %s could not be taken up", journal.header.migration)
             services.parts.vms.doubt = f"migration {journal.header.migration} could not be taken up: {error!r}"
+    await asyncio.to_thread(services.views.recall_others)
     await services.parts.vms.give_back_leases()
     services.parts.vms.restart_died()
     # A QEMU that was silent may not use the disks its vm.toml names until that move has been brought to an end.
-    if not any(services.parts.files.migrations.glob("*.disks.json")):
-        services.parts.vms.ask_again()
+    having_disks_moved = services.disk_moves.not_ended()
+    if having_disks_moved is not None:
+        services.parts.vms.ask_again(but=having_disks_moved)
 
 
 def _remove_half_written(folder: Path) -> None:

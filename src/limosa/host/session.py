@@ -11,7 +11,6 @@ import asyncio
 import contextlib
 import logging
 
-import msgspec
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from limosa.background import Background, to_its_end
@@ -24,6 +23,7 @@ from limosa.security.identity import Identity
 from limosa.transport.tcp import TcpDoorway
 from limosa.wire import peer as say
 from limosa.wire import versions
+from limosa.wire.encoding import encode
 from limosa.wire.parsing import parse
 
 _decoder = reading.decoder(say.FromSource)
@@ -41,7 +41,8 @@ class Session:
         self._source = source
         self._incoming = incoming
         self._reached_at: str = socket.scope["server"][0]
-        self._greeted = False
+        #: of the protocol; null until it is agreed on
+        self._version: int | None = None
         self._destination: Destination | None = None
         self._messages: asyncio.Queue[say.FromSource] = asyncio.Queue()
         self._background = Background()
@@ -70,7 +71,15 @@ class Session:
             raise InvalidInput("the message is not valid", why="it is text, not bytes") from None
         if self._messages.qsize() >= MAX_UNANSWERED:
             raise InvalidInput("more was asked than can be answered", why=f"{MAX_UNANSWERED} messages wait")
-        message: say.FromSource = parse(data, _decoder, "the message")
+        try:
+            message: say.FromSource = parse(data, _decoder, "the message")
+        except InvalidInput as error:
+            raise InvalidInput(
+                f"host '{self._incoming.host}' does not understand what is asked of it",
+                why=error.why,
+                todo=f"if '{self._source.name}' has a newer release of Limosa, upgrade '{self._incoming.host}' too",
+                host=self._incoming.host,
+            ) from error
         return message
 
     async def _end(self) -> None:
@@ -97,7 +106,7 @@ class Session:
                 await self._send(say.Failed(fault=LimosaError("an internal error", why=repr(error)).fault()))
 
     async def _do(self, message: say.FromSource) -> None:
-        if not self._greeted and not isinstance(message, say.Hello):
+        if self._version is None and not isinstance(message, say.Hello):
             raise InvalidInput("who calls, and which version is spoken, was not said", todo="begin with hello")
         match message:
             case say.Hello(host=host, oldest=oldest, newest=newest):
@@ -132,9 +141,8 @@ class Session:
                 todo="set 'name' in the caller's host.toml to the name in its certificate",
                 host=host,
             )
-        version = versions.agree((versions.OLDEST, versions.NEWEST), (oldest, newest), host=host)
-        self._greeted = True
-        return say.Welcome(host=self._incoming.host, version=version)
+        self._version = versions.agree((versions.OLDEST, versions.NEWEST), (oldest, newest), host=host)
+        return say.Welcome(host=self._incoming.host, version=self._version)
 
     async def _prepare(self, request: say.Prepare) -> None:
         self._check_free(request.migration)
@@ -155,6 +163,7 @@ class Session:
 
     async def _begin(self, request: say.Prepare) -> None:
         self._destination = await self._incoming.begin(request, self._source.name, self._reached_at)
+        self._destination.attended()
 
     async def _take_over(self) -> None:
         destination = self._current()
@@ -168,10 +177,12 @@ class Session:
 
     async def _attach(self, migration: str) -> None:
         self._check_free(migration)
-        self._destination = await self._incoming.find(migration, self._source.name)
+        before, self._destination = self._destination, await self._incoming.find(migration, self._source.name)
         if self._destination is None:
             await self._send(say.Standing(state=say.DestinationState.UNKNOWN))
             return
+        if self._destination is not before:
+            self._destination.attended()
         standing = await self._destination.standing()
         await self._send(standing)
         if standing.state is say.DestinationState.OWNED:
@@ -223,4 +234,4 @@ class Session:
     async def _send(self, message: say.FromDestination) -> None:
         # The source may be gone by now; what it was to hear it will ask again.
         with contextlib.suppress(RuntimeError, WebSocketDisconnect):
-            await self._socket.send_bytes(msgspec.json.encode(message))
+            await self._socket.send_bytes(encode(message))

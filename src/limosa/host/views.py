@@ -14,9 +14,12 @@ from limosa.model import reading
 from limosa.model.migration import Migration, Outcome
 from limosa.settings import toml
 
+_ENDED = frozenset({Outcome.COMPLETED, Outcome.FAILED, Outcome.CANCELLED})
+
 
 class Views:
-    """All moves from this host and on it. Views of ended ones are kept as ``ID.view.json`` in ``folder``."""
+    """All moves from this host and on it. Views of those that ended, or wait for a person, are kept as ``ID.view.json``
+    in ``folder``."""
 
     def __init__(self, host: str, folder: Path) -> None:
         self._host = host
@@ -55,27 +58,42 @@ class Views:
         return [view async for view in self.watch(migration)][-1]
 
     def publish(self, view: Migration) -> None:
-        """A move has changed."""
+        """A move has changed. One that has ended, or waits for a person, is remembered over a restart from now on,
+        though it may be long until its destination has heard of that."""
         self._views[view.id] = view
         for queue in self._watchers.get(view.id, ()):
             queue.put_nowait(view)
+        if view.outcome is not Outcome.UNDER_WAY:
+            self._keep(view)
 
-    def keep(self, view: Migration) -> None:
-        """Remember a move that has ended over a restart, if that can be written; else what was kept of it stays."""
+    def _keep(self, view: Migration) -> None:
+        """Write it down, if that can be; else what was kept of it stays."""
         # Not synced, which would hold up the event loop: how the move ended is in its journal.
         with contextlib.suppress(OSError, StateError):
             toml.write_atomically(self._path(view.id), msgspec.json.encode(view), durable=False)
 
+    def kept(self, migration: str) -> Migration | None:
+        """A move as an earlier daemon has kept it; None if none has, or it cannot be read."""
+        try:
+            return reading.decode(self._path(migration).read_bytes(), Migration)
+        except (OSError, msgspec.DecodeError):
+            return None
+
     def recall(self, migration: str) -> bool:
         """Know again a move that has ended, as an earlier daemon has kept it. Returns whether one has."""
-        try:
-            view = reading.decode(self._path(migration).read_bytes(), Migration)
-        except (OSError, msgspec.DecodeError):
+        view = self.kept(migration)
+        if view is None or view.outcome not in _ENDED:
             return False
-        if view.outcome in (Outcome.UNDER_WAY, Outcome.UNRESOLVED):
-            return False  # it was kept before the end
         self._views[migration] = view
         return True
+
+    def recall_others(self) -> None:
+        """The same of all that no journal tells of, such as moves of disks. To be called when journals have told
+        theirs: they know better."""
+        for path in sorted(self._folder.glob("*.view.json")):
+            migration = path.name.removesuffix(".view.json")
+            if migration not in self._views:
+                self.recall(migration)
 
     def forget(self, migration: str) -> None:
         """Of a move that ended long ago nothing is left but what is here."""

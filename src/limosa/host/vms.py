@@ -11,7 +11,7 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
@@ -23,7 +23,7 @@ from limosa.host.files import Files
 from limosa.host.folders import Folders
 from limosa.host.launching import Launcher
 from limosa.model.vm import Accelerator, Disk, Vm, VmConfig, VmState
-from limosa.qemu.machine import Machine
+from limosa.qemu.machine import ATTACH_WITHIN_S, Machine
 from limosa.qemu.protocol import Event, RunState
 from limosa.settings import toml
 from limosa.wire.api import NewVm
@@ -126,17 +126,22 @@ class Vms:
             if died is VmState.CRASHED and not found.left:
                 self._died.append(hosted)
             return
+        try:
+            async with asyncio.timeout(ATTACH_WITHIN_S):
+                status = await found.machine.status()
+        except (QemuError, TimeoutError) as error:
+            await found.machine.detach()  # QEMU speaks with one at a time, and is asked again
+            raise QemuError(f"QEMU with pid {found.machine.pid} does not answer", why=str(error)) from error
         self._attach(hosted, found.machine)
-        status = await found.machine.status()
         hosted.state = VmState.RUNNING if status is RunState.RUNNING else VmState.PAUSED
         hosted.is_here = status not in _SENT
 
-    def ask_again(self) -> None:
-        """Take up QEMUs that did not answer as soon as they do.
+    def ask_again(self, *, but: Collection[str] = ()) -> None:
+        """Take up QEMUs that did not answer as soon as they do, but for those of these VMs.
 
-        To be called when it is known of every move, also of disks, which VMs are its."""
+        To be called when it is known of every move which VMs are its."""
         for hosted in self.all():
-            if hosted.fault is not None and hosted.state is not VmState.INCOMING:
+            if hosted.fault is not None and hosted.state is not VmState.INCOMING and hosted.config.name not in but:
                 self._background.spawn(self._ask_again(hosted))
 
     async def _ask_again(self, hosted: HostedVm) -> None:
@@ -338,6 +343,15 @@ class Vms:
         """Press the power button; the guest decides what it does."""
         self.check_idle(hosted)
         await self._running(hosted).press_power_button()
+
+    async def reset(self, hosted: HostedVm) -> None:
+        """Press the reset button. A guest that is paused stays so."""
+        self.check_idle(hosted)
+        with self._steering(hosted):
+            machine = self._running(hosted)
+            if self.doubt and await machine.status() in _SENT:
+                raise self._may_be_away(hosted)
+            await machine.reset()
 
     async def pause(self, hosted: HostedVm) -> None:
         """Stop the guest's processors."""

@@ -17,16 +17,29 @@ DEFAULT_LAB = "limosa"
 _HOST = re.compile(r"\A(?:(?P<lab>[a-z0-9]{1,10})-)?(?P<host>host[1-9][0-9]?)\Z")
 
 
-def socket_of(name: str) -> Path | None:
+def lab_of(socket: str | Path | None) -> str | None:
+    """The lab one of whose hosts has that API's socket; None if none has."""
+    folder = Path(socket or "").absolute().parent.parent
+    return folder.name if folder.parent == RUN else None
+
+
+def name_within(lab: str | None, name: str) -> str:
+    """A host's name as the hosts of ``lab`` know it, which call each other ``host1``, never ``LAB-host1``. Names that
+    are none of theirs are as they are."""
+    match = _HOST.match(name)
+    return match["host"] if match is not None and lab is not None and match["lab"] == lab else name
+
+
+def socket_of(name: str, *, within: str | None = None) -> Path | None:
     """The API's socket of a lab host named ``host1`` or, in full, ``LAB-host1``; None if no lab has it.
 
-    ``host1`` is the host of the default lab, or else of the only lab that has one. Raises :class:`InvalidInput` if
-    several have.
+    ``host1`` is the host of the lab ``within``, or of the default lab, or else of the only lab that has one. Raises
+    :class:`InvalidInput` if several have.
     """
     match = _HOST.match(name)
     if match is None:
         return None
-    lab, host = match["lab"], match["host"]
+    lab, host = match["lab"] or within, match["host"]
     folders = [RUN / (lab or DEFAULT_LAB) / host]
     if lab is None and not folders[0].is_dir():
         folders = sorted(RUN.glob(f"*/{host}"))

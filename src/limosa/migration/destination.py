@@ -102,7 +102,9 @@ class Destination:
         self._arrived = asyncio.Event()
         #: all of it, memory too
         self._loaded = asyncio.Event()
-        #: the source will not come again in this session: it has what it needs, or it is gone
+        #: sessions with the source, of which it may have a new one before the end of the old one is noticed
+        self._sessions = 0
+        #: the last of them ended, or this daemon restarted: the source has what it needs, or it is gone
         self._abandoned = asyncio.Event()
         self._resumed_at: float | None = None
         #: QEMU has said RESUME, which it does before the guest's first instruction
@@ -209,9 +211,16 @@ class Destination:
             if self.step is not DestinationStep.GONE:
                 await self._destroy()
 
+    def attended(self) -> None:
+        """A session with the source is about this move, until :meth:`abandoned`: the source decides, and no person."""
+        self._sessions += 1
+        self._abandoned.clear()
+
     async def abandoned(self) -> None:
-        """The session with the source ended or broke, or this daemon restarted: do what is safe on one's own."""
-        self._abandoned.set()
+        """A session with the source ended or broke, or this daemon restarted: do what is safe on one's own."""
+        self._sessions = max(0, self._sessions - 1)
+        if self._sessions == 0:
+            self._abandoned.set()
         async with self._lock:
             if self.step is None:
                 await self._destroy()

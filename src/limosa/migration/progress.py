@@ -120,8 +120,8 @@ def of_layers(bar: Bar, shown: Progress, sent: int, total: int, at: float) -> tu
         transferred_bytes=sent,
         remaining_bytes=remaining,
         total_bytes=sent + remaining,
-        rate_bytes_per_s=rate,
-        remaining_s=remaining / rate if rate else None,
+        rate_bytes_per_s=_whole(rate),
+        remaining_s=_in_ms(remaining / rate) if rate else None,
         note="sends what lies below the disks",
     )
 
@@ -141,8 +141,8 @@ def of_disks(
         transferred_bytes=copied,
         remaining_bytes=total - copied,
         total_bytes=total,
-        rate_bytes_per_s=rate,
-        remaining_s=(total - copied) / rate if rate else None,
+        rate_bytes_per_s=_whole(rate),
+        remaining_s=_in_ms((total - copied) / rate) if rate else None,
         disks=tuple(disks),
         note=slows_writes(disk for disk in disks if not disk.ready),
     )
@@ -156,16 +156,26 @@ def slows_writes(disks: Iterable[DiskProgress]) -> str:
 
 def progress(bar: Bar, look: MigrationStatistics, *, limit_ms: float, note: str) -> Progress:
     """The progress to show."""
+    left = remaining_s(look, bar.pace)
     return Progress(
         percent=round(bar.percent, 1),
         transferred_bytes=look.transferred_bytes,
         remaining_bytes=look.remaining_bytes,
         total_bytes=look.total_bytes,
-        rate_bytes_per_s=look.rate_bytes_per_s,
-        dirty_rate_bytes_per_s=look.dirty_rate_bytes_per_s,
+        rate_bytes_per_s=_whole(look.rate_bytes_per_s),
+        dirty_rate_bytes_per_s=_whole(look.dirty_rate_bytes_per_s),
         iteration=look.iteration,
-        remaining_s=remaining_s(look, bar.pace),
-        downtime_limit_ms=limit_ms,
+        remaining_s=_in_ms(left) if left is not None else None,
+        downtime_limit_ms=round(limit_ms, 3),
         throttle_percent=look.throttle_percent,
         note=note,
     )
+
+
+def _whole(rate: float) -> float:
+    """As it is shown: no more digits than mean something, here and below."""
+    return float(round(rate))
+
+
+def _in_ms(seconds: float) -> float:
+    return round(seconds, 3)

@@ -140,6 +140,10 @@ class Machine(Stream, Disks):
         """Ask the guest to shut down (ACPI); what it does is its own affair."""
         await self._execute("system_powerdown")
 
+    async def reset(self) -> None:
+        """Begin anew, as with the reset button; a guest that is stopped stays so, and can run again whatever it did."""
+        await self._execute("system_reset")
+
     async def announce(self) -> None:
         """Have switches learn anew where the VM's NICs are: five packets from each in about half a second."""
         await self._execute("announce-self", {"initial": 20, "max": 200, "rounds": 5, "step": 50})

@@ -20,7 +20,7 @@ _PREFIX = "urn:limosa:"
 
 @dataclass(frozen=True)
 class Identity:
-    """Who speaks, and what they may do."""
+    """Who speaks, and as what."""
 
     name: str
     role: Role
@@ -29,6 +29,11 @@ class Identity:
     def uri(self) -> str:
         """How the identity stands in a certificate."""
         return f"{_PREFIX}{self.role.name.lower()}:{self.name}"
+
+    def role_at(self, host: str) -> Role:
+        """What they may do at the daemon of that host. Who has the key of a host is root there, so an operator; and
+        nowhere else, lest one host that is broken into command all of them."""
+        return Role.OPERATOR if self == Identity(host, Role.HOST) else self.role
 
 
 def from_peer_certificate(certificate: Mapping[str, Any] | None) -> Identity:

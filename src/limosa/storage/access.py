@@ -37,11 +37,14 @@ def may(path: Path, user: str | None, *, write: bool) -> bool:
     return all(_test(sort, path, user) for sort in ([os.R_OK, os.W_OK] if write else [os.R_OK]))
 
 
-def grant(path: Path, user: str | None, *, read_only: bool, own: Collection[Path] = ()) -> None:
+def grant(
+    path: Path, user: str | None, *, read_only: bool, own: Collection[Path] = (), only_look: bool = False
+) -> None:
     """Make sure that ``user`` may open the file, by giving it to that user if need be and if it is safe.
 
     Only images that are written are ever given, and nothing that lies in ``own``, the daemon's files and folders.
-    Raises :class:`StorageError` saying what stands in the way; the file is then as it was.
+    ``only_look``: find what stands in the way, as far as that can be known, and give nothing. Raises
+    :class:`StorageError` saying what stands in the way; the file is then as it was.
     """
     check_kind(path, _status(path))
     if may(path, user, write=not read_only):
@@ -50,7 +53,7 @@ def grant(path: Path, user: str | None, *, read_only: bool, own: Collection[Path
     if user is None:
         raise StorageError(f"the daemon may not {verb} {path}", todo="change its mode or the mount")
     closed = _closed_folder(path, user)
-    reason = "it is only read" if read_only else "" if closed else _give(path, user, own)
+    reason = "it is only read" if read_only else "" if closed else _give(path, user, own, only_look=only_look)
     if reason or closed:
         raise StorageError(
             f"QEMU's user '{user}' may not {verb} {path}",
@@ -85,11 +88,11 @@ def _status(path: Path) -> os.stat_result:
         raise StorageError(f"cannot look at {path}", why=error.strerror or str(error)) from error
 
 
-def _give(path: Path, user: str, own: Collection[Path], *, new: bool = False) -> str:
+def _give(path: Path, user: str, own: Collection[Path], *, new: bool = False, only_look: bool = False) -> str:
     """Give the file to the user if that is safe; else the reason why it is not."""
     real = path.resolve()
     if path.is_block_device():
-        return _give_volume(path, user)
+        return _give_volume(path, user, only_look=only_look)
     if any(real.is_relative_to(folder) for folder in _SYSTEM):
         return "it lies in a folder of the system's"
     if any(real.is_relative_to(folder) for folder in (*_PROGRAM, *(folder.resolve() for folder in own))):
@@ -104,21 +107,21 @@ def _give(path: Path, user: str, own: Collection[Path], *, new: bool = False) ->
             return "it is no regular file of root's with a single name"
         if not new and mounts.find(status.st_dev).share:
             return "it lies on storage other hosts use too"
-        return _make_owner(descriptor, path, user, of_group=True)
+        return "" if only_look else _make_owner(descriptor, path, user, of_group=True)
     except (OSError, KeyError) as error:
         return str(error)
     finally:
         os.close(descriptor)
 
 
-def _give_volume(path: Path, user: str) -> str:
+def _give_volume(path: Path, user: str, *, only_look: bool) -> str:
     """Give a logical volume of ours to the user; else the reason why it is none."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         try:
             if not lvm.is_ours(path, os.fstat(descriptor).st_rdev):
                 return "it is no logical volume that Limosa has made"
-            return _make_owner(descriptor, path, user, of_group=False)
+            return "" if only_look else _make_owner(descriptor, path, user, of_group=False)
         finally:
             os.close(descriptor)
     except (OSError, KeyError, StorageError) as error:

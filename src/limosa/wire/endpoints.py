@@ -20,11 +20,12 @@ Reply = TypeVar("Reply", bound=Model)
 
 
 class Role(IntEnum):
-    """What a certificate allows; each includes those before it, except that only a host is a ``HOST``."""
+    """What a certificate allows; each includes those before it. At its own host that of a host is an operator's."""
 
-    VIEWER = 1
-    OPERATOR = 2
-    HOST = 3
+    #: what hosts ask of one another
+    HOST = 1
+    VIEWER = 2
+    OPERATOR = 3
 
 
 class Endpoint(msgspec.Struct, Generic[Request, Reply], frozen=True):
@@ -57,11 +58,12 @@ DELETE_VM = Endpoint(
 START_VM = Endpoint("POST", "/v1/vms/{vm}/start", api.Empty, Vm, Role.OPERATOR, "Start a VM")
 STOP_VM = Endpoint("POST", "/v1/vms/{vm}/stop", api.Empty, Vm, Role.OPERATOR, "Pull the VM's plug")
 SHUTDOWN_VM = Endpoint("POST", "/v1/vms/{vm}/shutdown", api.Empty, Vm, Role.OPERATOR, "Press the VM's power button")
+RESET_VM = Endpoint("POST", "/v1/vms/{vm}/reset", api.Empty, Vm, Role.OPERATOR, "Press the VM's reset button")
 PAUSE_VM = Endpoint("POST", "/v1/vms/{vm}/pause", api.Empty, Vm, Role.OPERATOR, "Pause a VM")
 RESUME_VM = Endpoint("POST", "/v1/vms/{vm}/resume", api.Empty, Vm, Role.OPERATOR, "Resume a paused VM")
 
 LOCATIONS = Endpoint(
-    "GET", "/v1/storage", api.Empty, api.LocationList, Role.VIEWER, "Where images can lie, and how much space there is"
+    "GET", "/v1/storage", api.Empty, api.LocationList, Role.HOST, "Where images can lie, and how much space there is"
 )
 MOVE_DISKS = Endpoint(
     "POST",

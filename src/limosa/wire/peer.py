@@ -56,15 +56,19 @@ class Message(Model, frozen=True, tag_field="type"):
     """Base of all messages."""
 
 
-class Hello(Message, tag="hello", frozen=True):
-    """Who calls, and the versions it speaks."""
+class Answer(Message, forbid_unknown_fields=False, frozen=True):
+    """Base of what a destination says. A source overlooks what a newer one adds: it asks for nothing to be done."""
+
+
+class Hello(Message, tag="hello", forbid_unknown_fields=False, frozen=True):
+    """Who calls, and the versions it speaks. The same in every version, which is not agreed on yet."""
 
     host: Name
     oldest: int
     newest: int
 
 
-class Welcome(Message, tag="welcome", frozen=True):
+class Welcome(Answer, tag="welcome", frozen=True):
     """Who answers, and the version both will use."""
 
     host: Name
@@ -78,7 +82,7 @@ class Inspect(Message, tag="inspect", frozen=True):
     accelerator: Accelerator
 
 
-class Facts(Message, tag="facts", frozen=True):
+class Facts(Answer, tag="facts", frozen=True):
     """The answer to :class:`Inspect`."""
 
     facts: DestinationFacts
@@ -90,7 +94,7 @@ class FindFiles(Message, tag="find-files", frozen=True):
     files: Annotated[tuple[BackingFile, ...], Meta(max_length=MAX_LAYERS)]
 
 
-class FoundFiles(Message, tag="found-files", frozen=True):
+class FoundFiles(Answer, tag="found-files", frozen=True):
     """The answer to :class:`FindFiles`, in its order: where they are at the destination, null where they are not."""
 
     files: tuple[BackingFile | None, ...]
@@ -108,7 +112,7 @@ class StreamCredentials(Model, frozen=True):
     key: Pem
 
 
-class RelayPlace(Model, frozen=True, omit_defaults=True):
+class RelayPlace(Model, frozen=True):
     """Where a stream goes that relays carry: a channel of a session between the two hosts' relays.
 
     The source's daemon makes sessions and numbers the channels of each. A destination that does not know the session
@@ -127,11 +131,8 @@ class RelayPlace(Model, frozen=True, omit_defaults=True):
     striped: bool = False
 
 
-class Prepare(Message, tag="prepare", frozen=True, omit_defaults=True):
-    """Reserve and build everything the VM needs at the destination.
-
-    What is not used is not sent: a destination of an older version would not know it.
-    """
+class Prepare(Message, tag="prepare", frozen=True):
+    """Reserve and build everything the VM needs at the destination."""
 
     migration: MigrationId
     vm: VmConfig
@@ -166,13 +167,13 @@ class Prepare(Message, tag="prepare", frozen=True, omit_defaults=True):
     layers_relay: RelayPlace | None = None
 
 
-class InLine(Message, tag="in-line", frozen=True):
+class InLine(Answer, tag="in-line", frozen=True):
     """No slot is free yet; ``place`` counts from 1. With 0 the wait is over and the VM is being prepared."""
 
     place: int
 
 
-class Prepared(Message, tag="prepared", frozen=True):
+class Prepared(Answer, tag="prepared", frozen=True):
     """The destination waits for the connection on which the guest's memory comes.
 
     Who connects must say ``token`` (as bytes) first: then the destination's QEMU gets the connection.
@@ -185,7 +186,7 @@ class Prepared(Message, tag="prepared", frozen=True):
     disks_port: int = 0
 
 
-class LayersAwaited(Message, tag="layers-awaited", frozen=True):
+class LayersAwaited(Answer, tag="layers-awaited", frozen=True):
     """The destination waits for a connection on which those of :attr:`Prepare.layers` come that it does not have.
 
     Who connects must say ``token`` first. Encrypted with the credentials of disks, unless relays carry it.
@@ -209,7 +210,7 @@ class DisksWhole(Message, tag="disks-whole", frozen=True):
     answer."""
 
 
-class Offered(Message, tag="offered", frozen=True):
+class Offered(Answer, tag="offered", frozen=True):
     """Said unasked where the stream may use paths that appear: the destination's network, as it is now.
 
     Only to a source whose relays spread the stream; one that does not know this does not have them do so.
@@ -224,7 +225,7 @@ class TakeOver(Message, tag="take-over", frozen=True):
     """The source's QEMU has completed and will not run again: continue the guest, unless it was paused before."""
 
 
-class Running(Message, tag="running", frozen=True):
+class Running(Answer, tag="running", frozen=True):
     """The guest runs at the destination since ``resumed_at`` (seconds since the epoch, by QEMU's RESUME event).
 
     A guest that was paused before the move stays so; ``resumed_at`` is then null.
@@ -233,7 +234,7 @@ class Running(Message, tag="running", frozen=True):
     resumed_at: float | None
 
 
-class Adopted(Message, tag="adopted", frozen=True):
+class Adopted(Answer, tag="adopted", frozen=True):
     """It is durable at the destination that the VM belongs to it."""
 
 
@@ -241,7 +242,7 @@ class AwaitRest(Message, tag="await-rest", frozen=True):
     """The stream broke in post-copy: await another for the rest of the guest's memory."""
 
 
-class RestAwaited(Message, tag="rest-awaited", frozen=True):
+class RestAwaited(Answer, tag="rest-awaited", frozen=True):
     """The answer: the destination waits for that connection for as long as the session lasts.
 
     Who connects must say ``token`` first.
@@ -259,7 +260,7 @@ class Abort(Message, tag="abort", frozen=True):
     reason: str
 
 
-class Gone(Message, tag="gone", frozen=True):
+class Gone(Answer, tag="gone", frozen=True):
     """Nothing of the migration is left at the destination, and the guest never ran there."""
 
 
@@ -284,7 +285,7 @@ class DestinationState(StrEnum):
     GONE = "gone"
 
 
-class Standing(Message, tag="standing", frozen=True):
+class Standing(Answer, tag="standing", frozen=True):
     """The answer to :class:`Attach`.
 
     ``rebooted`` tells that the destination's machine restarted since :class:`Prepare`, in which case ``GONE`` is no
@@ -296,13 +297,13 @@ class Standing(Message, tag="standing", frozen=True):
     resumed_at: float | None = None
 
 
-class Failed(Message, frozen=True, tag="failed"):
+class Failed(Answer, frozen=True, tag="failed"):
     """What was asked failed; it left nothing behind."""
 
     fault: Fault
 
 
-class Lost(Message, frozen=True, tag="lost"):
+class Lost(Answer, frozen=True, tag="lost"):
     """The waiting QEMU died, unasked."""
 
     fault: Fault

@@ -1,7 +1,9 @@
 """How two hosts agree on what they say to each other.
 
-Each side names the oldest and newest version of the peer protocol it speaks; the newest both know is used. A release
-speaks the version of its neighbours too, so that hosts are upgraded one at a time.
+Each side names the oldest and newest version of the peer protocol it speaks; the newest both know is used, and both
+ends of a session keep it. A release speaks the version of its neighbours too, so that hosts are upgraded one at a time.
+
+A new field that has a default needs no new version (:mod:`limosa.wire.encoding`); see ``docs/design/012-versions.md``.
 """
 
 from __future__ import annotations
