@@ -630,6 +630,31 @@ def test_a_channel_may_be_known_at_the_destination_before_the_session_is_open() 
     run(work())
 
 
+def test_a_channel_that_ends_before_the_destination_knows_it_harms_no_other() -> None:
+    """Its move was cancelled early, before the session was open or since."""
+
+    async def work() -> None:
+        near, far = carriers()
+        source, destination = await asyncio.gather(Relay.start(), Relay.start())
+        (await source.open_channel(0)).close()
+        await asyncio.gather(
+            destination.open_receiver(far, credentials=None, window_log=WINDOW_LOG),
+            source.open_sender(near, credentials=None, window_log=WINDOW_LOG),
+        )
+        (await source.open_channel(1)).close()
+        there = await destination.open_channel(2)
+        with await source.open_channel(2) as here, there:
+            here.sendall(b"page")
+            assert await asyncio.to_thread(there.recv, 100) == b"page"
+        for relay in (source, destination):
+            assert not relay.ended.is_set()
+            await relay.end()
+        for one in (*near, *far):
+            one.close()
+
+    run(work())
+
+
 @pytest.mark.parametrize("garbage", [b"\0" * 28, os.urandom(4096), b"\x01"], ids=["zeroes", "random", "cut"])
 def test_garbage_on_the_carrier_ends_the_session_and_reaches_no_qemu(garbage: bytes) -> None:
     async def work() -> None:

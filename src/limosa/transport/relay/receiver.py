@@ -113,7 +113,8 @@ class Receiver:
             channel = self._channels.get(header.channel)
             if channel is not None and not channel.broken:
                 self._deliver(channel, header, data)
-            elif header.channel not in self._known:
+            elif header.kind is Kind.DATA and header.channel not in self._known:
+                # The end alone of such a one comes if its move ended before it was prepared here.
                 raise BrokenStream(f"channel {header.channel} was never opened")
 
     def _payload(self, header: Header) -> memoryview:
