@@ -281,6 +281,17 @@ def test_a_nic_that_appears_in_mid_move_is_used(wide: list[LabHost], side: int) 
     assert carried(arrived(wide, migration))["mig2"] > USED_BYTES
 
 
+@pytest.mark.parametrize("side", [pytest.param(0, marks=pytest.mark.long), 1], ids=["source", "destination"])
+def test_a_nic_that_appears_is_used_where_there_was_one_before(hosts: list[LabHost], side: int) -> None:
+    big(hosts[0], BIGGER_MIB)
+    with without_address(hosts[side], "mig1"):
+        end_relays(hosts[0])
+        migration = begin(hosts, "auto")
+        view = follow(hosts[0], migration, lambda view: has_sent(USED_BYTES, view))
+        assert (view.transport, set(carried(view))) == ("compression", {"mig0"})
+    assert carried(arrived(hosts, migration))["mig1"] > 0
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("side", [0, 1], ids=["source", "destination"])
 def test_a_nic_whose_cable_was_out_when_the_move_began_is_used(wide: list[LabHost], side: int) -> None:

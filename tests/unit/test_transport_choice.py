@@ -81,9 +81,21 @@ def test_auto_takes_all_nics_where_that_is_faster(speeds: tuple[int | None, ...]
 @pytest.mark.parametrize("speeds", [(100,), (2000,), (1000, 1000), (500, 100), (100, 200, 300)])
 def test_auto_compresses_what_a_processor_is_faster_at_than_the_nics(speeds: tuple[int, ...]) -> None:
     route, bare = choose(pair(*speeds), "auto"), choose(pair(*speeds), "multichannel")
-    assert (route.transport, route.paths, route.striped) == ("compression", bare.paths, bare.striped)
+    striped = bare.striped or len(speeds) == 1
+    assert (route.transport, route.paths, route.striped) == ("compression", bare.paths, striped)
     assert route.why.startswith(f"a processor compresses faster than {sum(speeds)} Mbit/s; ")
     assert not route.alone, "alike VMs share what was sent"
+
+
+def test_one_path_that_is_compressed_can_be_joined_by_others() -> None:
+    assert [choose(pair(speed), "compression").striped for speed in (1000, 2000, 10_000, None)] == [
+        True,
+        True,
+        False,
+        False,
+    ]
+    routed = choose(ends([nic(0, 1)], [nic(1, 2)]), "compression")
+    assert (routed.is_relayed, routed.striped) == (True, False)
 
 
 @pytest.mark.parametrize("speeds", [(2500,), (25_000,), (25_000, 25_000), (5000, 5000), (None,)])
@@ -377,7 +389,7 @@ def test_whatever_the_hosts_have_the_route_is_allowed_open_and_its_own(
     assert route.transport in (("tcp",) if asked == "tcp" else ("tcp", "multichannel", "compression"))
     assert route.transport != "compression" or (asked == "auto" and not both.no_relay)
     assert route.striped or all(mptcp) or len(route.paths) <= 1
-    assert not route.striped or (route.transport != "tcp" and len(route.paths) > 1)
+    assert not route.striped or route.transport == "compression" or len(route.paths) > 1
     assert bool(route.paths) == any(is_allowed(one, both.here.allowed) for one in set(both.offered) - blocked)
     assert len(route.paths) <= 1 or route.transport != "tcp"
     assert not blocked & {path.there for path in route.paths}

@@ -114,7 +114,15 @@ def _fastest(ends: Ends, blocked: Collection[str]) -> Route:
     faster = f"a processor compresses faster than {_speed(bare.paths)} Mbit/s"
     why = f"{'relays encrypt faster than QEMU' if outrun else faster}; {bare.why}"
     # Where it is the processors a move waits for, VMs would wait for one another in a relay they share.
-    return msgspec.structs.replace(bare, transport="compression", alone=bool(outrun), why=why)
+    return msgspec.structs.replace(_relayed(bare, outrun, why), alone=bool(outrun))
+
+
+def _relayed(bare: Route, outrun: str, why: str) -> Route:
+    """The route with relays that compress. Over one path they stripe, too, so that a NIC that appears can join, except
+    where the one is more than they compress."""
+    (first, *others) = bare.paths
+    may_grow = not others and first.here != "" and not bare.is_multipath and not outrun
+    return msgspec.structs.replace(bare, transport="compression", striped=bare.striped or may_grow, why=why)
 
 
 def _asked(ends: Ends, asked: str, blocked: Collection[str]) -> Route:
@@ -130,7 +138,7 @@ def _asked(ends: Ends, asked: str, blocked: Collection[str]) -> Route:
         return msgspec.structs.replace(bare, why=f"compression is not possible: {ends.no_relay}; {bare.why}")
     doubt = _against_relays(ends, bare.paths) or _outrun(bare.paths)
     words = f"it was asked for, but {doubt}" if doubt else "it was asked for"
-    return msgspec.structs.replace(bare, transport="compression", why=_except(words, blocked))
+    return _relayed(bare, _outrun(bare.paths), _except(words, blocked))
 
 
 def _against_relays(ends: Ends, paths: Sequence[Path]) -> str:
