@@ -210,11 +210,19 @@ def test_a_team_is_left_to_multipath_tcp_which_uses_all_its_members() -> None:
 
 
 @pytest.mark.parametrize(
-    ("said", "carried", "speed"), [(None, 90, 90), (1000, 940, 1000), (10_000, 940, 940), (1000, 5000, 1000)]
+    ("said", "carried", "old", "speed"),
+    [
+        (None, 90, False, 90),
+        (1000, 940, False, 1000),
+        (10_000, 940, False, 940),
+        (1000, 5000, False, 1000),
+        (None, 90, True, 90),
+        (10_000, 940, True, 10_000),
+    ],
 )
-def test_a_network_is_as_fast_as_a_move_found_it(said: int | None, carried: int, speed: int) -> None:
+def test_a_network_is_as_fast_as_a_move_found_it_lately(said: int | None, carried: int, old: bool, speed: int) -> None:
     known = pair(said)
-    measured = Carried(here="10.78.0.1", there="10.78.0.2", mbit_per_s=carried)
+    measured = Carried(here="10.78.0.1", there="10.78.0.2", mbit_per_s=carried, old=old)
     known = dataclasses.replace(known, here=msgspec.structs.replace(known.here, carried=(measured,)))
     assert [path.speed_mbit_per_s for path in choose(known, "auto").paths] == [speed]
 

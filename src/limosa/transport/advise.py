@@ -13,10 +13,10 @@ from collections.abc import Iterator
 import msgspec
 
 from limosa.model.finding import Finding
-from limosa.model.network import HostNetwork, HostNic
+from limosa.model.network import Carried, HostNetwork, HostNic
 from limosa.model.route import Route
 from limosa.transport import rdma
-from limosa.transport.choice import SLOWER, Ends, choose, is_allowed
+from limosa.transport.choice import Ends, choose, contradicts, is_allowed
 from limosa.transport.teams import BY_PORT, HASHING
 
 #: Below it a page that a guest waits for in post-copy comes noticeably late behind those that are sent anyway.
@@ -58,6 +58,7 @@ def not_by_rdma(route: Route) -> Finding:
 def _suits(name: str, network: HostNetwork, *, capped: bool, post_copy: bool) -> Route:
     """The choice for a move to another host with the same NICs, each on the same network as ours."""
     twin = msgspec.structs.replace(network, nics=tuple(_twin(nic) for nic in network.nics if nic.kind != "loopback"))
+    network = msgspec.structs.replace(network, carried=tuple(_at_best(network)))
     offered = [own.address for nic in twin.nics for own in nic.addresses if is_allowed(own.address, network.allowed)]
     route = choose(Ends(name, "another", network, twin, offered, capped=capped, post_copy=post_copy), "auto")
     return msgspec.structs.replace(route, paths=())
@@ -66,6 +67,22 @@ def _suits(name: str, network: HostNetwork, *, capped: bool, post_copy: bool) ->
 def _twin(nic: HostNic) -> HostNic:
     addresses = (msgspec.structs.replace(own, address=_neighbour(own.address)) for own in nic.addresses)
     return msgspec.structs.replace(nic, addresses=tuple(addresses))
+
+
+def _at_best(network: HostNetwork) -> Iterator[Carried]:
+    """What moves got from each address of ours to its network, as if it had been to the twin. Others may have slower
+    NICs, so the most counts."""
+    for nic in network.nics:
+        for own in nic.addresses:
+            inside = ipaddress.ip_network(f"{own.address}/{own.prefix}", strict=False)
+            measured = [
+                one
+                for one in network.carried
+                if one.here == own.address and ipaddress.ip_address(one.there) in inside
+            ]
+            if measured:
+                best = max(measured, key=lambda one: (not one.old, one.mbit_per_s))
+                yield msgspec.structs.replace(best, there=_neighbour(own.address))
 
 
 def _neighbour(address: str) -> str:
@@ -105,11 +122,11 @@ def _links(network: HostNetwork) -> Iterator[Finding]:
 def _slower_than_said(network: HostNetwork) -> Iterator[Finding]:
     for path in network.carried:
         nic = network.nic_of(path.here)
-        if nic is not None and nic.speed_mbit_per_s and SLOWER * path.mbit_per_s < nic.speed_mbit_per_s:
+        if nic is not None and nic.speed_mbit_per_s and contradicts(path, nic.speed_mbit_per_s):
             yield Finding.warning(
                 "network-slower-than-nic",
                 f"{nic.name} says {nic.speed_mbit_per_s} Mbit/s, but a move to {path.there} got {path.mbit_per_s}",
-                "see the switches and cables between, and what else uses them",
+                "see that host's NIC, the switches and cables between, and what else uses them",
             )
 
 

@@ -28,7 +28,7 @@ from dataclasses import dataclass, replace
 
 import msgspec
 
-from limosa.model.network import HostNetwork, HostNic
+from limosa.model.network import Carried, HostNetwork, HostNic
 from limosa.model.route import Path, Route
 from limosa.transport import rdma
 from limosa.transport.relay.control import MAX_LANES
@@ -342,11 +342,17 @@ def _path(here: HostNetwork, near: HostNic, own: str, far: HostNic, address: str
     return Path(here=own, there=address, nic_here=near.name, nic_there=far.name, speed_mbit_per_s=speed)
 
 
-def _real(said: int | None, carried: int | None) -> int | None:
+def _real(said: int | None, carried: Carried | None) -> int | None:
     """A path's speed by what its NICs say and what a move got through it. What TCP and TLS cost makes it no slower."""
-    if said is None or carried is None:
-        return said or carried
-    return carried if carried * SLOWER < said else said
+    if said is None:
+        return carried.mbit_per_s if carried is not None else None
+    return carried.mbit_per_s if carried is not None and contradicts(carried, said) else said
+
+
+def contradicts(carried: Carried, said: int) -> bool:
+    """Whether a network is so much slower than a NIC says (Mbit/s) that the NIC is not believed. What was found long
+    ago may be mended, and a path that is not taken would never be measured again."""
+    return not carried.old and carried.mbit_per_s * SLOWER < said
 
 
 def _routed(ends: Ends, address: str) -> Path:
