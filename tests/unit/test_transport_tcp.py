@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import resource
 import socket
+import time
 from collections.abc import Awaitable, Callable
 from contextlib import closing
 
@@ -66,6 +69,66 @@ def test_strangers_are_turned_away_and_delay_nobody() -> None:
             for caller in (silent, half, wrong):
                 with caller:
                     assert await asyncio.to_thread(hung_up, caller)
+
+    play(scenario)
+
+
+@pytest.mark.parametrize("source", [LOOPBACK, "127.0.0.2"], ids=["the same address", "another address"])
+def test_more_who_say_nothing_than_may_be_asked_at_once_do_not_keep_the_source_out(source: str) -> None:
+    async def scenario() -> None:
+        with closing(TcpDoorway(LOOPBACK, ANY_PORT)) as door, contextlib.ExitStack() as callers:
+            accepting = asyncio.ensure_future(door.accept_several(2))
+            began = time.monotonic()
+            flood = [await silent_caller(door, callers) for _ in range(2 * tcp.HALF_OPEN)]
+            first = await tcp.connect(door.address, door.port, door.token, source)
+            flood += [await silent_caller(door, callers) for _ in range(2 * tcp.HALF_OPEN)]
+            second = await tcp.connect(door.address, door.port, door.token, source)
+            for stream in await accepting:
+                stream.close()
+            assert time.monotonic() - began < tcp.TOKEN_WITHIN_S, "nobody's time was waited for"
+            for channel in (first, second):
+                channel.close()
+            assert all(await asyncio.gather(*(asyncio.to_thread(hung_up, caller) for caller in flood)))
+
+    play(scenario)
+
+
+async def silent_caller(door: TcpDoorway, callers: contextlib.ExitStack) -> socket.socket:
+    return callers.enter_context(
+        await asyncio.to_thread(socket.create_connection, (door.address, door.port), timeout=10)
+    )
+
+
+def test_who_calls_most_sends_away_only_his_own() -> None:
+    async def scenario() -> None:
+        with closing(TcpDoorway(LOOPBACK, ANY_PORT)) as door, contextlib.ExitStack() as callers:
+            accepting = asyncio.ensure_future(door.accept())
+            slow = await tcp.call(door.address, door.port, door.token[:8], source="127.0.0.2")
+            for _ in range(2 * tcp.HALF_OPEN):
+                await silent_caller(door, callers)
+            slow.sendall(bytes.fromhex(door.token[8:]))
+            with await accepting, closing(slow):
+                pass
+
+    play(scenario)
+
+
+def test_a_door_waits_until_there_is_a_descriptor_for_the_source(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tcp, "_AGAIN_AFTER_S", 0.01)
+
+    async def scenario() -> None:
+        loop, before = asyncio.get_running_loop(), resource.getrlimit(resource.RLIMIT_NOFILE)
+        with closing(TcpDoorway(LOOPBACK, ANY_PORT)) as door, closing(socket.socket()) as caller:
+            caller.setblocking(False)
+            accepting = asyncio.ensure_future(door.accept())
+            resource.setrlimit(resource.RLIMIT_NOFILE, (3, before[1]))
+            try:
+                await loop.sock_connect(caller, (door.address, door.port))
+                await asyncio.sleep(0.05)
+            finally:
+                resource.setrlimit(resource.RLIMIT_NOFILE, before)
+            await loop.sock_sendall(caller, bytes.fromhex(door.token))
+            (await accepting).close()
 
     play(scenario)
 

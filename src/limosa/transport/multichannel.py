@@ -35,9 +35,6 @@ _SUBFLOW_BYTES = 264
 _LOCAL_AT, _PEER_AT = 8, 136
 _MOST_SUBFLOWS = 16
 
-#: After the kernel would not give a caller.
-_AGAIN_AFTER_S = 1.0
-
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -141,13 +138,8 @@ class MultichannelDoorway(tcp.TcpDoorway):
 
 async def _turn_away(listener: socket.socket) -> None:
     """Hang up on whoever comes: a queue full of strangers would keep the kernel from taking further connections."""
-    loop = asyncio.get_running_loop()
-    while listener.fileno() != -1:
-        try:
-            caller, _ = await loop.sock_accept(listener)
-            caller.close()
-        except OSError:  # no descriptor is left, or that caller has gone again: others will come
-            await asyncio.sleep(_AGAIN_AFTER_S)
+    while True:
+        (await tcp.next_caller(listener)).close()
 
 
 async def connect(address: str, port: int, token: str, source: str, release: Callable[[], None]) -> MultichannelChannel:

@@ -20,8 +20,10 @@ import os
 import secrets
 import socket
 import struct
-from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 
 from limosa.errors import DestinationLost, LimosaError, NetworkError
 from limosa.model.route import Compressed
@@ -32,8 +34,12 @@ REACH_WITHIN_S = 3.0
 CONNECT_WITHIN_S = 10.0
 #: Who has connected and does not say the token within this time is sent away.
 TOKEN_WITHIN_S = 5.0
-#: So many callers are asked for the token at once: one who keeps silent delays nobody.
-PORTERS = 8
+#: So many callers are asked for the token at once, of whom the source takes a moment: those who keep silent have to go.
+HALF_OPEN = 64
+#: Callers the kernel keeps until they are asked.
+_BACKLOG = 128
+#: After the kernel would not give a caller: no descriptor is left, or that caller has gone again.
+_AGAIN_AFTER_S = 1.0
 
 #: What was sent in post-copy and is not acknowledged after this long ends the stream (TCP_USER_TIMEOUT, tcp(7)): by
 #: itself the kernel goes on for a quarter of an hour, for which the guest would wait.
@@ -143,26 +149,25 @@ class TcpDoorway:
         return (await self.accept_several(1))[0]
 
     async def accept_several(self, count: int) -> list[socket.socket]:
-        """Wait for so many connections of the source, of which at most :data:`PORTERS` come to each address.
-
-        Otherwise as :meth:`accept`.
-        """
-        doors = [(listener, asyncio.Lock()) for listener in (self._listener, *self._others)]
-        porters = [asyncio.ensure_future(self._admit(*door)) for door in doors for _ in range(PORTERS)]
+        """Wait for so many connections of the source. Otherwise as :meth:`accept`."""
+        arrived: asyncio.Queue[socket.socket] = asyncio.Queue()
+        lobby = Lobby(self._token, arrived.put_nowait)
+        ushers = [asyncio.ensure_future(lobby.serve(listener)) for listener in (self._listener, *self._others)]
         came: list[socket.socket] = []
         try:
-            waiting = set(porters)
             while len(came) < count:
-                done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-                came += [porter.result() for porter in done]
+                came.append(await arrived.get())
         except BaseException:
             for source in came:
                 source.close()
             raise
         finally:
-            for porter in porters:
-                porter.cancel()
-            await asyncio.wait(porters)
+            for usher in ushers:
+                usher.cancel()
+            await asyncio.gather(*ushers, return_exceptions=True)
+            await lobby.close()
+            while not arrived.empty():
+                arrived.get_nowait().close()
         self._expect_nobody()
         return came
 
@@ -180,28 +185,85 @@ class TcpDoorway:
         for listener in (self._listener, *self._others):
             close_listener(listener)
 
-    async def _admit(self, listener: socket.socket, turn: asyncio.Lock) -> socket.socket:
-        """The first caller who knows the token, of those this porter asks."""
-        while True:
-            async with turn:  # an event loop waits for a listener on behalf of one
-                caller, _ = await asyncio.get_running_loop().sock_accept(listener)
-            if await self._is_expected(caller):
-                return caller
 
-    async def _is_expected(self, caller: socket.socket) -> bool:
-        """Whether the caller says the token; otherwise it is hung up on."""
-        try:
-            caller.setblocking(False)
-            if hmac.compare_digest(await _said(caller), self._token):
-                _send_at_once(caller)
-                return True
-        except BaseException as error:
+class Lobby:
+    """Where callers are asked for the token, each by itself, so that one who keeps silent delays nobody.
+
+    Of too many the one goes who has waited longest, of those from the address from which most wait: whoever calls again
+    and again and says nothing sends away only his own. ``admit`` is given each connection whose caller knows the token.
+    """
+
+    def __init__(self, token: bytes, admit: Callable[[socket.socket], None]) -> None:
+        self._token = token
+        self._admit = admit
+        #: callers' addresses, longest waiting first
+        self._asking: dict[asyncio.Task[bool], str] = {}
+
+    async def serve(self, listener: socket.socket) -> None:
+        """Ask whoever comes to a listener, until cancelled. Raises ``OSError`` if it is closed."""
+        while True:
+            self._ask(await next_caller(listener))
+
+    async def close(self) -> None:
+        """Send away who waits. Nobody must serve any more."""
+        self.send_away()
+        while self._asking:
+            await asyncio.wait(self._asking)
+
+    def send_away(self) -> None:
+        """Send away who waits, soon."""
+        for asking in self._asking:
+            asking.cancel()
+
+    def _ask(self, caller: socket.socket) -> None:
+        asking = asyncio.ensure_future(_knows(self._token, caller))
+        self._asking[asking] = _origin(caller)
+        asking.add_done_callback(partial(self._decide, caller))
+        if len(self._asking) > HALF_OPEN:
+            ((most, _),) = Counter(self._asking.values()).most_common(1)
+            oldest = next(asking for asking, origin in self._asking.items() if origin == most)
+            del self._asking[oldest]
+            oldest.cancel()
+
+    def _decide(self, caller: socket.socket, asked: asyncio.Task[bool]) -> None:
+        self._asking.pop(asked, None)
+        if not asked.cancelled() and asked.result():
+            self._admit(caller)
+        else:
             caller.close()
-            if isinstance(error, OSError):  # TimeoutError is one
-                return False
-            raise
-        caller.close()
+
+
+async def next_caller(listener: socket.socket) -> socket.socket:
+    """Wait for somebody to come to a listener, also while no descriptor is left. Raises ``OSError`` if it is closed."""
+    while True:
+        try:
+            caller, _ = await asyncio.get_running_loop().sock_accept(listener)
+        except OSError:
+            if listener.fileno() == -1:
+                raise
+            await asyncio.sleep(_AGAIN_AFTER_S)
+        else:
+            return caller
+
+
+def _origin(caller: socket.socket) -> str:
+    """The address of a caller; empty if it has gone again."""
+    try:
+        return str(caller.getpeername()[0])
+    except OSError:
+        return ""
+
+
+async def _knows(token: bytes, caller: socket.socket) -> bool:
+    """Whether a caller says the token."""
+    try:
+        caller.setblocking(False)
+        if not hmac.compare_digest(await _said(caller), token):
+            return False
+        _send_at_once(caller)
+    except OSError:  # TimeoutError is one
         return False
+    return True
 
 
 async def connect(address: str, port: int, token: str, source: str = "") -> TcpChannel:
@@ -305,7 +367,7 @@ def listen(address: str, port: int, protocol: int = socket.IPPROTO_TCP) -> socke
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.setblocking(False)
         listener.bind((address, port))
-        listener.listen(PORTERS)
+        listener.listen(_BACKLOG)
     except BaseException:
         listener.close()
         raise
