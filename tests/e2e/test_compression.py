@@ -101,9 +101,7 @@ def parent(pid: int) -> int:
 
 
 @contextmanager
-def under_way(
-    hosts: list[LabHost], memory_mib: int = BIG_MIB, brake: dict[str, int] = BRAKE
-) -> Iterator[str]:
+def under_way(hosts: list[LabHost], memory_mib: int = BIG_MIB, brake: dict[str, int] = BRAKE) -> Iterator[str]:
     """A slow move during the block."""
     hosts[0].create(big(memory_mib=memory_mib))
     with settings(hosts[0], brake):

@@ -46,9 +46,7 @@ class Goodputs:
     def known(self) -> tuple[Carried, ...]:
         """Of all paths, the newest last."""
         now = time.time()  # a clock that was put back makes old, too, what it has not come to yet
-        return tuple(
-            msgspec.structs.replace(one.path, old=abs(now - one.at) > FRESH_S) for one in self._known.values()
-        )
+        return tuple(msgspec.structs.replace(one.path, old=abs(now - one.at) > FRESH_S) for one in self._known.values())
 
     def learn(self, measured: Iterable[Carried]) -> None:
         """Remember what a move has measured."""
