@@ -43,7 +43,7 @@ class HostNic(Model, forbid_unknown_fields=False, frozen=True):
     addresses: tuple[NicAddress, ...] = ()
     master: str = ""
     members: tuple[str, ...] = ()
-    #: of a bond, in the kernel's words: ``802.3ad``, ``layer2``
+    #: of a bond or team, in the kernel's words: ``802.3ad``, ``loadbalance``; and of a bond, ``layer2``
     bond_mode: str = ""
     hash_policy: str = ""
     #: the RDMA device on it
