@@ -170,3 +170,29 @@ def test_each_door_has_its_own_port_while_there_are_any() -> None:
         taken = any_door.port
         with pytest.raises(NetworkError, match="is free to receive"):
             TcpDoorway(LOOPBACK, (taken, taken))
+
+
+def test_a_trial_connection_carries_long_packets_both_ways() -> None:
+    async def scenario() -> None:
+        async with tcp.trial([LOOPBACK, "127.0.0.2"], (20_000, 30_000)) as port:
+            for address, source in ((LOOPBACK, ""), ("127.0.0.2", "127.0.0.3")):
+                reached = await tcp.reach(address, port, source)
+                assert reached == tcp.Reached(source or LOOPBACK, whole=True)
+        assert await tcp.reach(LOOPBACK, port) is None
+
+    play(scenario)
+
+
+def test_a_way_that_takes_a_connection_and_nothing_more_is_told_from_one_that_carries(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(tcp, "REACH_WITHIN_S", 0.1)
+
+    async def scenario() -> None:
+        with socket.create_server((LOOPBACK, 0)) as listener:
+            port = listener.getsockname()[1]
+            assert await tcp.reach(LOOPBACK, port) == tcp.Reached(LOOPBACK, whole=False)
+            older = await tcp.reach(LOOPBACK, port, answers=False)
+            assert older == tcp.Reached(LOOPBACK, whole=True), "one that answers nobody says nothing of the way"
+
+    play(scenario)

@@ -269,7 +269,7 @@ def _alike(paths: Sequence[Path]) -> tuple[Path, ...]:
 
 
 def _except(words: str, blocked: Collection[str]) -> str:
-    return f"{words}; no connection to {', '.join(sorted(blocked))}" if blocked else words
+    return f"{words}; no working connection to {', '.join(sorted(blocked))}" if blocked else words
 
 
 def _single(ends: Ends, blocked: Collection[str]) -> tuple[Path, ...]:

@@ -21,9 +21,10 @@ import secrets
 import socket
 import struct
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 from limosa.errors import DestinationLost, LimosaError, NetworkError
 from limosa.model.route import Compressed
@@ -31,6 +32,8 @@ from limosa.transport.channel import Used
 
 #: A trial connection that takes longer is blocked for all that matters.
 REACH_WITHIN_S = 3.0
+#: So much goes each way over it: some packets of full length, also of 9000 bytes each.
+TRIAL_BYTES = 64 * 1024
 CONNECT_WITHIN_S = 10.0
 #: Who has connected and does not say the token within this time is sent away.
 TOKEN_WITHIN_S = 5.0
@@ -151,7 +154,7 @@ class TcpDoorway:
     async def accept_several(self, count: int) -> list[socket.socket]:
         """Wait for so many connections of the source. Otherwise as :meth:`accept`."""
         arrived: asyncio.Queue[socket.socket] = asyncio.Queue()
-        lobby = Lobby(self._token, arrived.put_nowait)
+        lobby = self._lobby_for(arrived.put_nowait)
         ushers = [asyncio.ensure_future(lobby.serve(listener)) for listener in (self._listener, *self._others)]
         came: list[socket.socket] = []
         try:
@@ -171,6 +174,10 @@ class TcpDoorway:
         self._expect_nobody()
         return came
 
+    def _lobby_for(self, admit: Callable[[socket.socket], None]) -> Lobby:
+        """Where callers are asked for the token."""
+        return Lobby(partial(_knows, self._token), admit)
+
     def announce(self, addresses: Iterable[str]) -> None:
         """See :class:`limosa.transport.channel.Doorway`."""
 
@@ -187,14 +194,17 @@ class TcpDoorway:
 
 
 class Lobby:
-    """Where callers are asked for the token, each by itself, so that one who keeps silent delays nobody.
+    """Where callers are asked who they are, each by itself, so that one who keeps silent delays nobody.
 
     Of too many the one goes who has waited longest, of those from the address from which most wait: whoever calls again
-    and again and says nothing sends away only his own. ``admit`` is given each connection whose caller knows the token.
+    and again and says nothing sends away only his own. ``admit`` is given each connection for which ``ask`` is true; it
+    may raise ``OSError``.
     """
 
-    def __init__(self, token: bytes, admit: Callable[[socket.socket], None]) -> None:
-        self._token = token
+    def __init__(
+        self, ask: Callable[[socket.socket], Coroutine[Any, Any, bool]], admit: Callable[[socket.socket], None]
+    ) -> None:
+        self._ask = ask
         self._admit = admit
         #: callers' addresses, longest waiting first
         self._asking: dict[asyncio.Task[bool], str] = {}
@@ -202,7 +212,7 @@ class Lobby:
     async def serve(self, listener: socket.socket) -> None:
         """Ask whoever comes to a listener, until cancelled. Raises ``OSError`` if it is closed."""
         while True:
-            self._ask(await next_caller(listener))
+            self._enter(await next_caller(listener))
 
     async def close(self) -> None:
         """Send away who waits. Nobody must serve any more."""
@@ -215,8 +225,9 @@ class Lobby:
         for asking in self._asking:
             asking.cancel()
 
-    def _ask(self, caller: socket.socket) -> None:
-        asking = asyncio.ensure_future(_knows(self._token, caller))
+    def _enter(self, caller: socket.socket) -> None:
+        caller.setblocking(False)
+        asking = asyncio.ensure_future(self._ask(caller))
         self._asking[asking] = _origin(caller)
         asking.add_done_callback(partial(self._decide, caller))
         if len(self._asking) > HALF_OPEN:
@@ -227,7 +238,7 @@ class Lobby:
 
     def _decide(self, caller: socket.socket, asked: asyncio.Task[bool]) -> None:
         self._asking.pop(asked, None)
-        if not asked.cancelled() and asked.result():
+        if not asked.cancelled() and asked.exception() is None and asked.result():
             self._admit(caller)
         else:
             caller.close()
@@ -256,13 +267,9 @@ def _origin(caller: socket.socket) -> str:
 
 async def _knows(token: bytes, caller: socket.socket) -> bool:
     """Whether a caller says the token."""
-    try:
-        caller.setblocking(False)
-        if not hmac.compare_digest(await _said(caller), token):
-            return False
-        _send_at_once(caller)
-    except OSError:  # TimeoutError is one
+    if not hmac.compare_digest(await _said(caller), token):
         return False
+    _send_at_once(caller)
     return True
 
 
@@ -316,7 +323,7 @@ async def call(
 
 @contextlib.asynccontextmanager
 async def trial(addresses: Sequence[str], ports: tuple[int, int]) -> AsyncIterator[int]:
-    """Listen on all of ``addresses`` so that the source can try which ways are open.
+    """Listen on all of ``addresses`` so that the source can try which ways are open, and let long packets through.
 
     Gives the port, the same on all, or 0 if there is no address or every port of the range is taken.
     """
@@ -324,12 +331,28 @@ async def trial(addresses: Sequence[str], ports: tuple[int, int]) -> AsyncIterat
     first = _listen(addresses[0], range(ports[1], ports[0] - 1, -1)) if addresses else None
     port = first.getsockname()[1] if first is not None else 0
     others = [_listen(address, range(port, port + 1)) for address in addresses[1:]] if port else []
+    listeners = [listener for listener in (first, *others) if listener is not None]
+    lobby = Lobby(_answer_trial, socket.socket.close)
+    answering = [asyncio.ensure_future(lobby.serve(listener)) for listener in listeners]
     try:
         yield port
     finally:
-        for listener in (first, *others):
-            if listener is not None:
-                listener.close()
+        for one in answering:
+            one.cancel()
+        await asyncio.gather(*answering, return_exceptions=True)
+        await lobby.close()
+        for listener in listeners:
+            listener.close()
+
+
+async def _answer_trial(caller: socket.socket) -> bool:
+    """Say and hear what the source wants to see arrive; whether it has."""
+    loop, came = asyncio.get_running_loop(), 0
+    async with asyncio.timeout(REACH_WITHIN_S):
+        await loop.sock_sendall(caller, bytes(TRIAL_BYTES))
+        while came < TRIAL_BYTES and (more := await loop.sock_recv(caller, TRIAL_BYTES)):
+            came += len(more)
+    return came == TRIAL_BYTES
 
 
 def pace(connection: socket.socket, bytes_per_s: int) -> None:
@@ -340,17 +363,40 @@ def pace(connection: socket.socket, bytes_per_s: int) -> None:
         connection.setsockopt(socket.SOL_SOCKET, _SO_MAX_PACING_RATE, struct.pack("=Q", rate))
 
 
-async def reach(address: str, port: int, source: str = "") -> str | None:
-    """The address of ours from which a connection to ``address`` was made, ``source`` if that is given; None if none
-    can be."""
+@dataclass(frozen=True)
+class Reached:
+    """A trial connection: the address of ours it was made from, and whether what long packets carry arrived, too."""
+
+    own: str
+    whole: bool
+
+
+async def reach(address: str, port: int, source: str = "", *, answers: bool = True) -> Reached | None:
+    """Make a trial connection to ``address``, from ``source`` if that is given; None if none can be made.
+
+    ``answers``: the other end is a :func:`trial` that sends and takes what long packets are needed for.
+    """
     try:
         async with asyncio.timeout(REACH_WITHIN_S):
-            _, writer = await asyncio.open_connection(address, port, local_addr=(source, 0) if source else None)
+            reader, writer = await asyncio.open_connection(address, port, local_addr=(source, 0) if source else None)
     except (OSError, TimeoutError):
         return None
-    own = str(writer.get_extra_info("sockname")[0])
-    writer.transport.abort()
-    return own
+    try:
+        own = str(writer.get_extra_info("sockname")[0])
+        return Reached(own, not answers or await _goes_both_ways(reader, writer))
+    finally:
+        writer.transport.abort()
+
+
+async def _goes_both_ways(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
+    """Whether all arrives that both ends say: the other closes when it has all of ours."""
+    try:
+        async with asyncio.timeout(REACH_WITHIN_S):
+            writer.write(bytes(TRIAL_BYTES))
+            await reader.readexactly(TRIAL_BYTES)
+            return not await reader.read(1)
+    except (OSError, TimeoutError, asyncio.IncompleteReadError):
+        return False
 
 
 def used_by(info: bytes, here: str, there: str) -> Used:

@@ -38,7 +38,7 @@ class LastingDoorway(tcp.TcpDoorway):
         self._open = True
         self._came: asyncio.Queue[socket.socket] = asyncio.Queue(_MOST_WAITING)
         self._work = Background()
-        self._lobby = tcp.Lobby(self._token, self._let_in)
+        self._lobby = self._lobby_for(self._let_in)
         for listener in (self._listener, *self._others):
             self._serve(listener)
 
