@@ -139,6 +139,26 @@ def test_an_address_that_appears_is_used_if_it_is_permitted(tmp_path: Path) -> N
     play(scenario)
 
 
+def test_a_door_that_is_another_servers_has_several_connections_made_to_it_too(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        address, count = THEIRS[0], 3
+
+        async def permitted() -> tuple[str, ...]:
+            return THEIRS
+
+        multichannel = Multichannel(PathManager(), tmp_path)
+        door = await multichannel.open_door([address], PORTS, permitted, (), {address: count})
+        assert door.hand_over().getsockname()[1] == door.port
+        # The kernel is asked: nobody tells.
+        while sum(one.port > 0 for one in await PathManager().endpoints()) < count - 1:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        door.close()
+        await multichannel.endpoints.idle()
+        assert await PathManager().endpoints() == ()
+
+    play(scenario)
+
+
 def test_strangers_at_the_open_door_are_hung_up_on(tmp_path: Path) -> None:
     async def scenario() -> None:
         ends = Ends(tmp_path)

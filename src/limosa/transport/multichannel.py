@@ -95,7 +95,7 @@ class MultichannelDoorway(tcp.TcpDoorway):
         self._first, self._port = self.address, self.port  # a socket that is closed does not know them any more
         self._further: dict[str, socket.socket] = {}
         self._ushers: list[asyncio.Task[None]] = []
-        #: the source is there
+        #: the source is there, or it will be without our hearing of it
         self.connected = asyncio.Event()
         self._open = True
         for address in addresses[1:]:
@@ -116,6 +116,11 @@ class MultichannelDoorway(tcp.TcpDoorway):
         for listener in self._further.values():
             tcp.close_listener(listener)
         super().close()
+
+    def hand_over(self) -> socket.socket:
+        """See :class:`limosa.transport.tcp.TcpDoorway`."""
+        self.connected.set()
+        return super().hand_over()
 
     def listen_on(self, address: str) -> bool:
         """Let the source in at a further address too; false if that cannot be."""

@@ -132,9 +132,9 @@ class TcpDoorway:
         """See :class:`limosa.transport.channel.Doorway`."""
         return str(self._listener.getsockname()[0])
 
-    @property
-    def listener(self) -> socket.socket:
-        """The listener itself, for a server that asks its callers for certificates instead of the token."""
+    def hand_over(self) -> socket.socket:
+        """The listener itself, for a server that asks its callers for certificates instead of the token. Nobody is to
+        :meth:`accept` then."""
         return self._listener
 
     @property
