@@ -81,21 +81,27 @@ def test_auto_takes_all_nics_where_that_is_faster(speeds: tuple[int | None, ...]
 @pytest.mark.parametrize("speeds", [(100,), (2000,), (1000, 1000), (500, 100), (100, 200, 300)])
 def test_auto_compresses_what_a_processor_is_faster_at_than_the_nics(speeds: tuple[int, ...]) -> None:
     route, bare = choose(pair(*speeds), "auto"), choose(pair(*speeds), "multichannel")
-    striped = bare.striped or len(speeds) == 1
-    assert (route.transport, route.paths, route.striped) == ("compression", bare.paths, striped)
+    assert (route.transport, route.paths, route.striped) == ("compression", bare.paths, bare.striped)
     assert route.why.startswith(f"a processor compresses faster than {sum(speeds)} Mbit/s; ")
     assert not route.alone, "alike VMs share what was sent"
 
 
-def test_one_path_that_is_compressed_can_be_joined_by_others() -> None:
-    assert [choose(pair(speed), "compression").striped for speed in (1000, 2000, 10_000, None)] == [
-        True,
-        True,
-        False,
-        False,
-    ]
-    routed = choose(ends([nic(0, 1)], [nic(1, 2)]), "compression")
-    assert (routed.is_relayed, routed.striped) == (True, False)
+@pytest.mark.parametrize("side", [0, 1])
+def test_one_path_that_is_compressed_can_be_joined_by_one_that_may_come_up(side: int) -> None:
+    def striped(speed: int | None, other: HostNic | None) -> bool:
+        nics = [nic(0, 1, speed)], [nic(0, 2, speed)]
+        nics[side].extend([other] if other is not None else [])
+        return choose(ends(*nics), "compression").striped
+
+    unplugged = nic(1, 1 + side, carrier=False)
+    link_local = NicAddress(address="fe80::1", prefix=64)
+    without_address = msgspec.structs.replace(nic(1, 1 + side), addresses=(link_local,))
+    unused = msgspec.structs.replace(unplugged, addresses=())
+    switch = msgspec.structs.replace(without_address, kind="bridge")
+    member = msgspec.structs.replace(without_address, master="br0")
+    assert [striped(1000, other) for other in (unplugged, without_address)] == [True, True]
+    assert [striped(1000, other) for other in (None, unused, switch, member)] == [False] * 4
+    assert [striped(speed, unplugged) for speed in (2000, 10_000, None)] == [True, False, False]
 
 
 @pytest.mark.parametrize("speeds", [(2500,), (25_000,), (25_000, 25_000), (5000, 5000), (None,)])

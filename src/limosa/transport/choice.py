@@ -114,15 +114,25 @@ def _fastest(ends: Ends, blocked: Collection[str]) -> Route:
     faster = f"a processor compresses faster than {_speed(bare.paths)} Mbit/s"
     why = f"{'relays encrypt faster than QEMU' if outrun else faster}; {bare.why}"
     # Where it is the processors a move waits for, VMs would wait for one another in a relay they share.
-    return msgspec.structs.replace(_relayed(bare, outrun, why), alone=bool(outrun))
+    return msgspec.structs.replace(_relayed(ends, bare, outrun, why), alone=bool(outrun))
 
 
-def _relayed(bare: Route, outrun: str, why: str) -> Route:
-    """The route with relays that compress. Over one path they stripe, too, so that a NIC that appears can join, except
-    where the one is more than they compress."""
+def _relayed(ends: Ends, bare: Route, outrun: str, why: str) -> Route:
+    """The route with relays that compress. Over one path they stripe, too, where another may come up in mid-move and
+    join; not where the one is more than they compress."""
     (first, *others) = bare.paths
-    may_grow = not others and first.here != "" and not bare.is_multipath and not outrun
+    may_grow = not others and first.here != "" and not bare.is_multipath and not outrun and _may_come_up(ends)
     return msgspec.structs.replace(bare, transport="compression", striped=bare.striped or may_grow, why=why)
+
+
+def _may_come_up(ends: Ends) -> bool:
+    """Whether a host has a NIC that lacks nothing but a link, or nothing but an address. Others are unused for good."""
+    nics = (nic for side in (ends.here, ends.there) for nic in side.nics if nic.up and not nic.master)
+    return any(nic.carrier != _has_address(nic) for nic in nics if nic.kind != "bridge")
+
+
+def _has_address(nic: HostNic) -> bool:
+    return any(not ipaddress.ip_address(own.address).is_link_local for own in nic.addresses)
 
 
 def _asked(ends: Ends, asked: str, blocked: Collection[str]) -> Route:
@@ -138,7 +148,7 @@ def _asked(ends: Ends, asked: str, blocked: Collection[str]) -> Route:
         return msgspec.structs.replace(bare, why=f"compression is not possible: {ends.no_relay}; {bare.why}")
     doubt = _against_relays(ends, bare.paths) or _outrun(bare.paths)
     words = f"it was asked for, but {doubt}" if doubt else "it was asked for"
-    return _relayed(bare, _outrun(bare.paths), _except(words, blocked))
+    return _relayed(ends, bare, _outrun(bare.paths), _except(words, blocked))
 
 
 def _against_relays(ends: Ends, paths: Sequence[Path]) -> str:
