@@ -34,6 +34,8 @@ NOISE = random.Random(5).randbytes(8 * MIB)
 PAGES = b"".join((at | 0x28).to_bytes(8, "big") + NOISE[at : at + 4096] for at in range(0, len(NOISE), 4096))
 TEXT = b"".join(b"line %d of a program's heap\n" % number for number in range(300_000))[: 6 * MIB]
 SLOW = 60 * MIB
+#: By it the whole of the noise takes eight seconds.
+CAP = MIB
 WITHIN_S = 60
 
 
@@ -174,6 +176,29 @@ def test_a_qemu_that_does_not_read_stops_its_own_stream_only() -> None:
             await asyncio.to_thread(read, there, came)
             assert b"".join(came) == NOISE * 2
             await asyncio.to_thread(stuck.join)
+
+    run(work())
+
+
+@pytest.mark.parametrize("speeds", [None, (None,)], ids=["two carriers", "a lane"])
+def test_a_stream_is_kept_to_its_cap_until_that_is_lifted_and_no_other(speeds: tuple[None] | None) -> None:
+    async def work() -> None:
+        async with pair(bytes_per_s=speeds) as relays:
+            here, there = await relays.channel()
+            await relays.source.set_pace(0, CAP)
+            began = time.monotonic()
+            writing = asyncio.ensure_future(asyncio.to_thread(write, here, NOISE))
+            first = await asyncio.to_thread(there.recv, CAP // 4, socket.MSG_WAITALL)
+            # But for what one takes at once.
+            assert time.monotonic() - began > 0.15
+            assert (await move(relays, NOISE))[0] == NOISE
+            assert not writing.done()
+            assert len(NOISE) > CAP * (time.monotonic() - began), "the other was not waited for"
+            await relays.source.set_pace(0, 0)
+            came = [first]
+            await asyncio.to_thread(read, there, came)
+            assert b"".join(came) == NOISE
+            await writing
 
     run(work())
 

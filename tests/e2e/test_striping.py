@@ -14,6 +14,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from pyroute2 import IPRoute
 
 from harness.commands import limosa
 from harness.disks import goes_on, number
@@ -56,6 +57,8 @@ BRAKE = {"bandwidth_mbit_per_s": 4}
 MTU, SEGMENTS = 1500, 65535
 #: What the switches do not pass on.
 JUMBO = 9000
+#: Too little for what TCP sends otherwise.
+SHORT = 600
 SWITCH = Path("/proc/sys/net/mptcp/enabled")
 #: Memory that no compression makes less.
 LOAD = {"fill_mib": 8, "random_mib": 8}
@@ -281,6 +284,17 @@ def test_a_nic_that_appears_in_mid_move_is_used(wide: list[LabHost], side: int) 
     assert carried(arrived(wide, migration))["mig2"] > USED_BYTES
 
 
+@pytest.mark.parametrize("side", [pytest.param(0, marks=pytest.mark.long), 1], ids=["source", "destination"])
+def test_a_nic_that_appears_is_used_where_there_was_one_before(hosts: list[LabHost], side: int) -> None:
+    big(hosts[0], BIGGER_MIB)
+    with without_address(hosts[side], "mig1"):
+        end_relays(hosts[0])
+        migration = begin(hosts, "auto")
+        view = follow(hosts[0], migration, lambda view: has_sent(USED_BYTES, view))
+        assert (view.transport, set(carried(view))) == ("compression", {"mig0"})
+    assert carried(arrived(hosts, migration))["mig1"] > 0
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("side", [0, 1], ids=["source", "destination"])
 def test_a_nic_whose_cable_was_out_when_the_move_began_is_used(wide: list[LabHost], side: int) -> None:
@@ -300,7 +314,7 @@ def test_a_path_that_was_blocked_when_the_move_began_is_used_when_it_is_open(wid
             view = follow(wide[0], migration, lambda view: has_sent(0, view))
             assert set(carried(view)) == {"mig0", "mig1"}
             assert view.route is not None
-            assert "no connection to" in view.route.why
+            assert "no working connection to" in view.route.why
         follow(wide[0], migration, lambda view: "mig2" in carried(view))
     assert carried(arrived(wide, migration))["mig2"] > USED_BYTES
 
@@ -375,21 +389,65 @@ def test_different_mtus_are_found_and_both_nics_carry_all_the_same(
     assert min(carried(ended).values()) > USED_BYTES, carried(ended)
 
 
-def test_a_switch_that_swallows_long_packets_costs_speed_and_not_the_move(hosts: list[LabHost]) -> None:
+def test_a_switch_that_swallows_long_packets_is_found_and_done_without(hosts: list[LabHost]) -> None:
     big(hosts[0])
     with mtus(hosts, "mig0", (JUMBO, JUMBO)):
-        used = carried(arrived(hosts, begin(hosts, "auto")))
-    assert used["mig1"] > 5 * used["mig0"], used
+        said = limosa(hosts[0], "check", "vm", "--to", "host2").out
+        nics = " and ".join(f"mig0 (MTU {JUMBO}) on host '{host.name}'" for host in hosts)
+        assert f"long packets do not arrive between {nics}, so the move does without" in said
+        ended = hosts[0].outcome(begin(hosts, "auto"))
+        assert (ended.outcome, set(carried(ended))) == (Outcome.COMPLETED, {"mig1"}), ended.fault
+        assert [finding.code for finding in ended.findings] == ["long-packets-lost"]
+
+
+def test_a_switch_that_swallows_long_packets_and_is_the_only_one_is_refused(hosts: list[LabHost]) -> None:
+    big(hosts[0])
+    only = {"migration_networks": list(hosts[0].lab.migration_networks[:1])}
+    with mtus(hosts, "mig0", (JUMBO, JUMBO)), settings(hosts[0], only):
+        refused = limosa(hosts[0], "move", "vm", "--to", "host2")
+    assert refused.code == 6
+    assert "long packets do not arrive" in refused.error
+    assert "no connection to" not in refused.error
+
+
+@contextmanager
+def short_packets_only(hosts: list[LabHost], nic: str) -> Iterator[None]:
+    """The switch swallows long packets from and to a NIC of each host during the block."""
+
+    def change(mtu: int) -> None:
+        with IPRoute() as netlink:
+            for host in hosts:
+                (port,) = netlink.link("get", ifname=f"{nic}-{host.name}")
+                netlink.link("set", index=port["index"], mtu=mtu)
+
+    namespaces.inside(hosts[0].lab.wire, lambda: change(SHORT))
+    try:
+        yield
+    finally:
+        namespaces.inside(hosts[0].lab.wire, lambda: change(MTU))
+
+
+def test_a_switch_that_begins_to_swallow_long_packets_costs_speed_and_not_the_move(hosts: list[LabHost]) -> None:
+    big(hosts[0])
+    with mtus(hosts, "mig0", (MTU, MTU)):
+        migration = begin(hosts, "auto")
+        before = carried(follow(hosts[0], migration, lambda view: has_sent(2 * USED_BYTES, view)))
+        with short_packets_only(hosts, "mig0"):
+            after = carried(arrived(hosts, migration))
+    assert after["mig1"] - before["mig1"] > 5 * (after["mig0"] - before["mig0"]), (before, after)
 
 
 @pytest.mark.parametrize("transport", ["auto", pytest.param("tcp", marks=pytest.mark.long)])
-def test_a_switch_that_swallows_long_packets_and_is_the_only_one_ends_the_move(
+def test_a_switch_that_begins_to_swallow_long_packets_and_is_the_only_one_ends_the_move(
     hosts: list[LabHost], transport: Transport
 ) -> None:
     big(hosts[0])
     only = {"migration_networks": list(hosts[0].lab.migration_networks[:1]), "convergence.patience_s": 1}
-    with mtus(hosts, "mig0", (JUMBO, JUMBO)), settings(hosts[0], only):
-        ended = hosts[0].outcome(begin(hosts, transport))
+    with mtus(hosts, "mig0", (MTU, MTU)), settings(hosts[0], {**only, **BRAKE}):
+        migration = begin(hosts, transport)
+        follow(hosts[0], migration, lambda view: has_sent(0, view))
+        with short_packets_only(hosts, "mig0"):
+            ended = hosts[0].outcome(migration)
         assert ended.fault is not None
         assert (ended.outcome, ended.fault.code) == (Outcome.FAILED, "not-converging"), ended.fault
         assert "no memory has arrived" in ended.fault.why

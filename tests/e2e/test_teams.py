@@ -6,6 +6,7 @@ measured is shown with ``pytest -s``.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -23,6 +24,33 @@ LINK_MBIT_PER_S = 10
 MEMBERS = ("eth0", "eth1")
 MODES = ("balance-xor", "802.3ad")
 AGGREGATED_WITHIN_S = 60
+TEAM_MODES = ("loadbalance", "activebackup")
+#: What teamd does first. By the kernel's headers (linux/if_team.h), and not by what is tested.
+_SET_TEAM_MODE = r"""
+import socket, struct, sys
+def attribute(kind, value):
+    return struct.pack("HH", 4 + len(value), kind) + value + bytes(-len(value) % 4)
+def ask(link, family, command, version, attributes):
+    message = struct.pack("BBH", command, version, 0) + attributes
+    link.send(struct.pack("IHHII", 16 + len(message), family, 5, 1, 0) + message)  # REQUEST | ACK
+    return link.recv(65536)
+name, mode = sys.argv[1:]
+link = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 16)
+link.bind((0, 0))
+said = ask(link, 16, 3, 1, attribute(2, b"team\0"))[20:]  # CTRL_CMD_GETFAMILY
+link.recv(65536)
+while struct.unpack_from("HH", said)[1] != 1:
+    said = said[struct.unpack_from("H", said)[0] + 3 & ~3 :]
+family = struct.unpack_from("H", said, 4)[0]
+option = attribute(1, b"mode\0") + attribute(3, b"\x05") + attribute(4, mode.encode() + b"\0")
+options = attribute(1 | 0x8000, option)
+said = ask(
+    link, family, 1, 1, attribute(1, struct.pack("I", socket.if_nametoindex(name))) + attribute(2 | 0x8000, options)
+)
+while struct.unpack_from("H", said, 4)[0] != 2:
+    said = link.recv(65536)
+sys.exit(0 if struct.unpack_from("i", said, 16)[0] in (0, -3) else said.hex())  # ESRCH: nobody hears of the change
+"""
 
 
 def wire(vm: LabVm, number: int) -> dict[str, Any]:
@@ -125,3 +153,15 @@ def test_the_bond_is_shown_and_judged(lab: tuple[VmHost, VmHost]) -> None:
     (advice,) = host.ask("host", "advise")
     assert "connections use all members" not in advice["why"]
     assert [finding["code"] for finding in advice["findings"]] == ["bond-hashes-by-host"]
+
+
+def test_the_mode_of_a_team_is_known(lab: tuple[VmHost, VmHost]) -> None:
+    host = lab[0]
+    try:
+        for mode in TEAM_MODES:
+            host.vm.run("ip link add team0 type team")
+            host.vm.run(sys.executable, "-c", _SET_TEAM_MODE, "team0", mode)
+            assert f"team {mode}" in host.limosa("host", "status")
+            host.vm.run("ip link del team0")
+    finally:
+        host.vm.run("ip link del team0 2>/dev/null || true")

@@ -13,16 +13,19 @@ from test_disks import FACT
 from test_preflight import HERE, THERE, VM
 
 from limosa.migration import examination
-from limosa.migration.examination import Examined, Question, _open_route, examine
+from limosa.migration.examination import Examined, Question, _Tried, _try_routes, examine
 from limosa.model.facts import VmFacts
+from limosa.model.finding import Severity
 from limosa.model.network import HostNetwork, HostNic, NicAddress
 from limosa.model.route import Route
 from limosa.model.storage import BackingFile, DiskFacts, Location
 from limosa.model.vm import Disk
 from limosa.transport import tcp
+from limosa.transport.advise import loses_long_packets
 from limosa.transport.choice import Ends
 
 MANAGEMENT, FIRST, SECOND = "192.0.2.1", "10.1.0.1", "10.2.0.1"
+ANSWERS = msgspec.structs.replace(THERE, trial_port=1, trial_answers=True)
 
 
 def nic(name: str, address: str) -> HostNic:
@@ -34,16 +37,37 @@ def nic(name: str, address: str) -> HostNic:
 def test_routing_must_lead_out_over_a_network_that_may_carry_moves(
     monkeypatch: pytest.MonkeyPatch, own: str | None, is_open: bool
 ) -> None:
-    async def reach(address: str, port: int, source: str) -> str | None:
-        assert (address, port, source) == (SECOND, 1, "")
-        return own
+    async def reach(address: str, port: int, source: str, *, answers: bool) -> tcp.Reached | None:
+        assert (address, port, source, answers) == (SECOND, 1, "", True)
+        return tcp.Reached(own, whole=True) if own is not None else None
 
     monkeypatch.setattr(tcp, "reach", reach)
     here = HostNetwork(nics=(nic("eth0", MANAGEMENT), nic("eth1", FIRST)), allowed=("10.1.0.0/24", "10.2.0.0/24"))
     ends = Ends("host1", "host2", here, HostNetwork(nics=(nic("eth0", SECOND),)), [SECOND])
-    route, blocked = asyncio.run(_open_route(ends, "auto", 1))
-    assert bool(route.paths) is is_open
-    assert bool(blocked) is not is_open
+    tried = asyncio.run(_try_routes(ends, "auto", ANSWERS))
+    assert bool(tried.route.paths) is is_open
+    assert bool(tried.blocked) is not is_open
+
+
+@pytest.mark.parametrize("other", [True, False], ids=["there is another way", "there is no other"])
+def test_a_path_that_swallows_long_packets_is_found_and_done_without(
+    monkeypatch: pytest.MonkeyPatch, *, other: bool
+) -> None:
+    async def reach(address: str, *_: object, **__: object) -> tcp.Reached:
+        return tcp.Reached("10.1.0.9" if address == FIRST else "10.2.0.9", whole=address != FIRST)
+
+    monkeypatch.setattr(tcp, "reach", reach)
+    addresses = [FIRST, SECOND] if other else [FIRST]
+    near = HostNetwork(nics=(nic("eth0", "10.1.0.9"), nic("eth1", "10.2.0.9")))
+    far = HostNetwork(nics=tuple(nic(f"mig{number}", address) for number, address in enumerate(addresses)))
+    ends = Ends("host1", "host2", near, far, addresses)
+    tried = asyncio.run(_try_routes(ends, "auto", ANSWERS))
+    assert [path.there for path in tried.route.paths] == addresses[1:]
+    assert not tried.blocked, "it is not tried again as long as it is there"
+    (path,) = tried.lossy
+    finding = loses_long_packets(ends, path, only=not other)
+    assert (finding.code, finding.severity) == ("long-packets-lost", Severity.WARNING if other else Severity.ERROR)
+    assert "eth0 (MTU 1500) on host 'host1' and mig0 (MTU 1500) on host 'host2'" in finding.what
 
 
 class DisksHere:
@@ -66,9 +90,9 @@ def examined(monkeypatch: pytest.MonkeyPatch, wishes: dict[str, str], *, keep: b
         return HERE
 
     async def route(*_: Any) -> Any:
-        return Route("tcp"), frozenset()
+        return _Tried(Route("tcp"), frozenset(), ())
 
-    monkeypatch.setattr(examination, "_open_route", route)
+    monkeypatch.setattr(examination, "_try_routes", route)
     question = Question(VM, "host1", "tcg", "tcp", wishes, "flatten", "abcdefabcdef", keep=keep)
     peer = cast(Any, SimpleNamespace(inspect=inspect))
     return asyncio.run(examine(peer, question, facts(), DisksHere()))

@@ -10,6 +10,7 @@ from pyroute2.netlink.rtnl.ifaddrmsg import ifaddrmsg
 from pyroute2.netlink.rtnl.ifinfmsg import ifinfmsg
 
 from limosa.model.network import HostNic, NicAddress
+from limosa.network import teams
 from limosa.network.nics import IFA_F_TENTATIVE, Answers, describe, emulated, rdma_devices
 
 
@@ -81,6 +82,34 @@ def test_a_bond_that_uses_all_members_has_their_speed(mode: int, speeds: dict[st
 def test_a_team_is_told_from_a_bond() -> None:
     team = one(describe(Answers([link(2, "eth0", master=3), link(3, "team0", kind="team")])), "team0")
     assert (team.kind, team.members, team.bond_mode) == ("team", ("eth0",), "")
+
+
+def option(name: str, kind: int, value: bytes) -> tuple[str, Any]:
+    parts = [("NAME", name), ("TYPE", kind), ("DATA", value)]
+    return "TEAM_ATTR_ITEM_OPTION", {"attrs": [(f"TEAM_ATTR_OPTION_{part}", what) for part, what in parts]}
+
+
+def test_the_mode_of_a_team_is_among_its_options_however_many_messages_they_take() -> None:
+    others = [option("notify_peers_count", 3, bytes(4)), option("enabled", 6, b"")]
+    answers = [
+        parsed(teams.TeamMessage, cmd=2, version=1, attrs=[("TEAM_ATTR_LIST_OPTION", {"attrs": options})])
+        for options in (others, [option("user_linkup", 6, b""), option("mode", 5, b"activebackup\0")])
+    ]
+    assert teams.mode_of(answers) == "activebackup"
+    assert teams.mode_of(answers[:1]) == ""
+    assert teams.mode_of([parsed(teams.TeamMessage, cmd=2, version=1)]) == ""
+
+
+@pytest.mark.parametrize(("mode", "together"), [("activebackup", 1000), ("loadbalance", 2000), ("", 2000)])
+def test_a_team_is_as_fast_as_the_members_it_uses(mode: str, together: int) -> None:
+    links = [link(2, "eth0", master=4), link(3, "eth1", master=4), link(4, "team0", kind="team")]
+    speeds = {"eth0": 1000, "eth1": 1000, "team0": 2000}
+    team = one(describe(Answers(links, speeds=speeds, team_modes={4: mode})), "team0")
+    assert (team.bond_mode, team.speed_mbit_per_s) == (mode, together)
+
+
+def test_a_team_of_which_the_kernel_says_nothing_has_no_mode() -> None:
+    assert teams.modes([2_000_000_000]) == {}
 
 
 def test_down_and_unplugged_are_told_apart() -> None:

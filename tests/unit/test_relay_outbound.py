@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import Callable
+from typing import ClassVar, cast
 
 import pytest
 
 from limosa.errors import RelayFailed
 from limosa.transport.channel import SocketChannel
 from limosa.transport.relay.client import Relay
-from limosa.transport.relay.outbound import Outbound
+from limosa.transport.relay.outbound import Outbound, RelayChannel
 
 
 class Process:
@@ -94,5 +96,23 @@ def test_a_relay_that_starts_for_another_move_meanwhile_is_kept(monkeypatch: pyt
         await until(lambda: shared.is_running)
         assert not process.ended.is_set()
         assert not shared.is_over
+
+    asyncio.run(scenario())
+
+
+def test_the_relay_of_a_stream_is_told_its_cap_when_that_changes() -> None:
+    class Paced(Process):
+        told: ClassVar[list[tuple[int, int]]] = []
+
+        async def set_pace(self, number: int, bytes_per_s: int) -> None:
+            self.told.append((number, bytes_per_s))
+
+    async def scenario() -> None:
+        with socket.socket() as connection:
+            channel = RelayChannel(session(), cast(Relay, Paced()), 3, connection)
+            for rate in (0, 500, 500, 0):
+                channel.pace(rate)
+            await until(lambda: len(Paced.told) >= 2)
+            assert Paced.told == [(3, 500), (3, 0)]
 
     asyncio.run(scenario())

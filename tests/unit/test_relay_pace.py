@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from limosa.transport.relay.pace import Condensing, Line, Pace, Patience
+from limosa.transport.relay.pace import Condensing, Line, Pace, Patience, Throttle
 
 MB = 1_000_000
 
@@ -106,3 +106,29 @@ def test_a_worker_that_had_to_wait_for_others_is_not() -> None:
     patience.late(0.0)
     patience.served(0.010, 0.0019)
     assert not patience.allows(0.001)
+
+
+def test_what_is_throttled_is_taken_at_its_rate_in_portions() -> None:
+    throttle = Throttle()
+    assert (throttle.room(0.0), throttle.wait_s(0.0)) == (None, 0.0)
+    throttle.set(10.0, MB)
+    taken, now = 0, 10.0
+    while now < 20.0:
+        now += throttle.wait_s(now)
+        room = throttle.room(now)
+        assert room == MB // 20
+        throttle.take(now, room)
+        taken += room
+    assert taken == pytest.approx(10 * MB, abs=room)
+    throttle.set(now, 0)
+    assert (throttle.room(now), throttle.wait_s(now)) == (None, 0.0)
+
+
+def test_a_throttle_that_had_nothing_to_take_lets_no_more_through_for_it() -> None:
+    throttle = Throttle()
+    throttle.set(0.0, MB)
+    throttle.take(100.0, MB)
+    assert throttle.room(100.0) == 0
+    assert throttle.wait_s(100.0) == pytest.approx(1.0)
+    throttle.set(100.5, 2 * MB)  # another cap holds at once
+    assert throttle.wait_s(100.5) == 0.0

@@ -59,6 +59,18 @@ def test_a_host_with_a_cap_is_told_what_moves_do_under_it() -> None:
     ]
 
 
+def test_the_transport_that_suits_follows_from_what_networks_carried() -> None:
+    def of(*found: tuple[str, str, int]) -> str:
+        carried = tuple(Carried(here=here, there=there, mbit_per_s=rate) for here, there, rate in found)
+        return advise("host1", msgspec.structs.replace(GOOD, carried=carried), post_copy=True)[0].why
+
+    assert "2 NICs together have 2000 Mbit/s" in of()
+    assert "a NIC of 1000 Mbit/s would wait for the others" in of(("10.0.2.1", "10.0.2.7", 100))
+    # To some hosts it is slow, and not to all; and what was routed elsewhere says nothing of this network.
+    assert "2 NICs together have 2000 Mbit/s" in of(("10.0.2.1", "10.0.2.7", 100), ("10.0.2.1", "10.0.2.8", 940))
+    assert "2 NICs together have 2000 Mbit/s" in of(("10.0.2.1", "10.9.0.7", 100))
+
+
 @pytest.mark.parametrize(
     ("settings", "transport"),
     [
@@ -91,6 +103,10 @@ def test_the_settings_that_cap_memory_count(settings: HostSettings, transport: s
         ({"nics": bond("balance-xor", "layer2+3")}, "bond-hashes-by-host"),
         ({"nics": bond("active-backup", "")}, "bond-uses-one-member"),
         ({"nics": bond("balance-rr", "layer2")}, "bond-reorders"),
+        ({"nics": bond("activebackup", "", kind="team")}, "bond-uses-one-member"),
+        ({"nics": bond("roundrobin", "", kind="team")}, "bond-reorders"),
+        ({"nics": bond("loadbalance", "", kind="team")}, "team-not-understood"),
+        ({"nics": bond("", "", kind="team")}, "team-not-understood"),
         ({"nics": (nic("eth0", "10.0.1.1", rdma="mlx5_0"),), "lockable_mib": 8}, "rdma-locks-little"),
         ({"nics": bond("", "", kind="team")}, "team-of-rdma"),
         ({"carried": (Carried(here="10.0.1.1", there="10.0.1.2", mbit_per_s=94),)}, "network-slower-than-nic"),
@@ -105,6 +121,7 @@ def test_what_is_no_fault_has_none() -> None:
     assert codes(nics=bond("802.3ad", "layer3+4"), allowed=()) == {"team-of-rdma"}
     assert codes(nics=(ONE,), mptcp=False, allowed=()) == set()
     assert codes(carried=(Carried(here="10.0.1.1", there="10.0.1.2", mbit_per_s=940),)) == set()
+    assert codes(carried=(Carried(here="10.0.1.1", there="10.0.1.2", mbit_per_s=94, old=True),)) == set()
     assert codes(nics=(nic("eth0", "10.0.1.1", speed_mbit_per_s=100),), allowed=()) == set()
     # A second address of a NIC is no second NIC, and a NIC that may carry nothing is not looked at.
     assert codes(nics=(nic("eth0", "10.0.1.1", "10.0.1.2"),), allowed=()) == set()

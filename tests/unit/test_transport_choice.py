@@ -86,6 +86,24 @@ def test_auto_compresses_what_a_processor_is_faster_at_than_the_nics(speeds: tup
     assert not route.alone, "alike VMs share what was sent"
 
 
+@pytest.mark.parametrize("side", [0, 1])
+def test_one_path_that_is_compressed_can_be_joined_by_one_that_may_come_up(side: int) -> None:
+    def striped(speed: int | None, other: HostNic | None) -> bool:
+        nics = [nic(0, 1, speed)], [nic(0, 2, speed)]
+        nics[side].extend([other] if other is not None else [])
+        return choose(ends(*nics), "compression").striped
+
+    unplugged = nic(1, 1 + side, carrier=False)
+    link_local = NicAddress(address="fe80::1", prefix=64)
+    without_address = msgspec.structs.replace(nic(1, 1 + side), addresses=(link_local,))
+    unused = msgspec.structs.replace(unplugged, addresses=())
+    switch = msgspec.structs.replace(without_address, kind="bridge")
+    member = msgspec.structs.replace(without_address, master="br0")
+    assert [striped(1000, other) for other in (unplugged, without_address)] == [True, True]
+    assert [striped(1000, other) for other in (None, unused, switch, member)] == [False] * 4
+    assert [striped(speed, unplugged) for speed in (2000, 10_000, None)] == [True, False, False]
+
+
 @pytest.mark.parametrize("speeds", [(2500,), (25_000,), (25_000, 25_000), (5000, 5000), (None,)])
 def test_auto_has_relays_encrypt_wherever_it_goes(speeds: tuple[int | None, ...]) -> None:
     here, there = [[nic(at, host, speed) for at, speed in enumerate(speeds)] for host in (1, 2)]
@@ -198,11 +216,19 @@ def test_a_team_is_left_to_multipath_tcp_which_uses_all_its_members() -> None:
 
 
 @pytest.mark.parametrize(
-    ("said", "carried", "speed"), [(None, 90, 90), (1000, 940, 1000), (10_000, 940, 940), (1000, 5000, 1000)]
+    ("said", "carried", "old", "speed"),
+    [
+        (None, 90, False, 90),
+        (1000, 940, False, 1000),
+        (10_000, 940, False, 940),
+        (1000, 5000, False, 1000),
+        (None, 90, True, 90),
+        (10_000, 940, True, 10_000),
+    ],
 )
-def test_a_network_is_as_fast_as_a_move_found_it(said: int | None, carried: int, speed: int) -> None:
+def test_a_network_is_as_fast_as_a_move_found_it_lately(said: int | None, carried: int, old: bool, speed: int) -> None:
     known = pair(said)
-    measured = Carried(here="10.78.0.1", there="10.78.0.2", mbit_per_s=carried)
+    measured = Carried(here="10.78.0.1", there="10.78.0.2", mbit_per_s=carried, old=old)
     known = dataclasses.replace(known, here=msgspec.structs.replace(known.here, carried=(measured,)))
     assert [path.speed_mbit_per_s for path in choose(known, "auto").paths] == [speed]
 
@@ -269,7 +295,7 @@ def test_a_cap_on_a_network_that_is_not_taken_changes_nothing() -> None:
 def test_what_is_blocked_or_unplugged_is_no_path() -> None:
     route = choose(pair(500, 500), "auto", blocked={"10.79.0.2"})
     assert (route.transport, nics(route)) == ("compression", ["mig0"])
-    assert route.why.endswith("no connection to 10.79.0.2")
+    assert route.why.endswith("no working connection to 10.79.0.2")
     unplugged = ends([nic(0, 1), nic(1, 1, carrier=False)], [nic(0, 2), nic(1, 2)])
     assert nics(choose(unplugged, "multichannel")) == ["mig0"]
     assert choose(pair(500, 500), "auto", blocked={"10.78.0.2", "10.79.0.2"}).paths == ()
@@ -377,7 +403,7 @@ def test_whatever_the_hosts_have_the_route_is_allowed_open_and_its_own(
     assert route.transport in (("tcp",) if asked == "tcp" else ("tcp", "multichannel", "compression"))
     assert route.transport != "compression" or (asked == "auto" and not both.no_relay)
     assert route.striped or all(mptcp) or len(route.paths) <= 1
-    assert not route.striped or (route.transport != "tcp" and len(route.paths) > 1)
+    assert not route.striped or route.transport == "compression" or len(route.paths) > 1
     assert bool(route.paths) == any(is_allowed(one, both.here.allowed) for one in set(both.offered) - blocked)
     assert len(route.paths) <= 1 or route.transport != "tcp"
     assert not blocked & {path.there for path in route.paths}

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from pathlib import Path
+
+import pytest
 
 from limosa.host import goodput
 from limosa.host.goodput import Goodputs
@@ -62,6 +65,21 @@ def test_the_last_figure_of_a_path_is_remembered_over_a_restart(tmp_path: Path) 
     mended = Carried(here="a", there="b", mbit_per_s=940)
     Goodputs(path).learn([mended])
     assert Goodputs(path).known == (other, mended)
+
+
+def test_a_figure_is_old_after_a_day_over_a_restart_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1_800_000_000.0
+    monkeypatch.setattr(time, "time", lambda: now)
+    path = tmp_path / "goodput.json"
+    known = Goodputs(path)
+    known.learn([Carried(here="a", there="b", mbit_per_s=9)])
+    now += goodput.FRESH_S
+    known.learn([Carried(here="a", there="c", mbit_per_s=9)])
+    assert [one.old for one in known.known] == [False, False]
+    now += 1
+    assert [one.old for one in known.known] == [one.old for one in Goodputs(path).known] == [True, False]
+    known.learn([Carried(here="a", there="b", mbit_per_s=900)])
+    assert [(one.there, one.old) for one in known.known] == [("c", False), ("b", False)]
 
 
 def test_a_file_that_cannot_be_read_is_nothing_measured(tmp_path: Path) -> None:

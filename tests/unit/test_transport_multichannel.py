@@ -15,13 +15,14 @@ import pytest
 import uvloop
 from pyroute2 import IPRoute
 
+from limosa.errors import NetworkError
 from limosa.host.multichannel import Multichannel
 from limosa.lab import namespaces
 from limosa.model.route import Path as RoutePath
 from limosa.model.route import Route
 from limosa.network.changes import changes
 from limosa.network.mptcp import Limits, PathManager
-from limosa.transport import multichannel
+from limosa.transport import tcp
 from limosa.transport.channel import Doorway, SocketChannel
 from limosa.wire.peer import Prepared
 
@@ -138,6 +139,26 @@ def test_an_address_that_appears_is_used_if_it_is_permitted(tmp_path: Path) -> N
     play(scenario)
 
 
+def test_a_door_that_is_another_servers_has_several_connections_made_to_it_too(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        address, count = THEIRS[0], 3
+
+        async def permitted() -> tuple[str, ...]:
+            return THEIRS
+
+        multichannel = Multichannel(PathManager(), tmp_path)
+        door = await multichannel.open_door([address], PORTS, permitted, (), {address: count})
+        assert door.hand_over().getsockname()[1] == door.port
+        # The kernel is asked: nobody tells.
+        while sum(one.port > 0 for one in await PathManager().endpoints()) < count - 1:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        door.close()
+        await multichannel.endpoints.idle()
+        assert await PathManager().endpoints() == ()
+
+    play(scenario)
+
+
 def test_strangers_at_the_open_door_are_hung_up_on(tmp_path: Path) -> None:
     async def scenario() -> None:
         ends = Ends(tmp_path)
@@ -158,7 +179,7 @@ def test_strangers_at_the_open_door_are_hung_up_on(tmp_path: Path) -> None:
 def test_strangers_are_hung_up_on_also_after_the_kernel_had_no_descriptor_for_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(multichannel, "_AGAIN_AFTER_S", 0.01)
+    monkeypatch.setattr(tcp, "_AGAIN_AFTER_S", 0.01)
 
     async def scenario() -> None:
         ends = Ends(tmp_path)
@@ -180,6 +201,16 @@ def test_strangers_are_hung_up_on_also_after_the_kernel_had_no_descriptor_for_on
         await ends.close()
 
     play(scenario)
+
+
+def test_an_endpoint_that_somebody_removes_at_once_is_a_failure_with_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def nothing(*_: object) -> tuple[()]:
+        return ()
+
+    manager = PathManager()
+    monkeypatch.setattr(manager, "_ask", nothing)
+    with pytest.raises(NetworkError, match="removed by somebody else"):
+        asyncio.run(manager.announce("10.0.0.1"))
 
 
 def test_changes_of_the_network_are_heard_of(tmp_path: Path) -> None:

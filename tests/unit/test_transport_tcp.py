@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import resource
 import socket
+import time
 from collections.abc import Awaitable, Callable
 from contextlib import closing
 
@@ -70,6 +73,66 @@ def test_strangers_are_turned_away_and_delay_nobody() -> None:
     play(scenario)
 
 
+@pytest.mark.parametrize("source", [LOOPBACK, "127.0.0.2"], ids=["the same address", "another address"])
+def test_more_who_say_nothing_than_may_be_asked_at_once_do_not_keep_the_source_out(source: str) -> None:
+    async def scenario() -> None:
+        with closing(TcpDoorway(LOOPBACK, ANY_PORT)) as door, contextlib.ExitStack() as callers:
+            accepting = asyncio.ensure_future(door.accept_several(2))
+            began = time.monotonic()
+            flood = [await silent_caller(door, callers) for _ in range(2 * tcp.HALF_OPEN)]
+            first = await tcp.connect(door.address, door.port, door.token, source)
+            flood += [await silent_caller(door, callers) for _ in range(2 * tcp.HALF_OPEN)]
+            second = await tcp.connect(door.address, door.port, door.token, source)
+            for stream in await accepting:
+                stream.close()
+            assert time.monotonic() - began < tcp.TOKEN_WITHIN_S, "nobody's time was waited for"
+            for channel in (first, second):
+                channel.close()
+            assert all(await asyncio.gather(*(asyncio.to_thread(hung_up, caller) for caller in flood)))
+
+    play(scenario)
+
+
+async def silent_caller(door: TcpDoorway, callers: contextlib.ExitStack) -> socket.socket:
+    return callers.enter_context(
+        await asyncio.to_thread(socket.create_connection, (door.address, door.port), timeout=10)
+    )
+
+
+def test_who_calls_most_sends_away_only_his_own() -> None:
+    async def scenario() -> None:
+        with closing(TcpDoorway(LOOPBACK, ANY_PORT)) as door, contextlib.ExitStack() as callers:
+            accepting = asyncio.ensure_future(door.accept())
+            slow = await tcp.call(door.address, door.port, door.token[:8], source="127.0.0.2")
+            for _ in range(2 * tcp.HALF_OPEN):
+                await silent_caller(door, callers)
+            slow.sendall(bytes.fromhex(door.token[8:]))
+            with await accepting, closing(slow):
+                pass
+
+    play(scenario)
+
+
+def test_a_door_waits_until_there_is_a_descriptor_for_the_source(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tcp, "_AGAIN_AFTER_S", 0.01)
+
+    async def scenario() -> None:
+        loop, before = asyncio.get_running_loop(), resource.getrlimit(resource.RLIMIT_NOFILE)
+        with closing(TcpDoorway(LOOPBACK, ANY_PORT)) as door, closing(socket.socket()) as caller:
+            caller.setblocking(False)
+            accepting = asyncio.ensure_future(door.accept())
+            resource.setrlimit(resource.RLIMIT_NOFILE, (3, before[1]))
+            try:
+                await loop.sock_connect(caller, (door.address, door.port))
+                await asyncio.sleep(0.05)
+            finally:
+                resource.setrlimit(resource.RLIMIT_NOFILE, before)
+            await loop.sock_sendall(caller, bytes.fromhex(door.token))
+            (await accepting).close()
+
+    play(scenario)
+
+
 def hung_up(caller: socket.socket) -> bool:
     try:
         return caller.recv(100) == b""
@@ -107,3 +170,29 @@ def test_each_door_has_its_own_port_while_there_are_any() -> None:
         taken = any_door.port
         with pytest.raises(NetworkError, match="is free to receive"):
             TcpDoorway(LOOPBACK, (taken, taken))
+
+
+def test_a_trial_connection_carries_long_packets_both_ways() -> None:
+    async def scenario() -> None:
+        async with tcp.trial([LOOPBACK, "127.0.0.2"], (20_000, 30_000)) as port:
+            for address, source in ((LOOPBACK, ""), ("127.0.0.2", "127.0.0.3")):
+                reached = await tcp.reach(address, port, source)
+                assert reached == tcp.Reached(source or LOOPBACK, whole=True)
+        assert await tcp.reach(LOOPBACK, port) is None
+
+    play(scenario)
+
+
+def test_a_way_that_takes_a_connection_and_nothing_more_is_told_from_one_that_carries(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(tcp, "REACH_WITHIN_S", 0.1)
+
+    async def scenario() -> None:
+        with socket.create_server((LOOPBACK, 0)) as listener:
+            port = listener.getsockname()[1]
+            assert await tcp.reach(LOOPBACK, port) == tcp.Reached(LOOPBACK, whole=False)
+            older = await tcp.reach(LOOPBACK, port, answers=False)
+            assert older == tcp.Reached(LOOPBACK, whole=True), "one that answers nobody says nothing of the way"
+
+    play(scenario)

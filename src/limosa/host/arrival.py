@@ -70,7 +70,7 @@ class Arrival:
             raise InvalidInput("disks come along without credentials", vm=request.vm.name)
         door = await self._open_bare(request)
         try:
-            await machine.export_disks(names, door.listener, request.disk_credentials)
+            await machine.export_disks(names, door.hand_over(), request.disk_credentials)
         except BaseException:
             door.close()
             raise

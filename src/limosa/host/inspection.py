@@ -134,6 +134,7 @@ class Inspector:
             post_copy_possible=self.capabilities.post_copy,
             addresses=addresses,
             trial_port=trial_port,
+            trial_answers=True,
             time=time.time(),
             relay=RELAY_VERSION,
             network=network,

@@ -11,13 +11,13 @@ import msgspec
 
 from limosa.migration import disks, preflight
 from limosa.migration.peer import Peer
-from limosa.model.facts import VmFacts
+from limosa.model.facts import DestinationFacts, VmFacts
 from limosa.model.finding import Finding
-from limosa.model.route import Route
+from limosa.model.route import Path, Route
 from limosa.model.storage import BackingFile, Chain, DiskFacts, DiskPlan, LayerPlan
 from limosa.model.vm import Accelerator, Disk, VmConfig
 from limosa.transport import tcp
-from limosa.transport.advise import between, not_by_rdma
+from limosa.transport.advise import between, loses_long_packets, not_by_rdma
 from limosa.transport.choice import Ends, choose, is_allowed
 from limosa.transport.relay.frames import VERSION as RELAY_VERSION
 
@@ -97,7 +97,8 @@ async def examine(
         post_copy=here.post_copy and there.post_copy_possible,
     )
     asked = "rdma" if question.rdma_failed else question.transport
-    route, blocked = await _open_route(ends, asked, there.trial_port)
+    tried = await _try_routes(ends, asked, there)
+    route = tried.route
     of_disks = await disks_here.facts((*copied, *sent)) if copied or sent else ()
     as_they_are = {disk.name for disk in sent}
     if question.chain == "keep":
@@ -112,14 +113,15 @@ async def examine(
         here,
         there,
         clock_skew_s=skew,
-        reachable=bool(route.paths),
+        reachable=bool(route.paths or tried.lossy),
         copied={disk.path for disk in (*copied, *sent)},
         relayed=route.is_relayed,
     )
     instead = (not_by_rdma(route),) if asked == "rdma" and route.transport != "rdma" else ()
     leaving = () if question.keep else tuple(one for fact in of_disks for one in disks.against_leaving(fact))
-    all_findings = (*planned.findings, *leaving, *findings, *instead, *between(ends, route))
-    return Examined(all_findings, route, ends, planned.disks, planned.layers, blocked)
+    lossy = (loses_long_packets(ends, path, only=not route.paths) for path in tried.lossy)
+    all_findings = (*planned.findings, *leaving, *findings, *instead, *between(ends, route), *lossy)
+    return Examined(all_findings, route, ends, planned.disks, planned.layers, tried.blocked)
 
 
 def _no_rdma(question: Question, *, disks_move: bool) -> str:
@@ -151,20 +153,36 @@ async def _found(peer: Peer, facts: Sequence[DiskFacts]) -> dict[str, BackingFil
     return {digest: file for digest, file in zip(wanted, found, strict=True) if file is not None}
 
 
-async def _open_route(ends: Ends, transport: str, port: int) -> tuple[Route, frozenset[str]]:
-    """The best route of which every path can be connected, one without paths if there is none; and what is blocked."""
+@dataclass(frozen=True)
+class _Tried:
+    """The best route of which every path carries what it should, one without paths if there is none."""
+
+    route: Route
+    #: addresses of the destination to which no connection could be made
+    blocked: frozenset[str]
+    #: paths over which long packets do not arrive
+    lossy: tuple[Path, ...]
+
+
+async def _try_routes(ends: Ends, transport: str, there: DestinationFacts) -> _Tried:
     open_: set[str] = set()
+    port = there.trial_port
     blocked: set[str] = set() if port else set(ends.offered)
+    lossy: dict[str, Path] = {}
     while True:
-        route = choose(ends, transport, blocked)
+        route = choose(ends, transport, blocked | lossy.keys())
         untried = [path for path in route.paths if path.there not in open_]
         if not untried:
-            return route, frozenset(blocked)
-        reached = await asyncio.gather(*(tcp.reach(path.there, port, path.here) for path in untried))
-        for path, own in zip(untried, reached, strict=True):
+            return _Tried(route, frozenset(blocked), tuple(lossy.values()))
+        trials = (tcp.reach(path.there, port, path.here, answers=there.trial_answers) for path in untried)
+        for path, reached in zip(untried, await asyncio.gather(*trials), strict=True):
             # Where our routing decides, it may lead out over a network that may not carry moves.
-            is_open = own is not None and is_allowed(own, ends.here.allowed)
-            (open_ if is_open else blocked).add(path.there)
+            if reached is None or not is_allowed(reached.own, ends.here.allowed):
+                blocked.add(path.there)
+            elif reached.whole:
+                open_.add(path.there)
+            else:
+                lossy[path.there] = msgspec.structs.replace(path, here=reached.own)
 
 
 async def both(first: Coroutine[Any, Any, T], second: Coroutine[Any, Any, Any]) -> tuple[T, Any]:

@@ -91,6 +91,8 @@ class DestinationFacts(Model, forbid_unknown_fields=False, frozen=True):
     time: float
     #: version of what its relay speaks; 0: it has none
     relay: int = 0
+    #: it answers a trial connection, so that long packets are tried both ways
+    trial_answers: bool = False
     network: HostNetwork = HostNetwork()
     #: where it could put new images
     locations: tuple[Location, ...] = ()

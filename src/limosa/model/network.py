@@ -43,7 +43,7 @@ class HostNic(Model, forbid_unknown_fields=False, frozen=True):
     addresses: tuple[NicAddress, ...] = ()
     master: str = ""
     members: tuple[str, ...] = ()
-    #: of a bond, in the kernel's words: ``802.3ad``, ``layer2``
+    #: of a bond or team, in the kernel's words: ``802.3ad``, ``loadbalance``; and of a bond, ``layer2``
     bond_mode: str = ""
     hash_policy: str = ""
     #: the RDMA device on it
@@ -58,6 +58,8 @@ class Carried(Model, forbid_unknown_fields=False, frozen=True):
     here: str
     there: str
     mbit_per_s: int
+    #: so long ago that it does not contradict a NIC any more
+    old: bool = False
 
 
 class HostNetwork(Model, forbid_unknown_fields=False, frozen=True):
@@ -85,6 +87,6 @@ class HostNetwork(Model, forbid_unknown_fields=False, frozen=True):
         """Mbit/s that moves from here may use of the network an address is in, 0: no cap."""
         return self.caps_mbit_per_s.get(smallest_network(address, self.caps_mbit_per_s), 0)
 
-    def carried_to(self, here: str, there: str) -> int | None:
-        """Mbit/s from an address of ours to another host's; None if no move has measured it."""
-        return next((one.mbit_per_s for one in self.carried if (one.here, one.there) == (here, there)), None)
+    def carried_to(self, here: str, there: str) -> Carried | None:
+        """From an address of ours to another host's; None if no move has measured it."""
+        return next((one for one in self.carried if (one.here, one.there) == (here, there)), None)

@@ -18,6 +18,7 @@ from typing import Any
 
 from pyroute2.netlink.generic.mptcp import MPTCP
 
+from limosa.errors import NetworkError
 from limosa.network.netlink import attribute, kernel_refusals
 
 # From linux/mptcp.h.
@@ -77,10 +78,19 @@ class PathManager:
         return tuple(_endpoint(one) for one in found if one is not None)
 
     async def announce(self, address: str, port: int = 0) -> Endpoint:
-        """Make an endpoint that is announced to the other end of all connections."""
+        """Make an endpoint that is announced to the other end of all connections.
+
+        Raises :class:`NetworkError` also if somebody has removed it at once.
+        """
         arguments = {"flags": FLAG_SIGNAL, _field(address): address, **({"port": port} if port else {})}
         await self._ask("make an endpoint of", lambda socket: socket.endpoint("add", **arguments))
-        return next(one for one in await self.endpoints() if (one.address, one.port) == (address, port))
+        for one in await self.endpoints():
+            if (one.address, one.port) == (address, port):
+                return one
+        raise NetworkError(
+            f"the endpoint of Multipath TCP at {address} was removed by somebody else as soon as it was made",
+            todo="see what else on this host sets endpoints, such as NetworkManager or mptcpd",
+        )
 
     async def withdraw(self, endpoint: Endpoint) -> None:
         """Remove an endpoint; what runs over it, runs over the others from then on."""

@@ -24,6 +24,7 @@ import msgspec
 from pyroute2 import IPRoute
 
 from limosa.model.network import HostNic, NicAddress
+from limosa.network import teams
 from limosa.network.netlink import Netlink, attribute, kernel_refusals
 
 # From linux/if.h and linux/if_addr.h: an address that cannot be used yet, or is in use elsewhere.
@@ -43,7 +44,8 @@ _BYTES_PER_MBIT = 125_000
 
 # From linux/if_bonding.h, in the words of the kernel's own documentation.
 BOND_MODES = ("balance-rr", "active-backup", "balance-xor", "broadcast", "802.3ad", "balance-tlb", "balance-alb")
-_USE_ALL = ("balance-rr", "balance-xor", "802.3ad")
+#: Those that use all members, with a team's names for them.
+_USE_ALL = ("balance-rr", "balance-xor", "802.3ad", "roundrobin", "random", "loadbalance")
 HASH_POLICIES = ("layer2", "layer3+4", "layer2+3", "encap2+3", "encap3+4", "vlan+srcmac")
 
 RDMA_DEVICES = Path("/sys/class/infiniband")
@@ -62,6 +64,8 @@ class Answers:
     speeds: Mapping[str, int] = field(default_factory=dict)
     rdma: Mapping[str, str] = field(default_factory=dict)
     emulated: Collection[str] = ()
+    #: by the kernel's number
+    team_modes: Mapping[int, str] = field(default_factory=dict)
 
 
 async def inventory(netlink: Netlink) -> tuple[HostNic, ...]:
@@ -83,6 +87,7 @@ def gather(socket: IPRoute) -> tuple[HostNic, ...]:
                 {name: speed for name in names if (speed := _ethtool_speed(name)) is not None},
                 rdma,
                 emulated(RDMA_DEVICES, rdma.values()),
+                teams.modes(link["index"] for link in links if _kind(link) == "team"),
             )
         )
 
@@ -105,7 +110,7 @@ def describe(answers: Answers) -> tuple[HostNic, ...]:
             addresses=tuple(addresses[link["index"]]),
             master=names.get(attribute(link, "IFLA_MASTER"), ""),
             members=tuple(names[one["index"]] for one in links if attribute(one, "IFLA_MASTER") == link["index"]),
-            bond_mode=_bond_word(BOND_MODES, link, "IFLA_BOND_MODE"),
+            bond_mode=answers.team_modes.get(link["index"]) or _bond_word(BOND_MODES, link, "IFLA_BOND_MODE"),
             hash_policy=_bond_word(HASH_POLICIES, link, "IFLA_BOND_XMIT_HASH_POLICY"),
             rdma=answers.rdma.get(names[link["index"]], ""),
             rdma_emulated=answers.rdma.get(names[link["index"]], "") in answers.emulated,
@@ -116,16 +121,23 @@ def describe(answers: Answers) -> tuple[HostNic, ...]:
 
 
 def _with_speed_of_members(nic: HostNic, nics: tuple[HostNic, ...]) -> HostNic:
-    """A bond that uses all its members, with the speed they have together.
+    """A bond or team that uses all its members, with the speed they have together.
 
-    The kernel adds up what its members say of themselves; what they are shaped to is not in that.
+    The kernel adds up what its members say of themselves; what they are shaped to is not in that. Of a team it does so
+    in every mode, also where one member is used.
     """
     if nic.bond_mode not in _USE_ALL:
-        return nic
+        return _with_speed_of_one(nic, nics) if nic.bond_mode == "activebackup" else nic
     speeds = [one.speed_mbit_per_s for one in nics if one.name in nic.members and one.carrier]
     known = [speed for speed in speeds if speed is not None]
     together = sum(known) if known and len(known) == len(speeds) else None
     return msgspec.structs.replace(nic, speed_mbit_per_s=_least(nic.speed_mbit_per_s, together))
+
+
+def _with_speed_of_one(nic: HostNic, nics: tuple[HostNic, ...]) -> HostNic:
+    """A team that uses one member, whichever that is."""
+    speeds = [one.speed_mbit_per_s for one in nics if one.name in nic.members and one.carrier]
+    return msgspec.structs.replace(nic, speed_mbit_per_s=_least(nic.speed_mbit_per_s, *speeds))
 
 
 def rdma_devices(folder: Path) -> dict[str, str]:

@@ -39,7 +39,7 @@ class LocalPeer:
     async def inspect(self, vm: VmConfig, accelerator: Accelerator) -> tuple[DestinationFacts, float]:
         """See :class:`limosa.migration.peer.Peer`."""
         port = await self._trial.enter_async_context(tcp.trial(self._facts.addresses, self._ports))
-        return msgspec.structs.replace(self._facts, trial_port=port), 0.0
+        return msgspec.structs.replace(self._facts, trial_port=port, trial_answers=True), 0.0
 
     async def find_files(self, files: Sequence[BackingFile]) -> tuple[BackingFile | None, ...]:
         """See :class:`limosa.migration.peer.Peer`: it has none."""

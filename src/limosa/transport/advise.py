@@ -13,11 +13,11 @@ from collections.abc import Iterator
 import msgspec
 
 from limosa.model.finding import Finding
-from limosa.model.network import HostNetwork, HostNic
-from limosa.model.route import Route
+from limosa.model.network import Carried, HostNetwork, HostNic
+from limosa.model.route import Path, Route
 from limosa.transport import rdma
-from limosa.transport.choice import SLOWER, Ends, choose, is_allowed
-from limosa.transport.teams import BY_PORT, HASHING
+from limosa.transport.choice import Ends, choose, contradicts, is_allowed
+from limosa.transport.teams import BY_PORT, HASHING, IN_TURN, ONE_MEMBER
 
 #: Below it a page that a guest waits for in post-copy comes noticeably late behind those that are sent anyway.
 POST_COPY_MBIT_PER_S = 1000
@@ -55,9 +55,28 @@ def not_by_rdma(route: Route) -> Finding:
     return Finding.warning("rdma-not-used", f"the move goes by {route.transport}: {route.why}", todo)
 
 
+def loses_long_packets(ends: Ends, path: Path, *, only: bool) -> Finding:
+    """A trial connection over this path stood and did not carry what takes packets of full length. ``only``: nothing
+    else leads there."""
+    sides = ((ends.here, path.here, ends.source), (ends.there, path.there, ends.destination))
+    words = [f"{_with_mtu(network, address)} on host '{host}'" for network, address, host in sides]
+    say = Finding.error if only else Finding.warning
+    return say(
+        "long-packets-lost",
+        f"long packets do not arrive between {' and '.join(words)}" + ("" if only else ", so the move does without"),
+        "set the MTU on both ends to what the switches between pass on, or see why packets are lost there",
+    )
+
+
+def _with_mtu(network: HostNetwork, address: str) -> str:
+    nic = network.nic_of(address)
+    return f"{nic.name} (MTU {nic.mtu})" if nic is not None else address
+
+
 def _suits(name: str, network: HostNetwork, *, capped: bool, post_copy: bool) -> Route:
     """The choice for a move to another host with the same NICs, each on the same network as ours."""
     twin = msgspec.structs.replace(network, nics=tuple(_twin(nic) for nic in network.nics if nic.kind != "loopback"))
+    network = msgspec.structs.replace(network, carried=tuple(_at_best(network)))
     offered = [own.address for nic in twin.nics for own in nic.addresses if is_allowed(own.address, network.allowed)]
     route = choose(Ends(name, "another", network, twin, offered, capped=capped, post_copy=post_copy), "auto")
     return msgspec.structs.replace(route, paths=())
@@ -66,6 +85,20 @@ def _suits(name: str, network: HostNetwork, *, capped: bool, post_copy: bool) ->
 def _twin(nic: HostNic) -> HostNic:
     addresses = (msgspec.structs.replace(own, address=_neighbour(own.address)) for own in nic.addresses)
     return msgspec.structs.replace(nic, addresses=tuple(addresses))
+
+
+def _at_best(network: HostNetwork) -> Iterator[Carried]:
+    """What moves got from each address of ours to its network, as if it had been to the twin. Others may have slower
+    NICs, so the most counts."""
+    for nic in network.nics:
+        for own in nic.addresses:
+            inside = ipaddress.ip_network(f"{own.address}/{own.prefix}", strict=False)
+            measured = [
+                one for one in network.carried if one.here == own.address and ipaddress.ip_address(one.there) in inside
+            ]
+            if measured:
+                best = max(measured, key=lambda one: (not one.old, one.mbit_per_s))
+                yield msgspec.structs.replace(best, there=_neighbour(own.address))
 
 
 def _neighbour(address: str) -> str:
@@ -105,11 +138,11 @@ def _links(network: HostNetwork) -> Iterator[Finding]:
 def _slower_than_said(network: HostNetwork) -> Iterator[Finding]:
     for path in network.carried:
         nic = network.nic_of(path.here)
-        if nic is not None and nic.speed_mbit_per_s and SLOWER * path.mbit_per_s < nic.speed_mbit_per_s:
+        if nic is not None and nic.speed_mbit_per_s and contradicts(path, nic.speed_mbit_per_s):
             yield Finding.warning(
                 "network-slower-than-nic",
                 f"{nic.name} says {nic.speed_mbit_per_s} Mbit/s, but a move to {path.there} got {path.mbit_per_s}",
-                "see the switches and cables between, and what else uses them",
+                "see that host's NIC, the switches and cables between, and what else uses them",
             )
 
 
@@ -144,17 +177,24 @@ def _team(network: HostNetwork, nic: HostNic) -> Iterator[Finding]:
             f"{nic.name} chooses the member by host ({nic.hash_policy}): all that goes to one host takes one member",
             f"ip link set {nic.name} type bond xmit_hash_policy layer3+4",
         )
-    if nic.bond_mode == "balance-rr":
+    if nic.bond_mode in IN_TURN:
         yield Finding.warning(
             "bond-reorders",
-            f"{nic.name} sends packets in turn (balance-rr): they arrive out of order, and TCP sends many again",
-            "use 802.3ad with layer3+4, or separate networks and multichannel",
+            f"{nic.name} sends packets in turn ({nic.bond_mode}): they arrive out of order, and TCP sends many again",
+            "use a bond of mode 802.3ad with layer3+4, or separate networks and multichannel",
         )
-    if nic.bond_mode == "active-backup":
+    if nic.bond_mode in ONE_MEMBER:
         yield Finding.warning(
             "bond-uses-one-member",
-            f"{nic.name} sends through one member and keeps the others for its failure (active-backup)",
-            "use 802.3ad with layer3+4 if the switch can, or separate networks and multichannel",
+            f"{nic.name} sends through one member and keeps the others for its failure ({nic.bond_mode})",
+            "use a bond of mode 802.3ad with layer3+4 if the switch can, or separate networks and multichannel",
+        )
+    if nic.kind == "team" and nic.bond_mode not in (*IN_TURN, *ONE_MEMBER):
+        mode = f"in mode {nic.bond_mode} by what is not known" if nic.bond_mode else "in a way that is not known"
+        yield Finding.warning(
+            "team-not-understood",
+            f"{nic.name} chooses its members {mode}: a move makes one connection over it, which may take one member",
+            "use a bond of mode 802.3ad with layer3+4, or separate networks and multichannel",
         )
     if members := rdma.team_members(network, nic):
         yield Finding.warning(

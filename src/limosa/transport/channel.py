@@ -98,8 +98,8 @@ class SocketChannel(Channel, Protocol):
         """Connected to the destination; QEMU is to get a duplicate."""
 
     def pace(self, bytes_per_s: int) -> None:
-        """Let it send so much from now on, 0: as much as it can. Only one TCP connection can keep to that; relays and
-        Multipath TCP go on as they do. Never raises."""
+        """Let it send so much from now on, 0: as much as it can. TCP and relays can keep to that; Multipath
+        TCP goes on as it does. Never raises."""
 
 
 async def connect_all(connects: Iterable[Callable[[], Awaitable[SocketChannel]]]) -> list[SocketChannel]:

@@ -28,7 +28,7 @@ from dataclasses import dataclass, replace
 
 import msgspec
 
-from limosa.model.network import HostNetwork, HostNic
+from limosa.model.network import Carried, HostNetwork, HostNic
 from limosa.model.route import Path, Route
 from limosa.transport import rdma
 from limosa.transport.relay.control import MAX_LANES
@@ -114,7 +114,25 @@ def _fastest(ends: Ends, blocked: Collection[str]) -> Route:
     faster = f"a processor compresses faster than {_speed(bare.paths)} Mbit/s"
     why = f"{'relays encrypt faster than QEMU' if outrun else faster}; {bare.why}"
     # Where it is the processors a move waits for, VMs would wait for one another in a relay they share.
-    return msgspec.structs.replace(bare, transport="compression", alone=bool(outrun), why=why)
+    return msgspec.structs.replace(_relayed(ends, bare, outrun, why), alone=bool(outrun))
+
+
+def _relayed(ends: Ends, bare: Route, outrun: str, why: str) -> Route:
+    """The route with relays that compress. Over one path they stripe, too, where another may come up in mid-move and
+    join; not where the one is more than they compress."""
+    (first, *others) = bare.paths
+    may_grow = not others and first.here != "" and not bare.is_multipath and not outrun and _may_come_up(ends)
+    return msgspec.structs.replace(bare, transport="compression", striped=bare.striped or may_grow, why=why)
+
+
+def _may_come_up(ends: Ends) -> bool:
+    """Whether a host has a NIC that lacks nothing but a link, or nothing but an address. Others are unused for good."""
+    nics = (nic for side in (ends.here, ends.there) for nic in side.nics if nic.up and not nic.master)
+    return any(nic.carrier != _has_address(nic) for nic in nics if nic.kind != "bridge")
+
+
+def _has_address(nic: HostNic) -> bool:
+    return any(not ipaddress.ip_address(own.address).is_link_local for own in nic.addresses)
 
 
 def _asked(ends: Ends, asked: str, blocked: Collection[str]) -> Route:
@@ -130,7 +148,7 @@ def _asked(ends: Ends, asked: str, blocked: Collection[str]) -> Route:
         return msgspec.structs.replace(bare, why=f"compression is not possible: {ends.no_relay}; {bare.why}")
     doubt = _against_relays(ends, bare.paths) or _outrun(bare.paths)
     words = f"it was asked for, but {doubt}" if doubt else "it was asked for"
-    return msgspec.structs.replace(bare, transport="compression", why=_except(words, blocked))
+    return _relayed(ends, bare, _outrun(bare.paths), _except(words, blocked))
 
 
 def _against_relays(ends: Ends, paths: Sequence[Path]) -> str:
@@ -261,7 +279,7 @@ def _alike(paths: Sequence[Path]) -> tuple[Path, ...]:
 
 
 def _except(words: str, blocked: Collection[str]) -> str:
-    return f"{words}; no connection to {', '.join(sorted(blocked))}" if blocked else words
+    return f"{words}; no working connection to {', '.join(sorted(blocked))}" if blocked else words
 
 
 def _single(ends: Ends, blocked: Collection[str]) -> tuple[Path, ...]:
@@ -334,11 +352,17 @@ def _path(here: HostNetwork, near: HostNic, own: str, far: HostNic, address: str
     return Path(here=own, there=address, nic_here=near.name, nic_there=far.name, speed_mbit_per_s=speed)
 
 
-def _real(said: int | None, carried: int | None) -> int | None:
+def _real(said: int | None, carried: Carried | None) -> int | None:
     """A path's speed by what its NICs say and what a move got through it. What TCP and TLS cost makes it no slower."""
-    if said is None or carried is None:
-        return said or carried
-    return carried if carried * SLOWER < said else said
+    if said is None:
+        return carried.mbit_per_s if carried is not None else None
+    return carried.mbit_per_s if carried is not None and contradicts(carried, said) else said
+
+
+def contradicts(carried: Carried, said: int) -> bool:
+    """Whether a network is so much slower than a NIC says (Mbit/s) that the NIC is not believed. What was found long
+    ago may be mended, and a path that is not taken would never be measured again."""
+    return not carried.old and carried.mbit_per_s * SLOWER < said
 
 
 def _routed(ends: Ends, address: str) -> Path:

@@ -35,9 +35,6 @@ _SUBFLOW_BYTES = 264
 _LOCAL_AT, _PEER_AT = 8, 136
 _MOST_SUBFLOWS = 16
 
-#: After the kernel would not give a caller.
-_AGAIN_AFTER_S = 1.0
-
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -98,7 +95,7 @@ class MultichannelDoorway(tcp.TcpDoorway):
         self._first, self._port = self.address, self.port  # a socket that is closed does not know them any more
         self._further: dict[str, socket.socket] = {}
         self._ushers: list[asyncio.Task[None]] = []
-        #: the source is there
+        #: the source is there, or it will be without our hearing of it
         self.connected = asyncio.Event()
         self._open = True
         for address in addresses[1:]:
@@ -119,6 +116,11 @@ class MultichannelDoorway(tcp.TcpDoorway):
         for listener in self._further.values():
             tcp.close_listener(listener)
         super().close()
+
+    def hand_over(self) -> socket.socket:
+        """See :class:`limosa.transport.tcp.TcpDoorway`."""
+        self.connected.set()
+        return super().hand_over()
 
     def listen_on(self, address: str) -> bool:
         """Let the source in at a further address too; false if that cannot be."""
@@ -141,13 +143,8 @@ class MultichannelDoorway(tcp.TcpDoorway):
 
 async def _turn_away(listener: socket.socket) -> None:
     """Hang up on whoever comes: a queue full of strangers would keep the kernel from taking further connections."""
-    loop = asyncio.get_running_loop()
-    while listener.fileno() != -1:
-        try:
-            caller, _ = await loop.sock_accept(listener)
-            caller.close()
-        except OSError:  # no descriptor is left, or that caller has gone again: others will come
-            await asyncio.sleep(_AGAIN_AFTER_S)
+    while True:
+        (await tcp.next_caller(listener)).close()
 
 
 async def connect(address: str, port: int, token: str, source: str, release: Callable[[], None]) -> MultichannelChannel:

@@ -4,7 +4,7 @@ A bond that chooses the member by a hash gives a connection one member, however 
 ports, several connections between the same two addresses come to lie on several members; which ones is chance. In the
 other modes nothing is gained by more connections: ``active-backup`` uses one member, ``balance-tlb`` and
 ``balance-alb`` give one to each host (19 of 2x20 Mbit/s measured with four connections), ``balance-rr`` spreads a
-single connection, out of order. The kernel does not say over rtnetlink how a *team* spreads, so it counts as one NIC.
+single connection, out of order. What a *team* hashes in its mode ``loadbalance`` is not told, so it counts as one NIC.
 """
 
 from __future__ import annotations
@@ -13,6 +13,10 @@ from limosa.model.network import HostNetwork, HostNic
 
 #: Modes that choose the member by a hash.
 HASHING = ("balance-xor", "802.3ad")
+#: Modes that take members in turn, those of bonds and those of teams.
+IN_TURN = ("balance-rr", "roundrobin", "random")
+#: Modes that use one member.
+ONE_MEMBER = ("active-backup", "activebackup")
 #: Hashes that take in ports.
 BY_PORT = ("layer3+4", "encap3+4")
 

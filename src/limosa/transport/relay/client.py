@@ -181,6 +181,10 @@ class Relay:
         """Whether little of this channel may wait from now on: it would be sent while the guest stands still."""
         await self._ask(control.Done, control.SetShort(channel=number, short=short))
 
+    async def set_pace(self, number: int, bytes_per_s: int) -> None:
+        """At the source: take so much of this channel from now on, 0: no cap."""
+        await self._ask(control.Done, control.SetPace(channel=number, bytes_per_s=bytes_per_s))
+
     async def statistics(self) -> Statistics:
         """The open channels' figures and the worker's."""
         return await self._ask(Statistics, control.AskStatistics())

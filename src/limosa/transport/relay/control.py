@@ -101,6 +101,13 @@ class SetShort(Message, tag="set-short"):
     short: bool
 
 
+class SetPace(Message, tag="set-pace"):
+    """At the source: take so much from this channel's QEMU, bytes a second; 0: no cap."""
+
+    channel: Channel
+    bytes_per_s: Annotated[int, Meta(ge=0)]
+
+
 class Done(Message, tag="done"):
     """The answer to what needs no other."""
 
@@ -158,7 +165,7 @@ class Failed(Message, tag="failed"):
     why: str
 
 
-FromDaemon = OpenSender | OpenReceiver | AddLane | AddConnection | OpenChannel | SetShort | AskStatistics
+FromDaemon = OpenSender | OpenReceiver | AddLane | AddConnection | OpenChannel | SetShort | SetPace | AskStatistics
 Answer = Done | Refused | Statistics
 FromRelay = Answer | Opened | LaneLost | ChannelEnded | Failed
 

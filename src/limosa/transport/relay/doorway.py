@@ -18,8 +18,6 @@ from limosa.transport import tcp
 
 _log = logging.getLogger(__name__)
 
-#: After the kernel would not give a caller.
-_AGAIN_AFTER_S = 1.0
 #: Connections that nobody has asked for yet.
 _MOST_WAITING = 16
 
@@ -40,6 +38,7 @@ class LastingDoorway(tcp.TcpDoorway):
         self._open = True
         self._came: asyncio.Queue[socket.socket] = asyncio.Queue(_MOST_WAITING)
         self._work = Background()
+        self._lobby = self._lobby_for(self._let_in)
         for listener in (self._listener, *self._others):
             self._serve(listener)
 
@@ -56,6 +55,7 @@ class LastingDoorway(tcp.TcpDoorway):
         """See :class:`limosa.transport.channel.Doorway`."""
         self._open = False
         self._work.cancel()
+        self._lobby.send_away()
         super().close()
         while not self._came.empty():
             self._came.get_nowait().close()
@@ -75,17 +75,10 @@ class LastingDoorway(tcp.TcpDoorway):
                 self._serve(listener)
 
     def _serve(self, listener: socket.socket) -> None:
-        turn = asyncio.Lock()
-        for _ in range(tcp.PORTERS):
-            self._work.spawn(self._let_in(listener, turn))
+        self._work.spawn(self._lobby.serve(listener))
 
-    async def _let_in(self, listener: socket.socket, turn: asyncio.Lock) -> None:
-        while True:
-            try:
-                caller = await self._admit(listener, turn)
-                try:
-                    self._came.put_nowait(caller)
-                except asyncio.QueueFull:
-                    caller.close()
-            except OSError:
-                await asyncio.sleep(_AGAIN_AFTER_S)
+    def _let_in(self, caller: socket.socket) -> None:
+        if self._open and not self._came.full():
+            self._came.put_nowait(caller)
+        else:
+            caller.close()

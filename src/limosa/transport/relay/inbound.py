@@ -21,6 +21,9 @@ from limosa.transport.relay.control import CARRIERS
 from limosa.transport.relay.doorway import LastingDoorway
 from limosa.wire.peer import RelayPlace
 
+#: So often an open session's relay is asked whether it still works. The source asks its own for figures anyway.
+ASK_EVERY_S = 2.0
+
 
 class CarrierDoorway(Doorway, Protocol):
     """A door through which several connections of the source may come."""
@@ -39,6 +42,7 @@ class Inbound:
         self.address, self.port, self.token = door.address, door.port, door.token
         self._landings = 0
         self._letting_in: asyncio.Task[None] | None = None
+        self._asking: asyncio.Task[None] | None = None
         self.opened = asyncio.ensure_future(self._open(place, window_log))
         self.opened.add_done_callback(lambda done: done.cancelled() or done.exception())  # it may have no listener
         self.ended = asyncio.ensure_future(self._until_ended())
@@ -78,6 +82,7 @@ class Inbound:
         except BaseException:
             await asyncio.shield(self.relay.end())
             raise
+        self._asking = asyncio.ensure_future(self._keep_asking())
 
     async def _connect(self, door: CarrierDoorway, place: RelayPlace, window_log: int) -> None:
         connections = await door.accept_several(CARRIERS)
@@ -95,11 +100,19 @@ class Inbound:
             with await door.caller() as connection, contextlib.suppress(InvalidInput, RelayFailed):
                 await self.relay.add_connection(connection)
 
+    async def _keep_asking(self) -> None:
+        """Have a relay noticed, and ended, that stands still: its VMs would wait for it."""
+        with contextlib.suppress(RelayFailed):
+            while True:
+                await self.relay.statistics()
+                await asyncio.sleep(ASK_EVERY_S)
+
     async def _until_ended(self) -> None:
         await self.relay.ended.wait()
         self.opened.cancel()
-        if self._letting_in is not None:
-            self._letting_in.cancel()
+        for task in (self._letting_in, self._asking):
+            if task is not None:
+                task.cancel()
         self.door.close()
 
 

@@ -237,6 +237,7 @@ class RelayChannel:
         self._relay = relay
         self._number = number
         self._background = Background()
+        self._paced = 0
         #: what the session had sent over each path before this stream began
         self._before = {(one.here, one.there): one.sent_bytes for one in session.carriers.used()}
 
@@ -255,7 +256,10 @@ class RelayChannel:
         self._background.spawn(self._set_short(short))
 
     def pace(self, bytes_per_s: int) -> None:
-        """See :class:`limosa.transport.channel.SocketChannel`: it does nothing, the session's lanes are paced."""
+        """See :class:`limosa.transport.channel.SocketChannel`: its relay takes no more, before compression."""
+        if bytes_per_s != self._paced:
+            self._paced = bytes_per_s
+            self._background.spawn(self._set_pace(bytes_per_s))
 
     def spread_over(self, ways: Iterable[AddressPair]) -> None:
         """See :class:`limosa.transport.channel.Channel`: the session is, and other VMs' streams with it."""
@@ -307,6 +311,10 @@ class RelayChannel:
 
     def _figures(self) -> ChannelStatistics:
         return self._session.figures.get(self._number, ChannelStatistics(channel=self._number))
+
+    async def _set_pace(self, bytes_per_s: int) -> None:
+        with contextlib.suppress(LimosaError):  # as below
+            await self._relay.set_pace(self._number, bytes_per_s)
 
     async def _set_short(self, short: bool) -> None:
         with contextlib.suppress(LimosaError):  # it ended, and so does the move

@@ -5,6 +5,8 @@ in which there was always something to drain count; while there was not, the car
 
 :class:`Condensing` tells whether known pages are to be looked for, which the relay does itself.
 
+:class:`Throttle` keeps what is taken to a rate.
+
 :class:`Pace` remembers what the worker needs for a byte and what is left of it, and :class:`Patience` for how long the
 worker is left alone after it was too late: it had no processor time then, because others wanted it.
 """
@@ -26,6 +28,8 @@ _HOPE = 0.75
 _INVESTED = 0.1
 #: Who had the processor for at least this part of the time did not have to wait for others.
 _SERVED = 0.6
+#: What is throttled is taken in portions of this much time, of at least so many bytes.
+_PORTION_S, _LEAST_PORTION_BYTES = 0.05, 4096
 _PATIENCE_FIRST_S = 0.002
 _PATIENCE_MOST_S = 0.05
 
@@ -87,6 +91,34 @@ class Condensing:
         weight = _WEIGHT * min(1.0, raw_length / _WEIGHTY_BYTES)
         self._seconds_per_byte += weight * (cpu_seconds / raw_length - self._seconds_per_byte)
         self.remainder += weight * (min(1.0, length / raw_length) - self.remainder)
+
+
+class Throttle:
+    """Keeps a stream to a rate, bytes a second; 0: to none. What was taken is waited for before more is."""
+
+    def __init__(self) -> None:
+        self._rate = 0
+        #: when all that was taken may have been
+        self._due = 0.0
+
+    def set(self, now: float, rate: int) -> None:
+        """From now on. What was taken before is settled."""
+        self._rate, self._due = rate, now
+
+    def room(self, now: float) -> int | None:
+        """How much may be taken at once now; None: as much as there is."""
+        if self._rate == 0:
+            return None
+        return max(_LEAST_PORTION_BYTES, int(self._rate * _PORTION_S)) if now >= self._due else 0
+
+    def wait_s(self, now: float) -> float:
+        """Until more may be taken."""
+        return max(0.0, self._due - now)
+
+    def take(self, now: float, count: int) -> None:
+        """So much was taken."""
+        if self._rate:
+            self._due = max(now, self._due) + count / self._rate
 
 
 class Pace:

@@ -30,6 +30,7 @@ from limosa.transport.relay.control import (
     OpenChannel,
     OpenReceiver,
     OpenSender,
+    SetPace,
     SetShort,
 )
 from limosa.transport.relay.joining import Admission, Calling
@@ -102,6 +103,10 @@ class Relay:
             raise InvalidInput("there is no session yet")
         elif isinstance(request, SetShort):
             self._session.set_short(request.channel, request.short)
+        elif isinstance(request, SetPace):
+            if not isinstance(self._session, Sender):
+                raise InvalidInput("nothing is sent from here")
+            self._session.set_pace(request.channel, request.bytes_per_s)
         else:
             return self._session.statistics()
         return control.Done()

@@ -23,6 +23,8 @@ class Pump:
     def __init__(self, interests: Callable[[], Iterable[Interest]]) -> None:
         self._interests = interests
         self._bell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        #: what is due by then though no descriptor says so; ``interests`` sets it anew each time, None: nothing is
+        self.within_s: float | None = None
 
     def wake(self) -> None:
         """Have the interests asked again; for other threads."""
@@ -43,7 +45,8 @@ class Pump:
         for descriptor in {**readers, **writers}:  # acted on in this order
             events = (select.POLLIN if descriptor in readers else 0) | (select.POLLOUT if descriptor in writers else 0)
             poll.register(descriptor, events)
-        for descriptor, events in poll.poll():
+        # Rounded up: what is looked at too early is not due yet.
+        for descriptor, events in poll.poll(None if self.within_s is None else int(1000 * self.within_s) + 1):
             if descriptor in readers and events & ~select.POLLOUT:
                 readers[descriptor]()
             if descriptor in writers and events & ~select.POLLIN:

@@ -13,6 +13,7 @@ stops its own stream and no other.
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from functools import partial
 
@@ -31,6 +32,7 @@ from limosa.transport.relay.frames import (
     Said,
 )
 from limosa.transport.relay.notices import Notices
+from limosa.transport.relay.pace import Throttle
 from limosa.transport.relay.pages import Finder
 from limosa.transport.relay.plug import Plug
 from limosa.transport.relay.pump import Interest, Pump
@@ -50,6 +52,7 @@ class _Channel:
         self.plug = plug
         self.credit = WINDOW_BYTES
         self.broken = False
+        self.throttle = Throttle()
         #: by its QEMU, and by the destination's
         self.said, self.heard = Said(), Said()
         self.statistics = ChannelStatistics(channel=plug.number)
@@ -117,6 +120,13 @@ class Sender:
                 self._compression.adjust()
         self._pump.wake()
 
+    def set_pace(self, number: int, bytes_per_s: int) -> None:
+        """What may be taken from this channel's QEMU from now on, 0: no cap; no effect if it ended."""
+        with self._lock:
+            if number in self._channels:
+                self._channels[number].throttle.set(time.monotonic(), bytes_per_s)
+        self._pump.wake()
+
     def statistics(self) -> Statistics:
         """Of the channels that are open, and of compression."""
         with self._lock:
@@ -128,6 +138,7 @@ class Sender:
     def _interests(self) -> list[Interest]:
         with self._lock:
             self._held_up = False
+            self._pump.within_s = None
             self._forget_ended()
             interests = list(self._compression.interests(self._on_results))
             for channel in self._in_turn():
@@ -144,7 +155,9 @@ class Sender:
     def _interests_in(self, channel: _Channel) -> Iterator[Interest]:
         descriptor = channel.plug.fileno()
         if not channel.plug.input_ended and self._allowance(channel) > 0:
-            if self._queue.has_room(channel.plug.number):
+            if wait_s := channel.throttle.wait_s(time.monotonic()):
+                self._pump.within_s = min(wait_s, self._pump.within_s or wait_s)
+            elif self._queue.has_room(channel.plug.number):
                 yield Interest(descriptor, partial(self._read, channel))
             else:
                 self._held_up = True
@@ -179,7 +192,8 @@ class Sender:
         number = channel.plug.number
         with self._lock:
             slot, offset, length = self._queue.room(number)
-            length = min(length, self._allowance(channel))
+            room = channel.throttle.room(time.monotonic())
+            length = min(length, self._allowance(channel), length if room is None else room)
         count: int | None = None
         if length > 0:
             view = self._memory.raw(slot, offset, offset + length)
@@ -195,6 +209,7 @@ class Sender:
                 channel.plug.input_ended = True
                 self._queue.mark(number, Kind.END)
             channel.credit -= count or 0
+            channel.throttle.take(time.monotonic(), count or 0)
             channel.statistics.raw_bytes += count or 0
             self._arrived.notify()
         return bool(count) and count == length
