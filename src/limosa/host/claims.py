@@ -17,7 +17,7 @@ import msgspec
 from limosa.errors import LimosaError, StorageError
 from limosa.host.vms import Vms
 from limosa.migration.disks import read_name
-from limosa.migration.journal import last_step
+from limosa.migration.journal import Journal
 from limosa.migration.ownership import DESTINATION_ENDED, SOURCE_ENDED, DestinationStep
 from limosa.model import reading
 from limosa.model.vm import VmConfig
@@ -59,7 +59,7 @@ class Claims:
         copies above it have one, ``but`` for these."""
         return (
             self.by_name(image, migration)
-            or self._in_journals(migration)
+            or self.of_move(migration)
             or self._copy_above(image, but)
             or self._holder(image)
         )
@@ -87,7 +87,12 @@ class Claims:
     def _worker(self, migration: str) -> str:
         return next((words for words, works in self._journals(migration) if works), "")
 
-    def _in_journals(self, migration: str) -> str:
+    def is_under_way(self, migration: str) -> bool:
+        """Whether a move of this host is not over, as far as this host knows."""
+        return bool(self._worker(migration))
+
+    def of_move(self, migration: str) -> str:
+        """What the files of a move have against removing what it made, on whichever host; empty if nothing."""
         return next((words for words, _ in self._journals(migration)), "")
 
     def _journals(self, migration: str) -> Iterator[tuple[str, bool]]:
@@ -98,10 +103,14 @@ class Claims:
                     reading.decode(path.read_bytes(), object)
                     if not path.name.endswith(".view.json"):
                         yield f"{path} says that the move is not over", True
-                elif (step := last_step(path)) == DestinationStep.OWNED:
+                    continue
+                journal = Journal.look(path)
+                if journal.step == DestinationStep.OWNED:
                     yield f"{path} says that a VM of this host has had it", False
-                elif step not in _ENDED:
+                elif journal.step not in _ENDED:
                     yield f"{path} says that the move is not over", True
+                elif journal.rests_on_a_word:
+                    yield f"{path} says that only a person's word ended the move", False
             except FileNotFoundError:
                 continue  # the move is over
             except (OSError, msgspec.DecodeError, LimosaError) as error:

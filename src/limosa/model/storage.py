@@ -113,6 +113,8 @@ class Leftover(Model, forbid_unknown_fields=False, frozen=True):
     changed_at: float
     #: the host whose move made it; empty if it carries no mark
     host: str = ""
+    #: the host its VM was to come from, if that is another
+    source: str = ""
     proof: tuple[str, ...] = ()
     doubts: tuple[str, ...] = ()
 
