@@ -117,10 +117,10 @@ class TestAfterACrash:
         for pid in qemus:
             end(pid)
         (destination.state / "migrations" / f"{begun.id}.destination.jsonl").write_text("{")
+        source.kill()
         destination.restart({})
         assert [doubt for doubt in found(destination)[str(copy)].doubts if "destination.jsonl is damaged" in doubt]
         (destination.state / "migrations" / f"{begun.id}.destination.jsonl").unlink()
-        source.kill()
         destination.restart({})
         doubts = found(destination)[str(copy)].doubts
         assert f"host '{source.name}', and only that host knows if the move is over" in doubts[0]

@@ -21,7 +21,7 @@ from limosa.migration.journal import Journal
 from limosa.migration.ownership import DESTINATION_ENDED, SOURCE_ENDED, DestinationStep
 from limosa.model import reading
 from limosa.model.vm import VmConfig
-from limosa.storage import chains, marks, openers, qcow2
+from limosa.storage import chains, layers, marks, openers, qcow2
 from limosa.storage.locations import Locations
 from limosa.storage.openers import FileKey
 
@@ -140,6 +140,8 @@ class Claims:
             self.unread.append(f"what lies in {folder} is not known: {error.strerror or error}")
             return
         for image in images:
+            if layers.arrives(image) and self._is_to_be_made(image):
+                continue
             try:
                 header = qcow2.read_if_any(image)
             except StorageError as error:
@@ -161,10 +163,11 @@ class Claims:
         return made is not None and marks.has(str(image)) and not self._worker(made.migration)
 
     def _is_to_be_made(self, image: Path) -> bool:
-        """Whether a move is about to make it, and it lies above nothing yet; the move looks whether what is to lie
-        below it is there when it does."""
+        """Whether a move is about to make it, or receives it, and it lies above nothing yet; the move looks whether what
+        is to lie below it is there when it does."""
         made = read_name(image.name)
-        return made is not None and _is_nothing(image) and bool(self._worker(made.migration))
+        is_unmade = _is_nothing(image) or layers.arrives(image)
+        return made is not None and is_unmade and bool(self._worker(made.migration))
 
     def _note(self, path: str | Path, who: str) -> None:
         for key in _keys(path):
