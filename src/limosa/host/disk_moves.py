@@ -279,12 +279,15 @@ class DiskMoves:
         """Try once."""
         try:
             await move.end_copier()
-            moved = await self._recover(move.hosted, move.record)
+            moved, left = await self._recover(move.hosted, move.record)
             self.forget(move.record)
         except Exception as error:  # noqa: BLE001 - whatever it is, it is tried again
-            _log.error("the move of disks of VM %s could not be undone: %s", move.record.vm, error)
-            move.report.note(f"it cannot be undone yet: {error}")
+            note = f"it cannot be undone yet: {error}"
+            if note != move.report.now.progress.note:  # it may be tried for hours
+                _log.error("the move of disks of VM %s could not be undone: %s", move.record.vm, error)
+                move.report.note(note)
             return False
+        move.says(left)
         if moved:
             move.report.end(Outcome.COMPLETED)
         else:
@@ -299,8 +302,9 @@ class DiskMoves:
         if move.qemu_ended:
             await self._vms.crashed(move.hosted)
 
-    async def _recover(self, hosted: HostedVm, record: Record) -> bool:
-        """Undo what is not in use, finish what ``vm.toml`` says is. Returns whether that was so. May be repeated."""
+    async def _recover(self, hosted: HostedVm, record: Record) -> tuple[bool, tuple[Finding, ...]]:
+        """Undo what is not in use, finish what ``vm.toml`` says is. Returns whether that was so, and what is to be said
+        of images that could not be deleted. May be repeated."""
         if hosted.machine is None:
             await self.stopped.end(hosted.config)
         for plan in record.plans:
@@ -315,11 +319,11 @@ class DiskMoves:
         used = [plan for plan in record.plans if now.get(plan.disk) == plan.path]
         for plan in used:
             self._storage.settle(plan.path)
-        left = [record.old[plan.disk].path for plan in used]
-        await self._leave(hosted, record, [old for old in left if old not in now.values()])
+        old = [record.old[plan.disk].path for plan in used]
+        left = await self._leave(hosted, record, [path for path in old if path not in now.values()])
         if hosted.machine is None:
             await self.stopped.give_back(hosted.config, [plan.path for plan in record.plans])
-        return all(now.get(plan.disk) == plan.path for plan in record.plans)
+        return all(now.get(plan.disk) == plan.path for plan in record.plans), left
 
     async def _is_refused(self, hosted: HostedVm, plan: DiskPlan) -> bool:
         """Whether ``vm.toml`` names the new image and QEMU did not take it. Once known it stays so: that QEMU may end
@@ -436,8 +440,12 @@ class _Move:
             await self._switch_over()
         self.report.enter(Phase.TEAR_DOWN)
         await self.end_copier()
-        left = await self._moves.remove_old(self.hosted, self.record)
-        self.report.change(findings=(*self.report.now.findings, *left))
+        self.says(await self._moves.remove_old(self.hosted, self.record))
+
+    def says(self, left: tuple[Finding, ...]) -> None:
+        """Say what is to be said of images that could not be deleted."""
+        if left:
+            self.report.change(findings=(*self.report.now.findings, *left))
 
     @property
     def qemu(self) -> Disks:
