@@ -66,6 +66,7 @@ from limosa.qemu.disks import Disks
 from limosa.qemu.machine import does_direct_io
 from limosa.qemu.protocol import ImageFile
 from limosa.settings import toml
+from limosa.settings.host import ConvergencePolicy
 from limosa.storage import access, mounts
 from limosa.wire.api import DiskMoveRequest
 
@@ -385,9 +386,9 @@ class DiskMoves:
         self._path(record).unlink(missing_ok=True)
 
     @property
-    def patience_s(self) -> float:
-        """How long a copy may come no nearer to its end."""
-        return self._page.now.convergence.patience_s
+    def policy(self) -> ConvergencePolicy:
+        """How long a copy may come no nearer to its end, and how far a guest may be slowed for it."""
+        return self._page.now.convergence
 
     def _path(self, record: Record) -> Path:
         return self._folder / f"{record.migration}.disks.json"
@@ -516,7 +517,7 @@ class _Move:
             whole = plan.action is DiskAction.COPY
             cap = self._cap // len(plans)
             await self.qemu.copy_to_file(plan.disk, self.record.migration, image, cap, whole=whole)
-        copying = self._copying = Mirrors(self.qemu, [plan.disk for plan in plans], self._moves.patience_s)
+        copying = self._copying = Mirrors(self.qemu, [plan.disk for plan in plans], self._moves.policy)
         self.report.bar = self.report.bar.with_disks(1, 0)
         await copying.until_ready(lambda: self._look(copying))
 

@@ -285,7 +285,7 @@ class SourceMove:
         self._disks_cap = self.home.bandwidth(Kind.STORAGE)
         each = self._disks_cap // len(copies)
         await mirrors.send(machine, self.header.migration, copies, self.disk_channels, self.disk_credentials, each)
-        copying = self.mirrors = Mirrors(machine, [plan.disk for plan in copies], self.terms.policy.patience_s)
+        copying = self.mirrors = Mirrors(machine, [plan.disk for plan in copies], self.terms.policy)
         self._pace_disks()
         with self._following(paths):
             await copying.until_ready(lambda: self._show_disks(copying))
