@@ -471,6 +471,13 @@ class TestWhatCannotBeUndone:
         play(scenario())
 
 
+def overlay_of(image: Path) -> Path:
+    path = image.with_name("clone.qcow2")
+    command = ["qemu-img", "create", "-q", "-f", "qcow2", "-b", str(image), "-F", "raw", str(path)]
+    subprocess.run(command, check=True)
+    return path
+
+
 def test_what_the_next_daemon_leaves_is_said(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """It brings a move to its end whose images are in use, and somebody needs the old one by now."""
     reached = asyncio.Event()
@@ -486,9 +493,7 @@ def test_what_the_next_daemon_leaves_is_said(world: World, monkeypatch: pytest.M
             begun = await world.begin()
             await reached.wait()
             image = world.files.images / "web1-vda.raw"
-            clone = image.with_name("clone.qcow2")
-            command = ["qemu-img", "create", "-q", "-f", "qcow2", "-b", str(image), "-F", "raw", str(clone)]
-            subprocess.run(command, check=True)
+            clone = overlay_of(image)
             await world.next_daemon()
         told = world.views.show(begun.id)
         assert told.outcome == "completed"

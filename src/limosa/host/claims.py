@@ -163,8 +163,8 @@ class Claims:
         return made is not None and marks.has(str(image)) and not self._worker(made.migration)
 
     def _is_to_be_made(self, image: Path) -> bool:
-        """Whether a move is about to make it, or receives it, and it lies above nothing yet; the move looks whether what
-        is to lie below it is there when it does."""
+        """Whether a move is about to make it, or receives it, and it lies above nothing yet; the move looks whether
+        what is to lie below it is there when it does."""
         made = read_name(image.name)
         is_unmade = _is_nothing(image) or layers.arrives(image)
         return made is not None and is_unmade and bool(self._worker(made.migration))

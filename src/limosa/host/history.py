@@ -3,8 +3,8 @@
 Journals and views of the newest moves stay for :data:`KEPT_S`. Longer stay, because something rests on them: what has
 not ended; at the destination journals of VMs that landed, since a source that lost the end of its move, and was off for
 weeks, must hear whose the VM is, and never guess; at the source those of moves that a person's word ended, since the
-images at the destination may be all there is of the VM; and one journal for each pair of hosts, by which they know each other
-(:mod:`limosa.host.neighbours`).
+images at the destination may be all there is of the VM; and one journal for each pair of hosts, by which they know each
+other (:mod:`limosa.host.neighbours`).
 """
 
 from __future__ import annotations

@@ -177,7 +177,7 @@ class Vms:
         """As soon as it is in no move: one of its disks that cannot be undone may take long."""
         async with hosted.lock:
             pass  # its leases are given back
-        while hosted.migration is not None:
+        while hosted.migration is not None:  # noqa: ASYNC110 - many end one, and it may take hours
             await asyncio.sleep(ASK_EVERY_S)
         if hosted.died and self._vms.get(hosted.config.name) is hosted:  # and was not deleted meanwhile
             await self._restart(hosted)
