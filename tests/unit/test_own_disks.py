@@ -315,7 +315,7 @@ class TestOnSharedStorage:
                 ImageUse(use="/nas/child.qcow2 lies above it", named=True),
                 "on host 'host3': /nas/child.qcow2 lies above it",
             ),
-            ("no route", "host 'host3' cannot be asked: no route"),
+            ("no route", "host 'host3', which may need it, cannot be asked: no route"),
         ],
     )
     def test_they_are_asked(self, either: World, said: ImageUse | str, needed: str) -> None:
