@@ -93,6 +93,8 @@ def test_it_moves_to_another_location_and_back(hosts: list[LabHost], client: Lan
 def test_it_moves_to_another_host_and_back(hosts: list[LabHost], client: LanClient) -> None:
     for source, destination in (hosts, hosts[::-1]):
         with settings(source, {"storage_bandwidth_mbit_per_s": int(SLOWLY)}), writing(client):
-            move(source, "web", destination)
+            moved = move(source, "web", destination)
+        disk = moved.progress.disks[0]
+        assert 0 < (disk.sent_bytes or 0) < disk.copied_bytes / 2, "holes are not sent"
         assert_sound(destination, client)
         assert images(source) == []

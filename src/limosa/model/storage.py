@@ -235,6 +235,8 @@ class DiskProgress(Model, forbid_unknown_fields=False, frozen=True):
     disk: DiskName
     copied_bytes: Bytes
     total_bytes: Bytes
+    #: of a copy to another host, before compression: holes and zeroes are copied without that; null where nobody counts
+    sent_bytes: Bytes | None = None
     ready: bool = False
     #: the guest's writes to it are slowed, because it wrote faster than they were copied
     slowed: bool = False
