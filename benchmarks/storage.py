@@ -182,7 +182,7 @@ def _move_golden(place: Ground, golden: Limosa, number: int) -> OverlaySent:
     sent = place.bytes_sent(host) - sent
     golden.pause()
     progress = golden.told["progress"]
-    memory = progress["transferred_bytes"] - sum(copy["copied_bytes"] for copy in progress["disks"])
+    memory = progress["transferred_bytes"] - sum(copy["sent_bytes"] for copy in progress["disks"])
     say(
         f"overlay, round {number + 1}: {moved.wall_s:.2f} s, {sent / 1e6:.0f} MB sent, "
         f"{memory / 1e6:.0f} MB of it memory; the overlay has {overlay / 1e6:.0f} MB"

@@ -12,6 +12,7 @@ import pytest
 from limosa.migration.mirrors import Mirrors
 from limosa.qemu.copier import Copier
 from limosa.qemu.protocol import ImageFile
+from limosa.settings.host import ConvergencePolicy
 
 pytestmark = pytest.mark.qemu
 
@@ -35,7 +36,7 @@ def test_a_disk_is_copied_or_given_up_and_nobodys_writes_have_to_be_slowed(*, gi
             await copier.copy_to_file("vda", "tag", images[1], 0, whole=True)
             await copier.slow_writes("vda", 64 * 1024)
             async with asyncio.timeout(20):
-                await Mirrors(copier, ["vda"], 20).until_ready(look)
+                await Mirrors(copier, ["vda"], ConvergencePolicy(patience_s=20)).until_ready(look)
             if given_up:
                 await copier.drop_copy("vda", "tag")
             else:

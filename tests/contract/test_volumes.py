@@ -93,12 +93,14 @@ def marked(group: Volumes) -> list[Found]:
     return [one for one in group.unfinished.find() if one.mark is not None]
 
 
-def test_it_is_an_unfinished_copy_until_it_is_finished(group: Volumes) -> None:
-    began, path = int(time.time()), create(group, EXTENT, mark=Mark(host="host-1.lan", at=0.0))
+@pytest.mark.parametrize("source", ["", "host_2.lan"])
+def test_it_is_an_unfinished_copy_until_it_is_finished(group: Volumes, source: str) -> None:
+    began, path = int(time.time()), create(group, EXTENT, mark=Mark(host="host-1.lan", at=0.0, source=source))
     create(group, EXTENT, "other")
     (one,) = marked(group)
     assert one.mark is not None
-    assert (one.path, one.size_bytes, one.mark.host) == (path, EXTENT, "host-1.lan")
+    assert (one.path, one.size_bytes) == (path, EXTENT)
+    assert (one.mark.host, one.mark.source) == ("host-1.lan", source)
     assert began <= one.changed_at <= time.time()
     for _ in range(2):
         group.unfinished.finish(path)

@@ -117,13 +117,19 @@ class TestAfterACrash:
         for pid in qemus:
             end(pid)
         (destination.state / "migrations" / f"{begun.id}.destination.jsonl").write_text("{")
+        source.kill()
         destination.restart({})
         assert [doubt for doubt in found(destination)[str(copy)].doubts if "destination.jsonl is damaged" in doubt]
         (destination.state / "migrations" / f"{begun.id}.destination.jsonl").unlink()
         destination.restart({})
+        doubts = found(destination)[str(copy)].doubts
+        assert f"host '{source.name}', and only that host knows if the move is over" in doubts[0]
+        assert limosa(destination, "storage", "clean", str(copy), "--yes").code == Conflict.exit_code
+        source.restart({})
         source.outcome(begun.id)
         change(source, {"storage_bandwidth_mbit_per_s": 0})
-        assert offered(destination) == [str(copy)]
+        wait_until(lambda: offered(destination) == [str(copy)], "the source says that the move is over")
+        assert found(destination)[str(copy)].proof[-1] == f"asked, and saying the same: {source.name}"
         assert limosa(destination, "storage", "clean", str(copy), "--yes").code == 0
         assert images(destination) == []
         goes_on(client)
@@ -164,7 +170,7 @@ class TestAChain:
         destination.restart({})
         source.outcome(begun.id)
         change(source, {"storage_bandwidth_mbit_per_s": 0})
-        assert offered(destination) == made
+        wait_until(lambda: offered(destination) == made, "the source says that the move is over")
         base = found(destination)[made[1]]
         assert (base.vm, base.disk, base.migration, base.host) == (None, None, begun.id, destination.name)
         alone = limosa(destination, "storage", "clean", made[1], "--yes")

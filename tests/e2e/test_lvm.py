@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -166,7 +167,7 @@ def test_locations_say_what_they_are(hosts: tuple[VmHost, VmHost]) -> None:
 def test_the_real_lvm_keeps_the_contract(hosts: tuple[VmHost, VmHost]) -> None:
     pytest_ = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(CONTRACT), "-k", "real"]
     said = hosts[1].vm.run("env", f"PYTHONPATH={':'.join(sys.path)}", f"{REAL}=1", *pytest_, within_s=300)
-    assert "12 passed" in said
+    assert "13 passed" in said
 
 
 def test_a_new_disk_shows_nothing_of_who_was_there_before(hosts: tuple[VmHost, VmHost]) -> None:
@@ -245,11 +246,51 @@ def test_a_device_that_fails_at_the_destination(hosts: tuple[VmHost, VmHost], ho
     assert other.ask("vm", "list") == []
 
 
+def test_a_device_that_cannot_be_read(hosts: tuple[VmHost, VmHost], host: VmHost) -> None:
+    """The guest does not know: it uses other sectors."""
+    other = next(one for one in hosts if one is not host)
+    host.limosa("storage", "move", "web", "--to", "bulk")
+    before = disk(host)
+    with end_unreadable(host, before):
+        host.limosa("storage", "move", "web", "--to", "images", "--detach")
+        fails(host, ended(host), before)
+        host.begin("web", other)
+        fails(host, ended(host), before)
+    assert_keeps(host)
+    assert left(host) == [before.name]
+    assert left(other) == []
+    assert other.ask("vm", "list") == []
+    host.limosa("storage", "move", "web", "--to", "images")
+    assert_keeps(host)
+
+
+@contextmanager
+def end_unreadable(host: VmHost, volume: Path) -> Iterator[None]:
+    """During the block reading the last MiB of a disk on a logical volume fails, and what follows it."""
+    sectors = (numberer.SIZE - (1 << 20)) // 512
+    name = host.vm.run(f"basename $(readlink -f {volume})").strip()
+    host.vm.run(
+        f"dmsetup table {name} >/mnt/devices/table; set -- $(cat /mnt/devices/table); "
+        f'printf "0 {sectors} linear $4 $5\\n{sectors} $(($2 - {sectors})) error\\n" | dmsetup load {name}; '
+        f"dmsetup resume {name}"
+    )
+    try:
+        yield
+    finally:
+        host.vm.run(f"dmsetup load {name} </mnt/devices/table; dmsetup resume {name}")
+
+
 def failed(host: VmHost, migration: Migration, before: Path) -> None:
     """It says why, and the VM goes on with the disk it had."""
+    fails(host, migration, before)
+    assert_keeps(host)
+
+
+def fails(host: VmHost, migration: Migration, before: Path) -> None:
+    """The same of one that cannot be looked at."""
     assert migration.outcome is Outcome.FAILED
     assert migration.fault is not None
     assert (migration.fault.code, migration.fault.why) == ("migration-failed", "Input/output error")
     assert disk(host) == before
     assert left(host) == [before.name]
-    assert_keeps(host)
+    goes_on(host)

@@ -85,7 +85,11 @@ def host_settings(draw: st.DrawFn) -> HostSettings:
         migration_ports=(first, last),
         bandwidth_mbit_per_s=draw(st.integers(0, 1_000_000)),
         convergence=ConvergencePolicy(
-            first_downtime_ms=least, blackout_budget_ms=most, patience_s=draw(st.floats(1, 86400))
+            first_downtime_ms=least,
+            blackout_budget_ms=most,
+            slow_writes=draw(st.booleans()),
+            least_write_kib_per_s=draw(st.integers(1, 2**20)),
+            patience_s=draw(st.floats(1, 86400)),
         ),
         peers=draw(st.dictionaries(NAMES, ADDRESSES, max_size=3)),
         locations=draw(st.dictionaries(NAMES, st.builds(Place, path=PATHS, shared=st.booleans()), max_size=3)),

@@ -22,9 +22,10 @@ from limosa.model.base import NAME_PATTERN
 from limosa.model.finding import Severity
 from limosa.model.migration import Phase, Progress
 from limosa.model.storage import BackingFile, Chain, DiskAction, DiskFacts, DiskPlan, DiskProgress, Location
-from limosa.model.units import MIB
+from limosa.model.units import KIB, MIB
 from limosa.model.vm import Disk, DiskFormat
 from limosa.qemu.protocol import CopyState, CopyStatistics, Event, MigrationStatistics
+from limosa.settings.host import ConvergencePolicy
 from limosa.testing.disks import FakeDisks
 
 GIB = 1 << 30
@@ -492,7 +493,9 @@ class TestMirrors:
 
     def test_until_it_keeps_up(self) -> None:
         async def scenario() -> None:
-            copying = Mirrors(Copying(at(0), at(50), at(100, CopyState.READY)), ["vda"], 100)
+            copying = Mirrors(
+                Copying(at(0), at(50), at(100, CopyState.READY)), ["vda"], ConvergencePolicy(patience_s=100)
+            )
             shown: list[int] = []
 
             async def show() -> None:
@@ -509,7 +512,9 @@ class TestMirrors:
 
         async def scenario() -> None:
             machine = Copying(at(50), at(100, CopyState.READY))
-            waiting = asyncio.ensure_future(Mirrors(machine, ["vda"], 100).until_ready(nothing))
+            waiting = asyncio.ensure_future(
+                Mirrors(machine, ["vda"], ConvergencePolicy(patience_s=100)).until_ready(nothing)
+            )
             await asyncio.sleep(0)
             machine.tell(Event("JOB_STATUS_CHANGE", {"id": "copy-vda", "status": "ready"}, 0.0))
             async with asyncio.timeout(10):
@@ -522,7 +527,7 @@ class TestMirrors:
     )
     def test_one_that_fails_fails_the_move(self, last: CopyStatistics, why: str) -> None:
         async def scenario() -> None:
-            copying = Mirrors(Copying(at(0), last), ["vda"], 100)
+            copying = Mirrors(Copying(at(0), last), ["vda"], ConvergencePolicy(patience_s=100))
             with pytest.raises(MigrationFailed, match="vda") as caught:
                 await copying.until_ready(nothing)
             assert why in caught.value.why
@@ -532,18 +537,30 @@ class TestMirrors:
     def test_one_that_qemu_does_not_know_fails_the_move(self) -> None:
         async def scenario() -> None:
             with pytest.raises(MigrationFailed):
-                await Mirrors(Copying(), ["vda"], 100).look()
+                await Mirrors(Copying(), ["vda"], ConvergencePolicy(patience_s=100)).look()
 
         asyncio.run(scenario())
 
-    def test_a_guest_that_is_too_fast_waits_and_is_told(self) -> None:
+    @pytest.mark.parametrize("least_kib", [64, 2048])
+    def test_a_guest_that_is_too_fast_waits_and_is_told(self, least_kib: int) -> None:
         async def scenario() -> None:
             machine = Copying(*[at(50)] * 1000)
-            copying = Mirrors(machine, ["vda"], 0.02)
+            copying = Mirrors(machine, ["vda"], ConvergencePolicy(patience_s=0.02, least_write_kib_per_s=least_kib))
             with pytest.raises(NotConverging):
                 await copying.until_ready(nothing)
-            assert machine.slowed == {"vda": mirrors.LEAST_BYTES_PER_S}
+            assert machine.slowed == {"vda": least_kib * KIB}
             assert copying.progress()[0].slowed
+
+        asyncio.run(scenario())
+
+    def test_a_guest_that_may_not_be_slowed_is_left_alone(self) -> None:
+        async def scenario() -> None:
+            machine = Copying(*[at(50)] * 1000)
+            copying = Mirrors(machine, ["vda"], ConvergencePolicy(patience_s=0.02, slow_writes=False))
+            with pytest.raises(NotConverging) as caught:
+                await copying.until_ready(nothing)
+            assert "convergence.slow_writes" in caught.value.todo
+            assert machine.slowed == {}
 
         asyncio.run(scenario())
 
@@ -555,7 +572,7 @@ class TestMirrors:
             fast = [CopyStatistics(CopyState.READY, 100 * MIB * n, 100 * MIB * n + 5 * MIB) for n in range(10)]
             slow = [CopyStatistics(CopyState.READY, 10 * MIB * n, 10 * MIB * n + 5 * MIB) for n in range(100, 110)]
             machine = Copying(*fast, *slow)
-            copying = Mirrors(machine, ["vda"], 100)
+            copying = Mirrors(machine, ["vda"], ConvergencePolicy(patience_s=100))
             for _ in fast:
                 await copying.keep_up(0.06)
             assert machine.slowed == {}
@@ -581,6 +598,6 @@ class TestMirrors:
             machine = Copying()
             machine.copying["vda"] = dataclasses.replace(at(100, CopyState.READY), error="Input/output error")
             with pytest.raises(StorageError):
-                await Mirrors(machine, ["vda"], 1).finish()
+                await Mirrors(machine, ["vda"], ConvergencePolicy(patience_s=1)).finish()
 
         asyncio.run(scenario())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -51,8 +52,8 @@ class Machine(FakeMachine):
         self.slow = False
         #: bytes a second that a copy was told to keep to, last
         self.caps: dict[str, int] = {}
-        #: does not give up copies
-        self.stuck = False
+        #: does not give up copies, and how often it has not
+        self.stuck, self.refused = False, 0
         #: called when a copy is to take its disk's place, which it then does not
         self.refuses: Callable[[], None] | None = None
 
@@ -88,6 +89,7 @@ class Machine(FakeMachine):
 
     async def drop_copy(self, disk: str, tag: str) -> None:
         if self.stuck:
+            self.refused += 1
             raise OutcomeUnknown("QEMU does not answer")
         await super().drop_copy(disk, tag)
 
@@ -429,7 +431,9 @@ class TestWhatCannotBeUndone:
         monkeypatch.setattr(disk_moves, "UNDO_EVERY_S", 0.01)
 
     @pytest.mark.parametrize("restarted", [False, True], ids=["same daemon", "next daemon"])
-    def test_a_copy_that_qemu_does_not_give_up(self, world: World, restarted: bool) -> None:
+    def test_a_copy_that_qemu_does_not_give_up(
+        self, world: World, restarted: bool, caplog: pytest.LogCaptureFixture
+    ) -> None:
         async def scenario() -> None:
             hosted = await world.running()
             machine = cast(Machine, hosted.machine)
@@ -441,6 +445,9 @@ class TestWhatCannotBeUndone:
             else:
                 world.moves._active[begun.id].cancel()
             await until(lambda: "does not answer" in world.views.show(begun.id).progress.note)
+            tries = machine.refused
+            await until(lambda: machine.refused > tries + 2)
+            assert len([one for one in caplog.messages if "could not be undone" in one]) == 1
             with pytest.raises(Conflict, match=begun.id):
                 await world.vms.stop(hosted)
             assert len(world.records()) == 1
@@ -487,6 +494,39 @@ class TestWhatCannotBeUndone:
             assert hosted.migration is None
 
         play(scenario())
+
+
+def overlay_of(image: Path) -> Path:
+    path = image.with_name("clone.qcow2")
+    command = ["qemu-img", "create", "-q", "-f", "qcow2", "-b", str(image), "-F", "raw", str(path)]
+    subprocess.run(command, check=True)
+    return path
+
+
+def test_what_the_next_daemon_leaves_is_said(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It brings a move to its end whose images are in use, and somebody needs the old one by now."""
+    reached = asyncio.Event()
+
+    async def killed_here(moves: DiskMoves, *_: object) -> None:
+        reached.set()
+        await asyncio.Event().wait()
+
+    async def scenario() -> None:
+        await world.running()
+        with monkeypatch.context() as then:
+            then.setattr(DiskMoves, "remove_old", killed_here)
+            begun = await world.begin()
+            await reached.wait()
+            image = world.files.images / "web1-vda.raw"
+            clone = overlay_of(image)
+            await world.next_daemon()
+        told = world.views.show(begun.id)
+        assert told.outcome == "completed"
+        assert [one.code for one in told.findings] == ["image-left"]
+        assert f"{clone} lies above it" in told.findings[0].what
+        assert image.exists()
+
+    play(scenario())
 
 
 class TestWithoutItsVm:

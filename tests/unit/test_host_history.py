@@ -74,6 +74,12 @@ def test_what_is_new_stays_and_what_something_rests_on(tmp_path: Path, views: Vi
         journal(tmp_path, "landed000000", "reserved", "continuing", "owned", side=Side.DESTINATION),
     ]
     kept.append(view(tmp_path, views, "undoing00000"))
+    word = Journal.load(journal(tmp_path, "givenaway000", "preparing"))
+    word.record(SourceStep.CONFIRMED, OLD, stay=True)
+    word.record(SourceStep.FINISHED, OLD)
+    word.close()
+    os.utime(word.path, (OLD, OLD))
+    kept.append(word.path)
     damaged = tmp_path / "damaged.source.jsonl"
     damaged.write_bytes(b"{")
     os.utime(damaged, (OLD, OLD))

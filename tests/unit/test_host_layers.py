@@ -188,7 +188,7 @@ class TestImagesAboveIt:
     def test_what_another_move_brought_is_as_good(self, world: World) -> None:
         planned = world.path.with_name(f"golden.{OTHER}-1.raw")
         image = self.overlay(world, path=str(planned))
-        asyncio.run(world.layers.make_above(image, ()))
+        asyncio.run(world.layers.make_above(image, (), "host1"))
         said = subprocess.run(["qemu-img", "info", image.path], check=True, capture_output=True, text=True).stdout
         assert f"backing file: {world.path}" in said
 
@@ -196,7 +196,7 @@ class TestImagesAboveIt:
         world.path.write_bytes(b"Golden" * 100_000)
         image = self.overlay(world)
         with pytest.raises(StorageError, match="not what was asked for any more"):
-            asyncio.run(world.layers.make_above(image, ()))
+            asyncio.run(world.layers.make_above(image, (), "host1"))
         assert not Path(image.path).exists()
 
 
@@ -213,7 +213,7 @@ class TestDisksThatAreOnlyRead:
             raise StorageError("it is awaited")
 
         async def take(disks: Collection[str]) -> None:
-            await world.layers.take([layer], None, door, lambda _: None, disks)
+            await world.layers.take([layer], None, door, lambda _: None, "host1", disks)
 
         asyncio.run(take(()))
         with pytest.raises(StorageError, match="it is awaited"):
@@ -238,25 +238,25 @@ class TestTheMark:
 
     def test_it_is_there_from_the_beginning(self, storage: Storage) -> None:
         layer = TestWhatASourceMaySend().layer(storage)
-        asyncio.run(storage.make_layer(layer))
+        asyncio.run(storage.make_layer(layer, "host1"))
         (found,) = marks.find(storage.places.path("fast"))
         assert (str(found.image), found.mark and found.mark.host) == (layer.file.path, "host2")
 
     def test_its_own_move_takes_it_away_at_the_end(self, world: World, image: DiskPlan) -> None:
-        asyncio.run(world.layers.make_above(image, {world.brought.path}))
+        asyncio.run(world.layers.make_above(image, {world.brought.path}, "host1"))
         assert marks.has(world.brought.path)
         never_made = msgspec.structs.replace(world.brought, path="/nowhere/golden.raw")
         asyncio.run(world.layers.finish([world.brought, never_made]))
         assert not marks.has(world.brought.path)
 
     def test_another_move_takes_it_away_before_it_builds_on_it(self, world: World, image: DiskPlan) -> None:
-        asyncio.run(world.layers.make_above(image, ()))
+        asyncio.run(world.layers.make_above(image, (), "host1"))
         assert not marks.has(world.brought.path)
 
     def test_what_is_being_removed_is_not_built_on(self, world: World, image: DiskPlan) -> None:
         assert marks.condemn(world.brought.path)
         with pytest.raises(Conflict, match="is being removed"):
-            asyncio.run(world.layers.make_above(image, ()))
+            asyncio.run(world.layers.make_above(image, (), "host1"))
 
     def test_it_goes_with_the_layer(self, world: World, image: DiskPlan) -> None:
         assert world.give_up()

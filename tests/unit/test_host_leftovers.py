@@ -8,11 +8,15 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from harness.landings import header
 from limosa.host.claims import Claims, Known
-from limosa.host.leftovers import _candidates, _highest_first
+from limosa.host.leftovers import _candidates, _highest_first, _use
 from limosa.host.neighbours import is_same
 from limosa.host.proof import Elsewhere, all_judged, doubts_here, verdict
 from limosa.migration.disks import Made, image_name, read_name
+from limosa.migration.journal import Journal
+from limosa.migration.ownership import SourceStep
+from limosa.model.migration import Side
 from limosa.model.storage import ImageUse, Leftover, Location, Place
 from limosa.storage import layers, leases, marks
 from limosa.storage.locations import Locations
@@ -110,6 +114,54 @@ class TestTheProof:
     def test_the_host_that_made_it_must_be_asked(self) -> None:
         assert verdict(ONE, "host2", [], Elsewhere({"host1": UNUSED}, {})).doubts == ()
         assert verdict(ONE, "host2", [], Elsewhere({"host3": UNUSED}, {})).doubts
+
+    @pytest.mark.parametrize(
+        ("others", "doubt"),
+        [
+            (Elsewhere({"host2": UNUSED, "host3": UNUSED}, {}), ""),
+            (Elsewhere({"host2": UNUSED}, {"host3": "no answer"}), ""),
+            (Elsewhere({"host3": UNUSED}, {}), "only that host knows if the move is over"),
+            (Elsewhere({"host3": UNUSED}, {"host2": "no answer"}), "host 'host2' cannot be asked"),
+            (Elsewhere({"host2": ImageUse(use="the move is not over")}, {}), "on host 'host2': the move"),
+        ],
+    )
+    def test_the_host_that_had_the_vm_says_that_its_move_is_over(self, others: Elsewhere, doubt: str) -> None:
+        """Also of local storage, where nobody else is of interest."""
+        one = msgspec.structs.replace(ONE, source="host2")
+        found = verdict(one, "host1", [], others.only("host2"))
+        assert (found.doubts == (), bool(found.proof)) == (not doubt, not doubt)
+        assert doubt in "".join(found.doubts)
+
+
+class TestWhatTheSourceSays:
+    """Of an image that it does not see, about the move that made it."""
+
+    @pytest.fixture
+    def journal(self, tmp_path: Path) -> Journal:
+        return Journal.begin(tmp_path, msgspec.structs.replace(header(Side.SOURCE), migration=TAG))
+
+    def use(self, tmp_path: Path) -> ImageUse:
+        places = Locations({}, "images", tmp_path)
+        return _use(TAG, [], Claims.look(tmp_path, Known([], {}), places), ())
+
+    @pytest.mark.parametrize("step", [SourceStep.MIGRATING, SourceStep.HANDING_OVER, SourceStep.CONFIRMED])
+    def test_it_is_not_over(self, tmp_path: Path, journal: Journal, step: SourceStep) -> None:
+        journal.record(step, 1.0)
+        said = self.use(tmp_path)
+        assert (said.named, "the move is not over" in said.use) == (True, True)
+
+    @pytest.mark.parametrize("step", [SourceStep.FINISHED, SourceStep.UNDONE])
+    def test_it_is_over(self, tmp_path: Path, journal: Journal, step: SourceStep) -> None:
+        journal.record(SourceStep.HANDING_OVER, 1.0)
+        journal.record(step, 2.0)
+        assert self.use(tmp_path) == UNUSED
+
+    def test_a_person_has_given_the_vm_away(self, tmp_path: Path, journal: Journal) -> None:
+        """Nobody has shown that the destination has it as anything but this image."""
+        journal.record(SourceStep.CONFIRMED, 1.0, stay=True)
+        journal.record(SourceStep.FINISHED, 2.0)
+        said = self.use(tmp_path)
+        assert (said.named, "person's word" in said.use) == (False, True)
 
 
 class TestChains:

@@ -388,29 +388,62 @@ class TestWithoutADaemon:
         play(scenario)
 
     @pytest.mark.parametrize(
-        ("config", "left", "migration", "doubt", "starts"),
+        ("config", "left", "doubt", "starts"),
         [
-            (RESTARTS, False, None, "", True),
-            (VM, False, None, "", False),
-            (RESTARTS, True, None, "", False),
-            (RESTARTS, False, "m1", "", False),
-            (RESTARTS, False, None, "a journal is damaged", False),
+            (RESTARTS, False, "", True),
+            (VM, False, "", False),
+            (RESTARTS, True, "", False),
+            (RESTARTS, False, "a journal is damaged", False),
         ],
-        ids=["restart", "stop", "left by an earlier daemon", "in a move", "may run elsewhere"],
+        ids=["restart", "stop", "left by an earlier daemon", "may run elsewhere"],
     )
     def test_it_is_restarted_if_it_is_to_be(
-        self, play: Play, config: VmConfig, left: bool, migration: str | None, doubt: str, starts: bool
+        self, play: Play, config: VmConfig, left: bool, doubt: str, starts: bool
     ) -> None:
         async def scenario(world: World) -> None:
             hosted = await world.load(config, Found(None, "tcg", LONG_AGO, left))
             assert hosted.state is VmState.CRASHED
-            hosted.migration, world.vms.doubt = migration, doubt
+            world.vms.doubt = doubt
             world.vms.restart_died()
             if starts:
                 await world.runs(hosted)
             else:
                 await world.vms._background.idle()
             assert len(world.launcher.started) == int(starts)
+
+        play(scenario)
+
+    @pytest.mark.parametrize("config", [RESTARTS, VM], ids=["restart", "stop"])
+    def test_of_one_in_a_move_it_is_done_when_that_has_ended(
+        self, play: Play, config: VmConfig, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(vms, "ASK_EVERY_S", 0.001)
+
+        async def scenario(world: World) -> None:
+            hosted = await world.load(config, Found(None, "tcg", LONG_AGO))
+            hosted.migration = "m1"
+            world.vms.restart_died()
+            await asyncio.sleep(0.01)
+            assert world.launcher.started == []
+            hosted.migration = None
+            await (world.runs(hosted) if config is RESTARTS else world.vms._background.idle())
+            assert len(world.launcher.started) == int(config is RESTARTS)
+
+        play(scenario)
+
+    def test_it_is_done_once(self, play: Play, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Whoever ends the move may have done it."""
+        monkeypatch.setattr(vms, "ASK_EVERY_S", 0.001)
+
+        async def scenario(world: World) -> None:
+            hosted = await world.load(RESTARTS, Found(None, "tcg", LONG_AGO))
+            hosted.migration = "m1"
+            world.vms.restart_died()
+            world.launcher.has_images = False
+            hosted.migration = None
+            await world.vms.crashed(hosted)
+            await world.vms._background.idle()
+            assert hosted.reason.count("could not be restarted") == 1
 
         play(scenario)
 

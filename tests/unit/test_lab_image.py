@@ -30,6 +30,7 @@ def test_what_is_wished_is_said_in_the_words_init_reads() -> None:
         disk="vda",
         write_mib_per_s=5,
     )
+    line += command_line(files="vda")
     said = {word.partition("=")[0] for word in line.split() if word.startswith("limosa.")}
     init = files("limosa.lab").joinpath("guest", "init").read_text()
     assert {word for word in said if f"{word}=*)" not in init} == set()
@@ -52,6 +53,8 @@ def test_what_is_wished_is_said_in_the_words_init_reads() -> None:
         {"rewrite_mib_per_s": -1},
         {"write_mib_per_s": 1},
         {"disk": "vda", "write_mib_per_s": 101},
+        {"files": "vda/"},
+        {"disk": "vda", "files": "vdb"},
     ],
 )
 def test_what_the_guest_cannot_do_is_refused(wrong: dict[str, Any]) -> None:

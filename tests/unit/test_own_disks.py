@@ -19,6 +19,7 @@ from test_disks import FACT
 from test_host_storage import storage
 from test_preflight import VM
 
+from harness.landings import header
 from harness.lvm import EXTENT, GROUP, FakeLvm
 from limosa.host.claims import Claims
 from limosa.host.disk_moves import _Move
@@ -28,10 +29,13 @@ from limosa.host.own_disks import OwnDisks
 from limosa.host.parts import Parts
 from limosa.host.storage import Storage
 from limosa.migration import disks
+from limosa.migration.journal import Journal
+from limosa.migration.ownership import DestinationStep
 from limosa.migration.report import Report
+from limosa.model.migration import Side
 from limosa.model.storage import ImageUse
 from limosa.model.vm import Disk, VmConfig
-from limosa.storage import leases, lvm
+from limosa.storage import layers, leases, lvm, marks
 from limosa.wire.api import ImagesSought, ImageUses
 
 __all__ = ["storage"]
@@ -192,6 +196,31 @@ def test_what_lies_below_a_clone_in_no_location_stays(either: World, tmp_path: P
     assert not either.leave()
 
 
+def test_what_a_move_is_receiving_lies_above_nothing_yet(either: World, tmp_path: Path) -> None:
+    """It says what lay below its original at the source, until all of it is here."""
+    journal = Journal.begin(
+        either.parts.files.migrations,
+        msgspec.structs.replace(header(Side.DESTINATION), migration="abcdefabcdef"),
+    )
+    journal.record(DestinationStep.RESERVED, 1.0)
+    named = layers.name("/srv/installer.qcow2", journal.header.migration, 1, "qcow2")
+    arriving = either.image.with_name(named)
+    layers.make(arriving, marks.Mark(host="host2", at=1.0))
+    original, below = tmp_path / "installer.qcow2", tmp_path / "below.qcow2"
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", str(below), "1M"], check=True)
+    lies_above = ["-b", str(below), "-F", "qcow2", str(original)]
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", *lies_above], check=True)
+    arriving.write_bytes(original.read_bytes())
+    below.unlink()
+    either.all.append(SimpleNamespace(config=World.with_disk(OTHER, arriving, read_only=True), machine=None))
+    assert either.needed() == ""
+    arriving.write_bytes(b"QFI\xfb")
+    assert either.needed() == ""
+    layers.finish(arriving, "", None)
+    assert "what lies below" in either.needed()
+    assert not either.leave()
+
+
 class TestWhatCannotBeRead:
     """It may lie above any image, or name it."""
 
@@ -286,7 +315,7 @@ class TestOnSharedStorage:
                 ImageUse(use="/nas/child.qcow2 lies above it", named=True),
                 "on host 'host3': /nas/child.qcow2 lies above it",
             ),
-            ("no route", "host 'host3' cannot be asked: no route"),
+            ("no route", "host 'host3', which may need it, cannot be asked: no route"),
         ],
     )
     def test_they_are_asked(self, either: World, said: ImageUse | str, needed: str) -> None:

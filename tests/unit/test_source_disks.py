@@ -613,6 +613,25 @@ def test_connections_keep_the_cap_of_a_copy_that_is_ready_until_the_guest_stands
     play(tmp_path, scenario)
 
 
+def test_what_is_shown_as_sent_of_a_disk_is_what_its_connection_has_carried(tmp_path: Path) -> None:
+    """A copy counts holes and zeroes, too."""
+
+    async def scenario(world: World) -> None:
+        world.wire.hold(Stage.COPY)
+        running = asyncio.ensure_future(world.move.run())
+        await world.wire.reached(Stage.COPY)
+        (channel,) = world.disk_channels
+        channel.paths.append(Used("10.1.0.1", "10.1.0.2", 7))
+        world.wire.release(Stage.COPY)
+        await running
+        (disk,) = world.report.now.progress.disks
+        assert (disk.copied_bytes, disk.sent_bytes) == (disk.total_bytes, 7)
+        of_memory = world.here._statistics.transferred_bytes
+        assert world.report.now.progress.transferred_bytes == of_memory + 7
+
+    play(tmp_path, scenario)
+
+
 def test_the_blackout_begins_when_qemu_says_though_it_tells_later(tmp_path: Path) -> None:
     async def scenario(world: World) -> None:
         assert world.move._stopped_at(99.9) == 99.9

@@ -50,6 +50,33 @@ def like(identity: FileIdentity, **changes: object) -> FileIdentity:
         ({"share": NFS}, {"machine": "boot-2", "share": NFS, "device": 7}, True),
         ({"share": NFS}, {"machine": "boot-2", "share": NFS, "inode": 11}, False),
         ({"share": NFS}, {"machine": "boot-2", "share": "nfs4 other:/images"}, False),
+        # one mounted a folder further down than the other
+        (
+            {"share": "nfs4 nas:/", "on_server": "nfs4 nas:/images/a"},
+            {"machine": "boot-2", "share": NFS, "on_server": "nfs4 nas:/images/a", "device": 7},
+            True,
+        ),
+        (
+            {"share": "nfs4 nas:/", "on_server": "nfs4 nas:/images/a"},
+            {"machine": "boot-2", "share": NFS, "on_server": "nfs4 nas:/images/a", "inode": 11},
+            False,
+        ),
+        (
+            {"share": "nfs4 nas:/", "on_server": "nfs4 nas:/a"},
+            {"machine": "boot-2", "share": NFS, "on_server": "nfs4 nas:/images/a"},
+            False,
+        ),
+        # NFS 3 and 4 do not call a folder alike
+        (
+            {"share": "nfs nas:/images", "on_server": "nfs nas:/images/a"},
+            {"machine": "boot-2", "share": NFS, "on_server": "nfs4 nas:/images/a"},
+            False,
+        ),
+        (
+            {"share": SSHFS, "on_server": "fuse.sshfs nas:/images/a"},
+            {"machine": "boot-2", "share": SSHFS, "on_server": "fuse.sshfs nas:/images/a"},
+            False,
+        ),
         # inode numbers of a FUSE share are made up by each host
         ({"share": SSHFS}, {"machine": "boot-2", "share": SSHFS}, False),
         # an administrator's word
@@ -132,6 +159,7 @@ IDENTITIES = st.builds(
     inode=st.integers(1, 2),
     device_bytes=st.integers(0, 2),
     holder=st.sampled_from(["", "host1 boot-1 vm", "host2 boot-2 vm"]),
+    on_server=st.sampled_from(["", "nfs4 nas:/images/a"]),
     share=st.sampled_from(["", NFS, "nfs 10.0.0.1:/images", SSHFS, "cifs //nas/vms", "cifs-noserverino //nas/vms"]),
     location=st.sampled_from(["", "vms"]),
     location_path=st.sampled_from(["a", "b"]),
@@ -202,6 +230,26 @@ def test_on_nfs_a_folder_is_not_looked_into_before_it_matters(tmp_path: Path, mo
     found = identify(str(path), {"vms": str(tmp_path)}, digest=False)
     assert found is not None
     assert found.holder == ""
+
+
+def test_a_file_has_its_name_on_the_server_whichever_folder_is_mounted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "vms" / "web.qcow2"
+    path.parent.mkdir()
+    path.touch()
+    found = []
+    for source, point in (("nas:/", tmp_path), ("nas:/vms", path.parent)):
+        device = path.stat().st_dev
+        line = f"30 22 {os.major(device)}:{os.minor(device)} / {point} rw - nfs4 {source} rw"
+        with monkeypatch.context() as then:
+            then.setattr(Path, "read_text", lambda *_, line=line: line)
+            found.append(identify(str(path), {}, digest=False))
+    above, below = found
+    assert above is not None
+    assert below is not None
+    assert (above.share, below.share) == ("nfs4 nas:/", "nfs4 nas:/vms")
+    assert same_file(above, like(below, machine="boot-2"))
 
 
 def test_a_digest_follows_the_contents(tmp_path: Path) -> None:

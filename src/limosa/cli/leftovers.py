@@ -68,7 +68,8 @@ def _show(one: Leftover) -> None:
     say(f"  {format_bytes(one.size_bytes)}, of {age} ago")
     maker = f" on host '{one.host}'" if one.host else ""
     kind = f"disk {one.disk} of VM '{one.vm}'" if one.vm else "a file below disks"
-    say(f"  {kind}, named by move {one.migration}{maker}")
+    origin = f" from host '{one.source}'" if one.source else ""
+    say(f"  {kind}, named by move {one.migration}{maker}{origin}")
     say("  stays, because it is not certain that nobody needs it:" if one.doubts else "  may be removed:")
     for reason in one.doubts or one.proof:
         say(f"    - {reason}")

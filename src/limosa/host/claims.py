@@ -17,11 +17,11 @@ import msgspec
 from limosa.errors import LimosaError, StorageError
 from limosa.host.vms import Vms
 from limosa.migration.disks import read_name
-from limosa.migration.journal import last_step
+from limosa.migration.journal import Journal
 from limosa.migration.ownership import DESTINATION_ENDED, SOURCE_ENDED, DestinationStep
 from limosa.model import reading
 from limosa.model.vm import VmConfig
-from limosa.storage import chains, marks, openers, qcow2
+from limosa.storage import chains, layers, marks, openers, qcow2
 from limosa.storage.locations import Locations
 from limosa.storage.openers import FileKey
 
@@ -59,7 +59,7 @@ class Claims:
         copies above it have one, ``but`` for these."""
         return (
             self.by_name(image, migration)
-            or self._in_journals(migration)
+            or self.of_move(migration)
             or self._copy_above(image, but)
             or self._holder(image)
         )
@@ -87,7 +87,12 @@ class Claims:
     def _worker(self, migration: str) -> str:
         return next((words for words, works in self._journals(migration) if works), "")
 
-    def _in_journals(self, migration: str) -> str:
+    def is_under_way(self, migration: str) -> bool:
+        """Whether a move of this host is not over, as far as this host knows."""
+        return bool(self._worker(migration))
+
+    def of_move(self, migration: str) -> str:
+        """What the files of a move have against removing what it made, on whichever host; empty if nothing."""
         return next((words for words, _ in self._journals(migration)), "")
 
     def _journals(self, migration: str) -> Iterator[tuple[str, bool]]:
@@ -98,10 +103,14 @@ class Claims:
                     reading.decode(path.read_bytes(), object)
                     if not path.name.endswith(".view.json"):
                         yield f"{path} says that the move is not over", True
-                elif (step := last_step(path)) == DestinationStep.OWNED:
+                    continue
+                journal = Journal.look(path)
+                if journal.step == DestinationStep.OWNED:
                     yield f"{path} says that a VM of this host has had it", False
-                elif step not in _ENDED:
+                elif journal.step not in _ENDED:
                     yield f"{path} says that the move is not over", True
+                elif journal.rests_on_a_word:
+                    yield f"{path} says that only a person's word ended the move", False
             except FileNotFoundError:
                 continue  # the move is over
             except (OSError, msgspec.DecodeError, LimosaError) as error:
@@ -131,6 +140,8 @@ class Claims:
             self.unread.append(f"what lies in {folder} is not known: {error.strerror or error}")
             return
         for image in images:
+            if layers.arrives(image) and self._is_to_be_made(image):
+                continue
             try:
                 header = qcow2.read_if_any(image)
             except StorageError as error:
@@ -152,10 +163,11 @@ class Claims:
         return made is not None and marks.has(str(image)) and not self._worker(made.migration)
 
     def _is_to_be_made(self, image: Path) -> bool:
-        """Whether a move is about to make it, and it lies above nothing yet; the move looks whether what is to lie
-        below it is there when it does."""
+        """Whether a move is about to make it, or receives it, and it lies above nothing yet; the move looks whether
+        what is to lie below it is there when it does."""
         made = read_name(image.name)
-        return made is not None and _is_nothing(image) and bool(self._worker(made.migration))
+        is_unmade = _is_nothing(image) or layers.arrives(image)
+        return made is not None and is_unmade and bool(self._worker(made.migration))
 
     def _note(self, path: str | Path, who: str) -> None:
         for key in _keys(path):

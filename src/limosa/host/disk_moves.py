@@ -66,6 +66,7 @@ from limosa.qemu.disks import Disks
 from limosa.qemu.machine import does_direct_io
 from limosa.qemu.protocol import ImageFile
 from limosa.settings import toml
+from limosa.settings.host import ConvergencePolicy
 from limosa.storage import access, mounts
 from limosa.wire.api import DiskMoveRequest
 
@@ -285,12 +286,15 @@ class DiskMoves:
         """Try once."""
         try:
             await move.end_copier()
-            moved = await self._recover(move.hosted, move.record)
+            moved, left = await self._recover(move.hosted, move.record)
             self.forget(move.record)
         except Exception as error:  # noqa: BLE001 - whatever it is, it is tried again
-            _log.error("the move of disks of VM %s could not be undone: %s", move.record.vm, error)
-            move.report.note(f"it cannot be undone yet: {error}")
+            note = f"it cannot be undone yet: {error}"
+            if note != move.report.now.progress.note:  # it may be tried for hours
+                _log.error("the move of disks of VM %s could not be undone: %s", move.record.vm, error)
+                move.report.note(note)
             return False
+        move.says(left)
         if moved:
             move.report.end(Outcome.COMPLETED)
         else:
@@ -304,8 +308,9 @@ class DiskMoves:
         if move.qemu_ended:
             await self._vms.crashed(move.hosted)
 
-    async def _recover(self, hosted: HostedVm, record: Record) -> bool:
-        """Undo what is not in use, finish what ``vm.toml`` says is. Returns whether that was so. May be repeated."""
+    async def _recover(self, hosted: HostedVm, record: Record) -> tuple[bool, tuple[Finding, ...]]:
+        """Undo what is not in use, finish what ``vm.toml`` says is. Returns whether that was so, and what is to be said
+        of images that could not be deleted. May be repeated."""
         if hosted.machine is None:
             await self.stopped.end(hosted.config)
         for plan in record.plans:
@@ -320,11 +325,11 @@ class DiskMoves:
         used = [plan for plan in record.plans if now.get(plan.disk) == plan.path]
         for plan in used:
             self._storage.settle(plan.path)
-        left = [record.old[plan.disk].path for plan in used]
-        await self._leave(hosted, record, [old for old in left if old not in now.values()])
+        old = [record.old[plan.disk].path for plan in used]
+        left = await self._leave(hosted, record, [path for path in old if path not in now.values()])
         if hosted.machine is None:
             await self.stopped.give_back(hosted.config, [plan.path for plan in record.plans])
-        return all(now.get(plan.disk) == plan.path for plan in record.plans)
+        return all(now.get(plan.disk) == plan.path for plan in record.plans), left
 
     async def _is_refused(self, hosted: HostedVm, plan: DiskPlan) -> bool:
         """Whether ``vm.toml`` names the new image and QEMU did not take it. Once known it stays so: that QEMU may end
@@ -386,9 +391,9 @@ class DiskMoves:
         self._path(record).unlink(missing_ok=True)
 
     @property
-    def patience_s(self) -> float:
-        """How long a copy may come no nearer to its end."""
-        return self._page.now.convergence.patience_s
+    def policy(self) -> ConvergencePolicy:
+        """How long a copy may come no nearer to its end, and how far a guest may be slowed for it."""
+        return self._page.now.convergence
 
     def _path(self, record: Record) -> Path:
         return self._folder / f"{record.migration}.disks.json"
@@ -441,8 +446,12 @@ class _Move:
             await self._switch_over()
         self.report.enter(Phase.TEAR_DOWN)
         await self.end_copier()
-        left = await self._moves.remove_old(self.hosted, self.record)
-        self.report.change(findings=(*self.report.now.findings, *left))
+        self.says(await self._moves.remove_old(self.hosted, self.record))
+
+    def says(self, left: tuple[Finding, ...]) -> None:
+        """Say what is to be said of images that could not be deleted."""
+        if left:
+            self.report.change(findings=(*self.report.now.findings, *left))
 
     @property
     def qemu(self) -> Disks:
@@ -513,7 +522,7 @@ class _Move:
             whole = plan.action is DiskAction.COPY
             cap = self._cap // len(plans)
             await self.qemu.copy_to_file(plan.disk, self.record.migration, image, cap, whole=whole)
-        copying = self._copying = Mirrors(self.qemu, [plan.disk for plan in plans], self._moves.patience_s)
+        copying = self._copying = Mirrors(self.qemu, [plan.disk for plan in plans], self._moves.policy)
         self.report.bar = self.report.bar.with_disks(1, 0)
         await copying.until_ready(lambda: self._look(copying))
 

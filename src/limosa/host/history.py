@@ -2,8 +2,9 @@
 
 Journals and views of the newest moves stay for :data:`KEPT_S`. Longer stay, because something rests on them: what has
 not ended; at the destination journals of VMs that landed, since a source that lost the end of its move, and was off for
-weeks, must hear whose the VM is, and never guess; and one journal for each pair of hosts, by which they know each other
-(:mod:`limosa.host.neighbours`).
+weeks, must hear whose the VM is, and never guess; at the source those of moves that a person's word ended, since the
+images at the destination may be all there is of the VM; and one journal for each pair of hosts, by which they know each
+other (:mod:`limosa.host.neighbours`).
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from pathlib import Path
 from limosa.errors import StateError
 from limosa.host.neighbours import met
 from limosa.host.views import Views
-from limosa.migration.journal import last_step
+from limosa.migration.journal import Journal
 from limosa.migration.ownership import DestinationStep, SourceStep
 
 _log = logging.getLogger(__name__)
@@ -58,7 +59,8 @@ def _forget_journals(old: Iterable[Path]) -> None:
     for path in old:
         hosts = met(path)
         with suppress(StateError):  # it is for a person
-            if hosts in acquainted and last_step(path) in _NOTHING_RESTS_ON:
+            journal = Journal.look(path)
+            if hosts in acquainted and journal.step in _NOTHING_RESTS_ON and not journal.rests_on_a_word:
                 path.unlink()
         acquainted.add(hosts)
 

@@ -59,7 +59,9 @@ class LandingHere:
         await self._storage.hold(request.disks)
         credentials = request.disk_credentials if request.layers_relay is None else None
         open_door = partial(self._arrival.open_layers, request)
-        await self._layers.take(request.layers, credentials, open_door, tell, self._only_read(request))
+        await self._layers.take(
+            request.layers, credentials, open_door, tell, self._header.source, self._only_read(request)
+        )
 
     async def launch(self, request: Prepare) -> MachineProtocol:
         """See :class:`limosa.migration.destination.Landing`."""
@@ -67,7 +69,7 @@ class LandingHere:
         self._arrival.begin(request)
         brought = {plan.file.path for plan in request.layers}
         for plan in request.disks:
-            await self._layers.make_above(plan, brought)
+            await self._layers.make_above(plan, brought, self._header.source)
         for disk in request.vm.disks:
             if disk.path in self._only_read(request):
                 await self._layers.use(disk, brought)

@@ -69,10 +69,11 @@ class Layers:
         credentials: StreamCredentials | None,
         open_door: Callable[[], Awaitable[Doorway]],
         tell: Callable[[LayersAwaited], None],
+        source: str,
         disks: Collection[str] = (),
     ) -> None:
-        """Receive those that are not here, and those whose paths are those of ``disks`` in any case. Encrypted with
-        ``credentials``, if there are any.
+        """Receive from host ``source`` those that are not here, and those whose paths are those of ``disks`` in any
+        case. Encrypted with ``credentials``, if there are any.
 
         Raises :class:`StorageError` and :class:`NetworkError`; :meth:`give_up` removes what is here by then.
         """
@@ -84,7 +85,7 @@ class Layers:
                 return
             wanted = [plans[at] for at in missing]
             for plan in wanted:
-                await self._storage.make_layer(plan)
+                await self._storage.make_layer(plan, source)
             with contextlib.closing(await open_door()) as door:
                 address, port, token = door.address, door.port, door.token
                 tell(LayersAwaited(address=address, port=port, token=token, wanted=tuple(missing)))
@@ -105,16 +106,17 @@ class Layers:
             )
         self._storage.settle(path)
 
-    async def make_above(self, plan: DiskPlan, brought: Collection[str]) -> None:
-        """Make the image of a disk, above what is to lie below it; ``brought``: what of that its move brings.
+    async def make_above(self, plan: DiskPlan, brought: Collection[str], source: str) -> None:
+        """Make the image of a disk, above what is to lie below it; ``brought``: what of that its move brings, from host
+        ``source``.
 
         Raises :class:`StorageError`, and :class:`Conflict` if something below it is being removed.
         """
         if plan.backing is None:
-            await self._storage.make(plan)
+            await self._storage.make(plan, source)
             return
         below = await self._found(plan.backing)
-        await self._storage.make(msgspec.structs.replace(plan, backing=below))
+        await self._storage.make(msgspec.structs.replace(plan, backing=below), source)
         async with self._removing:  # from here on the image keeps what is below it from being removed
             claim = self._storage.places.claim
             await asyncio.to_thread(layers.claim_below, plan.path, plan.format, claim, brought)

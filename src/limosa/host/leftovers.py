@@ -6,7 +6,9 @@ mended, the images stay. An image is offered for removal only if all of this hol
 - it has the mark of an unfinished copy (:mod:`limosa.storage.unfinished`), and its name is one that a move gives;
 - nothing on this host has a claim to it (:mod:`limosa.host.claims`): no VM, image above it, unfinished or damaged
   journal, process, lock or lease;
-- where other hosts see it, all that are known were asked, the one that made it among them, and say the same.
+- where other hosts see it, all that are known were asked, the one that made it among them, and say the same;
+- where its VM came from another host, that one was asked, and says that the move is over: until then the guest may
+  have run here last, and a person may have to say so.
 
 Whatever cannot be known is a doubt, and an image with a doubt is shown and never removed. Images without a mark,
 such as those ``--keep`` left, are always doubted. To remove one the mark is taken first, so that no VM can be started
@@ -112,17 +114,20 @@ class Leftovers:
         """The same with proof and doubts, without those that are in use."""
         claims = await self._claims()
         unused = [one for one in found if not claims.by_name(Path(one.path), one.migration)]
-        elsewhere = await self._ask([one for one in unused if one.location in shared])
+        comes_from = {one.path: one.source for one in unused if one.source not in ("", self._host)}
+        elsewhere = await self._ask([one for one in unused if one.location in shared or one.path in comes_from])
 
         def judge(one: Leftover, going: Collection[Path]) -> Leftover:
             others = elsewhere.get(one.path)
+            if others is not None and one.location not in shared:
+                others = others.only(comes_from[one.path])
             return verdict(one, self._host, doubts_here(one, claims, self._host, going), others)
 
         judged = await asyncio.to_thread(all_judged, unused, judge)
         return tuple(one for one in judged if not is_named(elsewhere.get(one.path)))
 
     async def _ask(self, images: Sequence[Leftover]) -> dict[str, Elsewhere]:
-        """What other hosts say of images on shared storage, by path."""
+        """What other hosts say of images, by path."""
         places = self._storage.places
         asked = await asyncio.to_thread(lambda: {one.path: sought(one.path, one.migration, places) for one in images})
         return await self._neighbours.uses(asked)
@@ -176,6 +181,7 @@ def _candidates(location: str, store: Store) -> Iterator[Leftover]:
                     size_bytes=found.size_bytes,
                     changed_at=found.changed_at,
                     host=found.mark.host if found.mark is not None else "",
+                    source=found.mark.source if found.mark is not None else "",
                 )
 
 
@@ -194,6 +200,7 @@ def _height(image: Path) -> int:
 
 
 def _use(migration: str, seen: Sequence[Path], claims: Claims, going: Collection[Path]) -> ImageUse:
-    reasons = [reason for path in seen if (reason := claims.on(path, migration, going))] + claims.unread
-    named = any(claims.by_name(path, migration) for path in seen)
-    return ImageUse(use="; ".join(dict.fromkeys(reasons)), named=named)
+    """Also of one that is not seen here, its move may be known."""
+    reasons = [claims.of_move(migration), *(claims.on(path, migration, going) for path in seen), *claims.unread]
+    named = claims.is_under_way(migration) or any(claims.by_name(path, migration) for path in seen)
+    return ImageUse(use="; ".join(dict.fromkeys(filter(None, reasons))), named=named)

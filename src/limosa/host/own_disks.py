@@ -57,8 +57,8 @@ class OwnDisks:
         What is not deleted without being asked for is logged, and returned in words."""
         left: dict[str, Finding] = {}
         for path, who in ({} if keep else await self._needed_or_doubted(images)).items():
-            _log.error("%s is left, because it is needed: %s", path, who)
-            left[path] = not_deleted(path, f"it is needed: {who}")
+            _log.error("%s is left: %s", path, who)
+            left[path] = not_deleted(path, who)
         for path in images:
             if not keep and path not in left and (why := await self._storage.remove(path)):
                 left[path] = not_deleted(path, why)
@@ -100,4 +100,5 @@ class OwnDisks:
 def _words(others: Elsewhere, *, in_use: bool) -> str:
     """What other hosts say. Of an image ``in_use`` here they may see just that."""
     uses = {host: use for host, use in others.uses.items() if use.named or not in_use}
-    return "; ".join(doubts_elsewhere(Elsewhere(uses, others.silent)))
+    away = [f"host '{host}', which may need it, cannot be asked: {why}" for host, why in others.silent.items()]
+    return "; ".join([*doubts_elsewhere(Elsewhere(uses, {})), *away])

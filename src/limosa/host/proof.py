@@ -25,6 +25,13 @@ class Elsewhere:
     uses: Mapping[str, ImageUse]
     silent: Mapping[str, str]
 
+    def only(self, host: str) -> Elsewhere:
+        """What that one says."""
+        return Elsewhere(
+            {name: use for name, use in self.uses.items() if name == host},
+            {name: why for name, why in self.silent.items() if name == host},
+        )
+
 
 def doubts_here(one: Leftover, claims: Claims, host: str, going: Collection[Path]) -> list[str]:
     """What on this host keeps it from being certain that nobody uses the image, when those that are going have gone."""
@@ -51,9 +58,11 @@ def doubts_elsewhere(others: Elsewhere) -> list[str]:
 
 def verdict(one: Leftover, host: str, doubts: list[str], others: Elsewhere | None) -> Leftover:
     """The image with all doubts, or with the proof; pure. ``others``: None if no other host sees it."""
-    maker_is_asked = one.host in ("", host) or (others is not None and one.host in others.uses)
-    if not maker_is_asked:
+    asked = {"", host, *(others.uses if others is not None else ())}
+    if one.host not in asked:
         doubts = [*doubts, f"host '{one.host}' made it, and only that host knows its own moves"]
+    if one.source not in asked:
+        doubts = [*doubts, f"its VM was to come from host '{one.source}', and only that host knows if the move is over"]
     if others is not None:
         doubts = [*doubts, *doubts_elsewhere(others)]
         if not others.uses and not others.silent:

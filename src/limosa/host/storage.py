@@ -147,10 +147,10 @@ class Storage:
         for plan in plans:
             await self._hold(plan.path, plan.location, plan.expected_bytes)
 
-    async def make(self, plan: DiskPlan) -> None:
+    async def make(self, plan: DiskPlan, source: str = "") -> None:
         """Hold space for the image of a copy, which will write all of it, if none is held, and create it, durably, with
-        the mark of one that is not finished. Raises :class:`StorageError`; nothing is left then. Who is cancelled
-        removes it."""
+        the mark of one that is not finished. ``source``: the host the VM comes from, if that is another. Raises
+        :class:`StorageError`; nothing is left then. Who is cancelled removes it."""
         store = self.places.store(plan.location)
         if plan.path not in self._held:
             await self._hold(plan.path, plan.location, plan.expected_bytes)
@@ -164,19 +164,19 @@ class Storage:
                 plan.backing,
                 thick=plan.thick,
                 blank=False,
-                mark=self._mark(),
+                mark=self._mark(source),
             )
             await in_full(access.give_new, Path(plan.path), self.user)
         except BaseException:
             self.settle(plan.path)
             raise
 
-    async def make_layer(self, plan: LayerPlan) -> None:
+    async def make_layer(self, plan: LayerPlan, source: str) -> None:
         """Hold space for a file that is to lie below disks and create it, empty, and otherwise as :meth:`make`."""
         path = plan.file.path
         await self._hold(path, plan.location, plan.expected_bytes)
         try:
-            await in_full(layers.make, Path(path), self._mark())
+            await in_full(layers.make, Path(path), self._mark(source))
         except BaseException:
             self.settle(path)
             raise
@@ -187,8 +187,8 @@ class Storage:
         for path in paths:
             await in_full(self.places.store_of(path).unfinished.finish, path)
 
-    def _mark(self) -> Mark:
-        return Mark(host=self._host, at=time.time())
+    def _mark(self, source: str) -> Mark:
+        return Mark(host=self._host, at=time.time(), source=source)
 
     async def _hold(self, path: str, location: str, needed: int) -> None:
         """Between plan and deed another copy may have taken the space, so it is looked at again."""

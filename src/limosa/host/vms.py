@@ -62,6 +62,8 @@ class HostedVm:
     steered: int = 0
     #: it is about to have a QEMU, and was given the memory for that
     starting: bool = False
+    #: its QEMU ended while no daemon was there, and what ``on_crash`` says has not been done
+    died: bool = False
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     #: held while the end of its QEMU is dealt with
     ended: asyncio.Lock = field(default_factory=asyncio.Lock)
@@ -95,8 +97,6 @@ class Vms:
         self._folders = Folders(files)
         #: why it is not known of every VM here whether it has left; empty if it is
         self.doubt = ""
-        #: VMs whose QEMU ended while no daemon was there
-        self._died: list[HostedVm] = []
         self._background = Background()
         self._giving_back = Background()
 
@@ -123,8 +123,7 @@ class Vms:
         hosted.accelerator, hosted.started_at = found.accelerator, found.started_at
         if found.machine is None:
             hosted.state, hosted.reason = died, "its QEMU ended while the host daemon was not there"
-            if died is VmState.CRASHED and not found.left:
-                self._died.append(hosted)
+            hosted.died = died is VmState.CRASHED and not found.left
             return
         try:
             async with asyncio.timeout(ATTACH_WITHIN_S):
@@ -175,13 +174,17 @@ class Vms:
         To be called when migrations have said which VMs are theirs, and leases are being given back; while there is a
         doubt nothing is started."""
         if not self.doubt:
-            for hosted in self._died:
-                self._background.spawn(self._restart_died(hosted))
+            for hosted in self.all():
+                if hosted.died:
+                    self._background.spawn(self._restart_died(hosted))
 
     async def _restart_died(self, hosted: HostedVm) -> None:
+        """As soon as it is in no move: one of its disks that cannot be undone may take long."""
         async with hosted.lock:
             pass  # its leases are given back
-        if self._vms.get(hosted.config.name) is hosted:  # and was not deleted meanwhile
+        while hosted.migration is not None:  # noqa: ASYNC110 - many end one, and it may take hours
+            await asyncio.sleep(ASK_EVERY_S)
+        if hosted.died and self._vms.get(hosted.config.name) is hosted:  # and was not deleted meanwhile
             await self._restart(hosted)
 
     # Looking
@@ -520,6 +523,7 @@ class Vms:
         is_crashed = hosted.state is VmState.CRASHED and hosted.migration is None and not hosted.lock.locked()
         if not is_crashed or hosted.config.on_crash != "restart":
             return
+        hosted.died = False
         if time.time() - (hosted.started_at or 0) <= CRASH_LOOP_S:
             self._launcher.leave_ended(hosted.config)
             return

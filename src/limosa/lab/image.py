@@ -4,8 +4,9 @@ The kernel comes from Debian's own archive with ``apt-get download`` and is unpa
 busybox, the virtio modules and ``guest/init``; it boots in a few seconds also where QEMU emulates the processor. The
 guest serves HTTP on port 80 (``/``: a page with its name, uptime and a counter; ``/ok``: two bytes from memory), echoes
 on TCP port 7, answers pings, and has a shell on the serial console, where it says ``LIMOSA READY`` when the network
-serves, ``LIMOSA FILLED`` when its memory is loaded, ``LIMOSA REWRITES`` when it begins to rewrite that and ``LIMOSA
-WRITES`` when it begins to load its disk. The power button turns it off.
+serves, ``LIMOSA FILLED`` when its memory is loaded, ``LIMOSA REWRITES`` when it begins to rewrite that, ``LIMOSA
+WRITES`` when it begins to load its disk, and ``LIMOSA LOST`` when a file on it is not what it was. The power button
+turns it off.
 
 An image lies in a folder named after the recipe's digest and appears there in one step, so that two builders do no harm
 and a new release of Limosa builds its own::
@@ -39,6 +40,8 @@ CACHE = Path("/var/cache/limosa/guest")
 KERNEL_PACKAGE = "linux-image-cloud-amd64"
 BUSYBOX = Path("/bin/busybox")
 MODULES = ("virtio_pci", "virtio_net", "virtio_blk", "virtio_scsi", "virtio_rng", "virtio_balloon", "button", "evdev")
+#: Loaded only by a guest that keeps files.
+FILE_SYSTEM = ("ext4",)
 FOLDERS = ("bin", "dev", "etc", "etc/acpi", "etc/acpi/PWRF", "modules", "proc", "run", "sys", "www", "www/cgi-bin")
 GUEST_FILES = {
     "init": "init",
@@ -66,6 +69,7 @@ def command_line(
     rewrite_mib_per_s: int = 0,
     disk: str = "",
     write_mib_per_s: int = 0,
+    files: str = "",
 ) -> str:
     """The kernel command line of a guest.
 
@@ -73,10 +77,14 @@ def command_line(
     ``random_mib`` cannot be compressed and the rest can; of the random part ``rewrite_mib_per_s`` are overwritten
     evenly, with other content each time. On ``disk`` (``vda``) a number is written ten times a second, each durable
     before the next, into the first 2048 blocks of 4 KiB in turn; the 64 MiB that follow are overwritten evenly with
-    ``write_mib_per_s`` of random bytes, past the guest's cache. Raises :class:`InvalidInput`.
+    ``write_mib_per_s`` of random bytes, past the guest's cache. On ``files``, another one with an ext4 file system, it
+    keeps the last 64 files of those it writes one after another, each durable before the next, named by its number and
+    SHA-256 (``7.e3b0...``); it reads them again from the disk, and goes on after them when it starts. Its page says the
+    last number. Raises :class:`InvalidInput`.
     """
     _check(is_name(name), "name", name)
     _check(disk == "" or re.fullmatch(r"[a-z]{2,8}", disk) is not None, "disk", disk)
+    _check(files == "" or (re.fullmatch(r"[a-z]{2,8}", files) is not None and disk == ""), "files", files)
     _check(0 <= random_mib <= fill_mib, "random_mib", f"{random_mib} of {fill_mib}")
     # A step is one twentieth of a second's writing and must fit both the random part and the pool it copies from.
     _check(0 <= rewrite_mib_per_s <= min(200, 20 * random_mib), "rewrite_mib_per_s", str(rewrite_mib_per_s))
@@ -92,6 +100,7 @@ def command_line(
             "rewrite_mib_s": rewrite_mib_per_s,
             "disk": disk,
             "write_mib_s": write_mib_per_s,
+            "files": files,
         }
     except ValueError as fault:
         raise InvalidInput("the guest's address is not valid", why=str(fault)) from fault
@@ -123,7 +132,7 @@ def recipe_digest() -> str:
     for part in (
         BUSYBOX.read_bytes(),
         *(_guest_file(name) for name in GUEST_FILES.values()),
-        *map(str.encode, MODULES),
+        *map(str.encode, (*MODULES, "", *FILE_SYSTEM)),
     ):
         digest.update(hashlib.sha256(part).digest())
     return digest.hexdigest()[:16]
@@ -158,6 +167,9 @@ def unpacked_kernel(package: str, scratch: Path) -> Path:
 def pack_initramfs(tree: Path) -> bytes:
     """The initramfs for the kernel whose package was unpacked into ``tree``."""
     modules = modules_with_dependencies(tree, MODULES)
+    later = {
+        name: module for name, module in modules_with_dependencies(tree, FILE_SYSTEM).items() if name not in modules
+    }
     archive = Archive()
     for folder in FOLDERS:
         archive.folder(folder)
@@ -165,9 +177,10 @@ def pack_initramfs(tree: Path) -> bytes:
     archive.link("bin/sh", "busybox")
     for path, name in GUEST_FILES.items():
         archive.file(path, _guest_file(name), executable=path != "www/ok")
-    for name, content in modules.items():
-        archive.file(f"modules/{name}.ko", content)
-    archive.file("modules/order", "".join(f"{name}.ko\n" for name in modules).encode())
+    for order, of_it in (("order", modules), ("file-system", later)):
+        for name, content in of_it.items():
+            archive.file(f"modules/{name}.ko", content)
+        archive.file(f"modules/{order}", "".join(f"{name}.ko\n" for name in of_it).encode())
     return archive.finish()
 
 

@@ -300,8 +300,8 @@ def against_leaving(fact: DiskFacts) -> list[Finding]:
     return [
         Finding.error(
             "image-needed",
-            f"{fact.path}, which disk {fact.name} would leave, is needed: {fact.needed}",
-            "keep the images that are left with --keep, or end the other use first",
+            f"{fact.path}, which disk {fact.name} would leave, cannot be deleted: {fact.needed}",
+            "keep the images that are left with --keep; or first end the other use, or start the host that is away",
         )
     ]
 

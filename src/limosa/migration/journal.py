@@ -131,6 +131,11 @@ class Journal:
         """The last step, or None if only the header is there."""
         return self.records[-1].step if self.records else None
 
+    @property
+    def rests_on_a_word(self) -> bool:
+        """Whether it was a person who said that the destination has the VM: what it has of it may be all there is."""
+        return any(record.stay for record in self.records)
+
     def record(self, step: SourceStep | DestinationStep, at: float, *, durable: bool = True, **evidence: Any) -> None:
         """Append a step. On return it is durable, or at least written (see the module's text).
 
@@ -163,14 +168,6 @@ class Journal:
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
-
-
-def last_step(path: Path) -> str | None:
-    """The last step in a journal, as :meth:`Journal.look` finds it; None if only the header is there.
-
-    Raises :class:`StateError` if it is damaged.
-    """
-    return Journal.look(path).step
 
 
 def _read(path: Path) -> tuple[bytes, Header, list[Record]]:

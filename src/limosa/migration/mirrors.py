@@ -15,8 +15,9 @@ from dataclasses import dataclass, replace
 
 from limosa.errors import LimosaError, MigrationFailed, NotConverging
 from limosa.model.storage import DiskAction, DiskPlan, DiskProgress
-from limosa.model.units import MIB
+from limosa.model.units import KIB, MIB
 from limosa.qemu.protocol import CopyingProtocol, CopyState, CopyStatistics, MachineProtocol
+from limosa.settings.host import ConvergencePolicy
 from limosa.transport.channel import SocketChannel
 from limosa.wire.peer import StreamCredentials
 
@@ -25,9 +26,8 @@ LOOK_EVERY_S = 0.2
 BEHIND_S = 1.0
 #: A rate is taken over the looks of so long.
 RATE_OVER_S = 2.0
-#: A guest whose writes are slowed may write this share of what is copied, and of that again, so often; but so many
-#: bytes per second.
-SLOWED_TO, MOST_SLOWED, LEAST_BYTES_PER_S = 0.5, 4, 64 * 1024
+#: A guest whose writes are slowed may write this share of what is copied, and of that again, so often.
+SLOWED_TO, MOST_SLOWED = 0.5, 4
 #: What may always remain: QEMU copies in pieces of up to this (MAX_IO_BYTES in block/mirror.c).
 PIECE_BYTES = MIB
 
@@ -37,8 +37,8 @@ class Keeping:
     """Whether a copy comes nearer to keeping up with its guest; pure.
 
     ``least`` is the least that ever remained, ``since`` when that was. A copy that has come no nearer for a quarter of
-    the patience slows the guest's writes, step by step; one that has not for all of it since the last step does not
-    end.
+    the patience slows the guest's writes, by up to ``steps``; one that has not for all of it since the last step does
+    not end.
 
     For one that is ready this begins anew, and again whenever no more is left than may be. It waits less for a step:
     what is left when the guest stops lengthens the blackout.
@@ -52,8 +52,9 @@ class Keeping:
     kept_up: float = 0.0
     #: it is ready, and has had more left for more than a moment
     is_behind: bool = False
-    #: steps by which the guest's writes were slowed
+    #: steps by which the guest's writes were slowed, and may be
     slowed: int = 0
+    steps: int = MOST_SLOWED
 
     def judge(self, now: float, remaining: int, allowed: int | None = None) -> tuple[Keeping, str]:
         """The state after a look, and what to do: nothing (empty), ``slow-writes`` or ``give-up``. ``allowed``: bytes
@@ -65,18 +66,19 @@ class Keeping:
             return replace(looked, since=now, least=remaining), ""
         waited = now - self.since
         patience_s = self.patience_s / 4
-        if self.slowed < MOST_SLOWED and waited >= (min(BEHIND_S, patience_s) if self.ready else patience_s):
+        if self.slowed < self.steps and waited >= (min(BEHIND_S, patience_s) if self.ready else patience_s):
             return replace(looked, since=now, slowed=self.slowed + 1), "slow-writes"
-        return looked, "give-up" if self.slowed == MOST_SLOWED and waited >= self.patience_s else ""
+        return looked, "give-up" if self.slowed == self.steps and waited >= self.patience_s else ""
 
 
 class Mirrors:
-    """The copies of one move, which have begun."""
+    """The copies of one move, which have begun. ``policy`` says how far the guest may be slowed for them."""
 
-    def __init__(self, machine: CopyingProtocol, disks: Iterable[str], patience_s: float) -> None:
+    def __init__(self, machine: CopyingProtocol, disks: Iterable[str], policy: ConvergencePolicy) -> None:
         self._machine = machine
-        began = time.monotonic()
-        self._keeping = {disk: Keeping(patience_s, began) for disk in disks}
+        self._policy = policy
+        new = Keeping(policy.patience_s, time.monotonic(), steps=MOST_SLOWED if policy.slow_writes else 0)
+        self._keeping = dict.fromkeys(disks, new)
         #: what the guest may write a second, by disk
         self._writes: dict[str, int] = {}
         self.latest: Mapping[str, CopyStatistics] = {}
@@ -174,13 +176,14 @@ class Mirrors:
         self._keeping[disk], what = self._keeping[disk].judge(time.monotonic(), remaining, allowed)
         if what == "slow-writes":
             now = min(self._rate(disk), self._writes.get(disk, float("inf")))
-            self._writes[disk] = max(LEAST_BYTES_PER_S, round(now * SLOWED_TO))
+            self._writes[disk] = max(self._policy.least_write_kib_per_s * KIB, round(now * SLOWED_TO))
             await self._machine.slow_writes(disk, self._writes[disk])
         elif what == "give-up":
             raise NotConverging(
                 f"the copy of disk {disk} " + ("does not come to its end" if allowed is None else "falls behind"),
                 why="the guest writes it faster than it can be sent",
-                todo="move the VM when it is quieter, or over a faster network",
+                todo="move the VM when it is quieter, or over a faster network"
+                + ("" if self._policy.slow_writes else "; or allow its writes to be slowed: convergence.slow_writes"),
             )
 
     def _rate(self, disk: str) -> float:

@@ -138,7 +138,7 @@ def of_disks(
     return bar.seen(at, copied), msgspec.structs.replace(
         shown,
         percent=round(bar.percent, 1),
-        transferred_bytes=copied,
+        transferred_bytes=before + sent(disks),
         remaining_bytes=total - copied,
         total_bytes=total,
         rate_bytes_per_s=_whole(rate),
@@ -146,6 +146,11 @@ def of_disks(
         disks=tuple(disks),
         note=slows_writes(disk for disk in disks if not disk.ready),
     )
+
+
+def sent(disks: Iterable[DiskProgress]) -> int:
+    """Bytes that were sent for disks; where nobody counts them, those that were copied."""
+    return sum(disk.copied_bytes if disk.sent_bytes is None else disk.sent_bytes for disk in disks)
 
 
 def slows_writes(disks: Iterable[DiskProgress]) -> str:

@@ -42,6 +42,7 @@ from limosa.model.facts import VmFacts
 from limosa.model.finding import Severity
 from limosa.model.migration import Phase, Progress
 from limosa.model.route import Route
+from limosa.model.storage import DiskProgress
 from limosa.model.units import MIB
 from limosa.qemu.protocol import Event, MachineProtocol, MigrationState, MigrationStatistics, RunState, StreamParameters
 from limosa.security.stream import make_credentials
@@ -123,6 +124,8 @@ class SourceMove:
         self.mirrors: Mirrors | None = None
         self.disk_credentials: StreamCredentials | None = None
         self.disk_channels: list[SocketChannel] = []
+        #: bytes that were sent for each
+        self._disks_sent: list[int | None] = []
         #: what files below disks were sent by counts on, though it is closed
         self.layers_channel: list[SocketChannel] = []
         #: bytes of files below disks
@@ -289,7 +292,7 @@ class SourceMove:
         self._disks_cap = self.home.bandwidth(Kind.STORAGE)
         each = self._disks_cap // len(copies)
         await mirrors.send(machine, self.header.migration, copies, self.disk_channels, self.disk_credentials, each)
-        copying = self.mirrors = Mirrors(machine, [plan.disk for plan in copies], self.terms.policy.patience_s)
+        copying = self.mirrors = Mirrors(machine, [plan.disk for plan in copies], self.terms.policy)
         self._pace_disks()
         with self._following(paths):
             await copying.until_ready(lambda: self._show_disks(copying))
@@ -324,7 +327,7 @@ class SourceMove:
         self.report.bar, shown = progress.of_disks(
             self.report.bar,
             self.report.now.progress,
-            copying.progress(),
+            await self._disks(copying),
             time.monotonic(),
             before=self.layers_sent,
         )
@@ -459,8 +462,13 @@ class SourceMove:
             await self._everything_followed(self.machine)
         # The guest runs there, so this copy of its memory is of no use any more; its files are, until that is durable.
         await both(self._confirm(images_stay), self.home.end_qemu())
-        not_deleted = await self.home.vm_left(self._left())
-        self.report.change(findings=tuple(dict.fromkeys((*self.report.now.findings, *not_deleted))))
+        left = self._left()
+        if self.journal.rests_on_a_word:
+            await self.home.vm_left(())
+            said = tuple(disks.not_deleted(path, "only a person says that the destination has the VM") for path in left)
+        else:
+            said = await self.home.vm_left(left)
+        self.report.change(findings=tuple(dict.fromkeys((*self.report.now.findings, *said))))
         self.journal.record(SourceStep.FINISHED, time.time(), durable=False)
 
     async def _confirm(self, images_stay: bool) -> None:
@@ -472,8 +480,6 @@ class SourceMove:
 
     def _left(self) -> tuple[str, ...]:
         """Images nobody uses here any more, by the journal."""
-        if any(record.stay for record in self.journal.records):
-            return ()
         return next((record.left for record in self.journal.records if record.left), ())
 
     async def _everything_followed(self, machine: MachineProtocol) -> None:
@@ -593,7 +599,7 @@ class SourceMove:
         await self._act(machine, action)
         await self._hold_back(machine, look, bar.pace)
         note = "" if isinstance(action, convergence.GiveUp) else action.note
-        shown = self._with_disks(progress.progress(bar, look, limit_ms=judge.downtime_limit_ms, note=note))
+        shown = await self._with_disks(progress.progress(bar, look, limit_ms=judge.downtime_limit_ms, note=note))
         notes = note, progress.slows_writes(shown.disks)
         await self._show(msgspec.structs.replace(shown, note="; ".join(filter(None, notes))), look.transferred_bytes)
         return judge
@@ -621,11 +627,18 @@ class SourceMove:
         elif look.remaining_bytes > (limit_s + LENGTHEN_BEFORE_S) * pace:
             self._set_short(False)
 
-    def _with_disks(self, shown: Progress) -> Progress:
+    async def _disks(self, copying: Mirrors) -> tuple[DiskProgress, ...]:
+        """How far the copies are, and how much was sent for them until their channels were closed."""
+        if self.disk_channels:
+            self._disks_sent = [await _sent(channel) for channel in self.disk_channels]
+        shown = zip(copying.progress(), self._disks_sent, strict=False)
+        return tuple(msgspec.structs.replace(copy, sent_bytes=sent) for copy, sent in shown)
+
+    async def _with_disks(self, shown: Progress) -> Progress:
         if self.mirrors is None:
             return shown
-        copies = self.mirrors.progress()
-        sent = shown.transferred_bytes + sum(copy.copied_bytes for copy in copies) + self.layers_sent
+        copies = await self._disks(self.mirrors)
+        sent = shown.transferred_bytes + progress.sent(copies) + self.layers_sent
         return msgspec.structs.replace(shown, transferred_bytes=sent, disks=copies)
 
     async def _act(self, machine: MachineProtocol, action: convergence.Action) -> None:
@@ -662,7 +675,7 @@ class SourceMove:
         look = await machine.migration()
         shown = progress.progress(self.report.bar, look, limit_ms=0, note="")
         self.report.change(
-            progress=self._with_disks(shown),
+            progress=await self._with_disks(shown),
             transfer_s=look.total_s,
             qemu_downtime_ms=look.downtime_ms,
             route=await self._route(look.transferred_bytes),
@@ -670,6 +683,14 @@ class SourceMove:
 
     async def _route(self, of_memory: int = 0) -> Route | None:
         return await self.paths.look(of_memory) if self.paths is not None else self.report.now.route
+
+
+async def _sent(channel: Channel) -> int | None:
+    """Bytes that a channel has sent, before compression; None if nobody counts them."""
+    if (compressed := await channel.compressed()) is not None:
+        return compressed.raw_bytes
+    used = channel.used()
+    return sum(one.sent_bytes for one in used) if used else None
 
 
 POST_COPY = frozenset(

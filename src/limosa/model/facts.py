@@ -11,10 +11,10 @@ from limosa.model.vm import Accelerator
 class FileIdentity(Model, forbid_unknown_fields=False, frozen=True):
     """What tells whether two hosts mean the same file by a path.
 
-    ``machine`` and ``device``/``inode`` decide on one machine (hosts that are namespaces), ``share`` and ``inode``
-    on a network file system, ``location`` and ``location_path`` where an administrator named the storage alike on
-    both, together with ``holder``, ``device_bytes`` or ``inode``; ``digest`` (SHA-256, hex) serves for small read-only
-    files that may be copies.
+    ``machine`` and ``device``/``inode`` decide on one machine (hosts that are namespaces), ``share`` or ``on_server``
+    and ``inode`` on a network file system, ``location`` and ``location_path`` where an administrator named the storage
+    alike on both, together with ``holder``, ``device_bytes`` or ``inode``; ``digest`` (SHA-256, hex) serves for small
+    read-only files that may be copies.
     """
 
     path: str
@@ -26,6 +26,8 @@ class FileIdentity(Model, forbid_unknown_fields=False, frozen=True):
     #: who holds the lease on it, if it was looked for and there is one
     holder: str = ""
     share: str = ""
+    #: what it is called wherever the server's share is mounted, such as ``nfs4 nas:/vms/web.qcow2``; empty if unknown
+    on_server: str = ""
     location: str = ""
     location_path: str = ""
     digest: str = ""

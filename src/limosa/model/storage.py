@@ -113,6 +113,8 @@ class Leftover(Model, forbid_unknown_fields=False, frozen=True):
     changed_at: float
     #: the host whose move made it; empty if it carries no mark
     host: str = ""
+    #: the host its VM was to come from, if that is another
+    source: str = ""
     proof: tuple[str, ...] = ()
     doubts: tuple[str, ...] = ()
 
@@ -233,6 +235,8 @@ class DiskProgress(Model, forbid_unknown_fields=False, frozen=True):
     disk: DiskName
     copied_bytes: Bytes
     total_bytes: Bytes
+    #: of a copy to another host, before compression: holes and zeroes are copied without that; null where nobody counts
+    sent_bytes: Bytes | None = None
     ready: bool = False
     #: the guest's writes to it are slowed, because it wrote faster than they were copied
     slowed: bool = False

@@ -6,7 +6,7 @@ import re
 
 _SIZE = re.compile(r"\A\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?\s*\Z", re.IGNORECASE)
 _POWER = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
-MIB = 1024 * 1024
+KIB, MIB = 1024, 1024 * 1024
 
 
 def parse_size(text: str, *, default_unit: str = "") -> int:

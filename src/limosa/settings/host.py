@@ -19,7 +19,8 @@ Cidr = Annotated[str, Meta(max_length=64, description="a network such as 10.0.0.
 
 
 class ConvergencePolicy(Model, frozen=True):
-    """What a move does when the guest writes faster than its memory can be sent. Steps are taken in this order."""
+    """What a move does when the guest writes faster than its memory, or its disks, can be sent. Steps for memory are
+    taken in this order."""
 
     first_downtime_ms: Annotated[
         float,
@@ -38,6 +39,17 @@ class ConvergencePolicy(Model, frozen=True):
         bool,
         Meta(description="as a last step run the guest at the destination and fetch memory behind it; no way back"),
     ] = False
+    slow_writes: Annotated[
+        bool, Meta(description="slow the guest's writes to a disk that it writes faster than it can be copied")
+    ] = True
+    least_write_kib_per_s: Annotated[
+        int,
+        Meta(
+            ge=1,
+            le=1024 * 1024,
+            description="so much a guest may always write to a disk in a second, however far slow_writes slows it",
+        ),
+    ] = 64
     patience_s: Annotated[
         float, Meta(ge=1, le=86400, description="give up when this long no step has brought the move nearer to its end")
     ] = 120

@@ -31,7 +31,8 @@ def same_file(one: FileIdentity, other: FileIdentity) -> bool:
     0. *A host's own folder* is nobody else's, also where others see it because they are hosts of one machine.
     1. *One kernel* (the boot id is random and new at each start; hosts are namespaces of it): same file system and
        inode are the same file.
-    2. *A share*, mounted from the same server and path by both: where inode numbers are the server's, they decide.
+    2. *A share*, mounted from the same server and path by both, or the file has one name on that server, because one
+       of them mounted a folder further down: where inode numbers are the server's, they decide.
     3. *The same contents*: for files that are only read at start, such as kernels, a copy is as good.
     4. *A shared location* that administrators of both hosts gave the same name, with the same path below it. Their
        word, not a proof; therefore not against rule 1: on one kernel two inodes of local storage are two files. And
@@ -42,7 +43,8 @@ def same_file(one: FileIdentity, other: FileIdentity) -> bool:
         return False
     if one.machine == other.machine and (one.device, one.inode) == (other.device, other.inode):
         return True
-    if one.share and one.share == other.share and mounts.inodes_are_the_servers(one.share):
+    numbered = mounts.inodes_are_the_servers(one.share) and mounts.inodes_are_the_servers(other.share)
+    if numbered and (one.share == other.share or (one.on_server != "" and one.on_server == other.on_server)):
         return one.inode == other.inode
     if one.digest and other.digest:
         return one.digest == other.digest
@@ -92,6 +94,7 @@ def identify(
         mount = mounts.find(status.st_dev)
         location, location_path = innermost(path, locations)
         holder = _holder(path, mount) if location else ""
+        named = mounts.name_on_server(path) if mount.share else ""
     except (OSError, StorageError):
         return None
     finally:
@@ -104,6 +107,7 @@ def identify(
         device_bytes=device_bytes,
         holder=holder,
         share=mount.share,
+        on_server=f"{mount.share.partition(' ')[0]} {named}" if named else "",
         location=location,
         location_path=location_path,
         digest=contents,

@@ -14,7 +14,9 @@ from __future__ import annotations
 import os
 import pwd
 import re
+import stat
 from collections.abc import Callable, Collection
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
 from limosa.errors import StorageError
@@ -23,8 +25,8 @@ from limosa.settings.toml import sync_folder
 from limosa.storage import chains, marks, qcow2
 from limosa.storage.marks import Mark
 
-#: A file's mode: its owner and the group of QEMU's user read it, nobody writes it.
-_MODE = 0o440
+#: A file's mode: its owner and the group of QEMU's user read it, nobody writes it. Before, while its bytes come.
+_MODE, _ARRIVES = 0o440, 0o600
 _STEM_MAX = 100
 _TAG = r"\.(?P<tag>[a-z0-9]{12})-[0-9]+"
 _OURS = re.compile(_TAG + r"\Z")
@@ -61,6 +63,14 @@ def make(path: Path, mark: Mark) -> None:
         raise
 
 
+def arrives(path: Path) -> bool:
+    """Whether a file with the name of one has not come whole yet; it may say that it lies above what lay below its
+    original, where that is. False for one that is not there."""
+    with suppress(OSError):
+        return read_name(path.name) is not None and stat.S_IMODE(path.lstat().st_mode) == _ARRIVES
+    return False
+
+
 def claim_below(image: str, image_format: DiskFormat, claim: Callable[[str], None], own: Collection[str]) -> None:
     """Before an image is a VM's: ``claim`` what lies below it, but for what its move has brought, its ``own``.
 
@@ -73,7 +83,7 @@ def claim_below(image: str, image_format: DiskFormat, claim: Callable[[str], Non
 
 def _create(path: Path) -> None:
     try:
-        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, _ARRIVES))
         sync_folder(path.parent)
     except FileExistsError:
         raise StorageError(f"{path} exists already") from None

@@ -34,10 +34,12 @@ _MOST_BYTES = 4096
 
 
 class Mark(Model, frozen=True, forbid_unknown_fields=False):
-    """Which host has made the image, and when, in seconds since the epoch."""
+    """Which host has made the image, and when, in seconds since the epoch; ``source``: whose VM it was to be for, if
+    that is another host, which alone knows whether the move is over."""
 
     host: str
     at: float
+    source: str = ""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,5 @@
-"""The mark of a logical volume that a move is making: an LVM tag, ``limosa.copy.HOST``.
+"""The mark of a logical volume that a move is making: an LVM tag, ``limosa.copy.HOST``, or ``limosa.copy.HOST/SOURCE``
+where the VM comes from another host.
 
 It says what the mark beside a file says (:mod:`limosa.storage.marks`) and is held to the same rules. The volume gets it
 by the very change of its group's metadata that makes the volume, so neither is ever without the other, and it is taken
@@ -27,7 +28,7 @@ _COPY, _REMOVAL = "limosa.copy.", "limosa.removal."
 
 def tag(mark: Mark) -> str:
     """What a volume bears that is being made. When it was made LVM notes by itself."""
-    return f"{_COPY}{mark.host}"
+    return f"{_COPY}{mark.host}/{mark.source}".rstrip("/")
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,8 @@ class UnfinishedVolumes:
         """See :class:`limosa.storage.unfinished.Unfinished`."""
         for volume in lvm.volumes(self.group):
             marked = _of(volume, _COPY) or _of(volume, _REMOVAL)
-            host = marked.removeprefix(_COPY).removeprefix(_REMOVAL)
-            mark = Mark(host=host, at=volume.lv_time) if host else None
+            host, _, source = marked.removeprefix(_COPY).removeprefix(_REMOVAL).partition("/")
+            mark = Mark(host=host, at=volume.lv_time, source=source) if host else None
             yield Found(f"/dev/{self.group}/{volume.lv_name}", volume.taken_bytes, volume.lv_time, mark)
 
     def user(self, image: str, open_files: Mapping[FileKey, str]) -> str:
