@@ -254,7 +254,7 @@ def test_a_device_that_cannot_be_read(hosts: tuple[VmHost, VmHost], host: VmHost
     with end_unreadable(host, before):
         host.limosa("storage", "move", "web", "--to", "images", "--detach")
         fails(host, ended(host), before)
-        host.begin("web", other)
+        host.begin("web", other, "--transport", "tcp")  # relays take long to start in a VM that is emulated
         fails(host, ended(host), before)
     assert_keeps(host)
     assert left(host) == [before.name]
