@@ -106,7 +106,7 @@ def test_one_host_has_the_vm_and_nothing_is_left(hosts: list[Host], plan: str, e
         assert owner.show("vm").migration is None
 
 
-@pytest.mark.parametrize("victim", ["daemon", "qemu", "both"])
+@pytest.mark.parametrize("victim", ["daemon", "qemu", pytest.param("both", marks=pytest.mark.long)])
 @pytest.mark.parametrize("moment", MOMENTS)
 @pytest.mark.parametrize("step", ["undoing", "home"])
 @pytest.mark.parametrize("transport", ["tcp", pytest.param("compression", marks=pytest.mark.long)])

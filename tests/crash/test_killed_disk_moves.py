@@ -46,7 +46,6 @@ QUICK = {
     "finalized:before:daemon",
     "pivoted:after:daemon",
     "removed:before:daemon",
-    "committed:after:both",
 }
 
 

@@ -92,7 +92,7 @@ def quiet(hosts: list[LabHost]) -> bool:
     return not under_way
 
 
-@pytest.mark.parametrize("owner", [Side.SOURCE, Side.DESTINATION])
+@pytest.mark.parametrize("owner", [Side.SOURCE, pytest.param(Side.DESTINATION, marks=pytest.mark.long)])
 def test_a_person_resolves_what_nobody_can_know(hosts: list[LabHost], owner: Side) -> None:
     first, second = hosts
     migration = begin(hosts, "source", "handing-over", "after")

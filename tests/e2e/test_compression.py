@@ -230,6 +230,7 @@ def test_a_move_ends_with_a_relay_that_stands_still(hosts: list[LabHost], side: 
     arrived(hosts, begin(hosts))
 
 
+@pytest.mark.long
 def test_a_move_to_a_relay_that_stands_still_is_given_up(hosts: list[LabHost]) -> None:
     with settings(hosts[0], {"convergence.patience_s": 2}), under_way(hosts) as migration:
         (relay,) = relays(hosts[1])

@@ -134,6 +134,7 @@ def test_post_copy_brings_it_to_its_end(hosts: list[LabHost], client: LanClient,
     assert conversation.faults == []
 
 
+@pytest.mark.long
 def test_a_post_copy_whose_network_was_cut_goes_on_when_it_is_back(
     hosts: list[LabHost], client: LanClient, userfaultfd: None
 ) -> None:

@@ -167,7 +167,7 @@ lifecycle.up(lifecycle.plan({name!r}, 2, 1, 100), daemon=sys.argv[1:])
 
 @pytest.mark.lab
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
-@pytest.mark.parametrize("speed", [100, 400])
+@pytest.mark.parametrize("speed", [100, pytest.param(400, marks=pytest.mark.long)])
 def test_migration_nics_have_the_speed_that_was_asked_for(name: str, speed: int) -> None:
     lab = Lab(name=name, hosts=2, nics=2, speed_mbit_per_s=speed)
     lifecycle.up(lab, daemon=STAND_IN)

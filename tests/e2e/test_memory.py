@@ -86,6 +86,7 @@ def test_memory_is_moved_exactly_over_several_paths() -> None:
         namespaces.remove(namespace)
 
 
+@pytest.mark.long
 @pytest.mark.qemu
 @pytest.mark.lab
 def test_memory_is_moved_exactly_by_relays_over_several_paths_of_which_one_breaks() -> None:

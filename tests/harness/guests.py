@@ -33,7 +33,10 @@ def address_of(number: int) -> str:
 
 
 def linux(name: str, number: int = 1, *, memory_mib: int = 128, load: dict[str, Any] | None = None) -> api.NewVm:
-    """A VM that boots the lab's guest on the LAN; ``load`` is for :func:`limosa.lab.image.command_line`."""
+    """A VM that boots the lab's guest on the LAN; ``load`` is for :func:`limosa.lab.image.command_line`.
+
+    Each address has one MAC address: who spoke with an earlier guest there would call that for half a minute else.
+    """
     image = guest_image()
     line = command_line(name=name, address=f"{address_of(number)}/24", **(load or {}))
     return api.NewVm(
@@ -41,7 +44,7 @@ def linux(name: str, number: int = 1, *, memory_mib: int = 128, load: dict[str, 
         memory_mib=memory_mib,
         accelerator="tcg",
         boot=DirectBoot(kernel=str(image.kernel), initrd=str(image.initrd), command_line=line),
-        nics=(api.NewNic(switch="lan"),),
+        nics=(api.NewNic(switch="lan", mac=f"52:54:00:4c:69:{number:02x}"),),
     )
 
 
