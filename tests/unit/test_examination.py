@@ -20,7 +20,7 @@ from limosa.model.network import HostNetwork, HostNic, NicAddress
 from limosa.model.route import Route
 from limosa.model.storage import BackingFile, DiskFacts, Location
 from limosa.model.vm import Disk
-from limosa.transport import tcp
+from limosa.transport import trials
 from limosa.transport.advise import loses_long_packets
 from limosa.transport.choice import Ends
 
@@ -37,11 +37,11 @@ def nic(name: str, address: str) -> HostNic:
 def test_routing_must_lead_out_over_a_network_that_may_carry_moves(
     monkeypatch: pytest.MonkeyPatch, own: str | None, is_open: bool
 ) -> None:
-    async def reach(address: str, port: int, source: str, *, answers: bool) -> tcp.Reached | None:
+    async def reach(address: str, port: int, source: str, *, answers: bool) -> trials.Reached | None:
         assert (address, port, source, answers) == (SECOND, 1, "", True)
-        return tcp.Reached(own, whole=True) if own is not None else None
+        return trials.Reached(own, whole=True) if own is not None else None
 
-    monkeypatch.setattr(tcp, "reach", reach)
+    monkeypatch.setattr(trials, "reach", reach)
     here = HostNetwork(nics=(nic("eth0", MANAGEMENT), nic("eth1", FIRST)), allowed=("10.1.0.0/24", "10.2.0.0/24"))
     ends = Ends("host1", "host2", here, HostNetwork(nics=(nic("eth0", SECOND),)), [SECOND])
     tried = asyncio.run(_try_routes(ends, "auto", ANSWERS))
@@ -53,10 +53,10 @@ def test_routing_must_lead_out_over_a_network_that_may_carry_moves(
 def test_a_path_that_swallows_long_packets_is_found_and_done_without(
     monkeypatch: pytest.MonkeyPatch, *, other: bool
 ) -> None:
-    async def reach(address: str, *_: object, **__: object) -> tcp.Reached:
-        return tcp.Reached("10.1.0.9" if address == FIRST else "10.2.0.9", whole=address != FIRST)
+    async def reach(address: str, *_: object, **__: object) -> trials.Reached:
+        return trials.Reached("10.1.0.9" if address == FIRST else "10.2.0.9", whole=address != FIRST)
 
-    monkeypatch.setattr(tcp, "reach", reach)
+    monkeypatch.setattr(trials, "reach", reach)
     addresses = [FIRST, SECOND] if other else [FIRST]
     near = HostNetwork(nics=(nic("eth0", "10.1.0.9"), nic("eth1", "10.2.0.9")))
     far = HostNetwork(nics=tuple(nic(f"mig{number}", address) for number, address in enumerate(addresses)))

@@ -22,7 +22,7 @@ from limosa.model.route import Path as RoutePath
 from limosa.model.route import Route
 from limosa.network.changes import changes
 from limosa.network.mptcp import Limits, PathManager
-from limosa.transport import tcp
+from limosa.transport import lobby
 from limosa.transport.channel import Doorway, SocketChannel
 from limosa.wire.peer import Prepared
 
@@ -179,7 +179,7 @@ def test_strangers_at_the_open_door_are_hung_up_on(tmp_path: Path) -> None:
 def test_strangers_are_hung_up_on_also_after_the_kernel_had_no_descriptor_for_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tcp, "_AGAIN_AFTER_S", 0.01)
+    monkeypatch.setattr(lobby, "_AGAIN_AFTER_S", 0.01)
 
     async def scenario() -> None:
         ends = Ends(tmp_path)

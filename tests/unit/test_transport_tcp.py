@@ -13,7 +13,7 @@ from contextlib import closing
 import pytest
 
 from limosa.errors import DestinationLost, NetworkError
-from limosa.transport import tcp
+from limosa.transport import lobby, tcp
 from limosa.transport.tcp import TcpDoorway
 
 LOOPBACK = "127.0.0.1"
@@ -79,9 +79,9 @@ def test_more_who_say_nothing_than_may_be_asked_at_once_do_not_keep_the_source_o
         with closing(TcpDoorway(LOOPBACK, ANY_PORT)) as door, contextlib.ExitStack() as callers:
             accepting = asyncio.ensure_future(door.accept_several(2))
             began = time.monotonic()
-            flood = [await silent_caller(door, callers) for _ in range(2 * tcp.HALF_OPEN)]
+            flood = [await silent_caller(door, callers) for _ in range(2 * lobby.HALF_OPEN)]
             first = await tcp.connect(door.address, door.port, door.token, source)
-            flood += [await silent_caller(door, callers) for _ in range(2 * tcp.HALF_OPEN)]
+            flood += [await silent_caller(door, callers) for _ in range(2 * lobby.HALF_OPEN)]
             second = await tcp.connect(door.address, door.port, door.token, source)
             for stream in await accepting:
                 stream.close()
@@ -104,7 +104,7 @@ def test_who_calls_most_sends_away_only_his_own() -> None:
         with closing(TcpDoorway(LOOPBACK, ANY_PORT)) as door, contextlib.ExitStack() as callers:
             accepting = asyncio.ensure_future(door.accept())
             slow = await tcp.call(door.address, door.port, door.token[:8], source="127.0.0.2")
-            for _ in range(2 * tcp.HALF_OPEN):
+            for _ in range(2 * lobby.HALF_OPEN):
                 await silent_caller(door, callers)
             slow.sendall(bytes.fromhex(door.token[8:]))
             with await accepting, closing(slow):
@@ -114,7 +114,7 @@ def test_who_calls_most_sends_away_only_his_own() -> None:
 
 
 def test_a_door_waits_until_there_is_a_descriptor_for_the_source(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tcp, "_AGAIN_AFTER_S", 0.01)
+    monkeypatch.setattr(lobby, "_AGAIN_AFTER_S", 0.01)
 
     async def scenario() -> None:
         loop, before = asyncio.get_running_loop(), resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -170,29 +170,3 @@ def test_each_door_has_its_own_port_while_there_are_any() -> None:
         taken = any_door.port
         with pytest.raises(NetworkError, match="is free to receive"):
             TcpDoorway(LOOPBACK, (taken, taken))
-
-
-def test_a_trial_connection_carries_long_packets_both_ways() -> None:
-    async def scenario() -> None:
-        async with tcp.trial([LOOPBACK, "127.0.0.2"], (20_000, 30_000)) as port:
-            for address, source in ((LOOPBACK, ""), ("127.0.0.2", "127.0.0.3")):
-                reached = await tcp.reach(address, port, source)
-                assert reached == tcp.Reached(source or LOOPBACK, whole=True)
-        assert await tcp.reach(LOOPBACK, port) is None
-
-    play(scenario)
-
-
-def test_a_way_that_takes_a_connection_and_nothing_more_is_told_from_one_that_carries(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(tcp, "REACH_WITHIN_S", 0.1)
-
-    async def scenario() -> None:
-        with socket.create_server((LOOPBACK, 0)) as listener:
-            port = listener.getsockname()[1]
-            assert await tcp.reach(LOOPBACK, port) == tcp.Reached(LOOPBACK, whole=False)
-            older = await tcp.reach(LOOPBACK, port, answers=False)
-            assert older == tcp.Reached(LOOPBACK, whole=True), "one that answers nobody says nothing of the way"
-
-    play(scenario)

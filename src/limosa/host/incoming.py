@@ -39,7 +39,7 @@ from limosa.model.vm import VmState
 from limosa.network.addresses import stream_addresses
 from limosa.qemu.protocol import MachineProtocol
 from limosa.storage import layers
-from limosa.transport import tcp
+from limosa.transport import tcp, trials
 from limosa.wire.peer import Inspect, Offered, Prepare
 
 _log = logging.getLogger(__name__)
@@ -76,7 +76,7 @@ class Incoming:
         """
         network = await self._inspector.network()
         addresses = stream_addresses(network, reached_at)
-        port = await trial.enter_async_context(tcp.trial(addresses, self._page.now.migration_ports))
+        port = await trial.enter_async_context(trials.trial(addresses, self._page.now.migration_ports))
         return await self._inspector.destination_facts(asked.vm, asked.accelerator, network, addresses, port)
 
     async def offers(self, reached_at: str) -> AsyncIterator[Offered]:

@@ -16,7 +16,7 @@ from limosa.model.finding import Finding
 from limosa.model.route import Path, Route
 from limosa.model.storage import BackingFile, Chain, DiskFacts, DiskPlan, LayerPlan
 from limosa.model.vm import Accelerator, Disk, VmConfig
-from limosa.transport import tcp
+from limosa.transport import trials
 from limosa.transport.advise import between, loses_long_packets, not_by_rdma
 from limosa.transport.choice import Ends, choose, is_allowed
 from limosa.transport.relay.frames import VERSION as RELAY_VERSION
@@ -174,8 +174,8 @@ async def _try_routes(ends: Ends, transport: str, there: DestinationFacts) -> _T
         untried = [path for path in route.paths if path.there not in open_]
         if not untried:
             return _Tried(route, frozenset(blocked), tuple(lossy.values()))
-        trials = (tcp.reach(path.there, port, path.here, answers=there.trial_answers) for path in untried)
-        for path, reached in zip(untried, await asyncio.gather(*trials), strict=True):
+        tries = (trials.reach(path.there, port, path.here, answers=there.trial_answers) for path in untried)
+        for path, reached in zip(untried, await asyncio.gather(*tries), strict=True):
             # Where our routing decides, it may lead out over a network that may not carry moves.
             if reached is None or not is_allowed(reached.own, ends.here.allowed):
                 blocked.add(path.there)

@@ -20,7 +20,7 @@ from limosa.model.facts import DestinationFacts
 from limosa.model.storage import BackingFile
 from limosa.model.vm import Accelerator, VmConfig
 from limosa.qemu.protocol import MachineProtocol
-from limosa.transport import tcp
+from limosa.transport import tcp, trials
 from limosa.wire.peer import LayersAwaited, Offered, Prepare, Prepared, RestAwaited, Running, Standing
 
 
@@ -38,7 +38,7 @@ class LocalPeer:
 
     async def inspect(self, vm: VmConfig, accelerator: Accelerator) -> tuple[DestinationFacts, float]:
         """See :class:`limosa.migration.peer.Peer`."""
-        port = await self._trial.enter_async_context(tcp.trial(self._facts.addresses, self._ports))
+        port = await self._trial.enter_async_context(trials.trial(self._facts.addresses, self._ports))
         return msgspec.structs.replace(self._facts, trial_port=port, trial_answers=True), 0.0
 
     async def find_files(self, files: Sequence[BackingFile]) -> tuple[BackingFile | None, ...]:

@@ -21,6 +21,7 @@ from dataclasses import replace
 
 from limosa.transport import tcp
 from limosa.transport.channel import Used, by_path
+from limosa.transport.lobby import next_caller
 
 IPPROTO_MPTCP = 262
 SOL_MPTCP = 284
@@ -144,7 +145,7 @@ class MultichannelDoorway(tcp.TcpDoorway):
 async def _turn_away(listener: socket.socket) -> None:
     """Hang up on whoever comes: a queue full of strangers would keep the kernel from taking further connections."""
     while True:
-        (await tcp.next_caller(listener)).close()
+        (await next_caller(listener)).close()
 
 
 async def connect(address: str, port: int, token: str, source: str, release: Callable[[], None]) -> MultichannelChannel:

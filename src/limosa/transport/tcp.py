@@ -20,29 +20,20 @@ import os
 import secrets
 import socket
 import struct
-from collections import Counter
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
-from typing import Any
 
 from limosa.errors import DestinationLost, LimosaError, NetworkError
 from limosa.model.route import Compressed
 from limosa.transport.channel import Used
+from limosa.transport.lobby import Lobby
 
-#: A trial connection that takes longer is blocked for all that matters.
-REACH_WITHIN_S = 3.0
-#: So much goes each way over it: some packets of full length, also of 9000 bytes each.
-TRIAL_BYTES = 64 * 1024
 CONNECT_WITHIN_S = 10.0
 #: Who has connected and does not say the token within this time is sent away.
 TOKEN_WITHIN_S = 5.0
-#: So many callers are asked for the token at once, of whom the source takes a moment: those who keep silent have to go.
-HALF_OPEN = 64
 #: Callers the kernel keeps until they are asked.
 _BACKLOG = 128
-#: After the kernel would not give a caller: no descriptor is left, or that caller has gone again.
-_AGAIN_AFTER_S = 1.0
 
 #: What was sent in post-copy and is not acknowledged after this long ends the stream (TCP_USER_TIMEOUT, tcp(7)): by
 #: itself the kernel goes on for a quarter of an hour, for which the guest would wait.
@@ -193,78 +184,6 @@ class TcpDoorway:
             close_listener(listener)
 
 
-class Lobby:
-    """Where callers are asked who they are, each by itself, so that one who keeps silent delays nobody.
-
-    Of too many the one goes who has waited longest, of those from the address from which most wait: whoever calls again
-    and again and says nothing sends away only his own. ``admit`` is given each connection for which ``ask`` is true; it
-    may raise ``OSError``.
-    """
-
-    def __init__(
-        self, ask: Callable[[socket.socket], Coroutine[Any, Any, bool]], admit: Callable[[socket.socket], None]
-    ) -> None:
-        self._ask = ask
-        self._admit = admit
-        #: callers' addresses, longest waiting first
-        self._asking: dict[asyncio.Task[bool], str] = {}
-
-    async def serve(self, listener: socket.socket) -> None:
-        """Ask whoever comes to a listener, until cancelled. Raises ``OSError`` if it is closed."""
-        while True:
-            self._enter(await next_caller(listener))
-
-    async def close(self) -> None:
-        """Send away who waits. Nobody must serve any more."""
-        self.send_away()
-        while self._asking:
-            await asyncio.wait(self._asking)
-
-    def send_away(self) -> None:
-        """Send away who waits, soon."""
-        for asking in self._asking:
-            asking.cancel()
-
-    def _enter(self, caller: socket.socket) -> None:
-        caller.setblocking(False)
-        asking = asyncio.ensure_future(self._ask(caller))
-        self._asking[asking] = _origin(caller)
-        asking.add_done_callback(partial(self._decide, caller))
-        if len(self._asking) > HALF_OPEN:
-            ((most, _),) = Counter(self._asking.values()).most_common(1)
-            oldest = next(asking for asking, origin in self._asking.items() if origin == most)
-            del self._asking[oldest]
-            oldest.cancel()
-
-    def _decide(self, caller: socket.socket, asked: asyncio.Task[bool]) -> None:
-        self._asking.pop(asked, None)
-        if not asked.cancelled() and asked.exception() is None and asked.result():
-            self._admit(caller)
-        else:
-            caller.close()
-
-
-async def next_caller(listener: socket.socket) -> socket.socket:
-    """Wait for somebody to come to a listener, also while no descriptor is left. Raises ``OSError`` if it is closed."""
-    while True:
-        try:
-            caller, _ = await asyncio.get_running_loop().sock_accept(listener)
-        except OSError:
-            if listener.fileno() == -1:
-                raise
-            await asyncio.sleep(_AGAIN_AFTER_S)
-        else:
-            return caller
-
-
-def _origin(caller: socket.socket) -> str:
-    """The address of a caller; empty if it has gone again."""
-    try:
-        return str(caller.getpeername()[0])
-    except OSError:
-        return ""
-
-
 async def _knows(token: bytes, caller: socket.socket) -> bool:
     """Whether a caller says the token."""
     if not hmac.compare_digest(await _said(caller), token):
@@ -321,82 +240,12 @@ async def call(
     return connection
 
 
-@contextlib.asynccontextmanager
-async def trial(addresses: Sequence[str], ports: tuple[int, int]) -> AsyncIterator[int]:
-    """Listen on all of ``addresses`` so that the source can try which ways are open, and let long packets through.
-
-    Gives the port, the same on all, or 0 if there is no address or every port of the range is taken.
-    """
-    # From the end of the range, so that trials do not take the ports that moves would take next.
-    first = _listen(addresses[0], range(ports[1], ports[0] - 1, -1)) if addresses else None
-    port = first.getsockname()[1] if first is not None else 0
-    others = [_listen(address, range(port, port + 1)) for address in addresses[1:]] if port else []
-    listeners = [listener for listener in (first, *others) if listener is not None]
-    lobby = Lobby(_answer_trial, socket.socket.close)
-    answering = [asyncio.ensure_future(lobby.serve(listener)) for listener in listeners]
-    try:
-        yield port
-    finally:
-        for one in answering:
-            one.cancel()
-        await asyncio.gather(*answering, return_exceptions=True)
-        await lobby.close()
-        for listener in listeners:
-            listener.close()
-
-
-async def _answer_trial(caller: socket.socket) -> bool:
-    """Say and hear what the source wants to see arrive; whether it has."""
-    loop, came = asyncio.get_running_loop(), 0
-    async with asyncio.timeout(REACH_WITHIN_S):
-        await loop.sock_sendall(caller, bytes(TRIAL_BYTES))
-        while came < TRIAL_BYTES and (more := await loop.sock_recv(caller, TRIAL_BYTES)):
-            came += len(more)
-    return came == TRIAL_BYTES
-
-
 def pace(connection: socket.socket, bytes_per_s: int) -> None:
     """Let a connection send so much from now on, 0: as much as it can. TCP keeps to it by itself, also without a queue
     discipline that does; Multipath TCP has no such option."""
     with contextlib.suppress(OSError):  # it is closed, or has none
         rate = bytes_per_s or _NO_PACE
         connection.setsockopt(socket.SOL_SOCKET, _SO_MAX_PACING_RATE, struct.pack("=Q", rate))
-
-
-@dataclass(frozen=True)
-class Reached:
-    """A trial connection: the address of ours it was made from, and whether what long packets carry arrived, too."""
-
-    own: str
-    whole: bool
-
-
-async def reach(address: str, port: int, source: str = "", *, answers: bool = True) -> Reached | None:
-    """Make a trial connection to ``address``, from ``source`` if that is given; None if none can be made.
-
-    ``answers``: the other end is a :func:`trial` that sends and takes what long packets are needed for.
-    """
-    try:
-        async with asyncio.timeout(REACH_WITHIN_S):
-            reader, writer = await asyncio.open_connection(address, port, local_addr=(source, 0) if source else None)
-    except (OSError, TimeoutError):
-        return None
-    try:
-        own = str(writer.get_extra_info("sockname")[0])
-        return Reached(own, not answers or await _goes_both_ways(reader, writer))
-    finally:
-        writer.transport.abort()
-
-
-async def _goes_both_ways(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
-    """Whether all arrives that both ends say: the other closes when it has all of ours."""
-    try:
-        async with asyncio.timeout(REACH_WITHIN_S):
-            writer.write(bytes(TRIAL_BYTES))
-            await reader.readexactly(TRIAL_BYTES)
-            return not await reader.read(1)
-    except (OSError, TimeoutError, asyncio.IncompleteReadError):
-        return False
 
 
 def used_by(info: bytes, here: str, there: str) -> Used:
@@ -452,13 +301,6 @@ def free_ports(address: str, ports: Iterable[int]) -> Iterator[int]:
         with contextlib.suppress(OSError):
             listen(address, port).close()
             yield port
-
-
-def _listen(address: str, ports: range) -> socket.socket | None:
-    for port in ports:
-        with contextlib.suppress(OSError):
-            return listen(address, port)
-    return None
 
 
 def _family(address: str) -> socket.AddressFamily:
