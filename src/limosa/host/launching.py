@@ -13,7 +13,7 @@ import pwd
 import secrets
 import shutil
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -318,22 +318,13 @@ class Launcher:
 
     def _check_access(self, config: VmConfig) -> None:
         """Raise what :meth:`_grant` would. What is not there may be on storage that is mounted later."""
-        files = [(disk.path, disk.read_only) for disk in config.disks]
-        files += [(path, True) for path in config.boot.paths()] if config.boot else []
-        for disk in config.disks:
-            with suppress(StorageError):  # what cannot be read the launch tells
-                files += [(path, True) for path, _ in chains.below(disk.path, disk.format)]
-        for path, read_only in files:
+        for path, read_only in _files(config, _known_below):
             if os.path.exists(path):
-                access.grant(Path(path), self.user, read_only=read_only, own=self._own, only_look=True)
+                access.grant(path, self.user, read_only=read_only, own=self._own, only_look=True)
 
     def _grant(self, config: VmConfig) -> None:
-        for disk in config.disks:
-            access.grant(Path(disk.path), self.user, read_only=disk.read_only, own=self._own)
-            for path, _ in chains.below(disk.path, disk.format):
-                access.grant(Path(path), self.user, read_only=True)
-        for path in config.boot.paths() if config.boot else ():
-            access.grant(Path(path), self.user, read_only=True)
+        for path, read_only in _files(config, _below):
+            access.grant(path, self.user, read_only=read_only, own=self._own)
 
     def _firmware(self, config: VmConfig, folder: Path) -> Path | None:
         if config.firmware != "uefi":
@@ -432,10 +423,27 @@ def _pin_nic(nic: NewNic) -> Nic:
     return Nic(switch=nic.switch, mac=nic.mac or made)
 
 
+def _files(config: VmConfig, below: Callable[[Disk], Iterable[str]]) -> Iterator[tuple[Path, bool]]:
+    """What QEMU opens for a VM, and whether it only reads that; ``below`` gives what lies below a disk."""
+    for disk in config.disks:
+        yield Path(disk.path), disk.read_only
+        for path in below(disk):
+            yield Path(path), True
+    for path in config.boot.paths() if config.boot else ():
+        yield Path(path), True
+
+
+def _below(disk: Disk) -> list[str]:
+    return [path for path, _ in chains.below(disk.path, disk.format)]
+
+
+def _known_below(disk: Disk) -> list[str]:
+    with suppress(StorageError):  # what cannot be read the launch tells
+        return _below(disk)
+    return []
+
+
 def _claim_images(config: VmConfig, locations: Locations) -> None:
     for disk in config.disks:
-        chain = [disk.path]
-        with suppress(StorageError):  # what cannot be read the launch tells
-            chain.extend(path for path, _ in chains.below(disk.path, disk.format))
-        for path in chain:
+        for path in (disk.path, *_known_below(disk)):
             locations.claim(path)
