@@ -49,6 +49,31 @@ def cases() -> Iterator[object]:
 
 @pytest.mark.parametrize(("plan", "expected"), list(cases()))
 def test_whoever_has_the_vm_has_every_number(hosts: list[LabHost], client: LanClient, plan: str, expected: str) -> None:
+    source, _ = sorted(hosts, key=lambda host: host.vm("web") is None)
+    owner, last = broken_move(hosts, client, plan)
+    view = owner.show("web")
+    wait_until(lambda: owner.show("web").state in (VmState.RUNNING, VmState.CRASHED), "it runs, or has crashed")
+    if expected:
+        there = "alpha" if owner is source else "beta"
+        assert f"{owner.show('web').state} at {there}" == expected
+    if owner.show("web").state is VmState.RUNNING:
+        goes_on(client)
+        assert_keeps(owner, "web", number(client))
+        assert_no_copies(owner)
+    else:
+        assert_keeps(owner, "web", last)
+        owner.client.call(endpoints.START_VM, vm="web")
+        wait_until_it_serves(client)
+    wait_until(lambda: [str(path) for path in images(owner)] == [disk.path for disk in view.config.disks], "one image")
+    (other,) = [host for host in hosts if host is not owner]
+    wait_until(lambda: images(other) == [], "the other host has none")
+
+
+def broken_move(hosts: list[LabHost], client: LanClient, plan: str) -> tuple[LabHost, int]:
+    """Move ``web`` from the host that has it to the other while the plan is carried out.
+
+    The one host that has it when every move has ended, and the last number that the guest said before.
+    """
     source, destination = sorted(hosts, key=lambda host: host.vm("web") is None)
     broken = source if plan.startswith("source") else destination
     links = ",".join((UPLINK, *broken.lab.nic_names))
@@ -61,22 +86,7 @@ def test_whoever_has_the_vm_has_every_number(hosts: list[LabHost], client: LanCl
         wait_until(lambda: settled(hosts), "every move has ended")
         wait_until(lambda: len(owners(hosts)) == 1, "one host has it")
     (owner,) = owners(hosts)
-    view = owner.show("web")
-    wait_until(lambda: owner.show("web").state in (VmState.RUNNING, VmState.CRASHED), "it runs, or has crashed")
-    if expected:
-        there = "alpha" if owner is source else "beta"
-        assert f"{owner.show('web').state} at {there}" == expected
-    if owner.show("web").state is VmState.RUNNING:
-        goes_on(client)
-        assert_keeps(owner, "web", number(client))
-        assert_no_copies(owner)
-    else:
-        assert_keeps(owner, "web", listener.last)
-        owner.client.call(endpoints.START_VM, vm="web")
-        wait_until_it_serves(client)
-    wait_until(lambda: [str(path) for path in images(owner)] == [disk.path for disk in view.config.disks], "one image")
-    (other,) = [host for host in hosts if host is not owner]
-    wait_until(lambda: images(other) == [], "the other host has none")
+    return owner, listener.last
 
 
 def strike(host: LabHost, victim: str) -> None:

@@ -6,11 +6,10 @@ The steps are those of ``test_acknowledged_writes`` and ``test_killed_disk_moves
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
 
 import pytest
-from test_acknowledged_writes import CUTS, owners, strike
+from test_acknowledged_writes import CUTS, broken_move, owners
 from test_every_step_of_disks import plans
 from test_killed_disk_moves import begin
 from test_killed_disk_moves import plans as plans_on_one_host
@@ -18,12 +17,10 @@ from test_killed_disk_moves import plans as plans_on_one_host
 from harness.disks import Listener, goes_on
 from harness.files import assert_keeps_files, keeping_files, sound_when_stopped
 from harness.guests import LanClient, console_log, wait_until_it_serves
-from harness.hosts import settled, wait_until
+from harness.hosts import wait_until
 from harness.images import add_location
 from harness.labs import LabHost, running_lab
 from harness.steering import looking
-from limosa.errors import LimosaError
-from limosa.lab.plan import UPLINK
 from limosa.model.vm import VmState
 from limosa.wire import endpoints
 
@@ -46,20 +43,9 @@ def client(hosts: list[LabHost]) -> LanClient:
 
 @pytest.mark.parametrize("plan", [plan for plan in (*(plan for plan, _ in plans()), *CUTS) if ":after:" in plan])
 def test_it_moves_to_another_host(hosts: list[LabHost], client: LanClient, plan: str) -> None:
-    source, destination = sorted(hosts, key=lambda host: host.vm("web") is None)
-    broken = source if plan.startswith("source") else destination
-    links = ",".join((UPLINK, *broken.lab.nic_names))
-    broken.restart({"LIMOSA_TEST_BREAK": plan, "LIMOSA_TEST_LINKS": links})
-    listener = Listener(client)
-    with looking(listener.ask):
-        with contextlib.suppress(LimosaError):  # the daemon may die before it has answered
-            source.move("web", destination.name)
-        strike(broken, plan.rpartition(":")[2])
-        wait_until(lambda: settled(hosts), "every move has ended")
-        wait_until(lambda: len(owners(hosts)) == 1, "one host has it")
-    (owner,) = owners(hosts)
+    owner, last = broken_move(hosts, client, plan)
     wait_until(lambda: owner.show("web").state in (VmState.RUNNING, VmState.CRASHED), "it runs, or has crashed")
-    assert_goes_on(owner, client, listener.last)
+    assert_goes_on(owner, client, last)
 
 
 @pytest.mark.parametrize("plan", [plan for plan in plans_on_one_host() if ":after:" in plan])

@@ -553,6 +553,13 @@ class TestACancel:
         play(scenario)
 
 
+async def breaks_in_copy(move: SourceMove) -> None:
+    """What ``run`` is for a move whose destination goes away while it copies."""
+    move.report.enter(Phase.COPY)
+    move.journal.record(SourceStep.PREPARING, 0.0)
+    raise HostUnreachable("host 'x' cannot be reached")
+
+
 class TestByADaemon:
     """What a daemon makes of broken moves, and of the journals of an earlier one."""
 
@@ -564,14 +571,9 @@ class TestByADaemon:
     def test_a_move_whose_destination_has_died_keeps_no_other_from_going(
         self, tmp_path: Path, there: dict[str, DestinationState | None], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        async def breaks(move: SourceMove) -> None:
-            move.report.enter(Phase.COPY)
-            move.journal.record(SourceStep.PREPARING, 0.0)
-            raise HostUnreachable("host 'x' cannot be reached")
-
         async def scenario() -> None:
             there["x"] = None
-            monkeypatch.setattr(SourceMove, "run", breaks)
+            monkeypatch.setattr(SourceMove, "run", breaks_in_copy)
             machine = FakeMachine(Wire(), FakeGuest(0))
             hosted = HostedVm(VM, VmState.RUNNING, machine=cast(Any, machine))
             outgoing = self.outgoing(tmp_path, hosted, there, monkeypatch)
@@ -716,14 +718,9 @@ class TestByADaemon:
     ) -> None:
         """Its destination stays away, so that it is not settled when the daemon is restarted."""
 
-        async def breaks(move: SourceMove) -> None:
-            move.report.enter(Phase.COPY)
-            move.journal.record(SourceStep.PREPARING, 0.0)
-            raise HostUnreachable("host 'x' cannot be reached")
-
         async def scenario() -> None:
             there["x"] = None
-            monkeypatch.setattr(SourceMove, "run", breaks)
+            monkeypatch.setattr(SourceMove, "run", breaks_in_copy)
             hosted = HostedVm(VM, VmState.RUNNING, machine=cast(Any, FakeMachine(Wire(), FakeGuest(0))))
             outgoing = self.outgoing(tmp_path, hosted, there, monkeypatch)
             journal = self.journal(tmp_path, FIRST, "x")
