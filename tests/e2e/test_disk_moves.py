@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +21,7 @@ from harness.images import MIB, SIZE_MIB, add_location, images, numbering
 from harness.labs import LabHost, running_lab
 from harness.qmp import assert_no_copies
 from harness.steering import follow, move, remove, settings
+from limosa.errors import OutcomeUnknown
 from limosa.model.migration import Migration, Outcome, Phase
 from limosa.wire import api, endpoints
 
@@ -26,6 +29,7 @@ pytestmark = [pytest.mark.qemu, pytest.mark.lab]
 
 #: The copy of the disk would take minutes.
 SLOWLY = 4
+CANCEL_WITHIN_S = 2.0
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +126,27 @@ def test_cancelled_it_never_was(hosts: list[LabHost], client: LanClient, until: 
     assert (said.code, said.object["outcome"]) == (0, "cancelled")
     assert disks_of(host, "web") == images(host) == before
     assert_keeps(host, "web", number(client))
+    assert_no_copies(host, disks=2)
+    goes_on(client)
+
+
+def test_while_its_qemu_hangs_a_cancel_says_so_and_is_done_afterwards(hosts: list[LabHost], client: LanClient) -> None:
+    host = hosts[0]
+    before = disks_of(host, "web")
+    request = api.DiskMoveRequest(vm="web", location="fast", bandwidth_mbit_per_s=SLOWLY)
+    begun = host.client.call(endpoints.MOVE_DISKS, request)
+    follow(host, begun.id, copying)
+    (pid,) = host.qemus()
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        asked = time.monotonic()
+        with pytest.raises(OutcomeUnknown, match="the disks of VM 'web' is not cancelled yet"):
+            host.client.call(endpoints.CANCEL_MIGRATION, migration=begun.id)
+        assert time.monotonic() - asked < CANCEL_WITHIN_S
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    assert host.outcome(begun.id).outcome is Outcome.CANCELLED
+    assert disks_of(host, "web") == images(host) == before
     assert_no_copies(host, disks=2)
     goes_on(client)
 

@@ -54,6 +54,9 @@ class Machine(FakeMachine):
         self.caps: dict[str, int] = {}
         #: does not give up copies, and how often it has not
         self.stuck, self.refused = False, 0
+        #: copies are made alike as soon as this is set
+        self.settles = asyncio.Event()
+        self.settles.set()
         #: called when a copy is to take its disk's place, which it then does not
         self.refuses: Callable[[], None] | None = None
 
@@ -77,6 +80,7 @@ class Machine(FakeMachine):
 
     async def settle_copy(self, disk: str) -> None:
         await self._answer()
+        await self.settles.wait()
         self.copying[disk] = replace(self.copying[disk], state=CopyState.SETTLED)
 
     async def pivot(self, disk: str) -> None:
@@ -364,6 +368,24 @@ class TestInLine:
         play(scenario())
 
 
+class TestACancel:
+    def test_while_the_copies_are_made_alike_gives_them_up(self, world: World) -> None:
+        async def scenario() -> None:
+            hosted = await world.running()
+            machine = cast(Machine, hosted.machine)
+            machine.settles.clear()
+            begun = await world.begin()
+            await until(lambda: world.views.show(begun.id).phase == "switchover")
+            ended = await world.moves.cancel(begun.id)
+            assert ended is not None
+            assert ended.outcome == "cancelled"
+            await world.moves._background.idle()
+            assert world.images() == world.named() == ["images"]
+            assert (hosted.migration, world.records(), machine.copying) == (None, [], {})
+
+        play(scenario())
+
+
 class TestACrash:
     """QEMU dies, or has died."""
 
@@ -429,6 +451,7 @@ class TestWhatCannotBeUndone:
     @pytest.fixture(autouse=True)
     def _often(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(disk_moves, "UNDO_EVERY_S", 0.01)
+        monkeypatch.setattr(disk_moves, "CANCEL_WITHIN_S", 0.05)
 
     @pytest.mark.parametrize("restarted", [False, True], ids=["same daemon", "next daemon"])
     def test_a_copy_that_qemu_does_not_give_up(
@@ -443,7 +466,8 @@ class TestWhatCannotBeUndone:
             if restarted:
                 hosted = await world.next_daemon()
             else:
-                world.moves._active[begun.id].cancel()
+                with pytest.raises(OutcomeUnknown, match="the disks of VM 'web1' is not cancelled yet"):
+                    await world.moves.cancel(begun.id)
             await until(lambda: "does not answer" in world.views.show(begun.id).progress.note)
             tries = machine.refused
             await until(lambda: machine.refused > tries + 2)

@@ -48,7 +48,7 @@ from limosa.host.parts import Parts
 from limosa.host.slots import Place
 from limosa.host.stopped import StoppedDisks, unwritten
 from limosa.host.storage import Storage
-from limosa.host.views import Views
+from limosa.host.views import CANCEL_WITHIN_S, Views, not_cancelled_yet
 from limosa.host.vms import HostedVm
 from limosa.migration import chains, disks, progress
 from limosa.migration.interruption import restarted, unless
@@ -126,12 +126,18 @@ class DiskMoves:
 
     async def cancel(self, migration: str) -> Migration | None:
         """Cancel a move of disks; None if none of that identity is under way. Raises :class:`Conflict` if it is too
-        late."""
+        late, and :class:`OutcomeUnknown` if something does not answer that is needed for it: it is cancelled as soon as
+        that does."""
         move = self._active.get(migration)
         if move is None:
             return None
         move.cancel()
-        return await self._views.ended(migration)
+        try:
+            async with asyncio.timeout(CANCEL_WITHIN_S):
+                return await self._views.ended(migration)
+        except TimeoutError:
+            what = f"the disks of VM '{move.record.vm}'"
+            raise not_cancelled_yet(move.report.now, what, "not everything is undone", self._host) from None
 
     async def limit(self, migration: str, mbit_per_s: int) -> Migration | None:
         """Cap a move of disks; None if none of that identity is under way."""
@@ -431,6 +437,8 @@ class _Move:
         self._copying: Mirrors | None = None
         #: the disks among which the cap is divided
         self._sharing: tuple[str, ...] = tuple(record.old)
+        #: the new images are about to be the VM's
+        self._is_decided = False
         self._cancelled: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     async def run(self) -> None:
@@ -443,7 +451,8 @@ class _Move:
             self.report.enter(Phase.STORAGE)
             await self.guard(self._copy())
             self.report.enter(Phase.SWITCHOVER)
-            await self._switch_over()
+            await self.guard(self._settle())
+            await self._put_to_use()
         self.report.enter(Phase.TEAR_DOWN)
         await self.end_copier()
         self.says(await self._moves.remove_old(self.hosted, self.record))
@@ -477,7 +486,7 @@ class _Move:
 
     def cancel(self) -> None:
         """Have it cancelled. Raises :class:`Conflict` if the new images are about to be used."""
-        if self.report.now.phase in (Phase.SWITCHOVER, Phase.TEAR_DOWN):
+        if self._is_decided:
             raise Conflict(f"the disks of VM '{self.record.vm}' have moved already", vm=self.record.vm)
         if not self._cancelled.done():
             self._cancelled.set_result(None)
@@ -526,12 +535,15 @@ class _Move:
         self.report.bar = self.report.bar.with_disks(1, 0)
         await copying.until_ready(lambda: self._look(copying))
 
-    async def _switch_over(self) -> None:
+    async def _settle(self) -> None:
         await self._moves.finish(self.record)
         for disk in self.record.old:
             with suppress(QemuError):  # a QEMU older than 8.2 cannot; it then settles when the guest pauses to write
                 await self.qemu.block_writes(disk)
         await asyncio.gather(*(self.qemu.settle_copy(disk) for disk in self.record.old))
+
+    async def _put_to_use(self) -> None:
+        self._is_decided = True
         await self._moves.commit(self)
         for disk in self.record.old:
             await self.qemu.pivot(disk)

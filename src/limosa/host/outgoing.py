@@ -19,7 +19,7 @@ from limosa.host.own_disks import OwnDisks
 from limosa.host.parts import Parts
 from limosa.host.peers import RemotePeer, dial
 from limosa.host.slots import Place, Slots
-from limosa.host.views import Views
+from limosa.host.views import CANCEL_WITHIN_S, Views, not_cancelled_yet
 from limosa.host.vms import HostedVm
 from limosa.migration.examination import Examined, Question, examine
 from limosa.migration.home import Terms
@@ -44,8 +44,6 @@ from limosa.wire.api import CheckReport, CheckRequest, Expected, MoveOptions, Mo
 
 _log = logging.getLogger(__name__)
 
-#: From a person's cancel to words about it, if it cannot be done by then.
-CANCEL_WITHIN_S = 1.5
 #: Between attempts to settle a move that could not be, because the disk is full for one.
 SETTLE_EVERY_S = 2.0
 
@@ -180,15 +178,9 @@ class Outgoing:
 
     def _not_yet(self, move: SourceMove) -> OutcomeUnknown:
         """What is to be said of a cancel that takes longer."""
-        settlement, vm = self._settling.get(move.header.migration), move.header.vm.name
+        settlement, view = self._settling.get(move.header.migration), self._views.show(move.header.migration)
         awaited = settlement.awaits if settlement is not None else "what was under way has not ended"
-        return OutcomeUnknown(
-            f"the move of VM '{vm}' is not cancelled yet",
-            why=f"{awaited} within {CANCEL_WITHIN_S:g} s",
-            todo=f"it will be, if it still can be then: see 'limosa migration show {move.header.migration}'",
-            vm=vm,
-            host=self.host,
-        )
+        return not_cancelled_yet(view, f"VM '{view.vm}'", awaited, self.host)
 
     async def resolve(self, migration: str, owner: Side) -> Migration:
         """A person says who owns the VM. Raises :class:`Conflict` if that is known, or cannot be."""

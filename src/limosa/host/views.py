@@ -9,11 +9,13 @@ from pathlib import Path
 
 import msgspec
 
-from limosa.errors import NotFound, StateError
+from limosa.errors import NotFound, OutcomeUnknown, StateError
 from limosa.model import reading
 from limosa.model.migration import Migration, Outcome
 from limosa.settings import toml
 
+#: From a person's cancel to words about it, if it cannot be done by then.
+CANCEL_WITHIN_S = 1.5
 _ENDED = frozenset({Outcome.COMPLETED, Outcome.FAILED, Outcome.CANCELLED})
 
 
@@ -101,3 +103,15 @@ class Views:
 
     def _path(self, migration: str) -> Path:
         return self._folder / f"{migration}.view.json"
+
+
+def not_cancelled_yet(view: Migration, what: str, awaited: str, host: str) -> OutcomeUnknown:
+    """What is to be said of a cancel that takes longer than :data:`CANCEL_WITHIN_S`. ``what`` moves, ``awaited``: what
+    has not happened meanwhile."""
+    return OutcomeUnknown(
+        f"the move of {what} is not cancelled yet",
+        why=f"{awaited} within {CANCEL_WITHIN_S:g} s",
+        todo=f"it will be, if it still can be then: see 'limosa migration show {view.id}'",
+        vm=view.vm,
+        host=host,
+    )
