@@ -105,6 +105,13 @@ def test_a_person_resolves_what_nobody_can_know(hosts: list[LabHost], owner: Sid
     assert view.fault is not None
     assert view.fault.code == "owner-unknown"
     assert migration in view.fault.todo
+    wait_until(
+        lambda: second.client.call(endpoints.SHOW_MIGRATION, migration=migration).outcome is Outcome.UNRESOLVED,
+        "the destination shows it as unresolved, too",
+    )
+    held = second.client.call(endpoints.SHOW_MIGRATION, migration=migration).fault
+    assert held is not None
+    assert (held.code, f"resolve {migration} --owner destination" in held.todo) == ("owner-unknown", True)
     word = api.ResolveRequest(owner=owner)
     decided = first if owner is Side.SOURCE else second
 

@@ -10,12 +10,13 @@ import pytest
 
 from harness.landings import VM, BareLanding, header
 from limosa.errors import Conflict, DestinationLost, OutcomeUnknown, QemuError
+from limosa.host import incoming
 from limosa.migration import destination as script
 from limosa.migration import interruption
 from limosa.migration.destination import Destination
 from limosa.migration.journal import Journal
 from limosa.migration.ownership import DestinationStep
-from limosa.model.migration import Side
+from limosa.model.migration import Outcome, Side
 from limosa.qemu.protocol import MigrationState, RunState
 from limosa.testing.machine import FakeMachine
 from limosa.testing.wire import Wire
@@ -158,6 +159,35 @@ def test_one_that_a_person_gave_to_this_host_is_kept_though_qemu_refuses(
             await landing.resolve(here=True)
         assert not machine.gone.is_set()
         landing._unfollow()
+
+    asyncio.run(scenario())
+
+
+def test_it_is_unresolved_while_no_session_with_its_source_lasts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario() -> None:
+        landing, _ = await loaded(tmp_path)
+        landing.attended()
+        shown = [incoming.view(landing).outcome]
+        await landing.abandoned()
+        shown.append(incoming.view(landing).outcome)
+        landing.attended()
+        shown.append(incoming.view(landing).outcome)
+        assert shown == [Outcome.UNDER_WAY, Outcome.UNRESOLVED, Outcome.UNDER_WAY]
+        await landing.take_over()
+        await landing.abandoned()
+        assert incoming.view(landing).outcome is Outcome.COMPLETED
+
+    monkeypatch.setattr(script, "UNRESOLVED_AFTER_S", 0.0)
+    asyncio.run(scenario())
+
+
+def test_it_is_not_called_unresolved_at_once(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        landing, _ = await loaded(tmp_path)
+        await landing.abandoned()
+        assert not landing.is_unresolved
 
     asyncio.run(scenario())
 

@@ -16,6 +16,7 @@ from limosa.errors import (
     InvalidInput,
     NetworkError,
     NotFound,
+    OwnerUnknown,
     PreflightRefused,
     QemuGone,
     StateError,
@@ -296,8 +297,13 @@ async def _watch(destination: Destination) -> AsyncIterator[Migration]:
 def view(destination: Destination) -> Migration:
     """A landing as people see it. The source knows more."""
     header = destination.journal.header
-    outcomes = {DestinationStep.OWNED: Outcome.COMPLETED, DestinationStep.GONE: Outcome.FAILED}
-    told = "why it ended" if destination.step is DestinationStep.GONE else "its progress"
+    outcome, fault, note = Outcome.UNDER_WAY, None, "see the source for its progress"
+    if destination.step is DestinationStep.OWNED:
+        outcome = Outcome.COMPLETED
+    elif destination.step is DestinationStep.GONE:
+        outcome, note = Outcome.FAILED, "see the source for why it ended"
+    elif destination.is_unresolved:
+        outcome, fault, note = Outcome.UNRESOLVED, _held(header).fault(), ""
     return Migration(
         id=header.migration,
         vm=header.vm.name,
@@ -306,7 +312,20 @@ def view(destination: Destination) -> Migration:
         side=Side.DESTINATION,
         transport=str(header.options.get("transport", "")),
         phase=Phase.BUILD_UP if destination.step is None else Phase.COPY,
-        outcome=outcomes.get(destination.step, Outcome.UNDER_WAY) if destination.step else Outcome.UNDER_WAY,
-        progress=Progress(note=f"see the source for {told}"),
+        outcome=outcome,
+        progress=Progress(note=note),
         accepted_at=header.accepted_at,
+        fault=fault,
+    )
+
+
+def _held(header: Header) -> OwnerUnknown:
+    """What is to be said of a VM that arrived whole, and whose source then went away."""
+    return OwnerUnknown(
+        f"nobody can know whether VM '{header.vm.name}' is to run here; it waits, paused",
+        why=f"all of it has arrived, and host '{header.source}' went away before it said who goes on",
+        todo=f"it is settled as soon as '{header.source}' is back; if '{header.source}' is surely dead: "
+        f"limosa migration resolve {header.migration} --owner destination",
+        vm=header.vm.name,
+        host=header.destination,
     )

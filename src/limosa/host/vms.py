@@ -251,7 +251,7 @@ class Vms:
         if hosted.migration is not None or hosted.state is VmState.INCOMING:
             raise Conflict(
                 f"VM '{hosted.config.name}' is in migration {hosted.migration}",
-                todo=f"wait for it, or cancel it at its source: limosa migration cancel {hosted.config.name}",
+                todo=f"wait for it, or cancel it at its source: see 'limosa migration show {hosted.migration}'",
                 vm=hosted.config.name,
                 host=self._host,
             )

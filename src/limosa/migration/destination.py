@@ -25,6 +25,7 @@ from limosa.errors import Conflict, DestinationLost, LimosaError, OutcomeUnknown
 from limosa.migration.interruption import is_gone
 from limosa.migration.journal import Journal
 from limosa.migration.ownership import (
+    UNRESOLVED_AFTER_S,
     DestinationAction,
     DestinationQemu,
     DestinationStep,
@@ -104,6 +105,8 @@ class Destination:
         self._loaded = asyncio.Event()
         #: sessions with the source, of which it may have a new one before the end of the old one is noticed
         self._sessions = 0
+        #: since when, by the monotonic clock, a state that is whole has waited for a word about whose the guest is
+        self._held_since: float | None = None
         #: the last of them ended, or this daemon restarted: the source has what it needs, or it is gone
         self._abandoned = asyncio.Event()
         self._resumed_at: float | None = None
@@ -130,6 +133,14 @@ class Destination:
     def step(self) -> DestinationStep | None:
         """The last step of the journal."""
         return DestinationStep(self.journal.step) if self.journal.step is not None else None
+
+    @property
+    def is_unresolved(self) -> bool:
+        """Whether the guest waits here, paused and whole, for a source that has been gone for long, or for a person's
+        word."""
+        if self._held_since is None or self.step is not DestinationStep.RESERVED:
+            return False
+        return time.monotonic() - self._held_since >= UNRESOLVED_AFTER_S
 
     async def prepare(
         self, request: Prepare, in_line: Callable[[int], None], tell: Callable[[LayersAwaited], None]
@@ -215,6 +226,7 @@ class Destination:
         """A session with the source is about this move, until :meth:`abandoned`: the source decides, and no person."""
         self._sessions += 1
         self._abandoned.clear()
+        self._held_since = None
 
     async def abandoned(self) -> None:
         """A session with the source ended or broke, or this daemon restarted: do what is safe on one's own."""
@@ -233,8 +245,8 @@ class Destination:
                 case DestinationAction.OWN:
                     await self._continue_again()
                     await self._own()
-                case DestinationAction.HOLD:
-                    pass
+                case DestinationAction.HOLD if self._abandoned.is_set():
+                    self._held_since = time.monotonic()
 
     async def standing(self) -> Standing:
         """How it stands, for a source that has lost track."""

@@ -31,6 +31,9 @@ from enum import StrEnum
 
 from limosa.wire.peer import DestinationState
 
+#: Who owns a VM is said to be unresolved when it could not be known for so long; most losses last less.
+UNRESOLVED_AFTER_S = 3.0
+
 
 class SourceStep(StrEnum):
     """Steps of the source's journal, in order."""

@@ -25,7 +25,14 @@ from limosa.errors import (
 )
 from limosa.migration import mirrors
 from limosa.migration.interruption import is_gone
-from limosa.migration.ownership import SOURCE_ENDED, SourceAction, SourceQemu, SourceStep, decide_source
+from limosa.migration.ownership import (
+    SOURCE_ENDED,
+    UNRESOLVED_AFTER_S,
+    SourceAction,
+    SourceQemu,
+    SourceStep,
+    decide_source,
+)
 from limosa.migration.source import POST_COPY, SourceMove
 from limosa.migration.stop import stop_stream
 from limosa.model.migration import Outcome, Phase, Side
@@ -35,8 +42,6 @@ from limosa.wire.peer import DestinationState, Standing
 ABORT_WITHIN_S = 5.0
 #: From a question to the answer of a QEMU that does not hang.
 QEMU_ANSWERS_WITHIN_S = 10.0
-#: The move is shown as unresolved when the destination could not be asked for this long.
-UNRESOLVED_AFTER_S = 3.0
 
 _COMPLETED = {MigrationState.COMPLETED, *POST_COPY}
 #: Whose the VM is has been written, and nobody has a say in it any more.
