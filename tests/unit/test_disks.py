@@ -415,6 +415,29 @@ class TestKeeping:
             told.append(what)
         assert told == ["", "", *["slow-writes"] * 4, *[""] * 9, "give-up", "give-up"]
 
+    def test_while_nothing_of_it_is_copied_the_guest_is_left_alone(self) -> None:
+        for allowed in (None, 100):
+            keeping, told = Keeping(10.0, 0.0, ready=allowed is not None), []
+            for second in range(13):
+                keeping, what = keeping.judge(float(second), 500, allowed, stands_still=True)
+                told.append((second, what))
+            assert [one for one in told if one[1]] == [(10, "give-up"), (11, "give-up"), (12, "give-up")]
+
+    def test_a_guest_has_its_speed_back_step_by_step_when_the_copy_has_kept_up(self) -> None:
+        keeping, told = Keeping(100.0, 0.0), []
+        for second, remaining in enumerate([50, *[500] * 4, *[50] * 12]):
+            keeping, what = keeping.judge(float(second), remaining, 100)
+            told.append((second, what))
+        acts = [one for one in told if one[1]]
+        assert acts == [
+            (2, "slow-writes"),
+            (3, "slow-writes"),
+            (4, "slow-writes"),
+            (9, "ease-writes"),
+            (14, "ease-writes"),
+        ]
+        assert keeping.slowed == 1
+
 
 class TestTheBar:
     """It never goes back, with disks before the memory."""
@@ -581,6 +604,61 @@ class TestMirrors:
                 await copying.keep_up(0.06)
             assert 0 < machine.slowed["vda"] <= 20 * MIB
             assert list(copying.behind) == ["vda"]
+
+        asyncio.run(scenario())
+
+    def test_a_guest_that_was_slowed_has_its_speed_back(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        clock = iter(range(1000))
+        monkeypatch.setattr(mirrors, "time", SimpleNamespace(monotonic=lambda: clock.__next__() / 4))
+
+        async def scenario() -> None:
+            behind = [CopyStatistics(CopyState.READY, 10 * MIB * n, 10 * MIB * n + 20 * MIB) for n in range(10)]
+            along = [CopyStatistics(CopyState.READY, 10 * MIB * n, 10 * MIB * n) for n in range(10, 100)]
+            machine = Copying(*behind, *along)
+            copying = Mirrors(machine, ["vda"], ConvergencePolicy(patience_s=100))
+            for _ in behind:
+                await copying.keep_up(0.06)
+            assert 0 < machine.slowed["vda"] <= 20 * MIB
+            for _ in along:
+                await copying.keep_up(0.06)
+            assert machine.slowed["vda"] == 0
+            assert not copying.progress()[0].slowed
+
+        asyncio.run(scenario())
+
+    def test_while_the_target_is_filled_with_zeroes_no_guest_is_slowed(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        clock = iter(range(10000))
+        monkeypatch.setattr(mirrors, "time", SimpleNamespace(monotonic=lambda: float(clock.__next__())))
+
+        async def scenario() -> None:
+            zeroing = CopyStatistics(CopyState.COPYING, 0, 0)
+            machine = Copying(*[zeroing] * 500, at(50), at(100, CopyState.READY))
+            copying = Mirrors(machine, ["vda"], ConvergencePolicy(patience_s=10))
+            seen = []
+
+            async def show() -> None:
+                bar, shown = of_disks(
+                    Bar().entered(Phase.STORAGE).with_disks(1, 0), Progress(), copying.progress(), 0.0
+                )
+                seen.append((bar.percent, shown.note))
+
+            await copying.until_ready(show)
+            assert machine.slowed == {}
+            assert seen[0][0] < seen[-2][0] < seen[-1][0]
+            assert "zeroes" in seen[0][1]
+            assert seen[-2][1] == ""
+
+        asyncio.run(scenario())
+
+    def test_one_whose_target_does_not_answer_says_so(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        clock = iter(range(10000))
+        monkeypatch.setattr(mirrors, "time", SimpleNamespace(monotonic=lambda: float(clock.__next__())))
+
+        async def scenario() -> None:
+            machine = Copying(*[at(50)] * 100)
+            with pytest.raises(NotConverging, match="nothing of it is copied"):
+                await Mirrors(machine, ["vda"], ConvergencePolicy(patience_s=10)).until_ready(nothing)
+            assert machine.slowed == {}
 
         asyncio.run(scenario())
 

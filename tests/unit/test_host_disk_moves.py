@@ -54,7 +54,8 @@ class Machine(FakeMachine):
         self.caps: dict[str, int] = {}
         #: does not give up copies, and how often it has not
         self.stuck, self.refused = False, 0
-        #: copies are made alike as soon as this is set
+        #: whether copies are being made alike, which they are as soon as the event is set
+        self.settling = False
         self.settles = asyncio.Event()
         self.settles.set()
         #: called when a copy is to take its disk's place, which it then does not
@@ -80,6 +81,7 @@ class Machine(FakeMachine):
 
     async def settle_copy(self, disk: str) -> None:
         await self._answer()
+        self.settling = True
         await self.settles.wait()
         self.copying[disk] = replace(self.copying[disk], state=CopyState.SETTLED)
 
@@ -369,20 +371,25 @@ class TestInLine:
 
 
 class TestACancel:
-    def test_while_the_copies_are_made_alike_gives_them_up(self, world: World) -> None:
+    def test_while_the_copies_are_made_alike_is_heeded_afterwards(
+        self, world: World, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         async def scenario() -> None:
             hosted = await world.running()
             machine = cast(Machine, hosted.machine)
             machine.settles.clear()
             begun = await world.begin()
-            await until(lambda: world.views.show(begun.id).phase == "switchover")
-            ended = await world.moves.cancel(begun.id)
-            assert ended is not None
-            assert ended.outcome == "cancelled"
+            await until(lambda: machine.settling)
+            with pytest.raises(OutcomeUnknown, match="not cancelled yet"):
+                await world.moves.cancel(begun.id)
+            assert machine.copying
+            machine.settles.set()
+            assert (await world.views.ended(begun.id)).outcome == "cancelled"
             await world.moves._background.idle()
             assert world.images() == world.named() == ["images"]
             assert (hosted.migration, world.records(), machine.copying) == (None, [], {})
 
+        monkeypatch.setattr(disk_moves, "CANCEL_WITHIN_S", 0.05)
         play(scenario())
 
 

@@ -24,10 +24,14 @@ from limosa.wire.peer import StreamCredentials
 LOOK_EVERY_S = 0.2
 #: How long a copy that is ready may have too much left. For moments it always has: QEMU sleeps while nothing is.
 BEHIND_S = 1.0
+#: One of which nothing was copied for so long stands still.
+STILL_S = 1.0
 #: A rate is taken over the looks of so long.
 RATE_OVER_S = 2.0
 #: A guest whose writes are slowed may write this share of what is copied, and of that again, so often.
 SLOWED_TO, MOST_SLOWED = 0.5, 4
+#: A ready copy that has kept up for so long lets the guest write faster again, by as much as it was slowed last.
+EASE_AFTER_S = 5.0
 #: What may always remain: QEMU copies in pieces of up to this (MAX_IO_BYTES in block/mirror.c).
 PIECE_BYTES = MIB
 
@@ -38,10 +42,11 @@ class Keeping:
 
     ``least`` is the least that ever remained, ``since`` when that was. A copy that has come no nearer for a quarter of
     the patience slows the guest's writes, by up to ``steps``; one that has not for all of it since the last step does
-    not end.
+    not end. While nothing of it is copied at all it is not the guest that is too fast: then nobody is slowed, and it is
+    given up when the patience is over.
 
     For one that is ready this begins anew, and again whenever no more is left than may be. It waits less for a step:
-    what is left when the guest stops lengthens the blackout.
+    what is left when the guest stops lengthens the blackout. When it has kept up for a while the last step is undone.
     """
 
     patience_s: float
@@ -52,23 +57,33 @@ class Keeping:
     kept_up: float = 0.0
     #: it is ready, and has had more left for more than a moment
     is_behind: bool = False
+    #: when it last did not keep up, or the guest was let write faster again
+    unsteady: float = 0.0
     #: steps by which the guest's writes were slowed, and may be
     slowed: int = 0
     steps: int = MOST_SLOWED
 
-    def judge(self, now: float, remaining: int, allowed: int | None = None) -> tuple[Keeping, str]:
-        """The state after a look, and what to do: nothing (empty), ``slow-writes`` or ``give-up``. ``allowed``: bytes
-        that may be left of one that is ready; null for one that is not."""
+    def judge(
+        self, now: float, remaining: int, allowed: int | None = None, *, stands_still: bool = False
+    ) -> tuple[Keeping, str]:
+        """The state after a look, and what to do: nothing (empty), ``slow-writes``, ``ease-writes`` or ``give-up``.
+        ``allowed``: bytes that may be left of one that is ready; null for one that is not. ``stands_still``: nothing of
+        it has been copied lately."""
         if allowed is not None and (not self.ready or remaining <= allowed):
-            return replace(self, since=now, least=None, ready=True, kept_up=now, is_behind=False), ""
-        looked = replace(self, is_behind=self.ready and now - self.kept_up >= BEHIND_S)
+            unsteady = self.unsteady if self.ready else now
+            kept = replace(self, since=now, least=None, ready=True, kept_up=now, unsteady=unsteady, is_behind=False)
+            if self.slowed and now - unsteady >= EASE_AFTER_S:
+                return replace(kept, slowed=self.slowed - 1, unsteady=now), "ease-writes"
+            return kept, ""
+        looked = replace(self, is_behind=self.ready and now - self.kept_up >= BEHIND_S, unsteady=now)
         if self.least is None or remaining < self.least:
             return replace(looked, since=now, least=remaining), ""
         waited = now - self.since
         patience_s = self.patience_s / 4
-        if self.slowed < self.steps and waited >= (min(BEHIND_S, patience_s) if self.ready else patience_s):
+        may_slow = self.slowed < self.steps and not stands_still
+        if may_slow and waited >= (min(BEHIND_S, patience_s) if self.ready else patience_s):
             return replace(looked, since=now, slowed=self.slowed + 1), "slow-writes"
-        return looked, "give-up" if self.slowed == self.steps and waited >= self.patience_s else ""
+        return looked, "give-up" if not may_slow and waited >= self.patience_s else ""
 
 
 class Mirrors:
@@ -167,24 +182,44 @@ class Mirrors:
 
     async def _act(self) -> None:
         for disk, copy in self.latest.items():
-            if copy.state is CopyState.COPYING:
+            # As long as QEMU fills the target with zeroes it says that there is nothing to copy (block/mirror.c). How
+            # long that takes is the target's own affair, and nothing that its guest could do about.
+            if copy.state is CopyState.COPYING and copy.total_bytes:
                 await self._judge(disk)
 
     async def _judge(self, disk: str, allowed: int | None = None) -> None:
         copy = self.latest[disk]
         remaining = copy.total_bytes - copy.copied_bytes
-        self._keeping[disk], what = self._keeping[disk].judge(time.monotonic(), remaining, allowed)
+        still = self._stands_still(disk)
+        self._keeping[disk], what = self._keeping[disk].judge(time.monotonic(), remaining, allowed, stands_still=still)
         if what == "slow-writes":
             now = min(self._rate(disk), self._writes.get(disk, float("inf")))
-            self._writes[disk] = max(self._policy.least_write_kib_per_s * KIB, round(now * SLOWED_TO))
-            await self._machine.slow_writes(disk, self._writes[disk])
+            await self._slow(disk, max(self._policy.least_write_kib_per_s * KIB, round(now * SLOWED_TO)))
+        elif what == "ease-writes":
+            await self._slow(disk, round(self._writes[disk] / SLOWED_TO) if self._keeping[disk].slowed else 0)
         elif what == "give-up":
+            may_help = "" if self._policy.slow_writes else "; or allow its writes to be slowed: convergence.slow_writes"
             raise NotConverging(
                 f"the copy of disk {disk} " + ("does not come to its end" if allowed is None else "falls behind"),
-                why="the guest writes it faster than it can be sent",
-                todo="move the VM when it is quieter, or over a faster network"
-                + ("" if self._policy.slow_writes else "; or allow its writes to be slowed: convergence.slow_writes"),
+                why="nothing of it is copied" if still else "the guest writes it faster than it can be sent",
+                todo="see whether what it is copied to answers"
+                if still
+                else f"move the VM when it is quieter, or over a faster network{may_help}",
             )
+
+    async def _slow(self, disk: str, bytes_per_s: int) -> None:
+        """Let the guest write so much a second; 0: as much as it can."""
+        if bytes_per_s:
+            self._writes[disk] = bytes_per_s
+        else:
+            self._writes.pop(disk, None)
+        await self._machine.slow_writes(disk, bytes_per_s)
+
+    def _stands_still(self, disk: str) -> bool:
+        """Whether nothing of a disk has been copied for a second, by the looks there were."""
+        at, last = self._looks[-1]
+        before = [look for then, look in self._looks if then <= at - STILL_S]
+        return bool(before) and last[disk].copied_bytes == before[-1][disk].copied_bytes
 
     def _rate(self, disk: str) -> float:
         """Bytes of a disk that were copied in a second, by the last looks."""

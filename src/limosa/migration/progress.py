@@ -133,7 +133,8 @@ def of_disks(
     bytes of what lies below them were sent before."""
     total = before + sum(disk.total_bytes for disk in disks)
     copied = before + sum(disk.copied_bytes for disk in disks)
-    bar = bar.copied(copied / total if total else 1.0)
+    # Nothing to copy is said of a disk that is empty, and of one whose copy has yet to be filled with zeroes.
+    bar = bar.copied(copied / total if total else float(all(disk.ready for disk in disks)))
     rate = bar.rate(at, copied)
     return bar.seen(at, copied), msgspec.structs.replace(
         shown,
@@ -144,7 +145,7 @@ def of_disks(
         rate_bytes_per_s=_whole(rate),
         remaining_s=_in_ms((total - copied) / rate) if rate else None,
         disks=tuple(disks),
-        note=slows_writes(disk for disk in disks if not disk.ready),
+        note=slows_writes(disk for disk in disks if not disk.ready) or _prepares(disks),
     )
 
 
@@ -157,6 +158,12 @@ def slows_writes(disks: Iterable[DiskProgress]) -> str:
     """What to say of disks to which the guest's writes are slowed; empty if there is none."""
     slowed = ", ".join(disk.disk for disk in disks if disk.slowed)
     return f"the guest's writes to disk {slowed} are slowed, to copy them in time" if slowed else ""
+
+
+def _prepares(disks: Iterable[DiskProgress]) -> str:
+    """What to say of copies of which nothing is copied yet; empty if there is none."""
+    names = ", ".join(disk.disk for disk in disks if not (disk.total_bytes or disk.ready))
+    return f"what disk {names} is copied to is filled with zeroes first" if names else ""
 
 
 def progress(bar: Bar, look: MigrationStatistics, *, limit_ms: float, note: str) -> Progress:
