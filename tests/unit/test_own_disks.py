@@ -161,10 +161,10 @@ def test_a_move_of_disks_says_what_it_could_not_delete(world: World) -> None:
     world.hosted.machine = SimpleNamespace(gone=asyncio.Event())
     before = disks.against_copying(msgspec.structs.replace(FACT, bitmaps=1))
     left = disks.not_deleted("/srv/web1.raw", "it is broken")
-    moves = SimpleNamespace(make_images=AsyncMock(), remove_old=AsyncMock(return_value=(left,)))
+    moves = SimpleNamespace(make_images=AsyncMock(), finish=AsyncMock(), remove_old=AsyncMock(return_value=(left,)))
 
     class Copied(_Move):
-        _copy = _switch_over = AsyncMock()
+        _copy = _settle = _put_to_use = AsyncMock()
 
     async def scenario() -> None:
         first = msgspec.structs.replace(VIEW, findings=tuple(before))
