@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import textwrap
 from collections.abc import Callable, Sequence
 from typing import NoReturn
@@ -99,6 +100,11 @@ def add_command(
     add_global_options(parser, with_host=not local)
     parser.set_defaults(run=run)
     return parser
+
+
+def absolute(path: str) -> str:
+    """A path as a host is given it. Not resolved: the host may reach it by links that this machine has not."""
+    return os.path.abspath(path)
 
 
 def _sentence(text: str) -> str:

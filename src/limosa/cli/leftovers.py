@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import time
 from collections.abc import Sequence
 
-from limosa.cli.arguments import Commands, add_command
+from limosa.cli.arguments import Commands, absolute, add_command
 from limosa.cli.connection import client_of
 from limosa.cli.output import clean as safe
 from limosa.cli.output import say, say_json, warn
@@ -76,7 +75,7 @@ def _show(one: Leftover) -> None:
 
 
 def _clean(arguments: argparse.Namespace) -> int:
-    paths = [os.path.normpath(os.path.join(os.getcwd(), path)) for path in arguments.paths]
+    paths = [absolute(path) for path in arguments.paths]
     request = toml.convert({"paths": paths}, CleanRequest, where="the request")
     with client_of(arguments) as client:
         if not arguments.yes:

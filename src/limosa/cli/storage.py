@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Sequence
 from typing import get_args
 
 import msgspec
 
 from limosa.cli import leftovers
-from limosa.cli.arguments import Commands, add_command, add_noun
+from limosa.cli.arguments import Commands, absolute, add_command, add_noun
 from limosa.cli.connection import client_of, name_there
 from limosa.cli.display import display_for, say_summary
 from limosa.cli.follow import exit_code, follow
@@ -209,7 +208,7 @@ def _with_hosts(location: Location, seen: SightingList) -> dict[str, object]:
 def _add(arguments: argparse.Namespace) -> int:
     if (arguments.path is None) is (arguments.lvm is None):
         raise InvalidInput("a location is a folder or a volume group", todo="say FOLDER or --lvm GROUP")
-    path = os.path.normpath(os.path.join(os.getcwd(), arguments.path)) if arguments.path is not None else None
+    path = absolute(arguments.path) if arguments.path is not None else None
     place = {"path": path, "lvm": arguments.lvm, "shared": arguments.shared}
     values: dict[str, object] = {
         f"locations.{arguments.name}": {key: value for key, value in place.items() if value is not None}
@@ -263,7 +262,7 @@ def _remove(arguments: argparse.Namespace) -> int:
 
 
 def _release(arguments: argparse.Namespace) -> int:
-    path = os.path.normpath(os.path.join(os.getcwd(), arguments.image))
+    path = absolute(arguments.image)
     dead = name_there(arguments, arguments.dead)
     request = toml.convert({"image": path, "dead": dead}, ReleaseRequest, where="the request")
     with client_of(arguments) as client:

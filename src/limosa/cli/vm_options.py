@@ -12,6 +12,7 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+from limosa.cli.arguments import absolute
 from limosa.errors import InvalidInput
 from limosa.model.units import MIB, parse_size
 from limosa.settings import toml
@@ -155,8 +156,7 @@ def _text(path: str) -> str:
 
 
 def _absolute(path: str, base: str = "") -> str:
-    # Not resolved: the host may reach it by links that this machine has not.
-    return os.path.normpath(os.path.join(os.getcwd(), base, path)) if path else path
+    return absolute(os.path.join(base, path)) if path else path
 
 
 def _from_file(path: Path) -> NewVm:

@@ -42,7 +42,6 @@ UPLINK = "uplink"
 CLIENT_ADDRESS = "10.77.0.2"
 #: VMs may use the addresses of the LAN from this one on.
 FIRST_GUEST_ADDRESS = "10.77.0.101"
-LAN_NETWORK = "10.77.0.0/24"
 
 
 class Lab(Model, frozen=True):

@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 
 from limosa.migration.progress import Bar
-from limosa.model.migration import Fault, Migration, Outcome, Phase, Progress
+from limosa.model.migration import Fault, Migration, Outcome, Phase
 
 
 class Report:
@@ -51,10 +51,6 @@ class Report:
         self.now = msgspec.structs.replace(self.now, phase=phase, phases=phases, progress=progress, place=place)
         if not silently:
             self._publish(self.now)
-
-    def progress(self, progress: Progress) -> None:
-        """Show progress within the phase."""
-        self.change(progress=progress)
 
     def note(self, words: str) -> None:
         """Say in words what the move waits for."""

@@ -53,7 +53,6 @@ from limosa.transport.shares import Kind
 from limosa.wire.peer import Prepare, Prepared, StreamCredentials
 
 LOOK_EVERY_S = 0.2
-#: While disks are copied.
 #: So long before a guest may stop, what waits on the way is made little: it would have to wait for that. If it will go
 #: on for so much longer it is made more again, which is faster.
 SHORTEN_BEFORE_S, LENGTHEN_BEFORE_S = 0.3, 0.6
