@@ -105,11 +105,11 @@ def _for_post_copy(ends: Ends) -> Ends:
 
 def _fastest(ends: Ends, blocked: Collection[str]) -> Route:
     """The fastest route where QEMU is given sockets."""
-    bare = _uncompressed(ends, "auto", blocked)
+    bare = _without_compression(ends, "auto", blocked)
     if not bare.paths:
         return bare
     outrun = _outrun(bare.paths)
-    if doubt := _against_relays(ends, bare.paths) or ("" if ends.here.encrypt else outrun):
+    if doubt := _against_compression(ends, bare.paths) or ("" if ends.here.encrypt else outrun):
         return msgspec.structs.replace(bare, why=f"{bare.why}; not compressed: {doubt}")
     faster = f"a processor compresses faster than {_speed(bare.paths)} Mbit/s"
     why = f"{'relays encrypt faster than QEMU' if outrun else faster}; {bare.why}"
@@ -140,19 +140,19 @@ def _asked(ends: Ends, asked: str, blocked: Collection[str]) -> Route:
     if asked != "compression":
         # All NICs were asked for, and relays only where nothing else takes all.
         without = asked == "multichannel" and not _multipath_off(ends)
-        return _uncompressed(_for_post_copy(ends) if without else ends, asked, blocked)
-    bare = _uncompressed(ends, "auto", blocked)
+        return _without_compression(_for_post_copy(ends) if without else ends, asked, blocked)
+    bare = _without_compression(ends, "auto", blocked)
     if not bare.paths:
         return bare
     if ends.no_relay:
         return msgspec.structs.replace(bare, why=f"compression is not possible: {ends.no_relay}; {bare.why}")
-    doubt = _against_relays(ends, bare.paths) or _outrun(bare.paths)
+    doubt = _against_compression(ends, bare.paths) or _outrun(bare.paths)
     words = f"it was asked for, but {doubt}" if doubt else "it was asked for"
     return _relayed(ends, bare, _outrun(bare.paths), _except(words, blocked))
 
 
-def _against_relays(ends: Ends, paths: Sequence[Path]) -> str:
-    """Why they are not possible or gain nothing, however fast these paths are, in words; empty if they may."""
+def _against_compression(ends: Ends, paths: Sequence[Path]) -> str:
+    """Why relays cannot compress, or gain nothing by it however fast these paths are, in words; empty if they may."""
     capped = "the cap on bandwidth counts what is sent before it is compressed" if _is_capped(ends, paths) else ""
     return ends.no_relay or capped
 
@@ -176,27 +176,28 @@ def _speed(paths: Sequence[Path]) -> int:
     return sum(path.speed_mbit_per_s or 0 for path in paths)
 
 
-def _uncompressed(ends: Ends, asked: str, blocked: Collection[str]) -> Route:
-    """The route for ``auto``, ``tcp`` or ``multichannel`` where QEMU is given sockets."""
+def _without_compression(ends: Ends, asked: str, blocked: Collection[str]) -> Route:
+    """The route for ``auto``, ``tcp`` or ``multichannel`` where QEMU is given sockets and nothing is compressed. Relays
+    may carry it nevertheless, if it is striped."""
     single, several = _single(ends, blocked), _several(ends, blocked)
     if not single:
         return Route(transport="tcp", why=f"nothing leads to host '{ends.destination}'")
-    stripes = _stripes(ends, several)
-    reason = "it was asked for" if asked == "tcp" else _against(ends, several, stripes)
+    why_striped = _why_striped(ends, several)
+    reason = "it was asked for" if asked == "tcp" else _against(ends, several, why_striped)
     if asked == "auto":
-        reason = reason or _not_worth(ends, several, stripes)
+        reason = reason or _not_worth(ends, several, why_striped)
     if reason:
         why = _except("; ".join(filter(None, (reason, _preferred(ends, single)))), blocked)
         return Route(transport="tcp", paths=single[:1], why=why)
-    if not stripes:
+    if not why_striped:
         several = _with_streams(ends, _alike(several) if asked == "auto" else several)
     words = [_gain(several) if asked == "auto" else "it was asked for"]
-    words += [f"one stream for each network, because {stripes}"] if stripes else []
+    words += [f"one stream for each network, because {why_striped}"] if why_striped else []
     why = _except("; ".join(words), blocked)
-    return Route(transport="multichannel", paths=several, striped=bool(stripes), why=why)
+    return Route(transport="multichannel", paths=several, striped=bool(why_striped), why=why)
 
 
-def _stripes(ends: Ends, several: Sequence[Path]) -> str:
+def _why_striped(ends: Ends, several: Sequence[Path]) -> str:
     """Why relays are to spread the stream over these paths instead of Multipath TCP, in words; empty: they are not."""
     if ends.no_relay or not 1 < len(several) <= MAX_LANES:
         return ""
@@ -232,11 +233,11 @@ def _has_team(ends: Ends, path: Path) -> bool:
     return (near is not None and spreads(ends.here, near)) or (far is not None and spreads(ends.there, far))
 
 
-def _against(ends: Ends, several: Sequence[Path], stripes: str) -> str:
+def _against(ends: Ends, several: Sequence[Path], why_striped: str) -> str:
     """What makes several paths impossible, in words; empty if nothing does."""
     if not several:
         return f"no NIC here is on a network of host '{ends.destination}'"
-    off = "" if stripes else _multipath_off(ends)
+    off = "" if why_striped else _multipath_off(ends)
     return f"{off}, and relays cannot spread it: {ends.no_relay}" if off and ends.no_relay and len(several) > 1 else off
 
 
@@ -246,7 +247,7 @@ def _multipath_off(ends: Ends) -> str:
     return f"Multipath TCP is off on {hosts}" if off else ""
 
 
-def _not_worth(ends: Ends, several: Sequence[Path], stripes: str) -> str:
+def _not_worth(ends: Ends, several: Sequence[Path], why_striped: str) -> str:
     """Why one connection is as good as several, in words; empty if it is not."""
     has_team = _has_team(ends, several[0])
     if len(several) == 1 and not has_team:
@@ -257,9 +258,9 @@ def _not_worth(ends: Ends, several: Sequence[Path], stripes: str) -> str:
         return f"the speed of {silent.nic_here} is not known"
     if max(speeds) >= FAST_MBIT_PER_S:
         return f"one stream does not fill a NIC of {max(speeds)} Mbit/s"
-    if stripes and max(speeds) >= SPREAD_MBIT_PER_S:
-        return f"relays do not carry more than a NIC of {max(speeds)} Mbit/s, and {stripes}"
-    if len(_alike(several)) == 1 and not stripes and not has_team:
+    if why_striped and max(speeds) >= SPREAD_MBIT_PER_S:
+        return f"relays do not carry more than a NIC of {max(speeds)} Mbit/s, and {why_striped}"
+    if len(_alike(several)) == 1 and not why_striped and not has_team:
         return f"a NIC of {max(speeds)} Mbit/s would wait for the others, which are more than {SLOWER} times slower"
     return ""
 
