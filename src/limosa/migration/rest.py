@@ -14,7 +14,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from limosa.errors import LimosaError, MigrationFailed, QemuGone
-from limosa.qemu.protocol import MachineProtocol, MigrationState
+from limosa.qemu.protocol import RECOVERING, MachineProtocol, MigrationState
 from limosa.transport import tcp
 
 if TYPE_CHECKING:
@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 TRY_WITHIN_S = 30.0
 TRY_EVERY_S = 1.0
 LOOK_EVERY_S = 0.05
-
-_NOT_YET = (MigrationState.POSTCOPY_RECOVER_SETUP, MigrationState.POSTCOPY_RECOVER)
 
 
 async def mend(move: SourceMove, machine: MachineProtocol) -> None:
@@ -66,7 +64,7 @@ async def _once(move: SourceMove, machine: MachineProtocol) -> None:
 
 async def _flows(move: SourceMove, machine: MachineProtocol) -> None:
     """Return when both QEMUs have found out what is still missing. Raises :class:`MigrationFailed`."""
-    while (look := await machine.migration()).state in _NOT_YET:  # noqa: ASYNC110 - QEMU sends no event for each
+    while (look := await machine.migration()).state in RECOVERING:  # noqa: ASYNC110 - QEMU sends no event for each
         await asyncio.sleep(LOOK_EVERY_S)
     if look.state is MigrationState.POSTCOPY_PAUSED:
         vm, host = move.header.vm.name, move.header.destination

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from limosa.background import in_full
 from limosa.errors import (
@@ -33,17 +34,18 @@ from limosa.migration.ownership import (
     SourceStep,
     decide_source,
 )
-from limosa.migration.source import POST_COPY, SourceMove
 from limosa.migration.stop import stop_stream
 from limosa.model.migration import Outcome, Phase, Side
-from limosa.qemu.protocol import MachineProtocol, MigrationState, RunState
+from limosa.qemu.protocol import NO_WAY_BACK, MachineProtocol, RunState
 from limosa.wire.peer import DestinationState, Standing
+
+if TYPE_CHECKING:
+    from limosa.migration.source import SourceMove
 
 ABORT_WITHIN_S = 5.0
 #: From a question to the answer of a QEMU that does not hang.
 QEMU_ANSWERS_WITHIN_S = 10.0
 
-_COMPLETED = {MigrationState.COMPLETED, *POST_COPY}
 #: Whose the VM is has been written, and nobody has a say in it any more.
 _DECIDED = (SourceStep.CONFIRMED, SourceStep.FINISHED, SourceStep.HOME, SourceStep.UNDONE)
 
@@ -159,7 +161,7 @@ class Settlement:
             ) from None
         # A QEMU that came here by a move itself says "completed" of that until it is told to migrate.
         told = any(record.step == SourceStep.MIGRATING for record in self.move.journal.records)
-        return SourceQemu.COMPLETED if told and state in _COMPLETED else SourceQemu.HOLDS
+        return SourceQemu.COMPLETED if told and state in NO_WAY_BACK else SourceQemu.HOLDS
 
     async def _ask(self, qemu: SourceQemu) -> Standing | None:
         """How the destination stands, or None if it cannot be asked, or is not concerned."""

@@ -44,7 +44,17 @@ from limosa.model.migration import Phase, Progress
 from limosa.model.route import Route
 from limosa.model.storage import DiskProgress
 from limosa.model.units import MIB
-from limosa.qemu.protocol import Event, MachineProtocol, MigrationState, MigrationStatistics, RunState, StreamParameters
+from limosa.qemu.protocol import (
+    POST_COPY,
+    PRE_COPY_ENDINGS,
+    SWITCHED_OVER,
+    Event,
+    MachineProtocol,
+    MigrationState,
+    MigrationStatistics,
+    RunState,
+    StreamParameters,
+)
 from limosa.security.stream import make_credentials
 from limosa.transport import tcp
 from limosa.transport.channel import Channel, SocketChannel
@@ -365,7 +375,7 @@ class SourceMove:
             finish.cancel()
             limit.cancel()
         state = self.sent.result()
-        if state not in (MigrationState.COMPLETED, MigrationState.POSTCOPY_ACTIVE):
+        if state not in SWITCHED_OVER:
             raise await self._failure(machine, state)
 
     @contextmanager
@@ -559,7 +569,7 @@ class SourceMove:
                 state = MigrationState(event.data["status"])
                 if state is MigrationState.PRE_SWITCHOVER and not self.paused.done():
                     self.paused.set_result(None)
-                if state in ENDINGS and not self.sent.done():
+                if state in PRE_COPY_ENDINGS and not self.sent.done():
                     self._sent_at = event.at
                     self.sent.set_result(state)
 
@@ -690,21 +700,3 @@ async def _sent(channel: Channel) -> int | None:
         return compressed.raw_bytes
     used = channel.used()
     return sum(one.sent_bytes for one in used) if used else None
-
-
-POST_COPY = frozenset(
-    {
-        MigrationState.POSTCOPY_ACTIVE,
-        MigrationState.POSTCOPY_PAUSED,
-        MigrationState.POSTCOPY_RECOVER,
-        MigrationState.POSTCOPY_RECOVER_SETUP,
-    }
-)
-ENDINGS = frozenset(
-    {
-        MigrationState.COMPLETED,
-        MigrationState.FAILED,
-        MigrationState.CANCELLED,
-        MigrationState.POSTCOPY_ACTIVE,
-    }
-)

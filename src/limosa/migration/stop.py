@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 
 from limosa.errors import QemuError
-from limosa.qemu.protocol import Event, MachineProtocol, MigrationState
+from limosa.qemu.protocol import PRE_COPY, Event, MachineProtocol, MigrationState
 
 #: How long QEMU may take to end a stream that was cancelled. It usually takes milliseconds; with RDMA over a cable that
 #: was cut 19 s (measured).
 CANCEL_WITHIN_S = 30.0
 
-_UNDER_WAY = (MigrationState.SETUP, MigrationState.ACTIVE, MigrationState.PRE_SWITCHOVER, MigrationState.DEVICE)
+_NOT_ENDED = PRE_COPY | {MigrationState.CANCELLING}
 
 
 async def stop_stream(machine: MachineProtocol) -> None:
@@ -19,17 +19,13 @@ async def stop_stream(machine: MachineProtocol) -> None:
     ended = asyncio.Event()
 
     def on_event(event: Event) -> None:
-        if event.name == "MIGRATION" and MigrationState(event.data["status"]) not in (
-            *_UNDER_WAY,
-            MigrationState.CANCELLING,
-        ):
+        if event.name == "MIGRATION" and MigrationState(event.data["status"]) not in _NOT_ENDED:
             ended.set()
 
     unsubscribe = machine.on_event(on_event)
     try:
         async with asyncio.timeout(CANCEL_WITHIN_S):
-            state = (await machine.migration()).state
-            if state in _UNDER_WAY or state is MigrationState.CANCELLING:
+            if (await machine.migration()).state in _NOT_ENDED:
                 await machine.cancel_migration()
                 await ended.wait()
     except TimeoutError:

@@ -69,6 +69,22 @@ class MigrationState(StrEnum):
     CANCELLED = "cancelled"
 
 
+#: The stream is under way, and a cancel can still end it.
+PRE_COPY = frozenset(
+    {MigrationState.SETUP, MigrationState.ACTIVE, MigrationState.PRE_SWITCHOVER, MigrationState.DEVICE}
+)
+#: A post-copy whose stream broke has another one, and both QEMUs find out what is still missing.
+RECOVERING = frozenset({MigrationState.POSTCOPY_RECOVER_SETUP, MigrationState.POSTCOPY_RECOVER})
+#: The guest may run at the destination, and a part of its memory is still at the source only.
+POST_COPY = frozenset({MigrationState.POSTCOPY_ACTIVE, MigrationState.POSTCOPY_PAUSED}) | RECOVERING
+#: With the first of these the guest is at the destination: all of it, or all but a part of its memory.
+SWITCHED_OVER = frozenset({MigrationState.COMPLETED, MigrationState.POSTCOPY_ACTIVE})
+#: What ``PRE_COPY`` ends with.
+PRE_COPY_ENDINGS = SWITCHED_OVER | {MigrationState.FAILED, MigrationState.CANCELLED}
+#: The source cannot take the guest back on its own any more.
+NO_WAY_BACK = POST_COPY | {MigrationState.COMPLETED}
+
+
 @dataclass(frozen=True)
 class MigrationStatistics:
     """A look at QEMU's migration. Before the first one everything but ``state`` is zero."""

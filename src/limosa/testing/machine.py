@@ -17,22 +17,20 @@ from collections.abc import Callable, Sequence
 
 from limosa.errors import QemuError, QemuGone
 from limosa.qemu.machine import RESUME_WITHIN_S
-from limosa.qemu.protocol import Event, MigrationState, MigrationStatistics, RdmaAddress, RunState, StreamParameters
+from limosa.qemu.protocol import (
+    POST_COPY,
+    PRE_COPY,
+    Event,
+    MigrationState,
+    MigrationStatistics,
+    RdmaAddress,
+    RunState,
+    StreamParameters,
+)
 from limosa.testing.disks import FakeDisks
 from limosa.testing.guest import PAGE_BYTES, FakeGuest
 from limosa.testing.wire import Stage, StreamBroken, Wire
 
-_UNDER_WAY = (
-    MigrationState.SETUP,
-    MigrationState.ACTIVE,
-    MigrationState.PRE_SWITCHOVER,
-    MigrationState.DEVICE,
-)
-_IN_POST_COPY = (
-    MigrationState.POSTCOPY_ACTIVE,
-    MigrationState.POSTCOPY_RECOVER_SETUP,
-    MigrationState.POSTCOPY_RECOVER,
-)
 _BROKEN = (RunState.INTERNAL_ERROR, RunState.SHUTDOWN)
 _STOPPED_BY_MIGRATION = (RunState.FINISH_MIGRATE, RunState.POSTMIGRATE)
 
@@ -147,7 +145,7 @@ class FakeMachine(FakeDisks):
     async def cancel_migration(self) -> None:
         """See the protocol."""
         await self._answer()
-        if self._stream is not None and self._statistics.state in _UNDER_WAY:
+        if self._stream is not None and self._statistics.state in PRE_COPY:
             self._migration_is(MigrationState.CANCELLING)
             self._stream.cancel()
 
@@ -368,7 +366,7 @@ class FakeMachine(FakeDisks):
 
     async def _break_off(self, destination: FakeMachine | None, error: str, *, was_running: bool) -> None:
         """The stream ended early. A destination without the whole state ends; here the guest goes on."""
-        if self._statistics.state in _IN_POST_COPY:
+        if self._statistics.state in POST_COPY:
             if destination is not None:
                 destination._migration_is(MigrationState.POSTCOPY_PAUSED)
             self._migration_is(MigrationState.POSTCOPY_PAUSED)
