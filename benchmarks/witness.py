@@ -16,6 +16,7 @@ from pathlib import Path
 
 from limosa.host.serve import serve
 from limosa.migration.source import SourceMove
+from limosa.migration.steering import Steering
 from limosa.model.vm import VmConfig
 from limosa.qemu.protocol import MachineProtocol
 from limosa.settings import toml
@@ -53,9 +54,9 @@ def compare(file: Path, own: Path, hosts: Path) -> None:
     begin, end = SourceMove.copy, SourceMove.switch_over
     before: dict[str, bytes] = {}
 
-    async def copy(self: SourceMove, machine: MachineProtocol, prepared: Prepared) -> None:
+    async def copy(self: SourceMove, machine: MachineProtocol, steering: Steering, prepared: Prepared) -> None:
         before[self.header.migration] = await asyncio.to_thread(memory_of, own, self.header.vm)
-        await begin(self, machine, prepared)
+        await begin(self, machine, steering, prepared)
 
     async def switch_over(self: SourceMove, machine: MachineProtocol) -> None:
         await asyncio.to_thread(look, self)

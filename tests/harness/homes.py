@@ -33,7 +33,7 @@ class BareHome:
 
     def __init__(self, machine: MachineProtocol) -> None:
         self.own_cap = 0
-        self.disks: DisksHere = NoDisks()
+        self.disks_here: DisksHere = NoDisks()
         self.left = False
         self._machine = machine
 

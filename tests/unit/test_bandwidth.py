@@ -48,7 +48,7 @@ class Move:
     async def cap_memory(self, bytes_per_s: int) -> None:
         self.memory = bytes_per_s // MBIT_BYTES
 
-    async def cap_disks(self, bytes_per_s: int) -> None:
+    async def cap_copies(self, bytes_per_s: int) -> None:
         self.disks = bytes_per_s // MBIT_BYTES
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from limosa.migration.source import TRICKLE
+from limosa.migration.steering import TRICKLE
 from limosa.model.vm import Disk, VmConfig
 from limosa.qemu.arguments import Launch
 from limosa.qemu.machine import Machine

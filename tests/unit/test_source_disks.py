@@ -7,7 +7,6 @@ import asyncio
 import dataclasses
 import socket
 from collections.abc import Callable, Collection, Coroutine, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +17,8 @@ from test_preflight import VM
 from harness.channels import BareChannel
 from harness.homes import BareHome
 from harness.landings import MemoryLanding
-from limosa.errors import Cancelled, InvalidInput, LimosaError, NotConverging, QemuError, StorageError
-from limosa.migration import disks, mirrors, source
-from limosa.migration.convergence import Convergence, StartPostCopy
+from limosa.errors import Cancelled, InvalidInput, LimosaError, NotConverging, StorageError
+from limosa.migration import disks, mirrors, source, steering
 from limosa.migration.destination import Destination
 from limosa.migration.disks import landed
 from limosa.migration.examination import Examined
@@ -40,7 +38,6 @@ from limosa.qemu.protocol import (
     CopyStatistics,
     MachineProtocol,
     MigrationState,
-    MigrationStatistics,
     RunState,
 )
 from limosa.settings.host import ConvergencePolicy
@@ -409,46 +406,6 @@ def test_nobody_can_write_the_disks_any_more_when_the_last_memory_has_not_gone_y
     play(tmp_path, scenario)
 
 
-def test_little_waits_on_the_way_when_the_guest_may_stop_soon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    async def scenario(world: World) -> None:
-        asked: list[bool] = []
-        world.move.channel = channel = Channel(world.ours.dup())
-        monkeypatch.setattr(channel, "set_short", lambda short, _pace: asked.append(short))
-        policy = ConvergencePolicy(blackout_budget_ms=2000)
-
-        def judge(limit_ms: float, *, in_post_copy: bool = False) -> Convergence:
-            return dataclasses.replace(Convergence.begin(policy), downtime_limit_ms=limit_ms, in_post_copy=in_post_copy)
-
-        for remaining, now in (
-            (100, judge(2)),
-            (20, judge(2)),
-            (100, judge(2)),
-            (200, judge(2000)),
-            (400, judge(2000)),
-            (400, judge(2, in_post_copy=True)),
-        ):
-            world.move._let_wait(100.0, MigrationStatistics(remaining_bytes=remaining), now)
-        assert asked == [True, False, True, False, True]
-        asked.clear()
-        for rate in (100.0, 100.0, 300.0, 400.0, 100.0):
-            world.move._rate = rate
-            world.move._set_short(True)
-        assert asked == [True, True, True]  # the first time, and when it is much faster, or slower
-
-    play(tmp_path, scenario)
-
-
-def test_a_stream_of_which_there_is_no_way_back_is_not_cut_off(tmp_path: Path) -> None:
-    async def scenario(world: World) -> None:
-        world.move.channel = Channel(world.ours)
-        with suppress(QemuError):  # whatever it answers
-            await world.move._act(world.here, StartPostCopy("nothing else helps"))
-        world.move._cut_off()
-        world.ours.send(b"a page")
-
-    play(tmp_path, scenario)
-
-
 @pytest.mark.parametrize("moment", ["storage", Stage.SETUP, Stage.COPY, "pre-switchover"])
 def test_cancelled(tmp_path: Path, moment: Stage | str) -> None:
     async def scenario(world: World) -> None:
@@ -461,7 +418,7 @@ def test_cancelled(tmp_path: Path, moment: Stage | str) -> None:
         elif isinstance(moment, Stage):
             await world.wire.reached(moment)
         else:
-            await world.move.paused
+            await world.move.before_switchover
         world.move.cancel()
         with pytest.raises(Cancelled) as caught:
             await running
@@ -490,7 +447,7 @@ def test_cancelled_while_its_qemu_answers_nothing_because_the_copy_of_a_disk_han
         monkeypatch.setattr(world, "connect_disks", connect_disks)
         ended = asyncio.ensure_future(goes_on_when_it_ends())
         running = asyncio.ensure_future(world.move.run())
-        await world.move.paused
+        await world.move.before_switchover
         world.here.hang()
         world.move.cancel()
         with pytest.raises(Cancelled) as caught:
@@ -579,9 +536,9 @@ def test_a_guest_does_not_stop_before_the_copy_of_its_disk_has_caught_up(
         world.wire.release(Stage.COPY)
         await world.wire.passes(10)
         assert await world.here.status() is RunState.RUNNING
-        await until(lambda: bandwidth(world) == source.TRICKLE)
+        await until(lambda: bandwidth(world) == steering.TRICKLE)
         await world.move.cap_memory(77)
-        assert bandwidth(world) == source.TRICKLE
+        assert bandwidth(world) == steering.TRICKLE
         assert world.report.now.progress.note == (
             "the copy of disk vda has to catch up before the guest may stop; "
             "the guest's writes to disk vda are slowed, to copy them in time"
@@ -603,7 +560,7 @@ def test_connections_keep_the_cap_of_a_copy_that_is_ready_until_the_guest_stands
         world.wire.hold(Stage.COPY)
         running = asyncio.ensure_future(world.move.run())
         await world.wire.reached(Stage.COPY)
-        await world.move.cap_disks(50)
+        await world.move.cap_copies(50)
         (channel,) = world.disk_channels
         assert channel.paces == [100, 50]
         world.wire.release(Stage.COPY)
@@ -645,7 +602,7 @@ def test_the_blackout_begins_when_qemu_says_though_it_tells_later(tmp_path: Path
 
 def test_a_move_without_disks_has_none_to_cap(tmp_path: Path) -> None:
     async def scenario(world: World) -> None:
-        await world.move.cap_disks(50)
+        await world.move.cap_copies(50)
         assert world.said == []
 
     play(tmp_path, scenario)
@@ -713,7 +670,7 @@ def test_a_copy_that_never_catches_up_ends_the_move(tmp_path: Path, monkeypatch:
 def test_disks_that_are_not_whole_in_time_are_given_as_the_reason(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(source, "STANDS_STILL_S", 0.01)
+    monkeypatch.setattr(steering, "STANDS_STILL_S", 0.01)
 
     async def scenario(world: World) -> None:
         async def never(disk: str) -> None:

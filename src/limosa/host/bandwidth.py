@@ -56,7 +56,7 @@ class Bandwidth:
                     if Kind.MEMORY in kinds:
                         await move.cap_memory(self.allowance(name, Kind.MEMORY))
                     if Kind.STORAGE in kinds:
-                        await move.cap_disks(self.allowance(name, Kind.STORAGE))
+                        await move.cap_copies(self.allowance(name, Kind.STORAGE))
 
     def _claims(self) -> dict[str, Claim]:
         return {name: claim for name, move in self._moves.items() if (claim := _claim(move)).kinds}

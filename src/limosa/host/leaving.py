@@ -37,7 +37,7 @@ class Leaving:
     ) -> None:
         self._vms = parts.vms
         self._inspector = parts.inspector
-        self.disks = OwnDisks(parts, hosted)
+        self.disks_here = OwnDisks(parts, hosted)
         self._slots = parts.storage.leaving
         self._leasing = parts.leasing
         self._hosted = hosted
@@ -132,7 +132,7 @@ class Leaving:
         if self._hosted is not None:
             await self._leasing.give_back(self._hosted.config)  # images that stay behind and were not claimed
             await self._vms.forget(self._hosted)
-        return await self.disks.leave(images)
+        return await self.disks_here.leave(images)
 
     async def vm_stays(self, why_stopped: str = "") -> None:
         """See :class:`limosa.migration.home.Home`."""

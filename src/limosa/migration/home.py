@@ -59,7 +59,7 @@ class Home(Protocol):
         """The disks are this host's alone again, before the guest goes on here. Raises if that cannot be said."""
 
     @property
-    def disks(self) -> DisksHere:
+    def disks_here(self) -> DisksHere:
         """What is asked about disks that are to be copied."""
 
     async def connect_disks(self, route: Route, prepared: Prepared, count: int) -> list[SocketChannel]:

@@ -15,10 +15,9 @@ wherever, ``settle`` brings it to an end; it is also where a restarted daemon be
 from __future__ import annotations
 
 import asyncio
-import socket
 import time
 from collections.abc import Coroutine, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
@@ -26,9 +25,9 @@ from typing import Any, TypeVar
 import msgspec
 
 from limosa.background import in_full
-from limosa.errors import Cancelled, LimosaError, MigrationFailed, NotConverging, PreflightRefused, QemuGone
-from limosa.migration import again, convergence, disks, layers, mirrors, progress, rest
-from limosa.migration.convergence import Convergence
+from limosa.errors import Cancelled, LimosaError, MigrationFailed, PreflightRefused, QemuGone
+from limosa.migration import again, layers, progress, rest
+from limosa.migration.disks import copies, landed, not_deleted
 from limosa.migration.examination import Examined, Question, both, examine
 from limosa.migration.home import Home, Terms
 from limosa.migration.interruption import unless
@@ -38,6 +37,7 @@ from limosa.migration.ownership import SourceStep
 from limosa.migration.paths import Paths
 from limosa.migration.peer import Dialler, Peer
 from limosa.migration.report import Report
+from limosa.migration.steering import Steering
 from limosa.model.facts import VmFacts
 from limosa.model.finding import Severity
 from limosa.model.migration import Phase, Progress
@@ -51,27 +51,15 @@ from limosa.qemu.protocol import (
     Event,
     MachineProtocol,
     MigrationState,
-    MigrationStatistics,
-    RunState,
     StreamParameters,
 )
 from limosa.security.stream import make_credentials
-from limosa.transport import tcp
 from limosa.transport.channel import Channel, SocketChannel
 from limosa.transport.choice import connected
 from limosa.transport.shares import Kind
 from limosa.wire.peer import Prepare, Prepared, StreamCredentials
 
 LOOK_EVERY_S = 0.2
-#: So long before a guest may stop, what waits on the way is made little: it would have to wait for that. If it will go
-#: on for so much longer it is made more again, which is faster.
-SHORTEN_BEFORE_S, LENGTHEN_BEFORE_S = 0.3, 0.6
-#: While the guest must not stop memory that is left for so long trickles, in bytes per second: see _hold_back.
-TRICKLE_BEFORE_S, TRICKLE = 1.0, 10_000
-#: A guest that has stopped runs on here if its destination has not loaded everything within this. The largest budget
-#: for a blackout is a fifth of it.
-STANDS_STILL_S = 10.0
-ANSWERS_WITHIN_S = 1.0
 #: From the end of the stream to the destination's word that its QEMU has ended.
 LAST_WORDS_WITHIN_S = 1.0
 
@@ -105,43 +93,37 @@ class SourceMove:
         self.terms = self._asked = terms
         self.report = report
         self.peer: Peer | None = None
-        self.channel: Channel | None = None
-        #: what the stream makes, bytes a second, by the last look
-        self._rate = 0.0
-        #: for which rate little waits on the way; None: as much as likes to
-        self._short_for: float | None = None
-        self._trickles = False
-        #: bytes per second that copies of disks may send, 0: no cap
-        self._disks_cap = 0
         #: at any time a cap was kept, so that what the networks carried says nothing of them
         self._was_capped = False
-        #: until a post-copy is asked for, of which nobody knows at once whether it has begun
-        self._way_back = True
         self.examined: Examined | None = None
         self.paths: Paths | None = None
         loop = asyncio.get_running_loop()
         #: done when a person cancels
         self.cancelled: asyncio.Future[None] = loop.create_future()
-        #: done with the state in which QEMU's migration ended, or passed the point of no return
-        self.sent: asyncio.Future[MigrationState] = loop.create_future()
         #: done when the destination is given its word, or is known to own the VM: the move cannot be cancelled any more
         self.handed_over: asyncio.Future[None] = loop.create_future()
         if any(record.step == SourceStep.HANDING_OVER for record in journal.records):
             self.handed_over.set_result(None)
-        #: done when QEMU waits before the switchover, with the guest stopped
-        self.paused: asyncio.Future[None] = loop.create_future()
-        self.mirrors: Mirrors | None = None
         self.disk_credentials: StreamCredentials | None = None
-        self.disk_channels: list[SocketChannel] = []
-        #: bytes that were sent for each
-        self._disks_sent: list[int | None] = []
+        #: bytes that were sent for each disk that is copied
+        self._copies_sent: list[int | None] = []
         #: what files below disks were sent by counts on, though it is closed
         self.layers_channel: list[SocketChannel] = []
         #: bytes of files below disks
         self.layers_sent = 0
-        self.stopped_at: float | None = None
+        self._begin_try()
+
+    def _begin_try(self) -> None:
+        """Nothing is under way yet."""
+        #: from the moment at which the destination awaits the streams
+        self.steering: Steering | None = None
+        loop = asyncio.get_running_loop()
+        #: done when QEMU waits before the switchover, with the guest stopped
+        self.before_switchover: asyncio.Future[None] = loop.create_future()
+        #: done with the state in which QEMU's migration ended, or passed the point of no return
+        self.sent: asyncio.Future[MigrationState] = loop.create_future()
         self._sent_at: float | None = None
-        self.stands_still = asyncio.Event()
+        self.stopped_at: float | None = None
 
     def begin_on(self, terms: Terms) -> None:
         """Take other terms than at first. To be called before :meth:`run`."""
@@ -162,64 +144,63 @@ class SourceMove:
             await self.switch_over(self.machine)
             await self.tear_down()
         except LimosaError:
-            self._cut_off()
+            if self.steering is not None:
+                self.steering.cut_off(sent=self.sent.done())
             raise
         finally:
             unsubscribe()
             if self.paths is not None and not self._was_capped:
                 self.home.learn(self.paths.carried())
-            self._close_channel()
+            self._close_channels()
 
     async def send(self, machine: MachineProtocol) -> None:
         """Everything before the switchover."""
         self.report.enter(Phase.BUILD_UP)
         self.peer = await self.guard(self.dial())
         prepared = await self.guard(self.build_up(machine, self.peer))
-        if disks.copies(self.report.now.disks):
+        steering = self.steering = Steering(machine, self.header, self.terms.policy, self.home.bandwidth)
+        if copies(self.report.now.disks):
             self.report.enter(Phase.STORAGE)
-            await self.guard(self.copy_disks(machine, prepared))
+            await self.guard(self.copy_disks(steering, prepared))
         self.report.enter(Phase.COPY)
-        await self._copied(machine, prepared)
+        await self.guarded_copy(machine, steering, prepared)
 
     async def _without_rdma(self, machine: MachineProtocol, failure: LimosaError) -> None:
         """Put everything back to where it was before RDMA was tried."""
         self.report.note(f"RDMA failed ({failure}); it begins again by another way")
-        self._close_channel()
+        self._close_channels()
         if self.peer is not None:
             peer, self.peer = self.peer, None  # its loss, if it comes, is not to interrupt what follows
             await peer.close()
         await self.guard(again.undo(self, machine, failure))
         self.terms = replace(self._asked, rdma_failed=str(failure))
-        self.sent, self.paused = [asyncio.get_running_loop().create_future() for _ in range(2)]
-        self.stopped_at = self._sent_at = None
-        self._trickles = False
-        self.stands_still.clear()
+        self._begin_try()
 
     async def build_up(self, machine: MachineProtocol, peer: Peer) -> Prepared:
         """Check, then have the destination build everything while QEMU here is set up."""
         examined = await self.check(peer)
-        copies, below = disks.copies(examined.disks), examined.layers
+        to_copy, below = copies(examined.disks), examined.layers
         self._expect(examined)
-        copied = {plan.disk for plan in copies}
+        copied = {plan.disk for plan in to_copy}
         left = tuple(disk.path for disk in self.header.vm.disks if disk.name in copied)
         to_delete = () if self.terms.keep else left
         await in_full(self.journal.record, SourceStep.PREPARING, time.time(), left=to_delete)
         await self.home.promise(peer.host, left)
-        if copies or below:
+        if to_copy or below:
             await self.home.take_storage_slot(
                 self.report.line("other moves of disks from this host", then=Phase.BUILD_UP),
                 self.report.line("other moves of this host", then=Phase.BUILD_UP),
             )
         there, encrypt = examined.ends.destination, self.terms.encrypt
         # A disk is encrypted whatever is said of memory: else whoever finds the port could write into it.
-        streams, through_tls = 1 + len(copies) + bool(below), encrypt or bool(copies or below)
+        streams, through_tls = 1 + len(to_copy) + bool(below), encrypt or bool(to_copy or below)
         relays = await self.home.seats(there, examined.route, streams, encrypt=through_tls)
         # Memory that relays carry leaves the host through their TLS, and is not encrypted twice.
         server, client = make_credentials() if encrypt and not relays else (None, None)
-        disks_server, self.disk_credentials = make_credentials() if (copies or below) and not relays else (None, None)
+        disks_server, self.disk_credentials = make_credentials() if (to_copy or below) and not relays else (None, None)
         request = Prepare(
             migration=self.header.migration,
-            vm=disks.landed(self.header.vm, examined.disks),
+            vm=landed(self.header.vm, examined.disks),
             accelerator=self.header.accelerator,
             transport=examined.route.transport,
             addresses=tuple(path.there for path in examined.route.paths),
@@ -231,9 +212,9 @@ class SourceMove:
             rdma_pin_all=self.terms.rdma_pin_all,
             running=self.header.was_running,
             files=self.home.carry_on(),
-            disks=copies,
+            disks=to_copy,
             disk_credentials=disks_server,
-            disk_relays=tuple(relays[1 : 1 + len(copies)]),
+            disk_relays=tuple(relays[1 : 1 + len(to_copy)]),
             layers=below,
             layers_relay=relays[-1] if below and relays else None,
         )
@@ -242,7 +223,7 @@ class SourceMove:
             downtime_limit_ms=self.terms.policy.first_downtime_ms,
             bandwidth_bytes_per_s=self.home.bandwidth(Kind.MEMORY),
             post_copy=self.terms.policy.post_copy,
-            pause=bool(copies),
+            pause=bool(to_copy),
             rdma=examined.route.transport == "rdma",
             rdma_pin_all=self.terms.rdma_pin_all,
         )
@@ -265,7 +246,7 @@ class SourceMove:
             keep=self.terms.keep,
             rdma_failed=self.terms.rdma_failed,
         )
-        examined = self.examined = await examine(peer, question, self._facts(), self.home.disks)
+        examined = self.examined = await examine(peer, question, self._facts(), self.home.disks_here)
         findings = examined.findings
         if any(finding.severity is Severity.ERROR for finding in findings):
             raise PreflightRefused(findings, vm=self.header.vm.name, host=peer.host)
@@ -283,7 +264,7 @@ class SourceMove:
 
     def _expect(self, examined: Examined) -> None:
         """Give disks and what lies below them their share of the bar."""
-        expected = sum(plan.expected_bytes for plan in disks.copies(examined.disks))
+        expected = sum(plan.expected_bytes for plan in copies(examined.disks))
         expected += sum(plan.expected_bytes for plan in examined.layers)
         if expected:
             self.report.bar = self.report.bar.with_disks(expected, self.header.vm.memory_mib * MIB)
@@ -291,39 +272,33 @@ class SourceMove:
     async def _facts(self) -> VmFacts:
         return by_terms(await self.home.facts(), self.terms, self.home.own_cap)
 
-    async def copy_disks(self, machine: MachineProtocol, prepared: Prepared) -> None:
+    async def copy_disks(self, steering: Steering, prepared: Prepared) -> None:
         """Copy the disks that move along, until the copies keep up with the guest."""
         assert self.examined is not None
         await self.home.sending()
-        route, copies = self.examined.route, disks.copies(self.examined.disks)
-        self.disk_channels = await self.home.connect_disks(route, prepared, len(copies))
-        paths = self.paths_of(*self.disk_channels)
-        self._disks_cap = self.home.bandwidth(Kind.STORAGE)
-        each = self._disks_cap // len(copies)
-        await mirrors.send(machine, self.header.migration, copies, self.disk_channels, self.disk_credentials, each)
-        copying = self.mirrors = Mirrors(machine, [plan.disk for plan in copies], self.terms.policy)
-        self._pace_disks()
+        to_copy = copies(self.examined.disks)
+        channels = await self.home.connect_disks(self.examined.route, prepared, len(to_copy))
+        paths = self.paths_of(*channels)
+        mirrors = await steering.copy_disks(to_copy, channels, self.disk_credentials)
         with self._following(paths):
-            await copying.until_ready(lambda: self._show_disks(copying))
+            await mirrors.until_ready(lambda: self._show_copies(steering, mirrors))
+
+    @property
+    def mirrors(self) -> Mirrors | None:
+        """The copies of disks, if they have begun."""
+        return self.steering.mirrors if self.steering is not None else None
 
     async def cap_memory(self, bytes_per_s: int) -> None:
         """Cap what is sent of memory, 0: no cap."""
-        if self.machine is not None and not self._trickles:
+        if self.steering is not None:
+            await self.steering.cap_memory(bytes_per_s)
+        elif self.machine is not None:
             await self.machine.set_bandwidth(bytes_per_s)
 
-    async def cap_disks(self, bytes_per_s: int) -> None:
+    async def cap_copies(self, bytes_per_s: int) -> None:
         """Cap what the copies of disks send together, 0: no cap."""
-        if self.mirrors is not None:
-            self._disks_cap = bytes_per_s
-            self._pace_disks()
-            await self.mirrors.cap(bytes_per_s)
-
-    def _pace_disks(self) -> None:
-        """Have connections keep to the cap: QEMU does only until a copy is ready (``mirror_run``, block/mirror.c).
-        There is none when the guest may stop, because it stands still for what is on its way then."""
-        free = self._short_for is not None or self.stands_still.is_set()
-        for channel in self.disk_channels:
-            channel.pace(0 if free else self._disks_cap // len(self.disk_channels))
+        if self.steering is not None:
+            await self.steering.cap_copies(bytes_per_s)
 
     def paths_of(self, *channels: Channel) -> Paths:
         """The paths that are shown from now on: what these channels carry, and what files below disks have taken."""
@@ -332,11 +307,11 @@ class SourceMove:
         self.paths = Paths(self.examined.route, self.examined.ends, channels, self.examined.blocked)
         return self.paths
 
-    async def _show_disks(self, copying: Mirrors) -> None:
+    async def _show_copies(self, steering: Steering, mirrors: Mirrors) -> None:
         self.report.bar, shown = progress.of_disks(
             self.report.bar,
             self.report.now.progress,
-            await self._disks(copying),
+            await self._copies(steering, mirrors),
             time.monotonic(),
             before=self.layers_sent,
         )
@@ -351,17 +326,18 @@ class SourceMove:
         if self.paths.addresses != known:
             await self.home.sending()
 
-    async def copy(self, machine: MachineProtocol, prepared: Prepared) -> None:
+    async def copy(self, machine: MachineProtocol, steering: Steering, prepared: Prepared) -> None:
         """Send memory until QEMU reports that everything was sent and loaded."""
         await self.home.sending()
         assert self.examined is not None
         self.journal.record(SourceStep.MIGRATING, time.time(), durable=False)
-        self.channel = await self.home.connect(self.examined.route, prepared)
-        paths = self.paths_of(self.channel, *self.disk_channels)
-        await machine.migrate(self.channel.stream)
-        watch = asyncio.ensure_future(self._watch(machine))
-        finish = asyncio.ensure_future(self._finish_disks(machine))
-        limit = asyncio.ensure_future(self._not_for_ever(machine))
+        channel = await self.home.connect(self.examined.route, prepared)
+        steering.take_memory(channel)
+        paths = self.paths_of(channel, *steering.disk_channels)
+        await machine.migrate(channel.stream)
+        watch = asyncio.ensure_future(self._watch(machine, steering))
+        finish = asyncio.ensure_future(self._finish_copies(machine))
+        limit = asyncio.ensure_future(steering.stands_still_too_long())
         try:
             # Looking must not delay the hand-over, so it goes on beside the waiting.
             waiting: set[asyncio.Future[Any]] = {self.sent, watch, finish, limit}
@@ -378,6 +354,22 @@ class SourceMove:
         if state not in SWITCHED_OVER:
             raise await self._failure(machine, state)
 
+    async def _watch(self, machine: MachineProtocol, steering: Steering) -> None:
+        """Look, steer and show, until cancelled."""
+        while True:
+            if not self.before_switchover.done():
+                await steering.keep_copies_up()
+            look = await machine.migration()
+            if look.state is MigrationState.ACTIVE:
+                bar = self.report.bar = self.report.bar.moved(self.report.now.phase, look)
+                note = await steering.steer(look, bar.pace)
+                shown = progress.progress(bar, look, limit_ms=steering.downtime_limit_ms, note=note)
+                shown = await self._with_copies(shown)
+                notes = note, progress.slows_writes(shown.disks)
+                shown = msgspec.structs.replace(shown, note="; ".join(filter(None, notes)))
+                await self._show(shown, look.transferred_bytes)
+            await asyncio.sleep(LOOK_EVERY_S)
+
     @contextmanager
     def _following(self, paths: Paths) -> Iterator[None]:
         """Have NICs used that appear during the block."""
@@ -388,9 +380,9 @@ class SourceMove:
         finally:
             follow.cancel()
 
-    async def _finish_disks(self, machine: MachineProtocol) -> None:
+    async def _finish_copies(self, machine: MachineProtocol) -> None:
         """When the guest stands still, make the copies of its disks whole, and only then let the last memory go."""
-        await self.paused
+        await self.before_switchover
         if self.mirrors is None:
             await machine.continue_migration()
         else:
@@ -398,39 +390,14 @@ class SourceMove:
             await self.mirrors.finish()
             await both(machine.continue_migration(), self.peer.disks_whole())
 
-    async def _not_for_ever(self, machine: MachineProtocol) -> None:
-        """End the move if the guest stands still for too long: until all is loaded there it can run on here."""
-        await self.stands_still.wait()
-        await asyncio.sleep(STANDS_STILL_S)
-        with suppress(TimeoutError):  # see _cut_off
-            async with asyncio.timeout(ANSWERS_WITHIN_S):
-                if await machine.status() is not RunState.FINISH_MIGRATE:
-                    return  # it was not the move that stopped it
-        vm, host = self.header.vm.name, self.header.destination
-        if self.mirrors is not None and not self.mirrors.whole:
-            raise MigrationFailed(
-                f"the disks of VM '{vm}' could not be made whole on host '{host}' while it stood still",
-                why=f"what the guest had written last was not copied within {STANDS_STILL_S:.0f} s",
-                todo="move the VM when it writes less, or over a faster network",
-                vm=vm,
-                host=host,
-            )
-        raise MigrationFailed(
-            f"host '{host}' did not take the rest of VM '{vm}', which stood still meanwhile",
-            why=f"its QEMU had not loaded everything within {STANDS_STILL_S:.0f} s",
-            todo="see the VM's qemu.log there, and whether that host has processor time and memory left",
-            vm=vm,
-            host=host,
-        )
-
-    async def _copied(self, machine: MachineProtocol, prepared: Prepared) -> None:
+    async def guarded_copy(self, machine: MachineProtocol, steering: Steering, prepared: Prepared) -> None:
         """:meth:`copy`, guarded. What carries the stream knows best why it broke."""
         try:
-            await self.guard(self.copy(machine, prepared))
+            await self.guard(self.copy(machine, steering, prepared))
         except Cancelled:
             raise
         except MigrationFailed as error:
-            fault = await self.channel.fault() if self.channel is not None else None
+            fault = await steering.channel.fault() if steering.channel is not None else None
             if fault is None:
                 await self.guard(self._last_words())
                 raise
@@ -474,7 +441,7 @@ class SourceMove:
         left = self._left()
         if self.journal.rests_on_a_word:
             await self.home.vm_left(())
-            said = tuple(disks.not_deleted(path, "only a person says that the destination has the VM") for path in left)
+            said = tuple(not_deleted(path, "only a person says that the destination has the VM") for path in left)
         else:
             said = await self.home.vm_left(left)
         self.report.change(findings=tuple(dict.fromkeys((*self.report.now.findings, *said))))
@@ -535,143 +502,44 @@ class SourceMove:
         if self.peer is not None and self.peer.lost.done():
             self.peer.lost.result()
 
-    def _close_channel(self) -> None:
-        """Ours must not outlive QEMU's, whose end is the end of the stream."""
-        for channel in (self.channel, *self.disk_channels):
-            if channel is not None:
-                channel.close()
-        self.channel, self.disk_channels, self.layers_channel, self._short_for = None, [], [], None
+    def _close_channels(self) -> None:
+        if self.steering is not None:
+            self.steering.close()
+        self.layers_channel = []
         self.home.disconnect()
-
-    def _cut_off(self) -> None:
-        """Have a QEMU that has not sent everything fail, as a cancel does. It may not hear of a cancel: while it sends
-        the rest, and waits for its socket, it holds the lock it needs for that (``migration_completion`` with the BQL,
-        migration/migration.c). It also does while it stops the guest and waits for what is on its way to copies of
-        disks (``bdrv_drain_all`` in ``do_vm_stop``, system/cpus.c)."""
-        has_more = self._way_back and not self.sent.done()
-        for channel in (self.channel if has_more else None, *self.disk_channels):
-            if channel is not None and isinstance(channel.stream, socket.socket):
-                with suppress(OSError):
-                    channel.stream.shutdown(socket.SHUT_RDWR)
 
     def _on_event(self, event: Event) -> None:
         match event.name:
             case "STOP":
                 self.stopped_at = event.at
-                self.stands_still.set()
-                self._pace_disks()
+                if self.steering is not None:
+                    self.steering.guest_stopped()
                 self.report.enter(Phase.SWITCHOVER, silently=True)
             case "MIGRATION_PASS" if event.data.get("pass", 0) > 1 and self.report.now.phase is Phase.COPY:
                 self.report.enter(Phase.SYNCHRONISE)
-                if not self._is_held:
-                    self._set_short(True)  # this one may be over at once
+                if self.steering is not None:
+                    self.steering.pass_began()
             case "MIGRATION":
                 state = MigrationState(event.data["status"])
-                if state is MigrationState.PRE_SWITCHOVER and not self.paused.done():
-                    self.paused.set_result(None)
+                if state is MigrationState.PRE_SWITCHOVER and not self.before_switchover.done():
+                    self.before_switchover.set_result(None)
                 if state in PRE_COPY_ENDINGS and not self.sent.done():
                     self._sent_at = event.at
                     self.sent.set_result(state)
 
-    def _set_short(self, short: bool) -> None:
-        """Told again when the stream has become much faster or slower: the rate is hardly known to begin with."""
-        if short and self._short_for is not None:
-            is_so = 0.5 < self._rate / max(self._short_for, 1.0) < 2
-        else:
-            is_so = short is (self._short_for is not None)
-        if self.channel is not None and not is_so:
-            self._short_for = self._rate if short else None
-            self.channel.set_short(short, self._rate)
-            self._pace_disks()
-
-    async def _watch(self, machine: MachineProtocol) -> None:
-        judge = Convergence.begin(self.terms.policy)
-        while True:
-            if self.mirrors is not None and not self.paused.done():
-                await self.mirrors.keep_up(self.terms.policy.blackout_budget_ms / 1000)
-            judge = await self._look(machine, judge, await machine.migration())
-            await asyncio.sleep(LOOK_EVERY_S)
-
-    async def _look(self, machine: MachineProtocol, judge: Convergence, look: MigrationStatistics) -> Convergence:
-        if look.state is not MigrationState.ACTIVE:
-            return judge
-        bar = self.report.bar = self.report.bar.moved(self.report.now.phase, look)
-        self._rate = look.rate_bytes_per_s or bar.pace
-        if self.mirrors is not None and self._is_held:
-            disks_behind = ", ".join(self.mirrors.behind)
-            note = f"the copy of disk {disks_behind} has to catch up before the guest may stop"
-            judge, action = judge.hold(time.monotonic(), note)
-            self._set_short(False)
-        else:
-            judge, action = judge.judge(time.monotonic(), look)
-            self._let_wait(bar.pace, look, judge)
-        await self._act(machine, action)
-        await self._hold_back(machine, look, bar.pace)
-        note = "" if isinstance(action, convergence.GiveUp) else action.note
-        shown = await self._with_disks(progress.progress(bar, look, limit_ms=judge.downtime_limit_ms, note=note))
-        notes = note, progress.slows_writes(shown.disks)
-        await self._show(msgspec.structs.replace(shown, note="; ".join(filter(None, notes))), look.transferred_bytes)
-        return judge
-
-    @property
-    def _is_held(self) -> bool:
-        """Whether the guest should not stop yet, because of its disks."""
-        return self.mirrors is not None and bool(self.mirrors.behind)
-
-    async def _hold_back(self, machine: MachineProtocol, look: MigrationStatistics, pace: float) -> None:
-        """Have the last of memory trickle while the guest should not stop: QEMU stops it whenever it looks and finds
-        that nothing was written. So it looks ten times a second at most (``BUFFER_DELAY``, migration/migration.c), and
-        a guest that has written nothing for so long misses little while it stands still."""
-        trickles = self._is_held and (self._trickles or look.remaining_bytes < TRICKLE_BEFORE_S * pace)
-        if trickles is not self._trickles:
-            self._trickles = trickles
-            await machine.set_bandwidth(TRICKLE if trickles else self.home.bandwidth(Kind.MEMORY))
-
-    def _let_wait(self, pace: float, look: MigrationStatistics, judge: Convergence) -> None:
-        """Have little or much wait on the way, by how soon the guest may stop: QEMU stops it when what remains takes no
-        longer than the downtime limit."""
-        limit_s = judge.downtime_limit_ms / 1000
-        if judge.in_post_copy or look.remaining_bytes < (limit_s + SHORTEN_BEFORE_S) * pace:
-            self._set_short(True)
-        elif look.remaining_bytes > (limit_s + LENGTHEN_BEFORE_S) * pace:
-            self._set_short(False)
-
-    async def _disks(self, copying: Mirrors) -> tuple[DiskProgress, ...]:
-        """How far the copies are, and how much was sent for them until their channels were closed."""
-        if self.disk_channels:
-            self._disks_sent = [await _sent(channel) for channel in self.disk_channels]
-        shown = zip(copying.progress(), self._disks_sent, strict=False)
+    async def _copies(self, steering: Steering, mirrors: Mirrors) -> tuple[DiskProgress, ...]:
+        """How far the copies of disks are, and how much was sent for them until their channels were closed."""
+        if steering.disk_channels:
+            self._copies_sent = [await _sent(channel) for channel in steering.disk_channels]
+        shown = zip(mirrors.progress(), self._copies_sent, strict=False)
         return tuple(msgspec.structs.replace(copy, sent_bytes=sent) for copy, sent in shown)
 
-    async def _with_disks(self, shown: Progress) -> Progress:
-        if self.mirrors is None:
+    async def _with_copies(self, shown: Progress) -> Progress:
+        if self.steering is None or self.steering.mirrors is None:
             return shown
-        copies = await self._disks(self.mirrors)
-        sent = shown.transferred_bytes + progress.sent(copies) + self.layers_sent
-        return msgspec.structs.replace(shown, transferred_bytes=sent, disks=copies)
-
-    async def _act(self, machine: MachineProtocol, action: convergence.Action) -> None:
-        match action:
-            case convergence.RaiseDowntimeLimit(milliseconds):
-                await machine.set_downtime_limit(milliseconds)
-            case convergence.Hold():
-                await machine.set_downtime_limit(0)
-            case convergence.Throttle(percent):
-                await machine.set_throttle(percent, convergence.THROTTLE_STEP_PERCENT)
-            case convergence.StartPostCopy():
-                self._way_back = False
-                if self.channel is not None and isinstance(self.channel.stream, socket.socket):
-                    tcp.end_in_silence(self.channel.stream)
-                await machine.start_post_copy()
-            case convergence.GiveUp(why):
-                vm = self.header.vm.name
-                raise NotConverging(
-                    f"the move of VM '{vm}' does not converge",
-                    why=why,
-                    todo="allow a longer blackout (--blackout-budget), post-copy, or move it when it is quieter",
-                    vm=vm,
-                    host=self.header.destination,
-                )
+        copies_shown = await self._copies(self.steering, self.steering.mirrors)
+        sent = shown.transferred_bytes + progress.sent(copies_shown) + self.layers_sent
+        return msgspec.structs.replace(shown, transferred_bytes=sent, disks=copies_shown)
 
     async def _failure(self, machine: MachineProtocol, state: MigrationState) -> LimosaError:
         error = (await machine.migration()).error or f"QEMU reports {state}"
@@ -684,7 +552,7 @@ class SourceMove:
         look = await machine.migration()
         shown = progress.progress(self.report.bar, look, limit_ms=0, note="")
         self.report.change(
-            progress=await self._with_disks(shown),
+            progress=await self._with_copies(shown),
             transfer_s=look.total_s,
             qemu_downtime_ms=look.downtime_ms,
             route=await self._route(look.transferred_bytes),

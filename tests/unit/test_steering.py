@@ -1,0 +1,171 @@
+"""Steering a copy that runs, by looks at QEMU alone: what waits on the way, what is cut off, who stands still."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Callable, Coroutine
+from contextlib import suppress
+from typing import Any
+
+import pytest
+
+from harness.channels import BareChannel
+from harness.landings import header
+from limosa.errors import MigrationFailed, NotConverging, QemuError
+from limosa.migration import convergence, steering
+from limosa.migration.steering import Steering
+from limosa.model.migration import Side
+from limosa.qemu.protocol import MigrationState, MigrationStatistics, RunState
+from limosa.settings.host import ConvergencePolicy
+from limosa.testing.guest import FakeGuest
+from limosa.testing.machine import FakeMachine
+from limosa.testing.wire import Wire
+
+PACE = 100.0
+
+
+class Channel(BareChannel):
+    """A stream that notes in ``asked`` whether little may wait in it."""
+
+    def __init__(self, stream: socket.socket) -> None:
+        self.stream = stream
+        self.asked: list[bool] = []
+
+    def set_short(self, short: bool, pace: float) -> None:
+        self.asked.append(short)
+
+    def close(self) -> None:
+        self.stream.close()
+
+
+class World:
+    """A guest whose memory is sent under a policy."""
+
+    def __init__(self, **policy: Any) -> None:
+        self.machine = FakeMachine(Wire(), FakeGuest(0))
+        ours, self.theirs = socket.socketpair()
+        self.channel = Channel(ours)
+        self.steering = Steering(
+            self.machine, header(Side.SOURCE), ConvergencePolicy(auto_converge=False, **policy), lambda _: 0
+        )
+        self.steering.take_memory(self.channel)
+
+    async def look(self, remaining: int, rate: float = PACE) -> None:
+        look = MigrationStatistics(MigrationState.ACTIVE, remaining_bytes=remaining, rate_bytes_per_s=rate, iteration=2)
+        await self.steering.steer(look, PACE)
+
+    async def asked(self, *remaining: int) -> list[bool]:
+        for one in remaining:
+            await self.look(one)
+        return self.channel.asked
+
+
+def play(scenario: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    async def within_time() -> None:
+        async with asyncio.timeout(20):
+            await scenario()
+
+    asyncio.run(within_time())
+
+
+@pytest.fixture
+def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A look that shows no progress is enough for the next step."""
+    monkeypatch.setattr(convergence, "STALL_S", 0.0)
+
+
+def test_little_waits_on_the_way_when_the_guest_may_stop_soon() -> None:
+    async def scenario() -> None:
+        assert await World(first_downtime_ms=2).asked(100, 20, 100) == [True, False]
+        assert await World(first_downtime_ms=2000, blackout_budget_ms=2000).asked(200, 400) == [True, False]
+
+    play(scenario)
+
+
+@pytest.mark.usefixtures("_impatient")
+def test_little_waits_on_the_way_in_post_copy() -> None:
+    async def scenario() -> None:
+        world = World(first_downtime_ms=2, blackout_budget_ms=2, post_copy=True)
+        with suppress(QemuError):  # whatever it answers
+            await world.asked(400, 400)
+        assert world.channel.asked == [True]
+
+    play(scenario)
+
+
+def test_a_stream_is_told_again_when_it_has_become_much_faster_or_slower() -> None:
+    async def scenario() -> None:
+        world = World(first_downtime_ms=2)
+        for rate in (100.0, 100.0, 300.0, 400.0, 100.0):
+            await world.look(20, rate)
+        assert world.channel.asked == [True, True, True]  # the first time, and for 300 and the last
+
+    play(scenario)
+
+
+def test_little_waits_on_the_way_from_the_second_pass_on() -> None:
+    async def scenario() -> None:
+        world = World()
+        world.steering.pass_began()
+        assert world.channel.asked == [True]
+        world.steering.close()
+        world.steering.pass_began()
+        assert world.channel.asked == [True]
+
+    play(scenario)
+
+
+@pytest.mark.usefixtures("_impatient")
+@pytest.mark.parametrize("way", ["post-copy", "sent", "not sent"])
+def test_only_a_stream_that_has_more_and_a_way_back_is_cut_off(way: str) -> None:
+    async def scenario() -> None:
+        world = World(first_downtime_ms=2, blackout_budget_ms=2, post_copy=way == "post-copy")
+        if way == "post-copy":
+            with suppress(QemuError):  # whatever it answers
+                await world.asked(400, 400)
+        world.steering.cut_off(sent=way == "sent")
+        if way == "not sent":
+            with pytest.raises(BrokenPipeError):
+                world.channel.stream.send(b"a page")
+        else:
+            world.channel.stream.send(b"a page")
+
+    play(scenario)
+
+
+@pytest.mark.usefixtures("_impatient")
+def test_a_move_that_nothing_helps_is_given_up() -> None:
+    async def scenario() -> None:
+        world = World(first_downtime_ms=2, blackout_budget_ms=2, patience_s=0)
+        await world.look(400)
+        with pytest.raises(NotConverging, match="does not converge"):
+            await world.look(400)
+
+    play(scenario)
+
+
+@pytest.mark.parametrize("state", list(RunState))
+def test_only_a_guest_that_the_move_has_stopped_stands_still_too_long(
+    monkeypatch: pytest.MonkeyPatch, state: RunState
+) -> None:
+    monkeypatch.setattr(steering, "STANDS_STILL_S", 0.0)
+
+    async def scenario() -> None:
+        world = World()
+
+        async def status() -> RunState:
+            return state
+
+        monkeypatch.setattr(world.machine, "status", status)
+        waiting = asyncio.ensure_future(world.steering.stands_still_too_long())
+        await asyncio.sleep(0)
+        assert not waiting.done()
+        world.steering.guest_stopped()
+        if state is RunState.FINISH_MIGRATE:
+            with pytest.raises(MigrationFailed, match="did not take the rest"):
+                await waiting
+        else:
+            await waiting
+
+    play(scenario)
