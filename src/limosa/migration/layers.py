@@ -43,7 +43,7 @@ async def send(move: SourceMove, awaited: LayersAwaited) -> None:
         sender = Sender(channel.stream, context, move.home.bandwidth(Kind.STORAGE))
         sending = asyncio.ensure_future(sender.send([plan.origin for plan in plans]))
         try:
-            paths = move.paths_of(channel)
+            paths = move.figures.paths_of(move.examined, channel)
             while not sending.done():
                 _show(move, sender, plans)
                 move.report.change(route=await paths.look())
@@ -54,9 +54,8 @@ async def send(move: SourceMove, awaited: LayersAwaited) -> None:
             await asyncio.wait({sending})
         sending.result()
         _show(move, sender, plans)
-        move.layers_sent = sender.sent_bytes
+        move.figures.layers_went(channel, sender.sent_bytes)
         move.report.change(route=await paths.look())
-        move.layers_channel = [channel]
         move.report.note("the destination compares what lies below the disks with what was meant")
     finally:
         channel.close()

@@ -26,9 +26,10 @@ import msgspec
 
 from limosa.background import in_full
 from limosa.errors import Cancelled, LimosaError, MigrationFailed, PreflightRefused, QemuGone
-from limosa.migration import again, layers, progress, rest
+from limosa.migration import again, layers, rest
 from limosa.migration.disks import copies, landed, not_deleted
 from limosa.migration.examination import Examined, Question, both, examine
+from limosa.migration.figures import Figures
 from limosa.migration.home import Home, Terms
 from limosa.migration.interruption import unless
 from limosa.migration.journal import Journal
@@ -40,10 +41,7 @@ from limosa.migration.report import Report
 from limosa.migration.steering import Steering
 from limosa.model.facts import VmFacts
 from limosa.model.finding import Severity
-from limosa.model.migration import Phase, Progress
-from limosa.model.route import Route
-from limosa.model.storage import DiskProgress
-from limosa.model.units import MIB
+from limosa.model.migration import Phase
 from limosa.qemu.protocol import (
     POST_COPY,
     PRE_COPY_ENDINGS,
@@ -54,7 +52,6 @@ from limosa.qemu.protocol import (
     StreamParameters,
 )
 from limosa.security.stream import make_credentials
-from limosa.transport.channel import Channel, SocketChannel
 from limosa.transport.choice import connected
 from limosa.transport.shares import Kind
 from limosa.wire.peer import Prepare, Prepared, StreamCredentials
@@ -92,11 +89,9 @@ class SourceMove:
         self.home = home
         self.terms = self._asked = terms
         self.report = report
+        self.figures = Figures(report, home)
         self.peer: Peer | None = None
-        #: at any time a cap was kept, so that what the networks carried says nothing of them
-        self._was_capped = False
         self.examined: Examined | None = None
-        self.paths: Paths | None = None
         loop = asyncio.get_running_loop()
         #: done when a person cancels
         self.cancelled: asyncio.Future[None] = loop.create_future()
@@ -105,12 +100,6 @@ class SourceMove:
         if any(record.step == SourceStep.HANDING_OVER for record in journal.records):
             self.handed_over.set_result(None)
         self.disk_credentials: StreamCredentials | None = None
-        #: bytes that were sent for each disk that is copied
-        self._copies_sent: list[int | None] = []
-        #: what files below disks were sent by counts on, though it is closed
-        self.layers_channel: list[SocketChannel] = []
-        #: bytes of files below disks
-        self.layers_sent = 0
         self._begin_try()
 
     def _begin_try(self) -> None:
@@ -149,8 +138,7 @@ class SourceMove:
             raise
         finally:
             unsubscribe()
-            if self.paths is not None and not self._was_capped:
-                self.home.learn(self.paths.carried())
+            self.figures.learn()
             self._close_channels()
 
     async def send(self, machine: MachineProtocol) -> None:
@@ -176,11 +164,16 @@ class SourceMove:
         self.terms = replace(self._asked, rdma_failed=str(failure))
         self._begin_try()
 
+    def _close_channels(self) -> None:
+        if self.steering is not None:
+            self.steering.close()
+        self.home.disconnect()
+
     async def build_up(self, machine: MachineProtocol, peer: Peer) -> Prepared:
         """Check, then have the destination build everything while QEMU here is set up."""
         examined = await self.check(peer)
         to_copy, below = copies(examined.disks), examined.layers
-        self._expect(examined)
+        self.figures.expect(examined, self.header.vm.memory_mib)
         copied = {plan.disk for plan in to_copy}
         left = tuple(disk.path for disk in self.header.vm.disks if disk.name in copied)
         to_delete = () if self.terms.keep else left
@@ -262,13 +255,6 @@ class SourceMove:
         )
         return examined
 
-    def _expect(self, examined: Examined) -> None:
-        """Give disks and what lies below them their share of the bar."""
-        expected = sum(plan.expected_bytes for plan in copies(examined.disks))
-        expected += sum(plan.expected_bytes for plan in examined.layers)
-        if expected:
-            self.report.bar = self.report.bar.with_disks(expected, self.header.vm.memory_mib * MIB)
-
     async def _facts(self) -> VmFacts:
         return by_terms(await self.home.facts(), self.terms, self.home.own_cap)
 
@@ -278,53 +264,29 @@ class SourceMove:
         await self.home.sending()
         to_copy = copies(self.examined.disks)
         channels = await self.home.connect_disks(self.examined.route, prepared, len(to_copy))
-        paths = self.paths_of(*channels)
+        paths = self.figures.paths_of(self.examined, *channels)
         mirrors = await steering.copy_disks(to_copy, channels, self.disk_credentials)
         with self._following(paths):
-            await mirrors.until_ready(lambda: self._show_copies(steering, mirrors))
+            await mirrors.until_ready(lambda: self.figures.show_copies(steering))
 
-    @property
-    def mirrors(self) -> Mirrors | None:
-        """The copies of disks, if they have begun."""
-        return self.steering.mirrors if self.steering is not None else None
+    async def guarded_copy(self, machine: MachineProtocol, steering: Steering, prepared: Prepared) -> None:
+        """:meth:`copy`, guarded. What carries the stream knows best why it broke."""
+        try:
+            await self.guard(self.copy(machine, steering, prepared))
+        except Cancelled:
+            raise
+        except MigrationFailed as error:
+            fault = await steering.channel.fault() if steering.channel is not None else None
+            if fault is None:
+                await self.guard(self._last_words())
+                raise
+            fault.vm, fault.host = self.header.vm.name, self.header.destination
+            raise fault from error
 
-    async def cap_memory(self, bytes_per_s: int) -> None:
-        """Cap what is sent of memory, 0: no cap."""
-        if self.steering is not None:
-            await self.steering.cap_memory(bytes_per_s)
-        elif self.machine is not None:
-            await self.machine.set_bandwidth(bytes_per_s)
-
-    async def cap_copies(self, bytes_per_s: int) -> None:
-        """Cap what the copies of disks send together, 0: no cap."""
-        if self.steering is not None:
-            await self.steering.cap_copies(bytes_per_s)
-
-    def paths_of(self, *channels: Channel) -> Paths:
-        """The paths that are shown from now on: what these channels carry, and what files below disks have taken."""
-        assert self.examined is not None
-        channels = (*self.layers_channel, *channels)
-        self.paths = Paths(self.examined.route, self.examined.ends, channels, self.examined.blocked)
-        return self.paths
-
-    async def _show_copies(self, steering: Steering, mirrors: Mirrors) -> None:
-        self.report.bar, shown = progress.of_disks(
-            self.report.bar,
-            self.report.now.progress,
-            await self._copies(steering, mirrors),
-            time.monotonic(),
-            before=self.layers_sent,
-        )
-        await self._show(shown)
-
-    async def _show(self, shown: Progress, by_rdma: int = 0) -> None:
-        """Show how far it is and the route as it is now, of which new paths change what others may use of a network."""
-        assert self.paths is not None
-        known, route = self.paths.addresses, await self.paths.look(by_rdma)
-        self.report.change(progress=shown, route=route)
-        self._was_capped = self._was_capped or any(self.home.bandwidth(kind) for kind in Kind)
-        if self.paths.addresses != known:
-            await self.home.sending()
+    async def _last_words(self) -> None:
+        """Let the destination say first why its QEMU ended: ours only knows that its stream broke."""
+        if self.peer is not None:
+            await asyncio.wait({self.peer.lost}, timeout=LAST_WORDS_WITHIN_S)
 
     async def copy(self, machine: MachineProtocol, steering: Steering, prepared: Prepared) -> None:
         """Send memory until QEMU reports that everything was sent and loaded."""
@@ -333,7 +295,7 @@ class SourceMove:
         self.journal.record(SourceStep.MIGRATING, time.time(), durable=False)
         channel = await self.home.connect(self.examined.route, prepared)
         steering.take_memory(channel)
-        paths = self.paths_of(channel, *steering.disk_channels)
+        paths = self.figures.paths_of(self.examined, channel, *steering.disk_channels)
         await machine.migrate(channel.stream)
         watch = asyncio.ensure_future(self._watch(machine, steering))
         finish = asyncio.ensure_future(self._finish_copies(machine))
@@ -354,6 +316,13 @@ class SourceMove:
         if state not in SWITCHED_OVER:
             raise await self._failure(machine, state)
 
+    async def _failure(self, machine: MachineProtocol, state: MigrationState) -> LimosaError:
+        error = (await machine.migration()).error or f"QEMU reports {state}"
+        vm, host = self.header.vm.name, self.header.destination
+        return MigrationFailed(
+            f"QEMU could not move VM '{vm}' to host '{host}'", why=error, todo="see the logs of both", vm=vm, host=host
+        )
+
     async def _watch(self, machine: MachineProtocol, steering: Steering) -> None:
         """Look, steer and show, until cancelled."""
         while True:
@@ -363,11 +332,7 @@ class SourceMove:
             if look.state is MigrationState.ACTIVE:
                 bar = self.report.bar = self.report.bar.moved(self.report.now.phase, look)
                 note = await steering.steer(look, bar.pace)
-                shown = progress.progress(bar, look, limit_ms=steering.downtime_limit_ms, note=note)
-                shown = await self._with_copies(shown)
-                notes = note, progress.slows_writes(shown.disks)
-                shown = msgspec.structs.replace(shown, note="; ".join(filter(None, notes)))
-                await self._show(shown, look.transferred_bytes)
+                await self.figures.show_memory(bar, look, steering, note)
             await asyncio.sleep(LOOK_EVERY_S)
 
     @contextmanager
@@ -390,25 +355,6 @@ class SourceMove:
             await self.mirrors.finish()
             await both(machine.continue_migration(), self.peer.disks_whole())
 
-    async def guarded_copy(self, machine: MachineProtocol, steering: Steering, prepared: Prepared) -> None:
-        """:meth:`copy`, guarded. What carries the stream knows best why it broke."""
-        try:
-            await self.guard(self.copy(machine, steering, prepared))
-        except Cancelled:
-            raise
-        except MigrationFailed as error:
-            fault = await steering.channel.fault() if steering.channel is not None else None
-            if fault is None:
-                await self.guard(self._last_words())
-                raise
-            fault.vm, fault.host = self.header.vm.name, self.header.destination
-            raise fault from error
-
-    async def _last_words(self) -> None:
-        """Let the destination say first why its QEMU ended: ours only knows that its stream broke."""
-        if self.peer is not None:
-            await asyncio.wait({self.peer.lost}, timeout=LAST_WORDS_WITHIN_S)
-
     async def switch_over(self, machine: MachineProtocol) -> None:
         """Give the destination the word. From here on only ``settle`` may let the guest run here again."""
         assert self.peer is not None
@@ -417,7 +363,7 @@ class SourceMove:
         running = await self.peer.take_over()
         self.report.enter(Phase.TEAR_DOWN)
         if self.sent.result() is MigrationState.COMPLETED:
-            await self._last_figures(machine)
+            await self.figures.show_last(await machine.migration(), self.steering)
         if running.resumed_at is not None and self.stopped_at is not None:
             blackout_ms = 1000 * (running.resumed_at - self._stopped_at(self.stopped_at))
             self.report.change(blackout_ms=round(blackout_ms, 3))
@@ -467,25 +413,9 @@ class SourceMove:
                 self.report.note("the guest runs at the destination, the rest of its memory follows")
                 await asyncio.sleep(LOOK_EVERY_S)
             if self.sent.done() and self.sent.result() in POST_COPY:
-                await self._last_figures(machine)
+                await self.figures.show_last(await machine.migration(), self.steering)
         except QemuGone:
             return
-
-    @property
-    def in_post_copy(self) -> bool:
-        """Whether the guest may run at the destination already while QEMU here sends it the rest of its memory."""
-        lives = self.machine is not None and not self.machine.gone.is_set()
-        return lives and self.sent.done() and self.sent.result() is MigrationState.POSTCOPY_ACTIVE
-
-    def cancel(self) -> None:
-        """Have the move cancelled at the next moment at which that is possible."""
-        if not self.cancelled.done():
-            self.cancelled.set_result(None)
-
-    def note_hand_over(self) -> None:
-        """The destination is given its word, or is known to own the VM."""
-        if not self.handed_over.done():
-            self.handed_over.set_result(None)
 
     async def guard(self, work: Coroutine[Any, Any, T]) -> T:
         """Do ``work`` unless a person cancels, QEMU dies or the session breaks, which raises."""
@@ -501,12 +431,6 @@ class SourceMove:
             raise QemuGone(f"QEMU of VM '{vm}' ended during the move", vm=vm, host=self.header.source)
         if self.peer is not None and self.peer.lost.done():
             self.peer.lost.result()
-
-    def _close_channels(self) -> None:
-        if self.steering is not None:
-            self.steering.close()
-        self.layers_channel = []
-        self.home.disconnect()
 
     def _on_event(self, event: Event) -> None:
         match event.name:
@@ -527,44 +451,37 @@ class SourceMove:
                     self._sent_at = event.at
                     self.sent.set_result(state)
 
-    async def _copies(self, steering: Steering, mirrors: Mirrors) -> tuple[DiskProgress, ...]:
-        """How far the copies of disks are, and how much was sent for them until their channels were closed."""
-        if steering.disk_channels:
-            self._copies_sent = [await _sent(channel) for channel in steering.disk_channels]
-        shown = zip(mirrors.progress(), self._copies_sent, strict=False)
-        return tuple(msgspec.structs.replace(copy, sent_bytes=sent) for copy, sent in shown)
+    # What others ask of a move that is under way
 
-    async def _with_copies(self, shown: Progress) -> Progress:
-        if self.steering is None or self.steering.mirrors is None:
-            return shown
-        copies_shown = await self._copies(self.steering, self.steering.mirrors)
-        sent = shown.transferred_bytes + progress.sent(copies_shown) + self.layers_sent
-        return msgspec.structs.replace(shown, transferred_bytes=sent, disks=copies_shown)
+    @property
+    def in_post_copy(self) -> bool:
+        """Whether the guest may run at the destination already while QEMU here sends it the rest of its memory."""
+        lives = self.machine is not None and not self.machine.gone.is_set()
+        return lives and self.sent.done() and self.sent.result() is MigrationState.POSTCOPY_ACTIVE
 
-    async def _failure(self, machine: MachineProtocol, state: MigrationState) -> LimosaError:
-        error = (await machine.migration()).error or f"QEMU reports {state}"
-        vm, host = self.header.vm.name, self.header.destination
-        return MigrationFailed(
-            f"QEMU could not move VM '{vm}' to host '{host}'", why=error, todo="see the logs of both", vm=vm, host=host
-        )
+    @property
+    def mirrors(self) -> Mirrors | None:
+        """The copies of disks, if they have begun."""
+        return self.steering.mirrors if self.steering is not None else None
 
-    async def _last_figures(self, machine: MachineProtocol) -> None:
-        look = await machine.migration()
-        shown = progress.progress(self.report.bar, look, limit_ms=0, note="")
-        self.report.change(
-            progress=await self._with_copies(shown),
-            transfer_s=look.total_s,
-            qemu_downtime_ms=look.downtime_ms,
-            route=await self._route(look.transferred_bytes),
-        )
+    async def cap_memory(self, bytes_per_s: int) -> None:
+        """Cap what is sent of memory, 0: no cap."""
+        if self.steering is not None:
+            await self.steering.cap_memory(bytes_per_s)
+        elif self.machine is not None:
+            await self.machine.set_bandwidth(bytes_per_s)
 
-    async def _route(self, of_memory: int = 0) -> Route | None:
-        return await self.paths.look(of_memory) if self.paths is not None else self.report.now.route
+    async def cap_copies(self, bytes_per_s: int) -> None:
+        """Cap what the copies of disks send together, 0: no cap."""
+        if self.steering is not None:
+            await self.steering.cap_copies(bytes_per_s)
 
+    def cancel(self) -> None:
+        """Have the move cancelled at the next moment at which that is possible."""
+        if not self.cancelled.done():
+            self.cancelled.set_result(None)
 
-async def _sent(channel: Channel) -> int | None:
-    """Bytes that a channel has sent, before compression; None if nobody counts them."""
-    if (compressed := await channel.compressed()) is not None:
-        return compressed.raw_bytes
-    used = channel.used()
-    return sum(one.sent_bytes for one in used) if used else None
+    def note_hand_over(self) -> None:
+        """The destination is given its word, or is known to own the VM."""
+        if not self.handed_over.done():
+            self.handed_over.set_result(None)

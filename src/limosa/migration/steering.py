@@ -39,14 +39,16 @@ ANSWERS_WITHIN_S = 1.0
 
 
 class Steering:
-    """Steers one try to copy a guest; another try takes another one.
+    """Steers one try to copy a guest, from the moment at which the destination awaits it; each try has its own.
 
-    It has the streams of the try from :meth:`copy_disks` and :meth:`take_memory` on, until :meth:`close`. Whoever
-    looks at QEMU tells it of each look (:meth:`keep_copies_up`, :meth:`steer`), and of QEMU's events
-    (:meth:`pass_began`, :meth:`guest_stopped`). It changes how fast QEMU and the streams send, how much waits in them,
-    how long the blackout may be and how fast the guest's processors are. It never lets a guest run that has stopped,
-    nor ends a copy: what would end the move is raised. All that it has changed in QEMU ends with the stream
-    (``forget_stream``), but for a post-copy, of which there is no way back.
+    It is given the streams (:meth:`copy_disks`, :meth:`take_memory`) and has them until :meth:`close`. Whoever looks at
+    QEMU tells it of each look (:meth:`keep_copies_up`, :meth:`steer`) and of QEMU's events (:meth:`pass_began`,
+    :meth:`guest_stopped`).
+
+    It decides how fast QEMU and the streams send, how much waits in them, how long the blackout may be, how fast the
+    guest runs and writes, and when a post-copy begins. Of that last step there is no way back; all else that it sets
+    ends with the stream (``forget_stream``) or the copies. It never continues a guest and never ends the move: when
+    that should end it raises, and is of no further use but for :meth:`cut_off` and :meth:`close`.
     """
 
     def __init__(
@@ -136,7 +138,7 @@ class Steering:
     # What QEMU tells
 
     def pass_began(self) -> None:
-        """QEMU begins to send again what the guest wrote meanwhile, for the first time."""
+        """The first pass over memory has ended: what the guest wrote meanwhile is sent again."""
         if not self._behind:
             self._set_short(True)  # this pass may be over at once
 
