@@ -13,9 +13,9 @@ from test_host_storage import TAG, plan, storage
 from test_preflight import VM
 
 from limosa.errors import Conflict, StorageError
+from limosa.host.home import HomeHere
 from limosa.host.landing import LandingHere
 from limosa.host.leasing import Leasing
-from limosa.host.leaving import Leaving
 from limosa.host.slots import Place, Slots
 from limosa.host.storage import Storage
 from limosa.migration.journal import Header
@@ -46,9 +46,9 @@ async def settled(tasks: list[asyncio.Task[None]]) -> list[bool]:
 class TestAtTheSource:
     """It learns that it needs a place among the moves of disks when it has one among all."""
 
-    def leaving(self, storage: Storage, slots: Slots) -> tuple[Leaving, Place]:
+    def home(self, storage: Storage, slots: Slots) -> tuple[HomeHere, Place]:
         place = Place(slots)
-        return Leaving(parts(storage), None, cast(Any, SimpleNamespace(of_lane=lambda _: None)), TAG, 0, place), place
+        return HomeHere(parts(storage), None, cast(Any, SimpleNamespace(of_lane=lambda _: None)), TAG, 0, place), place
 
     def test_it_gives_its_place_back_while_it_waits(self, storage: Storage) -> None:
         asyncio.run(storage._page.change({"max_storage_moves": 1}))
@@ -56,10 +56,10 @@ class TestAtTheSource:
         async def scenario() -> None:
             slots, told = Slots(lambda: 1), list[tuple[str, int]]()
             await storage.leaving.acquire(nobody)
-            leaving, place = self.leaving(storage, slots)
+            home, place = self.home(storage, slots)
             await place.take(nobody)
             disks = asyncio.ensure_future(
-                leaving.take_storage_slot(lambda at: told.append(("disks", at)), lambda at: told.append(("all", at)))
+                home.take_storage_slot(lambda at: told.append(("disks", at)), lambda at: told.append(("all", at)))
             )
             memory = Place(slots)
             assert await settled([disks]) == [False]
@@ -70,7 +70,7 @@ class TestAtTheSource:
             memory.give_back()
             await disks
             assert (slots.taken, storage.leaving.taken) == (1, 1)
-            leaving.disconnect()
+            home.disconnect()
             for _ in range(2):
                 place.give_back()
             assert (slots.taken, storage.leaving.taken) == (0, 0)
@@ -80,11 +80,11 @@ class TestAtTheSource:
     def test_it_keeps_its_place_if_it_need_not_wait(self, storage: Storage) -> None:
         async def scenario() -> None:
             slots = Slots(lambda: 1)
-            leaving, place = self.leaving(storage, slots)
+            home, place = self.home(storage, slots)
             await place.take(nobody)
             behind = asyncio.ensure_future(slots.acquire(lambda _: None))
             await asyncio.sleep(0)
-            await leaving.take_storage_slot(nobody, nobody)
+            await home.take_storage_slot(nobody, nobody)
             assert not behind.done()
             behind.cancel()
 
@@ -96,13 +96,13 @@ class TestAtTheSource:
         async def scenario() -> None:
             slots = Slots(lambda: 1)
             await storage.leaving.acquire(nobody)
-            leaving, place = self.leaving(storage, slots)
+            home, place = self.home(storage, slots)
             await place.take(nobody)
-            waiting = asyncio.ensure_future(leaving.take_storage_slot(lambda _: None, nobody))
+            waiting = asyncio.ensure_future(home.take_storage_slot(lambda _: None, nobody))
             await settled([waiting])
             waiting.cancel()
             await asyncio.wait({waiting})
-            leaving.disconnect()
+            home.disconnect()
             place.give_back()
             assert (slots.taken, storage.leaving.taken) == (0, 1)
 

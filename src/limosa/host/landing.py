@@ -21,7 +21,8 @@ from limosa.wire.peer import LayersAwaited, Prepare
 
 
 class LandingHere:
-    """One VM's landing: a :class:`limosa.migration.destination.Landing`."""
+    """This host's :class:`limosa.migration.destination.Landing`: what the daemon has, from slots to leases, as the
+    script of one move in needs it."""
 
     def __init__(self, parts: Parts, layers: Layers, header: Header, slots: Slots, reached_at: str) -> None:
         self._vms = parts.vms

@@ -14,7 +14,7 @@ from limosa.background import Background, in_full
 from limosa.errors import Cancelled, Conflict, HostUnreachable, LimosaError, OutcomeUnknown, from_fault
 from limosa.host.bandwidth import MBIT_BYTES, Bandwidth
 from limosa.host.expectation import expect, resident_bytes
-from limosa.host.leaving import Leaving
+from limosa.host.home import HomeHere
 from limosa.host.own_disks import OwnDisks
 from limosa.host.parts import Parts
 from limosa.host.peers import RemotePeer, dial
@@ -233,8 +233,8 @@ class Outgoing:
         first = self._left_view(journal) if settle else None
         report = Report(first or self._first_view(header, terms.transport), self._views.publish)
         place = Place(self.slots)
-        leaving = Leaving(self._parts, hosted, self._bandwidth, header.migration, _own_cap(options), place)
-        move = SourceMove(journal, machine, self._dialler(header.address), leaving, terms, report)
+        home = HomeHere(self._parts, hosted, self._bandwidth, header.migration, _own_cap(options), place)
+        move = SourceMove(journal, machine, self._dialler(header.address), home, terms, report)
         self._active[header.migration] = move
         self._views.publish(report.now)
         self._background.spawn(self._settle(move, None) if settle else self._conduct(move, place, options))

@@ -43,7 +43,9 @@ class Terms:
 
 
 class Home(Protocol):
-    """What the script needs of the host it runs on."""
+    """What the source's script needs of the host it runs on, so that it knows no daemon. A daemon has it as
+    :class:`limosa.host.home.HomeHere`; the destination's counterpart is :class:`limosa.migration.destination.Landing`.
+    """
 
     async def facts(self) -> VmFacts:
         """What preflight needs to know about the VM here."""

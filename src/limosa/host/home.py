@@ -1,4 +1,4 @@
-"""One VM that leaves this host."""
+"""This host as the home of one VM that leaves it."""
 
 from __future__ import annotations
 
@@ -23,8 +23,9 @@ from limosa.transport.shares import Kind
 from limosa.wire.peer import LayersAwaited, Prepared, RelayPlace, RestAwaited
 
 
-class Leaving:
-    """The VM that leaves: a :class:`limosa.migration.home.Home`."""
+class HomeHere:
+    """This host's :class:`limosa.migration.home.Home`: what the daemon has, from slots to leases, as the script of one
+    move out needs it."""
 
     def __init__(
         self,
