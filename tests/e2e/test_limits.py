@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -200,6 +202,33 @@ def test_the_cap_of_one_move_is_its_own(hosts: list[LabHost]) -> None:
         "the other one was not slowed, and its end changed nothing"
     )
     source.client.call(endpoints.CANCEL_MIGRATION, migration=slowed)
+
+
+def test_a_qemu_that_hangs_keeps_no_other_move_waiting(hosts: list[LabHost]) -> None:
+    source, destination = hosts
+    hanging = source.move("vm1", destination.name).id
+    follow(source, hanging, lambda view: view.phase is Phase.COPY)
+    with stopped(source, "vm1"):
+        capped = source.move("vm2", destination.name).id
+        follow(source, capped, lambda view: view.phase is Phase.COPY)
+        assert limosa(source, "migration", "limit", "vm2", "8").code == 0
+        change(source, {"bandwidth_mbit_per_s": 0})
+        assert limosa(source, "migration", "limit", "vm2", "0").code == 0
+        assert source.outcome(capped).outcome is Outcome.COMPLETED
+        assert source.client.call(endpoints.SHOW_MIGRATION, migration=hanging).phase is Phase.COPY
+    assert source.outcome(hanging).outcome is Outcome.COMPLETED
+
+
+@contextmanager
+def stopped(host: LabHost, vm: str) -> Iterator[None]:
+    """Its QEMU does nothing during the block."""
+    pid = host.show(vm).pid
+    assert pid is not None
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
 
 
 def test_an_invalid_change_changes_nothing(hosts: list[LabHost]) -> None:

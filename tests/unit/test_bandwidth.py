@@ -13,6 +13,7 @@ from test_again import play
 from test_source_disks import PLAN
 
 from limosa.errors import Conflict
+from limosa.host import bandwidth
 from limosa.host.bandwidth import MBIT_BYTES, Bandwidth
 from limosa.host.outgoing import Outgoing
 from limosa.model.migration import Outcome, Phase
@@ -39,6 +40,9 @@ class Move:
             )
         )
         self.in_post_copy = False
+        #: whether its QEMU answers
+        self.answers = asyncio.Event()
+        self.answers.set()
         self.memory: int | None = None
         self.disks: int | None = None
         self.machine = SimpleNamespace()
@@ -46,6 +50,7 @@ class Move:
         self.home = SimpleNamespace(own_cap=0)
 
     async def cap_memory(self, bytes_per_s: int) -> None:
+        await self.answers.wait()
         self.memory = bytes_per_s // MBIT_BYTES
 
     async def cap_copies(self, bytes_per_s: int) -> None:
@@ -57,9 +62,9 @@ class Host:
 
     def __init__(self, caps: dict[str, Any], *moves: Move) -> None:
         self.paced = 0
-        page = SimpleNamespace(now=HostSettings(**caps))
+        self.page = SimpleNamespace(now=HostSettings(**caps))
         named = dict(zip("abc", moves, strict=False))
-        self.bandwidth = Bandwidth(cast(Any, page), cast(Any, named), cast(Any, SimpleNamespace(pace=self._pace)))
+        self.bandwidth = Bandwidth(cast(Any, self.page), cast(Any, named), cast(Any, SimpleNamespace(pace=self._pace)))
 
     def share(self) -> None:
         asyncio.run(self.bandwidth.share())
@@ -107,6 +112,48 @@ def test_memory_that_follows_a_guest_counts(phase: Phase) -> None:
     other.in_post_copy = True
     Host(MEMORY, move, other).share()
     assert (move.memory, other.memory) == (500, 500)
+
+
+def test_a_qemu_that_hangs_keeps_no_other_waiting_and_has_the_latest_when_it_answers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(bandwidth, "TAKES_WITHIN_S", 0.05)
+
+    async def scenario() -> None:
+        hangs, other = Move(Phase.COPY, disks=True), Move(Phase.COPY)
+        hangs.answers.clear()
+        host = Host(MEMORY, hangs, other)
+        await host.bandwidth.share()
+        assert (hangs.memory, other.memory) == (None, 500)
+        host.page.now = HostSettings(bandwidth_mbit_per_s=200, storage_bandwidth_mbit_per_s=30)
+        await host.bandwidth.share()
+        assert (hangs.memory, other.memory) == (None, 100)
+        told = list(host.bandwidth._telling.values())
+        hangs.answers.set()
+        await asyncio.wait_for(asyncio.gather(*told), 20)
+        assert (hangs.memory, hangs.disks) == (100, 30)
+        host.page.now = HostSettings()
+        await host.bandwidth.share()
+        assert (hangs.memory, hangs.disks, other.memory) == (0, 0, 0)
+
+    asyncio.run(scenario())
+
+
+def test_who_is_cancelled_while_a_qemu_hangs_leaves_it_to_be_told() -> None:
+    async def scenario() -> None:
+        hangs = Move(Phase.COPY)
+        hangs.answers.clear()
+        host = Host(MEMORY, hangs)
+        sharing = asyncio.ensure_future(host.bandwidth.share())
+        await asyncio.sleep(0)
+        told = list(host.bandwidth._telling.values())
+        sharing.cancel()
+        await asyncio.wait({sharing})
+        hangs.answers.set()
+        await asyncio.wait_for(asyncio.gather(*told), 20)
+        assert hangs.memory == 1000
+
+    asyncio.run(scenario())
 
 
 def test_copies_that_keep_up_have_the_cap_of_disks_beside_memory() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import Iterable, Mapping
 
@@ -16,6 +17,8 @@ from limosa.transport import shares
 from limosa.transport.shares import Caps, Claim, Kind
 
 MBIT_BYTES = 1_000_000 // 8
+#: So long the others wait for a QEMU to take its share. It stops nobody else if it hangs.
+TAKES_WITHIN_S = 1.0
 
 
 class Bandwidth:
@@ -25,6 +28,9 @@ class Bandwidth:
         self._page = page
         self._moves = moves
         self._relays = relays
+        #: moves whose share may have changed since they were told, and the tasks that tell them, one for each
+        self._untold: set[str] = set()
+        self._telling: dict[str, asyncio.Task[None]] = {}
 
     def allowance(self, migration: str, kind: Kind) -> int:
         """Bytes per second a move may send of ``kind`` now, 0: no cap, or it sends none."""
@@ -46,17 +52,36 @@ class Bandwidth:
         return shares.allowance(kind, claim, [claim], _caps(self._page.now))
 
     async def share(self) -> None:
-        """Give each move its share. A machine that refuses is about to end anyway."""
+        """Give each move its share. Returns within :data:`TAKES_WITHIN_S`: a QEMU that has not taken its share by then
+        is given what it is to have as soon as it answers again."""
         self._relays.pace()
-        for name, move in list(self._moves.items()):
-            # QEMU sends the last of a guest that stands still without a cap, and is better left alone then.
-            if move.machine is not None and (move.report.now.phase is not Phase.SWITCHOVER or move.in_post_copy):
-                kinds = _kinds(move)
-                with contextlib.suppress(LimosaError):
-                    if Kind.MEMORY in kinds:
-                        await move.cap_memory(self.allowance(name, Kind.MEMORY))
-                    if Kind.STORAGE in kinds:
-                        await move.cap_copies(self.allowance(name, Kind.STORAGE))
+        self._untold |= self._moves.keys()
+        for name in self._moves.keys() - self._telling.keys():
+            self._telling[name] = asyncio.ensure_future(self._tell(name))
+        if self._telling:
+            await asyncio.wait(set(self._telling.values()), timeout=TAKES_WITHIN_S)
+
+    async def _tell(self, name: str) -> None:
+        """Tell a move its share until it knows the latest."""
+        try:
+            while name in self._untold:
+                self._untold.discard(name)
+                if (move := self._moves.get(name)) is not None:
+                    await self._cap(name, move)
+        finally:
+            del self._telling[name]
+
+    async def _cap(self, name: str, move: SourceMove) -> None:
+        """A machine that refuses is about to end anyway."""
+        # QEMU sends the last of a guest that stands still without a cap, and is better left alone then.
+        if move.machine is None or (move.report.now.phase is Phase.SWITCHOVER and not move.in_post_copy):
+            return
+        caps = {kind: self.allowance(name, kind) for kind in _kinds(move)}
+        with contextlib.suppress(LimosaError):
+            if Kind.MEMORY in caps:
+                await move.cap_memory(caps[Kind.MEMORY])
+            if Kind.STORAGE in caps:
+                await move.cap_copies(caps[Kind.STORAGE])
 
     def _claims(self) -> dict[str, Claim]:
         return {name: claim for name, move in self._moves.items() if (claim := _claim(move)).kinds}

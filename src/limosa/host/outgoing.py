@@ -245,7 +245,7 @@ class Outgoing:
             try:
                 await move.guard(place.take(move.report.line("other moves of this host")))
                 move.begin_on(self._terms(options))  # settings may have changed while it waited
-                await self._bandwidth.share()
+                await move.guard(self._bandwidth.share())
                 await move.run()
             finally:
                 place.give_back()  # to settle it sends nothing, and may take as long as its destination is away

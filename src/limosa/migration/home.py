@@ -105,7 +105,8 @@ class Home(Protocol):
         """Bytes per second this move may send of ``kind`` now, 0: no cap, or it sends none."""
 
     async def sending(self) -> None:
-        """Other than before is sent from now on: share what may be used anew."""
+        """Other than before is sent from now on: share what may be used anew. Waits a second at most for a QEMU that
+        does not answer."""
 
     #: bytes per second asked for this move, 0: none
     own_cap: int
