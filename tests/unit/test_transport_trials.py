@@ -23,6 +23,34 @@ def test_a_trial_connection_carries_long_packets_both_ways() -> None:
     asyncio.run(asyncio.wait_for(scenario(), 20))
 
 
+def test_a_port_is_taken_that_is_free_on_each_address_that_is_there() -> None:
+    async def scenario() -> None:
+        second = "127.0.0.2"
+        with socket.create_server((second, 0)) as announced:
+            last = announced.getsockname()[1]
+            async with trials.trial([LOOPBACK, second, "192.0.2.1"], (last - 20, last)) as port:
+                assert port < last
+                for address in (LOOPBACK, second):
+                    assert await trials.reach(address, port) is not None
+
+    asyncio.run(asyncio.wait_for(scenario(), 20))
+
+
+def test_without_such_a_port_it_is_one_that_is_free_on_most() -> None:
+    async def scenario() -> None:
+        second, third = "127.0.0.2", "127.0.0.3"
+        with socket.create_server((second, 0)) as announced:
+            only = announced.getsockname()[1]
+            async with trials.trial([second, LOOPBACK, third], (only, only)) as port:
+                assert port == only
+                for address in (LOOPBACK, third):
+                    assert await trials.reach(address, port) is not None
+            async with trials.trial([second], (only, only)) as port:
+                assert port == 0
+
+    asyncio.run(asyncio.wait_for(scenario(), 20))
+
+
 def test_a_way_that_takes_a_connection_and_nothing_more_is_told_from_one_that_carries(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -6,11 +6,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from dataclasses import dataclass
 
 from limosa.transport.lobby import Lobby
-from limosa.transport.tcp import listen
+from limosa.transport.tcp import free_ports, listen
 
 #: A trial connection that takes longer is blocked for all that matters.
 REACH_WITHIN_S = 3.0
@@ -22,13 +22,12 @@ TRIAL_BYTES = 64 * 1024
 async def trial(addresses: Sequence[str], ports: tuple[int, int]) -> AsyncIterator[int]:
     """Listen on all of ``addresses`` so that the source can try which ways are open, and let long packets through.
 
-    Gives the port, the same on all, or 0 if there is no address or every port of the range is taken.
+    Gives the port, the same on all, or 0 if no address has one of the range free. If none is free on all of them, it is
+    one that is on most.
     """
     # From the end of the range, so that trials do not take the ports that moves would take next.
-    first = _listen(addresses[0], range(ports[1], ports[0] - 1, -1)) if addresses else None
-    port = first.getsockname()[1] if first is not None else 0
-    others = [_listen(address, range(port, port + 1)) for address in addresses[1:]] if port else []
-    listeners = [listener for listener in (first, *others) if listener is not None]
+    listeners = _listen_on_most(addresses, range(ports[1], ports[0] - 1, -1))
+    port = listeners[0].getsockname()[1] if listeners else 0
     lobby = Lobby(_answer_trial, socket.socket.close)
     answering = [asyncio.ensure_future(lobby.serve(listener)) for listener in listeners]
     try:
@@ -88,8 +87,22 @@ async def _goes_both_ways(reader: asyncio.StreamReader, writer: asyncio.StreamWr
         return False
 
 
-def _listen(address: str, ports: range) -> socket.socket | None:
+def _listen_on_most(addresses: Sequence[str], ports: Iterable[int]) -> list[socket.socket]:
+    """Listeners on the first port that is free on each address, or else on one that is on most.
+
+    An address may have its own ports of the range taken: the kernel listens on those with which it announces one.
+    """
+    there = [address for address in addresses if next(free_ports(address, (0,)), None) is not None]  # one may have gone
+    best: list[socket.socket] = []
     for port in ports:
-        with contextlib.suppress(OSError):
-            return listen(address, port)
-    return None
+        found = []
+        for address in there:
+            with contextlib.suppress(OSError):
+                found.append(listen(address, port))
+        if len(found) > len(best):
+            best, found = found, best
+        for listener in found:
+            listener.close()
+        if len(best) == len(there):
+            break
+    return best
