@@ -136,9 +136,9 @@ async def moving(
         sessions = [one for one in (seat._session._relay,) if one is not None]
         for session in sessions:
             await session.end()
-        for starting in list(relays._inbound.values()):
+        for arriving in list(relays._inbound.values()):
             with suppress(Exception):
-                await (await starting).relay.end()
+                await (await arriving.session).relay.end()
         await multichannel.endpoints.idle()
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 from limosa.background import then
@@ -26,6 +27,27 @@ from limosa.transport.relay.outbound import LINGER_S, LaneShare, Outbound, Seat,
 from limosa.wire.peer import Prepared, RelayPlace
 
 
+@dataclass(eq=False)
+class _Arriving:
+    """A session from another host, whose relay may still have to start."""
+
+    session: asyncio.Task[Inbound]
+    #: landings that wait for it
+    awaited: int = 0
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nobody can land by it any more."""
+        if not self.session.done():
+            return False
+        return self.session.cancelled() or self.session.exception() is not None or self.session.result().is_over
+
+    def end_if_unused(self, session: Inbound) -> None:
+        """End it unless somebody lands by it, or is about to."""
+        if not self.awaited:
+            session.end_if_unused()
+
+
 class Relays:
     """All sessions of this host. Relays run as ``user``, as QEMU does."""
 
@@ -34,7 +56,7 @@ class Relays:
         self._page = page
         self._user = user
         self._outbound: dict[tuple[object, ...], Outbound] = {}
-        self._inbound: dict[tuple[str, str], asyncio.Task[Inbound]] = {}
+        self._inbound: dict[tuple[str, str], _Arriving] = {}
 
     def seat(self, destination: str, route: Route, move: object, share: LaneShare = no_cap, *, encrypt: bool) -> Seat:
         """The part of ``move``, which goes to ``destination``, in the session that takes this route."""
@@ -65,16 +87,19 @@ class Relays:
         ``streams``: see :meth:`Multichannel.open_door`. Raises :class:`RelayFailed` and :class:`NetworkError`.
         """
         key = (source, place.session)
-        starting = self._inbound.get(key)
-        if starting is None:
-            arriving = self._await(place, chosen, permitted, networks, streams)
-            starting = self._inbound[key] = asyncio.ensure_future(arriving)
+        arriving = self._inbound.get(key)
+        if arriving is None or arriving.is_over:
+            starting = asyncio.ensure_future(self._await(place, chosen, permitted, networks, streams))
+            arriving = self._inbound[key] = _Arriving(starting)
             starting.add_done_callback(lambda done: self._forget_later(key, done))
+        arriving.awaited += 1
         try:
-            session = await asyncio.shield(starting)
+            session = await asyncio.shield(arriving.session)
         except asyncio.CancelledError:
-            then(starting, Inbound.end_if_unused)
+            then(arriving.session, arriving.end_if_unused)
             raise
+        finally:
+            arriving.awaited -= 1
         return await session.doorway(place)
 
     async def carry(self, source: str, place: RelayPlace, stream: socket.socket) -> None:
@@ -82,10 +107,10 @@ class Relays:
 
         Raises :class:`RelayFailed`.
         """
-        starting = self._inbound.get((source, place.session))
-        if starting is None:
+        arriving = self._inbound.get((source, place.session))
+        if arriving is None:
             raise RelayFailed("the relay ended before the VM's disks could come")
-        await (await asyncio.shield(starting)).carry(place, stream)
+        await (await asyncio.shield(arriving.session)).carry(place, stream)
 
     def _session(self, route: Route, *, encrypt: bool) -> Outbound:
         return Outbound(
@@ -138,7 +163,7 @@ class Relays:
             started.result().ended.add_done_callback(lambda _: self._forget(key, started))
 
     def _forget(self, key: tuple[str, str], started: asyncio.Task[Inbound]) -> None:
-        if self._inbound.get(key) is started:
+        if key in self._inbound and self._inbound[key].session is started:
             del self._inbound[key]
 
     def _window_log(self) -> int:

@@ -2,8 +2,8 @@
 
 The source's daemon names the session. The first landing that names one has its relay started and its door opened, and
 the relay knows a VM's channel before the source hears that it may connect, so no frame of a channel can come too early.
-A session that was never connected ends with its last landing; an open one ends when the source ends it or is gone.
-Until then the door of a striped one is open for further connections.
+A session that was never connected ends with its last landing; who waits for the relay to start counts as one. An open
+session ends when the source ends it or is gone. Until then the door of a striped one is open for further connections.
 """
 
 from __future__ import annotations
@@ -41,11 +41,17 @@ class Inbound:
         # A door that is closed does not know these any more.
         self.address, self.port, self.token = door.address, door.port, door.token
         self._landings = 0
+        self._ending = False
         self._letting_in: asyncio.Task[None] | None = None
         self._asking: asyncio.Task[None] | None = None
         self.opened = asyncio.ensure_future(self._open(place, window_log))
         self.opened.add_done_callback(lambda done: done.cancelled() or done.exception())  # it may have no listener
         self.ended = asyncio.ensure_future(self._until_ended())
+
+    @property
+    def is_over(self) -> bool:
+        """Whether it has ended, or is about to."""
+        return self._ending or self.relay.ended.is_set()
 
     async def doorway(self, place: RelayPlace) -> RelayDoorway:
         """Another landing. Raises :class:`RelayFailed`."""
@@ -68,6 +74,7 @@ class Inbound:
     def end_if_unused(self) -> None:
         """End a session that was never opened and in which nobody lands."""
         if self._landings == 0 and not self.opened.done():
+            self._ending = True
             self.opened.cancel()
 
     async def _open(self, place: RelayPlace, window_log: int) -> None:
@@ -80,6 +87,7 @@ class Inbound:
             else:
                 await self._connect(self.door, place, log)
         except BaseException:
+            self._ending = True
             await asyncio.shield(self.relay.end())
             raise
         self._asking = asyncio.ensure_future(self._keep_asking())
