@@ -24,6 +24,7 @@ from limosa.network.changes import changes
 from limosa.network.mptcp import Limits, PathManager
 from limosa.transport import lobby
 from limosa.transport.channel import Doorway, SocketChannel
+from limosa.transport.multichannel import MultichannelDoorway
 from limosa.wire.peer import Prepared
 
 pytestmark = pytest.mark.lab
@@ -137,6 +138,30 @@ def test_an_address_that_appears_is_used_if_it_is_permitted(tmp_path: Path) -> N
         await ends.close()
 
     play(scenario)
+
+
+def test_a_door_has_a_port_that_is_free_on_each_address(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        with socket.create_server((THEIRS[1], PORTS[0])):
+            ends = Ends(tmp_path)
+            await ends.connect()
+            assert ends.door.port == PORTS[0] + 1
+            await ends.until_used(*THEIRS)
+            await ends.close()
+
+    play(scenario)
+
+
+def test_an_address_that_has_no_room_for_a_door_costs_its_path_and_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    async def scenario() -> None:
+        with socket.create_server((THEIRS[1], PORTS[0])):
+            door = MultichannelDoorway([*THEIRS, LATER], (PORTS[0], PORTS[0]), lambda _: None, lambda: None)
+            assert (door.address, door.port) == (THEIRS[0], PORTS[0])
+            assert not door.listen_on(LATER)
+            door.close()
+
+    play(scenario)
+    assert [record.getMessage().split()[0] for record in caplog.records] == [THEIRS[1], LATER, LATER]
 
 
 def test_a_door_that_is_another_servers_has_several_connections_made_to_it_too(tmp_path: Path) -> None:

@@ -13,15 +13,19 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import ipaddress
+import logging
 import os
 import socket
 import struct
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
+from limosa.errors import NetworkError
 from limosa.transport import tcp
 from limosa.transport.channel import Used, by_path
 from limosa.transport.lobby import next_caller
+
+_log = logging.getLogger(__name__)
 
 IPPROTO_MPTCP = 262
 SOL_MPTCP = 284
@@ -77,10 +81,10 @@ class MultichannelChannel(tcp.TcpChannel):
 
 
 class MultichannelDoorway(tcp.TcpDoorway):
-    """The destination's end: listeners of one port on several addresses.
+    """The destination's end: listeners of one port on several addresses, on as many as have one.
 
     ``announce`` is called with addresses the source has found a way to, ``release`` once when the door is closed.
-    Raises :class:`NetworkError` if every port of the range is taken.
+    Raises :class:`NetworkError` if every port of the range is taken on the first.
     """
 
     def __init__(
@@ -90,12 +94,18 @@ class MultichannelDoorway(tcp.TcpDoorway):
         announce: Callable[[Iterable[str]], None],
         release: Callable[[], None],
     ) -> None:
-        super().__init__(addresses[0], ports, IPPROTO_MPTCP)
+        try:
+            super().__init__(addresses[0], ports, IPPROTO_MPTCP, addresses[1:])
+        except NetworkError:  # one of them may have gone
+            super().__init__(addresses[0], ports, IPPROTO_MPTCP)
         self._announce = announce
         self._release = release
         self._first, self._port = self.address, self.port  # a socket that is closed does not know them any more
         self._further: dict[str, socket.socket] = {}
         self._ushers: list[asyncio.Task[None]] = []
+        further, self._others = self._others, []
+        for address, listener in zip(addresses[1:], further, strict=False):
+            self._turn_away_at(address, listener)
         #: the source is there, or it will be without our hearing of it
         self.connected = asyncio.Event()
         self._open = True
@@ -131,11 +141,15 @@ class MultichannelDoorway(tcp.TcpDoorway):
             return True
         try:
             listener = tcp.listen(address, self._port, IPPROTO_MPTCP)
-        except OSError:
-            return False  # the address has gone again, or another has the port there: one path less
+        except OSError as error:  # the address has gone again, or another has the port there
+            _log.warning("%s has no room at port %d: a move has one path less: %s", address, self._port, error)
+            return False
+        self._turn_away_at(address, listener)
+        return True
+
+    def _turn_away_at(self, address: str, listener: socket.socket) -> None:
         self._further[address] = listener
         self._ushers.append(asyncio.ensure_future(_turn_away(listener)))
-        return True
 
     def _expect_nobody(self) -> None:
         self.connected.set()
