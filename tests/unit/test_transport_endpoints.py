@@ -14,6 +14,8 @@ from limosa.errors import NetworkError
 from limosa.network.mptcp import FLAG_IMPLICIT, FLAG_SIGNAL, Endpoint, Limits
 from limosa.transport.endpoints import Endpoints
 
+#: From linux/mptcp.h: connections from here use it besides their own.
+FLAG_SUBFLOW = 2
 MINE, OTHER, THEIRS = "10.79.0.11", "10.80.0.11", "10.81.0.11"
 DEFAULT, RAISED = Limits(2, 0), Limits(8, 8)
 
@@ -98,6 +100,25 @@ def test_what_an_administrator_made_is_used_and_left_alone(tmp_path: Path) -> No
         assert kernel.now == Limits(8, 8)
 
     play(scenario)
+
+
+def test_an_administrators_endpoint_that_is_not_announced_costs_its_path_and_is_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def scenario() -> None:
+        theirs = Endpoint(THEIRS, 1, FLAG_SUBFLOW)
+        kernel = Kernel(endpoints=(theirs,))
+        endpoints = Endpoints(kernel, tmp_path / "mptcp.json")
+        hold = await endpoints.hold([THEIRS, MINE])
+        assert kernel.acts == [f"announce {MINE}"]
+        hold.release()
+        await endpoints.idle()
+        assert kernel.there == {THEIRS: theirs}
+
+    play(scenario)
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert said.startswith(f"{THEIRS} is not announced")
+    assert "'signal'" in said
 
 
 @pytest.mark.parametrize("changed", [Limits(4, 4), Limits(0, 0)])

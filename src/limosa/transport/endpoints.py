@@ -7,7 +7,8 @@ The rules:
   reached its limit never use a NIC that appears later.
 - An address is announced by the first move that needs it and withdrawn after the last: to withdraw one closes the
   connections to it. One that an administrator has
-  made an endpoint is used as it is and left alone.
+  made an endpoint is used as it is and left alone: one without the flag ``signal`` is not announced, and keeps the
+  kernel from taking another for its address, so that moves have a path less.
 - Where a team of NICs spreads connections by their ports, an address is announced several times, with ports on which
   the kernel itself listens; who calls there without belonging to a connection is heard by nobody. Moves share those.
 - The kernel itself notes each address from which it has connected to an announced one (an implicit endpoint). Those
@@ -41,6 +42,11 @@ _log = logging.getLogger(__name__)
 
 Answer = TypeVar("Answer")
 
+
+_NOT_SIGNALLED = (
+    "%s is not announced, so that a move has one path less: somebody made it an endpoint without 'signal' "
+    "(ip mptcp endpoint show)"
+)
 
 #: An address and a port, 0 for the connection's own.
 Place = tuple[str, int]
@@ -143,11 +149,14 @@ class Endpoints:
         async with self._lock:
             if hold.released:
                 return
-            explicit = {_place(one) for one in await self._manager.endpoints() if not one.flags & FLAG_IMPLICIT}
-            foreign = explicit - self._ours.keys()
+            made = {_place(one): one for one in await self._manager.endpoints() if not one.flags & FLAG_IMPLICIT}
+            foreign = {place: one for place, one in made.items() if place not in self._ours}
             for place in ((address, 0) for address in addresses):
                 self._use(hold, place)
-                if place not in foreign and (again or place not in self._ours):
+                if place in foreign:
+                    if not foreign[place].flags & FLAG_SIGNAL:
+                        _log.warning(_NOT_SIGNALLED, place[0])
+                elif again or place not in self._ours:
                     try:
                         await self._announce(place)
                     except LimosaError as error:
