@@ -20,6 +20,7 @@ from limosa.model.migration import Outcome, Phase
 from limosa.model.route import Path as Way
 from limosa.model.route import Route
 from limosa.settings.host import HostSettings
+from limosa.transport.shares import Kind
 
 FIRST, SECOND = "10.1.0.2", "10.2.0.2"
 
@@ -176,6 +177,14 @@ def test_lanes_are_paced_by_network_with_each_share() -> None:
     assert (host.lane("a", FIRST), host.lane("a", SECOND)) == (50, 0)
     other.report.now.phase = Phase.WAITING
     assert (host.lane("a", FIRST), host.lane("b", FIRST)) == (100, None)
+
+
+@pytest.mark.parametrize(("striped", "mbit_per_s"), [(False, 100), (True, 0)])
+def test_caps_by_network_are_the_lanes_own_where_a_route_has_some(striped: bool, mbit_per_s: int) -> None:
+    caps = {"network_bandwidth_mbit_per_s": {"10.1.0.0/24": 400, "10.2.0.0/24": 100}}
+    route = Move(Phase.BUILD_UP, FIRST, SECOND, striped=striped).route
+    assert Host(caps).bandwidth.alone(Kind.MEMORY, route) == mbit_per_s * MBIT_BYTES
+    assert Host({**caps, **MEMORY}).bandwidth.alone(Kind.MEMORY, route) == (mbit_per_s or 1000) * MBIT_BYTES
 
 
 def test_a_move_tells_the_others_before_it_sends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,8 +29,10 @@ def route(*speeds: int | None) -> Route:
     [
         ((800,), {}, 800, 6.0),
         ((800, 1600), {}, 2400, 2.0),
-        ((800,), {Kind.STORAGE: 50 * MB}, 800, 11.0),
-        ((800,), {Kind.MEMORY: 10 * MB, Kind.STORAGE: 900 * MB}, 800, 15.0),
+        # On an average: 500 MB of disks at 50 MB/s and 100 MB of memory at 100, and so on.
+        ((800,), {Kind.STORAGE: 50 * MB}, 436, 11.0),
+        ((800,), {Kind.MEMORY: 10 * MB, Kind.STORAGE: 900 * MB}, 320, 15.0),
+        ((800,), {Kind.MEMORY: 50 * MB, Kind.STORAGE: 50 * MB}, 400, 12.0),
         ((800, None), {}, None, None),
         ((), {}, None, None),
     ],
@@ -42,6 +44,11 @@ def test_how_long(
     assert (found.disk_bytes, found.memory_bytes) == (500 * MB, 100 * MB)
     assert (found.mbit_per_s, found.seconds) == (mbit_per_s, seconds)
     assert (found.first_downtime_ms, found.blackout_budget_ms, found.post_copy) == (2, 60, True)
+
+
+def test_at_which_rate_nothing_would_be_sent() -> None:
+    found = expect([], [], 0, route(800), POLICY, lambda _: 50 * MB)
+    assert (found.mbit_per_s, found.seconds) == (400, 0.0)
 
 
 def test_what_a_process_has_of_memory() -> None:

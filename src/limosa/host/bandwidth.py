@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 from limosa.errors import LimosaError
 from limosa.host.page import Page
@@ -12,6 +12,7 @@ from limosa.host.relays import Relays
 from limosa.migration import disks
 from limosa.migration.source import SourceMove
 from limosa.model.migration import Outcome, Phase
+from limosa.model.route import Route
 from limosa.settings.host import HostSettings
 from limosa.transport import shares
 from limosa.transport.shares import Caps, Claim, Kind
@@ -46,9 +47,10 @@ class Bandwidth:
         mine = claims.get(migration)
         return shares.lane(address, mine, list(claims.values()), _caps(self._page.now)) if mine is not None else None
 
-    def alone(self, kind: Kind, addresses: Iterable[str]) -> int:
-        """Bytes per second a move to these addresses could use if there were no other, 0: no cap."""
-        claim = Claim(frozenset({kind}), tuple(addresses))
+    def alone(self, kind: Kind, route: Route) -> int:
+        """Bytes per second a move by this route could use if there were no other, 0: no cap besides those by network
+        where it is striped, which the speeds of its paths have."""
+        claim = Claim(frozenset({kind}), tuple(path.there for path in route.paths), striped=route.striped)
         return shares.allowance(kind, claim, [claim], _caps(self._page.now))
 
     async def share(self) -> None:

@@ -27,18 +27,18 @@ def expect(
     disk_bytes = sum(plan.expected_bytes for plan in disks.copies(plans)) + sum(one.expected_bytes for one in layers)
     speeds = [path.speed_mbit_per_s for path in route.paths]
     known = [speed for speed in speeds if speed]
-    speed = sum(known) if known and len(known) == len(speeds) else None
-
-    def seconds(count: int, kind: Kind) -> float:
-        bounds = ((speed or 0) * MBIT_BYTES, cap(kind))
-        return count / min(bound for bound in bounds if bound)
-
-    took = seconds(disk_bytes, Kind.STORAGE) + seconds(memory_bytes, Kind.MEMORY) if speed else None
+    speed = sum(known) * MBIT_BYTES if known and len(known) == len(speeds) else None
+    seconds = mbit_per_s = None
+    if speed is not None:
+        of_disks, of_memory = (min(speed, cap(kind) or speed) for kind in (Kind.STORAGE, Kind.MEMORY))
+        seconds = disk_bytes / of_disks + memory_bytes / of_memory
+        rate = (disk_bytes + memory_bytes) / seconds if seconds else of_memory
+        mbit_per_s = max(1, round(rate / MBIT_BYTES))
     return Expected(
         disk_bytes=disk_bytes,
         memory_bytes=memory_bytes,
-        mbit_per_s=speed,
-        seconds=round(took, 1) if took is not None else None,
+        mbit_per_s=mbit_per_s,
+        seconds=round(seconds, 1) if seconds is not None else None,
         first_downtime_ms=policy.first_downtime_ms,
         blackout_budget_ms=policy.blackout_budget_ms,
         post_copy=policy.post_copy,

@@ -102,14 +102,13 @@ class Outgoing:
     def _expect(self, hosted: HostedVm, examined: Examined, options: MoveOptions) -> Expected:
         memory = hosted.config.memory_mib * MIB
         resident = resident_bytes(hosted.machine.pid) if hosted.machine is not None else None
-        addresses = [path.there for path in examined.route.paths]
         return expect(
             examined.disks,
             examined.layers,
             min(memory, resident) if resident is not None else memory,
             examined.route,
             self._terms(options).policy,
-            lambda kind: _least(self._bandwidth.alone(kind, addresses), _own_cap(options)),
+            lambda kind: _least(self._bandwidth.alone(kind, examined.route), _own_cap(options)),
         )
 
     async def _facts(self, hosted: HostedVm, options: MoveOptions) -> VmFacts:

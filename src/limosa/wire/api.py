@@ -152,7 +152,8 @@ class Expected(Model, forbid_unknown_fields=False, frozen=True):
     disk_bytes: int
     #: what the VM has touched of its memory, or all of it where that is not known
     memory_bytes: int
-    #: of all paths together; null if that of one is not known, and so not how long it takes
+    #: of all paths together, as far as caps allow, on an average of what is sent; null if the speed of a path is not
+    #: known, and so not how long it takes
     mbit_per_s: int | None
     seconds: float | None
     #: the blackout that is planned for, and the longest the policy may come to plan for
