@@ -13,6 +13,9 @@ import pytest
 
 from limosa.host.page import Page
 from limosa.host.relays import Relays
+from limosa.model.route import Path as Way
+from limosa.model.route import Route
+from limosa.settings.host import HostSettings
 from limosa.transport.channel import Doorway
 from limosa.transport.relay.inbound import Inbound
 from limosa.wire.peer import RelayPlace
@@ -70,6 +73,14 @@ class Host:
         process = Process()
         self.started.append(process)
         return Inbound(cast(Any, process), cast(Any, Door()), place, 24)
+
+
+@pytest.mark.parametrize(("alone", "mib", "log"), [(False, 512, 29), (True, 512, 24), (True, 4, 22)])
+def test_the_window_of_a_session_for_one_move_is_small(tmp_path: Path, alone: bool, mib: int, log: int) -> None:
+    relays = Host(tmp_path).relays
+    relays._page.now = HostSettings(compression_window_mib=mib)
+    route = Route(transport="compression", paths=(Way(here="10.0.0.2", there="10.0.0.1"),), alone=alone)
+    assert relays.seat("host2", route, "a move", encrypt=False).place.window_log == log
 
 
 def play(tmp_path: Path, scenario: Callable[[Host], Awaitable[None]]) -> None:

@@ -26,6 +26,10 @@ from limosa.transport.relay.inbound import CarrierDoorway, Inbound
 from limosa.transport.relay.outbound import LINGER_S, LaneShare, Outbound, Seat, no_cap
 from limosa.wire.peer import Prepared, RelayPlace
 
+#: The window of a session that is one VM's, as a power of two: other VMs' pages cannot be found in it, and the
+#: destination's memory is not to be filled with it by every VM that comes.
+ALONE_WINDOW_LOG = 24
+
 
 @dataclass(eq=False)
 class _Arriving:
@@ -117,7 +121,7 @@ class Relays:
             partial(self._dial, route),
             encrypt=encrypt,
             several=route.is_multipath,
-            window_log=self._window_log(),
+            window_log=min(self._window_log(), ALONE_WINDOW_LOG) if route.alone else self._window_log(),
             user=self._user,
             ways=[(path.here, path.there) for path in (route.paths if route.striped else route.paths[:1])],
             striped=route.striped,

@@ -108,7 +108,7 @@ class HostSettings(Model, frozen=True):
             ge=1,
             le=1024,
             description="memory, a power of two, in which compression finds pages that an earlier VM has sent already; "
-            "taken on both hosts while VMs move with it. The smaller of both hosts' counts",
+            "taken for each pair of hosts, on both, while VMs move with it. The smaller of both hosts' counts",
         ),
     ] = 512
     bandwidth_mbit_per_s: Annotated[
