@@ -29,6 +29,7 @@ from limosa.host.page import Page
 from limosa.host.storage import places
 from limosa.model import reading
 from limosa.model.base import Model
+from limosa.model.units import MIB
 from limosa.model.vm import Accelerator, Disk, Nic, VmConfig
 from limosa.network.netlink import Netlink
 from limosa.network.taps import open_tap
@@ -47,7 +48,6 @@ from limosa.wire.api import NewDisk, NewNic, NewVm
 from limosa.wire.parsing import parse
 
 _log = logging.getLogger(__name__)
-MIB = 1024 * 1024
 DISK_NAMES = [f"vd{letter}" for letter in "abcdefghijklmnopqrstuvwxyz"]
 
 

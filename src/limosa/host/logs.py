@@ -12,9 +12,10 @@ import logging
 import os
 from pathlib import Path
 
+from limosa.model.units import MIB
+
 _log = logging.getLogger(__name__)
 
-MIB = 1024 * 1024
 #: A log that has become larger than this is cut to its last part.
 MOST_BYTES = 4 * MIB
 KEPT_BYTES = 1 * MIB
