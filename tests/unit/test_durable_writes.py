@@ -49,7 +49,8 @@ def vms(tmp_path: Path) -> Vms:
     files = Files(tmp_path / "state", tmp_path / "run")
     files.make()
     leasing = SimpleNamespace(give_back=AsyncMock())
-    return Vms("host1", files, cast(Any, SimpleNamespace(leasing=leasing, forget_ended=lambda _: None)))
+    records = SimpleNamespace(forget_ended=lambda _: None)
+    return Vms("host1", files, cast(Any, SimpleNamespace(leasing=leasing, records=records)))
 
 
 def landing(vms: Vms) -> HostedVm:

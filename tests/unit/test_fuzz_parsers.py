@@ -24,10 +24,10 @@ from limosa.client.host import HostClient, error_of, fill_path
 from limosa.errors import InvalidInput, LimosaError, StateError, every_error, from_fault
 from limosa.host import disk_moves
 from limosa.host.goodput import Goodputs
-from limosa.host.launching import ProcessRecord
 from limosa.host.neighbours import Met, met
 from limosa.host.openapi import document
 from limosa.host.page import Page
+from limosa.host.process_records import ProcessRecord
 from limosa.host.views import Views
 from limosa.lab.daemons import DaemonRecord
 from limosa.lab.plan import Lab

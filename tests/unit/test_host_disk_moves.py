@@ -21,10 +21,10 @@ from limosa.errors import Conflict, NotFound, OutcomeUnknown, OwnerUnknown, Stat
 from limosa.host import disk_moves
 from limosa.host.disk_moves import DiskMoves
 from limosa.host.folders import Folders
-from limosa.host.launching import Found
 from limosa.host.leasing import Leasing
 from limosa.host.leftovers import Leftovers
 from limosa.host.parts import Parts
+from limosa.host.process_records import Found
 from limosa.host.storage import Storage
 from limosa.host.views import Views
 from limosa.host.vms import HostedVm, Vms
@@ -117,8 +117,6 @@ class Launcher(FakeLauncher):
     @asynccontextmanager
     async def new_disks(self, new: VmConfig, config: VmConfig) -> AsyncIterator[None]:
         yield
-
-    def forget_ended(self, config: VmConfig) -> None: ...
 
     async def launch(self, config: VmConfig, accelerator: str, *, incoming: bool) -> FakeMachine:
         self.started.append(self.make())

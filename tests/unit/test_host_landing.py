@@ -42,7 +42,7 @@ class World:
         files.vms.mkdir(parents=True, exist_ok=True)
         leases = SimpleNamespace(hand_back=self.nothing, settle=self.nothing)
         leasing = SimpleNamespace(landing=lambda *_: leases, give_back=self.nothing)
-        launcher = SimpleNamespace(leasing=leasing, attach=self.nothing)
+        launcher = SimpleNamespace(leasing=leasing, records=SimpleNamespace(attach=self.nothing))
         self.vms = Vms("there", files, cast(Any, launcher))
         storage = SimpleNamespace(
             resume=lambda paths: None,

@@ -18,8 +18,6 @@ from limosa.errors import StorageError
 from limosa.host.files import Files
 from limosa.host.launching import Launcher
 from limosa.model.vm import DirectBoot, Disk
-from limosa.qemu import folder, process
-from limosa.qemu.arguments import without_guest
 from limosa.settings.host import HostSettings
 from limosa.wire.api import NewDisk, NewVm
 
@@ -104,22 +102,3 @@ def test_a_vm_may_be_created_before_its_storage_is_mounted(launcher: Launcher) -
             pass
 
     asyncio.run(create())
-
-
-def test_sockets_of_no_qemu_are_removed(launcher: Launcher) -> None:
-    """A daemon has died between forgetting the QEMU and removing its folder."""
-    sockets = launcher._files.sockets(VM)
-    sockets.mkdir()
-    (sockets / "vnc.sock").touch()
-    assert asyncio.run(launcher.attach(VM)) is None
-    assert not sockets.exists()
-
-
-def test_those_of_a_copier_are_left_to_whoever_ends_that(launcher: Launcher, monkeypatch: pytest.MonkeyPatch) -> None:
-    sockets = launcher._files.sockets(VM)
-    sockets.mkdir()
-    (sockets / folder.QMP).touch()
-    copier = without_guest(sockets, 0)[1]
-    monkeypatch.setattr(process, "find", lambda argument: (1, 1) if argument == copier else None)
-    assert asyncio.run(launcher.attach(VM)) is None
-    assert sockets.exists()

@@ -16,8 +16,8 @@ from harness.landings import VM
 from limosa.errors import Conflict, OwnerUnknown, QemuError, QemuGone, StorageError
 from limosa.host import vms
 from limosa.host.files import Files
-from limosa.host.launching import Found
 from limosa.host.outgoing import Outgoing
+from limosa.host.process_records import Found
 from limosa.host.vms import CRASH_LOOP_S, HostedVm, Vms
 from limosa.model.vm import VmConfig, VmState
 from limosa.qemu.protocol import Event, RunState
@@ -38,6 +38,7 @@ class FakeLauncher:
 
     def __init__(self) -> None:
         self.leasing = SimpleNamespace(take=self.nothing, give_back=self.nothing)
+        self.records = self
         self.found: Found | None = None
         self.started: list[FakeMachine] = []
         self.left: list[str] = []

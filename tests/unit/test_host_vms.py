@@ -45,7 +45,7 @@ def daemon(tmp_path: Path) -> Vms:
         return None
 
     leasing = Leasing("host1", "boot", "machine", lambda _: False)
-    launcher = SimpleNamespace(leasing=leasing, attach=attach)
+    launcher = SimpleNamespace(leasing=leasing, records=SimpleNamespace(attach=attach))
     return Vms("host1", Files(tmp_path / "state", tmp_path / "run"), cast(Any, launcher))
 
 

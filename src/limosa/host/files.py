@@ -89,6 +89,10 @@ class Files:
         """The folder of a VM."""
         return self.vms / name
 
+    def process_record(self, name: str) -> Path:
+        """What tells of the QEMU of a VM, while one runs (:mod:`limosa.host.process_records`)."""
+        return self.vm(name) / "process.json"
+
     def sockets(self, config: VmConfig) -> Path:
         """The folder of a VM's sockets; short, because a Unix socket's path is.
 
@@ -101,7 +105,7 @@ class Files:
     def _is_used_by(self, config: VmConfig, sockets: Path) -> bool:
         """Whether the QEMU in the VM's record was started with that folder. Another VM's UUID may begin alike."""
         try:
-            pid = reading.decode((self.vm(config.name) / "process.json").read_bytes(), dict)["pid"]
+            pid = reading.decode(self.process_record(config.name).read_bytes(), dict)["pid"]
             return os.fsencode(f"{sockets}/") in Path(f"/proc/{pid}/cmdline").read_bytes()
         except (OSError, ValueError, TypeError, LookupError):
             return False

@@ -27,7 +27,7 @@ class Folders:
     def read(self) -> list[VmConfig]:
         """The VMs of this host, by name; those that cannot be read are in ``damaged`` afterwards."""
         found: dict[str, VmConfig] = {}
-        for folder in sorted(self._files.vms.iterdir(), key=_order):
+        for folder in sorted(self._files.vms.iterdir(), key=self._order):
             path = folder / "vm.toml"
             if not path.exists():
                 continue
@@ -43,10 +43,10 @@ class Folders:
         """A new, empty folder. Raises :class:`StateError`; nothing that a VM needs was touched then."""
         folder = self._files.vm(config.name)
         try:
-            for name in ("vm.toml", "process.json"):
-                if (folder / name).exists():
+            for path in (folder / "vm.toml", self._files.process_record(config.name)):
+                if path.exists():
                     raise StateError(
-                        f"{folder / name} is of a VM that this daemon does not know",
+                        f"{path} is of a VM that this daemon does not know",
                         todo="restart the daemon to have it taken up, or move the folder away",
                         vm=config.name,
                     )
@@ -72,10 +72,9 @@ class Folders:
             raise StateError(f"cannot remove {folder}", why=error.strerror or str(error), vm=config.name) from error
         shutil.rmtree(folder, ignore_errors=True)
 
-
-def _order(folder: Path) -> tuple[bool, str]:
-    """Where two claim to be one VM, the one whose QEMU runs is it."""
-    return not (folder / "process.json").exists(), folder.name
+    def _order(self, folder: Path) -> tuple[bool, str]:
+        """Where two claim to be one VM, the one whose QEMU runs is it."""
+        return not self._files.process_record(folder.name).exists(), folder.name
 
 
 def _check(path: Path, config: VmConfig, found: dict[str, VmConfig]) -> None:

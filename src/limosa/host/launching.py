@@ -1,4 +1,4 @@
-"""What it takes to start a VM's QEMU on this host and to find it again: taps, seed, firmware, rights, a record.
+"""What it takes to define a VM and to start its QEMU on this host: disks, taps, seed, firmware, rights.
 
 Everything that one QEMU is given is made here and ends with it: taps live as long as a process holds them, sockets lie
 in the VM's run folder. A launch that fails leaves nothing.
@@ -7,34 +7,28 @@ in the VM's run folder. A launch that fails leaves nothing.
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
 import pwd
 import secrets
-import shutil
-import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, closing, suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 
 from limosa.background import in_full
-from limosa.errors import Conflict, InvalidInput, QemuError, QemuGone, StateError, StorageError
+from limosa.errors import Conflict, InvalidInput, QemuError, StateError, StorageError
 from limosa.host.files import Files
 from limosa.host.leasing import Leasing
 from limosa.host.memory import available_mib
 from limosa.host.page import Page
+from limosa.host.process_records import ProcessRecords
 from limosa.host.storage import places
-from limosa.model import reading
-from limosa.model.base import Model
 from limosa.model.units import MIB
 from limosa.model.vm import Accelerator, Disk, Nic, VmConfig
 from limosa.network.netlink import Netlink
 from limosa.network.taps import open_tap
-from limosa.qemu import process
-from limosa.qemu.arguments import Launch, vnc_argument
+from limosa.qemu.arguments import Launch
 from limosa.qemu.capabilities import QemuCapabilities
 from limosa.qemu.copier import Copier
 from limosa.qemu.machine import Machine, does_direct_io
@@ -45,36 +39,8 @@ from limosa.storage import access, chains, images, mounts, seed
 from limosa.storage.locations import Locations
 from limosa.storage.stores import Store
 from limosa.wire.api import NewDisk, NewNic, NewVm
-from limosa.wire.parsing import parse
 
-_log = logging.getLogger(__name__)
 DISK_NAMES = [f"vd{letter}" for letter in "abcdefghijklmnopqrstuvwxyz"]
-
-
-class ProcessRecord(Model, frozen=True, forbid_unknown_fields=False):
-    """How to find a VM's QEMU again (``process.json``)."""
-
-    pid: int
-    start_time: int
-    boot: str
-    accelerator: Accelerator
-    started_at: float
-    #: it crashed so soon that nobody but a person is to start it again
-    left: bool = False
-
-
-_record_decoder = reading.decoder(ProcessRecord)
-
-
-@dataclass(frozen=True)
-class Found:
-    """A VM's QEMU as an earlier daemon left it; ``machine`` is None if it has ended meanwhile."""
-
-    machine: Machine | None
-    accelerator: Accelerator | None = None
-    started_at: float | None = None
-    #: an earlier daemon saw it crash, and left it so
-    left: bool = False
 
 
 class Launcher:
@@ -87,17 +53,17 @@ class Launcher:
         files: Files,
         capabilities: QemuCapabilities,
         netlink: Netlink,
-        boot: str,
         user: str | None,
         leasing: Leasing,
+        records: ProcessRecords,
     ) -> None:
         self.leasing = leasing
+        self.records = records
         self._daemon = daemon
         self._page = page
         self._files = files
         self._capabilities = capabilities
         self._netlink = netlink
-        self._boot = boot
         self.user = user
         #: never a VM's disk, whatever anybody names
         self._own = (*files.own, Path(daemon.certificates))
@@ -205,7 +171,7 @@ class Launcher:
             program = Path(self._daemon.qemu)
             machine = await Machine.launch(program, make, run_dir, folder / "qemu.log", self.user)
         try:
-            self._remember(config, machine, accelerator)
+            self.records.remember(config, machine, accelerator)
         except StateError:
             await machine.kill()
             raise
@@ -222,99 +188,6 @@ class Launcher:
         """End the one of a VM, also one that an earlier daemon started. Raises :class:`QemuError` if the kernel cannot
         end it."""
         await Copier.end_leftover(self._files.sockets(config))
-
-    async def attach(self, config: VmConfig) -> Found | None:
-        """The QEMU an earlier daemon started for this VM; None if none was running when it ended."""
-        path = self._files.vm(config.name) / "process.json"
-        try:
-            record: ProcessRecord | None = parse(path.read_bytes(), _record_decoder, str(path))
-        except FileNotFoundError:
-            # Either none was started, or the daemon died between starting it and writing the record.
-            sockets = self._files.sockets(config)
-            record = self._seen(config) if sockets.exists() else None
-            if record is None:
-                # Or it died while it removed the folder; one that a copier uses is removed with that.
-                if not Copier.uses(sockets):
-                    shutil.rmtree(sockets, ignore_errors=True)
-                return None
-        except (OSError, InvalidInput) as error:
-            _log.error("VM %s: %s", config.name, error)
-            record = self._seen(config)
-        if record is None:
-            return Found(None)
-        machine = None
-        if record.boot == self._boot:
-            try:
-                machine = await Machine.attach(self._files.sockets(config), record.pid, record.start_time)
-            except QemuGone:
-                self.clean_up(config, crashed=True)
-        return Found(machine, record.accelerator, record.started_at, record.left)
-
-    def _seen(self, config: VmConfig) -> ProcessRecord | None:
-        """What the record must have said, if the QEMU it was about still runs: it is known by its run folder."""
-        found = process.find(vnc_argument(self._files.sockets(config) / "vnc.sock"))
-        if found is None:
-            return None
-        pid, start_time = found
-        kvm = b"accel=kvm" in Path(f"/proc/{pid}/cmdline").read_bytes()
-        booted_at = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
-        return ProcessRecord(
-            pid=pid,
-            start_time=start_time,
-            boot=self._boot,
-            accelerator="kvm" if kvm else "tcg",
-            started_at=booted_at + start_time / os.sysconf("SC_CLK_TCK"),
-        )
-
-    async def end_silent(self, config: VmConfig) -> None:
-        """Kill a QEMU that answers nobody. Raises :class:`QemuError` if the kernel cannot end it."""
-        await process.end(vnc_argument(self._files.sockets(config) / "vnc.sock"))
-        self.clean_up(config, crashed=False)
-
-    def forget_ended(self, config: VmConfig) -> None:
-        """Remove the record of a QEMU that has ended, if no VM has it: what is left where a journal was lost."""
-        folder = self._files.vm(config.name)
-        path = folder / "process.json"
-        if (folder / "vm.toml").exists():
-            return
-        try:
-            record: ProcessRecord = parse(path.read_bytes(), _record_decoder, str(path))
-        except (OSError, InvalidInput):
-            return
-        if record.boot != self._boot or process.start_time_of(record.pid) != record.start_time:
-            path.unlink(missing_ok=True)
-
-    def clean_up(self, config: VmConfig, *, crashed: bool) -> None:
-        """Forget a QEMU that has ended; but the record of one that crashed stays, to tell the next daemon."""
-        if not crashed:
-            (self._files.vm(config.name) / "process.json").unlink(missing_ok=True)
-        shutil.rmtree(self._files.sockets(config), ignore_errors=True)
-
-    def _remember(self, config: VmConfig, machine: Machine, accelerator: Accelerator) -> None:
-        record = ProcessRecord(
-            pid=machine.pid,
-            start_time=machine.process.start_time,
-            boot=self._boot,
-            accelerator=accelerator,
-            started_at=time.time(),
-        )
-        self._write(config, record)
-
-    def leave_ended(self, config: VmConfig) -> None:
-        """Have the next daemon, too, leave a VM alone that crashed, if that can be written."""
-        path = self._files.vm(config.name) / "process.json"
-        with suppress(OSError, InvalidInput, StateError):
-            record: ProcessRecord = parse(path.read_bytes(), _record_decoder, str(path))
-            self._write(config, msgspec.structs.replace(record, left=True))
-
-    def _write(self, config: VmConfig, record: ProcessRecord) -> None:
-        path = self._files.vm(config.name) / "process.json"
-        # Not synced: it means something only as long as the machine does not restart.
-        try:
-            toml.write_atomically(path, msgspec.json.encode(record), durable=False)
-        except StateError as error:
-            error.vm = config.name
-            raise
 
     def _check_access(self, config: VmConfig) -> None:
         """Raise what :meth:`_grant` would. What is not there may be on storage that is mounted later."""

@@ -22,6 +22,7 @@ from limosa.host.neighbours import Neighbours
 from limosa.host.outgoing import Outgoing
 from limosa.host.page import Page
 from limosa.host.parts import Parts
+from limosa.host.process_records import ProcessRecords
 from limosa.host.relays import Relays
 from limosa.host.storage import Storage, places
 from limosa.host.views import Views
@@ -59,7 +60,8 @@ async def assemble(daemon: DaemonSettings, files: Files) -> Services:
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     capabilities = await probe(Path(daemon.qemu), files.state / "qemu.json", user)
     leasing = Leasing(daemon.name, boot, files.machine(), lambda path: places(page, files).is_said_to_be_shared(path))
-    launcher = Launcher(daemon, page, files, capabilities, netlink, boot, user, leasing)
+    records = ProcessRecords(files, boot)
+    launcher = Launcher(daemon, page, files, capabilities, netlink, user, leasing, records)
     vms = Vms(daemon.name, files, launcher)
     for fault in await vms.load():
         _log.error("%s", fault)

@@ -93,6 +93,7 @@ class Vms:
         self._files = files
         self._launcher = launcher
         self._leasing = launcher.leasing
+        self._records = launcher.records
         self._vms: dict[str, HostedVm] = {}
         self._folders = Folders(files)
         #: why it is not known of every VM here whether it has left; empty if it is
@@ -117,7 +118,7 @@ class Vms:
 
     async def _take_up(self, hosted: HostedVm, *, died: VmState) -> None:
         """Attach to the VM's QEMU if its ``process.json`` names one that still runs."""
-        found = await self._launcher.attach(hosted.config)
+        found = await self._records.attach(hosted.config)
         if found is None:
             return
         hosted.accelerator, hosted.started_at = found.accelerator, found.started_at
@@ -472,7 +473,7 @@ class Vms:
     # Below
 
     def _make_folder(self, config: VmConfig) -> None:
-        self._launcher.forget_ended(config)
+        self._records.forget_ended(config)
         self._folders.make(config)
 
     def _attach(self, hosted: HostedVm, machine: Machine) -> None:
@@ -509,7 +510,7 @@ class Vms:
                 hosted.machine = None  # last of all: it could be started again, and its leases given back after that
 
     async def _settle_end(self, hosted: HostedVm, machine: Machine) -> None:
-        self._launcher.clean_up(hosted.config, crashed=not hosted.ending)
+        self._records.clean_up(hosted.config, crashed=not hosted.ending)
         if hosted.state is VmState.INCOMING:
             return
         if hosted.ending:
@@ -525,7 +526,7 @@ class Vms:
             return
         hosted.died = False
         if time.time() - (hosted.started_at or 0) <= CRASH_LOOP_S:
-            self._launcher.leave_ended(hosted.config)
+            self._records.leave_ended(hosted.config)
             return
         try:
             await self.start(hosted)
@@ -540,7 +541,7 @@ class Vms:
             await machine.kill()
             await self._after_end(hosted, machine)
         elif hosted.fault is not None:
-            await self._launcher.end_silent(hosted.config)
+            await self._records.end_silent(hosted.config)
 
     def _running(self, hosted: HostedVm) -> Machine:
         if hosted.machine is None:
