@@ -22,7 +22,7 @@ from harness.fuzz import fuzz
 from limosa.cli import program, vm_options
 from limosa.client.host import HostClient, error_of, fill_path
 from limosa.errors import InvalidInput, LimosaError, StateError, every_error, from_fault
-from limosa.host import disk_moves
+from limosa.host import disk_plans
 from limosa.host.goodput import Goodputs
 from limosa.host.neighbours import Met, met
 from limosa.host.openapi import document
@@ -294,7 +294,7 @@ STATE_FILES: tuple[Any, ...] = (
     JournalRecord,
     Met,
     Migration,
-    disk_moves.Record,
+    disk_plans.Record,
     ProcessRecord,
     tuple[Carried, ...],
     endpoints.Record,

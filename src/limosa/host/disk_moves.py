@@ -22,7 +22,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Collection, Coroutine, Sequence
+from collections.abc import Coroutine, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
@@ -33,34 +33,31 @@ from limosa.background import Background, in_full, to_its_end
 from limosa.errors import (
     Cancelled,
     Conflict,
-    InvalidInput,
     LimosaError,
     MigrationFailed,
-    PreflightRefused,
     QemuError,
     QemuGone,
     StateError,
 )
+from limosa.host import disk_plans
 from limosa.host.bandwidth import MBIT_BYTES
+from limosa.host.disk_plans import Record
 from limosa.host.launching import Launcher
 from limosa.host.own_disks import OwnDisks
 from limosa.host.parts import Parts
 from limosa.host.slots import Place
 from limosa.host.stopped import StoppedDisks, unwritten
-from limosa.host.storage import Storage
 from limosa.host.views import CANCEL_WITHIN_S, Views, not_cancelled_yet
 from limosa.host.vms import HostedVm
-from limosa.migration import chains, disks, progress
+from limosa.migration import disks, progress
 from limosa.migration.interruption import restarted, unless
-from limosa.migration.journal import new_identity
 from limosa.migration.mirrors import Mirrors
 from limosa.migration.report import Report
 from limosa.model import reading
-from limosa.model.base import MigrationId, Model, Name
-from limosa.model.finding import Finding, Severity
-from limosa.model.migration import Migration, Outcome, Phase, Progress, Side
-from limosa.model.storage import DiskAction, DiskFacts, DiskPlan, Location
-from limosa.model.vm import Disk, DiskName, VmState
+from limosa.model.finding import Finding
+from limosa.model.migration import Migration, Outcome, Phase
+from limosa.model.storage import DiskAction, DiskPlan
+from limosa.model.vm import Disk, VmState
 from limosa.qemu.copier import Copier
 from limosa.qemu.disks import Disks
 from limosa.qemu.machine import does_direct_io
@@ -75,19 +72,6 @@ _log = logging.getLogger(__name__)
 UNDO_EVERY_S = 2.0
 #: States in which disks can move without a QEMU of the VM's.
 _OFF = (VmState.STOPPED, VmState.CRASHED)
-
-
-class Record(Model, frozen=True, forbid_unknown_fields=False):
-    """What a move of disks was about to do, kept as long as it is not done (``ID.disks.json``)."""
-
-    migration: MigrationId
-    vm: Name
-    plans: tuple[DiskPlan, ...]
-    #: the disks as they were, by name
-    old: dict[DiskName, Disk]
-    keep: bool
-    #: the VM's; empty in a record of a daemon that did not write it
-    uuid: str = ""
 
 
 class DiskMoves:
@@ -115,11 +99,11 @@ class DiskMoves:
         :class:`limosa.errors.NotFound` and :class:`StateError`; nothing is kept then."""
         hosted = self._movable(request.vm)
         config = hosted.config
-        record, findings = await self._plan(hosted, request)
+        record, findings = await disk_plans.plan(self._parts, hosted, request)
         # That takes seconds, in which the VM may go, another get its name, or another move of its disks end.
         if self._movable(request.vm) is not hosted or hosted.config is not config:
             raise Conflict(f"VM '{request.vm}' has changed meanwhile", todo="try again", vm=request.vm, host=self._host)
-        report = Report(self._first_view(record, findings), self._views.publish)
+        report = Report(disk_plans.first_view(record, self._host, findings), self._views.publish)
         move = _Move(self, hosted, record, report, (request.bandwidth_mbit_per_s or 0) * MBIT_BYTES)
         hosted.migration = record.migration  # in one go with the look above
         return await to_its_end(self._begin(move))
@@ -169,7 +153,7 @@ class DiskMoves:
             return None
 
     async def _take_up(self, hosted: HostedVm, record: Record) -> None:
-        move = _Move(self, hosted, record, Report(self._first_view(record), self._views.publish), 0)
+        move = _Move(self, hosted, record, Report(disk_plans.first_view(record, self._host), self._views.publish), 0)
         hosted.migration = record.migration
         self._active[record.migration] = move
         cause = restarted(record.vm, self._host)
@@ -193,7 +177,7 @@ class DiskMoves:
     def _give_up(self, record: Record) -> None:
         """Which images the VM used last nobody knows any more, so all stay. An unfinished one is a leftover from now
         on, like those of moves whose records were lost."""
-        report = Report(self._first_view(record), self._views.publish)
+        report = Report(disk_plans.first_view(record, self._host), self._views.publish)
         error = MigrationFailed(
             f"VM '{record.vm}' has gone from host '{self._host}'",
             why="so nobody knows which images it used, and all of them stay",
@@ -234,34 +218,6 @@ class DiskMoves:
         self._views.publish(move.report.now)
         self._background.spawn(self._conduct(move))
         return move.report.now
-
-    async def _plan(self, hosted: HostedVm, request: DiskMoveRequest) -> tuple[Record, tuple[Finding, ...]]:
-        moved = _chosen(hosted, request, self._storage)
-        facts = {fact.name: fact for fact in await OwnDisks(self._parts, hosted).facts(moved)}
-        locations = {one.name: one for one in await self._storage.locations()}
-        location = locations.get(request.location)
-        if location is None:
-            self._storage.places.path(request.location)  # says which there are
-            raise StateError(f"location '{request.location}' has gone", host=self._host)
-        tag = new_identity()
-        seen = {one.name for one in locations.values() if one.shared}
-        plans = tuple(_plan_of(hosted, facts[disk.name], location, tag, request, seen) for disk in moved)
-        against = [finding for fact in facts.values() for finding in disks.against_copying(fact)]
-        if not request.keep:
-            against += [finding for fact in facts.values() for finding in disks.against_leaving(fact)]
-        against += disks.against_form(location, request.format, thick=request.thick)
-        against += disks.space(plans, {location.name: location}, self._host)
-        if any(finding.severity is Severity.ERROR for finding in against):
-            raise PreflightRefused(tuple(against), vm=hosted.config.name, host=self._host)
-        record = Record(
-            migration=tag,
-            vm=hosted.config.name,
-            plans=plans,
-            old={disk.name: disk for disk in moved},
-            keep=request.keep,
-            uuid=hosted.config.uuid,
-        )
-        return record, tuple(against)
 
     async def _conduct(self, move: _Move) -> None:
         place = Place(self._storage.leaving)
@@ -403,22 +359,6 @@ class DiskMoves:
 
     def _path(self, record: Record) -> Path:
         return self._folder / f"{record.migration}.disks.json"
-
-    def _first_view(self, record: Record, findings: tuple[Finding, ...] = ()) -> Migration:
-        return Migration(
-            id=record.migration,
-            vm=record.vm,
-            source=self._host,
-            destination=self._host,
-            side=Side.SOURCE,
-            transport="local",
-            phase=Phase.WAITING,
-            outcome=Outcome.UNDER_WAY,
-            progress=Progress(),
-            accepted_at=time.time(),
-            disks=record.plans,
-            findings=findings,
-        )
 
 
 class _Move:
@@ -566,39 +506,3 @@ class _Move:
 def _is_named(hosted: HostedVm, plan: DiskPlan) -> bool:
     """Whether the VM's description names the new image."""
     return any(disk.path == plan.path for disk in hosted.config.disks)
-
-
-def _plan_of(
-    hosted: HostedVm, fact: DiskFacts, location: Location, tag: str, request: DiskMoveRequest, seen: Collection[str]
-) -> DiskPlan:
-    """What lies below a disk is on this host already, and stays below it where the new image can be above anything.
-
-    ``seen``: locations that other hosts see, too. They must not see the disk without what lies below it.
-    """
-    whole = disks.copied(hosted.config.name, fact, location, tag, request.format, thick=request.thick)
-    left_behind = location.name in seen and any(file.location not in seen for file in fact.below)
-    if not fact.below or left_behind or request.chain == "flatten" or whole.thick or whole.format != "qcow2":
-        return whole
-    return chains.above(whole, fact, fact.below[0], sent=False)
-
-
-def _chosen(hosted: HostedVm, request: DiskMoveRequest, storage: Storage) -> list[Disk]:
-    """The disks to move: those named, else all that are not there yet.
-
-    Raises :class:`InvalidInput`, :class:`limosa.errors.NotFound` (no such location) and :class:`Conflict`.
-    """
-    config = hosted.config
-    storage.places.path(request.location)
-    by_name = {disk.name: disk for disk in config.disks}
-    if unknown := [name for name in request.disks if name not in by_name]:
-        raise InvalidInput(
-            f"VM '{config.name}' has no disk '{unknown[0]}'", todo=f"its disks are {', '.join(by_name) or 'none'}"
-        )
-    wanted = [by_name[name] for name in dict.fromkeys(request.disks)] or [
-        disk for disk in config.disks if not disk.read_only and storage.places.of(disk.path) != request.location
-    ]
-    if fixed := [disk.name for disk in wanted if disk.read_only]:
-        raise InvalidInput(f"disk {fixed[0]} of VM '{config.name}' is only read", why="it is not copied")
-    if not wanted:
-        raise Conflict(f"all disks of VM '{config.name}' are in location '{request.location}' already", vm=config.name)
-    return wanted
