@@ -27,7 +27,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from limosa.host import session, vms
+from limosa.host import restarting, session
 from limosa.host.disk_moves import DiskMoves
 from limosa.host.layers import Layers
 from limosa.host.serve import serve
@@ -165,7 +165,7 @@ def main() -> None:
     if os.environ.get("LIMOSA_TEST_RELEASE") == "next":
         be_newer()
     # How long a VM must have run to be restarted after a crash: half a minute is long for a test.
-    vms.CRASH_LOOP_S = float(os.environ.get("LIMOSA_TEST_CRASH_LOOP_S", vms.CRASH_LOOP_S))
+    restarting.CRASH_LOOP_S = float(os.environ.get("LIMOSA_TEST_CRASH_LOOP_S", restarting.CRASH_LOOP_S))
     serve(settings)
 
 

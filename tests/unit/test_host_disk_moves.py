@@ -25,6 +25,7 @@ from limosa.host.leasing import Leasing
 from limosa.host.leftovers import Leftovers
 from limosa.host.parts import Parts
 from limosa.host.process_records import Found
+from limosa.host.restarting import Restarting
 from limosa.host.storage import Storage
 from limosa.host.views import Views
 from limosa.host.vms import HostedVm, Vms
@@ -145,6 +146,7 @@ class World:
     def daemon(self) -> None:
         """A new one, which knows nothing of the one before."""
         self.vms = Vms("host2", self.files, cast(Any, self.launcher))
+        Restarting(self.vms, cast(Any, self.launcher.leasing), cast(Any, self.launcher.records))
         nobody = cast(Any, None)
         self.parts = Parts(
             name="host2",

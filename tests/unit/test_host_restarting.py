@@ -14,11 +14,12 @@ import pytest
 
 from harness.landings import VM
 from limosa.errors import Conflict, OwnerUnknown, QemuError, QemuGone, StorageError
-from limosa.host import vms
+from limosa.host import restarting, vms
 from limosa.host.files import Files
 from limosa.host.outgoing import Outgoing
 from limosa.host.process_records import Found
-from limosa.host.vms import CRASH_LOOP_S, HostedVm, Vms
+from limosa.host.restarting import CRASH_LOOP_S, Restarting
+from limosa.host.vms import HostedVm, Vms
 from limosa.model.vm import VmConfig, VmState
 from limosa.qemu.protocol import Event, RunState
 from limosa.settings import toml
@@ -103,6 +104,7 @@ class World:
         self.files = Files(folder / "state", folder / "run")
         self.launcher = FakeLauncher()
         self.vms = Vms("here", self.files, cast(Any, self.launcher))
+        self.restarting = Restarting(self.vms, cast(Any, self.launcher.leasing), cast(Any, self.launcher.records))
 
     def write(self, config: VmConfig) -> None:
         path = self.files.vm(config.name) / "vm.toml"
@@ -145,6 +147,11 @@ class World:
         """Return when it runs."""
         while hosted.state is not VmState.RUNNING:  # noqa: ASYNC110 - the fake takes a few turns
             await asyncio.sleep(0)
+
+    async def idle(self) -> None:
+        """Return when nothing is left to do for VMs that do not run."""
+        await self.restarting._background.idle()
+        await self.vms._background.idle()
 
     async def broken_off(self, hosted: HostedVm) -> None:
         """Its QEMU has died, and so its move has ended."""
@@ -263,14 +270,14 @@ class TestASilentQemu:
 
     @pytest.fixture(autouse=True)
     def at_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(vms, "ASK_EVERY_S", 0.0)
+        monkeypatch.setattr(restarting, "ASK_EVERY_S", 0.0)
 
     def test_it_is_taken_up_when_it_answers(self, play: Play) -> None:
         async def scenario(world: World) -> None:
             hosted = await world.load_silent(VM)
             with pytest.raises(QemuError, match="does not answer"):
                 await world.vms.start(hosted)
-            world.vms.ask_again()
+            world.restarting.ask_again()
             await asyncio.sleep(0.01)
             assert hosted.fault is not None
             machine = FakeMachine(Wire(), FakeGuest(0))
@@ -297,7 +304,7 @@ class TestASilentQemu:
             assert machine.detached
             hosted = world.vms.get(VM.name)
             assert hosted.machine is None
-            world.vms.ask_again()
+            world.restarting.ask_again()
             answering = Detachable()
             await answering.resume()
             world.launcher.found = Found(cast(Any, answering), "tcg", LONG_AGO)
@@ -310,9 +317,9 @@ class TestASilentQemu:
     def test_one_whose_disks_nobody_knows_is_not_taken_up(self, play: Play) -> None:
         async def scenario(world: World) -> None:
             hosted = await world.load_silent(VM)
-            world.vms.ask_again(but={VM.name})
+            world.restarting.ask_again(but={VM.name})
             world.launcher.silent = False
-            await asyncio.wait_for(world.vms._background.idle(), 1)
+            await asyncio.wait_for(world.idle(), 1)
             assert hosted.fault is not None
 
         play(scenario)
@@ -321,12 +328,12 @@ class TestASilentQemu:
     def test_one_that_ends_has_crashed(self, play: Play, config: VmConfig, starts: bool) -> None:
         async def scenario(world: World) -> None:
             hosted = await world.load_silent(config)
-            world.vms.ask_again()
+            world.restarting.ask_again()
             world.launcher.silent, world.launcher.found = False, Found(None, "tcg", LONG_AGO)
             if starts:
                 await world.runs(hosted)
             else:
-                await world.vms._background.idle()
+                await world.idle()
                 assert hosted.state is VmState.CRASHED
                 await world.vms.start(hosted)
 
@@ -336,12 +343,12 @@ class TestASilentQemu:
         async def scenario(world: World) -> None:
             hosted = await world.load_silent(VM)
             hosted.migration = "m1"
-            world.vms.ask_again()
+            world.restarting.ask_again()
             world.launcher.silent, world.launcher.found = False, Found(None, "tcg", LONG_AGO)
             await asyncio.sleep(0.01)
             assert hosted.fault is not None
             hosted.migration = None
-            await world.vms._background.idle()
+            await world.idle()
             assert hosted.fault is None
 
         play(scenario)
@@ -381,9 +388,9 @@ class TestWithoutADaemon:
     def test_one_that_is_deleted_meanwhile_stays_deleted(self, play: Play) -> None:
         async def scenario(world: World) -> None:
             hosted = await world.load(RESTARTS, Found(None, "tcg", LONG_AGO))
-            world.vms.restart_died()
+            world.restarting.restart_died()
             await world.vms.delete(hosted)
-            await world.vms._background.idle()
+            await world.idle()
             assert world.launcher.started == []
 
         play(scenario)
@@ -405,11 +412,11 @@ class TestWithoutADaemon:
             hosted = await world.load(config, Found(None, "tcg", LONG_AGO, left))
             assert hosted.state is VmState.CRASHED
             world.vms.doubt = doubt
-            world.vms.restart_died()
+            world.restarting.restart_died()
             if starts:
                 await world.runs(hosted)
             else:
-                await world.vms._background.idle()
+                await world.idle()
             assert len(world.launcher.started) == int(starts)
 
         play(scenario)
@@ -418,32 +425,32 @@ class TestWithoutADaemon:
     def test_of_one_in_a_move_it_is_done_when_that_has_ended(
         self, play: Play, config: VmConfig, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(vms, "ASK_EVERY_S", 0.001)
+        monkeypatch.setattr(restarting, "ASK_EVERY_S", 0.001)
 
         async def scenario(world: World) -> None:
             hosted = await world.load(config, Found(None, "tcg", LONG_AGO))
             hosted.migration = "m1"
-            world.vms.restart_died()
+            world.restarting.restart_died()
             await asyncio.sleep(0.01)
             assert world.launcher.started == []
             hosted.migration = None
-            await (world.runs(hosted) if config is RESTARTS else world.vms._background.idle())
+            await (world.runs(hosted) if config is RESTARTS else world.idle())
             assert len(world.launcher.started) == int(config is RESTARTS)
 
         play(scenario)
 
     def test_it_is_done_once(self, play: Play, monkeypatch: pytest.MonkeyPatch) -> None:
         """Whoever ends the move may have done it."""
-        monkeypatch.setattr(vms, "ASK_EVERY_S", 0.001)
+        monkeypatch.setattr(restarting, "ASK_EVERY_S", 0.001)
 
         async def scenario(world: World) -> None:
             hosted = await world.load(RESTARTS, Found(None, "tcg", LONG_AGO))
             hosted.migration = "m1"
-            world.vms.restart_died()
+            world.restarting.restart_died()
             world.launcher.has_images = False
             hosted.migration = None
             await world.vms.crashed(hosted)
-            await world.vms._background.idle()
+            await world.idle()
             assert hosted.reason.count("could not be restarted") == 1
 
         play(scenario)
@@ -494,7 +501,7 @@ class TestWhileAJournalIsDamaged:
                 await world.vms.stop(hosted)
             else:
                 machine.die("")
-            await world.vms._background.idle()
+            await world.idle()
             with pytest.raises(OwnerUnknown, match="a journal is damaged"):
                 await world.vms.start(hosted)
             assert world.launcher.started == []

@@ -20,13 +20,13 @@ from limosa.model.migration import Outcome, Side
 
 
 def services(folder: Path) -> Any:
-    vms = SimpleNamespace(doubt="", give_back_leases=AsyncMock(), restart_died=Mock(), ask_again=Mock())
     return SimpleNamespace(
+        restarting=SimpleNamespace(give_back_leases=AsyncMock(), restart_died=Mock(), ask_again=Mock()),
         disk_moves=SimpleNamespace(recover=AsyncMock(), not_ended=Mock(return_value=set())),
         outgoing=SimpleNamespace(recover=AsyncMock()),
         incoming=SimpleNamespace(recover=AsyncMock()),
         views=Views("here", folder),
-        parts=SimpleNamespace(files=SimpleNamespace(migrations=folder), vms=vms),
+        parts=SimpleNamespace(files=SimpleNamespace(migrations=folder), vms=SimpleNamespace(doubt="")),
     )
 
 
@@ -80,5 +80,5 @@ def test_silent_qemus_are_asked_again_but_those_whose_disks_nobody_knows(
     host = services(tmp_path)
     host.disk_moves.not_ended.return_value = moving
     asyncio.run(recover(host))
-    ask_again = cast(Mock, host.parts.vms.ask_again)
+    ask_again = cast(Mock, host.restarting.ask_again)
     assert [call.kwargs["but"] for call in ask_again.call_args_list] == ([] if moving is None else [moving])

@@ -13,10 +13,11 @@ import pytest
 from test_preflight import VM
 
 from limosa.errors import Conflict
-from limosa.host import vms as module
+from limosa.host import restarting
 from limosa.host.files import Files
 from limosa.host.folders import Folders
 from limosa.host.leasing import Leasing
+from limosa.host.restarting import Restarting
 from limosa.host.vms import Vms
 from limosa.model.vm import Disk, VmConfig
 from limosa.storage import leases
@@ -49,6 +50,11 @@ def daemon(tmp_path: Path) -> Vms:
     return Vms("host1", Files(tmp_path / "state", tmp_path / "run"), cast(Any, launcher))
 
 
+async def give_back(vms: Vms) -> None:
+    """As a daemon that starts does."""
+    await Restarting(vms, vms._leasing, vms._records).give_back_leases()
+
+
 def holder(config: VmConfig) -> str:
     return leases.read(config.disks[0].path).host
 
@@ -61,7 +67,7 @@ def test_a_daemon_gives_back_what_an_earlier_one_did_not(
         vms = daemon(tmp_path)
         await vms.load()
         vms.get(config.name).migration = migration
-        await vms.give_back_leases()
+        await give_back(vms)
 
     asyncio.run(scenario())
     assert holder(config) == ("host1" if migration else "")
@@ -77,12 +83,12 @@ def test_it_does_not_wait_for_a_share_that_hangs(
         return change(*arguments)
 
     monkeypatch.setattr(leases, "change", hangs)
-    monkeypatch.setattr(module, "LEASES_WITHIN_S", 0.01)
+    monkeypatch.setattr(restarting, "LEASES_WITHIN_S", 0.01)
 
     async def scenario() -> None:
         vms = daemon(tmp_path)
         await vms.load()
-        await vms.give_back_leases()
+        await give_back(vms)
         hosted = vms.get(config.name)
         with pytest.raises(Conflict):
             vms.check_idle(hosted)

@@ -24,6 +24,7 @@ from limosa.host.page import Page
 from limosa.host.parts import Parts
 from limosa.host.process_records import ProcessRecords
 from limosa.host.relays import Relays
+from limosa.host.restarting import Restarting
 from limosa.host.storage import Storage, places
 from limosa.host.views import Views
 from limosa.host.vms import Vms
@@ -47,6 +48,7 @@ class Services:
     outgoing: Outgoing
     incoming: Incoming
     disk_moves: DiskMoves
+    restarting: Restarting
     views: Views
     neighbours: Neighbours
     leftovers: Leftovers
@@ -63,6 +65,7 @@ async def assemble(daemon: DaemonSettings, files: Files) -> Services:
     records = ProcessRecords(files, boot)
     launcher = Launcher(daemon, page, files, capabilities, netlink, user, leasing, records)
     vms = Vms(daemon.name, files, launcher)
+    restarting = Restarting(vms, leasing, records)
     for fault in await vms.load():
         _log.error("%s", fault)
     storage = Storage(page, files, user, daemon.name)
@@ -92,6 +95,7 @@ async def assemble(daemon: DaemonSettings, files: Files) -> Services:
         outgoing=Outgoing(parts, Path(daemon.certificates), views),
         incoming=Incoming(parts),
         disk_moves=DiskMoves(parts, views, launcher),
+        restarting=restarting,
         views=views,
         neighbours=neighbours,
         leftovers=Leftovers(parts),
@@ -117,12 +121,12 @@ async def recover(services: Services) -> None:
             _log.exception("migration %s could not be taken up", journal.header.migration)
             services.parts.vms.doubt = f"migration {journal.header.migration} could not be taken up: {error!r}"
     await asyncio.to_thread(services.views.recall_others)
-    await services.parts.vms.give_back_leases()
-    services.parts.vms.restart_died()
+    await services.restarting.give_back_leases()
+    services.restarting.restart_died()
     # A QEMU that was silent may not use the disks its vm.toml names until that move has been brought to an end.
     having_disks_moved = services.disk_moves.not_ended()
     if having_disks_moved is not None:
-        services.parts.vms.ask_again(but=having_disks_moved)
+        services.restarting.ask_again(but=having_disks_moved)
 
 
 def _remove_half_written(folder: Path) -> None:

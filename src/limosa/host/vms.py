@@ -8,11 +8,10 @@ while it moves.
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 import uuid
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import msgspec
@@ -28,14 +27,6 @@ from limosa.qemu.protocol import Event, RunState
 from limosa.settings import toml
 from limosa.wire.api import NewVm
 
-_log = logging.getLogger(__name__)
-
-#: A VM that crashes sooner than this after its start is not restarted, whatever ``on_crash`` says.
-CRASH_LOOP_S = 30.0
-#: A daemon that starts waits so long for shares with leases of VMs that do not run.
-LEASES_WITHIN_S = 5.0
-#: Between attempts to take up a QEMU that did not answer.
-ASK_EVERY_S = 10.0
 #: A QEMU that has sent its guest away, or is just doing so: in post-copy it stays so while the guest runs elsewhere.
 _SENT = frozenset({RunState.FINISH_MIGRATE, RunState.POSTMIGRATE})
 
@@ -99,7 +90,12 @@ class Vms:
         #: why it is not known of every VM here whether it has left; empty if it is
         self.doubt = ""
         self._background = Background()
-        self._giving_back = Background()
+        self._on_end: list[Callable[[HostedVm], Awaitable[None]]] = []
+
+    def on_end(self, act: Callable[[HostedVm], Awaitable[None]]) -> None:
+        """Have ``act`` called with each VM whose QEMU has ended, whatever ended it; if that was in a move, once more
+        when the move has ended."""
+        self._on_end.append(act)
 
     async def load(self) -> list[LimosaError]:
         """Read every ``vm.toml`` and take up the QEMUs that still run. Returns what could not be read or taken up."""
@@ -112,12 +108,13 @@ class Vms:
 
     async def _load(self, hosted: HostedVm) -> None:
         try:
-            await self._take_up(hosted, died=VmState.CRASHED)
+            await self.take_up(hosted)
         except LimosaError as error:
             hosted.fault, hosted.state, hosted.reason = error, VmState.CRASHED, str(error)
 
-    async def _take_up(self, hosted: HostedVm, *, died: VmState) -> None:
-        """Attach to the VM's QEMU if its ``process.json`` names one that still runs."""
+    async def take_up(self, hosted: HostedVm, *, died: VmState = VmState.CRASHED) -> None:
+        """Attach to the QEMU that an earlier daemon started for the VM if it still runs; if it has ended unasked the VM
+        is ``died``. Raises :class:`QemuError` if it does not answer."""
         found = await self._records.attach(hosted.config)
         if found is None:
             return
@@ -135,58 +132,6 @@ class Vms:
         self._attach(hosted, found.machine)
         hosted.state = VmState.RUNNING if status is RunState.RUNNING else VmState.PAUSED
         hosted.is_here = status not in _SENT
-
-    def ask_again(self, *, but: Collection[str] = ()) -> None:
-        """Take up QEMUs that did not answer as soon as they do, but for those of these VMs.
-
-        To be called when it is known of every move which VMs are its."""
-        for hosted in self.all():
-            if hosted.fault is not None and hosted.state is not VmState.INCOMING and hosted.config.name not in but:
-                self._background.spawn(self._ask_again(hosted))
-
-    async def _ask_again(self, hosted: HostedVm) -> None:
-        while hosted.fault is not None and self._vms.get(hosted.config.name) is hosted:
-            await asyncio.sleep(ASK_EVERY_S)
-            if hosted.migration is not None or hosted.machine is not None:
-                continue  # a move is being settled as if the QEMU had ended
-            with suppress(LimosaError):
-                await self._take_up(hosted, died=VmState.CRASHED)
-                hosted.fault = None
-        if hosted.machine is None and hosted.fault is None:
-            await self._give_back(hosted)
-            await self._restart(hosted)
-
-    async def give_back_leases(self) -> None:
-        """Those of VMs that neither run nor move, which an earlier daemon may have had no time to give back. VMs on a
-        share that does not answer are busy until it does, and that is not waited for."""
-        for hosted in self.all():
-            if hosted.machine is None and hosted.migration is None and hosted.fault is None:
-                self._giving_back.spawn(self._give_back(hosted))
-        with suppress(TimeoutError):
-            await asyncio.wait_for(self._giving_back.idle(), LEASES_WITHIN_S)
-
-    async def _give_back(self, hosted: HostedVm) -> None:
-        async with hosted.lock:
-            await self._leasing.give_back(hosted.config)
-
-    def restart_died(self) -> None:
-        """Do what ``on_crash`` says with VMs whose QEMU ended while no daemon was there, as in a crash of the host.
-
-        To be called when migrations have said which VMs are theirs, and leases are being given back; while there is a
-        doubt nothing is started."""
-        if not self.doubt:
-            for hosted in self.all():
-                if hosted.died:
-                    self._background.spawn(self._restart_died(hosted))
-
-    async def _restart_died(self, hosted: HostedVm) -> None:
-        """As soon as it is in no move: one of its disks that cannot be undone may take long."""
-        async with hosted.lock:
-            pass  # its leases are given back
-        while hosted.migration is not None:  # noqa: ASYNC110 - many end one, and it may take hours
-            await asyncio.sleep(ASK_EVERY_S)
-        if hosted.died and self._vms.get(hosted.config.name) is hosted:  # and was not deleted meanwhile
-            await self._restart(hosted)
 
     # Looking
 
@@ -434,10 +379,10 @@ class Vms:
         self._vms.pop(hosted.config.name, None)
 
     async def crashed(self, hosted: HostedVm) -> None:
-        """The VM's QEMU died in a move, which has ended; do what ``on_crash`` says."""
+        """The VM's QEMU died in a move, which has ended."""
         if hosted.machine is not None and hosted.machine.gone.is_set():
             await self._after_end(hosted, hosted.machine)
-        await self._restart(hosted)
+        await self._tell_of_end(hosted)
 
     async def change_disks(self, hosted: HostedVm, disks: tuple[Disk, ...]) -> None:
         """The VM uses these images from now on, durably. Raises :class:`StateError`; it does not then."""
@@ -459,7 +404,7 @@ class Vms:
             hosted = HostedVm(config, VmState.INCOMING, migration=migration)
             self._vms[config.name] = hosted
             try:
-                await self._take_up(hosted, died=VmState.INCOMING)
+                await self.take_up(hosted, died=VmState.INCOMING)
             except QemuError as error:
                 hosted.fault = error
             hosted.state = VmState.INCOMING
@@ -499,7 +444,11 @@ class Vms:
         if hosted.machine is not machine:
             return
         await self._after_end(hosted, machine)
-        await self._restart(hosted)
+        await self._tell_of_end(hosted)
+
+    async def _tell_of_end(self, hosted: HostedVm) -> None:
+        for act in self._on_end:
+            await act(hosted)
 
     async def _after_end(self, hosted: HostedVm, machine: Machine) -> None:
         """What holds once the process is gone. Idempotent: the watcher and whoever ended it both come here, and go on
@@ -518,21 +467,6 @@ class Vms:
         else:
             hosted.state, hosted.reason = VmState.CRASHED, machine.exit_text() or "its QEMU ended"
         await self._leasing.give_back(hosted.config)
-
-    async def _restart(self, hosted: HostedVm) -> None:
-        """Start a VM that has crashed, if that is wanted and nobody does it yet. Never fails: the reason is shown."""
-        is_crashed = hosted.state is VmState.CRASHED and hosted.migration is None and not hosted.lock.locked()
-        if not is_crashed or hosted.config.on_crash != "restart":
-            return
-        hosted.died = False
-        if time.time() - (hosted.started_at or 0) <= CRASH_LOOP_S:
-            self._records.leave_ended(hosted.config)
-            return
-        try:
-            await self.start(hosted)
-        except LimosaError as error:
-            _log.error("VM %s is not restarted: %s", hosted.config.name, error)
-            hosted.reason = f"{hosted.reason}; it could not be restarted: {error}"
 
     async def _end(self, hosted: HostedVm) -> None:
         machine = hosted.machine

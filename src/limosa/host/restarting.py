@@ -1,0 +1,111 @@
+"""What becomes of VMs whose QEMU ended or does not answer without anybody having asked for that.
+
+A QEMU that ends under this daemon's eyes is seen to at once. A daemon that starts does all in order: leases are given
+back, VMs that died meanwhile are started again where ``on_crash`` says so, silent QEMUs are asked until they answer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Collection
+from contextlib import suppress
+
+from limosa.background import Background
+from limosa.errors import LimosaError
+from limosa.host.leasing import Leasing
+from limosa.host.process_records import ProcessRecords
+from limosa.host.vms import HostedVm, Vms
+from limosa.model.vm import VmState
+
+_log = logging.getLogger(__name__)
+
+#: A VM that crashes sooner than this after its start is not restarted, whatever ``on_crash`` says.
+CRASH_LOOP_S = 30.0
+#: A daemon that starts waits so long for shares with leases of VMs that do not run.
+LEASES_WITHIN_S = 5.0
+#: Between attempts to take up a QEMU that did not answer.
+ASK_EVERY_S = 10.0
+
+
+class Restarting:
+    """For all VMs of one host."""
+
+    def __init__(self, vms: Vms, leasing: Leasing, records: ProcessRecords) -> None:
+        self._vms = vms
+        self._leasing = leasing
+        self._records = records
+        self._background = Background()
+        self._giving_back = Background()
+        vms.on_end(self._restart)
+
+    def ask_again(self, *, but: Collection[str] = ()) -> None:
+        """Take up QEMUs that did not answer as soon as they do, but for those of these VMs.
+
+        To be called when it is known of every move which VMs are its."""
+        for hosted in self._vms.all():
+            if hosted.fault is not None and hosted.state is not VmState.INCOMING and hosted.config.name not in but:
+                self._background.spawn(self._ask_again(hosted))
+
+    async def _ask_again(self, hosted: HostedVm) -> None:
+        while hosted.fault is not None and self._is_still_here(hosted):
+            await asyncio.sleep(ASK_EVERY_S)
+            if hosted.migration is not None or hosted.machine is not None:
+                continue  # a move is being settled as if the QEMU had ended
+            with suppress(LimosaError):
+                await self._vms.take_up(hosted)
+                hosted.fault = None
+        if hosted.machine is None and hosted.fault is None:
+            await self._give_back(hosted)
+            await self._restart(hosted)
+
+    async def give_back_leases(self) -> None:
+        """Those of VMs that neither run nor move, which an earlier daemon may have had no time to give back. VMs on a
+        share that does not answer are busy until it does, and that is not waited for."""
+        for hosted in self._vms.all():
+            if hosted.machine is None and hosted.migration is None and hosted.fault is None:
+                self._giving_back.spawn(self._give_back(hosted))
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._giving_back.idle(), LEASES_WITHIN_S)
+
+    async def _give_back(self, hosted: HostedVm) -> None:
+        async with hosted.lock:
+            await self._leasing.give_back(hosted.config)
+
+    def restart_died(self) -> None:
+        """Do what ``on_crash`` says with VMs whose QEMU ended while no daemon was there, as in a crash of the host.
+
+        To be called when migrations have said which VMs are theirs, and leases are being given back; while there is a
+        doubt nothing is started."""
+        if not self._vms.doubt:
+            for hosted in self._vms.all():
+                if hosted.died:
+                    self._background.spawn(self._restart_died(hosted))
+
+    async def _restart_died(self, hosted: HostedVm) -> None:
+        """As soon as it is in no move: one of its disks that cannot be undone may take long."""
+        async with hosted.lock:
+            pass  # its leases are given back
+        while hosted.migration is not None:  # noqa: ASYNC110 - many end one, and it may take hours
+            await asyncio.sleep(ASK_EVERY_S)
+        if hosted.died and self._is_still_here(hosted):  # and was not deleted meanwhile
+            await self._restart(hosted)
+
+    async def _restart(self, hosted: HostedVm) -> None:
+        """Start a VM that has crashed, if that is wanted and nobody does it yet. Never fails: the reason is shown."""
+        is_crashed = hosted.state is VmState.CRASHED and hosted.migration is None and not hosted.lock.locked()
+        if not is_crashed or hosted.config.on_crash != "restart":
+            return
+        hosted.died = False
+        if time.time() - (hosted.started_at or 0) <= CRASH_LOOP_S:
+            self._records.leave_ended(hosted.config)
+            return
+        try:
+            await self._vms.start(hosted)
+        except LimosaError as error:
+            _log.error("VM %s is not restarted: %s", hosted.config.name, error)
+            hosted.reason = f"{hosted.reason}; it could not be restarted: {error}"
+
+    def _is_still_here(self, hosted: HostedVm) -> bool:
+        return self._vms.find(hosted.config.name) is hosted
