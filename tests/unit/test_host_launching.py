@@ -102,3 +102,11 @@ def test_a_vm_may_be_created_before_its_storage_is_mounted(launcher: Launcher) -
             pass
 
     asyncio.run(create())
+
+
+def test_no_vm_is_started_over_an_image_that_is_not_there(launcher: Launcher) -> None:
+    """It could come when its lease has been asked for already, and be written without one."""
+    launcher._page = cast(Any, SimpleNamespace(now=HostSettings()))
+    config = msgspec.structs.replace(VM, disks=(Disk(name="vda", path="/nowhere/a.raw", format="raw"),))
+    with pytest.raises(StorageError, match="there is no file /nowhere"):
+        asyncio.run(launcher.claim_images(config))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -13,7 +14,7 @@ import msgspec
 import pytest
 
 from harness.landings import VM
-from limosa.errors import Conflict, OwnerUnknown, QemuError, QemuGone, StorageError
+from limosa.errors import Conflict, ImageLeased, OwnerUnknown, QemuError, QemuGone, StorageError
 from limosa.host import restarting, vms
 from limosa.host.files import Files
 from limosa.host.outgoing import Outgoing
@@ -45,6 +46,10 @@ class FakeLauncher:
         self.left: list[str] = []
         self.silent = False
         self.has_images = True
+        #: how often images were asked for
+        self.claimed = 0
+        #: VMs of whose QEMU the next daemon finds nothing
+        self.forgotten: list[str] = []
         self.memory_mib = 2**20
 
     async def nothing(self, *_: object) -> None: ...
@@ -64,6 +69,7 @@ class FakeLauncher:
     def forget_ended(self, config: VmConfig) -> None: ...
 
     async def claim_images(self, config: VmConfig) -> None:
+        self.claimed += 1
         await asyncio.sleep(0)
         if not self.has_images:
             raise StorageError("the image is missing")
@@ -72,7 +78,9 @@ class FakeLauncher:
         self.started.append(FakeMachine(Wire(), FakeGuest(0)))
         return self.started[-1]
 
-    def clean_up(self, config: VmConfig, *, crashed: bool) -> None: ...
+    def clean_up(self, config: VmConfig, *, crashed: bool) -> None:
+        if not crashed:
+            self.forgotten.append(config.name)
 
     def leave_ended(self, config: VmConfig) -> None:
         self.left.append(config.name)
@@ -145,8 +153,7 @@ class World:
 
     async def runs(self, hosted: HostedVm) -> None:
         """Return when it runs."""
-        while hosted.state is not VmState.RUNNING:  # noqa: ASYNC110 - the fake takes a few turns
-            await asyncio.sleep(0)
+        await until(lambda: hosted.state is VmState.RUNNING)
 
     async def idle(self) -> None:
         """Return when nothing is left to do for VMs that do not run."""
@@ -158,6 +165,12 @@ class World:
         await self.vms._background.idle()
         hosted.migration = None
         await self.vms.crashed(hosted)
+
+
+async def until(holds: Callable[[], bool]) -> None:
+    """Return when that holds."""
+    while not holds():  # noqa: ASYNC110 - the fakes take a few turns
+        await asyncio.sleep(0)
 
 
 @pytest.fixture
@@ -222,11 +235,11 @@ class TestInAMove:
     def test_one_that_cannot_be_restarted_says_why_and_the_move_goes_on_to_its_end(self, play: Play) -> None:
         async def scenario(world: World) -> None:
             hosted = await world.in_a_move(RESTARTS)
-            world.launcher.has_images = False
+            world.launcher.memory_mib = 0
             world.launcher.started[0].die("Segmentation fault")
             await world.broken_off(hosted)
             assert hosted.state is VmState.CRASHED
-            assert hosted.reason == "Segmentation fault; it could not be restarted: the image is missing"
+            assert hosted.reason == "Segmentation fault; it could not be restarted: there is no memory"
 
         play(scenario)
 
@@ -447,11 +460,130 @@ class TestWithoutADaemon:
             hosted = await world.load(RESTARTS, Found(None, "tcg", LONG_AGO))
             hosted.migration = "m1"
             world.restarting.restart_died()
-            world.launcher.has_images = False
+            world.launcher.memory_mib = 0
             hosted.migration = None
             await world.vms.crashed(hosted)
             await world.idle()
             assert hosted.reason.count("could not be restarted") == 1
+
+        play(scenario)
+
+
+class TestWithoutItsStorage:
+    """It is to be restarted, and its image is not there, as on a share that is mounted late."""
+
+    @pytest.fixture(autouse=True)
+    def soon(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(restarting, "TRY_EVERY_S", 0.0)
+
+    async def waiting(self, world: World) -> HostedVm:
+        """The VM, which could not be started when the daemon came."""
+        hosted = await world.load(RESTARTS, Found(None, "tcg", LONG_AGO))
+        world.launcher.has_images = False
+        world.restarting.restart_died()
+        await until(lambda: hosted.awaits is not None)
+        return hosted
+
+    def test_it_starts_when_that_is_there(self, play: Play, caplog: pytest.LogCaptureFixture) -> None:
+        async def scenario(world: World) -> None:
+            hosted = await self.waiting(world)
+            assert world.vms.view(hosted).reason == (
+                "its QEMU ended while the host daemon was not there; it is restarted once this has passed: "
+                "the image is missing"
+            )
+            await until(lambda: world.launcher.claimed > 2)
+            world.launcher.has_images = True
+            await world.runs(hosted)
+            assert hosted.why == ""
+            assert len(world.launcher.started) == 1
+            await world.restarting._background.idle()
+            assert [record.message for record in caplog.records] == [
+                "VM vm is not restarted yet: the image is missing; tried again every 0 s"
+            ]
+
+        play(scenario)
+
+    def test_one_that_dies_of_it_under_this_daemon_does_too(self, play: Play) -> None:
+        async def scenario(world: World) -> None:
+            hosted = await world.load(RESTARTS)
+            await world.vms.start(hosted)
+            hosted.started_at = LONG_AGO
+            world.launcher.has_images = False
+            world.launcher.started[0].die("Input/output error")
+            await until(lambda: hosted.awaits is not None)
+            world.launcher.has_images = True
+            await world.runs(hosted)
+
+        play(scenario)
+
+    def test_it_is_given_up_in_the_end(self, play: Play, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(restarting, "TRY_FOR_S", 0.0)
+
+        async def scenario(world: World) -> None:
+            hosted = await self.waiting(world)
+            await world.idle()
+            assert hosted.state is VmState.CRASHED
+            assert world.vms.view(hosted).reason.endswith("there; it could not be restarted: the image is missing")
+            assert world.launcher.claimed == 2
+
+        play(scenario)
+
+    def test_what_no_waiting_mends_ends_it(self, play: Play) -> None:
+        async def scenario(world: World) -> None:
+            hosted = await self.waiting(world)
+            world.launcher.has_images = True
+            world.launcher.memory_mib = 0
+            await world.idle()
+            assert world.vms.view(hosted).reason.endswith("it could not be restarted: there is no memory")
+
+        play(scenario)
+
+    def test_nor_is_a_lease_of_another_host_waited_for(self, play: Play, monkeypatch: pytest.MonkeyPatch) -> None:
+        async def refuse(config: VmConfig) -> None:
+            raise ImageLeased("another host has it")
+
+        async def scenario(world: World) -> None:
+            monkeypatch.setattr(world.launcher, "claim_images", refuse)
+            hosted = await world.load(RESTARTS, Found(None, "tcg", LONG_AGO))
+            world.restarting.restart_died()
+            await world.idle()
+            assert hosted.reason.endswith("it could not be restarted: another host has it")
+
+        play(scenario)
+
+    @pytest.mark.parametrize("act", ["start", "stop", "delete"])
+    def test_a_persons_act_ends_it(self, play: Play, act: str) -> None:
+        async def scenario(world: World) -> None:
+            hosted = await self.waiting(world)
+            while True:
+                with suppress(Conflict):  # it is just being tried
+                    try:
+                        await getattr(world.vms, act)(hosted)
+                    except StorageError:
+                        assert act == "start"
+                    break
+                await asyncio.sleep(0)
+            world.launcher.has_images = True
+            await world.idle()
+            assert world.launcher.started == []
+            assert hosted.awaits is None or act == "delete"
+            if act == "stop":
+                assert (hosted.state, hosted.reason) == (VmState.STOPPED, "")
+                assert world.launcher.forgotten == ["vm"], "the next daemon does not restart it either"
+
+        play(scenario)
+
+    def test_it_is_not_tried_while_its_disks_move(self, play: Play) -> None:
+        async def scenario(world: World) -> None:
+            hosted = await self.waiting(world)
+            await until(lambda: not hosted.lock.locked())
+            hosted.migration, tried = "m1", world.launcher.claimed
+            world.launcher.has_images = True
+            for _ in range(20):
+                await asyncio.sleep(0)
+            assert world.launcher.claimed == tried
+            hosted.migration = None
+            await world.runs(hosted)
 
         play(scenario)
 

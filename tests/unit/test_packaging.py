@@ -21,7 +21,7 @@ UNIT = PACKAGING / "limosa-host.service"
 #: Somebody who is not root, and has nothing.
 NOBODY = 65534
 
-pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root has rights that can be taken away")
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root has rights that can be taken away")
 
 
 def as_the_unit(code: str, *arguments: str, without: str = "") -> subprocess.CompletedProcess[str]:
@@ -137,20 +137,29 @@ def test_it_makes_the_folders_that_the_daemon_uses() -> None:
     assert directives("RuntimeDirectoryPreserve") == ["yes"], "VMs that outlive the daemon have their sockets there"
 
 
+def test_it_comes_after_shares_and_does_without_those_that_cannot_be_mounted() -> None:
+    assert {"network-online.target", "remote-fs.target"} <= set(" ".join(directives("After")).split())
+    assert [directives(name) for name in ("Requires", "Requisite", "BindsTo", "RequiresMountsFor")] == [[]] * 4
+
+
+@needs_root
 def test_an_image_of_qemus_user_can_be_had_alone(image: Path) -> None:
     assert as_the_unit(ALONE, str(image)).returncode == 0
     assert "somebody has it open" in as_the_unit(ALONE, str(image), without="CAP_LEASE").stderr
 
 
+@needs_root
 def test_who_has_a_file_open_is_seen(image: Path, other: int) -> None:
     assert as_the_unit(SEEN, str(image)).stdout == f"process {other} has it open\n"
     assert as_the_unit(SEEN, str(image), without="CAP_SYS_PTRACE").stdout == "nobody\n"
 
 
+@needs_root
 def test_the_log_of_a_qemu_that_runs_already_is_found(image: Path, other: int) -> None:
     assert as_the_unit(LOG, str(other)).stdout == f"{image.with_name('qemu.log')}\n"
 
 
+@needs_root
 @pytest.mark.parametrize(("own", "childrens"), [("-900", "0"), ("300", "300")])
 def test_of_what_short_memory_ends_only_the_daemon_is_spared(tmp_path: Path, own: str, childrens: str) -> None:
     (tmp_path / "own").write_text(f"{own}\n")

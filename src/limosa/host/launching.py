@@ -131,7 +131,8 @@ class Launcher:
     async def claim_images(self, config: VmConfig) -> None:
         """Before a QEMU is started: images that were found are a VM's from now on, and no leftovers of a move.
 
-        Raises :class:`Conflict` if one is being removed as such, and :class:`StorageError`.
+        Raises :class:`Conflict` if one is being removed as such, and :class:`StorageError`, also if a disk's is not
+        there: if it came after its lease had been asked for, it would be written without one.
         """
         await asyncio.to_thread(_claim_images, config, places(self._page, self._files))
 
@@ -318,5 +319,6 @@ def _known_below(disk: Disk) -> list[str]:
 
 def _claim_images(config: VmConfig, locations: Locations) -> None:
     for disk in config.disks:
+        access.status_of(Path(disk.path))
         for path in (disk.path, *_known_below(disk)):
             locations.claim(path)

@@ -13,7 +13,7 @@ from collections.abc import Collection
 from contextlib import suppress
 
 from limosa.background import Background
-from limosa.errors import LimosaError
+from limosa.errors import ImageLeased, LimosaError, StorageError
 from limosa.host.leasing import Leasing
 from limosa.host.process_records import ProcessRecords
 from limosa.host.vms import HostedVm, Vms
@@ -27,6 +27,10 @@ CRASH_LOOP_S = 30.0
 LEASES_WITHIN_S = 5.0
 #: Between attempts to take up a QEMU that did not answer.
 ASK_EVERY_S = 10.0
+#: Between attempts to start a VM whose storage is not there, and how long they go on: after a restart of the host a
+#: share may be mounted long after the daemon has come.
+TRY_EVERY_S = 5.0
+TRY_FOR_S = 600.0
 
 
 class Restarting:
@@ -93,19 +97,60 @@ class Restarting:
             await self._restart(hosted)
 
     async def _restart(self, hosted: HostedVm) -> None:
-        """Start a VM that has crashed, if that is wanted and nobody does it yet. Never fails: the reason is shown."""
+        """Start a VM that has crashed, if that is wanted and nobody does it yet; or begin to try, where its storage is
+        not there. Never fails: the reason is shown."""
         is_crashed = hosted.state is VmState.CRASHED and hosted.migration is None and not hosted.lock.locked()
-        if not is_crashed or hosted.config.on_crash != "restart":
+        if not is_crashed or hosted.config.on_crash != "restart" or hosted.awaits is not None:
             return
         hosted.died = False
         if time.time() - (hosted.started_at or 0) <= CRASH_LOOP_S:
             self._records.leave_ended(hosted.config)
             return
+        error = await self._start(hosted)
+        if _may_pass(error):
+            _log.warning(
+                "VM %s is not restarted yet: %s; tried again every %g s", hosted.config.name, error, TRY_EVERY_S
+            )
+            hosted.awaits = error
+            self._background.spawn(self._try_again(hosted))
+        elif error is not None:
+            self._give_up(hosted, error)
+
+    async def _try_again(self, hosted: HostedVm) -> None:
+        """Until it is started, for as long as nothing but storage stands in the way and no person does anything."""
+        until = time.monotonic() + TRY_FOR_S
+        while True:
+            await asyncio.sleep(TRY_EVERY_S)
+            if hosted.awaits is None or not self._is_still_here(hosted):
+                return  # a person has started, stopped or deleted it
+            if hosted.migration is not None or hosted.lock.locked():
+                continue
+            error = await self._start(hosted)
+            if error is None:
+                return
+            if not _may_pass(error) or time.monotonic() >= until:
+                self._give_up(hosted, error)
+                return
+            hosted.awaits = error
+
+    async def _start(self, hosted: HostedVm) -> LimosaError | None:
+        """Try once. Returns what stands in the way."""
         try:
             await self._vms.start(hosted)
         except LimosaError as error:
-            _log.error("VM %s is not restarted: %s", hosted.config.name, error)
-            hosted.reason = f"{hosted.reason}; it could not be restarted: {error}"
+            return error
+        return None
+
+    def _give_up(self, hosted: HostedVm, error: LimosaError) -> None:
+        _log.error("VM %s is not restarted: %s", hosted.config.name, error)
+        hosted.awaits = None
+        hosted.reason = f"{hosted.reason}; it could not be restarted: {error}"
 
     def _is_still_here(self, hosted: HostedVm) -> bool:
         return self._vms.find(hosted.config.name) is hosted
+
+
+def _may_pass(error: LimosaError | None) -> bool:
+    """Whether it is of storage that is not mounted yet, or does not answer. A lease that another host holds, a person
+    has to free."""
+    return isinstance(error, StorageError) and not isinstance(error, ImageLeased)

@@ -55,6 +55,8 @@ class HostedVm:
     starting: bool = False
     #: its QEMU ended while no daemon was there, and what ``on_crash`` says has not been done
     died: bool = False
+    #: what stands in the way of its restart, while that is tried again and again
+    awaits: LimosaError | None = None
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     #: held while the end of its QEMU is dealt with
     ended: asyncio.Lock = field(default_factory=asyncio.Lock)
@@ -68,6 +70,12 @@ class HostedVm:
     def stayed(self) -> None:
         """A move to another host has ended, and it is certain that the VM is here."""
         self.migration, self.is_here = None, True
+
+    @property
+    def why(self) -> str:
+        """Why it is in its state, for people; empty if that needs no words."""
+        awaited = f"; it is restarted once this has passed: {self.awaits}" if self.awaits is not None else ""
+        return self.reason + awaited
 
     @property
     def has_memory(self) -> bool:
@@ -184,7 +192,7 @@ class Vms:
             started_at=hosted.started_at if machine is not None else None,
             vnc_socket=str(self._files.sockets(hosted.config) / "vnc.sock") if machine is not None else None,
             migration=hosted.migration,
-            reason=hosted.reason,
+            reason=hosted.why,
         )
 
     def check_idle(self, hosted: HostedVm) -> None:
@@ -252,9 +260,10 @@ class Vms:
         return created
 
     async def start(self, hosted: HostedVm) -> None:
-        """Start a stopped VM. On failure it is stopped and nothing runs."""
+        """Start a stopped VM. On failure it is stopped, nothing runs, and nobody but the caller tries again."""
         self.check_idle(hosted)
         self.check_here(hosted)
+        hosted.awaits = None
         async with hosted.lock:
             if hosted.machine is not None:
                 raise self._wrong_state(hosted, "is started already")
@@ -280,9 +289,13 @@ class Vms:
         return machine
 
     async def stop(self, hosted: HostedVm) -> None:
-        """Pull the plug."""
+        """Pull the plug. A VM that is to be restarted as soon as its storage is there is not any more."""
         self.check_idle(hosted)
         async with hosted.lock:
+            if hosted.awaits is not None:
+                self._records.clean_up(hosted.config, crashed=False)
+                hosted.state, hosted.reason, hosted.awaits = VmState.STOPPED, "", None
+                return
             machine = self._running(hosted)
             hosted.ending = True
             await machine.quit()

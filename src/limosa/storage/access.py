@@ -46,7 +46,7 @@ def grant(
     ``only_look``: find what stands in the way, as far as that can be known, and give nothing. Raises
     :class:`StorageError` saying what stands in the way; the file is then as it was.
     """
-    check_kind(path, _status(path))
+    check_kind(path, status_of(path))
     if may(path, user, write=not read_only):
         return
     verb = "read" if read_only else "write"
@@ -79,7 +79,8 @@ def check_kind(path: Path, status: os.stat_result) -> None:
         raise StorageError(f"{path} is neither a file nor a block device", todo="name the image itself")
 
 
-def _status(path: Path) -> os.stat_result:
+def status_of(path: Path) -> os.stat_result:
+    """What the kernel says of a file. Raises :class:`StorageError` if it is not there or cannot be looked at."""
     try:
         return path.stat()
     except FileNotFoundError:
