@@ -100,6 +100,7 @@ DAMAGE: list[tuple[str, Callable[[Host], object], int, str]] = [
     ("no address", lambda host: set_option(host, listen=["a b"]), 2, "listen"),
     ("not our address", lambda host: set_option(host, listen=["192.0.2.1"]), 13, "192.0.2.1"),
     ("no QEMU", lambda host: set_option(host, qemu="/nowhere/qemu"), 11, "/nowhere/qemu"),
+    ("no user for QEMU", lambda host: set_option(host, qemu_user="limosa-qmu"), 2, "limosa-qmu"),
     ("QEMU is another program", lambda host: set_option(host, qemu="/bin/true"), 11, "/bin/true"),
     ("no certificates", lambda host: set_option(host, certificates="/nowhere"), 14, "/nowhere/ca.pem"),
     ("damaged key", lambda host: damage(host.folder / "pki" / "host.key", b"rubbish"), 14, "host.key"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import subprocess
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,9 +15,9 @@ import pytest
 import test_storage_images
 from test_preflight import VM
 
-from limosa.errors import StorageError
+from limosa.errors import InvalidInput, StorageError
 from limosa.host.files import Files
-from limosa.host.launching import Launcher
+from limosa.host.launching import Launcher, qemu_user
 from limosa.model.vm import DirectBoot, Disk
 from limosa.settings.host import HostSettings
 from limosa.wire.api import NewDisk, NewVm
@@ -110,3 +111,22 @@ def test_no_vm_is_started_over_an_image_that_is_not_there(launcher: Launcher) ->
     config = msgspec.structs.replace(VM, disks=(Disk(name="vda", path="/nowhere/a.raw", format="raw"),))
     with pytest.raises(StorageError, match="there is no file /nowhere"):
         asyncio.run(launcher.claim_images(config))
+
+
+class TestTheUserQemuRunsAs:
+    @pytest.fixture(autouse=True)
+    def root(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(os, "geteuid", lambda: 0)
+
+    def test_must_exist(self) -> None:
+        with pytest.raises(InvalidInput, match="there is no user 'limosa-qmu'") as caught:
+            qemu_user("limosa-qmu")
+        assert "scripts/setup --host" in caught.value.todo
+
+    @pytest.mark.parametrize(("wanted", "user"), [("nobody", "nobody"), ("root", None)])
+    def test_is_roots_only_if_that_is_said(self, wanted: str, user: str | None) -> None:
+        assert qemu_user(wanted) == user
+
+    def test_is_the_daemons_own_if_that_is_not_root(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(os, "geteuid", lambda: 1000)
+        assert qemu_user("limosa-qmu") is None

@@ -270,14 +270,21 @@ class Launcher:
 
 
 def qemu_user(wanted: str) -> str | None:
-    """The user QEMU runs as: ``wanted`` if we may choose and it exists, else our own."""
+    """The user QEMU runs as: ``wanted`` if we are root, who may choose. None: our own.
+
+    Raises :class:`InvalidInput` if there is no such user: guests must not be root's because of a typing error.
+    """
     if os.geteuid() != 0:
         return None
     try:
-        pwd.getpwnam(wanted)
+        entry = pwd.getpwnam(wanted)
     except KeyError:
-        return None
-    return wanted
+        raise InvalidInput(
+            f"there is no user '{wanted}' for QEMU to run as",
+            todo="'scripts/setup --host' makes limosa-qemu, the default; or name another as qemu_user in host.toml: "
+            "'root' gives all guests' QEMUs the rights of root",
+        ) from None
+    return wanted if entry.pw_uid != 0 else None
 
 
 def _image_file(disk: Disk) -> ImageFile:

@@ -33,7 +33,11 @@ class DaemonSettings(Model, frozen=True):
     ] = "/run/limosa"
     qemu: Annotated[AbsolutePath, Meta(description="the QEMU program")] = "/usr/bin/qemu-system-x86_64"
     qemu_user: Annotated[
-        str, Meta(pattern=r"\A[a-z_][a-z0-9_-]{0,31}\Z", description="unprivileged user QEMU runs as, where it exists")
+        str,
+        Meta(
+            pattern=r"\A[a-z_][a-z0-9_-]{0,31}\Z",
+            description="unprivileged user QEMU runs as; must exist if the daemon is root",
+        ),
     ] = "limosa-qemu"
     firmware_code: Annotated[AbsolutePath, Meta(description="UEFI code image")] = "/usr/share/OVMF/OVMF_CODE_4M.fd"
     firmware_vars: Annotated[AbsolutePath, Meta(description="template of UEFI variables")] = (
