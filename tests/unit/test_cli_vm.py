@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 from collections.abc import Iterator
@@ -18,9 +19,11 @@ from limosa.cli import settings_page, vm_options
 from limosa.cli.main import main
 from limosa.cli.program import build_parser
 from limosa.errors import Conflict, InvalidInput, NotFound
+from limosa.host.page import Page
+from limosa.model.storage import Place
 from limosa.model.vm import CloudInit, Disk, Vm, VmConfig, VmState
 from limosa.settings import toml
-from limosa.settings.host import HostSettings
+from limosa.settings.host import ConvergencePolicy, HostSettings
 from limosa.wire import endpoints
 from limosa.wire.api import Empty, HostStatus, NewVm, SettingsChange, SettingsPage, VmList
 
@@ -291,6 +294,9 @@ def test_settings_are_sent_with_their_types(host: StandIn, capsys: pytest.Captur
         ["encrypt=maybe"],
         ["peers=x"],
         ["a.b=1"],
+        ["migration_ports=1"],
+        ["migration_ports=1,2,3"],
+        ["locations.fast=/srv/fast,shard"],
         ["--reset", "nope"],
         ["--reset", "convergence.nope"],
     ],
@@ -300,16 +306,38 @@ def test_bad_settings_never_reach_the_host(host: StandIn, words: list[str]) -> N
     assert host.seen == []
 
 
-def test_settings_shown_are_settings_read() -> None:
-    defaults = msgspec.to_builtins(HostSettings())
-    for key, (kind, _) in settings_page.options().items():
-        if "DictType" in type(kind).__name__:
-            continue
-        value: Any = defaults
-        for part in key.split("."):
-            value = value[part]
-        text = settings_page.value_text(HostSettings(), key)
-        assert settings_page.parse_changes([(key, text)])[key] == (list(value) if isinstance(value, tuple) else value)
+TABLES = ("network_bandwidth_mbit_per_s", "peers", "locations")
+WITH_TABLES = HostSettings(
+    convergence=ConvergencePolicy(patience_s=1234.5678),
+    network_bandwidth_mbit_per_s={"10.0.0.0/24": 500, "fd00::/64": 7},
+    peers={"host2": "10.0.0.2", "host3.example.org": "[fd00::3]:7411"},
+    locations={
+        "fast": Place(path="/srv/fast"),
+        "nas.1": Place(path="/mnt/nas", shared=True),
+        "odd": Place(path="/srv/a, b,shared"),
+        "odd-nas": Place(path="/mnt/a, b", shared=True),
+        "bulk": Place(lvm="vg0"),
+        "thin": Place(lvm="vg0-2/thin"),
+    },
+)
+
+
+@pytest.mark.parametrize("settings", [HostSettings(), WITH_TABLES], ids=["the defaults", "with tables"])
+def test_settings_shown_are_settings_read(
+    settings: HostSettings, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings_page.say_page(settings)
+    lines = [line for line in capsys.readouterr().out.splitlines() if not line.startswith(" ")]
+    shown = {key: value for key, _, value in (line.partition(" =") for line in lines)}
+    assert {key for key in settings_page.options() if key not in shown} == set(shown_by_entry(settings))
+    assert all(settings_page.value_text(settings, key) == value.strip() for key, value in shown.items())
+    typed = [(key, value.strip()) for key, value in shown.items() if key not in TABLES]
+    page = Page(tmp_path / "settings.toml")
+    assert asyncio.run(page.change(settings_page.parse_changes(typed))) == settings
+
+
+def shown_by_entry(settings: HostSettings) -> list[str]:
+    return [table for table in TABLES if getattr(settings, table)]
 
 
 def test_certificates_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

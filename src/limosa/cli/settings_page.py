@@ -16,6 +16,8 @@ from limosa.cli.output import clean, say
 from limosa.errors import InvalidInput
 from limosa.settings.host import HostSettings
 
+#: what a location that is a volume group begins with
+_LVM = "lvm:"
 _WORDS = {"on": True, "yes": True, "true": True, "off": False, "no": False, "false": False}
 
 
@@ -68,11 +70,26 @@ def _kind(key: str) -> inspect.Type:
 
 
 def _place(text: str) -> dict[str, Any]:
-    """A location: ``/srv/fast`` or ``/srv/fast,shared``."""
-    path, _, word = text.partition(",")
+    """A location: ``/srv/fast``, ``/srv/fast,shared`` or ``lvm:GROUP/POOL``; a path with a comma has one more behind it
+    where it is not shared."""
+    if text.startswith(_LVM):
+        return {"lvm": text.removeprefix(_LVM)}
+    path, comma, word = text.rpartition(",")
+    if not comma:
+        return {"path": text}
     if word not in ("", "shared"):
-        raise InvalidInput(f"a location has no '{word}'", why="after the comma may stand 'shared'")
+        raise InvalidInput(f"a location has no '{word[:80]}'", why="after the last comma may stand 'shared'")
     return {"path": path, "shared": bool(word)}
+
+
+def _place_text(place: dict[str, Any]) -> str:
+    """What :func:`_place` reads."""
+    if "lvm" in place:
+        return f"{_LVM}{place['lvm']}"
+    path = str(place["path"])
+    if place.get("shared"):
+        return f"{path},shared"
+    return f"{path}," if "," in path else path
 
 
 def _parse_as(kind: inspect.Type, key: str, text: str) -> Any:
@@ -81,8 +98,10 @@ def _parse_as(kind: inspect.Type, key: str, text: str) -> Any:
     if isinstance(kind, inspect.VarTupleType):
         return [_parse_as(kind.item_type, key, part) for part in _parts(text)]
     if isinstance(kind, inspect.TupleType):
-        parts = zip(kind.item_types, _parts(text), strict=False)
-        return [_parse_as(item, key, part) for item, part in parts]
+        parts, count = _parts(text), len(kind.item_types)
+        if len(parts) != count:
+            raise InvalidInput(f"'{text[:40]}' is no value for {key}", todo=f"write {count} values, a comma between")
+        return [_parse_as(item, key, part) for item, part in zip(kind.item_types, parts, strict=True)]
     if isinstance(kind, inspect.Metadata):
         return _parse_as(kind.type, key, text)
     if isinstance(kind, inspect.BoolType):
@@ -112,10 +131,12 @@ def _number(key: str, text: str, kind: type[int] | type[float]) -> float:
 
 
 def value_text(settings: HostSettings, key: str) -> str:
-    """The value of an option, written as it can be typed."""
-    value: Any = msgspec.to_builtins(settings)
-    for part in key.split("."):
-        value = value.get(part) if isinstance(value, dict) else None
+    """The value of an option or of an entry of a table, written as it can be typed; empty if there is none."""
+    # As in the daemon, what follows the first dot may have dots itself: a network, or a host's name.
+    outer, dot, entry = key.partition(".")
+    value: Any = msgspec.to_builtins(settings).get(outer)
+    if dot:
+        value = value.get(entry) if isinstance(value, dict) else None
     return _text(value)
 
 
@@ -125,17 +146,19 @@ def _text(value: Any) -> str:
     if isinstance(value, list | tuple):
         return ",".join(map(str, value))
     if isinstance(value, float):
-        return f"{value:g}"
-    return "" if value is None or value == {} else str(value)
+        return str(int(value)) if value.is_integer() else str(value)
+    if isinstance(value, dict):
+        return _place_text(value) if value else ""
+    return "" if value is None else str(value)
 
 
 def say_page(settings: HostSettings) -> None:
     """Every option with its value, its help and, where it was changed, its default."""
     for key, (kind, text) in options().items():
         if isinstance(kind, inspect.DictType):
-            entries = msgspec.to_builtins(getattr(settings, key))
-            for name, value in entries.items():
-                say(f"{key}.{name} = {value}")
+            entries = getattr(settings, key)
+            for name in entries:
+                say(f"{key}.{name} = {value_text(settings, f'{key}.{name}')}")
             if not entries:
                 say(f"{key} =")
             say_help(text)
