@@ -7,10 +7,10 @@ Who asks is known before a handler runs: by certificate over TLS, by user over t
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
+from urllib.parse import quote
 
 import msgspec
 from starlette.applications import Starlette
@@ -24,6 +24,7 @@ from limosa import __version__
 from limosa.background import to_its_end
 from limosa.errors import Conflict, InvalidInput, LimosaError, NotFound, NotPermitted
 from limosa.host import console
+from limosa.host.faults import internal
 from limosa.host.memory import meminfo_mib
 from limosa.host.openapi import document
 from limosa.host.services import Services
@@ -40,8 +41,6 @@ from limosa.wire.endpoints import ENDPOINTS, Endpoint, Role
 from limosa.wire.parsing import parse
 
 MAX_BODY_BYTES = 4 * 1024 * 1024
-_log = logging.getLogger(__name__)
-
 #: What a handler is given: the request's body, and the parameters in its path.
 Handler = Callable[[Any, dict[str, str]], Awaitable[Model]]
 
@@ -372,6 +371,5 @@ async def _on_http(request: Request, error: Exception) -> Response:
     return response
 
 
-async def _on_bug(_: Request, error: Exception) -> Response:
-    _log.exception("internal error", exc_info=error)
-    return _fault(LimosaError("an internal error", why=repr(error), todo="see the daemon's log, and report it"))
+async def _on_bug(request: Request, error: Exception) -> Response:
+    return _fault(internal(error, f"{request.method} {quote(request.scope['path'])}"))

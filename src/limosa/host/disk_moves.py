@@ -42,6 +42,7 @@ from limosa.errors import (
 from limosa.host import disk_plans
 from limosa.host.bandwidth import MBIT_BYTES
 from limosa.host.disk_plans import Record
+from limosa.host.faults import internal
 from limosa.host.launching import Launcher
 from limosa.host.own_disks import OwnDisks
 from limosa.host.parts import Parts
@@ -230,7 +231,8 @@ class DiskMoves:
         except LimosaError as error:
             await self._undo(move, error)
         except Exception as error:  # noqa: BLE001 - a fault of ours must not leave a VM locked
-            await self._undo(move, LimosaError("an internal error", why=repr(error), vm=move.record.vm))
+            cause = internal(error, f"move {move.record.migration} of disks", vm=move.record.vm, host=self._host)
+            await self._undo(move, cause)
         else:
             move.report.end(Outcome.COMPLETED)
             await self._let_go(move)
@@ -253,7 +255,12 @@ class DiskMoves:
         except Exception as error:  # noqa: BLE001 - whatever it is, it is tried again
             note = f"it cannot be undone yet: {error}"
             if note != move.report.now.progress.note:  # it may be tried for hours
-                _log.error("the move of disks of VM %s could not be undone: %s", move.record.vm, error)
+                _log.error(
+                    "the move of disks of VM %s could not be undone: %s",
+                    move.record.vm,
+                    error,
+                    exc_info=None if isinstance(error, LimosaError) else error,
+                )
                 move.report.note(note)
             return False
         move.says(left)

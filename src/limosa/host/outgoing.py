@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from limosa.background import Background, in_full
 from limosa.errors import Cancelled, Conflict, HostUnreachable, LimosaError, OutcomeUnknown, from_fault
 from limosa.host.bandwidth import MBIT_BYTES, Bandwidth
 from limosa.host.expectation import expect, resident_bytes
+from limosa.host.faults import internal
 from limosa.host.home import HomeHere
 from limosa.host.own_disks import OwnDisks
 from limosa.host.parts import Parts
@@ -41,8 +41,6 @@ from limosa.qemu.protocol import MachineProtocol
 from limosa.security import tls
 from limosa.settings.address import split_address
 from limosa.wire.api import CheckReport, CheckRequest, Expected, MoveOptions, MoveRequest
-
-_log = logging.getLogger(__name__)
 
 #: Between attempts to settle a move that could not be, because the disk is full for one.
 SETTLE_EVERY_S = 2.0
@@ -252,7 +250,7 @@ class Outgoing:
         except LimosaError as error:
             await self._settle(move, error)
         except Exception as error:  # noqa: BLE001 - a fault of ours must not leave a VM without an owner
-            await self._settle(move, LimosaError("an internal error", why=repr(error), vm=move.header.vm.name))
+            await self._settle(move, self._internal(move, error))
         finally:
             self._ended(move)
             await self._bandwidth.share()
@@ -278,11 +276,13 @@ class Outgoing:
             settlement.move.report.end(Outcome.UNRESOLVED, error.fault())
             return False
         except Exception as error:  # noqa: BLE001 - a fault of ours must not leave a VM without an owner
-            _log.exception("migration %s cannot be settled", settlement.move.header.migration)
-            fault = LimosaError("an internal error", why=repr(error), vm=settlement.move.header.vm.name).fault()
-            settlement.move.report.end(Outcome.UNRESOLVED, fault)
+            settlement.move.report.end(Outcome.UNRESOLVED, self._internal(settlement.move, error).fault())
             return False
         return True
+
+    def _internal(self, move: SourceMove, error: Exception) -> LimosaError:
+        header = move.header
+        return internal(error, f"move {header.migration}", vm=header.vm.name, host=self.host)
 
     def _ended(self, move: SourceMove) -> None:
         if move.peer is not None:

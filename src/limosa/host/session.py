@@ -15,6 +15,7 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from limosa.background import Background, to_its_end
 from limosa.errors import Conflict, InvalidInput, LimosaError, NotPermitted
+from limosa.host.faults import internal
 from limosa.host.incoming import Incoming
 from limosa.migration.destination import Destination
 from limosa.model import reading
@@ -102,8 +103,11 @@ class Session:
             except LimosaError as error:
                 await self._send(say.Failed(fault=error.fault()))
             except Exception as error:  # noqa: BLE001 - the source must not wait for an answer that never comes
-                _log.exception("an internal error in the session with %s", self._source.name)
-                await self._send(say.Failed(fault=LimosaError("an internal error", why=repr(error)).fault()))
+                await self._send(say.Failed(fault=self._internal(message, error).fault()))
+
+    def _internal(self, message: say.FromSource, error: Exception) -> LimosaError:
+        asked = f"'{type(message).__name__}' of host {self._source.name}"
+        return internal(error, asked, host=self._incoming.host)
 
     async def _do(self, message: say.FromSource) -> None:
         if self._version is None and not isinstance(message, say.Hello):
