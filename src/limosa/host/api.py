@@ -10,7 +10,6 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
-from urllib.parse import quote
 
 import msgspec
 from starlette.applications import Starlette
@@ -23,7 +22,7 @@ from starlette.websockets import WebSocket
 from limosa import __version__
 from limosa.background import to_its_end
 from limosa.errors import Conflict, InvalidInput, LimosaError, NotFound, NotPermitted
-from limosa.host import console
+from limosa.host import audit, console
 from limosa.host.faults import internal
 from limosa.host.memory import meminfo_mib
 from limosa.host.openapi import document
@@ -285,12 +284,16 @@ class Handlers:
     async def console(self, socket: WebSocket) -> None:
         """A VM's serial console."""
         identity = _identity(socket.scope)
+        told = audit.Asked(socket.scope, identity)
         hosted = self._services.parts.vms.find(socket.path_params["vm"])
         if identity is None or identity.role_at(self._services.parts.name) < Role.OPERATOR:
+            told.is_answered(NotPermitted.code)
             await socket.close(code=4403, reason="the console needs the role operator")
         elif hosted is None or hosted.machine is None:
+            told.is_answered(NotFound.code)
             await socket.close(code=4404, reason="no such VM runs here")
         else:
+            told.is_answered("ok")
             await socket.accept()
             await console.relay(socket, self._services.parts.files.sockets(hosted.config) / "console.sock")
 
@@ -299,8 +302,10 @@ def _route(endpoint: Endpoint[Any, Any], handler: Handler, host: str) -> Route:
     decoder = reading.decoder(endpoint.request)
 
     async def answer(request: Request) -> Response:
-        role = _authorise(request.scope, endpoint.role, host)
-        reply = await handler(parse(await _body(request), decoder, "the request"), dict(request.path_params))
+        with audit.asked(request.scope, _identity(request.scope), endpoint.role) as told:
+            role = _authorise(request.scope, endpoint.role, host)
+            told.body = parse(await _body(request), decoder, "the request")
+            reply = await handler(told.body, dict(request.path_params))
         return Response(msgspec.json.encode(_shown_to(role, reply)), media_type="application/json")
 
     return Route(endpoint.path, answer, methods=[endpoint.method])
@@ -372,4 +377,4 @@ async def _on_http(request: Request, error: Exception) -> Response:
 
 
 async def _on_bug(request: Request, error: Exception) -> Response:
-    return _fault(internal(error, f"{request.method} {quote(request.scope['path'])}"))
+    return _fault(internal(error, audit.request_line(request.scope)))

@@ -10,10 +10,13 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
+import msgspec
+
 from limosa.background import in_full
 from limosa.errors import (
     Conflict,
     InvalidInput,
+    LimosaError,
     NetworkError,
     NotFound,
     OwnerUnknown,
@@ -23,6 +26,7 @@ from limosa.errors import (
     StorageError,
     from_fault,
 )
+from limosa.host import audit
 from limosa.host.landing import LandingHere
 from limosa.host.layers import Layers
 from limosa.host.parts import Parts
@@ -124,6 +128,7 @@ class Incoming:
         journal = await in_full(Journal.begin, self._files.migrations, header)
         destination = self._make(journal, None, reached_at)
         self._landing[request.migration] = destination
+        audit.move_changed(None, view(destination))
         return destination
 
     async def check_answer(self, request: Prepare) -> None:
@@ -218,13 +223,16 @@ class Incoming:
         door = tcp.TcpDoorway(addresses[0], self._page.now.migration_ports, further=addresses[1:])
         return door, addresses
 
-    def settled(self, destination: Destination) -> None:
-        """Forget a landing that has ended; its journal goes on answering for it."""
+    def settled(self, destination: Destination, cause: LimosaError | None = None) -> None:
+        """Forget a landing that has ended, by ``cause`` if that is known; its journal goes on answering for it."""
         if destination.step in DESTINATION_ENDED:
             destination.journal.close()
             migration = destination.journal.header.migration
             if self._landing.get(migration) is destination:  # and not its second try, which has begun since
                 del self._landing[migration]
+                ended = view(destination)
+                ended = msgspec.structs.replace(ended, total_s=time.time() - ended.accepted_at)
+                audit.move_changed(None, ended, cause.code if cause is not None else "")
 
     async def resolve(self, migration: str, owner: Side) -> Migration:
         """A person says who owns a VM that is held here."""

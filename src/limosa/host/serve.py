@@ -174,6 +174,7 @@ def _config(app: Starlette, context: ssl.SSLContext | None = None) -> uvicorn.Co
         access_log=False,
         server_header=False,
         date_header=False,
+        proxy_headers=False,  # nothing is between us and who shows a certificate
         timeout_keep_alive=30,
         ws_max_size=MAX_MESSAGE_BYTES,
         ws_ping_interval=PING_EVERY_S,

@@ -45,6 +45,8 @@ class Session:
         #: of the protocol; null until it is agreed on
         self._version: int | None = None
         self._destination: Destination | None = None
+        #: why the last question that could not be answered well was not
+        self._failed: LimosaError | None = None
         self._messages: asyncio.Queue[say.FromSource] = asyncio.Queue()
         self._background = Background()
         #: the trial listener of the last Inspect, open until the next message
@@ -92,7 +94,7 @@ class Session:
             except LimosaError as error:
                 # The source, when it asks again, or the next daemon finds it unfinished and brings it to its end.
                 _log.error("%s", error)
-            self._incoming.settled(self._destination)
+            self._incoming.settled(self._destination, self._failed)
 
     async def _work(self) -> None:
         while True:
@@ -101,9 +103,13 @@ class Session:
             try:
                 await self._do(message)
             except LimosaError as error:
-                await self._send(say.Failed(fault=error.fault()))
+                await self._fail(error)
             except Exception as error:  # noqa: BLE001 - the source must not wait for an answer that never comes
-                await self._send(say.Failed(fault=self._internal(message, error).fault()))
+                await self._fail(self._internal(message, error))
+
+    async def _fail(self, error: LimosaError) -> None:
+        self._failed = error
+        await self._send(say.Failed(fault=error.fault()))
 
     def _internal(self, message: say.FromSource, error: Exception) -> LimosaError:
         asked = f"'{type(message).__name__}' of host {self._source.name}"
@@ -133,7 +139,7 @@ class Session:
                 await self._await_rest(self._current())
             case say.Abort(reason=reason):
                 await self._current().abort(reason)
-                self._incoming.settled(self._current())
+                self._incoming.settled(self._current(), self._failed)
                 await self._send(say.Gone())
             case say.Attach(migration=migration):
                 await self._attach(migration)

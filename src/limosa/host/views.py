@@ -10,6 +10,7 @@ from pathlib import Path
 import msgspec
 
 from limosa.errors import NotFound, OutcomeUnknown, StateError
+from limosa.host import audit
 from limosa.model import reading
 from limosa.model.migration import Migration, Outcome
 from limosa.settings import toml
@@ -62,6 +63,7 @@ class Views:
     def publish(self, view: Migration) -> None:
         """A move has changed. One that has ended, or waits for a person, is remembered over a restart from now on,
         though it may be long until its destination has heard of that."""
+        audit.move_changed(self._views.get(view.id), view)
         self._views[view.id] = view
         for queue in self._watchers.get(view.id, ()):
             queue.put_nowait(view)
