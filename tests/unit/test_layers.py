@@ -10,6 +10,7 @@ import random
 import socket
 import ssl
 import subprocess
+import threading
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
@@ -179,16 +180,20 @@ class TestWhoSaysWhy:
 
     @pytest.mark.parametrize(("says", "raised"), [(True, StorageError), (False, NetworkError)])
     def test_it_fails(self, monkeypatch: pytest.MonkeyPatch, *, says: bool, raised: type[LimosaError]) -> None:
-        monkeypatch.setattr("limosa.migration.layers.SAYS_WHY_WITHIN_S", 0.1)
-
-        async def broken() -> None:
-            raise NetworkError("connection reset")
-
-        async def answer() -> None:
-            await asyncio.sleep(0.01 if says else 10)
-            raise StorageError("the disk is full")
+        if not says:
+            monkeypatch.setattr("limosa.migration.layers.SAYS_WHY_WITHIN_S", 0.01)
 
         async def scenario() -> None:
+            has_broken = asyncio.Event()
+
+            async def broken() -> None:
+                has_broken.set()
+                raise NetworkError("connection reset")
+
+            async def answer() -> None:
+                await (has_broken if says else asyncio.Event()).wait()
+                raise StorageError("the disk is full")
+
             async with asyncio.timeout(5):
                 with pytest.raises(raised):
                     await sent_beside(broken(), answer())
@@ -211,6 +216,19 @@ def over_a_wire(
 
     with one, other:
         asyncio.run(within_time())
+
+
+class CountedWaits(threading.Event):
+    """How often somebody has waited for it, to the end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def wait(self, timeout: float | None = None) -> bool:
+        is_set = super().wait(timeout)
+        self.count += 1
+        return is_set
 
 
 class TestTheStream:
@@ -313,30 +331,35 @@ class TestTheStream:
         copy.touch()
 
         async def scenario(one: socket.socket, other: socket.socket, *_: Any) -> None:
-            sending = Sender(one, None, 0).send([str(big)])
-            work = sending if which == "sender" else Receiver(other, None).receive([(str(copy), 8 * MIB)])
-            task = asyncio.ensure_future(work)
-            await asyncio.sleep(0.05)
+            if which == "sender":
+                task = asyncio.ensure_future(Sender(one, None, 0).send([str(big)]))
+                # The file has begun to come, and there is no room for all of it on the way.
+                other.setblocking(False)
+                assert await asyncio.get_running_loop().sock_recv(other, 1)
+            else:
+                task = asyncio.ensure_future(Receiver(other, None).receive([(str(copy), 8 * MIB)]))
+                one.sendall(transport._PIECE.pack(0, 4) + b"abcd")
+                while copy.stat().st_size < 4:  # noqa: ASYNC110 - it works in a thread
+                    await asyncio.sleep(0.001)
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await task
-            if which == "receiver":
-                sending.close()
 
         over_a_wire(scenario)
 
-    def test_a_cap_is_kept_and_can_be_lifted(self, tmp_path: Path) -> None:
+    def test_a_cap_is_kept_and_can_be_lifted(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(transport, "_PAUSE_S", 0.001)
         path, copy = tmp_path / "a", tmp_path / "b"
         path.write_bytes(b"x" * 4 * MIB)
         copy.touch()
 
         async def scenario(one: socket.socket, other: socket.socket, *_: Any) -> None:
             sender = Sender(one, None, 1)
+            pauses = sender._stopped = CountedWaits()
             both = asyncio.gather(sender.send([str(path)]), Receiver(other, None).receive([(str(copy), 4 * MIB)]))
-            while not sender.sent_bytes:  # noqa: ASYNC110 - it works in a thread
-                await asyncio.sleep(0.01)
-            await asyncio.sleep(0.3)
-            assert sender.sent_bytes < MIB
+            while pauses.count < 10:  # noqa: ASYNC110 - it works in a thread
+                await asyncio.sleep(0.001)
+            assert sender.sent_bytes == transport._PIECE_BYTES
             sender.bytes_per_s = 0
             await both
 

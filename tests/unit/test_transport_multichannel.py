@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import resource
 import socket
 from collections.abc import Awaitable, Callable
 from contextlib import closing
@@ -15,6 +14,7 @@ import pytest
 import uvloop
 from pyroute2 import IPRoute
 
+from harness import descriptors
 from limosa.errors import NetworkError
 from limosa.host.multichannel import Multichannel
 from limosa.lab import namespaces
@@ -22,7 +22,6 @@ from limosa.model.route import Path as RoutePath
 from limosa.model.route import Route
 from limosa.network.changes import changes
 from limosa.network.mptcp import Limits, PathManager
-from limosa.transport import lobby
 from limosa.transport.channel import Doorway, SocketChannel
 from limosa.transport.multichannel import MultichannelDoorway
 from limosa.wire.peer import Prepared
@@ -204,22 +203,15 @@ def test_strangers_at_the_open_door_are_hung_up_on(tmp_path: Path) -> None:
 def test_strangers_are_hung_up_on_also_after_the_kernel_had_no_descriptor_for_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lobby, "_AGAIN_AFTER_S", 0.01)
-
     async def scenario() -> None:
         ends = Ends(tmp_path)
         await ends.connect()
         loop = asyncio.get_running_loop()
-        before = resource.getrlimit(resource.RLIMIT_NOFILE)
         with closing(socket.socket()) as caller, closing(socket.socket()) as second:
             for one in (caller, second):
                 one.setblocking(False)
-            resource.setrlimit(resource.RLIMIT_NOFILE, (3, before[1]))
-            try:
+            async with descriptors.none_left(monkeypatch):
                 await loop.sock_connect(caller, (THEIRS[0], ends.door.port))
-                await asyncio.sleep(0.05)
-            finally:
-                resource.setrlimit(resource.RLIMIT_NOFILE, before)
             await loop.sock_connect(second, (THEIRS[0], ends.door.port))
             for one in (caller, second):
                 assert await loop.sock_recv(one, 1) == b""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import resource
 import socket
 import time
 from collections.abc import Awaitable, Callable
@@ -12,6 +11,7 @@ from contextlib import closing
 
 import pytest
 
+from harness import descriptors
 from limosa.errors import DestinationLost, NetworkError
 from limosa.transport import lobby, tcp
 from limosa.transport.tcp import TcpDoorway
@@ -114,19 +114,13 @@ def test_who_calls_most_sends_away_only_his_own() -> None:
 
 
 def test_a_door_waits_until_there_is_a_descriptor_for_the_source(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lobby, "_AGAIN_AFTER_S", 0.01)
-
     async def scenario() -> None:
-        loop, before = asyncio.get_running_loop(), resource.getrlimit(resource.RLIMIT_NOFILE)
+        loop = asyncio.get_running_loop()
         with closing(TcpDoorway(LOOPBACK, ANY_PORT)) as door, closing(socket.socket()) as caller:
             caller.setblocking(False)
             accepting = asyncio.ensure_future(door.accept())
-            resource.setrlimit(resource.RLIMIT_NOFILE, (3, before[1]))
-            try:
+            async with descriptors.none_left(monkeypatch):
                 await loop.sock_connect(caller, (door.address, door.port))
-                await asyncio.sleep(0.05)
-            finally:
-                resource.setrlimit(resource.RLIMIT_NOFILE, before)
             await loop.sock_sendall(caller, bytes.fromhex(door.token))
             (await accepting).close()
 
