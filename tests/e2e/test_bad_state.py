@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import socket
+import time
 import tomllib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,13 +27,24 @@ import tomli_w
 from harness.hosts import Host, make_hosts, runners, running_hosts, tiny, wait_until
 from harness.raw import nothing_landed
 from harness.steering import does_not_fit
-from limosa.errors import Conflict, InvalidInput, LimosaError, OwnerUnknown, QemuError, StateError, StorageError
+from limosa.client.host import HostClient
+from limosa.client.route import TlsRoute
+from limosa.errors import (
+    Conflict,
+    HostNotTrusted,
+    InvalidInput,
+    LimosaError,
+    OwnerUnknown,
+    QemuError,
+    StateError,
+    StorageError,
+)
 from limosa.model.migration import Migration, Outcome, Phase, Side
 from limosa.model.vm import CloudInit, DirectBoot, VmState
 from limosa.security import ca
 from limosa.settings.daemon import DEFAULT_PORT
 from limosa.wire import api, endpoints
-from limosa.wire.endpoints import Endpoint
+from limosa.wire.endpoints import Endpoint, Role
 
 pytestmark = [pytest.mark.qemu, pytest.mark.lab]
 
@@ -104,7 +116,6 @@ DAMAGE: list[tuple[str, Callable[[Host], object], int, str]] = [
     ("QEMU is another program", lambda host: set_option(host, qemu="/bin/true"), 11, "/bin/true"),
     ("no certificates", lambda host: set_option(host, certificates="/nowhere"), 14, "/nowhere/ca.pem"),
     ("damaged key", lambda host: damage(host.folder / "pki" / "host.key", b"rubbish"), 14, "host.key"),
-    ("expired certificate", expire, 14, "has expired"),
     (
         "state folder is a file",
         lambda host: set_option(host, state_dir=str(host.folder / "host.toml")),
@@ -130,6 +141,27 @@ def test_a_daemon_that_cannot_work_says_why_and_changes_nothing(
 
 def contents(folder: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_daemon_whose_certificate_has_expired_works_here_and_takes_a_new_one(fresh: Host) -> None:
+    expire(fresh)
+    fresh.start()
+    assert "host.pem has expired" in (fresh.folder / "log").read_text()
+    fresh.create(tiny("vm"))
+    assert runners([fresh], "vm") == ["solo"]
+    findings = fresh.client.call(endpoints.ADVICE).findings
+    assert "certificate-expires" in {finding.code for finding in findings}
+    until = fresh.client.call(endpoints.HOST).certificate_until
+    assert until is not None
+    assert until < time.time()
+    authority, alice = fresh.folder.parent / "ca", fresh.folder / "alice"
+    ca.issue_person(authority, "alice", Role.OPERATOR, alice)
+    with HostClient(TlsRoute("solo", fresh.address, DEFAULT_PORT, alice, "client")) as remote:
+        with pytest.raises(HostNotTrusted, match=r"certificate of host 'solo' .* has expired"):
+            remote.call(endpoints.HOST)
+        ca.issue_host(authority, "solo", [fresh.address], fresh.folder / "pki")
+        assert (remote.call(endpoints.HOST).certificate_until or 0) > time.time()
+    assert runners([fresh], "vm") == ["solo"]
 
 
 def test_a_port_that_is_taken_is_named(fresh: Host) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from limosa.errors import every_error
 from limosa.migration import disks, preflight
+from limosa.security import expiry
 from limosa.transport import advise
 
 PAGE = Path(__file__).parents[2] / "docs" / "errors.md"
@@ -26,7 +27,7 @@ def test_codes_are_unique() -> None:
 
 
 def test_every_finding_has_its_row_and_no_row_is_left_over() -> None:
-    trees = [ast.parse(inspect.getsource(module)) for module in (disks, preflight, advise)]
+    trees = [ast.parse(inspect.getsource(module)) for module in (disks, preflight, advise, expiry)]
     calls = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Call)]
     made = {
         (call.args[0].value, call.func.attr)

@@ -255,7 +255,14 @@ def test_host_status(host: StandIn, capsys: pytest.CaptureFixture[str]) -> None:
     )
     host.answers[endpoints.HOST] = lambda _: status
     assert main(["host", "status"]) == 0
-    assert "10.0.2, tcg" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "10.0.2, tcg" in shown
+    assert "certificate:     none\n" in shown
+    host.answers[endpoints.HOST] = lambda _: msgspec.structs.replace(status, certificate_until=1_800_000_000.0)
+    assert main(["host", "status"]) == 0
+    assert "certificate:     until 2027-01-15\n" in capsys.readouterr().out
+    assert main(["host", "status", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["certificate_until"] == 1_800_000_000.0
 
 
 def test_the_settings_page_shows_every_option_with_its_help(host: StandIn, capsys: pytest.CaptureFixture[str]) -> None:

@@ -190,6 +190,17 @@ def test_an_expired_certificate_of_ours_is_named(pki: Path) -> None:
         call(TlsRoute("host1", "127.0.0.1", host.port, pki / "alice", "client"))
 
 
+def test_an_expired_certificate_of_the_host_is_named_and_how_it_is_renewed(pki: Path) -> None:
+    ca.issue_host(pki / "ca", "host1", ["127.0.0.1"], pki / "host1", life=-ca.BACK / 2)
+    with (
+        TlsHost(pki) as host,
+        pytest.raises(HostNotTrusted, match=r"certificate of host 'host1' at .* has expired") as no,
+    ):
+        call(TlsRoute("host1", "127.0.0.1", host.port, pki / "alice", "client"))
+    assert "limosa ca issue host1" in no.value.todo
+    assert "without a restart, and VMs go on" in no.value.todo
+
+
 def test_a_host_that_is_down_or_unknown(pki: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = int(listener.getsockname()[1])

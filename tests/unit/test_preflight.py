@@ -89,6 +89,7 @@ def test_nothing_stands_against_a_good_move() -> None:
         ({"files": (msgspec.structs.replace(DISK, writable=False),)}, "file-not-writable"),
         ({"addresses": ()}, "no-migration-network"),
         ({"trial_port": 0}, "ports-taken"),
+        ({"certificate_until": 29 * 86400.0}, "certificate-expires"),
     ],
 )
 def test_each_fact_of_the_destination_has_its_finding(change: dict[str, Any], code: str) -> None:
@@ -98,6 +99,17 @@ def test_each_fact_of_the_destination_has_its_finding(change: dict[str, Any], co
 def test_on_its_own_host_a_vm_is_not_said_to_be_in_its_own_way() -> None:
     there = msgspec.structs.replace(THERE, host="host1", name_taken=True, uuid_taken=True, memory_available_mib=0)
     assert codes(there=there) == {"same-host"}
+
+
+def test_a_certificate_that_expires_is_a_warning_for_either_host() -> None:
+    soon, late = 29 * 86400.0, 31 * 86400.0
+    for here, there, hosts in ((soon, late, ["host1"]), (late, soon, ["host2"]), (late, late, []), (None, None, [])):
+        found = findings(
+            here=msgspec.structs.replace(HERE, certificate_until=here),
+            there=msgspec.structs.replace(THERE, certificate_until=there),
+        )
+        assert [finding.severity for finding in found] == [Severity.WARNING] * len(hosts)
+        assert all(f"host '{host}'" in one.what for host, one in zip(hosts, found, strict=True))
 
 
 def test_facts_of_the_vm_and_the_way() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -85,11 +86,12 @@ def test_the_settings_that_cap_memory_count(settings: HostSettings, transport: s
     async def network() -> HostNetwork:
         return msgspec.structs.replace(GOOD, caps_mbit_per_s=settings.network_bandwidth_mbit_per_s)
 
-    parts = SimpleNamespace(
-        name="host1", page=SimpleNamespace(now=settings), inspector=SimpleNamespace(network=network)
-    )
+    inspector = SimpleNamespace(network=network, certificate_until=lambda: time.time() + 86400)
+    parts = SimpleNamespace(name="host1", page=SimpleNamespace(now=settings), inspector=inspector)
     handlers = Handlers(cast(Any, SimpleNamespace(parts=parts)))
-    assert asyncio.run(handlers.advice(api.Empty(), {})).transport == transport
+    advice = asyncio.run(handlers.advice(api.Empty(), {}))
+    assert advice.transport == transport
+    assert "certificate-expires" in {finding.code for finding in advice.findings}
 
 
 @pytest.mark.parametrize(

@@ -79,11 +79,11 @@ def _issue(arguments: argparse.Namespace) -> int:
         place = "~/.config/limosa of the person"
     else:
         ca.issue_host(arguments.folder, arguments.name, arguments.address, out, life=life)
-        place = "/etc/limosa/pki on the host"
+        place = "/etc/limosa/pki on the host; its daemon, if it runs, takes them with the next connection"
     if arguments.json:
         say_json({"name": arguments.name, "role": arguments.role or "host", "out": str(out)})
     else:
-        say(f"{arguments.name}: certificate and key are in {out}; copy the folder to {place}")
+        say(f"{arguments.name}: certificate and key are in {out}; copy its files to {place}")
     return 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import time
 from pathlib import Path
 
 from limosa.cli.arguments import Commands, add_command, add_noun
@@ -79,7 +80,14 @@ def _facts(status: HostStatus) -> list[tuple[str, object]]:
         ("addresses", ", ".join(status.addresses) or "none"),
         ("VMs", status.vms),
         ("moves", f"{status.outgoing} outgoing, {status.incoming} incoming"),
+        ("certificate", _until(status)),
     ]
+
+
+def _until(status: HostStatus) -> str:
+    if status.certificate_until is None:
+        return "none"
+    return time.strftime("until %Y-%m-%d", time.gmtime(status.certificate_until))
 
 
 def say_nics(network: HostNetwork) -> None:

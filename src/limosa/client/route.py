@@ -133,9 +133,12 @@ class TlsRoute(Model, frozen=True):
         """An unknown name, nobody there, a handshake that failed on either side, or a connection that broke."""
         import ssl  # noqa: PLC0415 - as in dial
 
+        from limosa.security import expiry  # noqa: PLC0415 - as in dial
         from limosa.security.tls import CertificateRefused  # noqa: PLC0415 - as in dial
 
         where = f"host '{self.name}' at {self.address} port {self.port}"
+        if expiry.is_expired(fault):
+            return expiry.not_trusted(self.name, f"{self.address} port {self.port}")
         if isinstance(fault, ssl.SSLCertVerificationError):
             return HostNotTrusted(
                 f"{where} is not trusted",

@@ -33,6 +33,7 @@ from limosa.model.base import Model
 from limosa.model.migration import Migration, Side
 from limosa.model.vm import Vm
 from limosa.network.addresses import own_addresses
+from limosa.security import expiry
 from limosa.security.identity import Identity
 from limosa.transport.advise import advise
 from limosa.wire import api, endpoints, versions
@@ -123,6 +124,7 @@ class Handlers:
             incoming=services.incoming.slots.taken,
             time=time.time(),
             network=network,
+            certificate_until=inspector.certificate_until(),
         )
 
     async def advice(self, _: api.Empty, __: dict[str, str]) -> api.Advice:
@@ -133,7 +135,9 @@ class Handlers:
         route, findings = advise(
             services.parts.name, network, post_copy=page.convergence.post_copy, capped=page.bandwidth_mbit_per_s > 0
         )
-        return api.Advice(name=services.parts.name, transport=route.transport, why=route.why, findings=findings)
+        name = services.parts.name
+        expires = expiry.findings(name, services.parts.inspector.certificate_until(), time.time())
+        return api.Advice(name=name, transport=route.transport, why=route.why, findings=(*expires, *findings))
 
     async def settings(self, _: api.Empty, __: dict[str, str]) -> api.SettingsPage:
         """The settings page."""

@@ -26,6 +26,7 @@ from limosa.network.nics import inventory
 from limosa.network.switches import switches
 from limosa.qemu.capabilities import QemuCapabilities
 from limosa.qemu.process import lockable_mib
+from limosa.security.tls import valid_until
 from limosa.settings.daemon import DaemonSettings
 from limosa.storage import chains
 from limosa.storage.identity import identify
@@ -80,6 +81,10 @@ class Inspector:
             caps_mbit_per_s=page.network_bandwidth_mbit_per_s,
         )
 
+    def certificate_until(self) -> float | None:
+        """The end of our certificate, seconds since the epoch; null if there is none."""
+        return valid_until(Path(self._daemon.certificates) / "host.pem")
+
     async def switches(self) -> tuple[str, ...]:
         """Names of our virtual switches."""
         return await switches(self._netlink)
@@ -104,6 +109,7 @@ class Inspector:
             capped=settings.bandwidth_mbit_per_s > 0,
             leases=await self._leases(hosted) if running else (),
             cpu_features=self.capabilities.features_seen(hosted.config.cpu, hosted.accelerator or "tcg"),
+            certificate_until=self.certificate_until(),
         )
 
     async def destination_facts(
@@ -140,6 +146,7 @@ class Inspector:
             network=network,
             locations=locations,
             cpu_features=self.capabilities.features_seen(vm.cpu, accelerator),
+            certificate_until=self.certificate_until(),
         )
 
     async def _leases(self, hosted: HostedVm) -> tuple[LeaseConflict, ...]:

@@ -10,7 +10,16 @@ from typing import Any
 import msgspec
 
 from limosa.background import Background, in_full
-from limosa.errors import Cancelled, Conflict, HostUnreachable, LimosaError, OutcomeUnknown, from_fault
+from limosa.errors import (
+    Cancelled,
+    Conflict,
+    HostNotTrusted,
+    HostUnreachable,
+    LimosaError,
+    OutcomeUnknown,
+    StateError,
+    from_fault,
+)
 from limosa.host.bandwidth import MBIT_BYTES, Bandwidth
 from limosa.host.expectation import expect, resident_bytes
 from limosa.host.faults import internal
@@ -295,7 +304,17 @@ class Outgoing:
         async def open_session() -> RemotePeer:
             address = self._page.now.peers.get(destination, destination)
             context = tls.client_context(self._pki, "host")
-            return await dial(destination, address, self.host, context)
+            try:
+                return await dial(destination, address, self.host, context)
+            except HostUnreachable as error:
+                try:
+                    tls.check_dates(self._pki / "host.pem")
+                except StateError as ours:
+                    # Who is called ends the connection without a word that could be told from others.
+                    raise HostNotTrusted(
+                        f"host '{destination}' cannot be called", why=str(ours), todo=ours.todo, host=destination
+                    ) from error
+                raise
 
         return open_session
 

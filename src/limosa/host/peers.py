@@ -26,6 +26,7 @@ from limosa.model.base import MigrationId
 from limosa.model.facts import DestinationFacts
 from limosa.model.storage import BackingFile
 from limosa.model.vm import Accelerator, VmConfig
+from limosa.security import expiry
 from limosa.security.identity import from_peer_certificate
 from limosa.settings.address import split_address
 from limosa.settings.daemon import DEFAULT_PORT
@@ -255,6 +256,8 @@ async def dial(destination: str, address: str, own_name: str, context: ssl.SSLCo
             proxy=None,
         )
     except ssl.SSLError as error:
+        if expiry.is_expired(error):
+            raise expiry.not_trusted(destination, address) from error
         raise HostNotTrusted(
             f"no TLS session with host '{destination}' at {address}",
             why=error.verify_message if isinstance(error, ssl.SSLCertVerificationError) else error.reason or str(error),

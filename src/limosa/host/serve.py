@@ -28,10 +28,10 @@ from limosa.background import Background
 from limosa.errors import InvalidInput, NetworkError, NotPermitted
 from limosa.host import history, logs
 from limosa.host.api import application
+from limosa.host.certificates import Certificates
 from limosa.host.files import Files
 from limosa.host.peers import MAX_MESSAGE_BYTES, PING_EVERY_S, PONG_WITHIN_S
 from limosa.host.services import assemble, recover
-from limosa.security import tls
 from limosa.security.identity import Identity, from_peer_certificate, from_unix_peer
 from limosa.settings import toml
 from limosa.settings.address import split_address
@@ -149,9 +149,10 @@ def _is_served(path: Path) -> bool:
 
 
 def _tls_listeners(daemon: DaemonSettings) -> Iterator[tuple[socket.socket, ssl.SSLContext]]:
+    if not daemon.listen:
+        return
+    context = Certificates(Path(daemon.certificates), daemon.name).context
     for address in daemon.listen:
-        context = tls.server_context(Path(daemon.certificates))
-        tls.check_holder(Path(daemon.certificates) / "host.pem", daemon.name)
         host, port = split_address(address)
         try:
             family = socket.AF_INET6 if ":" in host else socket.AF_INET

@@ -11,6 +11,7 @@ from limosa.model.facts import DestinationFacts, VmFacts
 from limosa.model.finding import Finding, Severity
 from limosa.model.vm import VmConfig
 from limosa.qemu import cpu
+from limosa.security import expiry
 from limosa.storage.identity import same_file
 from limosa.transport.choice import is_allowed
 
@@ -51,6 +52,8 @@ def check(
         _encryption(source, here, there),
         _post_copy(here, there, relayed),
         _clock(there, clock_skew_s),
+        expiry.findings(source, here.certificate_until, there.time - clock_skew_s),
+        expiry.findings(there.host, there.certificate_until, there.time),
         _devices(vm),
     )
     found = [finding for rule in rules for finding in rule]

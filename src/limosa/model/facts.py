@@ -63,6 +63,8 @@ class VmFacts(Model, forbid_unknown_fields=False, frozen=True):
     leases: tuple[LeaseConflict, ...] = ()
     #: features the guest sees, where its CPU model leaves them to the host
     cpu_features: tuple[str, ...] = ()
+    #: the end of its certificate, seconds since the epoch; null if it has none, or does not say
+    certificate_until: float | None = None
 
 
 class DestinationFacts(Model, forbid_unknown_fields=False, frozen=True):
@@ -100,3 +102,5 @@ class DestinationFacts(Model, forbid_unknown_fields=False, frozen=True):
     locations: tuple[Location, ...] = ()
     #: features the guest would see, where its CPU model leaves them to the host
     cpu_features: tuple[str, ...] = ()
+    #: the end of its certificate, seconds since the epoch; null if it has none, or does not say
+    certificate_until: float | None = None

@@ -106,6 +106,8 @@ class HostStatus(Model, forbid_unknown_fields=False, frozen=True):
     incoming: int
     time: float
     network: HostNetwork = HostNetwork()
+    #: the end of its certificate, seconds since the epoch; null if it has none, or does not say
+    certificate_until: float | None = None
 
 
 class Advice(Model, forbid_unknown_fields=False, frozen=True):
