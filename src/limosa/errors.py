@@ -7,7 +7,7 @@
     ├── NotPermitted          who asks may not                           exit 3   HTTP 403
     ├── NotFound              no such VM, migration, lab                 exit 4   HTTP 404
     ├── Conflict              exists already, or in the wrong state      exit 5   HTTP 409
-    ├── PreflightRefused      findings stand against the move            exit 6   HTTP 412
+    ├── PreflightRefused      findings block the move                   exit 6   HTTP 412
     ├── HostUnreachable       network, TLS or a daemon that is down      exit 7   HTTP 503
     │   └── HostNotTrusted    TLS said no, or it is another host
     ├── MigrationFailed       the VM stays where it was                  exit 8   HTTP 500
@@ -111,7 +111,7 @@ class PreflightRefused(LimosaError):
         super().__init__(
             f"VM '{vm}' cannot move to host '{host}'",
             why="; ".join(f"{finding.what} [{finding.code}]" for finding in findings),
-            todo="mend what the findings name, or choose another host; 'limosa check' repeats the check",
+            todo="fix what the findings name, or choose another host; 'limosa check' repeats the check",
             vm=vm,
             host=host,
         )

@@ -300,7 +300,7 @@ def test_a_name_is_held_by_a_qemu_nobody_knows_only_as_long_as_that_runs(
     folder.mkdir(exist_ok=True)
     (folder / "process.json").write_text(json.dumps(record | {"start_time": record["start_time"] + born_later}))
     if lives:
-        with pytest.raises(StateError, match="of a VM that this daemon does not know"):
+        with pytest.raises(StateError, match="belongs to a VM that this daemon does not know"):
             host.client.call(endpoints.CREATE_VM, tiny("ghost"))
     else:
         host.client.call(endpoints.CREATE_VM, tiny("ghost"))

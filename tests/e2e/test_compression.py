@@ -252,7 +252,7 @@ def test_a_guest_that_stands_still_for_a_destination_that_stops_reading_runs_on(
             ended = hosts[0].outcome(migration)
     assert ended.outcome is Outcome.FAILED
     assert ended.fault is not None
-    assert (ended.fault.code, "stood still" in ended.fault.what) == ("migration-failed", True), ended.fault
+    assert (ended.fault.code, "was stopped" in ended.fault.what) == ("migration-failed", True), ended.fault
     stays(hosts, session=True)
 
 

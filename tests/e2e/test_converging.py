@@ -125,7 +125,7 @@ def test_post_copy_brings_it_to_its_end(hosts: list[LabHost], client: LanClient,
     last = seen[-1]
     assert last.outcome is Outcome.COMPLETED, last.fault
     notes = [view.progress.note for view in seen]
-    assert any("it continues at the destination, memory follows" in note for note in notes)
+    assert any("it continues at the destination, its memory follows" in note for note in notes)
     assert any("the guest runs at the destination, the rest of its memory follows" in note for note in notes)
     assert within_budget(seen)
     assert last.progress.transferred_bytes > max(view.progress.transferred_bytes for view in seen[:-3])

@@ -129,7 +129,7 @@ class TestAfterACrash:
         source.outcome(begun.id)
         change(source, {"storage_bandwidth_mbit_per_s": 0})
         wait_until(lambda: offered(destination) == [str(copy)], "the source says that the move is over")
-        assert found(destination)[str(copy)].proof[-1] == f"asked, and saying the same: {source.name}"
+        assert found(destination)[str(copy)].proof[-1] == f"other hosts confirm that: {source.name}"
         assert limosa(destination, "storage", "clean", str(copy), "--yes").code == 0
         assert images(destination) == []
         goes_on(client)
@@ -191,7 +191,7 @@ class TestAChain:
         remove(destination, "above")
         assert "no mark" in found(destination)[str(disk)].doubts[0]
         disk.unlink()
-        assert "has lain below disks of VMs" in found(destination)[str(base)].doubts[0]
+        assert "was a backing file of VMs' disks" in found(destination)[str(base)].doubts[0]
 
     def test_of_one_that_was_left_another_move_makes_use(self, hosts: list[LabHost], golden: Path) -> None:
         """Then it is no leftover any more."""
@@ -359,7 +359,7 @@ class TestSharedStorage:
         assert [(one["host"], one["as_location"]) for one in seen["seen_by"]] == [(second.name, "store")]
         assert f"with {second.name}" in limosa(first, "storage", "list").out
         for host, other in ((first, second), (second, first)):
-            assert found(host)[left.path].proof[-1] == f"asked, and saying the same: {other.name}"
+            assert found(host)[left.path].proof[-1] == f"other hosts confirm that: {other.name}"
         second.kill()
         stays(first, left, f"host '{second.name}' cannot be asked")
         second.restart({})

@@ -46,6 +46,6 @@ def test_what_only_the_newer_knows_is_refused_by_name_before_anything_is_made(ho
     with peer_session(older, newer.folder / "pki", "newer") as session:
         answer = session.ask(asked)
     assert isinstance(answer, say.Failed)
-    assert answer.fault.what == "host 'older' does not understand what is asked of it"
+    assert answer.fault.what == "host 'older' does not understand the request"
     assert "`novelty`" in answer.fault.why
     assert "upgrade 'older'" in answer.fault.todo

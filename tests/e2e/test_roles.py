@@ -92,7 +92,7 @@ def test_a_host_commands_itself_and_no_other(hosts: list[LabHost]) -> None:
     for words in (("vm", "stop", "vm"), ("vm", "list"), ("vm", "console", "vm")):
         said = as_person("of-host2", hosts, *words)
         assert said.code == 3, said.error
-        assert "host 'host2' may not do this at host 'host1'" in said.error
+        assert "host 'host2' may not do this on host 'host1'" in said.error
         assert "limosa ca issue" in said.error
 
 

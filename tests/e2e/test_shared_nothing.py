@@ -145,7 +145,7 @@ class TestDiskThatIsOnlyRead:
         (here,) = disks_of(hosts[0], cd)
         said = limosa(hosts[0], "check", cd, "--to", "host2")
         assert said.code == 0
-        assert "it is only read, and sent" in said.out
+        assert "read-only, sent as" in said.out
         options = api.MoveOptions(transport=transport)
         for source, destination in ((hosts[0], hosts[1]), (hosts[1], hosts[0])):
             request = api.MoveRequest(vm=cd, destination=destination.name, options=options)

@@ -143,7 +143,7 @@ def test_an_image_others_need_is_not_moved_from_under_them(host: Host, wanted: b
     subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", "-b", str(old), "-F", "raw", str(overlay)], check=True)
     for act in (endpoints.START_VM, endpoints.STOP_VM):
         host.client.call(act, vm="web")
-        with pytest.raises(PreflightRefused, match="lies above it"):
+        with pytest.raises(PreflightRefused, match="it is the backing file of"):
             begin(host, "fast")
     moved(host, "fast", keep=True)
     assert_one_whole_disk(host, wanted, old, overlay)

@@ -394,7 +394,7 @@ def test_a_switch_that_swallows_long_packets_is_found_and_done_without(hosts: li
     with mtus(hosts, "mig0", (JUMBO, JUMBO)):
         said = limosa(hosts[0], "check", "vm", "--to", "host2").out
         nics = " and ".join(f"mig0 (MTU {JUMBO}) on host '{host.name}'" for host in hosts)
-        assert f"long packets do not arrive between {nics}, so the move does without" in said
+        assert f"long packets do not arrive between {nics}, so the move avoids that path" in said
         ended = hosts[0].outcome(begin(hosts, "auto"))
         assert (ended.outcome, set(carried(ended))) == (Outcome.COMPLETED, {"mig1"}), ended.fault
         assert [finding.code for finding in ended.findings] == ["long-packets-lost"]

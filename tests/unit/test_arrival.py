@@ -45,7 +45,7 @@ def test_memory_that_would_come_in_clear_is_refused_where_settings_forbid_it(
         parts = SimpleNamespace(name="host2", page=SimpleNamespace(now=HostSettings(encrypt=encrypt)))
         arrival = Arrival(cast(Any, parts), "host1", "10.0.0.2")
         if encrypt and not encrypted:
-            with pytest.raises(Conflict, match="'encrypt' is on on host 'host2'"):
+            with pytest.raises(Conflict, match="'encrypt' is on at host 'host2'"):
                 arrival.begin(request_)
         else:
             arrival.begin(request_)

@@ -71,7 +71,7 @@ def test_they_are_shown_with_proof_or_doubts(host: StandIn, capsys: pytest.Captu
     assert main(["storage", "leftovers"]) == 0
     shown = capsys.readouterr().out
     assert OLD.path in shown
-    assert "3.0 MiB, of " in shown
+    assert "3.0 MiB, last written " in shown
     assert "disk vda of VM 'web1', named by move abcdefabcdef on host 'alpha'" in shown
     assert "- no process has it open" in shown
     assert "stays, because" in shown
@@ -85,7 +85,7 @@ def test_they_are_shown_with_proof_or_doubts(host: StandIn, capsys: pytest.Captu
 def test_of_a_file_below_disks_no_vm_is_known(host: StandIn, capsys: pytest.CaptureFixture[str]) -> None:
     host.answers[endpoints.LEFTOVERS] = lambda _: LeftoverList(leftovers=(BELOW,))
     assert main(["storage", "leftovers"]) == 0
-    assert "a file below disks, named by move abcdefabcdef on host 'alpha'" in capsys.readouterr().out
+    assert "a backing file, named by move abcdefabcdef on host 'alpha'" in capsys.readouterr().out
 
 
 def test_what_was_shown_is_removed(
@@ -97,7 +97,7 @@ def test_what_was_shown_is_removed(
     assert asked_to_remove(host) == [CleanRequest(paths=(OLD.path,))]
     shown = capsys.readouterr().out
     assert "no process has it open" in shown
-    assert shown.endswith("is removed\n3.0 MiB are free again\n")
+    assert shown.endswith(" removed\n3.0 MiB freed\n")
 
 
 @pytest.mark.parametrize("words", ["", "n", "nothing"])
@@ -121,7 +121,7 @@ def test_json_is_all_that_is_printed_and_nobody_is_asked(
 ) -> None:
     questions = answer(monkeypatch, "y")
     assert main(["storage", "clean", "--json"]) == 2
-    assert json.loads(capsys.readouterr().out)["error"]["todo"] == "say --yes"
+    assert json.loads(capsys.readouterr().out)["error"]["todo"] == "give --yes"
     host.answers[endpoints.LEFTOVERS] = lambda _: LeftoverList(leftovers=(KEPT,))
     assert main(["storage", "clean", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {"removed": [], "kept": []}

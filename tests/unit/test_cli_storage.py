@@ -145,7 +145,7 @@ def test_a_name_that_is_taken_keeps_its_place(
     host: StandIn, capsys: pytest.CaptureFixture[str], place: list[str]
 ) -> None:
     assert main(["storage", "add", "nas", *place]) == 5
-    assert "a location 'nas' already: /mnt/old" in capsys.readouterr().err
+    assert "there already is a location 'nas': /mnt/old" in capsys.readouterr().err
     assert not changes(host)
 
 
@@ -197,7 +197,7 @@ def test_release(host: StandIn, capsys: pytest.CaptureFixture[str]) -> None:
     host.answers[endpoints.RELEASE_IMAGE] = lambda _: Empty()
     words = ["storage", "release", "/mnt/web1.qcow2", "--from", "alpha"]
     assert main(words) == 0
-    assert "is nobody's now" in capsys.readouterr().out
+    assert "lease on /mnt/web1.qcow2 released" in capsys.readouterr().out
     assert main([*words, "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {"released": "/mnt/web1.qcow2", "from": "alpha"}
 

@@ -193,7 +193,7 @@ def test_what_is_created_but_cannot_be_started_is_said_to_be_there(
 
 def test_a_shutdown_is_only_asked_for(host: StandIn, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["vm", "shutdown", "web1", "gone"]) == 4
-    assert capsys.readouterr().out == "web1: its power button is pressed; the guest shuts down by itself\n"
+    assert capsys.readouterr().out == "web1: power button pressed; the guest is asked to shut down\n"
     assert main(["vm", "shutdown", "web1", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["state"] == "running"
     assert {endpoint for endpoint, _, _ in host.seen} == {endpoints.SHUTDOWN_VM}
@@ -386,4 +386,4 @@ def test_a_file_without_what_is_for_operators_says_so(host: StandIn, capsys: pyt
     assert main(["vm", "show", "web1", "--toml"]) == 0
     assert "'cloud_init' is empty here" in capsys.readouterr().err
     assert main(["vm", "show", "web1"]) == 0
-    assert "its contents are for operators" in capsys.readouterr().out
+    assert "only operators may see its contents" in capsys.readouterr().out

@@ -144,7 +144,7 @@ def stranger(pki: Path) -> Path:
 
 
 def test_a_host_whose_alert_refuses_our_certificate(pki: Path, stranger: Path) -> None:
-    with TlsHost(pki) as host, pytest.raises(HostNotTrusted, match="does not accept our certificate") as refused:
+    with TlsHost(pki) as host, pytest.raises(HostNotTrusted, match="does not accept your certificate") as refused:
         call(TlsRoute("host1", "127.0.0.1", host.port, stranger, "client"))
     assert refused.value.todo == f"use a certificate of the host's own authority in {stranger}"
 
@@ -167,7 +167,7 @@ def test_a_host_that_refuses_our_certificate_without_a_word(pki: Path, stranger:
     with (
         Background() as background,
         background.open(daemon(pki, b"")) as port,
-        pytest.raises(HostNotTrusted, match="does not accept our certificate"),
+        pytest.raises(HostNotTrusted, match="does not accept your certificate"),
     ):
         call(TlsRoute("host1", "127.0.0.1", port, stranger, "client"))
 

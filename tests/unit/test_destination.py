@@ -82,7 +82,7 @@ def test_a_source_that_asks_and_aborts_has_it_destroyed(tmp_path: Path) -> None:
 def test_it_is_not_continued_and_the_source_is_told(tmp_path: Path) -> None:
     async def scenario() -> None:
         landing, machine = await with_silent_qemu(tmp_path)
-        with pytest.raises(DestinationLost, match="did not arrive whole"):
+        with pytest.raises(DestinationLost, match="did not arrive completely"):
             await landing.take_over()
         assert landing.step is DestinationStep.GONE
         assert machine.gone.is_set()

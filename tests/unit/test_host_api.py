@@ -124,7 +124,7 @@ def test_who_may_do_what(role: Role, name: str, permitted: set[Endpoint[Any, Any
 
 
 def test_a_host_that_would_command_another_is_told_what_to_use() -> None:
-    with pytest.raises(NotPermitted, match="host 'host2' may not do this at host 'host1'") as refused:
+    with pytest.raises(NotPermitted, match="host 'host2' may not do this on host 'host1'") as refused:
         answer(Role.HOST, endpoints.STOP_VM, WEB, "host2")
     assert "limosa ca issue NAME --role operator" in refused.value.todo
     with pytest.raises(NotPermitted) as refused:
@@ -239,7 +239,7 @@ def test_a_landing_is_watched_here_and_commanded_at_its_source(
             handlers.cancel_migration(Empty(), path),
             handlers.limit_migration(LimitRequest(bandwidth_mbit_per_s=1), path),
         ):
-            with pytest.raises(Conflict, match="is conducted by host 'host1'"):
+            with pytest.raises(Conflict, match="is controlled by host 'host1'"):
                 await asked
         changes = landings.watch(path["migration"])
         assert changes is not None

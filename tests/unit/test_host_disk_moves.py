@@ -554,7 +554,7 @@ def test_what_the_next_daemon_leaves_is_said(world: World, monkeypatch: pytest.M
         told = world.views.show(begun.id)
         assert told.outcome == "completed"
         assert [one.code for one in told.findings] == ["image-left"]
-        assert f"{clone} lies above it" in told.findings[0].what
+        assert f"it is the backing file of {clone}" in told.findings[0].what
         assert image.exists()
 
     play(scenario())

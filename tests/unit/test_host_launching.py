@@ -83,7 +83,7 @@ def test_what_qemu_could_never_open_is_refused_when_the_vm_is_created(
         async with launcher.new_disks(new, config):
             pass
 
-    with pytest.raises(StorageError, match=f"may not pass through the folder {closed}") as refused:
+    with pytest.raises(StorageError, match=f"may not enter the folder {closed}") as refused:
         asyncio.run(create())
     assert "setfacl" in refused.value.todo
     assert sorted(open_folder.rglob("*")) == before

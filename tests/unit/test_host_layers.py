@@ -195,7 +195,7 @@ class TestImagesAboveIt:
     def test_what_has_changed(self, world: World) -> None:
         world.path.write_bytes(b"Golden" * 100_000)
         image = self.overlay(world)
-        with pytest.raises(StorageError, match="not what was asked for any more"):
+        with pytest.raises(StorageError, match="no longer the backing file that was found"):
             asyncio.run(world.layers.make_above(image, (), "host1"))
         assert not Path(image.path).exists()
 

@@ -161,7 +161,7 @@ class TestWhatTheSourceSays:
         journal.record(SourceStep.CONFIRMED, 1.0, stay=True)
         journal.record(SourceStep.FINISHED, 2.0)
         said = self.use(tmp_path)
-        assert (said.named, "person's word" in said.use) == (False, True)
+        assert (said.named, "administrator's decision" in said.use) == (False, True)
 
 
 class TestChains:
@@ -202,7 +202,7 @@ class TestChains:
         leases.change(str(chain[0]), lambda _: leases.Lease(host="host3", boot="b"))
         found = self.judged(tmp_path)
         assert [len(found[path].doubts) for path in chain] == [1, 1, 1]
-        assert found[chain[2]].doubts == (f"{chain[1]}, an unfinished copy, lies above it",)
+        assert found[chain[2]].doubts == (f"it is the backing file of {chain[1]}, an unfinished copy",)
 
     def test_what_is_somebodys_is_above_no_leftover(self, tmp_path: Path, chain: list[Path]) -> None:
         marks.finish(str(chain[1]))

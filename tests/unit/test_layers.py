@@ -109,7 +109,7 @@ class TestTheDigest:
         one = overlay(tmp_path / "one.qcow2", golden, "raw", "-o", "cluster_size=512")
         with pytest.raises(ValueError, match="no room"):
             qcow2.below_called(one.read_bytes(), "/" + "n" * 511)
-        with pytest.raises(StorageError, match="cannot lie above"):
+        with pytest.raises(StorageError, match="cannot have the backing file"):
             layers.finish(one, "/" + "n" * 511, None)
 
     @given(at=st.integers(0, 2**64 - 1), bits=st.integers(0, 2**32 - 1), length=st.integers(0, 4096))

@@ -62,7 +62,7 @@ def test_two_hosts_of_one_name_do_not_take_it_from_each_other() -> None:
     held = of("first", "one").take(FREE)
     twin = of("second", "two")
     for change_it in (twin.take, lambda now: twin.promise(now, "beta", MOVE), lambda now: twin.reclaim(now, MOVE)):
-        with pytest.raises(ImageLeased, match="another machine that is called 'alpha'"):
+        with pytest.raises(ImageLeased, match="another machine named 'alpha'"):
             change_it(held)
     assert twin.give_back(held) == twin.withdraw(held, MOVE) == held
     assert of("first", "three").take(held).boot == "three"

@@ -185,14 +185,14 @@ def test_what_another_vm_names_stays(either: World) -> None:
 
 def test_what_lies_below_a_clone_stays(either: World) -> None:
     clone = either.overlay()
-    assert either.needed() == f"{clone} lies above it"
+    assert either.needed() == f"it is the backing file of {clone}"
     assert not either.leave()
 
 
 def test_what_lies_below_a_clone_in_no_location_stays(either: World, tmp_path: Path) -> None:
     clone = either.overlay().rename(tmp_path / "clone.qcow2")
     either.all.append(SimpleNamespace(config=World.with_disk(OTHER, clone), machine=None))
-    assert either.needed() == "VM 'other' uses it, below disk vda"
+    assert either.needed() == "VM 'other' uses it as a backing file of disk vda"
     assert not either.leave()
 
 
@@ -217,7 +217,7 @@ def test_what_a_move_is_receiving_lies_above_nothing_yet(either: World, tmp_path
     arriving.write_bytes(b"QFI\xfb")
     assert either.needed() == ""
     layers.finish(arriving, "", None)
-    assert "what lies below" in either.needed()
+    assert "the backing file of" in either.needed()
     assert not either.leave()
 
 
@@ -237,18 +237,20 @@ class TestWhatCannotBeRead:
             return pread(descriptor, *where)
 
         monkeypatch.setattr(os, "pread", broken)
-        self.check(either, f"what lies below {clone} is not known: cannot read {clone}: Input/output error")
+        self.check(either, f"the backing file of {clone} is unknown: cannot read {clone}: Input/output error")
 
     def test_an_image_that_is_damaged(self, either: World) -> None:
         clone = either.overlay()
         with clone.open("r+b") as stream:
             stream.truncate(50)
-        self.check(either, f"what lies below {clone} is not known: {clone} is no sound qcow2 image: it is cut short")
+        self.check(
+            either, f"the backing file of {clone} is unknown: {clone} is not a valid qcow2 image: it is cut short"
+        )
 
     def test_a_location(self, either: World) -> None:
         folder = either.storage.places.path("images")
         folder.rmdir()
-        self.check(either, f"what lies in {folder} is not known: No such file or directory")
+        self.check(either, f"the contents of {folder} are unknown: No such file or directory")
 
     def test_the_file_of_a_vm(self, either: World) -> None:
         either.vms.damaged["other"] = "nonsense"

@@ -117,7 +117,7 @@ def test_errors_of_a_damaged_or_missing_authority(authority: Path, tmp_path: Pat
     with pytest.raises(StateError, match=r"not the key of ca\.pem"):
         ca.issue_host(authority, "host1", [], tmp_path / "pki")
     (authority / "ca.key").write_text("rubbish")
-    with pytest.raises(StateError, match="no private key"):
+    with pytest.raises(StateError, match="not a private key"):
         ca.issue_host(authority, "host1", [], tmp_path / "pki")
 
 
@@ -125,7 +125,7 @@ def test_a_folder_others_may_write_to_is_refused(authority: Path, tmp_path: Path
     folder = tmp_path / "open"
     folder.mkdir()
     folder.chmod(0o777)
-    with pytest.raises(StateError, match="others may write"):
+    with pytest.raises(StateError, match="other users may write"):
         ca.issue_host(authority, "host1", [], folder)
 
 

@@ -292,7 +292,7 @@ class TestWhatAPersonSays:
             assert world.home.left
             assert world.home.deleted == ()
             (said,) = world.report.now.findings
-            assert (said.code, OLD_IMAGE in said.what, "a person" in said.what) == ("image-left", True, True)
+            assert (said.code, OLD_IMAGE in said.what, "administrator" in said.what) == ("image-left", True, True)
             world.journal.close()
             lines = world.journal.path.read_bytes().splitlines(keepends=True)
             world.journal.path.write_bytes(b"".join(lines[:-1]))  # the daemon died before it had deleted them

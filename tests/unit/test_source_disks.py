@@ -541,7 +541,7 @@ def test_a_guest_does_not_stop_before_the_copy_of_its_disk_has_caught_up(
         assert bandwidth(world) == steering.TRICKLE
         assert world.report.now.progress.note == (
             "the copy of disk vda has to catch up before the guest may stop; "
-            "the guest's writes to disk vda are slowed, to copy them in time"
+            "the guest's writes to disk vda are slowed, so that its copy keeps up"
         )
         world.here.copy_is("vda", CopyState.READY, remaining=1)
         await running

@@ -163,7 +163,7 @@ def test_only_a_guest_that_the_move_has_stopped_stands_still_too_long(
         assert not waiting.done()
         world.steering.guest_stopped()
         if state is RunState.FINISH_MIGRATE:
-            with pytest.raises(MigrationFailed, match="did not take the rest"):
+            with pytest.raises(MigrationFailed, match="did not load the rest"):
                 await waiting
         else:
             await waiting

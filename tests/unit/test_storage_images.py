@@ -234,7 +234,7 @@ def test_a_closed_folder_is_named(open_folder: Path) -> None:
     closed = open_folder / "closed"
     closed.mkdir(mode=0o700)
     (closed / "a.raw").write_bytes(b"x")
-    with pytest.raises(StorageError, match=f"pass through the folder {closed}") as caught:
+    with pytest.raises(StorageError, match=f"enter the folder {closed}") as caught:
         images.grant(closed / "a.raw", USER, read_only=True)
     assert caught.value.todo.endswith(f"setfacl -m u:{USER}:x {closed}")
 
@@ -249,7 +249,7 @@ def test_what_its_owner_could_not_write_either_stays_as_it_was(open_folder: Path
     path.chmod(0o600 if closed else 0o400)
     with pytest.raises(StorageError, match="may not write") as caught:
         images.grant(path, USER, read_only=False)
-    assert (f"pass through the folder {folder}" if closed else "does not let its owner write it") in caught.value.why
+    assert (f"enter the folder {folder}" if closed else "does not let its owner write it") in caught.value.why
     assert (path.stat().st_uid, path.stat().st_gid) == (0, 0)
 
 

@@ -52,7 +52,7 @@ def add_global_options(parser: argparse.ArgumentParser, *, top: bool = False, wi
             "--host",
             metavar="HOST",
             default=None if top else argparse.SUPPRESS,
-            help="the host to speak with; see 'limosa --help'",
+            help="the host to connect to; see 'limosa --help'",
         )
     parser.add_argument(
         "--json", action="store_true", default=False if top else argparse.SUPPRESS, help="print JSON, one object a line"

@@ -36,16 +36,16 @@ def register(commands: Commands[argparse.ArgumentParser]) -> None:
             "ca issue alice --role operator",
             "ca issue monitoring --role viewer --days 90 --out ./monitoring",
         ],
-        notes="A host without --role. Copy what is made to /etc/limosa/pki on the host, or to\n"
-        "~/.config/limosa of the person. A viewer may look at every host, an operator command it; a host's\n"
-        "certificate commands that host alone. Issuing again renews: the key stays, the certificate is new.",
+        notes="Without --role the certificate is for a host. Copy what is made to /etc/limosa/pki on the host, or to\n"
+        "~/.config/limosa of the person. A viewer may look at every host, an operator may also change things;\n"
+        "a host's certificate works only on that host. Issuing again renews the certificate and keeps the key.",
         local=True,
     )
     issue.add_argument("name", metavar="NAME", help="the host's name, as in its settings file, or a person's")
-    issue.add_argument("--address", action="append", default=[], help="an IP address or DNS name the host is called by")
+    issue.add_argument("--address", action="append", default=[], help="an IP address or DNS name of the host")
     issue.add_argument("--role", choices=("operator", "viewer"), help="a person's role")
     issue.add_argument("--out", metavar="FOLDER", type=Path, help="(NAME in the current folder)")
-    issue.add_argument("--days", type=int, default=730, help="how long it is valid (730)")
+    issue.add_argument("--days", type=int, default=730, help="days until it expires (730)")
     listing = add_command(
         verbs, "list", "list the certificates that were made", _list, examples=["ca list"], local=True, also=["ls"]
     )
@@ -70,7 +70,7 @@ def _issue(arguments: argparse.Namespace) -> int:
     from limosa.wire.endpoints import Role  # noqa: PLC0415
 
     if not 1 <= arguments.days <= 3650:
-        raise InvalidInput("--days is not valid", why=f"{arguments.days} is not from 1 to 3650")
+        raise InvalidInput("--days is not valid", why=f"{arguments.days} is not between 1 and 3650")
     if arguments.role and arguments.address:
         raise InvalidInput("a person has no --address", todo="leave out --role for a host, or --address for a person")
     out, life = arguments.out or Path(arguments.name), datetime.timedelta(days=arguments.days)

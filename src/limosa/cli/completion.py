@@ -12,7 +12,7 @@ def register(commands: Commands[argparse.ArgumentParser]) -> None:
     parser = add_command(
         commands,
         "completion",
-        "print completion for a shell",
+        "print the completion script for a shell",
         _complete,
         examples=[
             "completion bash > /etc/bash_completion.d/limosa",

@@ -173,7 +173,7 @@ def _rank(event: Event | None) -> int:
 
 def _stage(event: Event | None) -> str:
     if event is None:
-        return "asked"
+        return "requested"
     if not isinstance(event, Migration):
         return event.code
     if event.outcome is not Outcome.UNDER_WAY:

@@ -71,7 +71,9 @@ def follow_all(names: list[str], begin: Callable[[str], Iterator[Migration]]) ->
         except LimosaError as error:
             events.put((name, error))
         except Exception as error:  # noqa: BLE001 - the edge of a thread: whoever waits for events must hear of it
-            events.put((name, LimosaError("a fault of this command", why=repr(error), todo="please report it")))
+            events.put(
+                (name, LimosaError("an internal error of this command", why=repr(error), todo="please report it"))
+            )
         finally:
             events.put((name, None))
 

@@ -1,4 +1,4 @@
-"""``limosa host``: the daemon, how it stands, and its settings page."""
+"""``limosa host``: the daemon, its status and its settings page."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ def register(commands: Commands[argparse.ArgumentParser]) -> None:
     """Add ``host`` and its verbs."""
     verbs = add_noun(commands, "host", "the host daemon: status, advise, settings, serve")
     add_command(
-        verbs, "status", "show how the host stands", _status, examples=["host status", "--host host2 host status"]
+        verbs, "status", "show the host's status", _status, examples=["host status", "--host host2 host status"]
     )
     add_command(
         verbs,
         "advise",
-        "say which transport suits the host's NICs, and what is set wrongly",
+        "say which transport suits the host's NICs, and what is misconfigured",
         _advise,
         examples=["host advise", "--host host2 host advise --json"],
     )
@@ -41,17 +41,17 @@ def register(commands: Commands[argparse.ArgumentParser]) -> None:
             "host settings peers.host2=10.0.0.2:7411",
             "host settings --reset convergence.blackout_budget_ms",
         ],
-        notes="Changes hold at once, all or none of them, and stay over a restart.",
+        notes="Changes take effect immediately, all or none, and survive a restart.",
     )
     settings.add_argument("changes", metavar="KEY VALUE|KEY=VALUE", nargs="*", help="new values; lists with commas")
-    settings.add_argument("--reset", metavar="KEY", action="append", default=[], help="put the default back")
+    settings.add_argument("--reset", metavar="KEY", action="append", default=[], help="restore the default")
     serve = add_command(
         verbs,
         "serve",
         "run the host daemon",
         _serve,
         examples=["host serve", "host serve --settings host1.toml"],
-        notes="In the foreground, until SIGTERM. VMs go on without it, and the next daemon takes them up.",
+        notes="In the foreground, until SIGTERM. VMs keep running without it, and the next daemon takes them over.",
     )
     serve.add_argument("--settings", metavar="FILE", type=Path, default=Path(DEFAULT_FILE), help=f"({DEFAULT_FILE})")
 

@@ -20,31 +20,31 @@ _NOTES = """\
 A lab's hosts share this machine's memory and disks, and each has a daemon, a virtual
 switch 'lan' and migration NICs of its own. Name one with --host: 'limosa --host host1 ...',
 or 'limosa --host LAB-host1 ...' where several labs have one. '--to host2' and '--to LAB-host2'
-are the same host of the lab, and inside a lab's hosts '--host host2' is it too."""
+mean the same host of the lab, as does '--host host2' inside one of the lab's hosts."""
 
 
 def register(commands: Commands[argparse.ArgumentParser]) -> None:
     """Add ``lab`` and its verbs."""
-    verbs = add_noun(commands, "lab", "a fabric of hosts on this machine, to try things out")
+    verbs = add_noun(commands, "lab", "hosts in network namespaces of this machine, to try things out")
     _register_up(verbs)
     listing = add_command(verbs, "status", "show labs and their hosts", _status, examples=["lab status"], local=True)
     listing.add_argument("--name", metavar="LAB", help="only this lab")
     removal = add_command(
         verbs,
         "down",
-        "take a lab away: its processes, namespaces and folders",
+        "remove a lab: its processes, namespaces and folders",
         _down,
         examples=["lab down", "lab down --name test1"],
-        notes="Works after a crash of anything too, and does nothing where there is no lab.",
+        notes="Also works after a crash, and does nothing if there is no lab.",
         local=True,
     )
     restart = add_command(
         verbs,
         "restart",
-        "start the daemon of a host, ending the one that runs",
+        "restart the daemon of a host",
         _restart,
         examples=["lab restart host1"],
-        notes="The host's VMs go on running and the new daemon takes them up.",
+        notes="The host's VMs keep running and the new daemon takes them over.",
         local=True,
     )
     shell = add_command(
@@ -155,9 +155,9 @@ def _down(arguments: argparse.Namespace) -> int:
     if arguments.json:
         say_json(removed)
     elif not removed.namespaces and not removed.folders:
-        say(f"there is no lab '{removed.lab}'; nothing to take away")
+        say(f"there is no lab '{removed.lab}'; nothing to remove")
     else:
-        say(f"lab {removed.lab} is gone: {removed.processes} processes, {len(removed.namespaces)} namespaces")
+        say(f"lab {removed.lab} removed: {removed.processes} processes, {len(removed.namespaces)} namespaces")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""``limosa storage leftovers`` and ``clean``: images that moves left behind in a crash."""
+"""``limosa storage leftovers`` and ``clean``: images that moves interrupted by a crash left behind."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ def register(verbs: Commands[argparse.ArgumentParser]) -> None:
     add_command(
         verbs,
         "leftovers",
-        "show images that moves left behind in a crash",
+        "show images left behind by moves that a crash interrupted",
         _leftovers,
         examples=["storage leftovers", "storage leftovers --json"],
-        notes="Images with a name that a move gave them, which no VM and no move of the host names: with the\n"
-        "proof that nobody uses them, or with what makes that uncertain. Other hosts are asked where they\n"
-        "see the image too: those in the setting 'peers', and those VMs have moved from or to.",
+        notes="Lists images whose name a move chose and that no VM and no move of the host uses, each with the\n"
+        "proof that nobody uses it, or with what makes that uncertain. Other hosts that see an image are asked\n"
+        "too: those in the setting 'peers', and those that VMs have moved from or to.",
     )
     clean = add_command(
         verbs,
         "clean",
-        "remove images that moves left behind and that nobody uses",
+        "remove images that moves left behind and that are certain to be unused",
         _clean,
         examples=["storage clean", "storage clean /srv/fast/web1-vda.a1b2c3d4e5f6.qcow2", "storage clean --yes"],
-        notes="Those that 'limosa storage leftovers' says may be removed, or some of them. The proof is made\n"
-        "again for each before it is removed; one of which it is not certain any more stays.",
+        notes="Removes the images that 'limosa storage leftovers' says may be removed, or only those given. Each\n"
+        "proof is repeated just before the image is removed; an image that is no longer certain stays.",
     )
     clean.add_argument("paths", metavar="IMAGE", nargs="*", help="only this image, by its path on the host")
     clean.add_argument("--yes", action="store_true", help="do not ask")
@@ -64,12 +64,12 @@ def _leftovers(arguments: argparse.Namespace) -> int:
 def _show(one: Leftover) -> None:
     say(f"{one.path}")
     age = format_seconds(max(0.0, time.time() - one.changed_at))
-    say(f"  {format_bytes(one.size_bytes)}, of {age} ago")
+    say(f"  {format_bytes(one.size_bytes)}, last written {age} ago")
     maker = f" on host '{one.host}'" if one.host else ""
-    kind = f"disk {one.disk} of VM '{one.vm}'" if one.vm else "a file below disks"
+    kind = f"disk {one.disk} of VM '{one.vm}'" if one.vm else "a backing file"
     origin = f" from host '{one.source}'" if one.source else ""
     say(f"  {kind}, named by move {one.migration}{maker}{origin}")
-    say("  stays, because it is not certain that nobody needs it:" if one.doubts else "  may be removed:")
+    say("  stays, because it is not certain to be unused:" if one.doubts else "  may be removed:")
     for reason in one.doubts or one.proof:
         say(f"    - {reason}")
 
@@ -102,7 +102,11 @@ def _agreed(chosen: Sequence[Leftover], *, as_json: bool) -> bool:
             say("there is no image that may be removed")
         return False
     if as_json or not sys.stdin.isatty():
-        raise InvalidInput("nobody can be asked whether to remove images", todo="say --yes")
+        raise InvalidInput(
+            "cannot ask whether to remove images",
+            why="this is not an interactive terminal, or --json was given",
+            todo="give --yes",
+        )
     for one in chosen:
         _show(one)
     try:
@@ -110,18 +114,18 @@ def _agreed(chosen: Sequence[Leftover], *, as_json: bool) -> bool:
     except EOFError:
         answer = ""
     if answer.strip().lower() not in ("y", "yes"):
-        say("nothing is removed")
+        say("nothing removed")
         return False
     return True
 
 
 def _say_report(report: CleanReport) -> None:
     for one in report.removed:
-        say(f"{one.path} is removed")
+        say(f"{one.path} removed")
     for one in report.kept:
         warn(f"{one.path} stays: {'; '.join(one.doubts)}")
     freed = sum(one.size_bytes for one in report.removed)
-    say(f"{format_bytes(freed)} are free again")
+    say(f"{format_bytes(freed)} freed")
 
 
 def _count(images: Sequence[Leftover]) -> str:

@@ -24,16 +24,16 @@ from limosa.wire.api import LimitRequest, ResolveRequest
 
 def register(commands: Commands[argparse.ArgumentParser]) -> None:
     """Add ``migration`` and its verbs."""
-    verbs = add_noun(commands, "migration", "moves under way and ended: list, watch, cancel, resolve")
+    verbs = add_noun(commands, "migration", "current and past moves: list, watch, cancel, resolve")
     listing = add_command(
         verbs,
         "list",
-        "list moves from this host, and to it while they are under way, newest first",
+        "list moves from this host, and unfinished moves to it, newest first",
         _list,
         examples=["migration list", "migration list --under-way", "migration list web1 --json"],
         also=["ls"],
     )
-    listing.add_argument("vms", metavar="VM", nargs="*", help="only moves of these")
+    listing.add_argument("vms", metavar="VM", nargs="*", help="only moves of these VMs")
     listing.add_argument("--under-way", action="store_true", help="only those that have not ended")
     show = add_command(
         verbs, "show", "show one move", _show, examples=["migration show 3f9c0a1b2c3d", "migration show web1"]
@@ -41,20 +41,20 @@ def register(commands: Commands[argparse.ArgumentParser]) -> None:
     watch = add_command(
         verbs,
         "watch",
-        "watch a move until it has ended",
+        "watch a move until it ends",
         _watch,
         examples=["migration watch web1", "migration watch web1 --json"],
-        notes="With --json one object for each change. The exit code is that of the move.",
+        notes="With --json, prints one object for each change. The exit code is that of the move.",
     )
     cancel = add_command(
         verbs,
         "cancel",
-        "cancel moves; the VMs stay at the source as if nothing had been",
+        "cancel moves; the VMs stay at the source, as they were",
         _cancel,
         examples=["migration cancel web1", "migration cancel 3f9c0a1b2c3d 8e2d4c6b0a19"],
-        notes="Possible in every phase before the hand-over. All that are named are cancelled, also after one could\n"
-        "not be. Exit code 0 only if all were: 5 if a move had completed or the VM is handed over, 10 if nobody can\n"
-        "know, 11 if QEMU or the destination does not answer yet: the move is cancelled as soon as that is possible.",
+        notes="Possible in every phase before the hand-over. If one move cannot be cancelled, the others still\n"
+        "are. Exit code 0 only if all were cancelled, 5 if one had completed or handed its VM over, 10 if nobody\n"
+        "can know, 11 if QEMU or the destination does not answer yet: then it is cancelled as soon as possible.",
     )
     limit = add_command(
         verbs,
@@ -62,7 +62,7 @@ def register(commands: Commands[argparse.ArgumentParser]) -> None:
         "cap the bandwidth of a move that is under way",
         _limit,
         examples=["migration limit web1 500", "migration limit 3f9c0a1b2c3d 0"],
-        notes="0: no cap of its own; those of the host's settings hold all the same.",
+        notes="0 removes this move's cap; the host's caps still apply.",
     )
     resolve = add_command(
         verbs,
@@ -74,7 +74,7 @@ def register(commands: Commands[argparse.ArgumentParser]) -> None:
         "VM. First make sure that the VM does not run on the other side; then say it to both hosts.",
     )
     for parser in (show, watch, limit, resolve):
-        parser.add_argument("migration", metavar="ID|VM", help="the move, or the VM whose newest move is meant")
+        parser.add_argument("migration", metavar="ID|VM", help="the move, or a VM, whose newest move is meant")
     limit.add_argument("bandwidth", metavar="MBIT/S", type=int, help="megabits per second")
     cancel.add_argument("migrations", metavar="ID|VM", nargs="+")
     resolve.add_argument("--owner", required=True, choices=[side.value for side in Side])

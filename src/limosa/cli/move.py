@@ -39,23 +39,23 @@ def register(commands: Commands[argparse.ArgumentParser]) -> None:
             "move web1 --to host2 --blackout-budget 20 --no-post-copy --detach",
             "move db1 --to host2 --storage vda=fast,vdb=bulk",
         ],
-        notes="Preflight, then the move, with a live display. Moves over a host's limits wait in line.\n"
+        notes="Preflight, then the move, with a live display. Moves above a host's limits are queued.\n"
         "Ctrl-C ends the display, not the moves: 'limosa migration watch' shows them again and\n"
-        "'limosa migration cancel' stops them. With --json one object for each VM when its move has\n"
-        "ended (with --detach: begun), or {\"error\": ...}; 'limosa migration watch --json' has the\n"
+        "'limosa migration cancel' stops them. With --json, prints one object for each VM when its move\n"
+        "has ended (with --detach: begun), or {\"error\": ...}; 'limosa migration watch --json' shows\n"
         "progress.",
     )
     move.add_argument("vms", metavar="VM", nargs="*")
     move.add_argument("--to", metavar="HOST", required=True, help="the destination, a host name or address")
-    move.add_argument("--all", action="store_true", help="every VM of the host that runs or is paused")
+    move.add_argument("--all", action="store_true", help="every running or paused VM of the host")
     move.add_argument("--detach", action="store_true", help="return as soon as the moves are accepted")
     check = add_command(
         commands,
         "check",
-        "say everything that stands against a move, without moving",
+        "list everything that would block a move, without moving",
         _check,
         examples=["check web1 --to host2", "check web1 --to host2 --transport compression --json"],
-        notes="Exit code 6 if the move would be refused. The move runs the same checks, and takes the same options.",
+        notes="Exit code 6 if the move would be refused. A move runs the same checks and takes the same options.",
     )
     check.add_argument("vm", metavar="VM")
     check.add_argument("--to", metavar="HOST", required=True, help="the destination, a host name or address")
@@ -67,11 +67,13 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     """How the move is to be."""
     parser.add_argument("--transport", choices=get_args(Transport), help="instead of the host's setting")
     parser.add_argument("--bandwidth", metavar="MBIT/S", type=int, help="cap for this move, 0: none")
-    parser.add_argument("--blackout-budget", metavar="MS", type=float, help="the longest blackout it may plan for")
+    parser.add_argument(
+        "--blackout-budget", metavar="MS", type=float, help="the longest blackout the move may plan for"
+    )
     parser.add_argument(
         "--post-copy",
         action=argparse.BooleanOptionalAction,
-        help="allow post-copy as the last step; no way back from it",
+        help="allow post-copy as the last step, which cannot be undone",
     )
     parser.add_argument(
         "--rdma-pin-all",
@@ -82,15 +84,15 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--storage",
         metavar="DISK=LOCATION,...",
-        help="copy disks to these locations of the destination; without it those it does not see are copied to the "
-        "location of the same name as here, else its default one",
+        help="copy disks to these locations of the destination; by default, disks that it does not see are copied to "
+        "its location of the same name as here, or else to its default location",
     )
     parser.add_argument(
         "--chain",
         choices=get_args(Chain),
         default="keep",
-        help="of disks that are copied: keep the files below them, and send those the destination does not have "
-        "(keep, the default), or have each arrive in one piece (flatten), as it always does in a volume group",
+        help="for copied disks: keep (default) keeps backing files and sends missing ones; flatten merges each disk "
+        "into one image (always in a volume group)",
     )
 
 
@@ -130,13 +132,13 @@ def _move(arguments: argparse.Namespace) -> int:
 
 def _names(arguments: argparse.Namespace) -> list[str]:
     if bool(arguments.vms) == arguments.all:
-        raise InvalidInput("name the VMs to move, or give --all", why="one of the two is needed")
+        raise InvalidInput("name the VMs to move, or give --all", why="exactly one of the two is needed")
     if not arguments.all:
         return list(dict.fromkeys(arguments.vms))
     with client_of(arguments) as client:
         vms = client.call(endpoints.LIST_VMS).vms
     if left := [vm.config.name for vm in vms if vm.state in (VmState.STOPPED, VmState.CRASHED)]:
-        warn(f"stay here, because they do not run: {', '.join(left)}")
+        warn(f"not moved (not running): {', '.join(left)}")
     return [vm.config.name for vm in vms if vm.state in (VmState.RUNNING, VmState.PAUSED)]
 
 
@@ -177,8 +179,8 @@ def _storage(text: str | None) -> dict[str, str]:
         disk, equals, location = part.partition("=")
         if not equals:
             raise InvalidInput(
-                f"--storage has no '{part}'",
-                why="it wants a disk and a location",
+                f"--storage does not accept '{part}'",
+                why="it takes a disk and a location",
                 todo="write for example --storage vda=fast",
             )
         wishes[disk.strip()] = location.strip()

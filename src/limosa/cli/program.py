@@ -33,14 +33,15 @@ NOUNS = {
 _EPILOG = """\
 which host:
   --host NAME   a host in hosts.toml in ~/.config/limosa or /etc/limosa, of a
-                lab on this machine, or in DNS; any but a lab's is spoken to
-                over mutual TLS, for which the certificate (client.pem,
-                client.key, ca.pem) lies in the same folders
+                lab on this machine, or in DNS; all except lab hosts use
+                mutual TLS; put client.pem, client.key and ca.pem in the
+                same folder
   otherwise     $LIMOSA_SOCKET, $LIMOSA_HOST, or this machine's own daemon
 
-exit codes: 0 done, 2 invalid input, 3 not permitted, 4 not found, 5 conflict,
-  6 refused by preflight, 7 host unreachable, 8 migration failed, 9 cancelled,
-  10 owner unknown, 11 QEMU, 12 storage, 13 network, 14 damaged file;
+exit codes: 0 done, 1 internal error, 2 invalid input, 3 not permitted,
+  4 not found, 5 conflict, 6 refused by preflight, 7 host unreachable,
+  8 migration failed, 9 cancelled, 10 owner unknown, 11 QEMU, 12 storage,
+  13 network, 14 state or certificate file damaged, missing or expired;
   130 interrupted. docs/errors.md has all codes.
 
 examples:
@@ -74,7 +75,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         option, _, value = word.partition("=")
         if option.startswith("--") and value == "--":
             # Before Python 3.13 argparse would take it for the mark that ends the options, and hand on a list.
-            parser.error(f"argument {option}: '--' is no value")
+            parser.error(f"argument {option}: '--' is not a value")
     return parser.parse_args(arguments)
 
 

@@ -1,4 +1,4 @@
-"""How commands print the way of a move and what becomes of disks."""
+"""How commands print the path of a move and what becomes of disks."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def _compressed(made: Compressed) -> str:
 
 
 def say_disks(plans: Iterable[DiskPlan], layers: Iterable[LayerPlan] = ()) -> None:
-    """A line for each disk, and for each file below them that is sent too."""
+    """A line for each disk, and for each backing file that is sent too."""
     for plan in plans:
         if plan.action is DiskAction.STAY:
             say(f"disk {plan.disk}: {plan.why}" if plan.location else f"disk {plan.disk}: stays, {plan.why}")
@@ -37,7 +37,7 @@ def say_disks(plans: Iterable[DiskPlan], layers: Iterable[LayerPlan] = ()) -> No
             say(f"disk {plan.disk}: {plan.why}, {size}, as {plan.path}")
     for layer in layers:
         size = format_bytes(layer.expected_bytes)
-        say(f"file {layer.origin}: is sent {layer.why}, about {size}, as {layer.file.path}")
+        say(f"backing file {layer.origin}: sent {layer.why}, about {size}, as {layer.file.path}")
 
 
 def say_expected(expected: Expected) -> None:
@@ -46,7 +46,7 @@ def say_expected(expected: Expected) -> None:
     if expected.disk_bytes:
         sizes = f"{format_bytes(expected.disk_bytes)} of disks and {sizes}"
     if expected.seconds is None:
-        time = "how long that takes is not known, as the network does not say how fast it is"
+        time = "the time is unknown, because the speed of the network is"
     else:
         time = f"about {format_seconds(expected.seconds)} at {expected.mbit_per_s} Mbit/s if the guest writes little"
     say(f"to send: about {sizes}; {time}")

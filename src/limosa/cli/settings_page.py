@@ -78,7 +78,7 @@ def _place(text: str) -> dict[str, Any]:
     if not comma:
         return {"path": text}
     if word not in ("", "shared"):
-        raise InvalidInput(f"a location has no '{word[:80]}'", why="after the last comma may stand 'shared'")
+        raise InvalidInput(f"a location has no '{word[:80]}'", why="only 'shared' may follow the last comma")
     return {"path": path, "shared": bool(word)}
 
 
@@ -117,7 +117,7 @@ def _parts(text: str) -> list[str]:
 
 def _word(key: str, text: str) -> bool:
     if text.lower() not in _WORDS:
-        raise InvalidInput(f"'{text[:40]}' is no value for {key}", todo="write on or off")
+        raise InvalidInput(f"'{text[:40]}' is not a value for {key}", todo="write on or off")
     return _WORDS[text.lower()]
 
 
@@ -126,7 +126,7 @@ def _number(key: str, text: str, kind: type[int] | type[float]) -> float:
         return kind(text)
     except ValueError as fault:
         raise InvalidInput(
-            f"'{text[:40]}' is no value for {key}", todo="write a whole number" if kind is int else "write a number"
+            f"'{text[:40]}' is not a value for {key}", todo="write a whole number" if kind is int else "write a number"
         ) from fault
 
 

@@ -1,4 +1,4 @@
-"""``limosa storage``: where images can lie, and moving disks between such places."""
+"""``limosa storage``: locations for disk images, and moving disks between them."""
 
 from __future__ import annotations
 
@@ -50,44 +50,52 @@ def register(commands: Commands[argparse.ArgumentParser]) -> None:
             "storage add store /mnt/store --shared --default",
             "storage add bulk --lvm vg0/thin",
         ],
-        notes="A folder on a network share is known to be shared by itself. Say --shared where several\n"
-        "hosts see the same files in another way, and add it on each of them under one name.\n"
-        "In a volume group each image is a logical volume, and raw.",
+        notes="A folder on a network share is recognised as shared automatically. Give --shared where several\n"
+        "hosts see the same files in some other way, and add the folder on each under the same name.\n"
+        "In a volume group each image is a logical volume, in raw format.",
     )
-    add.add_argument("--shared", action="store_true", help="other hosts see the same files in theirs of this name")
-    add.add_argument("--default", action="store_true", help="new images go here unless another is asked for")
+    add.add_argument(
+        "--shared", action="store_true", help="other hosts see the same files in their location of this name"
+    )
+    add.add_argument("--default", action="store_true", help="new images go here unless another location is given")
     remove = add_command(
-        verbs, "remove", "forget a location; its images stay", _remove, examples=["storage remove fast"]
+        verbs,
+        "remove",
+        "remove a location from the settings; its images stay",
+        _remove,
+        examples=["storage remove fast"],
     )
     for parser in (show, add, remove):
         parser.add_argument("name", metavar="NAME", help="the location's name")
-    add.add_argument("path", metavar="FOLDER", nargs="?", help="a folder that exists on the host")
-    add.add_argument("--lvm", metavar="GROUP[/POOL]", help="instead: a volume group of the host, or a thin pool in one")
+    add.add_argument("path", metavar="FOLDER", nargs="?", help="an existing folder of the host")
+    add.add_argument(
+        "--lvm", metavar="GROUP[/POOL]", help="instead of a folder, a volume group of the host, or a thin pool in one"
+    )
     move = add_command(
         verbs,
         "move",
-        "move disks of a VM, whether it runs or not, to another location of its host",
+        "move disks of a VM, running or not, to another location of its host",
         _move,
         examples=[
             "storage move web1 --to fast",
             "storage move web1 --disk vda --to bulk --format raw",
             "storage move db1 --to fast --keep --bandwidth 500",
         ],
-        notes="All disks that are not there, or those that are named. The old images are deleted when the\n"
-        "new ones are in use. 'limosa migration cancel' stops it: the VM goes on with the disks it has.\n"
-        "A VM that does not run cannot be started, deleted or moved until it has ended.",
+        notes="Moves all disks that are not there yet, or only those given with --disk. The old images are deleted\n"
+        "once the new ones are in use. 'limosa migration cancel' stops it: the VM keeps the disks it has.\n"
+        "A VM that is not running cannot be started, deleted or moved until the move has ended.",
     )
     move.add_argument("vm", metavar="VM")
     move.add_argument("--to", metavar="LOCATION", required=True, help="a location of the host")
     move.add_argument("--disk", metavar="DISK", dest="disks", action="append", help="only this disk; may be repeated")
-    move.add_argument("--format", choices=("qcow2", "raw"), help="instead of the format it has")
-    move.add_argument("--thick", action="store_true", help="take all the space at once")
+    move.add_argument("--format", choices=("qcow2", "raw"), help="convert to this format")
+    move.add_argument("--thick", action="store_true", help="allocate all the space at once")
     move.add_argument(
         "--chain",
         choices=get_args(Chain),
         default="keep",
-        help="leave the files below a disk below it (keep, the default), or copy all into one image (flatten), as is "
-        "always done with --thick, --format raw, to a volume group, and to a shared location from one that is not",
+        help="keep (default) leaves backing files where they are; flatten merges each disk into one image (always with "
+        "--thick, --format raw, into a volume group, and into a shared location from one that is not)",
     )
     move.add_argument("--keep", action="store_true", help="keep the old images")
     move.add_argument("--bandwidth", metavar="MBIT/S", type=int, help="cap for this move, 0: none")
@@ -95,11 +103,11 @@ def register(commands: Commands[argparse.ArgumentParser]) -> None:
     release = add_command(
         verbs,
         "release",
-        "release an image on a share from a host that is dead",
+        "release the lease that a dead host holds on a shared image",
         _release,
         examples=["storage release /mnt/vms/web1.qcow2 --from alpha"],
-        notes="Make sure first that the host is switched off, or runs no VM on the image: you answer for it.\n"
-        "Two QEMUs that write one image destroy it. A host that is back releases its images by itself.",
+        notes="First make sure that the host is switched off, or runs no VM on the image: Limosa cannot check this.\n"
+        "Two QEMUs that write to one image destroy it. A host that comes back releases its images automatically.",
     )
     release.add_argument("image", metavar="IMAGE", help="the image, by its path on this host")
     release.add_argument("--from", metavar="HOST", dest="dead", required=True, help="the host that is dead")
@@ -197,7 +205,7 @@ def _hosts(location: Location, seen: SightingList) -> list[tuple[str, str]]:
         return []
     facts = [("seen by", f"host '{one.host}', as '{one.as_location}' at {one.path}") for one in _of(location, seen)]
     facts += [("not asked", f"host '{host}': {why}") for host, why in seen.silent.items()]
-    return facts or [("seen by", "no host that is known; name hosts in the setting 'peers'")]
+    return facts or [("seen by", "no known host; name hosts in the setting 'peers'")]
 
 
 def _with_hosts(location: Location, seen: SightingList) -> dict[str, object]:
@@ -207,7 +215,7 @@ def _with_hosts(location: Location, seen: SightingList) -> dict[str, object]:
 
 def _add(arguments: argparse.Namespace) -> int:
     if (arguments.path is None) is (arguments.lvm is None):
-        raise InvalidInput("a location is a folder or a volume group", todo="say FOLDER or --lvm GROUP")
+        raise InvalidInput("a location is a folder or a volume group", todo="give FOLDER or --lvm GROUP")
     path = absolute(arguments.path) if arguments.path is not None else None
     place = {"path": path, "lvm": arguments.lvm, "shared": arguments.shared}
     values: dict[str, object] = {
@@ -220,7 +228,7 @@ def _add(arguments: argparse.Namespace) -> int:
         known = before.locations.get(arguments.name)
         if known is not None and (known.path, known.lvm) != (path, arguments.lvm):
             raise Conflict(
-                f"there is a location '{arguments.name}' already: {known.path or known.lvm}",
+                f"there already is a location '{arguments.name}': {known.path or known.lvm}",
                 todo=f"choose another name, or first 'limosa storage remove {arguments.name}'",
             )
         client.call(endpoints.CHANGE_SETTINGS, toml.convert({"values": values}, SettingsChange, where="the request"))
@@ -250,14 +258,14 @@ def _remove(arguments: argparse.Namespace) -> int:
             raise NotFound(f"there is no location '{arguments.name}'", todo="'limosa storage list' shows them")
         if location.default:
             raise Conflict(
-                f"location '{arguments.name}' is the default one",
+                f"location '{arguments.name}' is the default",
                 todo="make another the default first: limosa host settings default_location=NAME",
             )
         client.call(endpoints.CHANGE_SETTINGS, SettingsChange(values={f"locations.{arguments.name}": None}))
     if arguments.json:
         say_json({"removed": arguments.name})
     else:
-        say(f"location '{arguments.name}' is forgotten; its images stay")
+        say(f"location '{arguments.name}' removed; its images stay")
     return 0
 
 
@@ -270,7 +278,7 @@ def _release(arguments: argparse.Namespace) -> int:
     if arguments.json:
         say_json({"released": path, "from": dead})
     else:
-        say(f"{path} is nobody's now; host '{dead}' must not run a VM on it any more")
+        say(f"lease on {path} released; host '{dead}' must not run a VM on it again")
     return 0
 
 

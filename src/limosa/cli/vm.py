@@ -21,7 +21,7 @@ from limosa.wire.endpoints import Endpoint
 #: verb, endpoint, help, example
 _ACTIONS: tuple[tuple[str, Endpoint[Empty, Vm], str, str], ...] = (
     ("start", endpoints.START_VM, "start VMs", "web1 web2"),
-    ("stop", endpoints.STOP_VM, "pull the plug of VMs, as a power cut would", "web1"),
+    ("stop", endpoints.STOP_VM, "stop VMs at once, as a power cut would", "web1"),
     ("pause", endpoints.PAUSE_VM, "pause VMs; they stay in memory", "web1"),
     ("resume", endpoints.RESUME_VM, "resume paused VMs", "web1"),
 )
@@ -37,7 +37,7 @@ def register(commands: Commands[argparse.ArgumentParser]) -> None:
     shutdown = add_command(
         verbs,
         "shutdown",
-        "press the power button of VMs; the guest shuts down by itself",
+        "press the VMs' power button, which asks the guests to shut down",
         _for_each(_shut_down),
         examples=["vm shutdown web1"],
     )
@@ -45,10 +45,10 @@ def register(commands: Commands[argparse.ArgumentParser]) -> None:
     reset = add_command(
         verbs,
         "reset",
-        "press the reset button of VMs; what the guest has not written to its disks is lost",
+        "press the VMs' reset button; data that a guest has not yet written to its disks is lost",
         _for_each(_reset),
         examples=["vm reset web1"],
-        notes="Guests that still answer are better rebooted from inside.",
+        notes="If a guest still responds, reboot it from inside instead.",
     )
     _add_names(reset)
     delete = add_command(
@@ -93,8 +93,9 @@ def _register_create(verbs: Commands[argparse.ArgumentParser]) -> None:
             "vm create tiny --memory 256M --kernel vmlinuz --initrd initrd.img --append console=ttyS0",
             "vm create --file web1.toml",
         ],
-        notes="Paths are made absolute here and must mean the same files on the host.\n"
-        "What is not said is chosen once and then fixed: the machine type is pinned to the\nhost's newest version.",
+        notes="Relative paths start from the current folder here and must mean the same files on the host.\n"
+        "What is left out is chosen once and then fixed: the machine type, for one, is pinned\n"
+        "to the host's newest version.",
     )
     vm_options.add(create)
 
@@ -113,7 +114,7 @@ def _create(arguments: argparse.Namespace) -> int:
             try:
                 vm = client.call(endpoints.START_VM, vm=vm.config.name)
             except LimosaError:
-                warn(f"{vm.config.name}: created, but not started; 'limosa vm delete {vm.config.name}' forgets it")
+                warn(f"{vm.config.name}: created, but not started; 'limosa vm delete {vm.config.name}' removes it")
                 raise
     _tell(arguments, vm)
     return 0
@@ -141,7 +142,7 @@ def _shut_down(client: HostClient, arguments: argparse.Namespace, name: str) -> 
     if arguments.json:
         say_json(vm)
     else:
-        say(f"{vm.config.name}: its power button is pressed; the guest shuts down by itself")
+        say(f"{vm.config.name}: power button pressed; the guest is asked to shut down")
 
 
 def _reset(client: HostClient, arguments: argparse.Namespace, name: str) -> None:
@@ -191,7 +192,7 @@ def _show(arguments: argparse.Namespace) -> int:
         from limosa.settings.toml import encode  # noqa: PLC0415 - loads the writer of TOML
 
         for field in vm.withheld:
-            warn(f"'{field}' is empty here: its contents are for operators")
+            warn(f"'{field}' is empty here: only operators may see its contents")
         sys.stdout.write(encode(vm.config))
     else:
         for key, value in _facts(vm):
@@ -227,7 +228,7 @@ def _facts(vm: Vm) -> list[tuple[str, object]]:
 def _cloud_init(vm: Vm) -> str:
     if vm.config.cloud_init is None:
         return ""
-    return "yes, its contents are for operators" if "cloud_init" in vm.withheld else "yes"
+    return "yes; only operators may see its contents" if "cloud_init" in vm.withheld else "yes"
 
 
 def _age(vm: Vm) -> str:

@@ -23,15 +23,15 @@ def add(parser: argparse.ArgumentParser) -> None:
     """Add the options. What is not given stays ``None`` and is left to the daemon."""
     parser.add_argument("name", metavar="NAME", nargs="?", help="the VM's name")
     parser.add_argument("--file", metavar="FILE", help="read everything from a TOML file instead")
-    parser.add_argument("--start", action="store_true", help="start it as well")
+    parser.add_argument("--start", action="store_true", help="also start it")
     add = parser.add_argument_group("the machine").add_argument
-    add("--memory", metavar="SIZE", help="guest memory, such as 512M or 2G; a mere number is MiB")
+    add("--memory", metavar="SIZE", help="guest memory, such as 512M or 2G; a bare number is MiB")
     add("--cpus", metavar="N", type=int, help="virtual processors (1)")
     add("--cpu", metavar="MODEL", help="x86-64-v2 (default), x86-64-v3, or a QEMU model with +feature,-feature")
     add("--machine", metavar="TYPE", help="a versioned QEMU machine type, such as pc-q35-10.0")
     add("--accelerator", choices=("auto", "kvm", "tcg"), help="auto (default) probes whether KVM can run a guest")
-    add("--rng", action="store_true", help="a virtio-rng, for old guests; it makes each blackout 1 ms longer")
-    add("--on-crash", choices=("stop", "restart"), help="what to do when its QEMU dies (stop)")
+    add("--rng", action="store_true", help="add a virtio-rng, for old guests; it makes each blackout 1 ms longer")
+    add("--on-crash", choices=("stop", "restart"), help="what to do when its QEMU dies or its host crashes (stop)")
     add = parser.add_argument_group("disks and network").add_argument
     add(
         "--disk",
@@ -41,7 +41,13 @@ def add(parser: argparse.ArgumentParser) -> None:
         help="an image; keys: size (makes a new one), format (qcow2, raw), name (vda...), read-only",
     )
     add("--switch", metavar="NAME[,mac=MAC]", dest="nics", action="append", help="a network card on that switch")
-    add("--device", metavar="KIND:ADDRESS", dest="devices", action="append", help="hand over pci:ADDRESS or usb:ID")
+    add(
+        "--device",
+        metavar="KIND:ADDRESS",
+        dest="devices",
+        action="append",
+        help="pass through pci:ADDRESS or usb:ID; such a VM cannot move",
+    )
     add = parser.add_argument_group("booting").add_argument
     add("--uefi", action="store_true", help="UEFI firmware instead of BIOS")
     add("--kernel", metavar="FILE", help="boot this kernel directly")
@@ -93,7 +99,7 @@ def _mib(text: str, option: str) -> int:
     except ValueError as fault:
         raise InvalidInput(f"{option} is not valid", why=str(fault)) from fault
     if size % MIB:
-        raise InvalidInput(f"{option} is not valid", why=f"'{text}' is no whole number of MiB")
+        raise InvalidInput(f"{option} is not valid", why=f"'{text}' is not a whole number of MiB")
     return size // MIB
 
 
@@ -121,7 +127,7 @@ def _split(text: str, option: str, known: set[str]) -> tuple[str, dict[str, str]
     if unknown := options.keys() - known:
         raise InvalidInput(
             f"{option} has no '{min(unknown)}'",
-            why=f"after the comma may stand {', '.join(sorted(known))}",
+            why=f"the keys are {', '.join(sorted(known))}",
             todo="a path with a comma can be given in a file, with --file",
         )
     return first, options
@@ -163,7 +169,7 @@ def _from_file(path: Path) -> NewVm:
     try:
         raw = tomllib.loads(_text(str(path)))
     except (tomllib.TOMLDecodeError, RecursionError) as fault:
-        raise InvalidInput(f"{path} is not valid TOML", why=str(fault), todo="mend the file") from fault
+        raise InvalidInput(f"{path} is not valid TOML", why=str(fault), todo="fix the file") from fault
     _make_absolute(raw.get("boot"), ("kernel", "initrd"), str(path.parent))
     disks = raw.get("disks")
     for disk in disks if isinstance(disks, list) else ():

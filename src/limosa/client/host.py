@@ -153,7 +153,7 @@ def fill_path(path: str, parameters: dict[str, str]) -> str:
     """The path of an endpoint with its parameters put in, quoted so that none reaches beyond its place."""
     for name, value in parameters.items():
         if value in ("", ".", ".."):
-            raise InvalidInput(f"'{value}' is no valid name", why="it would mean another path")
+            raise InvalidInput(f"'{value}' is not a valid name", why="it would mean another path")
         try:
             path = path.replace("{" + name + "}", quote(value, safe=""))
         except UnicodeEncodeError as fault:

@@ -143,7 +143,7 @@ class TlsRoute(Model, frozen=True):
             return HostNotTrusted(
                 f"{where} is not trusted",
                 why=fault.verify_message,
-                todo="see that its certificate is of the same authority and names this host and address",
+                todo="check that its certificate is of the same authority and names this host and address",
                 host=self.name,
             )
         alerted = isinstance(fault, ssl.SSLError) and "ALERT" in (fault.reason or "")
@@ -166,7 +166,7 @@ class TlsRoute(Model, frozen=True):
         except StateError as reason:
             return reason
         return HostNotTrusted(
-            f"{where} does not accept our certificate",
+            f"{where} does not accept your certificate",
             why=str(fault),
             todo=f"use a certificate of the host's own authority in {self.certificates}",
             host=self.name,
@@ -243,10 +243,11 @@ def _broken(where: str, fault: OSError) -> HostUnreachable:
         return HostUnreachable(
             f"{where} does not answer",
             why="it took too long; whether it did what was asked is not known",
-            todo="see that the host is up and that no firewall is in the way, then look before asking again",
+            todo="check that the host is up and that no firewall is in the way; see what was done before you try again",
         )
     return HostUnreachable(
         f"no connection to {where}",
         why=fault.strerror or str(fault),
-        todo="see that the daemon runs ('systemctl status limosa-host' on that host) and look before asking again",
+        todo="check that the daemon runs ('systemctl status limosa-host' on that host); "
+        "see what was done before you try again",
     )

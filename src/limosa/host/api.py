@@ -128,7 +128,7 @@ class Handlers:
         )
 
     async def advice(self, _: api.Empty, __: dict[str, str]) -> api.Advice:
-        """Which transport suits the host, and what is set wrongly."""
+        """Which transport suits the host, and what is misconfigured."""
         services = self._services
         network = await services.parts.inspector.network()
         page = services.parts.page.now
@@ -243,7 +243,7 @@ class Handlers:
         landing = self._services.incoming.show(migration)
         if landing is not None:
             raise Conflict(
-                f"the move of VM '{landing.vm}' is conducted by host '{landing.source}'",
+                f"the move of VM '{landing.vm}' is controlled by host '{landing.source}'",
                 todo=f"ask that host: limosa --host {landing.source} migration ...",
                 vm=landing.vm,
                 host=landing.source,
@@ -334,14 +334,16 @@ def _authorise(scope: Any, role: Role, host: str) -> Role:
     """The role that who asks has at this host. Raises :class:`NotPermitted` if it is less than ``role``."""
     identity = _identity(scope)
     if identity is None:
-        raise NotPermitted("this connection says not who it is", todo="use a certificate made by 'limosa ca issue'")
+        raise NotPermitted(
+            "this connection has not identified itself", todo="use a certificate made by 'limosa ca issue'"
+        )
     if (has := identity.role_at(host)) >= role:
         return has
     needed = role.name.lower()
     if has is Role.HOST:
         raise NotPermitted(
-            f"host '{identity.name}' may not do this at host '{host}'",
-            why="a host's certificate is for commands at that host, and for what hosts ask of one another",
+            f"host '{identity.name}' may not do this on host '{host}'",
+            why="a host's certificate is only for commands on that host, and for what hosts ask one another",
             todo=f"use a person's, made with 'limosa ca issue NAME --role {needed}' and copied to ~/.config/limosa",
             host=host,
         )
@@ -359,7 +361,7 @@ async def _body(request: Request) -> bytes:
             if len(data) > MAX_BODY_BYTES:
                 raise InvalidInput("the request is too large", why=f"more than {MAX_BODY_BYTES} bytes")
     except ClientDisconnect as error:
-        raise InvalidInput("the request broke off") from error
+        raise InvalidInput("the request was cut off") from error
     return bytes(data) or b"{}"
 
 

@@ -109,8 +109,8 @@ class Arrival:
         if credentials is None and self._parts.page.now.encrypt:
             vm, host = request.vm.name, self._parts.name
             raise Conflict(
-                f"the memory of VM '{vm}' would come unencrypted, and 'encrypt' is on on host '{host}'",
-                todo=f"switch it on on host '{self._source}' too, or off on both",
+                f"the memory of VM '{vm}' would arrive unencrypted, but 'encrypt' is on at host '{host}'",
+                todo=f"switch it on at host '{self._source}' too, or off at both",
                 vm=vm,
                 host=host,
             )

@@ -82,7 +82,7 @@ class Claims:
 
     def _copy_above(self, image: Path, but: Collection[Path]) -> str:
         above = {copy for key in _keys(image) for copy in self.copies_above.get(key, ())}.difference(but)
-        return f"{min(above)}, an unfinished copy, lies above it" if above else ""
+        return f"it is the backing file of {min(above)}, an unfinished copy" if above else ""
 
     def _worker(self, migration: str) -> str:
         return next((words for words, works in self._journals(migration) if works), "")
@@ -106,11 +106,11 @@ class Claims:
                     continue
                 journal = Journal.look(path)
                 if journal.step == DestinationStep.OWNED:
-                    yield f"{path} says that a VM of this host has had it", False
+                    yield f"{path} says that a VM of this host has used it", False
                 elif journal.step not in _ENDED:
                     yield f"{path} says that the move is not over", True
                 elif journal.rests_on_a_word:
-                    yield f"{path} says that only a person's word ended the move", False
+                    yield f"{path} says that the move ended only by an administrator's decision", False
             except FileNotFoundError:
                 continue  # the move is over
             except (OSError, msgspec.DecodeError, LimosaError) as error:
@@ -121,23 +121,25 @@ class Claims:
         try:
             return self.places.store_of(str(image)).unfinished.user(str(image), self.open_files)
         except StorageError as error:
-            return f"it cannot be told who has it open: {error}"
+            return f"which process has it open is unknown: {error}"
 
     def _of_vm(self, config: VmConfig) -> None:
         for disk in config.disks:
             self._note(disk.path, f"VM '{config.name}' uses it")
             try:
                 for path, _ in chains.below(disk.path, disk.format):
-                    self._note(path, f"VM '{config.name}' uses it, below disk {disk.name}")
+                    self._note(path, f"VM '{config.name}' uses it as a backing file of disk {disk.name}")
             except StorageError as error:
                 if not self._is_to_be_made(Path(disk.path)):
-                    self.unread.append(f"what lies below disk {disk.name} of VM '{config.name}' is not known: {error}")
+                    self.unread.append(
+                        f"the backing files of disk {disk.name} of VM '{config.name}' are unknown: {error}"
+                    )
 
     def _of_images_in(self, folder: Path) -> None:
         try:
             images = _files(folder)
         except OSError as error:
-            self.unread.append(f"what lies in {folder} is not known: {error.strerror or error}")
+            self.unread.append(f"the contents of {folder} are unknown: {error.strerror or error}")
             return
         for image in images:
             if layers.arrives(image) and self._is_to_be_made(image):
@@ -145,14 +147,14 @@ class Claims:
             try:
                 header = qcow2.read_if_any(image)
             except StorageError as error:
-                self.unread.append(f"what lies below {image} is not known: {error}")
+                self.unread.append(f"the backing file of {image} is unknown: {error}")
                 continue
             if header is not None and header.backing:
                 self._lies_above(image, image.parent / header.backing)
 
     def _lies_above(self, image: Path, below: Path) -> None:
         if not self._is_given_up(image):
-            self._note(below, f"{image} lies above it")
+            self._note(below, f"it is the backing file of {image}")
             return
         for key in _keys(below):
             self.copies_above.setdefault(key, set()).add(image)

@@ -103,7 +103,9 @@ class DiskMoves:
         record, findings = await disk_plans.plan(self._parts, hosted, request)
         # That takes seconds, in which the VM may go, another get its name, or another move of its disks end.
         if self._movable(request.vm) is not hosted or hosted.config is not config:
-            raise Conflict(f"VM '{request.vm}' has changed meanwhile", todo="try again", vm=request.vm, host=self._host)
+            raise Conflict(
+                f"VM '{request.vm}' has changed in the meantime", todo="try again", vm=request.vm, host=self._host
+            )
         report = Report(disk_plans.first_view(record, self._host, findings), self._views.publish)
         move = _Move(self, hosted, record, report, (request.bandwidth_mbit_per_s or 0) * MBIT_BYTES)
         hosted.migration = record.migration  # in one go with the look above
@@ -172,7 +174,7 @@ class DiskMoves:
         else:  # there is none, or another that was given the name meanwhile
             hosted, can_be_known = None, not self._vms.is_unsure
         if not can_be_known:
-            raise StateError(f"VM '{record.vm}' is not known", why="so it cannot be told which images it uses")
+            raise StateError(f"VM '{record.vm}' is not known", why="so which images it uses is unknown")
         return hosted
 
     def _give_up(self, record: Record) -> None:
@@ -181,8 +183,8 @@ class DiskMoves:
         report = Report(disk_plans.first_view(record, self._host), self._views.publish)
         error = MigrationFailed(
             f"VM '{record.vm}' has gone from host '{self._host}'",
-            why="so nobody knows which images it used, and all of them stay",
-            todo="'limosa storage leftovers' shows those that the move made",
+            why="so which images it used is unknown, and all of them are kept",
+            todo="'limosa storage leftovers' shows those that the move created",
             vm=record.vm,
             host=self._host,
         )

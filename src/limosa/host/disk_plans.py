@@ -45,7 +45,7 @@ async def plan(parts: Parts, hosted: HostedVm, request: DiskMoveRequest) -> tupl
     location = locations.get(request.location)
     if location is None:
         parts.storage.places.path(request.location)  # says which there are
-        raise StateError(f"location '{request.location}' has gone", host=parts.name)
+        raise StateError(f"location '{request.location}' no longer exists", host=parts.name)
     tag = new_identity()
     seen = {one.name for one in locations.values() if one.shared}
     plans = tuple(_plan_of(hosted, facts[disk.name], location, tag, request, seen) for disk in moved)
@@ -115,7 +115,7 @@ def _chosen(hosted: HostedVm, request: DiskMoveRequest, storage: Storage) -> lis
         disk for disk in config.disks if not disk.read_only and storage.places.of(disk.path) != request.location
     ]
     if fixed := [disk.name for disk in wanted if disk.read_only]:
-        raise InvalidInput(f"disk {fixed[0]} of VM '{config.name}' is only read", why="it is not copied")
+        raise InvalidInput(f"disk {fixed[0]} of VM '{config.name}' is read-only", why="read-only disks are not moved")
     if not wanted:
-        raise Conflict(f"all disks of VM '{config.name}' are in location '{request.location}' already", vm=config.name)
+        raise Conflict(f"all disks of VM '{config.name}' are already in location '{request.location}'", vm=config.name)
     return wanted

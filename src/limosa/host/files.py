@@ -132,7 +132,7 @@ class Files:
         except BlockingIOError as error:
             os.close(descriptor)
             raise Conflict(
-                f"another daemon works with {self.state}", todo="stop it first, or give this one a state_dir of its own"
+                f"another daemon uses {self.state}", todo="stop it first, or give this one a state_dir of its own"
             ) from error
         except OSError as error:
             raise StateError(f"cannot lock {path}", why=error.strerror or str(error)) from error

@@ -46,8 +46,8 @@ class Folders:
             for path in (folder / "vm.toml", self._files.process_record(config.name)):
                 if path.exists():
                     raise StateError(
-                        f"{path} is of a VM that this daemon does not know",
-                        todo="restart the daemon to have it taken up, or move the folder away",
+                        f"{path} belongs to a VM that this daemon does not know",
+                        todo="restart the daemon so that it finds the VM, or move the folder away",
                         vm=config.name,
                     )
             if folder.exists():
@@ -80,7 +80,7 @@ class Folders:
 def _check(path: Path, config: VmConfig, found: dict[str, VmConfig]) -> None:
     """A file copied from another VM's folder must not make two VMs of one: they would share their sockets."""
     if config.name != path.parent.name:
-        raise StateError(f"{path} is of another VM", why=f"it names '{config.name}'", todo="mend the name in it")
+        raise StateError(f"{path} belongs to another VM", why=f"it names '{config.name}'", todo="fix the name in it")
     if config.uuid in found:
         other = found[config.uuid].name
-        raise StateError(f"{path} has the UUID of VM '{other}'", todo="give one of them another", vm=config.name)
+        raise StateError(f"{path} has the UUID of VM '{other}'", todo="give one of them another UUID", vm=config.name)

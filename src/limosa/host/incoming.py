@@ -211,7 +211,7 @@ class Incoming:
         if hosted is not None and hosted.config.uuid == vm.uuid and hosted.fault is not None:
             raise from_fault(hosted.fault.fault())
         if hosted is None or hosted.config.uuid != vm.uuid or hosted.machine is None:
-            raise QemuGone(f"VM '{vm.name}' does not run any more", vm=vm.name, host=self.host)
+            raise QemuGone(f"VM '{vm.name}' is no longer running", vm=vm.name, host=self.host)
         return hosted.machine
 
     async def open_rest(self, reached_at: str) -> tuple[tcp.TcpDoorway, tuple[str, ...]]:
@@ -238,7 +238,7 @@ class Incoming:
         """A person says who owns a VM that is held here."""
         destination = self._landing.get(migration)
         if destination is None:
-            raise NotFound(f"no migration {migration} waits for a decision on host '{self.host}'", host=self.host)
+            raise NotFound(f"no migration {migration} needs a decision on host '{self.host}'", host=self.host)
         await destination.resolve(here=owner is Side.DESTINATION)
         self.settled(destination)
         return view(destination)

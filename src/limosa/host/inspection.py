@@ -174,7 +174,7 @@ class Inspector:
             raise StorageError(
                 f"host '{self._daemon.name}' cannot look at the files of VM '{vm.name}'",
                 why="a file system they are on, or would be on, does not answer",
-                todo="see whether its server is up, and 'limosa storage list' there",
+                todo="check that its server is up, and 'limosa storage list' there",
                 vm=vm.name,
                 host=self._daemon.name,
             )

@@ -132,8 +132,8 @@ class LandingHere:
 def carried_files(files: dict[str, str]) -> dict[str, bytes]:
     """What came along with a VM, decoded. Raises :class:`InvalidInput` for anything that is not taken as it is."""
     if unknown := files.keys() - {"seed.iso"}:
-        raise InvalidInput(f"the file '{min(unknown)}' came along and is not known here")
+        raise InvalidInput(f"the source sent a file '{min(unknown)}' that this host does not know")
     try:
         return {name: base64.b64decode(contents, validate=True) for name, contents in files.items()}
     except binascii.Error as error:
-        raise InvalidInput("a file that came along is damaged", why=str(error)) from error
+        raise InvalidInput("a file sent by the source is damaged", why=str(error)) from error

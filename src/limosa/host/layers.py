@@ -101,8 +101,8 @@ class Layers:
         if (await self._storage.digest(plan.file)).digest != plan.file.digest:
             raise StorageError(
                 f"{path} did not arrive as it was sent",
-                why=f"its contents are not those that {plan.origin} had when the move was planned",
-                todo="see that nothing writes that file, which lies below a disk, and move the VM again",
+                why=f"its contents differ from those of {plan.origin} when the move was planned",
+                todo="make sure that nothing writes to that backing file, and move the VM again",
             )
         self._storage.settle(path)
 
@@ -156,7 +156,7 @@ class Layers:
                 return False
             return await asyncio.to_thread(self._is_unused, layer.path, migration, configs)
         except LimosaError as error:
-            _log.warning("%s stays, because it is not certain that no VM uses it: %s", layer.path, error)
+            _log.warning("%s stays, because a VM may use it: %s", layer.path, error)
             return False
 
     async def _is_whole(self, layer: BackingFile) -> bool:
@@ -215,5 +215,6 @@ def _chain(image: Disk | BackingFile) -> set[str]:
 
 def _gone(wanted: BackingFile) -> StorageError:
     return StorageError(
-        f"{wanted.path} is not what was asked for any more", todo="move the VM again: it is looked for, or sent, anew"
+        f"{wanted.path} is no longer the backing file that was found",
+        todo="move the VM again: it is found, or sent, anew",
     )

@@ -92,7 +92,7 @@ class Leasing:
             if dead == self._host and now.machine in ("", self._machine):
                 raise Conflict(
                     f"host '{dead}' is not dead: it is this one",
-                    why="a daemon gives leases back by itself when their QEMUs have ended",
+                    why="a daemon returns leases automatically when their QEMUs have ended",
                     todo="stop the VM",
                     host=dead,
                 )

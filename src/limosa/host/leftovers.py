@@ -135,16 +135,16 @@ class Leftovers:
     def _check(self, path: str, found: Leftover | None) -> None:
         if found is None:
             raise NotFound(
-                f"{path} is no image that a move left behind",
+                f"{path} is not an image that a move left behind",
                 why="it was not made by a move, or a VM or a move uses it",
                 todo="'limosa storage leftovers' shows which there are",
                 host=self._host,
             )
         if found.doubts:
             raise Conflict(
-                f"{path} stays: it is not certain that nobody needs it",
+                f"{path} stays: it is not certain to be unused",
                 why="; ".join(found.doubts),
-                todo="if you know that nobody does, delete it yourself",
+                todo="if you know that nobody needs it, delete it yourself",
                 host=self._host,
             )
 
@@ -152,13 +152,13 @@ class Leftovers:
         """Remove an image if it is still certain that nobody uses it. Raises :class:`Conflict` or ``StorageError``."""
         unfinished = self._storage.places.store_of(one.path).unfinished
         if not await in_full(unfinished.condemn, one.path):
-            raise Conflict(f"{one.path} has become somebody's", host=self._host)
+            raise Conflict(f"{one.path} is in use by now", host=self._host)
         try:
             shared = {location.name for location in await self._storage.locations() if location.shared}
             again = await self._judge([one], shared)
             if not again or again[0].doubts:
                 why = "; ".join(again[0].doubts) if again else "a VM or a move names it"
-                raise Conflict(f"it is not certain that nobody needs {one.path}", why=why, host=self._host)
+                raise Conflict(f"{one.path} is not certain to be unused", why=why, host=self._host)
             await in_full(unfinished.remove, one.path)
         except BaseException:
             with suppress(OSError, StorageError):  # the next look finds it all the same

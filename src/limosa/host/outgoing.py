@@ -343,8 +343,8 @@ class Outgoing:
             raise Conflict(f"the move of VM '{view.vm}' has ended", vm=view.vm, host=self.host)
         if mbit_per_s and view.route is not None and view.route.transport == "rdma":
             raise Conflict(
-                f"the move of VM '{view.vm}' goes by RDMA, for which QEMU keeps no cap",
-                todo="cancel it and move the VM again with a cap: it goes by TCP then",
+                f"the move of VM '{view.vm}' uses RDMA, which QEMU cannot cap",
+                todo="cancel it and move the VM again with a cap, so that it uses TCP",
                 vm=view.vm,
                 host=self.host,
             )

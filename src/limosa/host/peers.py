@@ -221,7 +221,7 @@ class RemotePeer:
         return HostUnreachable(
             f"the session with host '{self.host}' broke",
             why=why,
-            todo=f"see whether 'limosa host serve' works on '{self.host}' and the network between",
+            todo=f"check that 'limosa host serve' runs on '{self.host}', and the network between",
             host=self.host,
         )
 
@@ -268,7 +268,7 @@ async def dial(destination: str, address: str, own_name: str, context: ssl.SSLCo
         raise HostUnreachable(
             f"host '{destination}' cannot be reached at {address}",
             why=_why_unreachable(error),
-            todo="see whether 'limosa host serve' runs there, its address in the setting 'peers', and firewalls",
+            todo="check that 'limosa host serve' runs there, its address in the setting 'peers', and firewalls",
             host=destination,
         ) from error
     connection.transport.get_extra_info("socket").setsockopt(

@@ -37,7 +37,7 @@ def doubts_here(one: Leftover, claims: Claims, host: str, going: Collection[Path
     """What on this host keeps it from being certain that nobody uses the image, when those that are going have gone."""
     doubts = []
     if not one.host:
-        owner = "was the disk of a VM that is not known any more" if one.disk else "has lain below disks of VMs"
+        owner = "was the disk of a VM that is no longer known" if one.disk else "was a backing file of VMs' disks"
         doubts.append(f"it carries no mark of an unfinished copy: it was kept, or {owner}")
     if claim := claims.on(Path(one.path), one.migration, going):
         doubts.append(claim)
@@ -46,7 +46,7 @@ def doubts_here(one: Leftover, claims: Claims, host: str, going: Collection[Path
     except LimosaError as error:
         return [*doubts, *claims.unread, str(error)]
     if lease.host not in ("", host) or lease.promised_to:
-        doubts.append(f"host '{lease.promised_to or lease.host}' may write it, by the lease beside it")
+        doubts.append(f"host '{lease.promised_to or lease.host}' may write to it, according to the lease beside it")
     return [*doubts, *claims.unread]
 
 
@@ -66,17 +66,17 @@ def verdict(one: Leftover, host: str, doubts: list[str], others: Elsewhere | Non
     if others is not None:
         doubts = [*doubts, *doubts_elsewhere(others)]
         if not others.uses and not others.silent:
-            doubts.append("other hosts may use it, and none is known: name them in the setting 'peers'")
+            doubts.append("other hosts may use it, but none is known: name them in the setting 'peers'")
     if doubts:
         return msgspec.structs.replace(one, doubts=tuple(doubts))
     proof = [
-        f"by its mark, move {one.migration} on host '{one.host}' had not finished it",
-        f"no VM of host '{host}' names it, no image that stays lies above it, "
-        "and no unfinished journal speaks of its move",
-        "nobody has it open, or holds QEMU's lock on it",
+        f"its mark says that move {one.migration} on host '{one.host}' had not finished it",
+        f"no VM of host '{host}' uses it, it is no backing file of an image that stays, "
+        "and no unfinished journal mentions its move",
+        "no process has it open or holds QEMU's lock on it",
     ]
     if others is not None:
-        proof.append(f"asked, and saying the same: {', '.join(others.uses)}")
+        proof.append(f"other hosts confirm that: {', '.join(others.uses)}")
     return msgspec.structs.replace(one, proof=tuple(proof))
 
 

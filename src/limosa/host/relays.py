@@ -113,7 +113,7 @@ class Relays:
         """
         arriving = self._inbound.get((source, place.session))
         if arriving is None:
-            raise RelayFailed("the relay ended before the VM's disks could come")
+            raise RelayFailed("the relay ended before the VM's disks could be received")
         await (await asyncio.shield(arriving.session)).carry(place, stream)
 
     def _session(self, route: Route, *, encrypt: bool) -> Outbound:

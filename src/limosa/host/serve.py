@@ -125,7 +125,7 @@ def _unix_listener(path: Path) -> socket.socket:
     sock = socket.socket(socket.AF_UNIX)
     try:
         if _is_served(path):
-            raise NetworkError(f"another daemon serves {path}", todo="one daemon for each run folder")
+            raise NetworkError(f"another daemon serves {path}", todo="give each daemon a run_dir of its own")
         path.unlink(missing_ok=True)
         os.fchmod(sock.fileno(), 0o600)
         sock.bind(str(path))

@@ -73,12 +73,12 @@ class Session:
         except KeyError:
             raise InvalidInput("the message is not valid", why="it is text, not bytes") from None
         if self._messages.qsize() >= MAX_UNANSWERED:
-            raise InvalidInput("more was asked than can be answered", why=f"{MAX_UNANSWERED} messages wait")
+            raise InvalidInput("too many requests at once", why=f"{MAX_UNANSWERED} messages are waiting")
         try:
             message: say.FromSource = parse(data, _decoder, "the message")
         except InvalidInput as error:
             raise InvalidInput(
-                f"host '{self._incoming.host}' does not understand what is asked of it",
+                f"host '{self._incoming.host}' does not understand the request",
                 why=error.why,
                 todo=f"if '{self._source.name}' has a newer release of Limosa, upgrade '{self._incoming.host}' too",
                 host=self._incoming.host,
@@ -117,7 +117,7 @@ class Session:
 
     async def _do(self, message: say.FromSource) -> None:
         if self._version is None and not isinstance(message, say.Hello):
-            raise InvalidInput("who calls, and which version is spoken, was not said", todo="begin with hello")
+            raise InvalidInput("the caller has not said who it is and which version it speaks", todo="begin with hello")
         match message:
             case say.Hello(host=host, oldest=oldest, newest=newest):
                 await self._send(self._welcome(host, oldest, newest))

@@ -96,8 +96,8 @@ class Storage:
             if await self._look(places, name) is None:
                 raise StorageError(
                     f"location '{name}' does not answer",
-                    why="so it cannot be told what lies there",
-                    todo="mend it, or take it away with 'limosa storage remove'",
+                    why="so what is stored there is unknown",
+                    todo="fix it, or remove it with 'limosa storage remove'",
                 )
 
     async def facts(self, disks: Iterable[Disk]) -> tuple[DiskFacts, ...]:
@@ -199,7 +199,7 @@ class Storage:
             found = seen.location if seen is not None else places.silent(location)
             if found.fault:
                 raise StorageError(
-                    f"location '{location}' cannot be used", why=found.fault, todo="mend it, or choose another location"
+                    f"location '{location}' cannot be used", why=found.fault, todo="fix it, or choose another location"
                 )
             if seen is None or found.lacks(needed):
                 raise StorageError(
@@ -225,7 +225,7 @@ class Storage:
             if (now.of(path), now.store_of(path).kind) != (then.of(path), then.store_of(path).kind):
                 raise Conflict(
                     f"location '{now.of(path)}' is in use",
-                    why=f"a move makes {path} in it",
+                    why=f"a move is creating {path} in it",
                     todo="wait until it has ended, see 'limosa migration list'",
                     host=self._host,
                 )
@@ -237,7 +237,7 @@ class Storage:
         try:
             await in_full(self.places.store_of(path).remove, path)
         except StorageError as error:
-            _log.error("%s is not used any more: %s", path, error)
+            _log.error("%s is no longer used, but stays: %s", path, error)
             return str(error)
         return ""
 

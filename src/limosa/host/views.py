@@ -113,7 +113,7 @@ def not_cancelled_yet(view: Migration, what: str, awaited: str, host: str) -> Ou
     return OutcomeUnknown(
         f"the move of {what} is not cancelled yet",
         why=f"{awaited} within {CANCEL_WITHIN_S:g} s",
-        todo=f"it will be, if it still can be then: see 'limosa migration show {view.id}'",
+        todo=f"it is cancelled as soon as possible, if it still can be: see 'limosa migration show {view.id}'",
         vm=view.vm,
         host=host,
     )

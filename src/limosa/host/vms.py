@@ -128,7 +128,7 @@ class Vms:
             return
         hosted.accelerator, hosted.started_at = found.accelerator, found.started_at
         if found.machine is None:
-            hosted.state, hosted.reason = died, "its QEMU ended while the host daemon was not there"
+            hosted.state, hosted.reason = died, "its QEMU ended while the host daemon was not running"
             hosted.died = died is VmState.CRASHED and not found.left
             return
         try:
@@ -508,7 +508,7 @@ class Vms:
         return OwnerUnknown(
             f"VM '{hosted.config.name}' may have been sent to another host, and run there",
             why=self.doubt,
-            todo="see docs/recovery.md; restart the daemon when the journal is mended or moved away",
+            todo="see docs/recovery.md; restart the daemon when the journal is fixed or moved away",
             vm=hosted.config.name,
             host=self._host,
         )
@@ -518,7 +518,7 @@ class Vms:
             raise Conflict(
                 f"host '{self._host}' has a VM of that name already: '{name}'",
                 why=str(self._folders.damaged[name]),
-                todo="mend its file and restart the daemon, or choose another name",
+                todo="fix its file and restart the daemon, or choose another name",
                 vm=name,
                 host=self._host,
             )

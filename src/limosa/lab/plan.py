@@ -134,7 +134,7 @@ class Lab(Model, frozen=True):
 def check_name(name: str) -> None:
     """Raises :class:`InvalidInput` if no lab can be called so."""
     if re.match(NAME_PATTERN, name) is None:
-        raise InvalidInput(f"'{name[:80]}' is no name for a lab", why="1 to 10 lower-case letters and digits")
+        raise InvalidInput(f"'{name[:80]}' is not a name for a lab", why="1 to 10 lower-case letters and digits")
 
 
 def _number(host: str) -> int:

@@ -52,7 +52,7 @@ class Chains:
             format=fact.format,
             virtual_bytes=fact.virtual_bytes,
             location=there.location,
-            why=f"it is only read, and {'sent' if sent else 'there with the same contents'}, as {there.path}",
+            why=f"read-only, {'sent' if sent else 'already there with the same contents'} as {there.path}",
         )
 
     def _sent(self, file: BackingFile, backing: BackingFile | None, choose: Choice) -> BackingFile:
@@ -77,7 +77,8 @@ class Chains:
             backing=backing,
             expected_bytes=min(file.allocated_bytes, file.size),
             location=location.name,
-            why=f"into location '{location.name}'" + (f", above {backing.path}" if backing is not None else ""),
+            why=f"into location '{location.name}'"
+            + (f", on its backing file {backing.path}" if backing is not None else ""),
         )
 
 
@@ -88,5 +89,5 @@ def above(whole: DiskPlan, fact: DiskFacts, below: BackingFile, *, sent: bool) -
         action=DiskAction.COPY_OVERLAY,
         expected_bytes=fact.allocated_bytes,
         backing=below,
-        why=f"{whole.why}, without what lies below it, which is {'sent' if sent else 'there'} as {below.path}",
+        why=f"{whole.why}, without its backing file, which is {'sent' if sent else 'already there'} as {below.path}",
     )

@@ -138,7 +138,7 @@ class Convergence:
             note = f"{self._writes(look)}; its processors are slowed by up to {percent} %"
             return replace(self, throttle_percent=percent, progress_at=at), Throttle(percent, note)
         if policy.post_copy:
-            note = f"{self._writes(look)}; it continues at the destination, memory follows"
+            note = f"{self._writes(look)}; it continues at the destination, its memory follows"
             return replace(self, in_post_copy=True, progress_at=at), StartPostCopy(note)
         return self._wait_or_give_up(look, stalled_s, self._writes(look))
 

@@ -215,7 +215,7 @@ class Destination:
             if self.step in (DestinationStep.CONTINUING, DestinationStep.OWNED):
                 raise Conflict(
                     f"VM '{self.vm.name}' cannot be given up: this host owns it",
-                    why="the source, or a person, handed it over",
+                    why="the source handed it over, or an administrator decided so",
                     vm=self.vm.name,
                     host=self.journal.header.destination,
                 )
@@ -265,7 +265,7 @@ class Destination:
             header = self.journal.header
             raise Conflict(
                 f"the move of VM '{self.vm.name}' needs no decision",
-                why=f"host '{header.source}' conducts it, and has not gone away",
+                why=f"host '{header.source}' controls it, and is still connected",
                 todo=f"to end it: limosa --host {header.source} migration cancel {header.migration}; "
                 "if that host has just died, try again in some seconds",
                 vm=self.vm.name,
@@ -275,20 +275,20 @@ class Destination:
             if await self._own_qemu() is DestinationQemu.SILENT:
                 raise QemuError(
                     f"VM '{self.vm.name}' cannot be continued: its QEMU does not answer",
-                    todo="mend what it waits for, most likely storage, restart the daemon, and try again",
+                    todo="fix what it waits for, most likely storage, restart the daemon, and try again",
                     vm=self.vm.name,
                     host=self.journal.header.destination,
                 )
             await self._take_over(is_only_copy=True)
             await self.adopted()
         else:
-            await self.abort("a person gave the VM to the source")
+            await self.abort("an administrator gave the VM to the source")
 
     async def _whole(self) -> MachineProtocol:
         """The QEMU with the whole state. Else everything is destroyed and :class:`DestinationLost` raised."""
         try:
             if self.machine is None or self.step is not DestinationStep.RESERVED:
-                raise StateError("nothing waits here")
+                raise StateError("there is nothing to take over")
             async with asyncio.timeout(LOAD_WITHIN_S):
                 if not self._loaded.is_set():
                     await self._load(self.machine)
@@ -298,7 +298,7 @@ class Destination:
             if self.step is not DestinationStep.GONE:
                 await self._destroy()
             raise self._lost(
-                "its state did not arrive whole", str(error) or f"QEMU was not ready within {LOAD_WITHIN_S:.0f} s"
+                "its state did not arrive completely", str(error) or f"QEMU was not ready within {LOAD_WITHIN_S:.0f} s"
             ) from error
         return self.machine
 

@@ -241,7 +241,7 @@ def _against_sending(disk: Disk, location: Location) -> list[Finding]:
     return [
         Finding.error(
             "form-not-possible",
-            f"disk {disk.name} cannot go to location '{location.name}': it is only read, and sent as a file",
+            f"disk {disk.name} cannot go to location '{location.name}': it is read-only, and sent as a file",
             "choose a location that is a folder",
         )
     ]
@@ -254,7 +254,7 @@ def _against_thick(disk: Disk, location: Location) -> list[Finding]:
         Finding.warning(
             "thick-lost",
             f"disk {disk.name} is thick and will be thin: location '{location.name}' is a thin pool",
-            "choose another location if its space is to stay its own whatever the guest discards",
+            "choose another location if it must keep its space even when the guest discards blocks",
         )
     ]
 
@@ -286,8 +286,8 @@ def against_copying(fact: DiskFacts) -> list[Finding]:
         found.append(
             Finding.warning(
                 "disk-bitmaps",
-                f"disk {fact.name} holds {fact.bitmaps} dirty bitmaps, which a copy does not have",
-                "have the backup program that keeps them there make its next backup a full one",
+                f"disk {fact.name} holds {fact.bitmaps} dirty bitmaps, which are not copied",
+                "make the next backup a full one, if a backup program uses them",
             )
         )
     return found
@@ -301,7 +301,7 @@ def against_leaving(fact: DiskFacts) -> list[Finding]:
         Finding.error(
             "image-needed",
             f"{fact.path}, which disk {fact.name} would leave, cannot be deleted: {fact.needed}",
-            "keep the images that are left with --keep; or first end the other use, or start the host that is away",
+            "keep the old images with --keep; or first end the other use, or start the host that does not answer",
         )
     ]
 
@@ -311,7 +311,7 @@ def not_deleted(image: str, why: str) -> Finding:
     return Finding.warning(
         "image-left",
         f"{image}, which the VM has left, was not deleted: {why}",
-        "delete it yourself when nobody needs it",
+        "delete it yourself once nobody needs it",
     )
 
 
@@ -345,7 +345,7 @@ def space(plans: Iterable[DiskPlan | LayerPlan], locations: Mapping[str, Locatio
                 Finding.error(
                     "location-unusable",
                     f"location '{name}' of host '{host}' cannot be used: {location.fault}",
-                    "mend it, or choose another with --storage",
+                    "fix it, or choose another with --storage",
                 )
             )
         elif location.lacks(count):

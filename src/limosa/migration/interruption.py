@@ -40,7 +40,7 @@ async def unless(
 
 def restarted(vm: str, host: str) -> MigrationFailed:
     """What ended a move that a new daemon found under way and has undone."""
-    return MigrationFailed("the host daemon restarted during the move", todo="move it again", vm=vm, host=host)
+    return MigrationFailed("the host daemon was restarted during the move", todo="move it again", vm=vm, host=host)
 
 
 async def is_gone(machine: MachineProtocol) -> bool:

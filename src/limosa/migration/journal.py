@@ -104,7 +104,7 @@ class Journal:
             raise StateError(
                 f"cannot write the journal {journal.path}",
                 why=error.strerror or str(error),
-                todo="free space or mend the file system of the state folder",
+                todo="free space or repair the file system of the state folder",
                 vm=header.vm.name,
             ) from error
         return journal

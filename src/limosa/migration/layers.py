@@ -56,7 +56,7 @@ async def send(move: SourceMove, awaited: LayersAwaited) -> None:
         _show(move, sender, plans)
         move.figures.layers_went(channel, sender.sent_bytes)
         move.report.change(route=await paths.look())
-        move.report.note("the destination compares what lies below the disks with what was meant")
+        move.report.note("the destination verifies the backing files")
     finally:
         channel.close()
 
@@ -88,7 +88,7 @@ def _look_at(task: asyncio.Future[Any]) -> None:
 
 def _chosen(plans: tuple[LayerPlan, ...], awaited: LayersAwaited) -> list[LayerPlan]:
     if any(at >= len(plans) for at in awaited.wanted):
-        raise InvalidInput("the destination awaits files that were not planned")
+        raise InvalidInput("the destination asks for files that were not planned")
     return [plans[at] for at in awaited.wanted]
 
 

@@ -200,8 +200,8 @@ class Mirrors:
         elif what == "give-up":
             may_help = "" if self._policy.slow_writes else "; or allow its writes to be slowed: convergence.slow_writes"
             raise NotConverging(
-                f"the copy of disk {disk} " + ("does not come to its end" if allowed is None else "falls behind"),
-                why="nothing of it is copied" if still else "the guest writes it faster than it can be sent",
+                f"the copy of disk {disk} " + ("does not finish" if allowed is None else "falls behind"),
+                why="nothing of it is copied" if still else "the guest writes to it faster than it can be sent",
                 todo="see whether what it is copied to answers"
                 if still
                 else f"move the VM when it is quieter, or over a faster network{may_help}",

@@ -86,7 +86,7 @@ def _programs(vm: VmConfig, here: VmFacts, there: DestinationFacts) -> Iterator[
         yield Finding.error(
             "qemu-older",
             f"QEMU {_version(there.qemu)} on host '{there.host}' is older than {_version(here.qemu)} here",
-            "moves go to the same or a newer QEMU; upgrade the destination",
+            "a VM can only move to the same or a newer QEMU; upgrade the destination",
         )
     if here.accelerator not in there.accelerators:
         yield Finding.error(
@@ -116,8 +116,8 @@ def _processor(vm: VmConfig, here: VmFacts, there: DestinationFacts) -> Iterator
     elif cpu.is_the_hosts(vm.cpu) and not (here.cpu_features and there.cpu_features):
         yield Finding.error(
             "cpu-features-missing",
-            f"it cannot be told whether host '{there.host}' has all of the CPU model {vm.cpu}: one of the hosts does "
-            "not say what it offers",
+            f"whether host '{there.host}' has all features of the CPU model {vm.cpu} is unknown: one of the hosts does "
+            "not report what it offers",
             "use the same release of Limosa on both, or give the VM a portable CPU model such as x86-64-v2",
         )
     elif missing:
@@ -138,7 +138,7 @@ def _places(vm: VmConfig, there: DestinationFacts) -> Iterator[Finding]:
     if there.memory_available_mib < vm.memory_mib:
         yield Finding.error(
             "memory-short",
-            f"the VM needs {vm.memory_mib} MiB, host '{there.host}' has {there.memory_available_mib} MiB to give",
+            f"the VM needs {vm.memory_mib} MiB, host '{there.host}' has {there.memory_available_mib} MiB available",
             "move another VM away from it first, or choose another host",
         )
     if there.name_taken:
@@ -172,14 +172,14 @@ def _files(vm: VmConfig, here: VmFacts, there: DestinationFacts, copied: Collect
         elif path not in ours or not same_file(ours[path], theirs[path]):
             yield Finding.error(
                 "file-not-same",
-                f"{path} on host '{there.host}' is another file than here",
-                "mount the same storage on both, or name it alike with 'limosa storage add NAME PATH --shared'",
+                f"{path} on host '{there.host}' is not the same file as here",
+                "mount the same storage on both, or name it the same with 'limosa storage add NAME PATH --shared'",
             )
         elif path in writable and not theirs[path].writable:
             yield Finding.error(
                 "file-not-writable",
-                f"host '{there.host}' may not write {path}",
-                "give QEMU's user there the right to write it",
+                f"host '{there.host}' may not write to {path}",
+                "give QEMU's user there write access",
             )
 
 
@@ -209,7 +209,7 @@ def _network(here: VmFacts, there: DestinationFacts, reachable: bool) -> Iterato
             "port-blocked",
             f"no connection to {there.addresses[0]} port {there.trial_port} of host '{there.host}'",
             "open 'migration_ports' of that host in the firewall between the two; if it is on no network of this host, "
-            "see that routing leads there over one of 'migration_networks'",
+            "make sure that it is routed over one of 'migration_networks'",
         )
 
 
@@ -217,7 +217,7 @@ def _encryption(source: str, here: VmFacts, there: DestinationFacts) -> Iterator
     if there.network.encrypt and not here.network.encrypt:
         yield Finding.error(
             "not-encrypted",
-            f"host '{there.host}' takes memory only if it is encrypted, and 'encrypt' is off on host '{source}'",
+            f"host '{there.host}' accepts only encrypted memory, and 'encrypt' is off on host '{source}'",
             f"limosa --host {source} host settings encrypt true",
         )
 
@@ -227,14 +227,14 @@ def _post_copy(here: VmFacts, there: DestinationFacts, relayed: bool) -> Iterato
         # What a relay had on its way is lost with it, which QEMU cannot send again.
         yield Finding.warning(
             "post-copy-not-possible",
-            "post-copy is allowed, but relays carry this move, and the guest would end with one of them; "
+            "post-copy is allowed, but relays carry this move, and the guest would be lost with one that fails; "
             "the move goes on without post-copy",
             "--transport auto or tcp, if post-copy is needed",
         )
     if here.post_copy and not there.post_copy_possible:
         yield Finding.warning(
             "post-copy-not-possible",
-            f"post-copy is allowed, but host '{there.host}' cannot receive a VM by it; the move goes on without it",
+            f"post-copy is allowed, but host '{there.host}' cannot receive a VM that way; the move goes on without it",
             "let QEMU's user open /dev/userfaultfd there, see packaging/60-limosa-userfaultfd.rules",
         )
 
@@ -253,7 +253,7 @@ def _devices(vm: VmConfig) -> Iterator[Finding]:
     for device in vm.host_devices:
         yield Finding.error(
             "local-device",
-            f"the VM holds the host's {device.kind.upper()} device {device.address}",
+            f"the VM uses the host's {device.kind.upper()} device {device.address}",
             "detach it; a device of one host cannot move to another",
         )
 

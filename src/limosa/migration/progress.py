@@ -122,7 +122,7 @@ def of_layers(bar: Bar, shown: Progress, sent: int, total: int, at: float) -> tu
         total_bytes=sent + remaining,
         rate_bytes_per_s=_whole(rate),
         remaining_s=_in_ms(remaining / rate) if rate else None,
-        note="sends what lies below the disks",
+        note="sending backing files",
     )
 
 
@@ -157,7 +157,7 @@ def sent(disks: Iterable[DiskProgress]) -> int:
 def slows_writes(disks: Iterable[DiskProgress]) -> str:
     """What to say of disks to which the guest's writes are slowed; empty if there is none."""
     slowed = ", ".join(disk.disk for disk in disks if disk.slowed)
-    return f"the guest's writes to disk {slowed} are slowed, to copy them in time" if slowed else ""
+    return f"the guest's writes to disk {slowed} are slowed, so that its copy keeps up" if slowed else ""
 
 
 def _prepares(disks: Iterable[DiskProgress]) -> str:

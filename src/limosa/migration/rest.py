@@ -68,4 +68,4 @@ async def _flows(move: SourceMove, machine: MachineProtocol) -> None:
         await asyncio.sleep(LOOK_EVERY_S)
     if look.state is MigrationState.POSTCOPY_PAUSED:
         vm, host = move.header.vm.name, move.header.destination
-        raise MigrationFailed(f"VM '{vm}' is not whole at host '{host}'", why=look.error, vm=vm, host=host)
+        raise MigrationFailed(f"VM '{vm}' is incomplete on host '{host}'", why=look.error, vm=vm, host=host)

@@ -153,9 +153,9 @@ class Settlement:
         except TimeoutError:
             vm, host = self.move.header.vm.name, self.move.header.source
             raise QemuError(
-                f"the move of VM '{vm}' cannot be brought to its end",
+                f"the move of VM '{vm}' cannot be finished",
                 why="its QEMU does not answer",
-                todo="it is asked again; 'limosa vm show' says its process, if it is to be ended",
+                todo="Limosa keeps asking it; 'limosa vm show' names its process, in case you want to end it",
                 vm=vm,
                 host=host,
             ) from None
@@ -267,7 +267,7 @@ class Settlement:
             vm, host = self.move.header.vm.name, self.move.header.destination
             error = OwnerUnknown(
                 f"VM '{vm}' belongs to this host and to host '{host}'",
-                why="a person gave it to one of them while the other had it",
+                why="an administrator gave it to one of them while the other had it",
                 todo="stop it on one of them with 'limosa vm stop' at once, and check its disks",
                 vm=vm,
                 host=host,
@@ -335,13 +335,13 @@ class Settlement:
         word = f"limosa migration resolve {self.move.header.migration} --owner source"
         if standing is None:
             why = str(self.cause or f"host '{there}' cannot be reached")
-            todo = f"it is settled as soon as '{there}' can be reached; if '{there}' is surely dead: {word}"
+            todo = f"it is settled as soon as '{there}' can be reached; if '{there}' is certainly dead: {word}"
         elif standing.state is DestinationState.GONE:
             why = f"host '{there}' was restarted meanwhile, and nothing of the VM is left there; it may have run before"
             todo = f"to let it go on here, as it was when it was sent: {word}"
         else:
             why = f"host '{there}' answers, and knows nothing of the move"
-            todo = f"see whether it has the VM; if it surely does not: {word}"
+            todo = f"check whether it has the VM; if it certainly does not: {word}"
         error = OwnerUnknown(
             f"nobody can know whether host '{there}' has taken over VM '{vm}'; it does not run here",
             why=why,

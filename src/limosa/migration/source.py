@@ -155,7 +155,7 @@ class SourceMove:
 
     async def _without_rdma(self, machine: MachineProtocol, failure: LimosaError) -> None:
         """Put everything back to where it was before RDMA was tried."""
-        self.report.note(f"RDMA failed ({failure}); it begins again by another way")
+        self.report.note(f"RDMA failed ({failure}); starting again with another transport")
         self._close_channels()
         if self.peer is not None:
             peer, self.peer = self.peer, None  # its loss, if it comes, is not to interrupt what follows
@@ -387,7 +387,9 @@ class SourceMove:
         left = self._left()
         if self.journal.rests_on_a_word:
             await self.home.vm_left(())
-            said = tuple(not_deleted(path, "only a person says that the destination has the VM") for path in left)
+            said = tuple(
+                not_deleted(path, "only an administrator's decision gave the VM to the destination") for path in left
+            )
         else:
             said = await self.home.vm_left(left)
         self.report.change(findings=tuple(dict.fromkeys((*self.report.now.findings, *said))))

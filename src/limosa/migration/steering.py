@@ -159,16 +159,16 @@ class Steering:
         vm, host = self._header.vm.name, self._header.destination
         if self.mirrors is not None and not self.mirrors.whole:
             raise MigrationFailed(
-                f"the disks of VM '{vm}' could not be made whole on host '{host}' while it stood still",
-                why=f"what the guest had written last was not copied within {STANDS_STILL_S:.0f} s",
+                f"the disks of VM '{vm}' could not be completed on host '{host}' while it was stopped",
+                why=f"the guest's last writes were not copied within {STANDS_STILL_S:.0f} s",
                 todo="move the VM when it writes less, or over a faster network",
                 vm=vm,
                 host=host,
             )
         raise MigrationFailed(
-            f"host '{host}' did not take the rest of VM '{vm}', which stood still meanwhile",
+            f"host '{host}' did not load the rest of VM '{vm}', which was stopped meanwhile",
             why=f"its QEMU had not loaded everything within {STANDS_STILL_S:.0f} s",
-            todo="see the VM's qemu.log there, and whether that host has processor time and memory left",
+            todo="check the VM's qemu.log there, and whether that host has processor time and memory to spare",
             vm=vm,
             host=host,
         )

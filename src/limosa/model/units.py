@@ -16,7 +16,7 @@ def parse_size(text: str, *, default_unit: str = "") -> int:
     """
     match = _SIZE.match(text)
     if match is None or len(text) > 32:
-        raise ValueError(f"'{text[:40]}' is no size; write for example 512M, 2G or 1.5G")
+        raise ValueError(f"'{text[:40]}' is not a size; write for example 512M, 2G or 1.5G")
     number, unit = match.groups()
     size = float(number) * 1024 ** _POWER[(unit or default_unit).upper()]
     if size < 1 or size > 2**60:

@@ -118,7 +118,7 @@ class VmConfig(Model, frozen=True):
             ("MAC address", [nic.mac for nic in self.nics]),
         ):
             if len(set(values)) != len(values):
-                raise ValueError(f"the same {what} stands twice")
+                raise ValueError(f"the same {what} occurs twice")
         if self.boot is not None and self.firmware == "uefi":
             raise ValueError("direct kernel boot needs firmware = 'bios'")
 

@@ -39,5 +39,5 @@ def find_switch(socket: IPRoute, name: str) -> Switch:
     except NetlinkError as fault:
         raise NetworkError(f"there is no virtual switch '{name}'", todo=todo) from fault
     if attribute(link, "IFLA_LINKINFO", "IFLA_INFO_KIND") != "bridge":
-        raise NetworkError(f"'{name}' is no virtual switch", why="the interface is no Linux bridge", todo=todo)
+        raise NetworkError(f"'{name}' is not a virtual switch", why="the interface is not a Linux bridge", todo=todo)
     return Switch(name=name, index=link["index"], mtu=attribute(link, "IFLA_MTU"), up=bool(link["flags"] & 1))

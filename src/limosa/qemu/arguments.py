@@ -78,7 +78,7 @@ def build(launch: Launch) -> list[str]:
     if "q35" not in config.machine:
         raise InvalidInput(
             f"VM '{config.name}' cannot use machine type '{config.machine}'",
-            why="Limosa lays devices out for q35",
+            why="Limosa supports q35 machines only",
             todo="choose one of the pc-q35-* machine types",
             vm=config.name,
         )

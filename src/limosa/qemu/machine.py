@@ -90,7 +90,7 @@ class Machine(Stream, Disks):
         raise QemuError(
             f"another QEMU, with pid {leftover.pid}, uses the run folder {run_dir}",
             why=f"nobody has a record of it, and its guest is {state}",
-            todo="see whose it is, and end it by hand",
+            todo="find out whose it is, and end it by hand",
         )
 
     async def status(self) -> RunState:

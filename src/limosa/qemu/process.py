@@ -85,7 +85,7 @@ class QemuProcess:
             raise QemuError(
                 f"QEMU with pid {self.pid} does not end",
                 why="the kernel holds it, most likely in access to storage that does not answer",
-                todo="see to its storage",
+                todo="check its storage",
             ) from None
 
     async def ends(self, within_s: float) -> bool:

@@ -148,8 +148,8 @@ def identity_of(certificate: x509.Certificate) -> Identity:
 def _check_name(name: str) -> None:
     if not is_name(name):
         raise InvalidInput(
-            f"'{name[:80]}' is no valid name",
-            why="letters, digits, '_', '.' and '-'; at most 63; first a letter or digit",
+            f"'{name[:80]}' is not a valid name",
+            why="use at most 63 letters, digits, '_', '.' and '-', with a letter or digit first",
         )
 
 
@@ -158,7 +158,7 @@ def _alternative_name(text: str) -> x509.GeneralName:
         return host_or_address(text)
     except ValueError as fault:
         raise InvalidInput(
-            f"'{text[:80]}' is no address of a host",
+            f"'{text[:80]}' is not the address of a host",
             why=str(fault),
             todo="write an IP address or a DNS name, without port",
         ) from fault

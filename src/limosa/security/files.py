@@ -27,9 +27,9 @@ def private_folder(folder: Path) -> None:
         raise StateError(f"cannot create the folder {folder}", why=fault.strerror or str(fault)) from fault
     if status.st_uid != os.geteuid() or stat.S_IMODE(status.st_mode) & 0o022:
         raise StateError(
-            f"{folder} is no safe place for keys",
-            why="others may write to it",
-            todo="choose another folder, or take it into your ownership with mode 0700",
+            f"{folder} is not a safe place for keys",
+            why="other users may write to it",
+            todo="choose another folder, or make yourself its owner and set its mode to 0700",
         )
 
 
@@ -49,7 +49,7 @@ def load_certificate(path: Path) -> x509.Certificate:
     try:
         return x509.load_pem_x509_certificate(_read(path))
     except ValueError as fault:
-        raise StateError(f"{path} is no certificate", why=str(fault)) from fault
+        raise StateError(f"{path} is not a certificate", why=str(fault)) from fault
 
 
 def load_key(path: Path) -> Key:
@@ -57,9 +57,9 @@ def load_key(path: Path) -> Key:
     try:
         key = serialization.load_pem_private_key(_read(path), None)
     except (ValueError, TypeError) as fault:
-        raise StateError(f"{path} is no private key", why=str(fault)) from fault
+        raise StateError(f"{path} is not a private key", why=str(fault)) from fault
     if not isinstance(key, ec.EllipticCurvePrivateKey):
-        raise StateError(f"{path} is no key of Limosa's", why="it is not an elliptic-curve key")
+        raise StateError(f"{path} is not one of Limosa's keys", why="it is not an elliptic-curve key")
     return key
 
 

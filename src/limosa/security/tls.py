@@ -118,7 +118,7 @@ def check_dates(certificate: Path) -> None:
     if now < loaded.not_valid_before_utc:
         raise StateError(
             f"the certificate {certificate} is not valid yet",
-            why=f"it begins at {loaded.not_valid_before_utc:%Y-%m-%d %H:%M} UTC",
+            why=f"it is valid from {loaded.not_valid_before_utc:%Y-%m-%d %H:%M} UTC",
             todo="set this machine's clock",
         )
 
@@ -164,7 +164,7 @@ def _load(context: ssl.SSLContext, pki: Path, kind: Kind) -> None:
     try:
         context.load_verify_locations(cafile=authority)
     except (ssl.SSLError, OSError) as fault:
-        raise _damaged(f"{authority} is no certificate", fault) from fault
+        raise _damaged(f"{authority} is not a certificate", fault) from fault
     try:
         # The password callback keeps OpenSSL from asking for one on the terminal if the key is encrypted.
         context.load_cert_chain(certificate, key, password=lambda: "")
@@ -188,7 +188,7 @@ def _check_private(key: Path) -> None:
     if mode & 0o077:
         raise StateError(
             f"the private key {key} is not private",
-            why=f"its mode {mode:04o} lets other users at it",
+            why=f"its mode {mode:04o} gives other users access",
             todo=f"chmod 600 {shlex.quote(str(key))}, or issue a new key if others may have read it",
         )
 

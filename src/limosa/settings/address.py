@@ -27,7 +27,7 @@ def split_address(text: str) -> tuple[str, int | None]:
     try:
         return parse_address(text)
     except ValueError as fault:
-        raise InvalidInput(f"'{text[:80]}' is no host", why=str(fault), todo="write NAME or NAME:PORT") from fault
+        raise InvalidInput(f"'{text[:80]}' is not a host", why=str(fault), todo="write NAME or NAME:PORT") from fault
 
 
 def parse_address(text: str) -> tuple[str, int | None]:
@@ -40,7 +40,7 @@ def parse_address(text: str) -> tuple[str, int | None]:
         raise ValueError("it is neither a name nor an address")
     port = int(digits) if digits is not None else None
     if port is not None and not 0 < port < 65536:
-        raise ValueError(f"{port} is no port")
+        raise ValueError(f"{port} is not a port")
     return name, port
 
 

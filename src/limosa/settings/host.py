@@ -37,22 +37,22 @@ class ConvergencePolicy(Model, frozen=True):
     max_throttle_percent: Annotated[int, Meta(ge=1, le=99, description="how far auto_converge may slow the guest")] = 80
     post_copy: Annotated[
         bool,
-        Meta(description="as a last step run the guest at the destination and fetch memory behind it; no way back"),
+        Meta(
+            description="as a last step run the guest at the destination before all its memory is there; not undoable"
+        ),
     ] = False
     slow_writes: Annotated[
-        bool, Meta(description="slow the guest's writes to a disk that it writes faster than it can be copied")
+        bool, Meta(description="slow the guest's writes to a disk while it writes faster than the disk can be copied")
     ] = True
     least_write_kib_per_s: Annotated[
         int,
         Meta(
             ge=1,
             le=1024 * 1024,
-            description="so much a guest may always write to a disk in a second, however far slow_writes slows it",
+            description="lower limit for slow_writes, per disk",
         ),
     ] = 64
-    patience_s: Annotated[
-        float, Meta(ge=1, le=86400, description="give up when this long no step has brought the move nearer to its end")
-    ] = 120
+    patience_s: Annotated[float, Meta(ge=1, le=86400, description="abort after this long without progress")] = 120
 
     def __post_init__(self) -> None:
         if self.first_downtime_ms > self.blackout_budget_ms:
@@ -64,42 +64,45 @@ class HostSettings(Model, frozen=True):
 
     live_migration: Annotated[bool, Meta(description="whether VMs may move from or to this host")] = True
     max_outgoing: Annotated[
-        int, Meta(ge=1, le=64, description="moves from this host at once; more wait in line. Relates to max_incoming")
+        int, Meta(ge=1, le=64, description="moves from this host at once; more are queued. Relates to max_incoming")
     ] = 2
     max_incoming: Annotated[
-        int, Meta(ge=1, le=64, description="moves to this host at once; more wait in line. Relates to max_outgoing")
+        int, Meta(ge=1, le=64, description="moves to this host at once; more are queued. Relates to max_outgoing")
     ] = 2
     max_storage_moves: Annotated[
         int,
-        Meta(ge=1, le=64, description="moves that copy disks, on this host or from it, at once; more wait in line"),
+        Meta(ge=1, le=64, description="moves that copy disks, on this host or from it, at once; more are queued"),
     ] = 2
     migration_networks: Annotated[
         tuple[Cidr, ...],
         Meta(
-            description="networks allowed to carry guest memory, in order of preference: what goes over one comes over "
-            "the first, also if another is faster; empty: any the hosts share"
+            description="networks that may carry moves, in order of preference: a move that uses one network takes the "
+            "first listed, even if another is faster; empty: any the hosts share"
         ),
     ] = ()
     migration_ports: Annotated[
-        tuple[int, int], Meta(description="first and last TCP port on which this host receives guest memory")
+        tuple[int, int], Meta(description="first and last TCP port on which this host receives guest memory and disks")
     ] = (49152, 49407)
     transport: Annotated[
         Transport,
         Meta(
             description="how guest memory travels: tcp, one connection; multichannel, all NICs at once; "
             "compression, compressed with idle processor time; rdma, by RDMA devices, which needs encrypt off on both "
-            "hosts; auto chooses what is fastest between the two hosts"
+            "hosts; auto chooses the fastest between the two hosts"
         ),
     ] = "auto"
     rdma_pin_all: Annotated[
         bool,
-        Meta(description="with rdma, lock all memory of a VM at once: faster, and both hosts must have that much free"),
+        Meta(
+            description="with rdma, lock all memory of a VM at once: faster, but needs that much free memory on "
+            "both hosts"
+        ),
     ] = False
     encrypt: Annotated[
         bool,
         Meta(
-            description="TLS for guest memory that is sent, and demanded of what comes; switch it off on both hosts, "
-            "and only on networks nobody else can reach"
+            description="TLS for guest memory that is sent, and required for what is received; switch it off on both "
+            "hosts, and only on networks nobody else can reach"
         ),
     ] = True
     compression_window_mib: Annotated[
@@ -108,7 +111,7 @@ class HostSettings(Model, frozen=True):
             ge=1,
             le=1024,
             description="memory, a power of two, in which compression finds pages that an earlier VM has sent already; "
-            "taken for each pair of hosts, on both, while VMs move with it. The smaller of both hosts' counts",
+            "used for each pair of hosts, on both, during such moves; the smaller of the two values applies",
         ),
     ] = 512
     bandwidth_mbit_per_s: Annotated[
@@ -133,18 +136,18 @@ class HostSettings(Model, frozen=True):
     ] = 512
     peers: Annotated[
         dict[Name, PeerAddress],
-        Meta(description="addresses of other hosts by name; hosts not listed are looked up in DNS"),
+        Meta(description="addresses of other hosts by name, for moves; hosts not listed are looked up in DNS"),
     ] = {}
     locations: Annotated[
         dict[Name, Place],
         Meta(
-            description="folders (path) and LVM volume groups (lvm) for disk images by name; hosts that call a folder "
-            "of one name shared see the same files below it. Relates to default_location"
+            description="folders (path) and LVM volume groups (lvm) for disk images by name; a folder marked as shared "
+            "holds the same files on every host that has one of that name. Relates to default_location"
         ),
     ] = {}
     default_location: Annotated[
         Name,
-        Meta(description="where images of VMs that come here go unless another location is asked for"),
+        Meta(description="where images of VMs that move here go unless another location is given"),
     ] = OWN_LOCATION
 
     def __post_init__(self) -> None:

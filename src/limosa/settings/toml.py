@@ -25,7 +25,7 @@ def decode(text: str, cls: type[T], *, where: str, error: type[LimosaError] = In
     try:
         raw = tomllib.loads(text)
     except (ValueError, RecursionError) as fault:  # TOMLDecodeError is a ValueError; a number too long is another
-        raise error(f"{where} is not valid TOML", why=str(fault), todo="mend the file") from fault
+        raise error(f"{where} is not valid TOML", why=str(fault), todo="fix the file") from fault
     return convert(raw, cls, where=where, error=error)
 
 
@@ -34,7 +34,7 @@ def convert(
     cls: type[T],
     *,
     where: str,
-    todo: str = "mend the field that is named",
+    todo: str = "fix the field that is named",
     error: type[LimosaError] = InvalidInput,
 ) -> T:
     """The struct that plain data describes. Raises ``error`` naming ``where`` and the field."""
@@ -125,7 +125,7 @@ def write_atomically(path: Path, data: bytes, *, durable: bool = True) -> None:
     except OSError as fault:
         temporary.unlink(missing_ok=True)
         raise StateError(
-            f"cannot write {path}", why=fault.strerror or str(fault), todo="free space or mend the file system"
+            f"cannot write {path}", why=fault.strerror or str(fault), todo="free space or repair the file system"
         ) from fault
 
 

@@ -51,13 +51,13 @@ def grant(
         return
     verb = "read" if read_only else "write"
     if user is None:
-        raise StorageError(f"the daemon may not {verb} {path}", todo="change its mode or the mount")
+        raise StorageError(f"the daemon may not {verb} {path}", todo="change its permissions or the mount")
     closed = _closed_folder(path, user)
     reason = "it is only read" if read_only else "" if closed else _give(path, user, own, only_look=only_look)
     if reason or closed:
         raise StorageError(
             f"QEMU's user '{user}' may not {verb} {path}",
-            why=f"it may not pass through the folder {closed}" if closed else reason,
+            why=f"it may not enter the folder {closed}" if closed else reason,
             todo=f"keep the image elsewhere, or let '{user}' through: setfacl -m u:{user}:x {shlex.quote(str(closed))}"
             if closed
             else f"let '{user}' {verb} it, for example with chown, or setfacl -m u:{user}:{verb[0]} on the file",
@@ -105,7 +105,7 @@ def _give(path: Path, user: str, own: Collection[Path], *, new: bool = False, on
     try:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode) or status.st_uid != 0 or status.st_nlink != 1:
-            return "it is no regular file of root's with a single name"
+            return "it is not a regular file of root's with a single name"
         if not new and mounts.find(status.st_dev).share:
             return "it lies on storage other hosts use too"
         return "" if only_look else _make_owner(descriptor, path, user, of_group=True)
@@ -121,7 +121,7 @@ def _give_volume(path: Path, user: str, *, only_look: bool) -> str:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         try:
             if not lvm.is_ours(path, os.fstat(descriptor).st_rdev):
-                return "it is no logical volume that Limosa has made"
+                return "it is not a logical volume that Limosa has created"
             return "" if only_look else _make_owner(descriptor, path, user, of_group=False)
         finally:
             os.close(descriptor)

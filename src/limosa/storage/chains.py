@@ -36,7 +36,7 @@ def below(path: str, image_format: DiskFormat) -> Iterator[tuple[str, DiskFormat
             return
         path, image_format = _absolute(path, header.backing), _stated(path, header)
         yield path, image_format
-    raise StorageError(f"more than {LONGEST} files lie below each other at {path}", todo="flatten the image")
+    raise StorageError(f"{path} has more than {LONGEST} backing files", todo="flatten the image")
 
 
 def digest(path: str, image_format: DiskFormat) -> str:
@@ -53,7 +53,9 @@ def digest(path: str, image_format: DiskFormat) -> str:
     except OSError as error:
         raise StorageError(f"cannot read {error.filename or path}", why=error.strerror or str(error)) from error
     except ValueError as fault:
-        raise StorageError(f"{path}, or a file below it, is no sound qcow2 image", why=str(fault)) from fault
+        raise StorageError(
+            f"{path}, or one of its backing files, is not a valid qcow2 image", why=str(fault)
+        ) from fault
     return found
 
 
@@ -70,7 +72,9 @@ def _contents(path: str, *_version: int, above: bool) -> str:
 
 def _absolute(overlay: str, backing: str) -> str:
     if ":" in backing.split("/", maxsplit=1)[0]:
-        raise StorageError(f"{overlay} lies above {backing}, which is no file", todo="flatten it with qemu-img convert")
+        raise StorageError(
+            f"the backing file of {overlay}, {backing}, is not a file", todo="flatten it with qemu-img convert"
+        )
     return str((Path(overlay).parent / backing).absolute())
 
 
@@ -83,6 +87,6 @@ def _stated(overlay: str, header: qcow2.Header) -> DiskFormat:
         case other:
             raise StorageError(
                 f"{overlay} says '{other}' is the format of its backing file",
-                why="only qcow2 and raw are used, and only where it is said",
+                why="only qcow2 and raw are accepted, and the format must be stated",
                 todo=f"qemu-img rebase -u -b {header.backing} -F FORMAT {overlay}",
             )

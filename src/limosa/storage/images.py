@@ -54,7 +54,7 @@ async def info(path: Path, image_format: DiskFormat) -> ImageInfo:
         raw = reading.decode(output, dict)
         found = reading.convert(raw, ImageInfo)
     except msgspec.MsgspecError as error:
-        raise StorageError(f"qemu-img tells something strange about {path}", why=str(error)) from error
+        raise StorageError(f"qemu-img gives an unexpected answer about {path}", why=str(error)) from error
     if raw.get("format-specific", {}).get("data", {}).get("data-file"):
         raise StorageError(f"{path} keeps its data in another file", todo="convert it with qemu-img convert")
     if found.backing_filename and not found.backing_filename_format:
@@ -97,9 +97,9 @@ async def detect_format(path: Path) -> DiskFormat:
     by_name = _NAMES.get(path.suffix.lower(), "raw" if path.is_block_device() else None)
     if by_name != by_contents:
         raise InvalidInput(
-            f"it is not certain what format {path} has",
+            f"the format of {path} is not certain",
             why=f"its contents look like {by_contents}, its name does not",
-            todo="say it: format = 'qcow2' or 'raw'",
+            todo="state it: format = 'qcow2' or 'raw'",
         )
     if by_contents == "qcow2":
         await info(path, "qcow2")
@@ -138,8 +138,8 @@ async def create(
         if image_format == "qcow2" and mounts.of(str(path)).locks_are_mandatory:
             raise StorageError(
                 f"cannot create {path}",
-                why="qemu-img locks what it writes, and this share lets nobody write what is locked",
-                todo="mount it with the option nobrl; Limosa keeps other hosts off by itself",
+                why="qemu-img locks the file it writes, and this share rejects writes to locked files",
+                todo="mount it with the option nobrl; Limosa itself keeps other hosts from using the image",
             )
         below = ["-b", backing.path, "-F", backing.format] if backing is not None else []
         options = [*below, *(["-o", "preallocation=falloc"] if thick else [])]

@@ -111,7 +111,9 @@ def finish(path: Path, below: str, user: str | None) -> None:
     except OSError as error:
         raise StorageError(f"cannot write {path}", why=error.strerror or str(error)) from error
     except ValueError as fault:
-        raise StorageError(f"{path} cannot lie above {below}", why=str(fault), todo="flatten the disk") from fault
+        raise StorageError(
+            f"{path} cannot have the backing file {below}", why=str(fault), todo="flatten the disk"
+        ) from fault
 
 
 def _called(descriptor: int, below: str) -> bytes:

@@ -146,7 +146,8 @@ def release(now: Lease, image: str, dead: str) -> Lease:
         if now.host:
             raise refusal(image, now, "")
         raise ImageLeased(
-            f"no host holds the lease on {image}", todo="see that this is its path; if so, start a VM on it as it is"
+            f"no host holds the lease on {image}",
+            todo="check the path; if it is right, start a VM on the image as it is",
         )
     return Lease(epoch=now.epoch + 1)
 
@@ -156,13 +157,13 @@ def refusal(image: str, now: Lease, host: str, *, twin: bool = False) -> ImageLe
     if now.host == "":
         return ImageLeased(
             f"no host holds the lease on {image}",
-            why="the source of a move must, and says so on the share",
-            todo="see that both hosts have the same share mounted, and start the VM anew at the source",
+            why="the source of a move must hold it",
+            todo="check that both hosts have the same share mounted, and restart the VM at the source",
         )
-    promise = f", who promised it to host '{now.promised_to}'" if now.promised_to else ""
-    holder = f"another machine that is called '{now.host}'" if twin else f"host '{now.host}'"
+    promise = f", which promised it to host '{now.promised_to}'" if now.promised_to else ""
+    holder = f"another machine named '{now.host}'" if twin else f"host '{now.host}'"
     held = f"{holder} holds the lease on it for VM {now.vm}{promise}"
-    todo = f"stop that VM; only if '{now.host}' is surely dead: limosa storage release {image} --from {now.host}"
+    todo = f"stop that VM; only if '{now.host}' is certainly dead: limosa storage release {image} --from {now.host}"
     return ImageLeased(f"{image} may not be written here", why=held, todo=todo, host=host)
 
 
@@ -217,7 +218,9 @@ def change(image: str, rule: Callable[[Lease], Lease]) -> Lease:
         with Change(image, following) as prepared:
             if prepared.make():
                 return following
-    raise StorageError(f"the lease on {image} changes all the time", todo="see which hosts want to start a VM on it")
+    raise StorageError(
+        f"the lease on {image} keeps changing", todo="find out which hosts are trying to start a VM on it"
+    )
 
 
 def forget(image: str) -> None:
@@ -298,4 +301,6 @@ def _unreadable(folder: Path, why: str) -> StorageError:
 
 def _unwritable(folder: Path, error: OSError) -> StorageError:
     why = error.strerror or str(error)
-    return StorageError(f"cannot write the lease {folder}", why=why, todo="let the daemon write beside the image")
+    return StorageError(
+        f"cannot write the lease {folder}", why=why, todo="give the daemon write access to the image's folder"
+    )

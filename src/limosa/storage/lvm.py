@@ -183,7 +183,7 @@ def _report(command: str, kind: str, cls: type[T], *arguments: str) -> tuple[T, 
         (report,) = reading.decode(output, dict)["report"]
         return tuple(reading.convert(row, cls, strict=False) for row in report[kind])
     except (msgspec.MsgspecError, KeyError, ValueError, TypeError) as error:
-        raise StorageError(f"lvm {command} tells something strange", why=str(error)) from error
+        raise StorageError(f"lvm {command} gives an unexpected answer", why=str(error)) from error
 
 
 def _run(command: str, *arguments: str) -> bytes:

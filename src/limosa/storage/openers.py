@@ -79,7 +79,7 @@ def alone(image: Path) -> Iterator[None]:
         raise StorageError(f"cannot open {image}", why=error.strerror or str(error)) from error
     try:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise StorageError(f"{image} is no file")
+            raise StorageError(f"{image} is not a file")
         if why := _obstacle(descriptor):
             raise StorageError(f"{image} is in use", why=why)
         yield
@@ -117,7 +117,7 @@ def _forbid(descriptor: int, image: str, sort: int) -> None:
             return
         raise StorageError(f"cannot lock {image}", why=error.strerror or str(error)) from error
     if struct.unpack(_FLOCK, answer)[0] != fcntl.F_UNLCK:
-        raise StorageError(f"{image} is in use", why="a QEMU writes it", todo="stop the VM that does")
+        raise StorageError(f"{image} is in use", why="a QEMU has it open for writing", todo="stop the VM that does")
 
 
 def _obstacle(descriptor: int) -> str:

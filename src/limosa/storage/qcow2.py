@@ -84,7 +84,7 @@ def _parsed(path: Path, data: bytes) -> Header:
     try:
         return parse(data)
     except ValueError as fault:
-        raise StorageError(f"{path} is no sound qcow2 image", why=str(fault)) from fault
+        raise StorageError(f"{path} is not a valid qcow2 image", why=str(fault)) from fault
 
 
 def _unreadable(path: Path, error: OSError) -> StorageError:
@@ -96,7 +96,7 @@ def parse(data: bytes) -> Header:
     try:
         magic, version, at, length, _, size, *_, snapshots, _ = _HEAD.unpack_from(data)
         if magic != MAGIC or version not in (2, 3):
-            raise ValueError("it does not begin as one")
+            raise ValueError("it does not begin like one")
         features, autoclear, header_length = 0, 0, _HEAD.size
         if version == 3:
             features, _, autoclear, _, header_length = _HEAD_3.unpack_from(data, _HEAD.size)

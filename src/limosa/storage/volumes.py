@@ -100,7 +100,7 @@ class Volumes:
     ) -> None:
         """See :class:`Store`. What a pool gives is blank by itself."""
         if image_format != "raw" or backing is not None or (thick and self.thin):
-            raise StorageError(f"{path} can only be raw and stand alone", why="it is a logical volume")
+            raise StorageError(f"{path} can only be raw, without a backing file", why="it is a logical volume")
         made = threading.Event()
 
         def work() -> None:

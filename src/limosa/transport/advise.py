@@ -63,8 +63,9 @@ def loses_long_packets(ends: Ends, path: Path, *, only: bool) -> Finding:
     say = Finding.error if only else Finding.warning
     return say(
         "long-packets-lost",
-        f"long packets do not arrive between {' and '.join(words)}" + ("" if only else ", so the move does without"),
-        "set the MTU on both ends to what the switches between pass on, or see why packets are lost there",
+        f"long packets do not arrive between {' and '.join(words)}"
+        + ("" if only else ", so the move avoids that path"),
+        "set the MTU on both ends to what the switches between forward, or find out why packets are lost there",
     )
 
 
@@ -130,9 +131,7 @@ def _networks(network: HostNetwork) -> Iterator[Finding]:
 def _links(network: HostNetwork) -> Iterator[Finding]:
     for nic in network.nics:
         if nic.up and not nic.carrier and nic.kind != "bridge" and (nic.addresses or nic.master):
-            yield Finding.warning(
-                "no-link", f"{nic.name} is up and has no link", "see its cable and the port of its switch"
-            )
+            yield Finding.warning("no-link", f"{nic.name} is up and has no link", "check its cable and the switch port")
 
 
 def _slower_than_said(network: HostNetwork) -> Iterator[Finding]:
@@ -141,8 +140,8 @@ def _slower_than_said(network: HostNetwork) -> Iterator[Finding]:
         if nic is not None and nic.speed_mbit_per_s and contradicts(path, nic.speed_mbit_per_s):
             yield Finding.warning(
                 "network-slower-than-nic",
-                f"{nic.name} says {nic.speed_mbit_per_s} Mbit/s, but a move to {path.there} got {path.mbit_per_s}",
-                "see that host's NIC, the switches and cables between, and what else uses them",
+                f"{nic.name} reports {nic.speed_mbit_per_s} Mbit/s, but a move to {path.there} got {path.mbit_per_s}",
+                "check that host's NIC, the switches and cables between, and what else uses them",
             )
 
 
@@ -180,17 +179,17 @@ def _team(network: HostNetwork, nic: HostNic) -> Iterator[Finding]:
     if nic.bond_mode in IN_TURN:
         yield Finding.warning(
             "bond-reorders",
-            f"{nic.name} sends packets in turn ({nic.bond_mode}): they arrive out of order, and TCP sends many again",
+            f"{nic.name} sends packets round-robin ({nic.bond_mode}): they arrive out of order and TCP repeats many",
             "use a bond of mode 802.3ad with layer3+4, or separate networks and multichannel",
         )
     if nic.bond_mode in ONE_MEMBER:
         yield Finding.warning(
             "bond-uses-one-member",
-            f"{nic.name} sends through one member and keeps the others for its failure ({nic.bond_mode})",
+            f"{nic.name} sends through one member and keeps the others as spares ({nic.bond_mode})",
             "use a bond of mode 802.3ad with layer3+4 if the switch can, or separate networks and multichannel",
         )
     if nic.kind == "team" and nic.bond_mode not in (*IN_TURN, *ONE_MEMBER):
-        mode = f"in mode {nic.bond_mode} by what is not known" if nic.bond_mode else "in a way that is not known"
+        mode = f"in mode {nic.bond_mode} by unknown rules" if nic.bond_mode else "by unknown rules"
         yield Finding.warning(
             "team-not-understood",
             f"{nic.name} chooses its members {mode}: a move makes one connection over it, which may take one member",

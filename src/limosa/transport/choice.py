@@ -83,7 +83,7 @@ def choose(ends: Ends, asked: str, blocked: Collection[str] = ()) -> Route:
     direct = _direct(ends, blocked)
     ways = rdma.paths(ends.here, ends.there, direct)
     sides = ends.source, ends.destination, ends.here, ends.there
-    capped = "a cap on bandwidth is set, which QEMU does not keep by RDMA" if _is_capped(ends, ways[:1]) else ""
+    capped = "a cap on bandwidth is set, which QEMU does not enforce with RDMA" if _is_capped(ends, ways[:1]) else ""
     reason = ends.no_rdma or capped or rdma.against(*sides, direct, ends.memory_mib)
     if asked == "auto" and not reason and rdma.is_emulated(ends.here, ends.there, ways[0]):
         reason = "the kernel emulates the RDMA device, and TCP costs less"
@@ -100,7 +100,7 @@ def _for_post_copy(ends: Ends) -> Ends:
     """The same without relays if post-copy is allowed."""
     if not ends.post_copy or ends.no_relay:
         return ends
-    return replace(ends, no_relay="post-copy is allowed, and a relay that ended would take the guest with it")
+    return replace(ends, no_relay="post-copy is allowed, and the guest would be lost with a relay that fails")
 
 
 def _fastest(ends: Ends, blocked: Collection[str]) -> Route:
@@ -181,7 +181,7 @@ def _without_compression(ends: Ends, asked: str, blocked: Collection[str]) -> Ro
     may carry it nevertheless, if it is striped."""
     single, several = _single(ends, blocked), _several(ends, blocked)
     if not single:
-        return Route(transport="tcp", why=f"nothing leads to host '{ends.destination}'")
+        return Route(transport="tcp", why=f"there is no path to host '{ends.destination}'")
     why_striped = _why_striped(ends, several)
     reason = "it was asked for" if asked == "tcp" else _against(ends, several, why_striped)
     if asked == "auto":
@@ -213,7 +213,7 @@ def _why_striped(ends: Ends, several: Sequence[Path]) -> str:
     if len(_alike(several)) < len(several) and max(speeds) < SPREAD_MBIT_PER_S:
         return "the NICs are unequal"
     by_relays = ends.here.encrypt and sum(speeds) <= SPREAD_MBIT_PER_S
-    return "relays, which encrypt it, fill the NICs better so" if by_relays else ""
+    return "the relays that encrypt it fill the NICs better that way" if by_relays else ""
 
 
 def _gain(several: Sequence[Path]) -> str:

@@ -160,7 +160,7 @@ class Endpoints:
                     try:
                         await self._announce(place)
                     except LimosaError as error:
-                        _log.warning("%s is not announced, so that a move has one path less: %s", place[0], error)
+                        _log.warning("%s is not announced, so a move has one path less: %s", place[0], error)
 
     async def announce_ports(self, hold: Hold, address: str, count: int, free: Iterable[int]) -> None:
         """Announce an address with ``count`` further ports in all, so that the other end connects to each as well.

@@ -76,7 +76,7 @@ class _End:
             work(connection)
         except OSError as error:
             why = error.strerror or str(error) or "the connection ended"
-            raise NetworkError("the files below the disks could not be sent", why=why) from error
+            raise NetworkError("the backing files could not be sent", why=why) from error
         except LimosaError:
             self.stop()  # the other end is not to wait for what will not come
             raise

@@ -111,7 +111,7 @@ class HostStatus(Model, forbid_unknown_fields=False, frozen=True):
 
 
 class Advice(Model, forbid_unknown_fields=False, frozen=True):
-    """Which transport suits the NICs of a host, why, and what is set wrongly."""
+    """Which transport suits the NICs of a host, why, and what is misconfigured."""
 
     name: Name
     transport: str

@@ -42,7 +42,7 @@ class Endpoint(msgspec.Struct, Generic[Request, Reply], frozen=True):
 
 HOST = Endpoint("GET", "/v1/host", api.Empty, api.HostStatus, Role.VIEWER, "The host as it sees itself")
 ADVICE = Endpoint(
-    "GET", "/v1/advice", api.Empty, api.Advice, Role.VIEWER, "Which transport suits the host, and what is set wrongly"
+    "GET", "/v1/advice", api.Empty, api.Advice, Role.VIEWER, "Which transport suits the host, and what is misconfigured"
 )
 SETTINGS = Endpoint("GET", "/v1/settings", api.Empty, api.SettingsPage, Role.VIEWER, "The settings page")
 CHANGE_SETTINGS = Endpoint(
@@ -71,7 +71,7 @@ MOVE_DISKS = Endpoint(
     api.DiskMoveRequest,
     Migration,
     Role.OPERATOR,
-    "Move disks of a VM, whether it runs or not, to another location of the host",
+    "Move disks of a VM, running or not, to another location of the host",
 )
 SIGHTINGS = Endpoint(
     "GET", "/v1/storage/hosts", api.Empty, api.SightingList, Role.VIEWER, "Which other hosts see which locations"
@@ -96,7 +96,7 @@ RELEASE_IMAGE = Endpoint(
     api.ReleaseRequest,
     api.Empty,
     Role.OPERATOR,
-    "Release an image on a share from a host that is dead",
+    "Release the lease that a dead host holds on a shared image",
 )
 
 CHECK = Endpoint("POST", "/v1/checks", api.CheckRequest, api.CheckReport, Role.VIEWER, "Preflight: could this VM move?")
@@ -104,7 +104,7 @@ MOVE = Endpoint(
     "POST", "/v1/migrations", api.MoveRequest, Migration, Role.OPERATOR, "Move a running VM to another host"
 )
 LIST_MIGRATIONS = Endpoint(
-    "GET", "/v1/migrations", api.Empty, api.MigrationList, Role.VIEWER, "Moves under way and ended, newest first"
+    "GET", "/v1/migrations", api.Empty, api.MigrationList, Role.VIEWER, "Current and past moves, newest first"
 )
 SHOW_MIGRATION = Endpoint("GET", "/v1/migrations/{migration}", api.Empty, Migration, Role.VIEWER, "One move")
 WATCH_MIGRATION = Endpoint(
@@ -113,7 +113,7 @@ WATCH_MIGRATION = Endpoint(
     api.Empty,
     Migration,
     Role.VIEWER,
-    "One move, a line at each change until it has ended",
+    "One move, a line at each change until it ends",
     stream=True,
 )
 CANCEL_MIGRATION = Endpoint(
@@ -133,7 +133,7 @@ RESOLVE_MIGRATION = Endpoint(
     api.ResolveRequest,
     Migration,
     Role.OPERATOR,
-    "Say who owns a VM whose owner nobody can know",
+    "Say who owns a VM when its hosts cannot know",
 )
 
 #: WebSockets, outside the table because they have no one request and reply.
