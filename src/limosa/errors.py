@@ -15,7 +15,7 @@
     │   ├── DestinationLost   the other side died or cannot be reached
     │   ├── RelayFailed       the process that carries and compresses died
     │   └── Cancelled         a person stopped it                        exit 9
-    ├── OwnerUnknown          paused on both sides; a person decides     exit 10  HTTP 409
+    ├── OwnerUnknown          paused at the source, maybe not there      exit 10  HTTP 409
     ├── QemuError             QEMU did not start, died or refused        exit 11  HTTP 500
     │   ├── QemuGone          its process ended
     │   └── OutcomeUnknown    a command was sent, no answer came
@@ -165,7 +165,8 @@ class Cancelled(MigrationFailed):
 
 
 class OwnerUnknown(LimosaError):
-    """The network failed in the one moment in which nobody can know who owns the VM. It is paused on both sides."""
+    """The source cannot know whether the destination has taken the VM over. It is paused at the source and may be
+    running at the destination."""
 
     code = "owner-unknown"
     exit_code = 10

@@ -1,7 +1,8 @@
 """The network between two hosts is cut at every step of both journals, and healed later.
 
-While it is cut at most one copy runs. After it is healed exactly one runs, settled by the daemons alone. In the one
-case that cannot be known it is paused on both sides, says so, and a person can resolve it either way.
+While it is cut at most one copy runs. After it is healed exactly one runs, settled by the daemons alone. Where the
+source cannot know whether it was heard, the VM is paused there and the move says so, also if the destination runs it; a
+person can resolve it either way.
 """
 
 from __future__ import annotations

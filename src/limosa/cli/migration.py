@@ -1,4 +1,4 @@
-"""``limosa migration``: look at moves, cancel them, settle one whose owner nobody can know."""
+"""``limosa migration``: look at moves, cancel them, say who owns a VM when its hosts cannot know."""
 
 from __future__ import annotations
 
@@ -67,11 +67,12 @@ def register(commands: Commands[argparse.ArgumentParser]) -> None:
     resolve = add_command(
         verbs,
         "resolve",
-        "say who owns a VM that is paused on both sides",
+        "say who owns a VM when its hosts cannot know",
         _resolve,
         examples=["migration resolve web1 --owner source", "--host host2 migration resolve web1 --owner destination"],
-        notes="Only needed when the network failed in the one moment in which nobody can know who owns the\n"
-        "VM. First make sure that the VM does not run on the other side; then say it to both hosts.",
+        notes="For a move that is 'unresolved': the VM is paused at the source and may be running at the destination.\n"
+        "Make sure the VM cannot run on the other host (switched off, or paused there), then run this on the\n"
+        "host that is to have it.",
     )
     for parser in (show, watch, limit, resolve):
         parser.add_argument("migration", metavar="ID|VM", help="the move, or a VM, whose newest move is meant")

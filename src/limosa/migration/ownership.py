@@ -15,8 +15,8 @@ At every instant at most one host may run the VM. The rules, and why they suffic
 5. Before HANDING_OVER the word was not given, so a source whose QEMU can still run simply goes on, whatever the
    destination says: nobody but a person can have continued the guest there, and a person is told not to while the
    source runs. If the source's QEMU is ``completed`` by then, it needs the destination's answer first.
-6. When the destination cannot be asked and the source's QEMU is completed, nothing runs anywhere on either side's
-   guess: both stay paused, the source keeps asking, and a person may resolve it.
+6. When the destination cannot be asked and the source's QEMU is completed, neither side guesses: the source stays
+   paused and keeps asking, the destination runs the guest only if the word has arrived, and a person may resolve it.
 7. The source writes HOME before it gives the VM back to its users, who may then stop it, or move it away. From there on
    the move says nothing about the VM any more, however long its destination stays away: all that is left is to have
    that destroy what it has.

@@ -30,7 +30,8 @@ class Outcome(StrEnum):
     COMPLETED = "completed"
     FAILED = "failed"
     CANCELLED = "cancelled"
-    #: nobody can know which side owns the VM; it is paused on both until a person resolves it
+    #: the source cannot know which side owns the VM; it is paused there, and may be running at the destination, until
+    #: that can be asked or an administrator decides
     UNRESOLVED = "unresolved"
 
 
