@@ -52,7 +52,11 @@ def register(commands: Commands[argparse.ArgumentParser]) -> None:
     )
     _add_names(reset)
     delete = add_command(
-        verbs, "delete", "forget stopped VMs; their disks are kept", _for_each(_delete), examples=["vm delete web1"]
+        verbs,
+        "delete",
+        "forget stopped VMs; disks are kept, UEFI variables are not",
+        _for_each(_delete),
+        examples=["vm delete web1"],
     )
     _add_names(delete)
     add_command(
