@@ -141,6 +141,30 @@ def test_a_plug_that_is_pulled_costs_speed_and_not_the_move(ends: tuple[VmHost, 
     print(f"a plug pulled: {rate(ended):.1f} Mbit/s, {after['eth1'] - cut['eth1']} bytes afterwards")
 
 
+def test_a_bond_is_used_also_below_a_bridge_and_a_vlan(lab: tuple[VmHost, VmHost]) -> None:
+    for host in lab:
+        bond(host.vm, "balance-xor")
+        host.vm.run("ip link add bond0.20 link bond0 type vlan id 20; ip link set bond0.20 up")
+    bridged, plain = lab
+    try:
+        bridged.vm.run("ip link add br20 type bridge; ip link set br20 up; ip link set bond0.20 master br20")
+        bridged.vm.run("ip addr add 10.7.20.1/24 dev br20")
+        plain.vm.run("ip addr add 10.7.20.2/24 dev bond0.20")
+        for host in lab:
+            host.limosa("host", "settings", "migration_networks", "10.7.20.0/24")
+        source, destination = (bridged, plain) if bridged.ask("vm", "list") else (plain, bridged)
+        for here, there in ((source, destination), (destination, source)):
+            ended, used = moved(here, there, "--transport", "multichannel")
+            print(f"below a bridge and a VLAN: {rate(ended):.1f} Mbit/s, {used}")
+            assert ended.route is not None
+            assert [path.streams for path in ended.route.paths] == [8]
+            assert min(used.values()) > 0.2 * sum(used.values())
+    finally:
+        for host in lab:
+            host.limosa("host", "settings", "--reset", "migration_networks")
+            host.vm.run("ip link del br20 2>/dev/null; ip link del bond0.20")
+
+
 def test_the_bond_is_shown_and_judged(lab: tuple[VmHost, VmHost]) -> None:
     host = lab[0]
     bond(host.vm, "balance-xor")

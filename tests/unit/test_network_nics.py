@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
+from pyroute2 import IPRoute
 from pyroute2.netlink.rtnl.ifaddrmsg import ifaddrmsg
 from pyroute2.netlink.rtnl.ifinfmsg import ifinfmsg
 
-from limosa.model.network import HostNic, NicAddress
+from limosa.lab import namespaces
+from limosa.model.network import HostNetwork, HostNic, NicAddress
 from limosa.network import teams
-from limosa.network.nics import IFA_F_TENTATIVE, Answers, describe, emulated, rdma_devices
+from limosa.network.nics import IFA_F_TENTATIVE, Answers, describe, emulated, gather, rdma_devices
 
 
 def parsed(kind: type[Any], **fields: Any) -> Any:
@@ -77,6 +80,63 @@ def test_a_bond_that_uses_all_members_has_their_speed(mode: int, speeds: dict[st
         link(5, "bond0", kind="bond", data=data),
     ]
     assert one(describe(Answers(links, speeds=speeds)), "bond0").speed_mbit_per_s == together
+
+
+def test_a_vlan_says_what_it_is_on_and_is_no_faster() -> None:
+    links = [
+        link(2, "eth0"),
+        link(3, "eth0.20", kind="vlan", link=2),
+        link(4, "veth0", kind="veth", link=2),  # its other end
+        link(5, "mac0", kind="macvlan", link=2, link_netnsid=0),  # another namespace's second NIC
+        link(6, "mac1", kind="macvlan", link=99),  # a NIC of which nothing is known
+        link(7, "br0", kind="bridge"),
+        link(8, "eth0.30", kind="vlan", link=2, master=7),
+    ]
+    speeds = {"eth0": 100, "eth0.20": 1000, "veth0": 10_000, "br0": 1000, "eth0.30": 50}
+    nics = {nic.name: nic for nic in describe(Answers(links, speeds=speeds))}
+    assert {name: nic.lower for name, nic in nics.items() if nic.lower} == {"eth0.20": "eth0", "eth0.30": "eth0"}
+    shown = {name: nic.speed_mbit_per_s for name, nic in nics.items()}
+    assert shown == {"eth0": 100, "eth0.20": 100, "veth0": 10_000, "mac0": None, "mac1": None, "br0": 50, "eth0.30": 50}
+
+
+def test_a_bridge_above_a_team_has_what_the_team_uses() -> None:
+    links = [
+        link(2, "eth0", master=4),
+        link(3, "eth1", master=4),
+        link(4, "team0", kind="team", master=5),
+        link(5, "br0", kind="bridge"),
+    ]
+    speeds = {"eth0": 1000, "eth1": 1000, "team0": 2000, "br0": 2000}
+    nics = describe(Answers(links, speeds=speeds, team_modes={4: "activebackup"}))
+    assert one(nics, "br0").speed_mbit_per_s == 1000
+
+
+@pytest.mark.lab
+def test_what_lies_below_is_told_by_the_kernel() -> None:
+    """Of what this machine has, which may be neither bonds nor VLANs: a macvlan, and a bridge above it."""
+
+    def inside() -> HostNetwork:
+        with IPRoute() as netlink:
+
+            def add(name: str, **more: Any) -> int:
+                netlink.link("add", ifname=name, **more)
+                return int(netlink.link_lookup(ifname=name)[0])
+
+            out = add("out", kind="veth", peer="wall")
+            switch = add("br0", kind="bridge")
+            for member in (add("mac0", kind="macvlan", link=out), add("container", kind="veth", peer="inside")):
+                netlink.link("set", index=member, master=switch)
+            return HostNetwork(nics=gather(netlink))
+
+    name = f"limosa-nics-{os.getpid()}"
+    namespaces.create(name)
+    try:
+        network = namespaces.inside(name, inside)
+    finally:
+        namespaces.remove(name)
+    ways_down = {nic.name: [below.name for below in network.down_from(nic)] for nic in network.nics}
+    assert ways_down["br0"] == ["br0", "mac0", "out"]
+    assert (ways_down["out"], ways_down["wall"]) == (["out"], ["wall"]), "the ends of a pair are not below each other"
 
 
 def test_a_team_is_told_from_a_bond() -> None:

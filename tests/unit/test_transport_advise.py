@@ -35,6 +35,13 @@ def bond(mode: str, policy: str, kind: str = "bond") -> tuple[HostNic, ...]:
     return (*members, made)
 
 
+def below_a_bridge(nics: tuple[HostNic, ...]) -> tuple[HostNic, ...]:
+    """The same with the address on a bridge that the last is in."""
+    *others, last = nics
+    switch = nic("br0", "10.0.1.1", kind="bridge", members=(last.name,))
+    return (switch, *others, msgspec.structs.replace(last, addresses=(), master="br0"))
+
+
 def codes(*, post_copy: bool = False, **changes: Any) -> set[str]:
     _, findings = advise("host1", msgspec.structs.replace(GOOD, **changes), post_copy=post_copy)
     assert all(finding.todo for finding in findings)
@@ -111,12 +118,19 @@ def test_the_settings_that_cap_memory_count(settings: HostSettings, transport: s
         ({"nics": bond("", "", kind="team")}, "team-not-understood"),
         ({"nics": (nic("eth0", "10.0.1.1", rdma="mlx5_0"),), "lockable_mib": 8}, "rdma-locks-little"),
         ({"nics": bond("", "", kind="team")}, "team-of-rdma"),
+        ({"nics": below_a_bridge(bond("802.3ad", "layer2"))}, "bond-hashes-by-host"),
+        ({"nics": below_a_bridge(bond("802.3ad", "layer3+4"))}, "team-of-rdma"),
         ({"carried": (Carried(here="10.0.1.1", there="10.0.1.2", mbit_per_s=94),)}, "network-slower-than-nic"),
         ({"nics": (nic("eth0", "10.0.1.1", speed_mbit_per_s=100),), "post_copy": True}, "slow-for-post-copy"),
     ],
 )
 def test_each_fault_has_its_finding(changes: dict[str, Any], code: str) -> None:
     assert code in codes(**changes)
+
+
+def test_vlans_on_one_nic_need_no_multipath_tcp() -> None:
+    nics = [nic(f"eth0.{at}", f"10.0.{at}.1", kind="vlan", lower="eth0") for at in (1, 2)]
+    assert codes(nics=(*nics, nic("eth0")), mptcp=False) == set()
 
 
 def test_what_is_no_fault_has_none() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import ipaddress
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 from limosa.model.network import Carried, HostNetwork, HostNic, NicAddress
 from limosa.model.route import Route
-from limosa.transport.choice import Ends, choose, is_allowed
+from limosa.transport.choice import Ends, choose, is_allowed, spread
 
 NETWORKS = ("10.78.0.0/24", "10.79.0.0/24", "10.80.0.0/24")
 
@@ -86,6 +87,13 @@ def test_auto_compresses_what_a_processor_is_faster_at_than_the_nics(speeds: tup
     assert not route.alone, "alike VMs share what was sent"
 
 
+def trunk_is_striped(side: int) -> bool:
+    """Whether a compressed move between two hosts is, of which one has its address on a VLAN."""
+    nics = [nic(0, 1)], [nic(0, 2)]
+    nics[side][:] = vlans(1 + side, 1)
+    return choose(ends(*nics), "compression").striped
+
+
 @pytest.mark.parametrize("side", [0, 1])
 def test_one_path_that_is_compressed_can_be_joined_by_one_that_may_come_up(side: int) -> None:
     def striped(speed: int | None, other: HostNic | None) -> bool:
@@ -101,6 +109,7 @@ def test_one_path_that_is_compressed_can_be_joined_by_one_that_may_come_up(side:
     member = msgspec.structs.replace(without_address, master="br0")
     assert [striped(1000, other) for other in (unplugged, without_address)] == [True, True]
     assert [striped(1000, other) for other in (None, unused, switch, member)] == [False] * 4
+    assert not trunk_is_striped(side), "that a NIC has VLANs on it is what it is there for"
     assert [striped(speed, unplugged) for speed in (2000, 10_000, None)] == [True, False, False]
 
 
@@ -363,6 +372,91 @@ def test_a_team_beside_a_nic_shares_the_connections_there_may_be() -> None:
 def test_a_team_from_which_nothing_is_gained_gets_one(bond: dict[str, Any], words: str) -> None:
     route = choose(ends(team(1, **bond), team(2, **bond)), "auto")
     assert (route.transport, words in route.why) == ("tcp", True), route.why
+
+
+def vlans(host: int, count: int, speed: int = 1000) -> list[HostNic]:
+    """So many VLANs, each of a network of its own, and the NIC they are on."""
+    made = [
+        msgspec.structs.replace(nic(at, host, speed), name=f"eth0.{at}", kind="vlan", lower="eth0")
+        for at in range(count)
+    ]
+    return [*made, msgspec.structs.replace(nic(9, host, speed), name="eth0", addresses=())]
+
+
+def on_vlan(made: list[HostNic]) -> list[HostNic]:
+    """A team that has its address on a VLAN."""
+    bond, *members = made
+    vlan = msgspec.structs.replace(
+        bond, name="bond0.20", kind="vlan", bond_mode="", hash_policy="", members=(), lower="bond0"
+    )
+    return [vlan, msgspec.structs.replace(bond, addresses=()), *members]
+
+
+def in_bridge(made: list[HostNic], *others: HostNic) -> list[HostNic]:
+    """NICs of which the first is in a bridge, with others, and that has its address."""
+    first, *rest = made
+    switch = msgspec.structs.replace(
+        nic(8, 0, first.speed_mbit_per_s),
+        name="br0",
+        kind="bridge",
+        addresses=first.addresses,
+        members=(first.name, *(one.name for one in others)),
+    )
+    inside = [msgspec.structs.replace(one, master="br0", addresses=()) for one in (first, *others)]
+    return [switch, *inside, *rest]
+
+
+#: A container's end of a pair.
+CONTAINER = msgspec.structs.replace(nic(7, 0), name="veth0", kind="veth")
+
+
+@pytest.mark.parametrize(
+    "below",
+    [
+        on_vlan,
+        in_bridge,
+        lambda made: in_bridge(made, CONTAINER),
+        lambda made: in_bridge(on_vlan(made)),
+    ],
+)
+def test_a_team_counts_also_below_a_vlan_or_a_bridge(below: Callable[[list[HostNic]], list[HostNic]]) -> None:
+    for here, there in ((below(team(1)), team(2)), (team(1), below(team(2))), (below(team(1)), below(team(2)))):
+        route = choose(ends(here, there), "auto")
+        assert (route.transport, [path.streams for path in route.paths]) == ("multichannel", [8]), route.why
+    assert choose(ends(below(team(1, policy="layer2")), [nic(0, 2, 4000)]), "auto").paths[0].streams == 1
+
+
+def test_a_bridge_that_leads_several_ways_is_no_team() -> None:
+    route = choose(ends(in_bridge(team(1), nic(7, 0)), [nic(0, 2, 4000)]), "auto")
+    assert (route.transport, route.paths[0].streams) == ("tcp", 1)
+
+
+def test_bridges_that_are_said_to_lie_below_each_other_are_borne() -> None:
+    def switch(name: str, member: str) -> HostNic:
+        return msgspec.structs.replace(nic(0, 2), name=name, kind="bridge", members=(member,))
+
+    mad = [switch("br0", "br1"), msgspec.structs.replace(switch("br1", "br0"), addresses=())]
+    assert choose(ends([nic(0, 1)], mad), "auto").paths
+
+
+@pytest.mark.parametrize("asked", ["auto", "multichannel", "compression"])
+def test_vlans_on_one_nic_are_one_nic(asked: str) -> None:
+    apart = [nic(at, 2) for at in range(3)]
+    for here, there in ((vlans(1, 3), apart), ([nic(at, 1) for at in range(3)], vlans(2, 3))):
+        route = choose(ends(here, there), asked)
+        assert (len(route.paths), route.striped, route.alone) == (1, False, False)
+    beside = choose(ends([*vlans(1, 2), nic(2, 1)], apart), asked)
+    assert nics(beside) == ["eth0.0", "mig2"]
+    other = choose(ends(vlans(1, 2), apart), asked, blocked={"10.78.0.2"})
+    assert nics(other) == ["eth0.1"]
+
+
+def test_a_stream_is_not_spread_over_another_vlan_of_a_nic_that_it_uses() -> None:
+    both = ends(vlans(1, 2), [nic(0, 2), nic(1, 2)])
+    kept = choose(both, "tcp").paths
+    assert spread(both, kept, ()) == kept
+    apart = ends([nic(0, 1), nic(1, 1)], [nic(0, 2), nic(1, 2)])
+    assert len(spread(apart, choose(apart, "tcp").paths, ())) == 2
 
 
 @st.composite

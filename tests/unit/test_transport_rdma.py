@@ -31,10 +31,17 @@ def between(here: HostNetwork, there: HostNetwork) -> Ends:
     return Ends("host1", "host2", here, there, offered, memory_mib=MEMORY_MIB)
 
 
-def bonded(number: int) -> HostNetwork:
+def bonded(number: int, *above: HostNic) -> HostNetwork:
+    """A host with a bond, which has the address unless that is on what is above it."""
     members = (nic("eth1", master="bond0", rdma="mlx5_0"), nic("eth2", master="bond0", rdma="mlx5_1"))
-    made = nic("bond0", f"10.0.2.{number}", kind="bond", bond_mode="802.3ad", members=("eth1", "eth2"))
-    return host(number, made, *members)
+    own = () if above else (f"10.0.2.{number}",)
+    made = nic("bond0", *own, kind="bond", bond_mode="802.3ad", members=("eth1", "eth2"))
+    return host(number, *above, made, *members)
+
+
+#: The kernel says of a VLAN that the device is on it, too.
+VLAN = nic("bond0.20", "10.0.2.2", kind="vlan", lower="bond0", rdma="mlx5_0")
+BRIDGE = nic("br0", "10.0.2.2", kind="bridge", members=("bond0",))
 
 
 @pytest.mark.parametrize("asked", ["auto", "rdma"])
@@ -57,6 +64,8 @@ def test_where_both_hosts_have_devices_on_one_network_it_is_rdma(asked: str) -> 
         (host(1, lockable_mib=8), host(2), "may lock 8 MiB of memory on host 'host1', and the VM has 4096"),
         (host(1), bonded(2), "bond0 on host 'host2' is a team of RDMA NICs"),
         (bonded(1), bonded(2), "bond0 on host 'host1' is a team of RDMA NICs"),
+        (host(1), bonded(2, VLAN), "bond0 on host 'host2' is a team of RDMA NICs"),
+        (host(1), bonded(2, BRIDGE), "bond0 on host 'host2' is a team of RDMA NICs"),
     ],
 )
 def test_what_keeps_rdma_away_is_said(here: HostNetwork, there: HostNetwork, words: str) -> None:
@@ -88,6 +97,12 @@ def test_a_device_that_the_kernel_emulates_is_used_only_if_asked_for() -> None:
     assert choose(between(host(1), host(2, soft)), "rdma").transport == "rdma"
     route = choose(between(host(1), host(2, soft)), "auto")
     assert (route.transport, "emulates" in route.why) == ("tcp", True)
+
+
+def test_a_vlan_of_a_device_is_as_good() -> None:
+    below = nic("eth1", rdma="mlx5_0")
+    vlan = nic("eth1.20", "10.0.2.2", kind="vlan", lower="eth1", rdma="mlx5_0")
+    assert choose(between(host(1), host(2, vlan, below)), "rdma").transport == "rdma"
 
 
 def test_what_is_blocked_is_not_chosen() -> None:

@@ -111,10 +111,11 @@ def say_nics(network: HostNetwork) -> None:
 
 
 def _kind(nic: HostNic) -> str:
-    """``bond 802.3ad layer3+4 of eth0 eth1``."""
+    """``bond 802.3ad layer3+4 of eth0 eth1``, ``vlan on eth0``."""
     more = [part for part in (nic.bond_mode, nic.hash_policy) if part]
     members = ["of", *nic.members] if nic.members else []
-    return " ".join([nic.kind, *more, *members, *([f"({nic.rdma})"] if nic.rdma else [])])
+    lower = ["on", nic.lower] if nic.lower else []
+    return " ".join([nic.kind, *more, *members, *lower, *([f"({nic.rdma})"] if nic.rdma else [])])
 
 
 def _advise(arguments: argparse.Namespace) -> int:

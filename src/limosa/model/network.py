@@ -7,6 +7,9 @@ from collections.abc import Iterable
 
 from limosa.model.base import Model
 
+#: Kinds by which VMs and containers hang on a bridge. A veth may also lead out, if it is all there is.
+_INWARD = ("tun", "veth")
+
 
 def smallest_network(address: str, networks: Iterable[str]) -> str:
     """The smallest of ``networks`` the address is in; empty if it is in none."""
@@ -26,7 +29,7 @@ class HostNic(Model, forbid_unknown_fields=False, frozen=True):
     """A network interface of a host, real or virtual.
 
     ``kind`` is ``physical``, ``loopback``, or Linux's word for a virtual one: ``bond``, ``team``, ``bridge``, ``vlan``,
-    ``veth``, ``tun``. A team's ``master`` is the interface it is a member of.
+    ``veth``, ``tun``. A team's or bridge's ``members`` have it as their ``master``.
     """
 
     name: str
@@ -43,6 +46,8 @@ class HostNic(Model, forbid_unknown_fields=False, frozen=True):
     addresses: tuple[NicAddress, ...] = ()
     master: str = ""
     members: tuple[str, ...] = ()
+    #: the NIC that a VLAN, macvlan or ipvlan is on
+    lower: str = ""
     #: of a bond or team, in the kernel's words: ``802.3ad``, ``loadbalance``; and of a bond, ``layer2``
     bond_mode: str = ""
     hash_policy: str = ""
@@ -82,6 +87,25 @@ class HostNetwork(Model, forbid_unknown_fields=False, frozen=True):
     def nic_of(self, address: str) -> HostNic | None:
         """The NIC that has an address."""
         return next((nic for nic in self.nics if any(own.address == address for own in nic.addresses)), None)
+
+    def down_from(self, nic: HostNic) -> tuple[HostNic, ...]:
+        """A NIC and what lies below it, one below the other. The last is the one by which what it sends leaves the
+        host: what a VLAN is on, or the one NIC in a bridge. Where a bridge has several it is the bridge."""
+        found = [nic]
+        # Another host says this: it might say that two lie below each other.
+        while (below := self._below(found[-1])) is not None and below not in found:
+            found.append(below)
+        return tuple(found)
+
+    def uplink_of(self, nic: HostNic) -> HostNic:
+        """The last of :meth:`down_from`."""
+        return self.down_from(nic)[-1]
+
+    def _below(self, nic: HostNic) -> HostNic | None:
+        names = (nic.lower,) if nic.lower else nic.members if nic.kind == "bridge" else ()
+        found = [one for one in self.nics if one.name in names]
+        outward = [one for one in found if one.kind not in _INWARD] or found
+        return outward[0] if len(outward) == 1 else None
 
     def cap_to(self, address: str) -> int:
         """Mbit/s that moves from here may use of the network an address is in, 0: no cap."""

@@ -5,7 +5,7 @@ so that bonds, teams and RDMA devices are tested on machines that have none. Tap
 hundreds and no move goes through them.
 
 A NIC's speed is what ethtool says. Where the administrator shapes a NIC with a token bucket (tbf), its rate counts: a
-choice between NICs has to be made by what they may carry.
+choice between NICs has to be made by what they may carry. A VLAN or a bridge is no faster than what lies below it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any
 import msgspec
 from pyroute2 import IPRoute
 
-from limosa.model.network import HostNic, NicAddress
+from limosa.model.network import HostNetwork, HostNic, NicAddress
 from limosa.network import teams
 from limosa.network.netlink import Netlink, attribute, kernel_refusals
 
@@ -47,6 +47,10 @@ BOND_MODES = ("balance-rr", "active-backup", "balance-xor", "broadcast", "802.3a
 #: Those that use all members, with a team's names for them.
 _USE_ALL = ("balance-rr", "balance-xor", "802.3ad", "roundrobin", "random", "loadbalance")
 HASH_POLICIES = ("layer2", "layer3+4", "layer2+3", "encap2+3", "encap3+4", "vlan+srcmac")
+
+#: Kinds that send all they have to send through one other NIC, as packets of their own addresses. Of others
+#: ``IFLA_LINK`` is something else: of a veth it is the other end.
+_ON_ANOTHER = ("vlan", "macvlan", "ipvlan")
 
 RDMA_DEVICES = Path("/sys/class/infiniband")
 
@@ -110,6 +114,7 @@ def describe(answers: Answers) -> tuple[HostNic, ...]:
             addresses=tuple(addresses[link["index"]]),
             master=names.get(attribute(link, "IFLA_MASTER"), ""),
             members=tuple(names[one["index"]] for one in links if attribute(one, "IFLA_MASTER") == link["index"]),
+            lower=names.get(_lower(link), ""),
             bond_mode=answers.team_modes.get(link["index"]) or _bond_word(BOND_MODES, link, "IFLA_BOND_MODE"),
             hash_policy=_bond_word(HASH_POLICIES, link, "IFLA_BOND_XMIT_HASH_POLICY"),
             rdma=answers.rdma.get(names[link["index"]], ""),
@@ -117,7 +122,9 @@ def describe(answers: Answers) -> tuple[HostNic, ...]:
         )
         for link in links
     )
-    return tuple(_with_speed_of_members(nic, nics) for nic in nics)
+    nics = tuple(_with_speed_of_members(nic, nics) for nic in nics)
+    network = HostNetwork(nics=nics)
+    return tuple(_with_speed_of_lower(nic, network.down_from(nic)) for nic in nics)
 
 
 def _with_speed_of_members(nic: HostNic, nics: tuple[HostNic, ...]) -> HostNic:
@@ -138,6 +145,11 @@ def _with_speed_of_one(nic: HostNic, nics: tuple[HostNic, ...]) -> HostNic:
     """A team that uses one member, whichever that is."""
     speeds = [one.speed_mbit_per_s for one in nics if one.name in nic.members and one.carrier]
     return msgspec.structs.replace(nic, speed_mbit_per_s=_least(nic.speed_mbit_per_s, *speeds))
+
+
+def _with_speed_of_lower(nic: HostNic, way_down: Iterable[HostNic]) -> HostNic:
+    """A VLAN or bridge, which may say more than what it is on is shaped to, or than a team really has."""
+    return msgspec.structs.replace(nic, speed_mbit_per_s=_least(*(one.speed_mbit_per_s for one in way_down)))
 
 
 def rdma_devices(folder: Path) -> dict[str, str]:
@@ -165,6 +177,14 @@ def _kind(link: Any) -> str:
     if link["flags"] & IFF_LOOPBACK:
         return "loopback"
     return str(attribute(link, "IFLA_LINKINFO", "IFLA_INFO_KIND") or "physical")
+
+
+def _lower(link: Any) -> int | None:
+    """The number of the NIC that another is on; None if there is none in this network namespace."""
+    if _kind(link) not in _ON_ANOTHER or attribute(link, "IFLA_LINK_NETNSID") is not None:
+        return None
+    number: int | None = attribute(link, "IFLA_LINK")
+    return number
 
 
 def _by_index(messages: Iterable[Any]) -> defaultdict[int, list[NicAddress]]:

@@ -146,7 +146,7 @@ def _slower_than_said(network: HostNetwork) -> Iterator[Finding]:
 
 
 def _multipath(network: HostNetwork) -> Iterator[Finding]:
-    networks = {where: nic.name for nic, where in _usable(network)}
+    networks = {where: network.uplink_of(nic).name for nic, where in _usable(network)}
     if len(set(networks.values())) > 1 and not network.mptcp:
         yield Finding.warning(
             "multipath-off",

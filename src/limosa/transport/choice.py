@@ -2,7 +2,7 @@
 
 A *path* leads from a NIC here to the NIC there that is on the same network, and counts only if both hosts allow that
 network. Several NICs of a host on one network are one path: the kernel sends everything for a network through one of
-them, unless an administrator has set up policy routing.
+them, unless an administrator has set up policy routing. So are several VLANs, or bridges, on one NIC.
 
 Several paths are one Multipath TCP connection, or, where that is missing on one side or the NICs are unequal, one TCP
 connection each, over which relays spread the stream (*striped*: 011-striping).
@@ -127,8 +127,12 @@ def _relayed(ends: Ends, bare: Route, outrun: str, why: str) -> Route:
 
 def _may_come_up(ends: Ends) -> bool:
     """Whether a host has a NIC that lacks nothing but a link, or nothing but an address. Others are unused for good."""
-    nics = (nic for side in (ends.here, ends.there) for nic in side.nics if nic.up and not nic.master)
-    return any(nic.carrier != _has_address(nic) for nic in nics if nic.kind != "bridge")
+    return any(
+        nic.carrier != _has_address(nic)
+        for side in (ends.here, ends.there)
+        for nic in side.nics
+        if nic.up and not nic.master and nic.kind != "bridge" and all(one.lower != nic.name for one in side.nics)
+    )
 
 
 def _has_address(nic: HostNic) -> bool:
@@ -292,22 +296,33 @@ def _single(ends: Ends, blocked: Collection[str]) -> tuple[Path, ...]:
 
 def _several(ends: Ends, blocked: Collection[str]) -> tuple[Path, ...]:
     """One path for each network, each with NICs of its own, all of the best one's IP version."""
-    return tuple(_add_paths([], _direct(ends, blocked))[:MOST_PATHS])
+    return tuple(_add_paths(ends, [], _direct(ends, blocked))[:MOST_PATHS])
 
 
 def spread(ends: Ends, kept: Sequence[Path], refused: Collection[tuple[str, str]]) -> tuple[Path, ...]:
     """Where relays are to spread a stream that goes over the paths ``kept`` already: over these, and over what is
     possible on other NICs, except from one address to another that is ``refused``."""
     possible = [path for path in _direct(ends, ()) if (path.here, path.there) not in refused]
-    return tuple(_add_paths(list(kept), possible)[:MAX_LANES])
+    return tuple(_add_paths(ends, list(kept), possible)[:MAX_LANES])
 
 
-def _add_paths(chosen: list[Path], possible: Sequence[Path]) -> list[Path]:
+def _add_paths(ends: Ends, chosen: list[Path], possible: Sequence[Path]) -> list[Path]:
+    taken = {end for path in chosen for end in _uplinks(ends, path)}
     for path in possible:
-        taken = any(path.nic_here == one.nic_here or path.nic_there == one.nic_there for one in chosen)
-        if not taken and (not chosen or _version(path.there) == _version(chosen[0].there)):
+        uplinks = _uplinks(ends, path)
+        if taken.isdisjoint(uplinks) and (not chosen or _version(path.there) == _version(chosen[0].there)):
             chosen.append(path)
+            taken |= uplinks
     return chosen
+
+
+def _uplinks(ends: Ends, path: Path) -> set[tuple[str, str]]:
+    """The NIC by which a path leaves here, and the one by which it arrives there."""
+    sides = ("here", ends.here, path.nic_here), ("there", ends.there, path.nic_there)
+    return {
+        (side, next((network.uplink_of(nic).name for nic in network.nics if nic.name == name), name))
+        for side, network, name in sides
+    }
 
 
 def _direct(ends: Ends, blocked: Collection[str]) -> list[Path]:

@@ -91,7 +91,8 @@ def paths(here: HostNetwork, there: HostNetwork, direct: Sequence[Path]) -> tupl
     return tuple(
         path
         for path, nics in _with_nics(here, there, direct)
-        if ipaddress.ip_address(path.there).version == 4 and all(nic.rdma and not _is_team(nic) for nic in nics)
+        if ipaddress.ip_address(path.there).version == 4
+        and all(nic.rdma and not _is_team(side.uplink_of(nic)) for side, nic in zip((here, there), nics, strict=True))
     )
 
 
@@ -119,8 +120,9 @@ def _team_in_the_way(
 ) -> str:
     for _, nics in ways:
         for (name, network), nic in zip(sides, nics, strict=True):
-            if _is_team(nic) and team_members(network, nic):
-                return f"{nic.name} on host '{name}' is a team of RDMA NICs, and RDMA does not go through a team"
+            team = network.uplink_of(nic)
+            if team_members(network, team):
+                return f"{team.name} on host '{name}' is a team of RDMA NICs, and RDMA does not go through a team"
     return ""
 
 

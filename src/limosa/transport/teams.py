@@ -5,6 +5,9 @@ ports, several connections between the same two addresses come to lie on several
 other modes nothing is gained by more connections: ``active-backup`` uses one member, ``balance-tlb`` and
 ``balance-alb`` give one to each host (19 of 2x20 Mbit/s measured with four connections), ``balance-rr`` spreads a
 single connection, out of order. What a *team* hashes in its mode ``loadbalance`` is not told, so it counts as one NIC.
+
+Often the address is not the bond's: it is that of a bridge with the bond in it, or of a VLAN on it. The bond hashes
+what these send as it hashes its own.
 """
 
 from __future__ import annotations
@@ -22,8 +25,9 @@ BY_PORT = ("layer3+4", "encap3+4")
 
 
 def spreads(network: HostNetwork, nic: HostNic) -> bool:
-    """Whether several connections to one host use more of this NIC than one."""
-    return nic.bond_mode in HASHING and nic.hash_policy in BY_PORT and len(active(network, nic)) > 1
+    """Whether several connections to one host use more of this NIC, or of what lies below it, than one."""
+    team = network.uplink_of(nic)
+    return team.bond_mode in HASHING and team.hash_policy in BY_PORT and len(active(network, team)) > 1
 
 
 def active(network: HostNetwork, nic: HostNic) -> tuple[HostNic, ...]:

@@ -21,7 +21,7 @@ KERNEL_PACKAGE = "linux-image-amd64"
 MODULES = (
     "virtio_pci", "virtio_net", "virtio_console", "9p", "9pnet_virtio", "overlay",
     "loop", "crc32c_generic", "dm_mod", "dm_snapshot", "dm_thin_pool",
-    "sch_tbf", "bridge", "tun", "bonding", "crc32_generic",
+    "sch_tbf", "bridge", "8021q", "tun", "bonding", "crc32_generic",
     "team", "team_mode_loadbalance", "team_mode_activebackup",
     "rdma_rxe", "rdma_ucm",
     "cifs", "cmac", "ccm", "gcm", "ctr", "ghash_generic", "sha512_generic", "nfsv4",
