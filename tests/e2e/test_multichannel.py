@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import random
 import signal
 from collections.abc import Callable, Iterator
 
@@ -18,7 +19,7 @@ from harness.hosts import runners, settled, wait_until
 from harness.labs import LabHost, in_host, plug, reaches, running_lab, without_address
 from harness.steering import follow, settings
 from limosa.lab import daemons, namespaces
-from limosa.model.migration import Migration, Outcome
+from limosa.model.migration import Migration, Outcome, Phase
 from limosa.model.vm import VmState
 from limosa.network.mptcp import FLAG_SIGNAL, Endpoint, Limits, PathManager
 from limosa.settings.host import Transport
@@ -30,6 +31,8 @@ MIB = 1024 * 1024
 #: Slow enough to be interfered with; named empty pages alone are 18 MB of a 4 GiB guest.
 SLOW_MBIT_PER_S = 40
 BIG_MIB = 4096
+#: A disk that takes long enough to be copied for a cable to be pulled meanwhile.
+DISK_MIB, DISK_MBIT_PER_S = 16, 24
 #: What a path must have carried to be called used: more than chance and retransmissions.
 USED_BYTES = 1 * MIB
 
@@ -125,6 +128,32 @@ def test_a_nic_that_is_cut_costs_speed_and_not_the_move(hosts: list[LabHost], si
     assert carried(ended)[other] > 2 * carried(ended)[nic]
     known = hosts[0].client.call(endpoints.HOST).network.carried
     assert all(2 * path.mbit_per_s > SLOW_MBIT_PER_S for path in known), "a NIC that was cut is not a slow one"
+
+
+@pytest.mark.parametrize("side", ["source", pytest.param("destination", marks=pytest.mark.long)])
+def test_memory_goes_over_another_nic_if_the_first_was_cut_while_disks_were_copied(
+    hosts: list[LabHost], side: str
+) -> None:
+    cut = hosts[0] if side == "source" else hosts[1]
+    image = hosts[0].state / "images" / "vm.raw"
+    disk = api.NewDisk(path=str(image), size_mib=DISK_MIB, format="raw")
+    hosts[0].client.call(endpoints.CREATE_VM, api.NewVm(name="vm", memory_mib=256, accelerator="tcg", disks=(disk,)))
+    with image.open("r+b") as file:
+        file.write(random.Random(1).randbytes(DISK_MIB * MIB))
+    hosts[0].client.call(endpoints.START_VM, vm="vm")
+    try:
+        with settings(hosts[0], {"storage_bandwidth_mbit_per_s": DISK_MBIT_PER_S}):
+            migration = begin(hosts)
+            follow(hosts[0], migration, lambda view: any(one.copied_bytes for one in view.progress.disks))
+            plug(cut, "mig0", in_=False)
+            ended = arrived(hosts, migration)
+    finally:
+        plug(cut, "mig0", in_=True)
+        wait_until(lambda: reaches(hosts[0], hosts[1].lab.migration_addresses("host2")[0]), "the cable is in again")
+        hosts[1].clean()
+        (hosts[1].state / "images" / image.name).unlink(missing_ok=True)
+    assert ended.phases[Phase.STORAGE] > 0
+    assert carried(ended)["mig1"] > carried(ended)["mig0"]
 
 
 @pytest.mark.parametrize("side", ["source", "destination"])

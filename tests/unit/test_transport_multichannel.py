@@ -10,12 +10,13 @@ from collections.abc import Awaitable, Callable
 from contextlib import closing
 from pathlib import Path
 
+import msgspec
 import pytest
 import uvloop
 from pyroute2 import IPRoute
 
 from harness import descriptors
-from limosa.errors import NetworkError
+from limosa.errors import DestinationLost, NetworkError
 from limosa.host.multichannel import Multichannel
 from limosa.lab import namespaces
 from limosa.model.route import Path as RoutePath
@@ -30,7 +31,7 @@ pytestmark = pytest.mark.lab
 
 OURS, THEIRS, LATER = "10.78.0.1", ("10.78.0.2", "10.79.0.2"), "10.80.0.2"
 PORTS = (49152, 49160)
-ROUTE = Route(transport="multichannel", paths=(RoutePath(here=OURS, there=THEIRS[0]),))
+ROUTE = Route(transport="multichannel", paths=tuple(RoutePath(here=OURS, there=there) for there in THEIRS))
 CHUNK = bytes(1024 * 1024)
 
 
@@ -41,7 +42,7 @@ def play(scenario: Callable[[], Awaitable[None]]) -> None:
         with IPRoute() as netlink:
             netlink.link("set", index=1, state="up")
             for address in (OURS, *THEIRS):
-                netlink.addr("add", index=1, address=address, prefixlen=24)
+                netlink.addr("add", index=1, address=address, prefixlen=32)
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(asyncio.wait_for(scenario(), 20))
 
@@ -54,11 +55,19 @@ def play(scenario: Callable[[], Awaitable[None]]) -> None:
 
 
 async def add_address(address: str) -> None:
-    def add() -> None:
-        with IPRoute() as netlink:
-            netlink.addr("add", index=1, address=address, prefixlen=24)
+    await _change_address("add", address)
 
-    await asyncio.to_thread(add)
+
+async def remove_address(address: str) -> None:
+    await _change_address("del", address)
+
+
+async def _change_address(how: str, address: str) -> None:
+    def change() -> None:
+        with IPRoute() as netlink:
+            netlink.addr(how, index=1, address=address, prefixlen=32)
+
+    await asyncio.to_thread(change)
 
 
 class Ends:
@@ -72,14 +81,23 @@ class Ends:
         self.stream: socket.socket
 
     async def connect(self) -> None:
+        await self.open_door()
+        await self.call()
+
+    async def open_door(self) -> None:
         async def permitted() -> list[str]:
             return self.permitted
 
         self.door = await self.multichannel.open_door(THEIRS, PORTS, permitted, ())
-        accepting = asyncio.ensure_future(self.door.accept())
-        prepared = Prepared(address=self.door.address, port=self.door.port, token=self.door.token)
-        self.channel = await self.multichannel.connect(ROUTE, prepared)
-        self.stream = await accepting
+        self.prepared = Prepared(address=self.door.address, port=self.door.port, token=self.door.token)
+        self.accepting = asyncio.ensure_future(self.door.accept())
+
+    async def call(self, route: Route = ROUTE, address: str = THEIRS[0]) -> None:
+        prepared = msgspec.structs.replace(self.prepared, address=address)
+        self.channel = await self.multichannel.connect(route, prepared)
+        stream = await self.accepting
+        assert stream is not None
+        self.stream = stream
         self.channel.stream.setblocking(False)
         self.stream.setblocking(False)
 
@@ -151,6 +169,23 @@ def test_a_door_has_a_port_that_is_free_on_each_address(tmp_path: Path) -> None:
     play(scenario)
 
 
+def test_the_source_comes_to_another_address_if_the_first_does_not_answer(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        ends = Ends(tmp_path)
+        await ends.open_door()
+        await remove_address(THEIRS[0])
+        await ends.call()
+        assert [used.there for used in ends.channel.used()] == [THEIRS[1]]
+        await ends.until_used(THEIRS[1])
+        await add_address(THEIRS[0])
+        ends.door.announce([THEIRS[0]])  # as the source asks whose NIC is there again
+        await ends.until_used(*THEIRS)
+        await ends.close()
+        assert await PathManager().endpoints() == ()
+
+    play(scenario)
+
+
 def test_an_address_that_has_no_room_for_a_door_costs_its_path_and_is_named(caplog: pytest.LogCaptureFixture) -> None:
     async def scenario() -> None:
         with socket.create_server((THEIRS[1], PORTS[0])):
@@ -161,6 +196,79 @@ def test_an_address_that_has_no_room_for_a_door_costs_its_path_and_is_named(capl
 
     play(scenario)
     assert [record.getMessage().split()[0] for record in caplog.records] == [THEIRS[1], LATER, LATER]
+
+
+def test_the_first_address_is_announced_when_the_source_has_come_to_another(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        ends = Ends(tmp_path)
+        await ends.open_door()
+        await ends.call(msgspec.structs.replace(ROUTE, paths=ROUTE.paths[1:]), address=THEIRS[1])
+        await ends.until_used(*THEIRS)
+        await ends.close()
+
+    play(scenario)
+
+
+def test_the_source_may_come_to_an_address_that_has_appeared_while_it_was_awaited(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        ends = Ends(tmp_path)
+        await ends.open_door()
+        await asyncio.sleep(0)  # it is awaited
+        await add_address(LATER)
+        ends.permitted.append(LATER)
+        ends.door.announce([LATER])
+        await ends.multichannel.endpoints.idle()
+        await ends.call(Route(transport="multichannel", paths=(RoutePath(here=OURS, there=LATER),)), address=LATER)
+        await ends.until_used(*THEIRS, LATER)
+        await ends.close()
+
+    play(scenario)
+
+
+def test_strangers_at_any_address_do_not_keep_the_source_out(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        ends = Ends(tmp_path)
+        await ends.open_door()
+        loop = asyncio.get_running_loop()
+        for address in THEIRS:
+            with closing(socket.socket()) as caller:
+                caller.setblocking(False)
+                await loop.sock_connect(caller, (address, ends.door.port))
+                await loop.sock_sendall(caller, bytes(16))
+                assert await loop.sock_recv(caller, 1) == b""
+        await ends.call()
+        await ends.until_used(*THEIRS)
+        await ends.close()
+
+    play(scenario)
+
+
+def test_where_no_address_answers_it_says_what_was_wrong_with_the_first(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        ends = Ends(tmp_path)
+        await ends.open_door()
+        ends.accepting.cancel()
+        ends.door.close()
+        for route in (ROUTE, msgspec.structs.replace(ROUTE, paths=ROUTE.paths[::-1])):
+            with pytest.raises(DestinationLost, match=f"at {THEIRS[0]} port"):
+                await ends.multichannel.connect(route, ends.prepared)
+        await ends.multichannel.endpoints.idle()
+        assert await PathManager().limits() == Limits(2, 0)
+
+    play(scenario)
+
+
+def test_a_server_that_is_at_one_address_is_called_at_no_other(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        ends = Ends(tmp_path)
+        await ends.open_door()
+        await remove_address(THEIRS[0])
+        with pytest.raises(DestinationLost):
+            await ends.multichannel.connect(ROUTE, ends.prepared, anywhere=False)
+        ends.accepting.cancel()
+        ends.door.close()
+
+    play(scenario)
 
 
 def test_a_door_that_is_another_servers_has_several_connections_made_to_it_too(tmp_path: Path) -> None:

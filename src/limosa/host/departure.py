@@ -53,9 +53,9 @@ class Departure:
         """Streams for so many disks. Raises as :meth:`connect`; none is left then."""
         if self._seats:
             return await connect_all([partial(seat.connect, prepared) for seat in self._seats[1 : 1 + count]])
-        # QEMU's own server is at that port, which asks for a certificate and not for a token.
+        # QEMU's own server is at that port, which asks for a certificate and not for a token, and at no other address.
         server = msgspec.structs.replace(prepared, port=prepared.disks_port, token="")
-        return await connect_all([partial(self._parts.multichannel.connect, route, server)] * count)
+        return await connect_all([partial(self._parts.multichannel.connect, route, server, anywhere=False)] * count)
 
     async def connect_layers(self, route: Route, awaited: LayersAwaited) -> SocketChannel:
         """The stream of files below disks. Raises as :meth:`connect`."""

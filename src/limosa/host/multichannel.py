@@ -33,15 +33,19 @@ class Multichannel:
     def __init__(self, manager: PathManager, run: Path) -> None:
         self.endpoints = Endpoints(manager, run / "mptcp.json")
 
-    async def connect(self, route: Route, prepared: Prepared) -> SocketChannel:
-        """The source's end, by plain TCP where the route is. Raises :class:`DestinationLost` and
-        :class:`NetworkError`."""
+    async def connect(self, route: Route, prepared: Prepared, *, anywhere: bool = True) -> SocketChannel:
+        """The source's end, by plain TCP where the route is. By Multipath TCP it is called ``anywhere``: if the address
+        that the destination gave does not answer, at the others of the route.
+
+        Raises :class:`DestinationLost` and :class:`NetworkError`.
+        """
         if not route.is_multipath:
             return await tcp.connect(prepared.address, prepared.port, prepared.token, route.paths[0].here)
         hold = await self.endpoints.hold()
         try:
+            ways = _ways(route, prepared)
             return await multichannel.connect(
-                prepared.address, prepared.port, prepared.token, route.paths[0].here, hold.release
+                ways if anywhere else ways[:1], prepared.port, prepared.token, hold.release
             )
         except BaseException:
             hold.release()
@@ -70,6 +74,13 @@ class Multichannel:
         return landing.door
 
 
+def _ways(route: Route, prepared: Prepared) -> list[tuple[str, str]]:
+    """From an address here to one there: to the address that the destination gave, then to the others of the route."""
+    here = {path.there: path.here for path in route.paths}
+    first = here.pop(prepared.address, route.paths[0].here), prepared.address
+    return [first, *((own, there) for there, own in here.items())]
+
+
 class _Landing:
     """The kernel's part of one door."""
 
@@ -90,11 +101,17 @@ class _Landing:
         except BaseException:
             self.door.close()
             raise
-        self._tasks = [asyncio.ensure_future(self._follow()), asyncio.ensure_future(self._spread(streams, ports))]
+        self._tasks = [
+            asyncio.ensure_future(self._follow()),
+            asyncio.ensure_future(self._spread(chosen[0], streams, ports)),
+        ]
 
-    async def _spread(self, streams: Mapping[str, int], ports: tuple[int, int]) -> None:
-        """Have further connections made to addresses that want several, when the first one stands, one by one."""
+    async def _spread(self, first: str, streams: Mapping[str, int], ports: tuple[int, int]) -> None:
+        """When the first connection stands, have further ones made to addresses that want several, one by one; and to
+        the first address, if the source has come to another."""
         await self.door.connected.wait()
+        if self.door.listen_on(first):
+            self._endpoints.later(lambda: self._announce([first]))
         for count in range(1, max(streams.values(), default=1)):
             for address in [address for address, wanted in streams.items() if count < wanted]:
                 # From the end of the range, so that those are not taken that other moves would take next.

@@ -1,11 +1,11 @@
 """Multipath TCP: one connection to QEMU, made of as many TCP connections as there are paths, by the kernel.
 
-The source calls the destination's first address as with TCP. The destination's kernel announces the further ones
-(``endpoints``) over that connection, and the source's kernel connects to each, from whichever NIC leads there. A path
-that dies costs its share of the speed; one that appears is announced and used.
+The source calls the destination's first address as with TCP, or, if that does not answer, the next. The destination's
+kernel announces the further ones (``endpoints``) over that connection, and the source's kernel connects to each, from
+whichever NIC leads there. A path that dies costs its share of the speed; one that appears is announced and used.
 
 A kernel takes a further connection only where somebody listens, so the door stays open, on every address, as long as
-the move lasts. Such connections never come to us; who does is a stranger and is hung up on.
+the move lasts. Such connections never come to us; who does when the source is there is a stranger and is hung up on.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import struct
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
-from limosa.errors import NetworkError
+from limosa.errors import DestinationLost, NetworkError
 from limosa.transport import tcp
 from limosa.transport.channel import Used, by_path
 from limosa.transport.lobby import next_caller
@@ -81,7 +81,8 @@ class MultichannelChannel(tcp.TcpChannel):
 
 
 class MultichannelDoorway(tcp.TcpDoorway):
-    """The destination's end: listeners of one port on several addresses, on as many as have one.
+    """The destination's end: listeners of one port on several addresses, on as many as have it free. The source may come
+    to any.
 
     ``announce`` is called with addresses the source has found a way to, ``release`` once when the door is closed.
     Raises :class:`NetworkError` if every port of the range is taken on the first.
@@ -101,11 +102,8 @@ class MultichannelDoorway(tcp.TcpDoorway):
         self._announce = announce
         self._release = release
         self._first, self._port = self.address, self.port  # a socket that is closed does not know them any more
-        self._further: dict[str, socket.socket] = {}
-        self._ushers: list[asyncio.Task[None]] = []
-        further, self._others = self._others, []
-        for address, listener in zip(addresses[1:], further, strict=False):
-            self._turn_away_at(address, listener)
+        #: those to announce: all we listen on but the one the source comes to, which is the first until it is there
+        self._further: set[str] = set(addresses[1 : 1 + len(self._others)])
         #: the source is there, or it will be without our hearing of it
         self.connected = asyncio.Event()
         self._open = True
@@ -124,36 +122,45 @@ class MultichannelDoorway(tcp.TcpDoorway):
             self._release()
         for usher in self._ushers:
             usher.cancel()
-        for listener in self._further.values():
-            tcp.close_listener(listener)
         super().close()
 
-    def hand_over(self) -> socket.socket:
+    async def accept_several(self, count: int) -> list[socket.socket]:
         """See :class:`limosa.transport.tcp.TcpDoorway`."""
+        came = await super().accept_several(count)
+        if any(one.getsockname()[0] != self._first for one in came):
+            self._further.add(self._first)
         self.connected.set()
+        return came
+
+    def hand_over(self) -> socket.socket:
+        """See :class:`limosa.transport.tcp.TcpDoorway`: the first address's. To others nobody is to come."""
+        self.connected.set()
+        for listener in self._others:
+            self._meet(_turn_away(listener))
         return super().hand_over()
 
     def listen_on(self, address: str) -> bool:
-        """Let the source in at a further address too; false if that cannot be."""
-        if not self._open or address == self._first:
+        """Let the source in at a further address too; false if that cannot be, or if it is not a further one."""
+        if not self._open:
             return False
-        if address in self._further:
-            return True
+        if address in self._further or address == self._first:
+            return address in self._further
         try:
             listener = tcp.listen(address, self._port, IPPROTO_MPTCP)
         except OSError as error:  # the address has gone again, or another has the port there
             _log.warning("%s has no room at port %d: a move has one path less: %s", address, self._port, error)
             return False
-        self._turn_away_at(address, listener)
+        self._further.add(address)
+        self._others.append(listener)
+        if self.connected.is_set():
+            self._meet(_turn_away(listener))
+        elif self._asking is not None:
+            self._meet(self._asking.serve(listener))
         return True
 
-    def _turn_away_at(self, address: str, listener: socket.socket) -> None:
-        self._further[address] = listener
-        self._ushers.append(asyncio.ensure_future(_turn_away(listener)))
-
     def _expect_nobody(self) -> None:
-        self.connected.set()
-        self._ushers.append(asyncio.ensure_future(_turn_away(self._listener)))
+        for listener in (self._listener, *self._others):
+            self._meet(_turn_away(listener))
 
 
 async def _turn_away(listener: socket.socket) -> None:
@@ -162,9 +169,22 @@ async def _turn_away(listener: socket.socket) -> None:
         (await next_caller(listener)).close()
 
 
-async def connect(address: str, port: int, token: str, source: str, release: Callable[[], None]) -> MultichannelChannel:
-    """Call a destination, from ``source`` if that is given. Raises :class:`DestinationLost`."""
-    return MultichannelChannel(await tcp.call(address, port, token, source, IPPROTO_MPTCP), release)
+async def connect(
+    ways: Iterable[tuple[str, str]], port: int, token: str, release: Callable[[], None]
+) -> MultichannelChannel:
+    """Call a destination by the first of these ways, of which there is one at least, by which it answers: each from an
+    address here, empty where routing decides, to one there.
+
+    Raises :class:`DestinationLost` if it answers by none: what was wrong with the first.
+    """
+    faults: list[DestinationLost] = []
+    for here, there in ways:
+        try:
+            return MultichannelChannel(await tcp.call(there, port, token, here, IPPROTO_MPTCP), release)
+        except DestinationLost as error:
+            _log.warning("%s", error)
+            faults.append(error)
+    raise faults[0]
 
 
 def subflows(connection: socket.socket) -> dict[int, Used]:

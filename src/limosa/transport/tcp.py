@@ -20,9 +20,10 @@ import os
 import secrets
 import socket
 import struct
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 from limosa.errors import DestinationLost, LimosaError, NetworkError
 from limosa.model.route import Compressed
@@ -117,6 +118,10 @@ class TcpDoorway:
     ) -> None:
         self._listener, *self._others = listen_within((address, *further), ports, protocol)
         self._token = secrets.token_bytes(_TOKEN_BYTES)
+        #: where callers are asked, while the source is awaited
+        self._asking: Lobby | None = None
+        #: by whom callers are met, a task for each listener
+        self._ushers: list[asyncio.Task[None]] = []
 
     @property
     def address(self) -> str:
@@ -145,8 +150,9 @@ class TcpDoorway:
     async def accept_several(self, count: int) -> list[socket.socket]:
         """Wait for so many connections of the source. Otherwise as :meth:`accept`."""
         arrived: asyncio.Queue[socket.socket] = asyncio.Queue()
-        lobby = self._lobby_for(arrived.put_nowait)
-        ushers = [asyncio.ensure_future(lobby.serve(listener)) for listener in (self._listener, *self._others)]
+        self._asking = lobby = self._lobby_for(arrived.put_nowait)
+        for listener in (self._listener, *self._others):
+            self._meet(lobby.serve(listener))
         came: list[socket.socket] = []
         try:
             while len(came) < count:
@@ -156,6 +162,8 @@ class TcpDoorway:
                 source.close()
             raise
         finally:
+            self._asking = None
+            ushers, self._ushers = self._ushers, []
             for usher in ushers:
                 usher.cancel()
             await asyncio.gather(*ushers, return_exceptions=True)
@@ -168,6 +176,9 @@ class TcpDoorway:
     def _lobby_for(self, admit: Callable[[socket.socket], None]) -> Lobby:
         """Where callers are asked for the token."""
         return Lobby(partial(_knows, self._token), admit)
+
+    def _meet(self, callers: Coroutine[Any, Any, None]) -> None:
+        self._ushers.append(asyncio.ensure_future(callers))
 
     def announce(self, addresses: Iterable[str]) -> None:
         """See :class:`limosa.transport.channel.Doorway`."""
