@@ -1,6 +1,10 @@
 """Work that goes on by itself: asyncio keeps only a weak reference to a task, so somebody has to hold it; what is to be
 done with something that nobody waits for any more; and work in a thread, which nobody can stop, so somebody has to wait
-for it."""
+for it.
+
+Whatever opens or looks at an image may hang until its share answers, and is done by :func:`in_full` or :func:`apart`:
+each has a thread of its own. ``asyncio.to_thread`` has a few for all; if those hang, everybody's work waits.
+"""
 
 from __future__ import annotations
 
@@ -48,11 +52,12 @@ def then(task: asyncio.Task[T], act: Callable[[T], object]) -> None:
 
 
 async def in_full(work: Callable[P, T], *arguments: P.args, **options: P.kwargs) -> T:
-    """Do work in a thread. Who is cancelled meanwhile waits for its end: what follows must not run beside it."""
-    return await to_its_end(asyncio.to_thread(work, *arguments, **options))
+    """Do work in a thread of its own, as :func:`apart`. Who is cancelled meanwhile waits for its end: what follows must
+    not run beside it."""
+    return await to_its_end(apart(work, *arguments, **options))
 
 
-async def to_its_end(work: Coroutine[Any, Any, T]) -> T:
+async def to_its_end(work: Coroutine[Any, Any, T] | asyncio.Future[T]) -> T:
     """Do work of which no half must be left. Who is cancelled meanwhile waits for its end, as in :func:`in_full`."""
     task = asyncio.ensure_future(work)
     try:
@@ -62,7 +67,7 @@ async def to_its_end(work: Coroutine[Any, Any, T]) -> T:
         raise
 
 
-def apart(work: Callable[[], T]) -> asyncio.Future[T]:
+def apart(work: Callable[P, T], *arguments: P.args, **options: P.kwargs) -> asyncio.Future[T]:
     """Do work that may never end in a thread of its own: none that others wait for, and nobody waits for it when the
     program ends."""
     loop = asyncio.get_running_loop()
@@ -79,7 +84,7 @@ def apart(work: Callable[[], T]) -> asyncio.Future[T]:
     def run() -> None:
         result, failure = None, None
         try:
-            result = work()
+            result = work(*arguments, **options)
         except Exception as error:  # noqa: BLE001 - it is raised where the work is waited for
             failure = error
         with suppress(RuntimeError):  # the loop has ended meanwhile

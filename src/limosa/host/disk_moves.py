@@ -29,7 +29,7 @@ from typing import Any
 
 import msgspec
 
-from limosa.background import Background, in_full, to_its_end
+from limosa.background import Background, apart, in_full, to_its_end
 from limosa.errors import (
     Cancelled,
     Conflict,
@@ -467,17 +467,7 @@ class _Move:
     async def _copy(self) -> None:
         plans = self.record.plans
         for plan in plans:
-            image = ImageFile(
-                plan.path,
-                plan.format,
-                direct=does_direct_io(plan.path),
-                thick=plan.thick,
-                locks=not mounts.of(plan.path).has_no_locks,
-                device=plan.device,
-                size_bytes=plan.virtual_bytes if plan.device else None,
-                # A device does not tell where it has nothing but zeroes.
-                look_for_zeroes=Path(self.record.old[plan.disk].path).is_block_device(),
-            )
+            image = await apart(_image_file, plan, self.record.old[plan.disk])
             whole = plan.action is DiskAction.COPY
             cap = self._cap // len(plans)
             await self.qemu.copy_to_file(plan.disk, self.record.migration, image, cap, whole=whole)
@@ -510,6 +500,21 @@ class _Move:
         bar, shown = progress.of_disks(self.report.bar, self.report.now.progress, copying.progress(), time.monotonic())
         self.report.bar = bar
         self.report.change(progress=shown)
+
+
+def _image_file(plan: DiskPlan, old: Disk) -> ImageFile:
+    """The new image of a disk, as QEMU is to open it."""
+    return ImageFile(
+        plan.path,
+        plan.format,
+        direct=does_direct_io(plan.path),
+        thick=plan.thick,
+        locks=not mounts.of(plan.path).has_no_locks,
+        device=plan.device,
+        size_bytes=plan.virtual_bytes if plan.device else None,
+        # A device does not tell where it has nothing but zeroes.
+        look_for_zeroes=Path(old.path).is_block_device(),
+    )
 
 
 def _is_named(hosted: HostedVm, plan: DiskPlan) -> bool:

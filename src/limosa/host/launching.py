@@ -6,7 +6,6 @@ in the VM's run folder. A launch that fails leaves nothing.
 
 from __future__ import annotations
 
-import asyncio
 import os
 import pwd
 import secrets
@@ -16,7 +15,7 @@ from pathlib import Path
 
 import msgspec
 
-from limosa.background import in_full
+from limosa.background import apart, in_full
 from limosa.errors import Conflict, InvalidInput, QemuError, StateError, StorageError
 from limosa.host.files import Files
 from limosa.host.leasing import Leasing
@@ -100,7 +99,7 @@ class Launcher:
                     await store.create(disk.path, disk.format, asked.size_mib * MIB, thick=disk.thick)
                     made.push_async_callback(in_full, store.remove, disk.path)
                     await in_full(access.give_new, Path(disk.path), self.user, self._own)
-            await asyncio.to_thread(self._check_access, config)
+            await apart(self._check_access, config)
             yield
             made.pop_all()
 
@@ -134,7 +133,7 @@ class Launcher:
         Raises :class:`Conflict` if one is being removed as such, and :class:`StorageError`, also if a disk's is not
         there: if it came after its lease had been asked for, it would be written without one.
         """
-        await asyncio.to_thread(_claim_images, config, places(self._page, self._files))
+        await apart(_claim_images, config, places(self._page, self._files))
 
     # Processes
 
@@ -148,7 +147,7 @@ class Launcher:
         await in_full(self._grant, config)
         vars_file = await in_full(self._firmware, config, folder)
         seed_file = await in_full(self._seed, config, folder, carried or {})
-        unlocked = frozenset(disk.path for disk in config.disks if mounts.of(disk.path).has_no_locks)
+        unlocked = await apart(_unlocked, config)
         with ExitStack() as held:
             taps = [held.enter_context(closing(await open_tap(self._netlink, nic.switch))) for nic in config.nics]
             run_dir = self._files.sockets(config)
@@ -181,7 +180,7 @@ class Launcher:
     async def launch_copier(self, config: VmConfig) -> Copier:
         """Start a QEMU without a guest that reads the disks of a VM which does not run. Raises as :meth:`launch`."""
         await in_full(self._grant, config)
-        opened = await asyncio.to_thread(lambda: {disk.name: _image_file(disk) for disk in config.disks})
+        opened = await apart(lambda: {disk.name: _image_file(disk) for disk in config.disks})
         log = self._files.vm(config.name) / "qemu-disks.log"
         return await Copier.launch(Path(self._daemon.qemu), opened, self._files.sockets(config), log, self.user)
 
@@ -296,6 +295,11 @@ def _image_file(disk: Disk) -> ImageFile:
         device=Path(disk.path).is_block_device(),
         size_bytes=disk.size_bytes,
     )
+
+
+def _unlocked(config: VmConfig) -> frozenset[str]:
+    """Images whose locks do not reach other hosts."""
+    return frozenset(disk.path for disk in config.disks if mounts.of(disk.path).has_no_locks)
 
 
 def _pin_nic(nic: NewNic) -> Nic:

@@ -28,6 +28,7 @@ from weakref import WeakValueDictionary
 
 import msgspec
 
+from limosa.background import apart
 from limosa.errors import LimosaError, StorageError
 from limosa.host.storage import Storage
 from limosa.host.vms import Vms
@@ -97,7 +98,7 @@ class Layers:
         """Make a layer durable that has come, and see that it is what was meant. Raises :class:`StorageError`."""
         below = await self._found(plan.backing) if plan.backing is not None else None
         path = plan.file.path
-        await asyncio.to_thread(layers.finish, Path(path), below.path if below else "", self._storage.user)
+        await apart(layers.finish, Path(path), below.path if below else "", self._storage.user)
         if (await self._storage.digest(plan.file)).digest != plan.file.digest:
             raise StorageError(
                 f"{path} did not arrive as it was sent",
@@ -119,7 +120,7 @@ class Layers:
         await self._storage.make(msgspec.structs.replace(plan, backing=below), source)
         async with self._removing:  # from here on the image keeps what is below it from being removed
             claim = self._storage.places.claim
-            await asyncio.to_thread(layers.claim_below, plan.path, plan.format, claim, brought)
+            await apart(layers.claim_below, plan.path, plan.format, claim, brought)
             if (await self._found(below)).path != below.path:
                 raise _gone(below)
 
@@ -131,8 +132,8 @@ class Layers:
         """
         claim = self._storage.places.claim
         if disk.path not in brought:
-            await asyncio.to_thread(claim, disk.path)
-        await asyncio.to_thread(layers.claim_below, disk.path, disk.format, claim, brought)
+            await apart(claim, disk.path)
+        await apart(layers.claim_below, disk.path, disk.format, claim, brought)
 
     async def finish(self, brought: Iterable[BackingFile]) -> None:
         """What a move has brought is about to be below a VM: durably no unfinished copies any more. Raises
@@ -154,7 +155,7 @@ class Layers:
             seen = {one.name for one in await self._storage.locations() if one.shared}
             if self._storage.places.of(layer.path) in seen and await self._is_whole(layer):
                 return False
-            return await asyncio.to_thread(self._is_unused, layer.path, migration, configs)
+            return await apart(self._is_unused, layer.path, migration, configs)
         except LimosaError as error:
             _log.warning("%s stays, because a VM may use it: %s", layer.path, error)
             return False

@@ -10,12 +10,11 @@ continues the guest; a source that gets the guest back reclaims it before the gu
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
 
-from limosa.background import in_full
+from limosa.background import apart, in_full
 from limosa.errors import Conflict, LimosaError
 from limosa.model.facts import LeaseConflict
 from limosa.model.vm import VmConfig
@@ -66,7 +65,7 @@ class Leasing:
             found = (_conflict(rule, migration) for rule in self._rules(config))
             return tuple(conflict for conflict in found if conflict is not None)
 
-        return await asyncio.to_thread(work) if config.disks else ()
+        return await apart(work) if config.disks else ()
 
     async def promise(self, config: VmConfig, destination: str, migration: str, copied: Collection[str]) -> None:
         """``destination`` may claim the images by that migration, but for those that are ``copied``."""

@@ -29,7 +29,7 @@ from pathlib import Path
 
 import msgspec
 
-from limosa.background import in_full
+from limosa.background import apart, in_full
 from limosa.errors import Conflict, LimosaError, NotFound, StorageError
 from limosa.host.claims import Claims, Known
 from limosa.host.neighbours import sought
@@ -61,7 +61,7 @@ class Leftovers:
         await self._storage.check_answer()
         locations = await self._storage.locations()
         places = self._storage.places
-        found = await asyncio.to_thread(
+        found = await apart(
             lambda: {one.path: one for name in places.names for one in _candidates(name, places.store(name))}
         )
         shared = {location.name for location in locations if location.shared}
@@ -79,7 +79,7 @@ class Leftovers:
                 self._check(path, found.get(path))
             chosen = [found[path] for path in dict.fromkeys(paths)] or [one for one in found.values() if not one.doubts]
             removed, kept = [], []
-            for one in await asyncio.to_thread(_highest_first, chosen):
+            for one in await apart(_highest_first, chosen):
                 try:
                     await self._remove(one)
                     removed.append(one)
@@ -97,7 +97,7 @@ class Leftovers:
             going = set(itertools.chain.from_iterable(seen))
             return tuple(_use(image.migration, at, claims, going) for image, at in zip(images, seen, strict=True))
 
-        return await asyncio.to_thread(answer)
+        return await apart(answer)
 
     def _seen(self, image: ImageSought, shared: Collection[str]) -> list[Path]:
         """Where the image is on this host."""
@@ -108,7 +108,7 @@ class Leftovers:
 
     async def _claims(self) -> Claims:
         await self._storage.check_answer()
-        return await asyncio.to_thread(Claims.look, self._migrations, Known.of(self._vms), self._storage.places)
+        return await apart(Claims.look, self._migrations, Known.of(self._vms), self._storage.places)
 
     async def _judge(self, found: Sequence[Leftover], shared: Collection[str]) -> tuple[Leftover, ...]:
         """The same with proof and doubts, without those that are in use."""
@@ -123,13 +123,13 @@ class Leftovers:
                 others = others.only(comes_from[one.path])
             return verdict(one, self._host, doubts_here(one, claims, self._host, going), others)
 
-        judged = await asyncio.to_thread(all_judged, unused, judge)
+        judged = await apart(all_judged, unused, judge)
         return tuple(one for one in judged if not is_named(elsewhere.get(one.path)))
 
     async def _ask(self, images: Sequence[Leftover]) -> dict[str, Elsewhere]:
         """What other hosts say of images, by path."""
         places = self._storage.places
-        asked = await asyncio.to_thread(lambda: {one.path: sought(one.path, one.migration, places) for one in images})
+        asked = await apart(lambda: {one.path: sought(one.path, one.migration, places) for one in images})
         return await self._neighbours.uses(asked)
 
     def _check(self, path: str, found: Leftover | None) -> None:

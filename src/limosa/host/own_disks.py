@@ -8,13 +8,13 @@ deleted: what is needed by then stays. What cannot be read may lie above any ima
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import msgspec
 
+from limosa.background import apart
 from limosa.errors import StorageError
 from limosa.host.claims import Claims, Known
 from limosa.host.neighbours import sought
@@ -91,7 +91,7 @@ class OwnDisks:
             seen = {image: one for image, one in asked.items() if one.share or one.location in shared}
             return here, seen
 
-        here, seen = await asyncio.to_thread(look)
+        here, seen = await apart(look)
         elsewhere = await self._neighbours.uses(seen)
         found = here | {image: _words(others, in_use=in_use) for image, others in elsewhere.items()}
         return {image: who for image, who in found.items() if who}

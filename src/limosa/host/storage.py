@@ -13,7 +13,7 @@ from pathlib import Path
 
 import msgspec
 
-from limosa.background import in_full
+from limosa.background import apart, in_full
 from limosa.errors import Conflict, StorageError
 from limosa.host.files import Files
 from limosa.host.looks import Looks
@@ -102,12 +102,12 @@ class Storage:
 
     async def facts(self, disks: Iterable[Disk]) -> tuple[DiskFacts, ...]:
         """What is to know before they are copied. Raises :class:`StorageError`."""
-        found = await asyncio.to_thread(lambda: tuple(self._facts(disk) for disk in disks))
+        found = await apart(lambda: tuple(self._facts(disk) for disk in disks))
         return tuple(await asyncio.gather(*(_measured(fact) for fact in found)))
 
     async def digest(self, backing: BackingFile) -> BackingFile:
         """The same with its digest, for which it and all below it is read once. Raises :class:`StorageError`."""
-        return await asyncio.to_thread(_with_digest, backing)
+        return await apart(_with_digest, backing)
 
     async def find(self, wanted: BackingFile, written: Collection[str] = ()) -> BackingFile | None:
         """A file of this host with the same digest, readable for QEMU's user, where one would look for it.
@@ -117,7 +117,7 @@ class Storage:
         host shown to a guest, and no logical volumes: those stand alone. Nor any that is ``written``.
         """
         usable = {one.name for one in await self.locations() if not one.fault}
-        return await asyncio.to_thread(self._find, wanted, usable, written)
+        return await apart(self._find, wanted, usable, written)
 
     def _find(self, wanted: BackingFile, usable: Collection[str], written: Collection[str]) -> BackingFile | None:
         unfit = {os.path.realpath(path) for path in written}

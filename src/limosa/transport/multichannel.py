@@ -81,8 +81,7 @@ class MultichannelChannel(tcp.TcpChannel):
 
 
 class MultichannelDoorway(tcp.TcpDoorway):
-    """The destination's end: listeners of one port on several addresses, on as many as have it free. The source may come
-    to any.
+    """The destination's end: listeners of one port on as many addresses as have it free. The source may come to any.
 
     ``announce`` is called with addresses the source has found a way to, ``release`` once when the door is closed.
     Raises :class:`NetworkError` if every port of the range is taken on the first.
