@@ -21,6 +21,7 @@ from test_preflight import VM
 
 from harness.landings import header
 from harness.lvm import EXTENT, GROUP, FakeLvm
+from limosa.host import claims
 from limosa.host.claims import Claims
 from limosa.host.disk_moves import _Move
 from limosa.host.leasing import Leasing
@@ -35,7 +36,7 @@ from limosa.migration.report import Report
 from limosa.model.migration import Side
 from limosa.model.storage import ImageUse
 from limosa.model.vm import Disk, VmConfig
-from limosa.storage import layers, leases, lvm, marks
+from limosa.storage import layers, leases, lvm, marks, mounts
 from limosa.wire.api import ImagesSought, ImageUses
 
 __all__ = ["storage"]
@@ -189,6 +190,59 @@ def test_what_lies_below_a_clone_stays(either: World) -> None:
     assert not either.leave()
 
 
+@pytest.mark.parametrize("where", ["{}/deep/below", "{}/../beside"])
+def test_what_lies_below_a_clone_in_another_folder_of_its_location_stays(
+    either: World, tmp_path: Path, where: str
+) -> None:
+    """The clone knows it by an absolute path, or by a relative one."""
+    asyncio.run(either.storage._page.change({"locations.fast": {"path": str(tmp_path)}}))
+    folder = Path(os.path.normpath(where.format(either.image.parent)))
+    folder.mkdir(parents=True)
+    clone = either.overlay().rename(folder / "clone.qcow2")
+    assert either.needed() == f"{clone} lies above it"
+    assert not either.leave()
+    below = os.path.relpath(either.image, folder)
+    subprocess.run(["qemu-img", "rebase", "-q", "-u", "-f", "qcow2", "-b", below, "-F", "raw", str(clone)], check=True)
+    assert not either.leave()
+    clone.unlink()
+    assert either.leave()
+
+
+class TestAnImageInNoLocation:
+    """As the README has it."""
+
+    @pytest.fixture
+    def either(self, either: World, tmp_path: Path) -> World:
+        folder = tmp_path / "srv"
+        folder.mkdir()
+        either.image = either.image.rename(folder / "template.raw")
+        either.hosted.config = World.with_disk(VM, either.image)
+        return either
+
+    @pytest.mark.parametrize("folder", [".", "below"])
+    def test_it_stays_below_a_clone(self, either: World, folder: str) -> None:
+        (either.image.parent / folder).mkdir(exist_ok=True)
+        clone = either.overlay().rename(either.image.parent / folder / "clone.qcow2")
+        assert either.needed() == f"{clone} lies above it"
+        assert not either.leave()
+        clone.unlink()
+        assert either.leave()
+
+    def test_it_stays_below_a_clone_beside_a_link_to_it(self, either: World, tmp_path: Path) -> None:
+        clone = either.overlay()
+        link = tmp_path / "links" / "template.raw"
+        link.parent.mkdir()
+        link.symlink_to(either.image)
+        either.hosted.config = World.with_disk(VM, link)
+        assert either.needed() == f"{clone} lies above it"
+        clone.unlink()
+        subprocess.run(
+            ["qemu-img", "create", "-q", "-f", "qcow2", "-b", link.name, "-F", "raw", str(link.with_name("child"))],
+            check=True,
+        )
+        assert either.needed() == f"{link.with_name('child')} lies above it"
+
+
 def test_what_lies_below_a_clone_in_no_location_stays(either: World, tmp_path: Path) -> None:
     clone = either.overlay().rename(tmp_path / "clone.qcow2")
     either.all.append(SimpleNamespace(config=World.with_disk(OTHER, clone), machine=None))
@@ -251,6 +305,47 @@ class TestWhatCannotBeRead:
         folder = either.storage.places.path("images")
         folder.rmdir()
         self.check(either, f"the contents of {folder} are unknown: No such file or directory")
+
+    def test_a_folder_in_a_location(self, either: World, monkeypatch: pytest.MonkeyPatch) -> None:
+        folder, scandir = either.image.with_name("private"), os.scandir
+        folder.mkdir()
+
+        def closed(path: Path) -> Any:
+            if path == folder:
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+            return scandir(path)
+
+        monkeypatch.setattr(os, "scandir", closed)
+        self.check(either, f"what lies in {folder} is not known: Permission denied")
+
+    def test_a_location_with_too_much_in_it(self, either: World, monkeypatch: pytest.MonkeyPatch) -> None:
+        folder = either.image.with_name("many")
+        folder.mkdir()
+        for number in range(5):
+            (folder / str(number)).touch()
+        monkeypatch.setattr(claims, "MOST_FILES", 5)
+        self.check(either, f"what lies in {either.image.parent} is not known: it holds more than 5 files")
+
+    def test_not_looked_into_is_what_is_mounted_there_and_what_a_link_leads_to(
+        self, either: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A server may be gone; who keeps images there names it as a location."""
+        mounted, lost, linked = (either.image.with_name(name) for name in ("nas", "lost+found", "link"))
+        mounted.mkdir()
+        lost.mkdir()
+        linked.symlink_to("/proc")
+        monkeypatch.setattr(mounts, "points", lambda: frozenset({str(mounted)}))
+        scandir = os.scandir
+
+        def hangs(path: Path) -> Any:
+            assert path not in (mounted, lost, linked)
+            return scandir(path)
+
+        monkeypatch.setattr(os, "scandir", hangs)
+        assert either.needed() == ""
+        asyncio.run(either.storage._page.change({"locations.nas": {"path": str(mounted)}}))
+        with pytest.raises(AssertionError):
+            either.needed()
 
     def test_the_file_of_a_vm(self, either: World) -> None:
         either.vms.damaged["other"] = "nonsense"

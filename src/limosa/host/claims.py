@@ -6,8 +6,9 @@ has made wrong. What cannot be read may name any image, so it is a doubt about a
 
 from __future__ import annotations
 
+import errno
 import os
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,10 +22,14 @@ from limosa.migration.journal import Journal
 from limosa.migration.ownership import DESTINATION_ENDED, SOURCE_ENDED, DestinationStep
 from limosa.model import reading
 from limosa.model.vm import VmConfig
-from limosa.storage import chains, layers, marks, openers, qcow2
+from limosa.storage import chains, layers, marks, mounts, openers, qcow2
 from limosa.storage.locations import Locations
 from limosa.storage.openers import FileKey
 
+#: So many files and folders below a location are looked at; where there are more it may hold any image.
+MOST_FILES = 10_000
+#: What the file system itself keeps; on a share often not even root may look into it.
+_ITS_OWN = "lost+found"
 _ENDED: frozenset[str | None] = frozenset({*SOURCE_ENDED, *DESTINATION_ENDED})
 
 
@@ -41,17 +46,22 @@ class Claims:
     copies_above: dict[FileKey | str, set[Path]] = field(default_factory=dict)
     #: what could not be read, and so may name any image
     unread: list[str] = field(default_factory=list)
+    #: folders that were looked into, by their real names
+    _seen: set[str] = field(default_factory=set)
 
     @classmethod
-    def look(cls, migrations: Path, known: Known, places: Locations) -> Claims:
-        """``places`` are where images may lie, some above others. Can block where a server is gone."""
+    def look(cls, migrations: Path, known: Known, places: Locations, images: Iterable[str] = ()) -> Claims:
+        """Images that lie above others are looked for in ``places``, and beside ``images``, which may be in none of
+        them; also in folders below. Can block where a server is gone."""
         claims = cls(migrations, places, openers.everywhere())
         claims.unread.extend(f"the file of VM '{name}' cannot be read: {why}" for name, why in known.damaged.items())
         for config in known.configs:
             claims._of_vm(config)
         for name in sorted(places.names):
             if (store := places.store(name)).kind == "folder":  # a logical volume stands alone
-                claims._of_images_in(Path(store.root))
+                claims._of_images_below(Path(store.root))
+        for folder in dict.fromkeys(folder for image in images for folder in _beside(image, places)):
+            claims._of_images_below(folder)
         return claims
 
     def on(self, image: Path, migration: str, but: Collection[Path] = ()) -> str:
@@ -135,11 +145,11 @@ class Claims:
                         f"the backing files of disk {disk.name} of VM '{config.name}' are unknown: {error}"
                     )
 
-    def _of_images_in(self, folder: Path) -> None:
+    def _of_images_below(self, folder: Path) -> None:
         try:
-            images = _files(folder)
+            images = self._files(folder)
         except OSError as error:
-            self.unread.append(f"the contents of {folder} are unknown: {error.strerror or error}")
+            self.unread.append(f"the contents of {error.filename or folder} are unknown: {error.strerror or error}")
             return
         for image in images:
             if layers.arrives(image) and self._is_to_be_made(image):
@@ -151,6 +161,39 @@ class Claims:
                 continue
             if header is not None and header.backing:
                 self._lies_above(image, image.parent / header.backing)
+
+    def _files(self, top: Path) -> list[Path]:
+        """Those in a folder and below it, but for what was looked at before. Links are not followed, and what is
+        mounted there is left to who names it: its server may be gone.
+
+        Raises ``OSError`` if not all of them are known.
+        """
+        real, mounted = os.path.realpath(top), mounts.points()
+        found: list[Path] = []
+        folders = [top]
+        for folder in folders:  # while those in it are added
+            if (name := _below(real, top, folder)) in self._seen:
+                continue
+            self._seen.add(name)
+            try:
+                with os.scandir(folder) as entries:
+                    for entry in entries:
+                        path = folder / entry.name
+                        if entry.is_file(follow_symlinks=False):
+                            found.append(path)
+                        elif (
+                            entry.is_dir(follow_symlinks=False)
+                            and entry.name != _ITS_OWN
+                            and _below(real, top, path) not in mounted
+                        ):
+                            folders.append(path)
+            except FileNotFoundError:
+                if folder == top:
+                    raise
+                continue  # it was removed meanwhile
+            if len(found) + len(folders) > MOST_FILES:
+                raise OSError(errno.EFBIG, f"it holds more than {MOST_FILES} files", str(top))
+        return found
 
     def _lies_above(self, image: Path, below: Path) -> None:
         if not self._is_given_up(image):
@@ -198,10 +241,18 @@ def _keys(path: str | Path) -> list[FileKey | str]:
     return keys
 
 
-def _files(folder: Path) -> list[Path]:
-    """Raises ``OSError`` if not all of them are known."""
-    with os.scandir(folder) as entries:
-        return [folder / entry.name for entry in entries if entry.is_file(follow_symlinks=False)]
+def _below(real: str, top: Path, path: Path) -> str:
+    """The real name of what is at ``path`` without a link below ``top``, which is really ``real``."""
+    return os.path.normpath(os.path.join(real, path.relative_to(top)))
+
+
+def _beside(image: str, places: Locations) -> list[Path]:
+    """Where others may lie that know it by a relative path: where it is, and where it is named. A device stands
+    alone."""
+    real = Path(os.path.realpath(image))
+    if places.store_of(image).kind != "folder" or real.is_block_device():
+        return []
+    return [Path(image).parent, real.parent]
 
 
 def _is_nothing(image: Path) -> bool:

@@ -84,7 +84,7 @@ class OwnDisks:
         places = self._storage.places
 
         def look() -> tuple[dict[str, str], dict[str, ImageSought]]:
-            claims = Claims.look(self._migrations, known, places)
+            claims = Claims.look(self._migrations, known, places, images)
             here = {image: claims.besides(Path(image), in_use=in_use) for image in images}
             # They are a VM's: no journal of the move that once made them is to speak for them.
             asked = {image: sought(image, new_identity(), places) for image in images if not here[image]}

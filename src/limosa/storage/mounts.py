@@ -90,6 +90,11 @@ def of(path: str) -> Mount:
     return find(os.stat(path).st_dev)
 
 
+def points() -> frozenset[str]:
+    """Folders at which something is mounted."""
+    return frozenset(point for _, _, point, _ in _lines())
+
+
 def name_on_server(path: str) -> str:
     """What a file or folder on a share is called wherever the share is mounted, such as ``nas:/export/vms/web.qcow2``.
 
