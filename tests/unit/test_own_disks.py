@@ -25,6 +25,7 @@ from limosa.host import claims
 from limosa.host.claims import Claims
 from limosa.host.disk_moves import _Move
 from limosa.host.leasing import Leasing
+from limosa.host.looks import Looks
 from limosa.host.neighbours import Answers, Neighbours
 from limosa.host.own_disks import OwnDisks
 from limosa.host.parts import Parts
@@ -305,6 +306,16 @@ class TestWhatCannotBeRead:
         folder = either.storage.places.path("images")
         folder.rmdir()
         self.check(either, f"the contents of {folder} are unknown: No such file or directory")
+
+    def test_a_location_that_does_not_answer(self, either: World) -> None:
+        """The move is refused for that reason, with any other, unless the images are to be kept."""
+
+        class Dead(Looks[Any]):
+            async def look(self, *_: Any, **__: Any) -> None:
+                return None
+
+        either.storage._looks = Dead(0.0)
+        self.check(either, "location 'fast' does not answer: so it cannot be told what lies there")
 
     def test_a_folder_in_a_location(self, either: World, monkeypatch: pytest.MonkeyPatch) -> None:
         folder, scandir = either.image.with_name("private"), os.scandir

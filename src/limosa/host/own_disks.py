@@ -45,7 +45,7 @@ class OwnDisks:
         """See :class:`limosa.migration.examination.DisksHere`."""
         facts = await self._storage.facts(disks)
         runs = self._hosted is not None and self._hosted.machine is not None
-        needed = await self._needed([fact.path for fact in facts], in_use=runs)
+        needed = await self._needed_or_doubted([fact.path for fact in facts], in_use=runs)
         return tuple(msgspec.structs.replace(fact, needed=fact.needed or needed.get(fact.path, "")) for fact in facts)
 
     async def digest(self, backing: BackingFile) -> BackingFile:
@@ -56,7 +56,7 @@ class OwnDisks:
         """The VM has left these images: delete them, unless they are to be kept, or somebody else needs them by now.
         What is not deleted without being asked for is logged, and returned in words."""
         left: dict[str, Finding] = {}
-        for path, who in ({} if keep else await self._needed_or_doubted(images)).items():
+        for path, who in ({} if keep else await self._needed_or_doubted(images, in_use=False)).items():
             _log.error("%s is left: %s", path, who)
             left[path] = not_deleted(path, who)
         for path in images:
@@ -67,9 +67,10 @@ class OwnDisks:
             await self._leasing.give_back(self._hosted.config, staying)
         return tuple(left.values())
 
-    async def _needed_or_doubted(self, images: Sequence[str]) -> dict[str, str]:
+    async def _needed_or_doubted(self, images: Sequence[str], *, in_use: bool) -> dict[str, str]:
+        """As :meth:`_needed`; where that cannot be told all are."""
         try:
-            return await self._needed(images, in_use=False)
+            return await self._needed(images, in_use=in_use)
         except StorageError as error:
             return dict.fromkeys(images, str(error))
 
