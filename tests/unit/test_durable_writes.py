@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -15,7 +16,7 @@ import test_host_storage
 from test_again import Move, breaks
 from test_journal import VM
 
-from limosa.errors import Conflict, LimosaError
+from limosa.errors import Conflict, LimosaError, StorageError
 from limosa.host.files import Files
 from limosa.host.page import Page
 from limosa.host.storage import Storage
@@ -23,6 +24,7 @@ from limosa.host.vms import HostedVm, Vms
 from limosa.migration.ownership import DestinationStep, SourceStep
 from limosa.migration.settle import Settlement
 from limosa.model.vm import Disk, VmState
+from limosa.storage import leases, marks
 from limosa.testing.wire import Stage
 
 storage = test_host_storage.storage
@@ -111,6 +113,56 @@ def test_a_vm_that_is_deleted_is_left_alone_meanwhile(vms: Vms, synced: list[boo
         assert vms.find("web1") is None
 
     asyncio.run(scenario())
+
+
+def at_each_sync(monkeypatch: pytest.MonkeyPatch, look: Callable[[], object]) -> list[object]:
+    """What ``look`` sees each time before a disk is waited for."""
+    seen: list[object] = []
+    fsync = os.fsync
+
+    def watched(descriptor: int) -> None:
+        seen.append(look())
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", watched)
+    return seen
+
+
+def test_a_mark_is_on_the_disk_before_it_has_its_name(
+    tmp_path: Path, synced: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A power cut would leave one that says nothing, for ever."""
+    image = str(tmp_path / "web1-vda.abcdefabcdef.qcow2")
+    has = at_each_sync(monkeypatch, lambda: marks.has(image))
+    marks.begin(image, marks.Mark(host="host1", at=1.5))
+    assert has == [False, True], "its contents, then its name"
+    (mark,) = tmp_path.iterdir()
+    assert mark.stat().st_mode & 0o044 == 0o044
+
+
+def test_a_mark_that_cannot_be_durable_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(_: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "fsync", broken)
+    with pytest.raises(StorageError, match="Input/output error"):
+        marks.begin(str(tmp_path / "web1.qcow2"), marks.Mark(host="host1", at=1.5))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_lease_is_on_the_disk_before_it_counts(
+    tmp_path: Path, synced: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A power cut would leave one that nobody can read, and its VM could not be started. Making a change that is
+    prepared is in the blackout, and waits for no disk."""
+    image = str(tmp_path / "web1.qcow2")
+    rule = leases.Rule(image, "host1", "boot", VM.uuid, "machine")
+    holders = at_each_sync(monkeypatch, lambda: leases.read(image).host)
+    with leases.Change(image, rule.take(leases.read(image))) as change:
+        assert holders == ["", ""], "its contents, then its name"
+        assert change.make()
+    assert leases.read(image).host == "host1"
+    assert holders == ["", ""]
 
 
 def test_settings(tmp_path: Path, synced: list[bool]) -> None:

@@ -106,14 +106,14 @@ def write(path: Path, value: Model) -> None:
     write_atomically(path, encode(value).encode())
 
 
-def write_atomically(path: Path, data: bytes, *, durable: bool = True) -> None:
-    """Replace ``path`` by ``data`` (mode 0600). Raises :class:`StateError`, the old file untouched.
+def write_atomically(path: Path, data: bytes, *, durable: bool = True, mode: int = 0o600) -> None:
+    """Replace ``path`` by ``data``. Raises :class:`StateError`, the old file untouched.
 
     What need not outlive the machine need not be ``durable``, which takes milliseconds.
     """
     temporary = path.with_name(f".{path.name}.new")
     try:
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, mode)
         with os.fdopen(descriptor, "wb") as stream:
             stream.write(data)
             if durable:

@@ -32,6 +32,7 @@ import msgspec
 from limosa.errors import ImageLeased, StorageError
 from limosa.model import reading
 from limosa.model.base import Model
+from limosa.settings.toml import sync_folder
 from limosa.storage import mounts
 
 _FILE = "lease.json"
@@ -241,7 +242,7 @@ class Change:
             # Whoever may read images may read who writes them; only the daemon writes here.
             self._folder.mkdir(mode=0o755, exist_ok=True)
             self._own.mkdir(mode=0o755)
-            (self._own / _FILE).write_bytes(msgspec.json.encode(following))
+            _write_durably(self._own / _FILE, msgspec.json.encode(following))
         except OSError as error:
             self.close()
             raise _unwritable(self._folder, error) from error
@@ -275,6 +276,15 @@ class Change:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _write_durably(path: Path, data: bytes) -> None:
+    """Before its folder gets a number, and counts: a power cut may not leave a state that says nothing."""
+    with path.open("xb") as stream:
+        stream.write(data)
+        stream.flush()
+        os.fsync(stream.fileno())
+    sync_folder(path.parent)
 
 
 def _epochs(folder: Path) -> list[int]:

@@ -24,10 +24,10 @@ from pathlib import Path
 
 import msgspec
 
-from limosa.errors import Conflict, StorageError
+from limosa.errors import Conflict, StateError, StorageError
 from limosa.model import reading
 from limosa.model.base import Model
-from limosa.settings.toml import sync_folder
+from limosa.settings.toml import sync_folder, write_atomically
 
 _COPY, _REMOVAL = ".limosa-copy", ".limosa-removal"
 _MOST_BYTES = 4096
@@ -51,13 +51,16 @@ class Marked:
 
 
 def begin(image: str, mark: Mark) -> None:
-    """Before the image is created. Raises :class:`StorageError`; there is none then."""
+    """Before the image is created: durably, and whole from when it is there. Raises :class:`StorageError`; there is
+    none then."""
     path = _copy(image)
     try:
-        path.write_bytes(msgspec.json.encode(mark))
-    except OSError as error:
-        path.unlink(missing_ok=True)
-        raise StorageError(f"cannot write {path}", why=error.strerror or str(error)) from error
+        # Whoever may read images may read whose they are.
+        write_atomically(path, msgspec.json.encode(mark), mode=0o644)
+    except StateError as error:
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
+        raise StorageError(error.what, why=error.why) from error
 
 
 def finish(image: str) -> None:
