@@ -93,7 +93,8 @@ class TestThePlan:
         assert against == []
         assert (plan.action, plan.location) == (DiskAction.COPY, "fast")
         assert plan.path == "/srv/fast/web1-vda.abc.qcow2"
-        assert 2 * GIB < plan.expected_bytes < 2.01 * GIB
+        assert plan.expected_bytes == 2 * GIB
+        assert 2 * GIB < plan.space_bytes < 2.01 * GIB, "with the image's own tables"
 
     def test_else_to_the_default(self) -> None:
         plan, against = planned(IMAGES)
@@ -156,8 +157,15 @@ class TestThePlan:
 
     def test_a_logical_volume_takes_all_its_space_and_whole_extents_unless_it_is_thin(self) -> None:
         odd = msgspec.structs.replace(FACT, virtual_bytes=8 * GIB + 512)
-        assert disks.copied("web1", odd, BULK, "abc").expected_bytes == 8 * GIB + (4 << 20)
-        assert disks.copied("web1", odd, POOL, "abc").expected_bytes == 8 * GIB + 512
+        thick, thin = (disks.copied("web1", odd, location, "abc") for location in (BULK, POOL))
+        assert (thick.space_bytes, thin.space_bytes) == (8 * GIB + (4 << 20), 8 * GIB + 512)
+        assert thick.expected_bytes == thin.expected_bytes == 2 * GIB, "holes and zeroes are not sent"
+
+    def test_a_location_must_have_the_space_and_not_only_what_is_sent(self) -> None:
+        bulk = msgspec.structs.replace(BULK, free_bytes=8 * GIB)
+        assert planned(IMAGES, bulk, wishes={"vda": "bulk"})[1] == []
+        short = msgspec.structs.replace(BULK, free_bytes=8 * GIB - 1)
+        assert planned(IMAGES, short, wishes={"vda": "bulk"})[1] == ["space-short"]
 
     def test_from_a_logical_volume_to_a_file(self) -> None:
         on_volume = Disk(name="vda", path="/dev/vg0/web1-vda.abc.raw", format="raw", size_bytes=8 * GIB)
@@ -207,17 +215,19 @@ class TestThePlan:
         there = msgspec.structs.replace(THERE, locations=(location,))
         made = disks.plan(vm, [fact], there, {"vda": location.name}, "abc", {"d": below})
         assert [one.action for one in made.disks] == [DiskAction.COPY], "with nothing below it"
-        assert made.disks[0].expected_bytes >= 8 * GIB
+        assert made.disks[0].space_bytes >= 8 * GIB
+        assert made.disks[0].expected_bytes == 2 * GIB
         assert disks.landed(vm, made.disks).disks[0].thick is not location.thin
         assert [one.code for one in made.findings] == ["thick-lost"] * location.thin
         assert disks.plan(VM, [FACT], there, {"vda": location.name}, "abc", {}).findings == ()
 
     def test_thick_takes_all_it_may(self) -> None:
-        assert disks.copied("web1", FACT, FAST, "abc", "raw", thick=True).expected_bytes == 8 * GIB
+        assert disks.copied("web1", FACT, FAST, "abc", "raw", thick=True).space_bytes == 8 * GIB
 
     def test_a_disk_never_costs_more_than_it_shows(self) -> None:
         full = msgspec.structs.replace(FACT, chain_bytes=100 * GIB)
-        assert disks.copied("web1", full, FAST, "abc", "raw").expected_bytes == 8 * GIB
+        plan = disks.copied("web1", full, FAST, "abc", "raw")
+        assert plan.expected_bytes == plan.space_bytes == 8 * GIB
 
     def test_the_vm_as_it_lands(self) -> None:
         stays = Disk(name="vdb", path="/mnt/b.raw", format="raw", read_only=True)
@@ -311,7 +321,7 @@ class TestChains:
     def test_in_one_piece_if_that_is_wanted(self) -> None:
         plan, _ = planned(FAST, fact=OVERLAY)
         assert (plan.action, plan.backing) == (DiskAction.COPY, None)
-        assert plan.expected_bytes > 3 * GIB
+        assert plan.space_bytes > plan.expected_bytes == 3 * GIB
 
     def test_a_disk_with_nothing_below_it(self) -> None:
         plan, _ = planned(FAST, found={})

@@ -15,7 +15,9 @@ from limosa.transport.shares import Kind
 MB = 1_000_000
 POLICY = ConvergencePolicy(first_downtime_ms=2, blackout_budget_ms=60, post_copy=True)
 STAYS = DiskPlan(disk="vda", action=DiskAction.STAY, path="/a", format="raw", expected_bytes=7 * MB)
-COPIED = DiskPlan(disk="vdb", action=DiskAction.COPY, path="/b", format="raw", expected_bytes=300 * MB)
+COPIED = DiskPlan(
+    disk="vdb", action=DiskAction.COPY, path="/b", format="raw", expected_bytes=300 * MB, needed_bytes=9000 * MB
+)
 LAYER = LayerPlan(origin="/c", file=BackingFile(path="/d", format="raw", size=1), expected_bytes=200 * MB)
 
 

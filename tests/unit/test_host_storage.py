@@ -112,7 +112,7 @@ class TestTheLedger:
 
     def test_it_is_held_and_given_back(self, storage: Storage) -> None:
         before = self.free(storage)
-        image = plan(storage, expected=before // 2)
+        image = plan(storage, needed_bytes=before // 2)
         asyncio.run(storage.make(image))
         assert Path(image.path).stat().st_mode & 0o777 == 0o600
         # Both locations are on one file system, and others use it too.
@@ -318,7 +318,7 @@ class TestVolumes:
     def test_a_thin_one_will_still_need_its_space(self, storage: Storage, group: FakeLvm) -> None:
         asyncio.run(storage._page.change({"locations.bulk": {"lvm": f"{GROUP}/{POOL}"}}))
         before = self.free(storage, "bulk")
-        image = msgspec.structs.replace(self.plan(thin=True), expected_bytes=EXTENT)
+        image = msgspec.structs.replace(self.plan(thin=True), needed_bytes=EXTENT)
         asyncio.run(storage.make(image))
         assert self.free(storage, "bulk") == before - EXTENT
         storage.settle(image.path)

@@ -145,7 +145,7 @@ class Storage:
         """Hold space for images that are made later. Raises :class:`StorageError`. What is held is to be settled, like
         images that were made."""
         for plan in plans:
-            await self._hold(plan.path, plan.location, plan.expected_bytes)
+            await self._hold(plan.path, plan.location, plan.space_bytes)
 
     async def make(self, plan: DiskPlan, source: str = "") -> None:
         """Hold space for the image of a copy, which will write all of it, if none is held, and create it, durably, with
@@ -153,7 +153,7 @@ class Storage:
         :class:`StorageError`; nothing is left then. Who is cancelled removes it."""
         store = self.places.store(plan.location)
         if plan.path not in self._held:
-            await self._hold(plan.path, plan.location, plan.expected_bytes)
+            await self._hold(plan.path, plan.location, plan.space_bytes)
         try:
             if await in_full(os.path.lexists, plan.path):
                 raise StorageError(f"{plan.path} exists already")

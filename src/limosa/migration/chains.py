@@ -88,6 +88,7 @@ def above(whole: DiskPlan, fact: DiskFacts, below: BackingFile, *, sent: bool) -
         whole,
         action=DiskAction.COPY_OVERLAY,
         expected_bytes=fact.allocated_bytes,
+        needed_bytes=None,
         backing=below,
         why=f"{whole.why}, without its backing file, which is {'sent' if sent else 'already there'} as {below.path}",
     )

@@ -189,17 +189,19 @@ def copied(
     path = PurePosixPath(location.path) / image_name(vm, fact.name, tag, image_format)
     # A thin volume too: the kernel's thin pools know no WRITE ZEROES, so zeroes are written, and take space, like data.
     takes_all = thick or device
-    expected = fact.virtual_bytes if takes_all else min(fact.chain_bytes, fact.virtual_bytes)
+    sent = min(fact.chain_bytes, fact.virtual_bytes)
+    needed = fact.virtual_bytes if takes_all else sent
     if image_format == "qcow2":
-        expected = round(expected * _TABLES)
-    expected = -(-expected // location.unit_bytes) * location.unit_bytes
+        needed = round(needed * _TABLES)
+    needed = -(-needed // location.unit_bytes) * location.unit_bytes
     return DiskPlan(
         disk=fact.name,
         action=DiskAction.COPY,
         path=str(path),
         format=image_format,
         virtual_bytes=fact.virtual_bytes,
-        expected_bytes=expected,
+        expected_bytes=sent,
+        needed_bytes=needed,
         location=location.name,
         thick=thick,
         device=device,
@@ -336,7 +338,8 @@ def space(plans: Iterable[DiskPlan | LayerPlan], locations: Mapping[str, Locatio
     """Why the locations cannot take what is planned for them."""
     needed: dict[str, int] = {}
     for plan_ in plans:
-        needed[plan_.location] = needed.get(plan_.location, 0) + plan_.expected_bytes
+        count = plan_.space_bytes if isinstance(plan_, DiskPlan) else plan_.expected_bytes
+        needed[plan_.location] = needed.get(plan_.location, 0) + count
     found = []
     for name, count in sorted(needed.items()):
         location = locations[name]

@@ -211,6 +211,14 @@ class DiskPlan(Model, forbid_unknown_fields=False, frozen=True):
     backing: BackingFile | None = None
     #: in words
     why: str = ""
+    #: the space it will need where that is not about what will be sent: holes and zeroes of thick disks and volumes
+    #: take space, and are not sent
+    needed_bytes: Bytes | None = None
+
+    @property
+    def space_bytes(self) -> int:
+        """The space it will need of its location."""
+        return self.expected_bytes if self.needed_bytes is None else self.needed_bytes
 
 
 class LayerPlan(Model, forbid_unknown_fields=False, frozen=True):
