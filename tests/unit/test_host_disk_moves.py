@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import os
 import subprocess
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
@@ -523,6 +525,64 @@ class TestWhatCannotBeUndone:
             await world.moves._background.idle()
             assert world.images() == world.named() == ["images"]
             assert hosted.migration is None
+
+        play(scenario())
+
+    @pytest.mark.parametrize("runs", [False, True], ids=["stopped", "running"])
+    def test_images_stay_that_the_vm_s_file_names_since_a_commit_that_could_not_be_made_durable(
+        self, world: World, monkeypatch: pytest.MonkeyPatch, runs: bool
+    ) -> None:
+        folder, sync_folder, broken = world.files.vm("web1"), toml.sync_folder, False
+
+        def breaks(synced: Path) -> None:
+            if synced == folder and broken and world.named() == ["fast"]:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            sync_folder(synced)
+
+        def replaces(path: Path, target: Path) -> Path:
+            if target == folder / "vm.toml" and broken and world.named() == ["fast"]:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            os.replace(path, target)
+            return target
+
+        monkeypatch.setattr(toml, "sync_folder", breaks)
+        monkeypatch.setattr(Path, "replace", replaces)
+
+        async def scenario() -> None:
+            nonlocal broken
+            hosted = await (world.running() if runs else world.load())
+            broken = True
+            begun = await world.begin()
+            await until(lambda: "Input/output error" in world.views.show(begun.id).progress.note)
+            assert world.named() == ["fast"]
+            assert world.images() == ["images", "fast"], "the next daemon needs what is named, this one the other"
+            broken = False
+            assert (await world.views.ended(begun.id)).outcome == "failed"
+            await world.moves._background.idle()
+            assert world.images() == world.named() == ["images"]
+            assert hosted.migration is None
+
+        play(scenario())
+
+    def test_one_that_was_not_committed_at_all_needs_no_space_to_be_undone(
+        self, world: World, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The guest's I/O is held back until then."""
+
+        def full(path: Path, data: bytes, **_: Any) -> None:
+            raise StateError(f"cannot write {path}", why="No space left on device")
+
+        async def scenario() -> None:
+            hosted = await world.running()
+            machine = cast(Machine, hosted.machine)
+            machine.settles.clear()
+            begun = await world.begin()
+            await until(lambda: world.views.show(begun.id).phase == "switchover")
+            monkeypatch.setattr(toml, "write_atomically", full)
+            machine.settles.set()
+            assert (await world.views.ended(begun.id)).outcome == "failed"
+            await world.moves._background.idle()
+            assert world.images() == world.named() == ["images"]
 
         play(scenario())
 

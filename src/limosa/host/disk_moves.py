@@ -252,6 +252,9 @@ class DiskMoves:
         """Try once."""
         try:
             await move.end_copier()
+            if move.may_be_committed:
+                await self._vms.keep_disks(move.hosted)
+                move.may_be_committed = False
             moved, left = await self._recover(move.hosted, move.record)
             self.forget(move.record)
         except Exception as error:  # noqa: BLE001 - whatever it is, it is tried again
@@ -343,8 +346,13 @@ class DiskMoves:
         await self._storage.finish(plan.path for plan in record.plans)
 
     async def commit(self, move: _Move) -> None:
-        """Make the new images the VM's, durably. Raises :class:`StateError`; they are not then."""
-        await self._vms.change_disks(move.hosted, disks.landed(move.hosted.config, move.record.plans).disks)
+        """Make the new images the VM's, durably. Raises :class:`StateError`; they are not then, though ``vm.toml`` may
+        name them until that is undone."""
+        try:
+            await self._vms.change_disks(move.hosted, disks.landed(move.hosted.config, move.record.plans).disks)
+        except StateError:
+            move.may_be_committed = True
+            raise
 
     async def remove_old(self, hosted: HostedVm, record: Record) -> tuple[Finding, ...]:
         """Delete the images the disks had, unless they are to be kept. Returns what is to be said of those that could
@@ -388,6 +396,8 @@ class _Move:
         self._sharing: tuple[str, ...] = tuple(record.old)
         #: the new images are about to be the VM's
         self._is_decided = False
+        #: that could not be written, but ``vm.toml`` may name them nevertheless
+        self.may_be_committed = False
         self._cancelled: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     async def run(self) -> None:

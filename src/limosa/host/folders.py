@@ -60,6 +60,17 @@ class Folders:
         """Make the VM this host's, durably. Raises :class:`StateError`; it is not then."""
         toml.write(self._files.vm(config.name) / "vm.toml", config)
 
+    def keep_still(self, config: VmConfig) -> None:
+        """After :meth:`keep` of a change to it has failed: have the VM's file say this, as before, durably. Needs no
+        space if it does. Raises :class:`StateError`."""
+        path = self._files.vm(config.name) / "vm.toml"
+        try:
+            if toml.read(path, VmConfig, error=StateError) != config:
+                toml.write(path, config)
+            toml.sync_folder(path.parent)
+        except OSError as error:
+            raise StateError(f"cannot write {path}", why=error.strerror or str(error), vm=config.name) from error
+
     def remove(self, config: VmConfig) -> None:
         """Make the VM nobody's. Raises :class:`StateError`; it is still this host's then."""
         folder = self._files.vm(config.name)

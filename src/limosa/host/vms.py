@@ -398,10 +398,16 @@ class Vms:
         await self._tell_of_end(hosted)
 
     async def change_disks(self, hosted: HostedVm, disks: tuple[Disk, ...]) -> None:
-        """The VM uses these images from now on, durably. Raises :class:`StateError`; it does not then."""
+        """The VM uses these images from now on, durably. Raises :class:`StateError`; it does not then, but its file may
+        say so until :meth:`keep_disks`."""
         config = msgspec.structs.replace(hosted.config, disks=disks)
         await in_full(self._folders.keep, config)
         hosted.config = config
+
+    async def keep_disks(self, hosted: HostedVm) -> None:
+        """After :meth:`change_disks` has failed: the VM uses the images that it did, durably. Raises
+        :class:`StateError`."""
+        await in_full(self._folders.keep_still, hosted.config)
 
     def find_landing(self, config: VmConfig, migration: str) -> HostedVm | None:
         """The VM that is landing here by that migration, if it is; by another it is none of its business."""

@@ -101,13 +101,13 @@ def encode(value: Model) -> str:
 def write(path: Path, value: Model) -> None:
     """Write a struct so that after a crash the file is either the old or the new one, whole, and on the disk.
 
-    Raises :class:`StateError`; the old file is then untouched.
+    Raises :class:`StateError`; it is the old one then, unless the change was made and could not be made durable.
     """
     write_atomically(path, encode(value).encode())
 
 
 def write_atomically(path: Path, data: bytes, *, durable: bool = True, mode: int = 0o600) -> None:
-    """Replace ``path`` by ``data``. Raises :class:`StateError`, the old file untouched.
+    """Replace ``path`` by ``data``. Raises :class:`StateError` as :func:`write`.
 
     What need not outlive the machine need not be ``durable``, which takes milliseconds.
     """
