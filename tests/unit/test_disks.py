@@ -335,6 +335,7 @@ class TestWhatIsOnlyRead:
     FACT = DiskFacts(
         name="vda", path=ISO.path, format="raw", virtual_bytes=GIB, allocated_bytes=GIB, chain_bytes=GIB, below=(ISO,)
     )
+    WITH_ROOM = msgspec.structs.replace(THERE, locations=(IMAGES,))
 
     def planned(
         self, *locations: Location, wish: str = "", found: BackingFile | None = None, chain: Chain = "keep"
@@ -359,6 +360,56 @@ class TestWhatIsOnlyRead:
         made = self.planned(IMAGES, FAST, found=there)
         assert made.layers == ()
         assert disks.landed(CD, made.disks).disks[0].path == there.path
+
+    @pytest.mark.parametrize(
+        ("is_there", "origins"),
+        [
+            (False, ["/iso/debian.iso", "/iso/copy1.iso", "/iso/copy2.iso"]),
+            (True, ["/iso/copy1.iso", "/iso/copy2.iso"]),
+        ],
+    )
+    def test_equal_ones_of_one_vm_are_files_of_their_own(self, is_there: bool, origins: list[str]) -> None:
+        names = {"vda": self.ISO.path, "vdb": "/iso/copy1.iso", "vdc": "/iso/copy2.iso"}
+        base = CD.disks[0]
+        cds = tuple(msgspec.structs.replace(base, name=name, path=path) for name, path in names.items())
+        facts = [
+            msgspec.structs.replace(
+                self.FACT, name=name, path=path, below=(msgspec.structs.replace(self.ISO, path=path),)
+            )
+            for name, path in names.items()
+        ]
+        vm = msgspec.structs.replace(VM, disks=cds)
+        there = msgspec.structs.replace(self.ISO, path="/var/images/d.iso", location="images")
+        found = {there.digest: there} if is_there else {}
+        made = disks.plan(vm, facts, self.WITH_ROOM, {}, "abcdefabcdef", found)
+        assert made.findings == ()
+        assert [layer.origin for layer in made.layers] == origins
+        paths = [disk.path for disk in disks.landed(vm, made.disks).disks]
+        sent = [layer.file.path for layer in made.layers]
+        assert paths == ([there.path, *sent] if is_there else sent)
+        assert ["sent" in plan.why for plan in made.disks] == [path in sent for path in paths]
+
+    def test_it_is_not_the_file_of_a_disk_that_stays(self) -> None:
+        stays = msgspec.structs.replace(CD.disks[0], name="vdb", path="/nas/debian.iso")
+        vm = msgspec.structs.replace(VM, disks=(*CD.disks, stays))
+        there = msgspec.structs.replace(self.ISO, path=stays.path)
+        made = disks.plan(vm, [self.FACT], self.WITH_ROOM, {}, "abcdefabcdef", {there.digest: there})
+        first, second = disks.landed(vm, made.disks).disks
+        assert (first.path, second.path) == (made.layers[0].file.path, stays.path)
+
+    def test_what_lies_below_equal_ones_is_one_file(self) -> None:
+        below = msgspec.structs.replace(self.ISO, path="/iso/base.raw", digest="d1")
+        facts = [
+            msgspec.structs.replace(
+                self.FACT, name=name, below=(msgspec.structs.replace(self.ISO, path=f"/iso/{name}.qcow2"), below)
+            )
+            for name in ("vda", "vdb")
+        ]
+        base = CD.disks[0]
+        cds = tuple(msgspec.structs.replace(base, name=one.name, path=one.below[0].path) for one in facts)
+        made = disks.plan(msgspec.structs.replace(VM, disks=cds), facts, self.WITH_ROOM, {}, "abcdefabcdef", {})
+        assert [layer.origin for layer in made.layers] == ["/iso/base.raw", "/iso/vda.qcow2", "/iso/vdb.qcow2"]
+        assert {layer.backing.path for layer in made.layers[1:] if layer.backing} == {made.layers[0].file.path}
 
     def test_a_volume_group_holds_none(self) -> None:
         only = msgspec.structs.replace(BULK, default=True)

@@ -2,11 +2,12 @@
 
 What the destination has stays there and is used there, found by its contents. Everything above that is sent: each file
 once, however many disks lie above it, as one of its own below them. So a chain is at the destination what it was here.
+Only a disk that is itself such a file has one for itself, since no VM has two disks on one file.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import PurePosixPath
 
 import msgspec
@@ -24,7 +25,8 @@ class Chains:
     def __init__(self, found: Mapping[str, BackingFile], tag: str) -> None:
         self._found = found
         self._tag = tag
-        self._layers: dict[str, LayerPlan] = {}
+        #: by digest, and disk if it is for that alone
+        self._layers: dict[tuple[str, str], LayerPlan] = {}
 
     @property
     def layers(self) -> tuple[LayerPlan, ...]:
@@ -36,15 +38,25 @@ class Chains:
         nearest: BackingFile | None = None
         for file in reversed(fact.below):
             nearest = self._found.get(file.digest) or self._sent(file, nearest, choose)
-        return above(whole, fact, nearest, sent=nearest.digest in self._layers) if nearest is not None else whole
+        return above(whole, fact, nearest, sent=self._is_sent(nearest)) if nearest is not None else whole
 
-    def bring(self, fact: DiskFacts, location: Location) -> DiskPlan:
-        """The plan for a disk that is only read: ``fact.below`` has itself first."""
-        there: BackingFile | None = None
-        for file in reversed(fact.below):
-            there = self._found.get(file.digest) or self._sent(file, there, lambda _: location)
-        assert there is not None
-        sent = there.digest in self._layers
+    def bring(self, fact: DiskFacts, location: Location, taken: Collection[str]) -> DiskPlan:
+        """The plan for a disk that is only read: ``fact.below`` has itself first. ``taken``: what other disks of the VM
+        are there."""
+
+        def choose(_: str) -> Location:
+            return location
+
+        itself, *below = fact.below
+        nearest: BackingFile | None = None
+        for file in reversed(below):
+            nearest = self._found.get(file.digest) or self._sent(file, nearest, choose)
+        there = self._found.get(itself.digest)
+        if there is None or there.path in taken:
+            there = self._sent(itself, nearest, choose)
+        if there.path in taken:
+            there = self._sent(itself, nearest, choose, of=fact.name)
+        sent = self._is_sent(there)
         return DiskPlan(
             disk=fact.name,
             action=DiskAction.STAY,
@@ -55,10 +67,13 @@ class Chains:
             why=f"read-only, {'sent' if sent else 'already there with the same contents'} as {there.path}",
         )
 
-    def _sent(self, file: BackingFile, backing: BackingFile | None, choose: Choice) -> BackingFile:
-        if file.digest not in self._layers:
-            self._layers[file.digest] = self._plan(file, backing, choose)
-        return self._layers[file.digest].file
+    def _is_sent(self, there: BackingFile) -> bool:
+        return any(layer.file is there for layer in self._layers.values())
+
+    def _sent(self, file: BackingFile, backing: BackingFile | None, choose: Choice, of: str = "") -> BackingFile:
+        if (file.digest, of) not in self._layers:
+            self._layers[file.digest, of] = self._plan(file, backing, choose)
+        return self._layers[file.digest, of].file
 
     def _plan(self, file: BackingFile, backing: BackingFile | None, choose: Choice) -> LayerPlan:
         location = choose(file.location)

@@ -114,6 +114,7 @@ def plan(
     known = {fact.name: fact for fact in facts}
     locations = _locations(there)
     chains = Chains(found, tag)
+    staying = {disk.path for disk in vm.disks if disk.name not in known}
     plans: list[DiskPlan] = []
     findings: list[Finding] = []
     for disk in vm.disks:
@@ -130,7 +131,7 @@ def plan(
             continue
         if disk.read_only:
             findings += _against_sending(disk, location)
-            plans.append(chains.bring(fact, location))
+            plans.append(chains.bring(fact, location, staying.union(plan_.path for plan_ in plans)))
             continue
         findings += [*against_copying(fact), *_against_thick(disk, location)]
         whole = copied(vm.name, fact, location, tag, thick=disk.thick and not location.thin)
