@@ -262,6 +262,21 @@ def test_without_anything_else_the_disks_move(world: World, runs: bool) -> None:
     play(scenario())
 
 
+def test_a_copy_that_fails_says_of_which_vm_and_where_more_is_said(world: World) -> None:
+    async def scenario() -> None:
+        machine = cast(Machine, (await world.running()).machine)
+        machine.slow = True
+        begun = await world.begin()
+        await until(lambda: "vda" in machine.copying)
+        machine.copying["vda"] = replace(machine.copying["vda"], error="No space left on device")
+        fault = (await world.views.ended(begun.id)).fault
+        assert fault is not None
+        assert (fault.vm, fault.host, fault.todo) == ("web1", "host2", "see the log of this host")
+        assert fault.why == "No space left on device"
+
+    play(scenario())
+
+
 def test_of_a_vm_that_may_be_away_none_begins(world: World) -> None:
     async def scenario() -> None:
         await world.load()

@@ -250,6 +250,7 @@ class DiskMoves:
 
     async def _is_undone(self, move: _Move, cause: LimosaError) -> bool:
         """Try once."""
+        cause.vm, cause.host = cause.vm or move.record.vm, cause.host or self._host
         try:
             await move.end_copier()
             if move.may_be_committed:
@@ -481,7 +482,8 @@ class _Move:
             whole = plan.action is DiskAction.COPY
             cap = self._cap // len(plans)
             await self.qemu.copy_to_file(plan.disk, self.record.migration, image, cap, whole=whole)
-        copying = self._copying = Mirrors(self.qemu, [plan.disk for plan in plans], self._moves.policy)
+        names = [plan.disk for plan in plans]
+        copying = self._copying = Mirrors(self.qemu, names, self._moves.policy, logs="the log of this host")
         self.report.bar = self.report.bar.with_disks(1, 0)
         await copying.until_ready(lambda: self._look(copying))
 

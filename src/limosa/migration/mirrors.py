@@ -87,9 +87,18 @@ class Keeping:
 
 
 class Mirrors:
-    """The copies of one move, which have begun. ``policy`` says how far the guest may be slowed for them."""
+    """The copies of one move, which have begun. ``policy`` says how far the guest may be slowed for them, ``logs``
+    which logs say more if one fails."""
 
-    def __init__(self, machine: CopyingProtocol, disks: Iterable[str], policy: ConvergencePolicy) -> None:
+    def __init__(
+        self,
+        machine: CopyingProtocol,
+        disks: Iterable[str],
+        policy: ConvergencePolicy,
+        *,
+        logs: str = "the logs of both hosts",
+    ) -> None:
+        self._logs = logs
         self._machine = machine
         self._policy = policy
         new = Keeping(policy.patience_s, time.monotonic(), steps=MOST_SLOWED if policy.slow_writes else 0)
@@ -129,7 +138,7 @@ class Mirrors:
             copy = copies.get(disk)
             if copy is None or copy.error or copy.state is CopyState.ENDED:
                 why = (copy.error if copy is not None else "") or "QEMU has ended it"
-                raise MigrationFailed(f"disk {disk} could not be copied", why=why, todo="see the logs of both hosts")
+                raise MigrationFailed(f"disk {disk} could not be copied", why=why, todo=f"see {self._logs}")
         self.latest = {disk: copies[disk] for disk in self._keeping}
         now = time.monotonic()
         while self._looks and self._looks[0][0] < now - RATE_OVER_S:
