@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 
-from limosa.errors import StorageError
+from limosa.errors import QemuError, StorageError
 from limosa.qemu import disks
 from limosa.qemu.disks import Disks
 from limosa.qemu.protocol import CopyState, CopyStatistics, Event
@@ -53,3 +53,61 @@ def test_one_that_does_not_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(StorageError, match="vda") as caught:
         settle(monkeypatch, Copying(90, 80, *[80] * 10))
     assert "no nearer" in caught.value.why
+
+
+class Telling(Disks):
+    """A QEMU with one copy, which takes no command any more, and its nodes."""
+
+    def __init__(self, copy: CopyStatistics) -> None:
+        super().__init__(cast(Any, SimpleNamespace(owner=lambda: None)), cast(Any, None), Path())
+        self.copy = copy
+        self.closed: list[str] = []
+
+    def on_event(self, callback: Callable[[Event], None]) -> Callable[[], None]:
+        return lambda: None
+
+    async def copies(self) -> dict[str, CopyStatistics]:
+        return {"vda": self.copy}
+
+    async def disk_node(self, disk: str) -> str:
+        return disk
+
+    async def slow_writes(self, disk: str, bytes_per_s: int) -> None:
+        assert bytes_per_s == 0
+
+    async def _execute(
+        self, command: str, arguments: Mapping[str, object] | None = None, *, out_of_band: bool = False
+    ) -> Any:
+        match command:
+            case "query-named-block-nodes":
+                return [{"node-name": "vda"}]
+            case "blockdev-del":
+                assert arguments is not None
+                self.closed.append(str(arguments["node-name"]))
+                return {}
+            case "job-dismiss":
+                return {}
+            case _:
+                raise QemuError(f"QEMU refused {command}", why="cannot accept command verb")
+
+
+def test_one_that_does_not_end_is_not_said_to_be_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(disks, "END_WITHIN_S", 0)
+    qemu = Telling(CopyStatistics(CopyState.COPYING, 10, 100))
+    with pytest.raises(StorageError, match="does not end"):
+        asyncio.run(qemu.drop_copy("vda", "tag"))
+    assert qemu.closed == []
+    qemu.copy = CopyStatistics(CopyState.ENDED, 10, 100, "Operation canceled")
+    asyncio.run(qemu.drop_copy("vda", "tag"))
+    assert qemu.closed == ["vda.tag", "vda.tag-file"]
+
+
+@pytest.mark.parametrize("end", [Disks.settle_copy, Disks.end_copy])
+def test_one_that_has_failed_says_why_when_it_is_to_end(end: Callable[[Disks, str], Coroutine[Any, Any, None]]) -> None:
+    qemu = Telling(CopyStatistics(CopyState.ENDED, 10, 100, "No space left on device"))
+    with pytest.raises(StorageError) as caught:
+        asyncio.run(end(qemu, "vda"))
+    assert caught.value.why == "No space left on device"
+    qemu.copy = CopyStatistics(CopyState.COPYING, 10, 100)
+    with pytest.raises(QemuError, match="refused"):
+        asyncio.run(end(qemu, "vda"))

@@ -21,6 +21,7 @@ from limosa.errors import (
     LimosaError,
     OutcomeUnknown,
     QemuError,
+    StorageError,
 )
 from limosa.host import outgoing as module_of_outgoing
 from limosa.host.outgoing import Outgoing
@@ -152,6 +153,32 @@ async def until(what: Callable[[], bool]) -> None:
 
 
 MIGRATING = (SourceStep.PREPARING, SourceStep.MIGRATING)
+
+
+def test_a_copy_that_qemu_cannot_end_yet_is_ended_later_and_keeps_nobody_waiting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(settle, "DROP_EVERY_S", 0)
+
+    async def scenario() -> None:
+        world = World(tmp_path, There(DestinationState.INCOMING, away=False), *MIGRATING)
+        asked: list[str] = []
+        ends = asyncio.Event()
+
+        async def drop(machine: object, tag: str, disks: object) -> None:
+            asked.append(tag)
+            if not ends.is_set():
+                raise StorageError("the copy of disk vda does not end")
+
+        monkeypatch.setattr("limosa.migration.mirrors.drop", drop)
+        await world.settlement.run()
+        assert world.home.given_back == [SourceStep.HOME]
+        await until(lambda: len(asked) > 3)
+        ends.set()
+        await world.settlement.background.idle()
+        assert set(asked) == {FIRST}
+
+    play(scenario)
 
 
 @pytest.mark.parametrize("dies", [False, True])

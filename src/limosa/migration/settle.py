@@ -9,11 +9,12 @@ destination cannot be reached: no time limit turns ignorance into a guess. A per
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from limosa.background import in_full
+from limosa.background import Background, in_full
 from limosa.errors import (
     Cancelled,
     Conflict,
@@ -23,6 +24,7 @@ from limosa.errors import (
     OwnerUnknown,
     QemuError,
     QemuGone,
+    StorageError,
 )
 from limosa.migration import mirrors
 from limosa.migration.interruption import is_gone
@@ -42,7 +44,10 @@ from limosa.wire.peer import DestinationState, Standing
 if TYPE_CHECKING:
     from limosa.migration.source import SourceMove
 
+_log = logging.getLogger(__name__)
 ABORT_WITHIN_S = 5.0
+#: Between attempts to end copies of disks that QEMU could not end yet.
+DROP_EVERY_S = 5.0
 #: From a question to the answer of a QEMU that does not hang.
 QEMU_ANSWERS_WITHIN_S = 10.0
 
@@ -64,6 +69,8 @@ class Settlement:
         self.awaits = ""
         #: what the destination answered when it was asked last, None if it did not
         self._heard: DestinationState | None = None
+        #: what goes on after the move has ended
+        self.background = Background()
 
     @property
     def step(self) -> SourceStep:
@@ -203,7 +210,11 @@ class Settlement:
 
     async def _home(self, machine: MachineProtocol) -> None:
         """The guest runs here as before; people may operate it again, whether or not the destination can be told."""
-        await mirrors.drop(machine, self.move.header.migration, [disk.name for disk in self.move.header.vm.disks])
+        try:
+            await self._drop_copies(machine)
+        except StorageError as error:  # its guest need not wait for that
+            _log.warning("a copy of VM %s is left, and ended later: %s: %s", self.move.header.vm.name, error, error.why)
+            self.background.spawn(self._drop_in_time(machine))
         await machine.forget_stream()
         # What was never promised is as it was, and may be another's: then the move was refused because of that.
         if self._is_told:
@@ -212,6 +223,19 @@ class Settlement:
         await in_full(self.move.journal.record, SourceStep.HOME, time.time())
         await self.move.home.vm_stays(why_stopped)
         await self._dismiss()
+
+    async def _drop_copies(self, machine: MachineProtocol) -> None:
+        await mirrors.drop(machine, self.move.header.migration, [disk.name for disk in self.move.header.vm.disks])
+
+    async def _drop_in_time(self, machine: MachineProtocol) -> None:
+        """End copies that QEMU could not end: no other move of these disks can begin before."""
+        while not machine.gone.is_set():
+            await asyncio.sleep(DROP_EVERY_S)
+            try:
+                await self._drop_copies(machine)
+            except LimosaError:
+                continue
+            return
 
     async def _let_run(self, machine: MachineProtocol) -> str:
         """Let the guest go on. Returns why it does not where only its users can mend that: whose it is is certain, and

@@ -144,7 +144,7 @@ class Disks(Session):
 
         It stays so until :meth:`pivot` or :meth:`drop_copy`. Raises :class:`StorageError` if the copy failed.
         """
-        await self._execute("block-job-complete", {"device": f"copy-{disk}"})
+        await self._tell(disk, "block-job-complete")
         await self._reaches(disk, {CopyState.SETTLED})
 
     async def pivot(self, disk: str) -> None:
@@ -168,7 +168,7 @@ class Disks(Session):
         unsubscribe = self.on_event(lambda event: _settle(ended, event) if _is_end_of(event, disk) else None)
         try:
             # Without force, a job that is ready ends as completed, but for the pivot (qapi/block-core.json).
-            await self._execute("block-job-cancel", {"device": f"copy-{disk}"})
+            await self._tell(disk, "block-job-cancel")
             # The guest stands still: QEMU's event says all there is to know, and is there before any answer.
             await asyncio.wait({ended}, timeout=LOOK_EVERY_S)
         finally:
@@ -182,16 +182,14 @@ class Disks(Session):
         await asyncio.sleep(0)
 
     async def drop_copy(self, disk: str, tag: str) -> None:
-        """Give a copy up, if there is one, and close it. The disk is as it was. May be repeated, in every state."""
+        """Give a copy up, if there is one, and close it. The disk is as it was. May be repeated, in every state.
+
+        Raises :class:`StorageError` if QEMU does not end it, and so may still write to it."""
         # Before anything else: a QEMU that waits for the other end may answer nothing until it has hung up.
         await self._hang_up(f"{disk}.{tag}")
         await self.slow_writes(disk, 0)
         if disk in await self.copies():
-            with suppress(QemuError):  # it may be over by now
-                await self._execute("job-cancel", {"id": f"copy-{disk}"})
-            with suppress(StorageError):
-                await self._reaches(disk, {CopyState.ENDED})
-            await self._dismiss(disk)
+            await self._give_up(disk)
         await self._close(f"{disk}.{tag}")
 
     async def disk_node(self, disk: str) -> str:
@@ -253,6 +251,30 @@ class Disks(Session):
         except QemuError:
             await self._close(target)
             raise
+
+    async def _give_up(self, disk: str) -> None:
+        """Cancel a job, wait for its end and forget it. Raises :class:`StorageError` if it goes on."""
+        with suppress(QemuError):  # it may be over by now
+            await self._execute("job-cancel", {"id": f"copy-{disk}"})
+        with suppress(StorageError):  # it failed, which is an end, too; or goes on
+            await self._reaches(disk, {CopyState.ENDED})
+        copy = (await self.copies()).get(disk)
+        if copy is not None and copy.state is not CopyState.ENDED:
+            why = f"QEMU was told to, and has waited for its storage for {END_WITHIN_S:.0f} s"
+            raise StorageError(f"the copy of disk {disk} does not end", why=why)
+        await self._dismiss(disk)
+
+    async def _tell(self, disk: str, command: str) -> None:
+        """Give a job a command. Raises :class:`StorageError` if the job has failed by now."""
+        try:
+            await self._execute(command, {"device": f"copy-{disk}"})
+        except (QemuGone, OutcomeUnknown):
+            raise
+        except QemuError:
+            copy = (await self.copies()).get(disk)
+            if copy is None or not copy.error:
+                raise
+            raise StorageError(f"disk {disk} could not be copied", why=copy.error) from None
 
     async def _reaches(self, disk: str, states: set[CopyState]) -> None:
         """Wait until a copy is in one of the states, as long as it comes nearer to its end. Raises
