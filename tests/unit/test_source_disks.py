@@ -327,6 +327,28 @@ def test_copies_are_whole_before_the_last_memory_goes(tmp_path: Path) -> None:
     play(tmp_path, scenario)
 
 
+def test_a_guest_that_stands_still_while_its_copy_begins_has_not_stopped_for_good(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario(world: World) -> None:
+        copy_to_host = world.here.copy_to_host
+
+        async def begin(*words: Any, **named: Any) -> None:
+            await copy_to_host(*words, **named)
+            await world.here.pause()
+            await world.here.resume()
+            assert not world.move.stands_still.is_set()
+            assert world.move.stopped_at is None
+
+        monkeypatch.setattr(world.here, "copy_to_host", begin)
+        await world.move.run()
+        phases = list(dict.fromkeys(view.phase for view in world.seen))
+        assert phases[:3] == [Phase.BUILD_UP, Phase.STORAGE, Phase.COPY]
+        assert world.move.stopped_at is not None
+
+    play(tmp_path, scenario)
+
+
 def test_others_hear_of_a_network_that_a_move_takes_to_while_it_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

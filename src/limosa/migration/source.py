@@ -436,7 +436,8 @@ class SourceMove:
 
     def _on_event(self, event: Event) -> None:
         match event.name:
-            case "STOP":
+            # While copies of disks are made it may stand still for them to begin (``Disks._mirror``).
+            case "STOP" if self.report.now.phase is not Phase.STORAGE:
                 self.stopped_at = event.at
                 if self.steering is not None:
                     self.steering.guest_stopped()

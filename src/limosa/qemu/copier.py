@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from limosa.qemu import folder, process
 from limosa.qemu.arguments import image_nodes, without_guest
@@ -57,6 +58,10 @@ class Copier(Disks):
 
     async def slow_writes(self, disk: str, bytes_per_s: int) -> None:
         """Nobody writes: there is no guest."""
+
+    async def _mirror(self, disk: str, job: dict[str, Any]) -> None:
+        """Nobody writes while it begins, either."""
+        await self._execute("blockdev-mirror", job)
 
     async def _open(self, name: str, image: ImageFile) -> None:
         nodes = image_nodes(
