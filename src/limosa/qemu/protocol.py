@@ -204,7 +204,9 @@ class CopyingProtocol(Protocol):
         """Source: make a copy that is ready whole, flush and end it. Raises :class:`StorageError` if it failed."""
 
     async def drop_copy(self, disk: str, tag: str) -> None:
-        """Source: give a copy up, or close one that has ended. The disk is as it was. May be repeated."""
+        """Source: give a copy up, or close one that has ended. The disk is as it was. May be repeated.
+
+        Raises :class:`StorageError` if QEMU does not end it, and so may still write to it."""
 
 
 class MachineProtocol(CopyingProtocol, Protocol):
