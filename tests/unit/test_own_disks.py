@@ -200,7 +200,7 @@ def test_what_lies_below_a_clone_in_another_folder_of_its_location_stays(
     folder = Path(os.path.normpath(where.format(either.image.parent)))
     folder.mkdir(parents=True)
     clone = either.overlay().rename(folder / "clone.qcow2")
-    assert either.needed() == f"{clone} lies above it"
+    assert either.needed() == f"it is the backing file of {clone}"
     assert not either.leave()
     below = os.path.relpath(either.image, folder)
     subprocess.run(["qemu-img", "rebase", "-q", "-u", "-f", "qcow2", "-b", below, "-F", "raw", str(clone)], check=True)
@@ -224,7 +224,7 @@ class TestAnImageInNoLocation:
     def test_it_stays_below_a_clone(self, either: World, folder: str) -> None:
         (either.image.parent / folder).mkdir(exist_ok=True)
         clone = either.overlay().rename(either.image.parent / folder / "clone.qcow2")
-        assert either.needed() == f"{clone} lies above it"
+        assert either.needed() == f"it is the backing file of {clone}"
         assert not either.leave()
         clone.unlink()
         assert either.leave()
@@ -235,13 +235,13 @@ class TestAnImageInNoLocation:
         link.parent.mkdir()
         link.symlink_to(either.image)
         either.hosted.config = World.with_disk(VM, link)
-        assert either.needed() == f"{clone} lies above it"
+        assert either.needed() == f"it is the backing file of {clone}"
         clone.unlink()
         subprocess.run(
             ["qemu-img", "create", "-q", "-f", "qcow2", "-b", link.name, "-F", "raw", str(link.with_name("child"))],
             check=True,
         )
-        assert either.needed() == f"{link.with_name('child')} lies above it"
+        assert either.needed() == f"it is the backing file of {link.with_name('child')}"
 
 
 def test_what_lies_below_a_clone_in_no_location_stays(either: World, tmp_path: Path) -> None:
@@ -315,7 +315,7 @@ class TestWhatCannotBeRead:
                 return None
 
         either.storage._looks = Dead(0.0)
-        self.check(either, "location 'fast' does not answer: so it cannot be told what lies there")
+        self.check(either, "location 'fast' does not answer: so what is stored there is unknown")
 
     def test_a_folder_in_a_location(self, either: World, monkeypatch: pytest.MonkeyPatch) -> None:
         folder, scandir = either.image.with_name("private"), os.scandir
@@ -327,7 +327,7 @@ class TestWhatCannotBeRead:
             return scandir(path)
 
         monkeypatch.setattr(os, "scandir", closed)
-        self.check(either, f"what lies in {folder} is not known: Permission denied")
+        self.check(either, f"the contents of {folder} are unknown: Permission denied")
 
     def test_a_location_with_too_much_in_it(self, either: World, monkeypatch: pytest.MonkeyPatch) -> None:
         folder = either.image.with_name("many")
@@ -335,7 +335,7 @@ class TestWhatCannotBeRead:
         for number in range(5):
             (folder / str(number)).touch()
         monkeypatch.setattr(claims, "MOST_FILES", 5)
-        self.check(either, f"what lies in {either.image.parent} is not known: it holds more than 5 files")
+        self.check(either, f"the contents of {either.image.parent} are unknown: it holds more than 5 files")
 
     def test_not_looked_into_is_what_is_mounted_there_and_what_a_link_leads_to(
         self, either: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
