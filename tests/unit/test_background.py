@@ -19,8 +19,7 @@ from limosa.host.launching import Launcher
 from limosa.host.leasing import Leasing
 from limosa.host.storage import Storage
 from limosa.model.vm import Disk
-from limosa.storage import mounts
-from limosa.storage.locations import Locations
+from limosa.storage import access, mounts
 
 storage = test_host_storage.storage
 #: more than asyncio has threads for all
@@ -46,7 +45,7 @@ class Share:
 def dead(monkeypatch: pytest.MonkeyPatch) -> Share:
     share = Share()
     monkeypatch.setattr(mounts, "of", share.look)
-    monkeypatch.setattr(Locations, "claim", share.look)
+    monkeypatch.setattr(access, "status_of", share.look)
     monkeypatch.setattr(Storage, "_facts", share.look)
     return share
 

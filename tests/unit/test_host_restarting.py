@@ -488,7 +488,7 @@ class TestWithoutItsStorage:
         async def scenario(world: World) -> None:
             hosted = await self.waiting(world)
             assert world.vms.view(hosted).reason == (
-                "its QEMU ended while the host daemon was not there; it is restarted once this has passed: "
+                "its QEMU ended while the host daemon was not running; it is restarted once this has passed: "
                 "the image is missing"
             )
             await until(lambda: world.launcher.claimed > 2)
@@ -523,7 +523,7 @@ class TestWithoutItsStorage:
             hosted = await self.waiting(world)
             await world.idle()
             assert hosted.state is VmState.CRASHED
-            assert world.vms.view(hosted).reason.endswith("there; it could not be restarted: the image is missing")
+            assert world.vms.view(hosted).reason.endswith("running; it could not be restarted: the image is missing")
             assert world.launcher.claimed == 2
 
         play(scenario)

@@ -33,7 +33,7 @@ from limosa.migration.ownership import (
     destination_state,
 )
 from limosa.model.vm import VmConfig
-from limosa.qemu.protocol import Event, MachineProtocol, MigrationState, RunState, StreamParameters
+from limosa.qemu.protocol import SWITCHED_OVER, Event, MachineProtocol, MigrationState, RunState, StreamParameters
 from limosa.transport.channel import Doorway
 from limosa.wire.peer import LayersAwaited, Prepare, Prepared, Running, Standing
 
@@ -42,8 +42,6 @@ LOAD_WITHIN_S = 30.0
 
 #: From a question to the answer of a QEMU that does not hang. The source gives an abort five seconds.
 ANSWER_WITHIN_S = 2.0
-
-_LOADED = (MigrationState.COMPLETED, MigrationState.POSTCOPY_ACTIVE)
 
 
 class Landing(Protocol):
@@ -360,7 +358,7 @@ class Destination:
             await asyncio.sleep(0.001)
 
     async def _arrive(self, machine: MachineProtocol) -> None:
-        if (await machine.migration()).state in _LOADED:
+        if (await machine.migration()).state in SWITCHED_OVER:
             return
         gone = asyncio.ensure_future(machine.gone.wait())
         arrived = asyncio.ensure_future(self._arrived.wait())
@@ -442,7 +440,7 @@ class Destination:
             async with asyncio.timeout(ANSWER_WITHIN_S):
                 if await self.machine.status() is RunState.RUNNING:
                     return DestinationQemu.RUNNING
-                loaded = (await self.machine.migration()).state in _LOADED
+                loaded = (await self.machine.migration()).state in SWITCHED_OVER
         except (QemuError, TimeoutError):
             return DestinationQemu.DEAD if await is_gone(self.machine) else DestinationQemu.SILENT
         return DestinationQemu.LOADED if loaded else DestinationQemu.INCOMING
@@ -458,7 +456,7 @@ class Destination:
             self._watch = None
 
     def _on_event(self, event: Event) -> None:
-        if event.name == "MIGRATION" and MigrationState(event.data["status"]) in _LOADED:
+        if event.name == "MIGRATION" and MigrationState(event.data["status"]) in SWITCHED_OVER:
             self._arrived.set()
             if event.data["status"] == MigrationState.COMPLETED:
                 self._loaded.set()
