@@ -222,3 +222,116 @@ def test_a_guest_that_was_continued_runs_though_its_qemu_waits_for_a_page(tmp_pa
         assert landing.step is DestinationStep.OWNED
 
     asyncio.run(scenario())
+
+
+LONG_S = 1000.0
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_what_waits_here_is_kept_if_the_source_comes_back(tmp_path: Path, whole: bool) -> None:
+    async def scenario() -> None:
+        landing, machine = await prepared(tmp_path)
+        landing.attended()
+        ending = asyncio.ensure_future(landing.abandoned(wait_s=LONG_S))
+        await asyncio.sleep(0)
+        if whole:
+            machine._loaded(MigrationState.COMPLETED)
+        landing.attended()
+        await ending
+        state = (await landing.standing()).state
+        assert state is (DestinationState.LOADED if whole else DestinationState.INCOMING)
+        assert not landing._given_up.is_set()
+        assert not landing.is_unresolved
+        await landing.abandoned()
+        assert landing.step is (DestinationStep.RESERVED if whole else DestinationStep.GONE)
+        landing._unfollow()
+
+    asyncio.run(scenario())
+
+
+def test_nothing_is_decided_while_there_is_another_session(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        landing, _ = await prepared(tmp_path)
+        landing.attended()
+        landing.attended()
+        await landing.abandoned(wait_s=LONG_S)
+        assert (await landing.standing()).state is DestinationState.INCOMING
+        await landing.abandoned()
+        assert landing.step is DestinationStep.GONE
+
+    asyncio.run(scenario())
+
+
+def test_what_is_incomplete_is_destroyed_if_the_source_does_not_come_back(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        landing, machine = await prepared(tmp_path)
+        landing.attended()
+        await landing.abandoned(wait_s=0.01)
+        assert landing.step is DestinationStep.GONE
+        assert machine.gone.is_set()
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("why", ["QEMU dies", "the daemon ends", "it is aborted", "a person decides"])
+def test_nobody_is_waited_for_any_more(tmp_path: Path, why: str) -> None:
+    async def scenario() -> None:
+        landing, machine = await prepared(tmp_path)
+        landing.attended()
+        ending = asyncio.ensure_future(landing.abandoned(wait_s=LONG_S))
+        await asyncio.sleep(0)
+        match why:
+            case "QEMU dies":
+                machine.die("")
+            case "the daemon ends":
+                landing.expect_nobody()
+            case "it is aborted":
+                await landing.abort("the move was undone")
+            case _:
+                await landing.resolve(here=False)
+        await ending
+        assert landing.step is DestinationStep.GONE
+
+    asyncio.run(scenario())
+
+
+def test_it_is_given_to_this_host_only_when_nobody_is_waited_for_any_more(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        landing, _ = await loaded(tmp_path)
+        landing.attended()
+        ending = asyncio.ensure_future(landing.abandoned(wait_s=LONG_S))
+        await asyncio.sleep(0)
+        with pytest.raises(Conflict, match="needs no decision"):
+            await landing.resolve(here=True)
+        landing.expect_nobody()
+        await ending
+        await landing.resolve(here=True)
+        assert landing.step is DestinationStep.OWNED
+
+    asyncio.run(scenario())
+
+
+def test_a_whole_guest_is_held_from_the_end_of_the_session_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(script, "UNRESOLVED_AFTER_S", 0.01)
+
+    async def scenario() -> None:
+        landing, _ = await loaded(tmp_path)
+        landing.attended()
+        await landing.abandoned(wait_s=0.01)
+        assert landing.is_unresolved
+        landing._unfollow()
+
+    asyncio.run(scenario())
+
+
+def test_a_session_that_was_waited_for_in_vain_and_begins_late_finds_nothing(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        landing, _ = await prepared(tmp_path)
+        landing.attended()
+        await landing.abandoned(wait_s=0.01)
+        landing.attended()
+        assert (await landing.standing()).state is DestinationState.GONE
+        with pytest.raises(DestinationLost):
+            await landing.take_over()
+
+    asyncio.run(scenario())

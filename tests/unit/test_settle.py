@@ -431,7 +431,7 @@ def outgoing_with(
     boot: str = "boot",
 ) -> Outgoing:
     """The moves of a host that has one VM. ``destination`` is who is called at an address."""
-    monkeypatch.setattr(Outgoing, "_dialler", lambda _, address: destination(address).dial)
+    monkeypatch.setattr(Outgoing, "_dialler", lambda _, address, *_tell: destination(address).dial)
     page = SimpleNamespace(now=HostSettings(), on_change=lambda callback: None)
     vms = SimpleNamespace(find=lambda name: hosted)
     relays = SimpleNamespace(pace=lambda: None)

@@ -257,6 +257,11 @@ class Incoming:
         await destination.abandoned()
         self.settled(destination)
 
+    def stop(self) -> None:
+        """This daemon ends: have what is safe decided as soon as sessions end."""
+        for destination in self._landing.values():
+            destination.expect_nobody()
+
     def show(self, migration: str) -> Migration | None:
         """The landing by that move, unless there is none or it has ended."""
         destination = self._landing.get(migration)

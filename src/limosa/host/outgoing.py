@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from limosa.errors import (
     from_fault,
 )
 from limosa.host.bandwidth import MBIT_BYTES, Bandwidth
+from limosa.host.calling import Caller
 from limosa.host.expectation import expect, resident_bytes
 from limosa.host.faults import internal
 from limosa.host.home import HomeHere
@@ -240,7 +242,7 @@ class Outgoing:
         report = Report(first or self._first_view(header, terms.transport), self._views.publish)
         place = Place(self.slots)
         home = HomeHere(self._parts, hosted, self._bandwidth, header.migration, _own_cap(options), place)
-        move = SourceMove(journal, machine, self._dialler(header.address), home, terms, report)
+        move = SourceMove(journal, machine, self._dialler(header.address, report.mention), home, terms, report)
         self._active[header.migration] = move
         self._views.publish(report.now)
         self._background.spawn(self._settle(move, None) if settle else self._conduct(move, place, options))
@@ -300,12 +302,17 @@ class Outgoing:
         move.journal.close()
         self._active.pop(move.header.migration, None)
 
-    def _dialler(self, destination: str) -> Dialler:
+    def _dialler(self, destination: str, tell: Callable[[str], None] = lambda _: None) -> Dialler:
+        caller = Caller(
+            destination,
+            lambda: self._page.now.peers.get(destination, destination),
+            self.host,
+            lambda: tls.client_context(self._pki, "host"),
+        )
+
         async def open_session() -> RemotePeer:
-            address = self._page.now.peers.get(destination, destination)
-            context = tls.client_context(self._pki, "host")
             try:
-                return await dial(destination, address, self.host, context)
+                return await dial(caller, tell)
             except HostUnreachable as error:
                 try:
                     tls.check_dates(self._pki / "host.pem")

@@ -1,63 +1,60 @@
 """The source's end of a session with another host: a :class:`limosa.migration.peer.Peer` over one WebSocket.
 
-The session is opened with mutual TLS before anything is asked. A host is called by the name in its certificate; TLS
-refuses another. Pings every second notice a dead network within four seconds; the kernel notices within five that they
-are not acknowledged.
+While memory and disks are copied nothing is asked, and the session does not depend on one network: when its connection
+dies, another is opened, at whichever address of the destination answers, and the session goes on over that. From the
+next question on it ends with its connection, for nobody would know what was heard of it.
 """
 
 from __future__ import annotations
 
 import asyncio
-import os
-import socket
-import ssl
+import logging
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any, TypeVar
 
-from websockets.asyncio.client import ClientConnection, connect
-from websockets.exceptions import InvalidHandshake, WebSocketException
+from websockets.asyncio.client import ClientConnection
+from websockets.exceptions import ConnectionClosed, WebSocketException
 
-from limosa.errors import HostNotTrusted, HostUnreachable, InvalidInput, from_fault
+from limosa.errors import HostUnreachable, InvalidInput, LimosaError, from_fault
+from limosa.host.calling import Call, Caller, ask, broken, decoder
 from limosa.migration import layers
 from limosa.migration.peer import SendLayers
-from limosa.model import reading
 from limosa.model.base import MigrationId
 from limosa.model.facts import DestinationFacts
+from limosa.model.network import HostNetwork
 from limosa.model.storage import BackingFile
 from limosa.model.vm import Accelerator, VmConfig
-from limosa.security import expiry
-from limosa.security.identity import from_peer_certificate
-from limosa.settings.address import split_address
-from limosa.settings.daemon import DEFAULT_PORT
+from limosa.network.addresses import own_addresses, shareable
 from limosa.wire import peer as say
-from limosa.wire import versions
 from limosa.wire.encoding import encode
-from limosa.wire.endpoints import PEER_PATH, Role
 from limosa.wire.parsing import parse
 
-CONNECT_WITHIN_S = 3.0
 #: Longest wait for facts: storage that has to be woken up may take a while.
 INSPECT_WITHIN_S = 30.0
-PING_EVERY_S = 1.0
-PONG_WITHIN_S = 3.0
-#: What was sent and is not acknowledged after this long ends the connection, whatever the program is busy with
-#: (TCP_USER_TIMEOUT, tcp(7)).
-UNACKNOWLEDGED_MS = 5000
-MAX_MESSAGE_BYTES = 16 * 1024 * 1024
+#: A session that broke is opened again within this time, or has ended. The destination waits longer
+#: (:data:`limosa.host.session.ATTACHED_WITHIN_S`).
+AGAIN_WITHIN_S = 5.0
 
+_log = logging.getLogger(__name__)
 Answer = TypeVar("Answer")
-_decoder = reading.decoder(say.FromDestination)
 
 
 class RemotePeer:
     """A session with a destination. Made by :func:`dial`."""
 
-    def __init__(self, connection: ClientConnection, host: str) -> None:
-        self.host = host
-        #: of the protocol, agreed on by :meth:`hello`
-        self.version = versions.OLDEST
-        self._connection = connection
+    def __init__(self, call: Call, caller: Caller, tell: Callable[[str], None]) -> None:
+        self.host = call.host
+        #: of the protocol
+        self.version = call.version
+        self._caller = caller
+        self._tell = tell
+        self._connection = call.connection
+        #: set unless another connection is awaited
+        self._is_whole = asyncio.Event()
+        self._is_whole.set()
+        #: the move with which the session goes on if its connection dies, None: it ends then
+        self._copying: MigrationId | None = None
         loop = asyncio.get_running_loop()
         self.lost: asyncio.Future[None] = loop.create_future()
         self._adopted: asyncio.Future[None] = loop.create_future()
@@ -74,6 +71,7 @@ class RemotePeer:
                 answer = await self._ask(say.Inspect(vm=vm, accelerator=accelerator), say.Facts)
         except TimeoutError as error:
             raise self._lose(f"it told no facts within {INSPECT_WITHIN_S:.0f} s") from error
+        self._learn(answer.facts.network, answer.facts.addresses)
         return answer.facts, answer.facts.time - (asked + time.time()) / 2
 
     async def find_files(self, files: Sequence[BackingFile]) -> tuple[BackingFile | None, ...]:
@@ -90,16 +88,17 @@ class RemotePeer:
             if isinstance(answer, say.LayersAwaited):
                 answer = await layers.sent_beside(send_layers(answer), self._answer((say.Prepared,)))
             if isinstance(answer, say.Prepared):
+                self._copying = request.migration
                 return answer
             in_line(answer.place)
 
     async def announce(self, addresses: Sequence[str]) -> None:
         """See :class:`limosa.migration.peer.Peer`."""
-        await self._send(say.Announce(addresses=tuple(addresses)))
+        await self._mention(say.Announce(addresses=tuple(addresses)))
 
     async def disks_whole(self) -> None:
         """See :class:`limosa.migration.peer.Peer`."""
-        await self._send(say.DisksWhole())
+        await self._mention(say.DisksWhole())
 
     async def offers(self) -> AsyncIterator[say.Offered]:
         """See :class:`limosa.migration.peer.Peer`."""
@@ -139,32 +138,40 @@ class RemotePeer:
         self._lose("the session was closed")
         self._connection.transport.abort()
 
-    async def hello(self, own_name: str) -> None:
-        """Agree on a version and on who is who. Raises :class:`HostUnreachable` or :class:`HostNotTrusted`."""
-        hello = say.Hello(host=own_name, oldest=versions.OLDEST, newest=versions.NEWEST)
-        welcome = await self._ask(hello, say.Welcome)
-        identity = from_peer_certificate(self._connection.transport.get_extra_info("peercert") or {})
-        if identity.role is not Role.HOST or identity.name != welcome.host:
-            raise HostNotTrusted(
-                f"'{self.host}' answered as host '{welcome.host}' with a certificate of '{identity.name}'",
-                todo="issue it a host certificate of its own name with 'limosa ca issue'",
-                host=self.host,
-            )
-        self.host = welcome.host
-        self.version = versions.agree((versions.OLDEST, versions.NEWEST), (welcome.version,) * 2, host=self.host)
-
     async def _ask(self, message: say.Message, answer: type[Answer]) -> Answer:
         await self._send(message)
         received: Answer = await self._answer((answer,))
         return received
 
     async def _send(self, message: say.Message) -> None:
-        if self.lost.done():
-            self.lost.result()
+        """Say what is answered, or acted on once: from here on the session ends with its connection."""
+        connection = await self._whole()
+        self._copying = None
         try:
-            await self._connection.send(encode(message))
+            await connection.send(encode(message))
         except WebSocketException as error:
             raise self._lose(str(error)) from error
+
+    async def _mention(self, message: say.Message) -> None:
+        """Say what has no answer and may be said twice: again if the connection dies over it and there is another."""
+        while True:
+            connection = await self._whole()
+            try:
+                await connection.send(encode(message))
+            except WebSocketException as error:
+                if self._copying is None:
+                    raise self._lose(str(error)) from error
+                if connection is self._connection and not self.lost.done():
+                    self._is_whole.clear()  # the reader has yet to hear of it, and sets it in the end
+            else:
+                return
+
+    async def _whole(self) -> ClientConnection:
+        """The connection, when there is one. Raises why the session has ended."""
+        await self._is_whole.wait()
+        if self.lost.done():
+            self.lost.result()
+        return self._connection
 
     async def _answer(self, expected: tuple[type[Any], ...]) -> Any:
         getter = asyncio.ensure_future(self._answers.get())
@@ -187,12 +194,47 @@ class RemotePeer:
         return answer
 
     async def _read(self) -> None:
+        while True:
+            why, is_cut = "it closed the session", False
+            try:
+                async for data in self._connection:
+                    self._take(parse(data, decoder, "its answer"))
+            except (WebSocketException, InvalidInput, OSError) as error:
+                why, is_cut = str(error), _is_cut(error)
+            if not is_cut or self._copying is None or self.lost.done():
+                break
+            try:
+                self._connection = await self._another(self._copying)
+            except (LimosaError, OSError) as error:
+                _log.warning(
+                    "the session with host %s broke (%s) and could not be opened again: %s", self.host, why, error
+                )
+                break
+            self._is_whole.set()
+        self._lose(why)
+
+    async def _another(self, migration: MigrationId) -> ClientConnection:
+        """A connection with which the session goes on. Raises if the destination cannot be reached, or does not await
+        the guest any more."""
+        self._is_whole.clear()
+        self._connection.transport.abort()
+        self._tell(f"the session with host '{self.host}' broke; connecting again")
         try:
-            async for data in self._connection:
-                self._take(parse(data, _decoder, "its answer"))
-            self._lose("it closed the session")
-        except (WebSocketException, InvalidInput, OSError) as error:
-            self._lose(str(error))
+            async with asyncio.timeout(AGAIN_WITHIN_S):
+                call = await self._caller.call()
+                try:
+                    attach = say.Attach(migration=migration, goes_on=True)
+                    standing = await ask(call.connection, self.host, attach, say.Standing)
+                    if standing.state not in (say.DestinationState.INCOMING, say.DestinationState.LOADED):
+                        raise broken(self.host, f"what it had of the VM is {standing.state} by now")
+                except BaseException:
+                    call.connection.transport.abort()
+                    raise
+        except TimeoutError as error:
+            raise broken(self.host, f"no answer within {AGAIN_WITHIN_S:.0f} s") from error
+        finally:
+            self._tell("")
+        return call.connection
 
     def _take(self, message: say.FromDestination) -> None:
         match message:
@@ -200,6 +242,7 @@ class RemotePeer:
                 if not self._adopted.done():
                     self._adopted.set_result(None)
             case say.Offered():
+                self._learn(message.network, message.addresses)
                 self._offered = message
                 self._has_offered.set()
             case say.Lost(fault=fault):
@@ -209,78 +252,27 @@ class RemotePeer:
             case _:
                 self._answers.put_nowait(message)
 
+    def _learn(self, network: HostNetwork, addresses: Sequence[str]) -> None:
+        """Where else the destination may be called: those that carry moves, then all others."""
+        self._caller.learn(tuple(dict.fromkeys((*addresses, *shareable(own_addresses(network.nics))))))
+
     def _lose(self, why: str) -> HostUnreachable:
-        error = self.broken(why)
+        error = broken(self.host, why)
         if not self.lost.done():
             self.lost.set_exception(error)
             self.lost.exception()  # it may have no listener
+        self._is_whole.set()
         return error
 
-    def broken(self, why: str) -> HostUnreachable:
-        """The error that stands for the end of this session."""
-        return HostUnreachable(
-            f"the session with host '{self.host}' broke",
-            why=why,
-            todo=f"check that 'limosa host serve' runs on '{self.host}', and the network between",
-            host=self.host,
-        )
+
+def _is_cut(error: Exception) -> bool:
+    """Whether a connection ended without a word from the other host that it ends."""
+    return isinstance(error, OSError) or (isinstance(error, ConnectionClosed) and error.rcvd is None)
 
 
-def _why_unreachable(error: Exception) -> str:
-    """In words, where the library has only numbers for it."""
-    if isinstance(error, socket.gaierror):
-        return f"its name cannot be looked up ({error.strerror})"
-    # asyncio puts a sentence of its own, with the address, in the place of the system's.
-    if isinstance(error, OSError) and error.errno:
-        return os.strerror(error.errno)
-    return str(error) or "no answer in time"
+async def dial(caller: Caller, tell: Callable[[str], None]) -> RemotePeer:
+    """Open a session. ``tell`` gets what is to be known of it as long as that lasts, then an empty string.
 
-
-async def dial(destination: str, address: str, own_name: str, context: ssl.SSLContext) -> RemotePeer:
-    """Open a session. ``address`` is ``HOST`` or ``HOST:PORT``; the certificate must be that of ``destination``.
-
-    Raises :class:`HostUnreachable` (nobody there), :class:`HostNotTrusted` (TLS said no).
+    Raises as :meth:`limosa.host.calling.Caller.call`.
     """
-    host, port = split_address(address)
-    try:
-        connection = await connect(
-            f"wss://{f'[{host}]' if ':' in host else host}:{port or DEFAULT_PORT}{PEER_PATH}",
-            ssl=context,
-            server_hostname=split_address(destination)[0],
-            open_timeout=CONNECT_WITHIN_S,
-            ping_interval=PING_EVERY_S,
-            ping_timeout=PONG_WITHIN_S,
-            close_timeout=1,
-            compression=None,
-            max_size=MAX_MESSAGE_BYTES,
-            proxy=None,
-        )
-    except ssl.SSLError as error:
-        if expiry.is_expired(error):
-            raise expiry.not_trusted(destination, address) from error
-        raise HostNotTrusted(
-            f"no TLS session with host '{destination}' at {address}",
-            why=error.verify_message if isinstance(error, ssl.SSLCertVerificationError) else error.reason or str(error),
-            todo="both certificates must come from the same authority and be valid now: see 'limosa ca'",
-            host=destination,
-        ) from error
-    except (OSError, TimeoutError, InvalidHandshake, WebSocketException) as error:
-        raise HostUnreachable(
-            f"host '{destination}' cannot be reached at {address}",
-            why=_why_unreachable(error),
-            todo="check that 'limosa host serve' runs there, its address in the setting 'peers', and firewalls",
-            host=destination,
-        ) from error
-    connection.transport.get_extra_info("socket").setsockopt(
-        socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNACKNOWLEDGED_MS
-    )
-    remote = RemotePeer(connection, destination)
-    try:
-        async with asyncio.timeout(CONNECT_WITHIN_S):
-            await remote.hello(own_name)
-    except BaseException as error:
-        await remote.close()
-        if isinstance(error, TimeoutError):
-            raise remote.broken(f"it said nothing within {CONNECT_WITHIN_S:.0f} s") from error
-        raise
-    return remote
+    return RemotePeer(await caller.call(), caller, tell)

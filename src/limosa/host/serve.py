@@ -28,9 +28,9 @@ from limosa.background import Background
 from limosa.errors import InvalidInput, NetworkError, NotPermitted
 from limosa.host import history, logs
 from limosa.host.api import application
+from limosa.host.calling import MAX_MESSAGE_BYTES, PING_EVERY_S, PONG_WITHIN_S
 from limosa.host.certificates import Certificates
 from limosa.host.files import Files
-from limosa.host.peers import MAX_MESSAGE_BYTES, PING_EVERY_S, PONG_WITHIN_S
 from limosa.host.services import assemble, recover
 from limosa.security.identity import Identity, from_peer_certificate, from_unix_peer
 from limosa.settings import toml
@@ -75,6 +75,7 @@ async def _serve(daemon: DaemonSettings) -> None:
     _log.info("host %s serves %s", daemon.name, ", ".join([str(services.parts.files.socket), *daemon.listen]))
     await stop.wait()
     _notify("STOPPING=1")
+    services.incoming.stop()
     for server, _ in servers:
         server.should_exit = True
         server.force_exit = True

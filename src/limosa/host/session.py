@@ -2,7 +2,7 @@
 
 A reader takes messages as they come, so that the end of the connection is noticed while something long is done; a
 worker does what they ask, one after another. When the connection ends, work in progress is cancelled (but never the
-hand-over itself) and the destination's script decides what is safe.
+hand-over itself) and, unless the source comes back, the destination's script decides what is safe.
 """
 
 from __future__ import annotations
@@ -32,6 +32,10 @@ _log = logging.getLogger(__name__)
 
 #: A source asks one thing after another; more than this unanswered is no conversation.
 MAX_UNANSWERED = 16
+
+#: From the end of a session to that of the source's that takes its place: this end may notice a second or two before
+#: the other, which then calls for :data:`limosa.host.peers.AGAIN_WITHIN_S`.
+ATTACHED_WITHIN_S = 8.0
 
 
 class Session:
@@ -90,7 +94,7 @@ class Session:
         await self._trial.aclose()
         if self._destination is not None:
             try:
-                await self._destination.abandoned()
+                await self._destination.abandoned(wait_s=ATTACHED_WITHIN_S)
             except LimosaError as error:
                 # The source, when it asks again, or the next daemon finds it unfinished and brings it to its end.
                 _log.error("%s", error)
@@ -141,8 +145,8 @@ class Session:
                 await self._current().abort(reason)
                 self._incoming.settled(self._current(), self._failed)
                 await self._send(say.Gone())
-            case say.Attach(migration=migration):
-                await self._attach(migration)
+            case say.Attach(migration=migration, goes_on=goes_on):
+                await self._attach(migration, goes_on=goes_on)
 
     def _welcome(self, host: str, oldest: int, newest: int) -> say.Welcome:
         if host != self._source.name:
@@ -185,7 +189,7 @@ class Session:
         await self._incoming.adopt(destination)
         await self._send(say.Adopted())
 
-    async def _attach(self, migration: str) -> None:
+    async def _attach(self, migration: str, *, goes_on: bool) -> None:
         self._check_free(migration)
         before, self._destination = self._destination, await self._incoming.find(migration, self._source.name)
         if self._destination is None:
@@ -197,6 +201,9 @@ class Session:
         await self._send(standing)
         if standing.state is say.DestinationState.OWNED:
             await asyncio.shield(self._adopt(self._destination))
+        elif goes_on:
+            self._background.spawn(self._tell_loss(self._destination))
+            self._background.spawn(self._tell_network())
 
     async def _await_rest(self, destination: Destination) -> None:
         machine = self._incoming.machine_of(destination)

@@ -6,7 +6,7 @@
                  -S; await the stream
     take_over    on the source's word only: continue the guest, then make it durable that it is ours
     abort        destroy everything; the guest never ran here
-    abandoned    the session broke: destroy what is incomplete, hold what is whole
+    abandoned    the session broke, and no other took its place: destroy what is incomplete, hold what is whole
 
 Every method is safe to call again. ``Destination`` is a :class:`limosa.migration.peer.Peer` itself but for the session:
 in tests the source's script talks to it directly.
@@ -105,8 +105,13 @@ class Destination:
         self._sessions = 0
         #: since when, by the monotonic clock, a state that is whole has waited for a word about whose the guest is
         self._held_since: float | None = None
-        #: the last of them ended, or this daemon restarted: the source has what it needs, or it is gone
-        self._abandoned = asyncio.Event()
+        self._attended = asyncio.Event()
+        #: the last of them ended, or this daemon restarted
+        self._is_abandoned = False
+        #: and no other is awaited any more: the source has what it needs, or it is gone
+        self._given_up = asyncio.Event()
+        #: this daemon ends
+        self._ends = asyncio.Event()
         self._resumed_at: float | None = None
         #: QEMU has said RESUME, which it does before the guest's first instruction
         self._ran = False
@@ -223,15 +228,25 @@ class Destination:
     def attended(self) -> None:
         """A session with the source is about this move, until :meth:`abandoned`: the source decides, and no person."""
         self._sessions += 1
-        self._abandoned.clear()
+        self._attended.set()
+        self._is_abandoned = False
+        self._given_up.clear()
         self._held_since = None
 
-    async def abandoned(self) -> None:
-        """A session with the source ended or broke, or this daemon restarted: do what is safe on one's own."""
+    async def abandoned(self, *, wait_s: float = 0.0) -> None:
+        """A session with the source ended or broke, or this daemon restarted: do what is safe on one's own, unless
+        there is another session, or begins within ``wait_s`` while QEMU here waits for more, or for a word."""
         self._sessions = max(0, self._sessions - 1)
+        ended_at = time.monotonic()
         if self._sessions == 0:
-            self._abandoned.set()
+            self._attended.clear()
+            self._is_abandoned = True
+            if self.machine is not None and self.step is DestinationStep.RESERVED:
+                await self._until_attended(self.machine, wait_s)
         async with self._lock:
+            if self._attended.is_set():
+                return  # its end comes, too
+            self._given_up.set()
             if self.step is None:
                 await self._destroy()
                 return
@@ -243,8 +258,22 @@ class Destination:
                 case DestinationAction.OWN:
                     await self._continue_again()
                     await self._own()
-                case DestinationAction.HOLD if self._abandoned.is_set():
-                    self._held_since = time.monotonic()
+                case DestinationAction.HOLD if self._is_abandoned:
+                    self._held_since = ended_at
+
+    async def _until_attended(self, machine: MachineProtocol, within_s: float) -> None:
+        """Return when there is a session again, or none is worth waiting for any more."""
+        events = (self._attended, machine.gone, self._ends)
+        waiting = [asyncio.ensure_future(event.wait()) for event in events]
+        try:
+            await asyncio.wait(waiting, timeout=within_s, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for one in waiting:
+                one.cancel()
+
+    def expect_nobody(self) -> None:
+        """This daemon ends: a session that ends now is followed by no other."""
+        self._ends.set()
 
     async def standing(self) -> Standing:
         """How it stands, for a source that has lost track."""
@@ -256,10 +285,11 @@ class Destination:
     async def resolve(self, *, here: bool) -> None:
         """A person says whether the guest is this host's, and answers for it.
 
-        Raises :class:`Conflict` while the source's session lasts: the move is under way, and the source decides. Raises
-        :class:`QemuError` if QEMU does not answer: it may have the only copy of the guest, and is kept.
+        Raises :class:`Conflict` while the source's session lasts: the move is under way, and the source decides; and if
+        the guest is to run here, while another session is awaited. Raises :class:`QemuError` if QEMU does not answer:
+        it may have the only copy of the guest, and is kept.
         """
-        if not self._abandoned.is_set():
+        if not self._is_abandoned or (here and not self._given_up.is_set()):
             header = self.journal.header
             raise Conflict(
                 f"the move of VM '{self.vm.name}' needs no decision",
@@ -399,7 +429,7 @@ class Destination:
                         await machine.receive(stream)
                 await over.wait()
                 # QEMU's last word to the source may still be under way, perhaps over a path that has just died.
-                await self._abandoned.wait()
+                await self._given_up.wait()
         except LimosaError as error:
             self._lose("it could not receive the VM", str(error))
         finally:

@@ -71,8 +71,7 @@ class Figures:
         """Show how far memory is. ``bar`` has the look in it, ``note`` says what is waited for."""
         shown = progress.progress(bar, look, limit_ms=steering.downtime_limit_ms, note=note)
         shown = await self._with_copies(shown, steering)
-        notes = note, progress.slows_writes(shown.disks)
-        shown = msgspec.structs.replace(shown, note="; ".join(filter(None, notes)))
+        shown = msgspec.structs.replace(shown, note=_joined(note, progress.slows_writes(shown.disks)))
         await self._show(shown, look.transferred_bytes)
 
     async def show_last(self, look: MigrationStatistics, steering: Steering | None) -> None:
@@ -93,6 +92,7 @@ class Figures:
     async def _show(self, shown: Progress, by_rdma: int = 0) -> None:
         assert self._paths is not None
         known, route = self._paths.addresses, await self._paths.look(by_rdma)
+        shown = msgspec.structs.replace(shown, note=_joined(self._report.aside, shown.note))
         self._report.change(progress=shown, route=route)
         self._was_capped = self._was_capped or any(self._home.bandwidth(kind) for kind in Kind)
         if self._paths.addresses != known:
@@ -113,6 +113,10 @@ class Figures:
         copied = await self._copies(steering)
         sent = shown.transferred_bytes + progress.sent(copied) + self._layers_sent
         return msgspec.structs.replace(shown, transferred_bytes=sent, disks=copied)
+
+
+def _joined(*notes: str) -> str:
+    return "; ".join(filter(None, notes))
 
 
 async def _sent(channel: Channel) -> int | None:

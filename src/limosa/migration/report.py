@@ -21,6 +21,8 @@ class Report:
     def __init__(self, first: Migration, publish: Callable[[Migration], None]) -> None:
         self.now = first
         self.bar = Bar()
+        #: what is to be known besides what the move waits for
+        self.aside = ""
         self._publish = publish
         self._since = time.monotonic()
 
@@ -56,6 +58,12 @@ class Report:
         """Say in words what the move waits for."""
         if words != self.now.progress.note:
             self.change(progress=msgspec.structs.replace(self.now.progress, note=words))
+
+    def mention(self, words: str) -> None:
+        """Say something besides what the move waits for, until it is taken back with an empty string."""
+        before, self.aside = self.aside, words
+        if words or self.now.progress.note == before:
+            self.note(words)
 
     def end(self, outcome: Outcome, fault: Fault | None = None) -> None:
         """Publish the outcome. A move that stays unresolved may end again, otherwise."""

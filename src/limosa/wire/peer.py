@@ -27,8 +27,9 @@
                      <-  Failed         instead of any answer: what was asked failed
                      <-  Lost           at any time: the waiting QEMU died
 
-The session is the lease: if it breaks before the destination's QEMU has the whole state, the destination destroys
-what it prepared. After that it keeps the guest paused until the source, or a person, says whose it is.
+The session is the lease: if it breaks before the destination's QEMU has the whole state, and no other takes its place
+(``Attach``) within seconds, the destination destroys what it prepared. After that it keeps the guest paused until the
+source, or a person, says whose it is.
 """
 
 from __future__ import annotations
@@ -268,6 +269,8 @@ class Attach(Message, tag="attach", frozen=True):
     """Take up an earlier migration in a new session, and ask how it stands."""
 
     migration: MigrationId
+    #: this session takes the place of one that broke: what is said there unasked after ``Prepared`` is said here, too
+    goes_on: bool = False
 
 
 class DestinationState(StrEnum):
