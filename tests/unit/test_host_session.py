@@ -97,6 +97,9 @@ class Source:
         self._asked.put_nowait(encode(say.Attach(migration=MIGRATION, goes_on=goes_on)))
         return await self.hear()
 
+    def talks_nonsense(self) -> None:
+        self._asked.put_nowait(b"nonsense")
+
     def breaks(self) -> None:
         self._asked.put_nowait(None)
 
@@ -125,6 +128,21 @@ def test_the_session_that_takes_its_place_hears_what_it_would_have_heard(
         assert "out of memory" in lost.fault.why
         second.breaks()
         await second.serving
+        assert host.landing.step is DestinationStep.GONE
+
+    play(scenario())
+
+
+def test_a_source_that_is_not_understood_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session, "ATTACHED_WITHIN_S", LONG_S)
+
+    async def scenario() -> None:
+        host = Host(tmp_path)
+        await host.prepare()
+        source = Source(host)
+        await source.attach(goes_on=False)
+        source.talks_nonsense()
+        await source.serving
         assert host.landing.step is DestinationStep.GONE
 
     play(scenario())

@@ -59,17 +59,19 @@ class Session:
     async def serve(self) -> None:
         """Answer until the connection ends, or something comes that no source says."""
         worker = asyncio.ensure_future(self._work())
+        wait_s = 0.0
         try:
             while True:
                 self._messages.put_nowait(await self._receive())
         except (WebSocketDisconnect, RuntimeError):
-            pass  # Starlette says RuntimeError if it was an answer of ours that found the connection gone
+            # Starlette says RuntimeError if it was an answer of ours that found the connection gone.
+            wait_s = ATTACHED_WITHIN_S
         except LimosaError as error:
             await self._send(say.Failed(fault=error.fault()))
         finally:
             worker.cancel()
             await asyncio.wait({worker})
-            await self._end()
+            await self._end(wait_s)
 
     async def _receive(self) -> say.FromSource:
         try:
@@ -89,12 +91,13 @@ class Session:
             ) from error
         return message
 
-    async def _end(self) -> None:
+    async def _end(self, wait_s: float) -> None:
+        """``wait_s``: how long the source may take to come back."""
         self._background.cancel()
         await self._trial.aclose()
         if self._destination is not None:
             try:
-                await self._destination.abandoned(wait_s=ATTACHED_WITHIN_S)
+                await self._destination.abandoned(wait_s=wait_s)
             except LimosaError as error:
                 # The source, when it asks again, or the next daemon finds it unfinished and brings it to its end.
                 _log.error("%s", error)
