@@ -12,6 +12,7 @@ import pytest
 from starlette.websockets import WebSocketDisconnect
 
 from harness.landings import VM, BareLanding, header
+from limosa.errors import LimosaError
 from limosa.host import session
 from limosa.host.session import Session
 from limosa.migration.destination import Destination
@@ -61,7 +62,7 @@ class Host:
         assert (migration, source) == (MIGRATION, "here")
         return self.landing
 
-    def settled(self, destination: Destination) -> None:
+    def settled(self, destination: Destination, cause: LimosaError | None = None) -> None:
         assert destination is self.landing
 
     async def offers(self, reached_at: str) -> AsyncIterator[say.Offered]:
