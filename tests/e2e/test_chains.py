@@ -116,7 +116,7 @@ def test_a_chain_stays_a_chain_and_is_sent_once(hosts: list[LabHost], chain: lis
     planned = check(one, "first")
     assert planned["disks"][0]["action"] == "copy-overlay"
     assert [layer["origin"] for layer in planned["layers"]] == [str(path) for path in chain]
-    assert f"file {chain[0]}: is sent into location 'images'" in limosa(one, "check", "first", "--to", "host2").out
+    assert f"file {chain[0]}: sent into location 'images'" in limosa(one, "check", "first", "--to", "host2").out
 
     moved = move(one, "first", two)
     assert moved.progress.transferred_bytes > GOLDEN_MIB * MIB
