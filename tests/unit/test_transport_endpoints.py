@@ -284,13 +284,31 @@ def test_ports_are_shared_by_moves_and_gone_with_the_last(tmp_path: Path) -> Non
     play(scenario)
 
 
-def test_more_ports_than_the_kernel_has_room_for_cost_nothing_else(tmp_path: Path) -> None:
+def test_it_is_said_that_no_port_is_free(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    async def scenario() -> None:
+        kernel = Kernel()
+        endpoints = Endpoints(kernel, tmp_path / "mptcp.json")
+        with caplog.at_level("WARNING"):
+            await endpoints.announce_ports(await endpoints.hold(), MINE, 3, iter([7]))
+        assert {one.port for one in kernel.there.values()} == {7}
+        assert caplog.messages == [f"no further port of {MINE} is free, so that a move has fewer connections"]
+
+    play(scenario)
+
+
+def test_more_ports_than_the_kernel_has_room_for_cost_nothing_else(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     async def scenario() -> None:
         kernel = Kernel()
         endpoints = Endpoints(kernel, tmp_path / "mptcp.json")
         hold = await endpoints.hold([MINE, OTHER])
-        await endpoints.announce_ports(hold, MINE, 7, iter(range(1, 100)))
+        with caplog.at_level("WARNING"):
+            await endpoints.announce_ports(hold, MINE, 7, iter(range(1, 100)))
         assert len(kernel.there) == 8
+        assert caplog.messages == [
+            f"{MINE} port 7 is not announced, so that a move has one connection less: the kernel has room for 8"
+        ]
         await Endpoints(kernel, tmp_path / "mptcp.json").clean()  # the next daemon, if this one is killed now
         assert kernel.there == {}
 

@@ -23,6 +23,7 @@ from limosa.model.route import Path as RoutePath
 from limosa.model.route import Route
 from limosa.network.changes import changes
 from limosa.network.mptcp import Limits, PathManager
+from limosa.transport import trials
 from limosa.transport.channel import Doorway, SocketChannel
 from limosa.transport.multichannel import MultichannelDoorway
 from limosa.wire.peer import Prepared
@@ -287,6 +288,28 @@ def test_a_door_that_is_another_servers_has_several_connections_made_to_it_too(t
         door.close()
         await multichannel.endpoints.idle()
         assert await PathManager().endpoints() == ()
+
+    play(scenario)
+
+
+def test_ports_that_trial_connections_have_used_are_not_those_that_are_announced(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        address = THEIRS[0]
+
+        async def permitted() -> tuple[str, ...]:
+            return THEIRS
+
+        async with trials.trial([address], PORTS) as tried:
+            assert await trials.reach(address, tried) is not None
+        multichannel = Multichannel(PathManager(), tmp_path)
+        door = await multichannel.open_door([address], PORTS, permitted, (), {address: 2})
+        door.hand_over().close()
+        # The kernel is asked: nobody tells.
+        while not (made := [one.port for one in await PathManager().endpoints()]):  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        assert tried not in made
+        door.close()
+        await multichannel.endpoints.idle()
 
     play(scenario)
 

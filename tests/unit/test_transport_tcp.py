@@ -57,6 +57,18 @@ def test_the_source_comes_in() -> None:
     play(scenario)
 
 
+def test_a_port_is_not_free_while_there_is_the_rest_of_a_connection() -> None:
+    with tcp.listen(LOOPBACK, 0) as listener:
+        listener.setblocking(True)
+        port = listener.getsockname()[1]
+        assert list(tcp.free_ports(LOOPBACK, [port])) == []
+        with socket.create_connection((LOOPBACK, port)) as caller:
+            listener.accept()[0].close()  # who closes first keeps the rest
+            assert caller.recv(1) == b""
+    tcp.listen(LOOPBACK, port).close()
+    assert list(tcp.free_ports(LOOPBACK, [port])) == []
+
+
 def test_strangers_are_turned_away_and_delay_nobody() -> None:
     async def scenario() -> None:
         with closing(TcpDoorway(LOOPBACK, ANY_PORT)) as door:

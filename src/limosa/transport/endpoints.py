@@ -24,8 +24,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Callable, Coroutine, Iterable
-from itertools import islice
+from collections.abc import Callable, Coroutine, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -162,11 +161,11 @@ class Endpoints:
                     except LimosaError as error:
                         _log.warning("%s is not announced, so a move has one path less: %s", place[0], error)
 
-    async def announce_ports(self, hold: Hold, address: str, count: int, free: Iterable[int]) -> None:
+    async def announce_ports(self, hold: Hold, address: str, count: int, free: Iterator[int]) -> None:
         """Announce an address with ``count`` further ports in all, so that the other end connects to each as well.
 
         Those of other moves are used again, others taken from ``free``. What the kernel refuses, such as more
-        endpoints than it has room for, is logged: it costs speed and not the move.
+        endpoints than it has room for, and that no port is free, is logged: it costs speed and not the move.
         """
         async with self._lock:
             if hold.released:
@@ -174,12 +173,16 @@ class Endpoints:
             for place in [place for place in self._ours if place[0] == address and place[1]][:count]:
                 self._use(hold, place)
             missing = count - sum(1 for place in hold.places if place[0] == address and place[1])
-            try:
-                for port in islice(free, missing):
-                    self._use(hold, (address, port))
+            for _ in range(missing):
+                if (port := next(free, None)) is None:
+                    _log.warning("no further port of %s is free, so that a move has fewer connections", address)
+                    return
+                self._use(hold, (address, port))
+                try:
                     await self._announce((address, port))
-            except LimosaError as error:
-                _log.warning("fewer connections than wanted: %s", error)
+                except LimosaError as error:
+                    message = "%s port %d is not announced, so that a move has one connection less: %s"
+                    _log.warning(message, address, port, error)
 
     def _use(self, hold: Hold, place: Place) -> None:
         if place not in hold.places:

@@ -307,11 +307,21 @@ def listen_within(
 
 
 def free_ports(address: str, ports: Iterable[int]) -> Iterator[int]:
-    """Those of the ports on which one could listen, each looked at when it is asked for."""
-    for port in ports:
-        with contextlib.suppress(OSError):
-            listen(address, port).close()
-            yield port
+    """Those of the ports that nobody uses, each looked at when it is asked for.
+
+    A port with no more than the rest of a connection (TIME-WAIT), on which :func:`listen` would succeed, is none of
+    them: the kernel makes no endpoint of Multipath TCP there.
+    """
+    return (port for port in ports if _is_free(address, port))
+
+
+def _is_free(address: str, port: int) -> bool:
+    try:
+        with socket.socket(_family(address), socket.SOCK_STREAM) as probe:
+            probe.bind((address, port))
+    except OSError:
+        return False
+    return True
 
 
 def _family(address: str) -> socket.AddressFamily:
