@@ -4,9 +4,10 @@ that strangers and addresses that were not announced have no part in it."""
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import socket
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Hashable
 from contextlib import closing
 from pathlib import Path
 
@@ -23,8 +24,8 @@ from limosa.model.route import Path as RoutePath
 from limosa.model.route import Route
 from limosa.network.changes import changes
 from limosa.network.mptcp import Limits, PathManager
-from limosa.transport import trials
-from limosa.transport.channel import Doorway, SocketChannel
+from limosa.transport import multichannel, trials
+from limosa.transport.channel import Doorway, SocketChannel, Used
 from limosa.transport.multichannel import MultichannelDoorway
 from limosa.wire.peer import Prepared
 
@@ -137,6 +138,44 @@ def test_all_announced_paths_are_used_and_nothing_is_left(tmp_path: Path) -> Non
         manager = PathManager()
         assert (await manager.endpoints(), await manager.limits()) == ((), Limits(2, 0))
         assert list(tmp_path.iterdir()) == []
+
+    play(scenario)
+
+
+@pytest.mark.parametrize("kernel", ["since 6.5", "before"])
+def test_what_each_path_carries_is_told_by_every_kernel(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kernel: str
+) -> None:
+    def unknown(_: socket.socket) -> dict[Hashable, Used]:
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+    if kernel == "before":
+        monkeypatch.setattr(multichannel, "_numbered", unknown)
+
+    async def scenario() -> None:
+        ends = Ends(tmp_path)
+        await ends.connect()
+        await ends.until_used(*THEIRS)
+        used = ends.channel.used()
+        assert {(one.there, one.alive, one.connections) for one in used} == {(there, True, 1) for there in THEIRS}
+        await ends.close()
+        assert [(one.there, one.alive) for one in ends.channel.used()] == [(there, False) for there in THEIRS]
+
+    play(scenario)
+
+
+def test_both_ways_of_asking_find_the_same(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        ends = Ends(tmp_path)
+        await ends.connect()
+        await ends.until_used(*THEIRS)
+        stream = ends.channel.stream
+        assert isinstance(stream, socket.socket)
+        numbered, by_ends = (list(ask(stream).values()) for ask in (multichannel._numbered, multichannel._by_ends))
+        assert [(one.here, one.there, one.sent_bytes) for one in numbered] == [
+            (one.here, one.there, one.sent_bytes) for one in by_ends
+        ]
+        await ends.close()
 
     play(scenario)
 

@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import errno
 import ipaddress
 import logging
 import os
 import socket
 import struct
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import replace
 
 from limosa.errors import DestinationLost, NetworkError
@@ -30,8 +31,9 @@ _log = logging.getLogger(__name__)
 IPPROTO_MPTCP = 262
 SOL_MPTCP = 284
 
-# From linux/mptcp.h: MPTCP_FULL_INFO fills a struct mptcp_full_info and the two arrays it points to.
-MPTCP_FULL_INFO = 4
+# From linux/mptcp.h: MPTCP_FULL_INFO fills a struct mptcp_full_info and the two arrays it points to; the others, which
+# kernels before 6.5 have, a struct mptcp_subflow_data and an array behind it.
+MPTCP_TCPINFO, MPTCP_SUBFLOW_ADDRS, MPTCP_FULL_INFO = 2, 3, 4
 _HEAD = struct.Struct("=6I2Q")
 _HEAD_BYTES = 512  # with the struct mptcp_info that follows, and room for what later kernels add to that
 _TCP_INFO_BYTES = 256
@@ -39,6 +41,11 @@ _SUBFLOW_BYTES = 264
 #: In a struct mptcp_subflow_info: the connection's number, and two sockaddr_storage.
 _LOCAL_AT, _PEER_AT = 8, 136
 _MOST_SUBFLOWS = 16
+_DATA = struct.Struct("=4I")
+#: In a struct mptcp_subflow_addrs: two sockaddr_storage.
+_ADDRS_BYTES, _REMOTE_AT = 256, 128
+#: Looks at connections that come and go meanwhile.
+_LOOKS = 5
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -49,8 +56,8 @@ class MultichannelChannel(tcp.TcpChannel):
     def __init__(self, connection: socket.socket, release: Callable[[], None]) -> None:
         super().__init__(connection)
         self._release = release
-        #: by the kernel's number of the connection: one that has died is not told any more
-        self._seen: dict[int, Used] = {}
+        #: by what the connection is known by: one that has died is not told any more
+        self._seen: dict[Hashable, Used] = {}
 
     def set_short(self, short: bool, pace: float) -> None:
         """See :class:`limosa.transport.channel.Channel`: it does nothing.
@@ -186,26 +193,62 @@ async def connect(
     raise faults[0]
 
 
-def subflows(connection: socket.socket) -> dict[int, Used]:
-    """What goes over each TCP connection this one is made of now. Raises ``OSError`` if it is made of none."""
+def subflows(connection: socket.socket) -> dict[Hashable, Used]:
+    """What goes over each TCP connection this one is made of now, by the kernel's number of it, or, from a kernel that
+    does not number them, by its ends. Raises ``OSError`` if it is made of none."""
+    try:
+        return _numbered(connection)
+    except OSError as error:
+        if error.errno != errno.EOPNOTSUPP:
+            raise
+    return _by_ends(connection)
+
+
+def _numbered(connection: socket.socket) -> dict[Hashable, Used]:
+    """See :func:`subflows`. Since Linux 6.5."""
     head = ctypes.create_string_buffer(_HEAD_BYTES)
     flows = ctypes.create_string_buffer(_MOST_SUBFLOWS * _SUBFLOW_BYTES)
     infos = ctypes.create_string_buffer(_MOST_SUBFLOWS * _TCP_INFO_BYTES)
     arrays = ctypes.addressof(flows), ctypes.addressof(infos)
     _HEAD.pack_into(head, 0, 0, _TCP_INFO_BYTES, 0, _SUBFLOW_BYTES, 0, _MOST_SUBFLOWS, *arrays)
-    size = ctypes.c_uint32(_HEAD_BYTES)
-    if _libc.getsockopt(connection.fileno(), SOL_MPTCP, MPTCP_FULL_INFO, head, ctypes.byref(size)) != 0:
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number))
+    _ask(connection, MPTCP_FULL_INFO, head)
     count = min(_HEAD.unpack_from(head)[4], _MOST_SUBFLOWS)
-    found = {}
+    found: dict[Hashable, Used] = {}
     for place in range(count):
         flow = flows.raw[place * _SUBFLOW_BYTES :][:_SUBFLOW_BYTES]
         info = infos.raw[place * _TCP_INFO_BYTES :][:_TCP_INFO_BYTES]
         (number,) = struct.unpack_from("=I", flow)
-        here, there = _address(flow[_LOCAL_AT:]), _address(flow[_PEER_AT:])
-        found[number] = tcp.used_by(info, here, there)
+        found[number] = tcp.used_by(info, _address(flow[_LOCAL_AT:]), _address(flow[_PEER_AT:]))
     return found
+
+
+def _by_ends(connection: socket.socket) -> dict[Hashable, Used]:
+    """See :func:`subflows`. Since Linux 5.16. Figures and addresses are asked for one after the other; the kernel tells
+    both in the same order, and they belong together if the addresses are the same before and after."""
+    ends = _array(connection, MPTCP_SUBFLOW_ADDRS, _ADDRS_BYTES)
+    for _ in range(_LOOKS):
+        infos, before = _array(connection, MPTCP_TCPINFO, _TCP_INFO_BYTES), ends
+        ends = _array(connection, MPTCP_SUBFLOW_ADDRS, _ADDRS_BYTES)
+        if before == ends and len(infos) == len(ends):
+            break
+    pairs = zip(ends, infos, strict=False)
+    return {end: tcp.used_by(info, _address(end), _address(end[_REMOTE_AT:])) for end, info in pairs}
+
+
+def _array(connection: socket.socket, what: int, size: int) -> list[bytes]:
+    """One thing of each TCP connection, of ``size`` bytes."""
+    data = ctypes.create_string_buffer(_DATA.size + _MOST_SUBFLOWS * size)
+    _DATA.pack_into(data, 0, _DATA.size, 0, 0, size)
+    _ask(connection, what, data)
+    count = min(_DATA.unpack_from(data)[1], _MOST_SUBFLOWS)
+    return [data.raw[_DATA.size + place * size :][:size] for place in range(count)]
+
+
+def _ask(connection: socket.socket, what: int, into: ctypes.Array[ctypes.c_char]) -> None:
+    size = ctypes.c_uint32(len(into))
+    if _libc.getsockopt(connection.fileno(), SOL_MPTCP, what, into, ctypes.byref(size)) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
 
 
 def _address(sockaddr: bytes) -> str:
