@@ -121,7 +121,7 @@ def test_a_person_resolves_what_nobody_can_know(hosts: list[LabHost], owner: Sid
         try:
             decided.client.call(endpoints.RESOLVE_MIGRATION, word, migration=migration)
         except Conflict as refusal:
-            if decided is first or "is still connected" not in refusal.why:
+            if decided is first or "try again in some seconds" not in refusal.todo:
                 raise
             return False
         return True

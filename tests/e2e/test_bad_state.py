@@ -331,7 +331,7 @@ def test_a_vm_that_may_run_elsewhere_is_not_resumed_or_started_while_its_journal
     alpha.start()
     with pytest.raises(OwnerUnknown, match=journal.name):
         alpha.client.call(endpoints.RESUME_VM, vm="vm")
-    wait_until(lambda: loaded(beta, migration), "beta holds the VM")
+    wait_until(lambda: unresolved(beta, migration), "beta holds the VM")
     beta.client.call(endpoints.RESOLVE_MIGRATION, api.ResolveRequest(owner=Side.DESTINATION), migration=migration)
     assert runners(pair, "vm") == ["beta"]
     alpha.client.call(endpoints.STOP_VM, vm="vm")
@@ -344,9 +344,9 @@ def test_a_vm_that_may_run_elsewhere_is_not_resumed_or_started_while_its_journal
     alpha.start()
 
 
-def loaded(host: Host, migration: str) -> bool:
+def unresolved(host: Host, migration: str) -> bool:
     """Whether the landing waits for a word."""
-    return any(move.id == migration for move in host.client.call(endpoints.LIST_MIGRATIONS).migrations)
+    return show(host, migration).outcome is Outcome.UNRESOLVED
 
 
 # A full disk ----------------------------------------------------------------------------------------------------------

@@ -68,7 +68,9 @@ def test_a_source_that_cannot_be_read(hosts: list[LabHost], client: LanClient, b
     with unreadable(broken):
         for words in (("move", "web", "--to", other.name), ("storage", "move", "web", "--to", "fast")):
             said = limosa(host, *words, "--json")
-            assert (said.object["outcome"], said.object["fault"]["code"]) == ("failed", "migration-failed")
+            assert said.object["outcome"] == "failed"
+            # By whether the copy fails while it begins or afterwards.
+            assert said.object["fault"]["code"] in ("storage-error", "migration-failed")
             assert "disk vdb could not be copied" in said.object["fault"]["what"]
             assert said.object["fault"]["why"] == "Input/output error"
             assert_sound(host, client)

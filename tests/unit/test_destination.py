@@ -301,7 +301,7 @@ def test_it_is_given_to_this_host_only_when_nobody_is_waited_for_any_more(tmp_pa
         landing.attended()
         ending = asyncio.ensure_future(landing.abandoned(wait_s=LONG_S))
         await asyncio.sleep(0)
-        with pytest.raises(Conflict, match="needs no decision"):
+        with pytest.raises(Conflict, match="cannot be decided yet"):
             await landing.resolve(here=True)
         landing.expect_nobody()
         await ending

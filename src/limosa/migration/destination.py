@@ -289,13 +289,21 @@ class Destination:
         the guest is to run here, while another session is awaited. Raises :class:`QemuError` if QEMU does not answer:
         it may have the only copy of the guest, and is kept.
         """
-        if not self._is_abandoned or (here and not self._given_up.is_set()):
-            header = self.journal.header
+        header = self.journal.header
+        if not self._is_abandoned:
             raise Conflict(
                 f"the move of VM '{self.vm.name}' needs no decision",
                 why=f"host '{header.source}' controls it, and is still connected",
                 todo=f"to end it: limosa --host {header.source} migration cancel {header.migration}; "
                 "if that host has just died, try again in some seconds",
+                vm=self.vm.name,
+                host=header.destination,
+            )
+        if here and not self._given_up.is_set():
+            raise Conflict(
+                f"the owner of VM '{self.vm.name}' cannot be decided yet",
+                why=f"the connection with host '{header.source}' has just broken, and it may connect again",
+                todo="try again in some seconds",
                 vm=self.vm.name,
                 host=header.destination,
             )
