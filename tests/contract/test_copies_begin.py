@@ -12,16 +12,15 @@ from typing import Any
 
 import pytest
 
+from harness import machines
 from limosa.errors import StorageError
 from limosa.model.vm import Disk, VmConfig
 from limosa.qemu import disks
-from limosa.qemu.arguments import Launch
 from limosa.qemu.machine import Machine
 from limosa.qemu.protocol import CopyState, ImageFile, RunState
 
 pytestmark = pytest.mark.qemu
 
-QEMU = Path("/usr/bin/qemu-system-x86_64")
 MIB = 1024 * 1024
 SIZE_MIB = 128
 TAG = "abc"
@@ -48,31 +47,16 @@ class Qemu:
 
     @classmethod
     async def launch(cls, folder: Path, image: Path) -> Qemu:
-        def arguments(qmp_fd: int, console_fd: int) -> Launch:
-            return Launch(
-                config=VmConfig(
-                    name="tiny",
-                    uuid="5c7a2b9e-0f0e-4c06-8a0b-6d4b7b6f2a11",
-                    memory_mib=32,
-                    cpus=1,
-                    machine="q35",
-                    cpu="x86-64-v2",
-                    disks=(Disk(name="vda", path=str(image), format="qcow2"),),
-                ),
-                accelerator="tcg",
-                incoming=False,
-                tap_fds=(),
-                qmp_fd=qmp_fd,
-                console_fd=console_fd,
-                console_log=folder / "console",
-                vnc_socket=folder / "run" / "vnc.sock",
-                firmware_code=None,
-                firmware_vars=None,
-                seed=None,
-                buffered=frozenset({str(image)}),
-            )
-
-        return cls(folder, await Machine.launch(QEMU, arguments, folder / "run", folder / "log", None))
+        config = VmConfig(
+            name="tiny",
+            uuid="5c7a2b9e-0f0e-4c06-8a0b-6d4b7b6f2a11",
+            memory_mib=32,
+            cpus=1,
+            machine="q35",
+            cpu="x86-64-v2",
+            disks=(Disk(name="vda", path=str(image), format="qcow2"),),
+        )
+        return cls(folder, await machines.launch(folder, config, buffered=[str(image)]))
 
     async def execute(self, command: str, **words: Any) -> Any:
         return await self._say(command, {key.replace("_", "-"): word for key, word in words.items()})

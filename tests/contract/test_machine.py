@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 
+from harness.machines import launch
 from limosa.errors import LimosaError, QemuError, QemuGone, StorageError
 from limosa.migration.stop import stop_stream
 from limosa.model.vm import Disk, VmConfig
-from limosa.qemu.arguments import Launch
 from limosa.qemu.machine import Machine
 from limosa.qemu.protocol import (
     CopyState,
@@ -34,7 +34,6 @@ from limosa.testing.guest import FakeGuest
 from limosa.testing.machine import FakeMachine
 from limosa.testing.wire import Stage, Wire
 
-QEMU = Path("/usr/bin/qemu-system-x86_64")
 MEMORY_MIB = 32
 #: so slow that a move of the idle guest takes many seconds: whatever a test does meets it in its middle
 SLOW = 20_000
@@ -150,27 +149,10 @@ class Qemus(Makers):
 
     async def make(self, *, incoming: bool) -> MachineProtocol:
         name = f"vm{len(self.made)}"
-        run_dir = self.folder / name
-
         image = self.folder / f"{name}.raw"
         image.write_bytes(bytes(DISK_BYTES) if incoming else PATTERN * (DISK_BYTES // len(PATTERN)))
 
-        def launch(qmp_fd: int, console_fd: int) -> Launch:
-            return Launch(
-                config=tiny_vm(image),
-                accelerator="tcg",
-                incoming=incoming,
-                tap_fds=(),
-                qmp_fd=qmp_fd,
-                console_fd=console_fd,
-                console_log=self.folder / f"{name}.console",
-                vnc_socket=run_dir / "vnc.sock",
-                firmware_code=None,
-                firmware_vars=None,
-                seed=None,
-            )
-
-        machine = await Machine.launch(QEMU, launch, run_dir, self.folder / f"{name}.log", None)
+        machine = await launch(self.folder / name, tiny_vm(image), incoming=incoming)
         self.made.append(machine)
         return machine
 

@@ -19,6 +19,7 @@ from pyroute2 import IPRoute
 
 from harness.homes import BareHome
 from harness.landings import MemoryLanding
+from harness.machines import launch
 from harness.relays import SO_MAX_PACING_RATE
 from limosa.host.multichannel import Multichannel
 from limosa.host.page import Page
@@ -37,7 +38,6 @@ from limosa.model.network import HostNetwork, HostNic, NicAddress
 from limosa.model.route import Compressed, Route
 from limosa.model.vm import DirectBoot, VmConfig
 from limosa.network.mptcp import PathManager
-from limosa.qemu.arguments import Launch
 from limosa.qemu.machine import Machine
 from limosa.qemu.protocol import Event, MachineProtocol, MigrationState, RunState
 from limosa.settings.host import ConvergencePolicy
@@ -51,7 +51,6 @@ from limosa.transport.relay.outbound import Outbound, Seat
 from limosa.transport.shares import Kind
 from limosa.wire.peer import Prepare, Prepared, RelayPlace, Running
 
-QEMU = Path("/usr/bin/qemu-system-x86_64")
 VERSION = (10, 0, 0)
 ADDRESS, PORTS = "127.0.0.1", (40000, 41000)
 OURS, THEIRS = ("10.78.0.1", "10.79.0.1"), ("10.78.0.2", "10.79.0.2")
@@ -263,28 +262,6 @@ async def rounds(folder: Path, way: Plain, rounds: Sequence[bool] = ROUNDS) -> N
             machine = await move(folder / str(number), config, machine, way, encrypt=encrypt)
     finally:
         await machine.kill()
-
-
-async def launch(folder: Path, config: VmConfig, *, incoming: bool) -> Machine:
-    """A QEMU whose files are in ``folder``."""
-    folder.mkdir()
-
-    def make(qmp_fd: int, console_fd: int) -> Launch:
-        return Launch(
-            config=config,
-            accelerator="tcg",
-            incoming=incoming,
-            tap_fds=(),
-            qmp_fd=qmp_fd,
-            console_fd=console_fd,
-            console_log=folder / "console",
-            vnc_socket=folder / "run" / "vnc.sock",
-            firmware_code=None,
-            firmware_vars=None,
-            seed=None,
-        )
-
-    return await Machine.launch(QEMU, make, folder / "run", folder / "log", None)
 
 
 async def memory(machine: MachineProtocol, path: Path) -> bytes:

@@ -9,14 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from harness.machines import launch
 from limosa.migration.steering import TRICKLE
 from limosa.model.vm import Disk, VmConfig
-from limosa.qemu.arguments import Launch
 from limosa.qemu.machine import Machine
 from limosa.qemu.protocol import Event, StreamParameters
 from limosa.security.stream import make_credentials
 
-QEMU = Path("/usr/bin/qemu-system-x86_64")
 MEMORY_MIB = 32
 #: A boot sector that adds one to the first word of each page from 64 KiB to 576 KiB, for ever.
 WRITER = bytes.fromhex(
@@ -42,7 +41,9 @@ def test_memory_is_moved_exactly(encrypted: bool) -> None:
 async def move(folder: Path, *, encrypted: bool) -> None:
     image = folder / "boot.raw"
     image.write_bytes(WRITER.ljust(510, b"\0") + b"\x55\xaa" + bytes(1024 * 1024 - 512))
-    source, destination = [await launch(folder / name, image, incoming=name == "there") for name in ("here", "there")]
+    source, destination = [
+        await launch(folder / name, writer(image), incoming=name == "there") for name in ("here", "there")
+    ]
     try:
         async with asyncio.timeout(60):
             await exactly(folder, source, destination, encrypted=encrypted)
@@ -90,9 +91,8 @@ async def exactly(folder: Path, source: Machine, destination: Machine, *, encryp
     assert await later(folder / "memory", destination, before), "the guest does not go on"
 
 
-async def launch(folder: Path, image: Path, *, incoming: bool) -> Machine:
-    folder.mkdir()
-    config = VmConfig(
+def writer(image: Path) -> VmConfig:
+    return VmConfig(
         name="writer",
         uuid="5c7a2b9e-0f0e-4c06-8a0b-6d4b7b6f2a11",
         memory_mib=MEMORY_MIB,
@@ -101,23 +101,6 @@ async def launch(folder: Path, image: Path, *, incoming: bool) -> Machine:
         cpu="x86-64-v2",
         disks=(Disk(name="vda", path=str(image), format="raw"),),
     )
-
-    def make(qmp_fd: int, console_fd: int) -> Launch:
-        return Launch(
-            config=config,
-            accelerator="tcg",
-            incoming=incoming,
-            tap_fds=(),
-            qmp_fd=qmp_fd,
-            console_fd=console_fd,
-            console_log=folder / "console",
-            vnc_socket=folder / "run" / "vnc.sock",
-            firmware_code=None,
-            firmware_vars=None,
-            seed=None,
-        )
-
-    return await Machine.launch(QEMU, make, folder / "run", folder / "log", None)
 
 
 async def memory(path: Path, machine: Machine) -> bytes:
