@@ -29,10 +29,10 @@ from pathlib import Path
 
 import msgspec
 
-from limosa.errors import ImageLeased, StorageError
+from limosa.errors import ImageLeased, StateError, StorageError
 from limosa.model import reading
 from limosa.model.base import Model
-from limosa.settings.toml import sync_folder
+from limosa.settings.toml import write_atomically
 from limosa.storage import mounts
 
 _FILE = "lease.json"
@@ -242,8 +242,9 @@ class Change:
             # Whoever may read images may read who writes them; only the daemon writes here.
             self._folder.mkdir(mode=0o755, exist_ok=True)
             self._own.mkdir(mode=0o755)
-            _write_durably(self._own / _FILE, msgspec.json.encode(following))
-        except OSError as error:
+            # Before its folder gets a number, and counts: a power cut may not leave a state that says nothing.
+            write_atomically(self._own / _FILE, msgspec.json.encode(following), mode=0o644)
+        except (OSError, StateError) as error:
             self.close()
             raise _unwritable(self._folder, error) from error
 
@@ -278,15 +279,6 @@ class Change:
         self.close()
 
 
-def _write_durably(path: Path, data: bytes) -> None:
-    """Before its folder gets a number, and counts: a power cut may not leave a state that says nothing."""
-    with path.open("xb") as stream:
-        stream.write(data)
-        stream.flush()
-        os.fsync(stream.fileno())
-    sync_folder(path.parent)
-
-
 def _epochs(folder: Path) -> list[int]:
     with suppress(FileNotFoundError):
         return sorted(int(name) for name in os.listdir(folder) if name.isdecimal())
@@ -309,8 +301,8 @@ def _unreadable(folder: Path, why: str) -> StorageError:
     return StorageError(f"cannot read the lease {folder}", why=why, todo="see docs/recovery.md")
 
 
-def _unwritable(folder: Path, error: OSError) -> StorageError:
-    why = error.strerror or str(error)
+def _unwritable(folder: Path, error: OSError | StateError) -> StorageError:
+    why = error.why if isinstance(error, StateError) else error.strerror or str(error)
     return StorageError(
         f"cannot write the lease {folder}", why=why, todo="give the daemon write access to the image's folder"
     )
