@@ -337,7 +337,7 @@ def _held(header: Header) -> OwnerUnknown:
     return OwnerUnknown(
         f"nobody can know whether VM '{header.vm.name}' is to run here; it waits, paused",
         why=f"all of it has arrived, and host '{header.source}' went away before it said who goes on",
-        todo=f"it is settled as soon as '{header.source}' is back; if '{header.source}' is surely dead: "
+        todo=f"it is settled as soon as '{header.source}' is back; if '{header.source}' is certainly dead: "
         f"limosa migration resolve {header.migration} --owner destination",
         vm=header.vm.name,
         host=header.destination,
