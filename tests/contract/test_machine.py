@@ -146,6 +146,7 @@ class Qemus(Makers):
     def __init__(self, folder: Path) -> None:
         super().__init__()
         self.folder = folder
+        self._frozen: list[Machine] = []
 
     async def make(self, *, incoming: bool) -> MachineProtocol:
         name = f"vm{len(self.made)}"
@@ -164,6 +165,12 @@ class Qemus(Makers):
     def freeze(self, destination: MachineProtocol) -> None:
         assert isinstance(destination, Machine)
         os.kill(destination.pid, signal.SIGSTOP)
+        self._frozen.append(destination)
+
+    async def end(self) -> None:
+        for machine in self._frozen:
+            await machine.kill()
+        await super().end()
 
     def assert_alike(self, source: MachineProtocol, destination: MachineProtocol) -> None:
         one, other = (self.folder / f"vm{self.made.index(machine)}.raw" for machine in (source, destination))
@@ -789,6 +796,21 @@ class TestADestinationThatDoesNothing:
             source = await running_source(makers)
             makers.freeze(await copying(makers, source, SLOW))
             await source.drop_copy("vda", TAG)
+            assert await source.copies() == {}
+
+        self.play(scenario)
+
+    def test_its_copy_is_given_up_also_by_a_qemu_whose_main_loop_waits_for_it(self) -> None:
+        async def scenario(makers: Makers) -> None:
+            source = await running_source(makers)
+            makers.freeze(await copying(makers, source, SLOW))
+            await source.cap_copy("vda", 0)
+            # Stopping the guest waits for all I/O of its disks.
+            pausing = asyncio.ensure_future(source.pause())
+            await asyncio.wait({pausing}, timeout=0.5)
+            assert not pausing.done()
+            await source.drop_copy("vda", TAG)
+            await pausing
             assert await source.copies() == {}
 
         self.play(scenario)

@@ -429,7 +429,9 @@ class Disks(Session):
         """End the connection of a copy to a host, if it is one: over a dead network its job would not end before TCP
         gives up, which takes a quarter of an hour."""
         try:
-            await self._execute("yank", {"instances": [{"type": "block-node", "node-name": node}]})
+            # Out of band: QEMU's main loop may stand still until just this is done.
+            connection = {"type": "block-node", "node-name": node}
+            await self._execute("yank", {"instances": [connection]}, out_of_band=True)
         except (QemuGone, OutcomeUnknown):
             raise
         except QemuError:
