@@ -15,7 +15,7 @@ import pytest
 from harness import machines
 from limosa.errors import StorageError
 from limosa.model.vm import Disk, VmConfig
-from limosa.qemu import disks
+from limosa.qemu import beginning
 from limosa.qemu.machine import Machine
 from limosa.qemu.protocol import CopyState, ImageFile, RunState
 
@@ -180,7 +180,7 @@ def test_what_the_guest_writes_while_a_copy_begins_is_in_it(*, whole: bool) -> N
 
 
 def test_one_whose_guest_writes_all_the_time_is_not_begun(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(disks, "STOPPED_TRIES", 0)
+    monkeypatch.setattr(beginning, "STOPPED_TRIES", 0)
 
     async def scenario(folder: Path) -> None:
         async with written(folder) as (qemu, image):

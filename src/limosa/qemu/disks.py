@@ -2,7 +2,7 @@
 
 A copy is a mirror job with the identity ``copy-DISK``. It first copies everything, then keeps up with what the guest
 writes ("ready"). It ends in one of three ways: the copy takes the disk's place (``settle_copy`` and ``pivot``), it is
-left to whoever has it (``end_copy``), or it is given up (``drop_copy``).
+left to whoever has it (``end_copy``), or it is given up (``drop_copy``). How it begins is in ``beginning``.
 
 QEMU is asked for everything, nothing is remembered: nodes have names that tell what they are. The image a VM was
 started with is the node ``vda`` above ``vda-file``; a copy is ``vda.TAG`` above ``vda.TAG-file``, and after a pivot the
@@ -23,6 +23,7 @@ from limosa.background import Background
 from limosa.errors import OutcomeUnknown, QemuError, QemuGone, StorageError
 from limosa.qemu import folder
 from limosa.qemu.arguments import image_nodes
+from limosa.qemu.beginning import Beginning
 from limosa.qemu.monitor import Monitor
 from limosa.qemu.process import QemuProcess
 from limosa.qemu.protocol import CopyState, CopyStatistics, Event, ImageFile
@@ -36,13 +37,6 @@ _LISTENER_FD = "disks-listener"
 #: counted anew as long as less and less remains to be copied.
 END_WITHIN_S = 60.0
 LOOK_EVERY_S = 1.0
-#: A job that begins comes nearer to keeping account of writes within so long; looks at it come this far apart at last.
-BEGUN_WITHIN_S = 300.0
-BEGIN_LOOK_S = 0.02
-#: How often a copy is begun anew with the guest stopped, and for how long that stands still at most each time.
-STOPPED_TRIES, STOPPED_AT_MOST_S = 2, 1.0
-#: Of the bitmaps that watch it: 128 KiB of memory for each TiB.
-_PIECE_BYTES = 1024 * 1024
 #: Strangers at the port must not use up the places of the source's connections.
 SPARE_CONNECTIONS = 16
 
@@ -258,115 +252,22 @@ class Disks(Session):
             raise
 
     async def _mirror(self, disk: str, job: dict[str, Any]) -> None:
-        """Start a mirror job that misses no write of the guest. Raises :class:`StorageError` if there is no way to.
+        """Start a job that misses no write of the guest."""
+        await self._beginning(disk).run(job, (await self._device(disk))["inserted"])
 
-        From 8.2 on QEMU's job keeps no account of writes until it has looked what the disk has allocated: what is
-        written behind that look, where nothing was allocated, is never copied (``mirror_dirty_init`` and
-        ``bdrv_mirror_top_do_write``, block/mirror.c; mended later by "mirror: Fix missed dirty bitmap writes during
-        startup"). So a bitmap of the disk says whether anything was written too early. If so the job begins anew, with
-        the guest stopped. A raw disk counts as allocated everywhere, and so nothing of it is missed.
-        """
-        source = (await self._device(disk))["inserted"]
-        if source["drv"] == "raw":
-            await self._execute("blockdev-mirror", job)
-            return
-        for stopped in (False, *[True] * STOPPED_TRIES):
-            if stopped:
-                await self._give_up(disk)
-                # All that was not copied is zero by now. What was the guest may have discarded since: then it may find
-                # anything there.
-                job = job if source["backing_file_depth"] else job | {"sync": "top"}
-                await self._stop(disk, job["device"])
-            misses_nothing = await self._misses_nothing(disk, job, source["image"]["virtual-size"])
-            await self._let_run(disk, job["device"])
-            if misses_nothing:
-                return
-        raise StorageError(
-            f"disk {disk} could not be copied",
-            why="the guest writes to it all the time, and QEMU can miss what is written while it begins",
-            todo="try again when the VM is quieter",
-        )
-
-    async def _misses_nothing(self, disk: str, job: dict[str, Any], size_bytes: int) -> bool:
-        """Start a job, and wait until it keeps account of writes. Returns whether surely nothing was written before.
-
-        Before it looks what is allocated, a job that copies all makes the target zero, which may take minutes. What is
-        written then does no harm, and is forgotten as long as the target is surely not zero yet.
-        """
-        source, target = _watch(disk, job["device"]), _watch(disk, job["target"])
-        await self._together(
-            self._do("block-dirty-bitmap-add", target | {"granularity": _PIECE_BYTES}),
-            self._do("block-dirty-bitmap-add", source | {"granularity": _PIECE_BYTES}),
-            self._do("blockdev-mirror", job),
-        )
-        is_sure, is_zeroing, zeroed = True, job["sync"] == "full", 0
-        began = since = time.monotonic()
-        pause = BEGIN_LOOK_S / 16
-        while is_sure and not await self._keeps_account(disk):
-            if is_zeroing:
-                before, zeroed = zeroed, await self._written(target)
-                since = time.monotonic() if zeroed > before else since
-                is_zeroing = zeroed < size_bytes
-            if is_zeroing:
-                await self._execute("block-dirty-bitmap-clear", source)
-                is_sure = await self._written(target) < size_bytes
-            if time.monotonic() - began > STOPPED_AT_MOST_S:
-                await self._let_run(disk, job["device"])
-            if time.monotonic() - since > BEGUN_WITHIN_S:
-                why = f"QEMU came no nearer to beginning in {BEGUN_WITHIN_S:.0f} s"
-                raise StorageError(f"disk {disk} could not be copied", why=why)
-            await asyncio.sleep(pause)
-            pause = min(BEGIN_LOOK_S, 2 * pause)
-        is_sure = is_sure and await self._written(source) == 0
-        for watch in (source, target):
-            await self._execute("block-dirty-bitmap-remove", watch)
-        return is_sure
-
-    async def _keeps_account(self, disk: str) -> bool:
-        """Whether a job does so of writes by now: not before it says how much there is to copy (``mirror_run``,
-        block/mirror.c). Raises :class:`StorageError` if it has failed."""
-        copy = (await self.copies()).get(disk)
-        if copy is None or copy.error:
-            raise StorageError(f"disk {disk} could not be copied", why=copy.error if copy else "it was ended")
-        return copy.total_bytes > 0 or copy.state is not CopyState.COPYING
-
-    async def _stop(self, disk: str, node: str) -> None:
-        """Stop the guest, if it runs. A bitmap says so: who comes later, another daemon too, lets it run again."""
-        if (await self._execute("query-status"))["status"] == "running":
-            await self._execute("block-dirty-bitmap-add", _stopped(disk, node) | {"granularity": _PIECE_BYTES})
-            await self._execute("stop")
-
-    async def _let_run(self, disk: str, node: str) -> None:
-        """Let a guest go on that :meth:`_stop` has stopped."""
-        if _stopped(disk, node)["name"] in await self._bitmaps(node):
-            if (await self._execute("query-status"))["status"] == "paused":
-                await self._execute("cont")
-            await self._execute("block-dirty-bitmap-remove", _stopped(disk, node))
-
-    async def _written(self, watch: dict[str, Any]) -> int:
-        """Bytes that were written since a bitmap was made or cleared, in whole pieces."""
-        count = (await self._bitmaps(watch["node"])).get(watch["name"])
-        if count is None:
-            raise QemuError(f"node {watch['node']} is not watched any more")
-        return count
-
-    async def _bitmaps(self, node: str) -> dict[str, int]:
-        """The bytes in each bitmap of a node that has a name."""
-        for one in await self._execute("query-named-block-nodes", {"flat": True}):
-            if one["node-name"] == node:
-                return {bitmap["name"]: bitmap["count"] for bitmap in one.get("dirty-bitmaps", ()) if "name" in bitmap}
-        raise QemuError(f"this QEMU has no node {node}")
+    def _beginning(self, disk: str) -> Beginning:
+        return Beginning(disk, self._execute, lambda: self._stands(disk), lambda: self._give_up(disk))
 
     async def _drop(self, disk: str, target: str) -> None:
         # Before anything else: a QEMU that waits for the other end may answer nothing until it has hung up.
         await self._hang_up(target)
         node = await self.disk_node(disk)
-        await self._let_run(disk, node)
+        beginning = self._beginning(disk)
+        await beginning.let_run(node)
         await self.slow_writes(disk, 0)
         if disk in await self.copies():
             await self._give_up(disk)
-        if _watch(disk, node)["name"] in await self._bitmaps(node):
-            await self._execute("block-dirty-bitmap-remove", _watch(disk, node))
+        await beginning.forget(node)
         await self._close(target)
 
     async def _give_up(self, disk: str) -> None:
@@ -393,8 +294,12 @@ class Disks(Session):
                 raise
             raise StorageError(f"disk {disk} could not be copied", why=copy.error) from None
 
-    async def _do(self, command: str, arguments: dict[str, Any]) -> None:
-        await self._execute(command, arguments)
+    async def _stands(self, disk: str) -> CopyStatistics:
+        """How a copy stands. Raises :class:`StorageError` if it has failed."""
+        copy = (await self.copies()).get(disk)
+        if copy is None or copy.error:
+            raise StorageError(f"disk {disk} could not be copied", why=copy.error if copy else "it was ended")
+        return copy
 
     async def _reaches(self, disk: str, states: set[CopyState]) -> None:
         """Wait until a copy is in one of the states, as long as it comes nearer to its end. Raises
@@ -405,9 +310,7 @@ class Disks(Session):
         try:
             while time.monotonic() < deadline:
                 changed.clear()
-                copy = (await self.copies()).get(disk)
-                if copy is None or copy.error:
-                    raise StorageError(f"disk {disk} could not be copied", why=copy.error if copy else "it was ended")
+                copy = await self._stands(disk)
                 if copy.state in states:
                     return
                 remaining = copy.total_bytes - copy.copied_bytes
@@ -446,16 +349,6 @@ class Disks(Session):
                 raise
             except QemuError:
                 continue
-
-
-def _watch(disk: str, node: str) -> dict[str, Any]:
-    """The bitmap of a node that says what is written to it while a copy begins."""
-    return {"node": node, "name": f"copy-{disk}"}
-
-
-def _stopped(disk: str, node: str) -> dict[str, Any]:
-    """The bitmap of a node that is there as long as its guest is stopped for a copy to begin."""
-    return {"node": node, "name": f"stopped-{disk}"}
 
 
 def _is_of(event: Event, disk: str) -> bool:

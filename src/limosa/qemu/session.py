@@ -91,7 +91,7 @@ class Session:
         """Give QEMU TLS credentials as an object of that name, in place of earlier ones."""
         place = self.run_dir / folder_name
         with written(place, credentials, endpoint, self._owner):
-            await self._together(self._drop_credentials(name), self._add_credentials(name, place, endpoint))
+            await together(self._drop_credentials(name), self._add_credentials(name, place, endpoint))
 
     async def _add_credentials(self, name: str, place: Path, endpoint: Endpoint) -> None:
         await self._execute(
@@ -107,12 +107,13 @@ class Session:
         except QemuError:
             return  # there were none
 
-    async def _together(self, *steps: Coroutine[Any, Any, None]) -> None:
-        """Send all commands at once, in order; raise the first failure when all have been answered."""
-        results = await asyncio.gather(*steps, return_exceptions=True)
-        for result in results:
-            if isinstance(result, BaseException):
-                raise result
+
+async def together(*steps: Coroutine[Any, Any, None]) -> None:
+    """Send all commands at once, in order; raise the first failure when all have been answered."""
+    results = await asyncio.gather(*steps, return_exceptions=True)
+    for result in results:
+        if isinstance(result, BaseException):
+            raise result
 
 
 @asynccontextmanager

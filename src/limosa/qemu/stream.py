@@ -15,7 +15,7 @@ from limosa.errors import OutcomeUnknown, QemuError, QemuGone
 from limosa.qemu import folder, statistics
 from limosa.qemu.credentials import Endpoint
 from limosa.qemu.protocol import MigrationState, MigrationStatistics, RdmaAddress, StreamParameters
-from limosa.qemu.session import Session, greeted_in_time
+from limosa.qemu.session import Session, greeted_in_time, together
 from limosa.qemu.splice import splice
 from limosa.security.tls import SERVER_NAME
 
@@ -51,7 +51,7 @@ class Stream(Session):
     async def forget_stream(self) -> None:
         """Drop the credentials of the last stream. May be repeated."""
         with suppress(OutcomeUnknown):
-            await self._together(
+            await together(
                 self._execute("migrate-set-parameters", {"tls-creds": "", "tls-hostname": ""}),
                 self._drop_credentials(_TLS_ID),
             )
@@ -188,7 +188,7 @@ class Stream(Session):
             steps.append(self._hold_credentials(_TLS_ID, folder.STREAM, tls, endpoint))
         else:
             steps.append(self._drop_credentials(_TLS_ID))
-        await self._together(*steps)
+        await together(*steps)
 
     async def _set_capabilities(self, essential: set[str], wanted: set[str]) -> None:
         """Switch exactly these on, of all that Limosa ever switches. Raises :class:`QemuError` if an essential one is
