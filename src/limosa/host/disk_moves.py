@@ -42,7 +42,7 @@ from limosa.errors import (
 from limosa.host import disk_plans
 from limosa.host.bandwidth import MBIT_BYTES
 from limosa.host.disk_plans import Record
-from limosa.host.faults import internal
+from limosa.host.faults import Obstacle, internal
 from limosa.host.launching import Launcher
 from limosa.host.own_disks import OwnDisks
 from limosa.host.parts import Parts
@@ -259,15 +259,8 @@ class DiskMoves:
             moved, left = await self._recover(move.hosted, move.record)
             self.forget(move.record)
         except Exception as error:  # noqa: BLE001 - whatever it is, it is tried again
-            note = f"it cannot be undone yet: {error}"
-            if note != move.report.now.progress.note:  # it may be tried for hours
-                _log.error(
-                    "the move of disks of VM %s could not be undone: %s",
-                    move.record.vm,
-                    error,
-                    exc_info=None if isinstance(error, LimosaError) else error,
-                )
-                move.report.note(note)
+            move.obstacle.met(error)
+            move.report.note(f"it cannot be undone yet: {error}")
             return False
         move.says(left)
         if moved:
@@ -399,6 +392,7 @@ class _Move:
         self._is_decided = False
         #: that could not be written, but ``vm.toml`` may name them nevertheless
         self.may_be_committed = False
+        self.obstacle = Obstacle(f"the move of disks of VM {record.vm} could not be undone")
         self._cancelled: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     async def run(self) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import os
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -27,6 +26,7 @@ from limosa.errors import (
     from_fault,
 )
 from limosa.host import audit
+from limosa.host.faults import Obstacle
 from limosa.host.landing import LandingHere
 from limosa.host.layers import Layers
 from limosa.host.parts import Parts
@@ -46,8 +46,6 @@ from limosa.qemu.protocol import MachineProtocol
 from limosa.storage import layers
 from limosa.transport import tcp, trials
 from limosa.wire.peer import Inspect, Offered, Prepare
-
-_log = logging.getLogger(__name__)
 
 #: Between attempts to make it durable that a VM that runs here belongs here.
 ADOPT_EVERY_S = 1.0
@@ -195,12 +193,13 @@ class Incoming:
 
     async def adopt(self, destination: Destination) -> None:
         """Make it durable that the VM is ours. It runs here already, so a full disk can delay that but not end it."""
+        obstacle = Obstacle(f"VM {destination.vm.name} has landed, but could not be made durable yet")
         while True:
             try:
                 await destination.adopted()
                 break
             except (StateError, StorageError) as error:
-                _log.error("VM %s has landed, but %s", destination.vm.name, error)
+                obstacle.met(error)
                 await asyncio.sleep(ADOPT_EVERY_S)
         self.settled(destination)
 

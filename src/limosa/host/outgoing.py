@@ -24,7 +24,7 @@ from limosa.errors import (
 from limosa.host.bandwidth import MBIT_BYTES, Bandwidth
 from limosa.host.calling import Caller
 from limosa.host.expectation import expect, resident_bytes
-from limosa.host.faults import internal
+from limosa.host.faults import Obstacle, internal, unforeseen
 from limosa.host.home import HomeHere
 from limosa.host.own_disks import OwnDisks
 from limosa.host.parts import Parts
@@ -270,24 +270,29 @@ class Outgoing:
         cause = cause or _cause_in(move.journal) or restarted(move.header.vm.name, self.host)
         settlement = Settlement(move, cause, rebooted=move.header.boot != self._parts.boot)
         self._settling[move.header.migration] = settlement
+        obstacle = Obstacle(f"move {move.header.migration} of VM {move.header.vm.name} could not be settled yet")
         try:
             while True:
-                if await self._is_settled(settlement):
+                if await self._is_settled(settlement, obstacle):
                     break
                 await asyncio.sleep(SETTLE_EVERY_S)
         finally:
             self._settling.pop(move.header.migration, None)
             self._ended(move)
 
-    async def _is_settled(self, settlement: Settlement) -> bool:
+    async def _is_settled(self, settlement: Settlement, obstacle: Obstacle) -> bool:
         """Try once. What could not be written, because the disk is full, was not done either; it is tried again."""
+        move = settlement.move
         try:
             await settlement.run()
-        except LimosaError as error:
-            settlement.move.report.end(Outcome.UNRESOLVED, error.fault())
-            return False
         except Exception as error:  # noqa: BLE001 - a fault of ours must not leave a VM without an owner
-            settlement.move.report.end(Outcome.UNRESOLVED, self._internal(settlement.move, error).fault())
+            obstacle.met(error)
+            if not isinstance(error, LimosaError):
+                error = unforeseen(error, vm=move.header.vm.name, host=self.host)
+            fault, now = error.fault(), move.report.now
+            # Of a move that has failed people know all they need: its VM is theirs.
+            if now.outcome not in (Outcome.FAILED, Outcome.CANCELLED) and now.fault != fault:
+                move.report.end(Outcome.UNRESOLVED, fault)
             return False
         return True
 
