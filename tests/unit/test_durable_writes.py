@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,14 +17,17 @@ import test_host_storage
 from test_again import Move, breaks
 from test_journal import VM
 
-from limosa.errors import Conflict, LimosaError, StorageError
+from limosa.errors import Conflict, LimosaError, StateError, StorageError
 from limosa.host.files import Files
+from limosa.host.launching import Launcher
 from limosa.host.page import Page
+from limosa.host.process_records import ProcessRecords
 from limosa.host.storage import Storage
 from limosa.host.vms import HostedVm, Vms
 from limosa.migration.ownership import DestinationStep, SourceStep
 from limosa.migration.settle import Settlement
 from limosa.model.vm import Disk, VmState
+from limosa.qemu.machine import Machine
 from limosa.storage import leases, marks
 from limosa.testing.wire import Stage
 
@@ -163,6 +167,88 @@ def test_a_lease_is_on_the_disk_before_it_counts(
         assert change.make()
     assert leases.read(image).host == "host1"
     assert holders == ["", ""]
+
+
+class Launched(SimpleNamespace):
+    """A QEMU that has just been started."""
+
+    def __init__(self) -> None:
+        super().__init__(pid=1, process=SimpleNamespace(start_time=1), was_killed=False)
+
+    def exit_text(self) -> str:
+        return ""
+
+    async def kill(self) -> None:
+        self.was_killed = True
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Launched:
+    """What is launched."""
+    launched = Launched()
+    monkeypatch.setattr(Machine, "launch", AsyncMock(return_value=launched))
+    return launched
+
+
+@pytest.fixture
+def launcher(tmp_path: Path) -> Launcher:
+    made = object.__new__(Launcher)
+    made._files = Files(tmp_path / "state", tmp_path / "run")
+    made._files.make()
+    made._files.vm(VM.name).mkdir()
+    made.records = ProcessRecords(made._files, "boot")
+    made.leasing = cast(Any, SimpleNamespace(give_back=AsyncMock()))
+    made.user, made._daemon = None, cast(Any, SimpleNamespace(qemu="/qemu"))
+    return made
+
+
+def test_the_record_of_a_qemu_is_there_after_a_power_cut_until_that_has_been_ended(
+    launcher: Launcher, machine: Launched, synced: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It says that the VM has to be restarted."""
+
+    async def scenario() -> None:
+        has = at_each_sync(monkeypatch, launcher._files.process_record(VM.name).exists)
+        hosted = HostedVm(VM, VmState.RUNNING, machine=await launcher.launch(VM, "tcg", incoming=False))
+        assert has == [False, True], "its contents, then its name"
+        found = await ProcessRecords(launcher._files, "next boot").attach(VM)
+        assert found is not None
+        assert (found.machine, found.left) == (None, False)
+        hosted.ending = True
+        await Vms("host1", launcher._files, launcher)._after_end(hosted, cast(Any, machine))
+        assert has == [False, True, False]
+        assert hosted.state is VmState.STOPPED
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("why", ["the disk is full", "nobody waits any more"])
+def test_a_qemu_that_has_no_record_is_ended(
+    launcher: Launcher, machine: Launched, why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    is_waiting, may_go_on = threading.Event(), threading.Event()
+
+    def fsync(_: int) -> None:
+        is_waiting.set()
+        may_go_on.wait(10)
+        if why == "the disk is full":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+
+    async def scenario() -> None:
+        launching = asyncio.ensure_future(launcher.launch(VM, "tcg", incoming=False))
+        await asyncio.to_thread(is_waiting.wait)
+        if why == "nobody waits any more":
+            launching.cancel()
+            await asyncio.sleep(0)
+        may_go_on.set()
+        with pytest.raises((StateError, asyncio.CancelledError)):
+            await launching
+        assert machine.was_killed
+        assert not launcher._files.process_record(VM.name).exists()
+
+    asyncio.run(scenario())
 
 
 def test_settings(tmp_path: Path, synced: list[bool]) -> None:

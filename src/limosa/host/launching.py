@@ -16,7 +16,7 @@ from pathlib import Path
 import msgspec
 
 from limosa.background import apart, in_full
-from limosa.errors import Conflict, InvalidInput, QemuError, StateError, StorageError
+from limosa.errors import Conflict, InvalidInput, QemuError, StorageError
 from limosa.host.files import Files
 from limosa.host.leasing import Leasing
 from limosa.host.memory import available_mib
@@ -171,9 +171,10 @@ class Launcher:
             program = Path(self._daemon.qemu)
             machine = await Machine.launch(program, make, run_dir, folder / "qemu.log", self.user)
         try:
-            self.records.remember(config, machine, accelerator)
-        except StateError:
+            await in_full(self.records.remember, config, machine, accelerator)
+        except BaseException:
             await machine.kill()
+            await in_full(self.records.clean_up, config, crashed=False)
             raise
         return machine
 

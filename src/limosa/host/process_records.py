@@ -1,7 +1,8 @@
 """What a daemon keeps of a VM's QEMU for the next one: a record of its process, and how that is found again.
 
-The record (``process.json``) lies in the VM's folder from when its QEMU is started until that has been ended. That of a
-QEMU which ended by itself stays, for it tells the next daemon that the VM has crashed.
+The record (``process.json``) lies in the VM's folder from when its QEMU is started until that has been ended. It stays
+if the QEMU has ended by itself or with its machine, and tells the next daemon that the VM has crashed. So it is
+durable: after a power cut a VM without one would count as stopped, and not be restarted.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import msgspec
 
+from limosa.background import in_full
 from limosa.errors import InvalidInput, QemuGone, StateError
 from limosa.host.files import Files
 from limosa.model import reading
@@ -93,10 +95,10 @@ class ProcessRecords:
     async def end_silent(self, config: VmConfig) -> None:
         """Kill a QEMU that answers nobody. Raises :class:`QemuError` if the kernel cannot end it."""
         await process.end(self._argument(config))
-        self.clean_up(config, crashed=False)
+        await in_full(self.clean_up, config, crashed=False)
 
     def remember(self, config: VmConfig, machine: Machine, accelerator: Accelerator) -> None:
-        """Keep how a QEMU that has just been started is found again. Raises :class:`StateError`."""
+        """Keep, durably, how a QEMU that has just been started is found again. Raises :class:`StateError`."""
         record = ProcessRecord(
             pid=machine.pid,
             start_time=machine.process.start_time,
@@ -108,8 +110,11 @@ class ProcessRecords:
 
     def clean_up(self, config: VmConfig, *, crashed: bool) -> None:
         """Forget a QEMU that has ended; but the record of one that crashed stays, to tell the next daemon."""
+        path = self._path(config)
         if not crashed:
-            self._path(config).unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
+            with suppress(OSError):  # the folder is gone, too; or after a power cut it seems to have crashed
+                toml.sync_folder(path.parent)
         shutil.rmtree(self._files.sockets(config), ignore_errors=True)
 
     def leave_ended(self, config: VmConfig) -> None:
@@ -159,9 +164,8 @@ class ProcessRecords:
         return record
 
     def _write(self, config: VmConfig, record: ProcessRecord) -> None:
-        # Not synced: it means something only as long as the machine does not restart.
         try:
-            toml.write_atomically(self._path(config), msgspec.json.encode(record), durable=False)
+            toml.write_atomically(self._path(config), msgspec.json.encode(record))
         except StateError as error:
             error.vm = config.name
             raise

@@ -12,7 +12,7 @@ import time
 from collections.abc import Collection
 from contextlib import suppress
 
-from limosa.background import Background
+from limosa.background import Background, in_full
 from limosa.errors import ImageLeased, LimosaError, StorageError
 from limosa.host.leasing import Leasing
 from limosa.host.process_records import ProcessRecords
@@ -104,7 +104,7 @@ class Restarting:
             return
         hosted.died = False
         if time.time() - (hosted.started_at or 0) <= CRASH_LOOP_S:
-            self._records.leave_ended(hosted.config)
+            await in_full(self._records.leave_ended, hosted.config)
             return
         error = await self._start(hosted)
         if _may_pass(error):

@@ -293,7 +293,7 @@ class Vms:
         self.check_idle(hosted)
         async with hosted.lock:
             if hosted.awaits is not None:
-                self._records.clean_up(hosted.config, crashed=False)
+                await in_full(self._records.clean_up, hosted.config, crashed=False)
                 hosted.state, hosted.reason, hosted.awaits = VmState.STOPPED, "", None
                 return
             machine = self._running(hosted)
@@ -478,7 +478,7 @@ class Vms:
                 hosted.machine = None  # last of all: it could be started again, and its leases given back after that
 
     async def _settle_end(self, hosted: HostedVm, machine: Machine) -> None:
-        self._records.clean_up(hosted.config, crashed=not hosted.ending)
+        await in_full(self._records.clean_up, hosted.config, crashed=not hosted.ending)
         if hosted.state is VmState.INCOMING:
             return
         if hosted.ending:
