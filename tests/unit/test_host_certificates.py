@@ -9,16 +9,14 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
 
 import pytest
 import uvloop
 from cryptography import x509
 
-from limosa.errors import HostNotTrusted, HostUnreachable, LimosaError, StateError
+from limosa.errors import HostNotTrusted, HostUnreachable, StateError
+from limosa.host.calling import Caller
 from limosa.host.certificates import Certificates
-from limosa.host.outgoing import Outgoing
 from limosa.security import ca, expiry, tls
 from limosa.wire.endpoints import Role
 
@@ -152,28 +150,27 @@ def test_one_of_another_host_does_not_start(pki: Path) -> None:
         Certificates(pki / "host1", "host2")
 
 
-def test_who_calls_with_one_that_has_expired_is_told_so(pki: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_calls_with_one_that_has_expired_is_told_so(pki: Path) -> None:
     """The other end says nothing of it."""
+    ca.issue_host(pki / "ca", "host2", [], pki / "host2")
 
-    async def refused(*_: object) -> None:
-        raise HostUnreachable("host 'host2' cannot be reached", why="Connection reset by peer")
+    async def hang_up(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.close()
 
-    monkeypatch.setattr("limosa.host.outgoing.dial", refused)
-    page = SimpleNamespace(now=SimpleNamespace(peers={}), on_change=lambda _: None)
-    parts = cast(Any, SimpleNamespace(name="host1", page=page, vms=None, relays=None))
-    outgoing = Outgoing(parts, pki / "host1", cast(Any, None))
+    async def scenario() -> None:
+        async with await asyncio.start_server(hang_up, "127.0.0.1", ssl=tls.server_context(pki / "host2")) as server:
+            address = f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
+            caller = Caller("host2", lambda: address, "host1", pki / "host1")
+            with pytest.raises(HostUnreachable) as raised:
+                await caller.call()
+            assert not isinstance(raised.value, HostNotTrusted)
+            issue(pki, GONE_BY)
+            with pytest.raises(HostNotTrusted) as refused:
+                await caller.call()
+            assert "host.pem has expired" in refused.value.why
+            assert "limosa ca issue" in refused.value.todo
 
-    async def why() -> LimosaError:
-        with pytest.raises(HostUnreachable) as raised:
-            await outgoing._dialler("host2")()
-        return raised.value
-
-    assert "Connection reset" in asyncio.run(why()).why
-    issue(pki, GONE_BY)
-    error = asyncio.run(why())
-    assert isinstance(error, HostNotTrusted)
-    assert "host.pem has expired" in error.why
-    assert "limosa ca issue" in error.todo
+    play(scenario)
 
 
 @pytest.mark.parametrize(

@@ -47,11 +47,20 @@ def play(scenario: Coroutine[Any, Any, None]) -> None:
     asyncio.run(limited())
 
 
+@pytest.fixture(scope="module")
+def pki(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What ``host1`` calls with."""
+    folder = tmp_path_factory.mktemp("pki")
+    ca.create_authority(folder / "ca")
+    ca.issue_host(folder / "ca", "host1", [], folder / "host1")
+    return folder / "host1"
+
+
 class Calls(Caller):
     """Calls at addresses of which some answer, and each says how long it was waited before."""
 
-    def __init__(self, **answers: Call | LimosaError) -> None:
-        super().__init__("host2", lambda: "configured:16600", "host1", ssl.create_default_context)
+    def __init__(self, pki: Path, **answers: Call | LimosaError) -> None:
+        super().__init__("host2", lambda: "configured:16600", "host1", pki)
         self.answers = answers
         self.called: list[str] = []
 
@@ -75,27 +84,24 @@ def made(over: list[Call] | None = None) -> Call:
     return call
 
 
-def test_nobody_is_there() -> None:
+def test_nobody_is_there(pki: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
-    caller = Caller("host9", lambda: f"127.0.0.1:{port}", "host1", ssl.create_default_context)
+    caller = Caller("host9", lambda: f"127.0.0.1:{port}", "host1", pki)
     with pytest.raises(HostUnreachable) as caught:
         asyncio.run(caller.call())
     assert str(caught.value) == f"host 'host9' cannot be reached at 127.0.0.1:{port}: Connection refused"
 
 
-def test_its_certificate_has_expired(tmp_path: Path) -> None:
-    ca.create_authority(tmp_path / "ca")
-    ca.issue_host(tmp_path / "ca", "host1", [], tmp_path / "host1")
-    ca.issue_host(tmp_path / "ca", "host2", [], tmp_path / "host2", life=-ca.BACK / 2)
+def test_its_certificate_has_expired(pki: Path, tmp_path: Path) -> None:
+    ca.issue_host(pki.with_name("ca"), "host2", [], tmp_path, life=-ca.BACK / 2)
 
     async def scenario() -> None:
-        context = tls.server_context(tmp_path / "host2")
+        context = tls.server_context(tmp_path)
         async with await asyncio.start_server(lambda *_: None, "127.0.0.1", ssl=context) as server:
             address = f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
-            ours = tls.client_context(tmp_path / "host1", "host")
             with pytest.raises(HostNotTrusted, match=r"certificate of host 'host2' at .* has expired") as no:
-                await Caller("host2", lambda: address, "host1", lambda: ours).call()
+                await Caller("host2", lambda: address, "host1", pki).call()
             assert "limosa ca issue host2" in no.value.todo
 
     asyncio.run(scenario())
@@ -112,10 +118,10 @@ def test_other_reasons(fault: OSError, why: str) -> None:
     assert calling.why_unreachable(fault) == why
 
 
-def test_the_configured_address_is_taken_if_it_answers_at_once() -> None:
+def test_the_configured_address_is_taken_if_it_answers_at_once(pki: Path) -> None:
     async def scenario() -> None:
         configured = made()
-        caller = Calls(configured=configured, second=made())
+        caller = Calls(pki, configured=configured, second=made())
         caller.learn(("second",))
         assert await caller.call() is configured
         assert caller.called == ["configured:16600"]
@@ -124,13 +130,13 @@ def test_the_configured_address_is_taken_if_it_answers_at_once() -> None:
 
 
 def test_where_the_configured_address_is_silent_another_is_called_at_the_same_port(
-    monkeypatch: pytest.MonkeyPatch,
+    pki: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(calling, "HEAD_START_S", 0.001)
 
     async def scenario() -> None:
         second = made()
-        caller = Calls(second=second)
+        caller = Calls(pki, second=second)
         caller.learn(("configured", "fd00::2", "second"))
         assert await caller.call() is second
         assert caller.called == ["configured:16600", "[fd00::2]:16600", "second:16600"]
@@ -153,11 +159,11 @@ def test_of_two_that_answer_one_is_hung_up() -> None:
     play(scenario())
 
 
-def test_if_none_answers_it_is_told_why_the_configured_one_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_if_none_answers_it_is_told_why_the_configured_one_does_not(pki: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calling, "HEAD_START_S", 0.001)
 
     async def scenario() -> None:
-        caller = Calls(configured=HostUnreachable("configured"), second=HostUnreachable("second"))
+        caller = Calls(pki, configured=HostUnreachable("configured"), second=HostUnreachable("second"))
         caller.learn(("second",))
         with pytest.raises(HostUnreachable, match="configured"):
             await caller.call()
@@ -181,6 +187,8 @@ class There:
         #: may be called
         self.is_reachable = asyncio.Event()
         self.is_reachable.set()
+        #: why it refuses further calls
+        self.refuses: HostUnreachable | None = None
         self.uri = ""
 
     async def serve(self, connection: ServerConnection) -> None:
@@ -195,6 +203,8 @@ class There:
 
     async def call(self) -> Call:
         await self.is_reachable.wait()
+        if self.refuses is not None:
+            raise self.refuses
         return Call(await connect(self.uri, compression=None, proxy=None), "host2", 1)
 
     def learn(self, addresses: Sequence[str]) -> None:
@@ -345,6 +355,20 @@ def test_it_has_ended_if_the_destination_cannot_be_reached(monkeypatch: pytest.M
             with pytest.raises(HostUnreachable):
                 await word
             assert destination.heard == [[PREPARE]]
+
+    play(scenario())
+
+
+def test_it_says_so_if_another_connection_is_not_trusted() -> None:
+    async def scenario() -> None:
+        async with there() as destination:
+            peer = await destination.peer()
+            destination.refuses = HostNotTrusted("host 'host2' cannot be called", why="host.pem has expired")
+            destination.cut()
+            with pytest.raises(HostNotTrusted, match=r"host.pem has expired"):
+                await peer.lost
+            with pytest.raises(HostNotTrusted):
+                await peer.take_over()
 
     play(scenario())
 

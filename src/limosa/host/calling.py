@@ -13,15 +13,16 @@ import socket
 import ssl
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import InvalidHandshake, WebSocketException
 
 from limosa.background import then
-from limosa.errors import HostNotTrusted, HostUnreachable, InvalidInput, from_fault
+from limosa.errors import HostNotTrusted, HostUnreachable, InvalidInput, StateError, from_fault
 from limosa.model import reading
-from limosa.security import expiry
+from limosa.security import expiry, tls
 from limosa.security.identity import from_peer_certificate
 from limosa.settings.address import split_address
 from limosa.settings.daemon import DEFAULT_PORT
@@ -62,16 +63,15 @@ class Caller:
     """Opens connections with one destination: to its configured address, or, where that does not answer, to one that it
     has told.
 
-    ``address`` gives the configured one, ``HOST`` or ``HOST:PORT``, and ``context`` our certificate, as they are then.
+    ``address`` gives the configured one, ``HOST`` or ``HOST:PORT``, as it is then. Our certificate is in ``pki``, and
+    read for each call.
     """
 
-    def __init__(
-        self, destination: str, address: Callable[[], str], own_name: str, context: Callable[[], ssl.SSLContext]
-    ) -> None:
+    def __init__(self, destination: str, address: Callable[[], str], own_name: str, pki: Path) -> None:
         self.destination = destination
         self._address = address
         self._own_name = own_name
-        self._context = context
+        self._pki = pki
         self._told: tuple[str, ...] = ()
 
     def learn(self, addresses: Sequence[str]) -> None:
@@ -80,12 +80,26 @@ class Caller:
 
     async def call(self) -> Call:
         """A new connection. Raises :class:`HostUnreachable` (nobody there) and :class:`HostNotTrusted` (TLS said no),
-        both as the configured address has it."""
-        configured, context = self._address(), self._context()
+        both as the configured address has it; the latter also if our own certificate is out of date."""
+        configured, context = self._address(), tls.client_context(self._pki, "host")
         host, port = split_address(configured)
         others = [at(one, port) for one in self._told if one != host][:MOST_OTHERS]
         addresses = enumerate((configured, *others))
-        return await _first([self._call(address, number * HEAD_START_S, context) for number, address in addresses])
+        try:
+            return await _first([self._call(address, number * HEAD_START_S, context) for number, address in addresses])
+        except HostUnreachable as error:
+            self._check_own(error)
+            raise
+
+    def _check_own(self, error: HostUnreachable) -> None:
+        """Raise if it is our certificate: who is called ends the connection without a word that could be told from
+        others."""
+        try:
+            tls.check_dates(self._pki / "host.pem")
+        except StateError as ours:
+            raise HostNotTrusted(
+                f"host '{self.destination}' cannot be called", why=str(ours), todo=ours.todo, host=self.destination
+            ) from error
 
     async def _call(self, address: str, after_s: float, context: ssl.SSLContext) -> Call:
         await asyncio.sleep(after_s)

@@ -14,11 +14,9 @@ from limosa.background import Background, in_full
 from limosa.errors import (
     Cancelled,
     Conflict,
-    HostNotTrusted,
     HostUnreachable,
     LimosaError,
     OutcomeUnknown,
-    StateError,
     from_fault,
 )
 from limosa.host.bandwidth import MBIT_BYTES, Bandwidth
@@ -28,7 +26,7 @@ from limosa.host.faults import Obstacle, internal, unforeseen
 from limosa.host.home import HomeHere
 from limosa.host.own_disks import OwnDisks
 from limosa.host.parts import Parts
-from limosa.host.peers import RemotePeer, dial
+from limosa.host.peers import dial
 from limosa.host.slots import Place, Slots
 from limosa.host.views import CANCEL_WITHIN_S, Views, not_cancelled_yet
 from limosa.host.vms import HostedVm
@@ -49,7 +47,6 @@ from limosa.model.migration import Migration, Outcome, Phase, Progress, Side
 from limosa.model.units import MIB
 from limosa.model.vm import VmState
 from limosa.qemu.protocol import MachineProtocol
-from limosa.security import tls
 from limosa.settings.address import split_address
 from limosa.wire.api import CheckReport, CheckRequest, Expected, MoveOptions, MoveRequest
 
@@ -308,27 +305,8 @@ class Outgoing:
         self._active.pop(move.header.migration, None)
 
     def _dialler(self, destination: str, tell: Callable[[str], None] = lambda _: None) -> Dialler:
-        caller = Caller(
-            destination,
-            lambda: self._page.now.peers.get(destination, destination),
-            self.host,
-            lambda: tls.client_context(self._pki, "host"),
-        )
-
-        async def open_session() -> RemotePeer:
-            try:
-                return await dial(caller, tell)
-            except HostUnreachable as error:
-                try:
-                    tls.check_dates(self._pki / "host.pem")
-                except StateError as ours:
-                    # Who is called ends the connection without a word that could be told from others.
-                    raise HostNotTrusted(
-                        f"host '{destination}' cannot be called", why=str(ours), todo=ours.todo, host=destination
-                    ) from error
-                raise
-
-        return open_session
+        caller = Caller(destination, lambda: self._page.now.peers.get(destination, destination), self.host, self._pki)
+        return lambda: dial(caller, tell)
 
     def _terms(self, options: MoveOptions) -> Terms:
         settings = self._page.now

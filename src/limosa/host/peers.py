@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from websockets.asyncio.client import ClientConnection
 from websockets.exceptions import ConnectionClosed, WebSocketException
 
-from limosa.errors import HostUnreachable, InvalidInput, LimosaError, from_fault
+from limosa.errors import HostNotTrusted, HostUnreachable, InvalidInput, LimosaError, from_fault
 from limosa.host.calling import Call, Caller, ask, broken, decoder
 from limosa.migration import layers
 from limosa.migration.peer import SendLayers
@@ -209,6 +209,8 @@ class RemotePeer:
                 _log.warning(
                     "the session with host %s broke (%s) and could not be opened again: %s", self.host, why, error
                 )
+                if isinstance(error, HostNotTrusted):
+                    self._end(error)  # which people can mend
                 break
             self._is_whole.set()
         self._lose(why)
@@ -257,7 +259,9 @@ class RemotePeer:
         self._caller.learn(tuple(dict.fromkeys((*addresses, *shareable(own_addresses(network.nics))))))
 
     def _lose(self, why: str) -> HostUnreachable:
-        error = broken(self.host, why)
+        return self._end(broken(self.host, why))
+
+    def _end(self, error: HostUnreachable) -> HostUnreachable:
         if not self.lost.done():
             self.lost.set_exception(error)
             self.lost.exception()  # it may have no listener
