@@ -289,6 +289,40 @@ def test_networks_with_caps_are_as_fast_as_those_and_each_gets_a_stream() -> Non
     assert choose(dataclasses.replace(unknown, here=here), "tcp").paths[0].speed_mbit_per_s == 900
 
 
+@pytest.mark.parametrize(
+    ("speeds", "no_relay", "shares"),
+    [
+        ((1000, 1000), "", [450, 450, 1000]),
+        ((1000, 200), "", [450, 200, 1000]),
+        ((None, 1000), "", [450, 450, 1000]),
+        ((1000, 1000), "it is switched off", [450, 450, 1000]),
+    ],
+)
+def test_a_cap_that_counts_for_several_networks_is_counted_once(
+    speeds: tuple[int | None, ...], no_relay: str, shares: list[int]
+) -> None:
+    three = pair(*speeds, 1000)
+    here = msgspec.structs.replace(three.here, caps_mbit_per_s={"10.78.0.0/15": 900})
+    capped = dataclasses.replace(three, here=here, no_relay=no_relay)
+    for asked in ("multichannel", "auto"):
+        route = choose(capped, asked)
+        assert [path.speed_mbit_per_s for path in route.paths] == shares
+    assert f"3 NICs together have {sum(shares)} Mbit/s" in route.why
+
+
+def test_auto_takes_one_nic_where_a_cap_for_all_is_no_more_than_that_carries() -> None:
+    def taken(cap: int) -> tuple[str, list[int | None]]:
+        both = pair(1000, 1000)
+        here = msgspec.structs.replace(both.here, caps_mbit_per_s={"10.78.0.0/15": cap})
+        route = choose(dataclasses.replace(both, here=here), "auto")
+        assert ("a cap counts for all NICs together, and mig0 carries as much alone" in route.why) is (cap <= 1000)
+        return route.transport, [path.speed_mbit_per_s for path in route.paths]
+
+    assert taken(900) == ("tcp", [900])
+    assert taken(1000) == ("tcp", [1000])
+    assert taken(1400) == ("multichannel", [700, 700])
+
+
 def test_a_cap_on_a_network_that_is_not_taken_changes_nothing() -> None:
     both = pair(1000)
     capped, elsewhere = [

@@ -28,7 +28,7 @@ from dataclasses import dataclass, replace
 
 import msgspec
 
-from limosa.model.network import Carried, HostNetwork, HostNic
+from limosa.model.network import Carried, HostNetwork, HostNic, smallest_network
 from limosa.model.route import Path, Route
 from limosa.transport import rdma
 from limosa.transport.relay.control import MAX_LANES
@@ -195,6 +195,7 @@ def _without_compression(ends: Ends, asked: str, blocked: Collection[str]) -> Ro
         return Route(transport="tcp", paths=single[:1], why=why)
     if not why_striped:
         several = _with_streams(ends, _alike(several) if asked == "auto" else several)
+    several = _sharing(ends, several)
     words = [_gain(several) if asked == "auto" else "it was asked for"]
     words += [f"one stream for each network, because {why_striped}"] if why_striped else []
     why = _except("; ".join(words), blocked)
@@ -260,6 +261,8 @@ def _not_worth(ends: Ends, several: Sequence[Path], why_striped: str) -> str:
     if len(speeds) < len(several):
         silent = next(path for path in several if not path.speed_mbit_per_s)
         return f"the speed of {silent.nic_here} is not known"
+    if len(several) > 1 and _speed(_sharing(ends, several)) <= speeds[0]:
+        return f"a cap counts for all NICs together, and {several[0].nic_here} carries as much alone"
     if max(speeds) >= FAST_MBIT_PER_S:
         return f"one stream does not fill a NIC of {max(speeds)} Mbit/s"
     if why_striped and max(speeds) >= SPREAD_MBIT_PER_S:
@@ -275,6 +278,18 @@ def _preferred(ends: Ends, single: Sequence[Path]) -> str:
     if (first.speed_mbit_per_s or 0) == fastest:
         return ""
     return f"it goes over {first.nic_here}, whose network host '{ends.destination}' prefers"
+
+
+def _sharing(ends: Ends, paths: Sequence[Path]) -> tuple[Path, ...]:
+    """The same, each with its share of a cap that counts for several of them, as lanes have it (``shares``)."""
+    networks = [smallest_network(path.there, ends.here.caps_mbit_per_s) for path in paths]
+    shared = []
+    for path, network in zip(paths, networks, strict=True):
+        cap = ends.here.cap_to(path.there)
+        share = max(1, cap // networks.count(network)) if cap else None
+        speeds = [speed for speed in (path.speed_mbit_per_s, share) if speed is not None]
+        shared.append(msgspec.structs.replace(path, speed_mbit_per_s=min(speeds, default=None)))
+    return tuple(shared)
 
 
 def _alike(paths: Sequence[Path]) -> tuple[Path, ...]:
