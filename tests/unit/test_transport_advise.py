@@ -93,12 +93,12 @@ def test_the_settings_that_cap_memory_count(settings: HostSettings, transport: s
     async def network() -> HostNetwork:
         return msgspec.structs.replace(GOOD, caps_mbit_per_s=settings.network_bandwidth_mbit_per_s)
 
-    inspector = SimpleNamespace(network=network, certificate_until=lambda: time.time() + 86400)
+    inspector = SimpleNamespace(network=network, certificate_until=lambda: time.time() + 86400, listen=("10.0.1.1",))
     parts = SimpleNamespace(name="host1", page=SimpleNamespace(now=settings), inspector=inspector)
     handlers = Handlers(cast(Any, SimpleNamespace(parts=parts)))
     advice = asyncio.run(handlers.advice(api.Empty(), {}))
     assert advice.transport == transport
-    assert "certificate-expires" in {finding.code for finding in advice.findings}
+    assert {finding.code for finding in advice.findings} == {"certificate-expires", "nic-without-listener"}
 
 
 @pytest.mark.parametrize(
@@ -126,6 +126,47 @@ def test_the_settings_that_cap_memory_count(settings: HostSettings, transport: s
 )
 def test_each_fault_has_its_finding(changes: dict[str, Any], code: str) -> None:
     assert code in codes(**changes)
+
+
+def unheard(*listen: str, **changes: Any) -> tuple[str, str]:
+    """What is said of NICs on which a daemon with that setting does not listen, and what to do; empty if nothing is."""
+    network = msgspec.structs.replace(GOOD, **changes)
+    found = [one for one in advise("host1", network, post_copy=False, listen=listen)[1] if "listen" in one.what]
+    assert [one.code for one in found] in ([], ["nic-without-listener"])
+    return (found[0].what.split(":")[0], found[0].todo.split(",")[0]) if found else ("", "")
+
+
+def test_nics_on_which_the_daemon_does_not_listen_are_named_with_their_addresses() -> None:
+    eth1 = "the daemon does not listen on eth1", "add 10.0.2.1 to 'listen' in host.toml"
+    assert unheard("10.0.1.1") == eth1
+    assert unheard("10.0.1.1:7500") == eth1
+    assert unheard("192.0.2.1") == (
+        "the daemon does not listen on eth0 and eth1",
+        "add 10.0.1.1 and 10.0.2.1 to 'listen' in host.toml",
+    )
+    both = nic("eth1", "10.0.2.1", "fd00::1")
+    assert unheard("10.0.1.1", nics=(LO, ONE, both), allowed=()) == eth1
+    _, (finding,) = advise("host1", GOOD, post_copy=False, listen=("10.0.1.1:7500",))
+    assert ", with the same port, and restart the daemon" in finding.todo
+
+
+@pytest.mark.parametrize(
+    "listen", [("10.0.1.1", "10.0.2.1"), ("10.0.1.1:7500", "10.0.2.1:7500"), ("0.0.0.0",), ("host1",), ()], ids=str
+)
+def test_a_daemon_that_listens_on_all_nics_or_on_none_is_told_nothing_of_that(listen: tuple[str, ...]) -> None:
+    assert unheard(*listen) == ("", "")
+
+
+def test_one_address_of_a_nic_is_enough_and_other_nics_do_not_count() -> None:
+    on_one_nic = [nic(f"eth0.{at}", f"10.0.{at}.1", kind="vlan", lower="eth0") for at in (1, 2)]
+    assert unheard("10.0.1.1", nics=(LO, *on_one_nic, nic("eth0"))) == ("", "")
+    assert unheard("10.0.1.1", nics=(LO, *on_one_nic, nic("eth0")), allowed=("10.0.2.0/24",)) == ("", "")
+    assert unheard("10.0.1.1", allowed=("10.0.1.0/24",)) == ("", "")
+    assert unheard("::", nics=(nic("eth0", "10.0.1.1", "fe80::1"),), allowed=()) != ("", "")
+    assert unheard("::", nics=(nic("eth0", "10.0.1.1", "fd00::1"),), allowed=()) == ("", "")
+    inside = nic("docker0", "172.17.0.1", kind="bridge", members=("veth1", "veth2"))
+    hanging = [nic(name, master="docker0", kind="veth") for name in inside.members]
+    assert unheard("10.0.1.1", nics=(ONE, inside, *hanging), allowed=()) == ("", "")
 
 
 def test_vlans_on_one_nic_need_no_multipath_tcp() -> None:

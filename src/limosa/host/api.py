@@ -129,14 +129,16 @@ class Handlers:
 
     async def advice(self, _: api.Empty, __: dict[str, str]) -> api.Advice:
         """Which transport suits the host, and what is misconfigured."""
-        services = self._services
-        network = await services.parts.inspector.network()
-        page = services.parts.page.now
+        name, inspector = self._services.parts.name, self._services.parts.inspector
+        page = self._services.parts.page.now
         route, findings = advise(
-            services.parts.name, network, post_copy=page.convergence.post_copy, capped=page.bandwidth_mbit_per_s > 0
+            name,
+            await inspector.network(),
+            post_copy=page.convergence.post_copy,
+            capped=page.bandwidth_mbit_per_s > 0,
+            listen=inspector.listen,
         )
-        name = services.parts.name
-        expires = expiry.findings(name, services.parts.inspector.certificate_until(), time.time())
+        expires = expiry.findings(name, inspector.certificate_until(), time.time())
         return api.Advice(name=name, transport=route.transport, why=route.why, findings=(*expires, *findings))
 
     async def settings(self, _: api.Empty, __: dict[str, str]) -> api.SettingsPage:

@@ -81,6 +81,11 @@ class Inspector:
             caps_mbit_per_s=page.network_bandwidth_mbit_per_s,
         )
 
+    @property
+    def listen(self) -> tuple[str, ...]:
+        """Where the daemon is called, as its settings say."""
+        return self._daemon.listen
+
     def certificate_until(self) -> float | None:
         """The end of our certificate, seconds since the epoch; null if there is none."""
         return valid_until(Path(self._daemon.certificates) / "host.pem")

@@ -101,6 +101,10 @@ class HostNetwork(Model, forbid_unknown_fields=False, frozen=True):
         """The last of :meth:`down_from`."""
         return self.down_from(nic)[-1]
 
+    def leads_out(self, nic: HostNic) -> bool:
+        """Whether a NIC is more than a bridge on which nothing but VMs and containers hangs."""
+        return nic.kind != "bridge" or any(one.kind not in _INWARD for one in self.nics if one.name in nic.members)
+
     def _below(self, nic: HostNic) -> HostNic | None:
         names = (nic.lower,) if nic.lower else nic.members if nic.kind == "bridge" else ()
         found = [one for one in self.nics if one.name in names]

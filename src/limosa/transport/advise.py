@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import ipaddress
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from ipaddress import IPv4Network, IPv6Network
 
 import msgspec
 
 from limosa.model.finding import Finding
-from limosa.model.network import Carried, HostNetwork, HostNic
+from limosa.model.network import Carried, HostNetwork, HostNic, NicAddress
 from limosa.model.route import Path, Route
+from limosa.settings.address import split_address
 from limosa.transport import rdma
 from limosa.transport.choice import Ends, choose, contradicts, is_allowed
 from limosa.transport.teams import BY_PORT, HASHING, IN_TURN, ONE_MEMBER
@@ -24,15 +26,17 @@ POST_COPY_MBIT_PER_S = 1000
 
 
 def advise(
-    name: str, network: HostNetwork, *, post_copy: bool, capped: bool = False
+    name: str, network: HostNetwork, *, post_copy: bool, capped: bool = False, listen: Sequence[str] = ()
 ) -> tuple[Route, tuple[Finding, ...]]:
     """The transport that suits moves to a host alike, with its reason, and what is set wrongly here.
 
-    ``post_copy`` is allowed; ``capped``: guest memory has a cap on bandwidth on every network.
+    ``post_copy`` is allowed; ``capped``: guest memory has a cap on bandwidth on every network; ``listen``: the setting
+    of ``host.toml``.
     """
     rules = (
         _networks(network),
         _links(network),
+        _not_listened_on(network, listen),
         _slower_than_said(network),
         _multipath(network),
         _same_network(network),
@@ -93,7 +97,7 @@ def _at_best(network: HostNetwork) -> Iterator[Carried]:
     NICs, so the most counts."""
     for nic in network.nics:
         for own in nic.addresses:
-            inside = ipaddress.ip_network(f"{own.address}/{own.prefix}", strict=False)
+            inside = _network_of(own)
             measured = [
                 one for one in network.carried if one.here == own.address and ipaddress.ip_address(one.there) in inside
             ]
@@ -107,14 +111,18 @@ def _neighbour(address: str) -> str:
     return str(type(parsed)(int(parsed) ^ 1))
 
 
-def _usable(network: HostNetwork) -> Iterator[tuple[HostNic, str]]:
-    """NICs that may carry moves, each with the networks its allowed addresses are in."""
+def _usable(network: HostNetwork) -> Iterator[tuple[HostNic, NicAddress]]:
+    """NICs that may carry moves, each with its allowed addresses."""
     for nic in network.nics:
         for own in nic.addresses:
             parsed = ipaddress.ip_address(own.address)
             local = parsed.is_loopback or parsed.is_link_local
             if nic.carrier and not local and is_allowed(own.address, network.allowed):
-                yield nic, str(ipaddress.ip_network(f"{own.address}/{own.prefix}", strict=False))
+                yield nic, own
+
+
+def _network_of(own: NicAddress) -> IPv4Network | IPv6Network:
+    return ipaddress.ip_network(f"{own.address}/{own.prefix}", strict=False)
 
 
 def _networks(network: HostNetwork) -> Iterator[Finding]:
@@ -134,6 +142,34 @@ def _links(network: HostNetwork) -> Iterator[Finding]:
             yield Finding.warning("no-link", f"{nic.name} is up and has no link", "check its cable and the switch port")
 
 
+def _not_listened_on(network: HostNetwork, listen: Sequence[str]) -> Iterator[Finding]:
+    """NICs over which no session of two daemons can go on. Guest memory has listeners of its own."""
+    asked = [split_address(text) for text in listen]
+    try:
+        places = {ipaddress.ip_address(host) for host, _ in asked}
+    except ValueError:
+        return  # a name, and where that leads is not looked up
+    anywhere = {place.version for place in places if place.is_unspecified}
+    heard = {
+        network.uplink_of(nic).name
+        for nic in network.nics
+        for one in map(ipaddress.ip_address, (own.address for own in nic.addresses))
+        if one in places or (one.version in anywhere and not one.is_link_local)
+    }
+    deaf: dict[str, str] = {}
+    for nic, own in _usable(network):
+        if network.uplink_of(nic).name not in heard and network.leads_out(nic):
+            deaf.setdefault(nic.name, own.address)
+    if places and deaf:
+        same_port = ", with the same port" if any(port for _, port in asked) else ""
+        yield Finding.warning(
+            "nic-without-listener",
+            f"the daemon does not listen on {' and '.join(deaf)}: if the NIC dies over which two daemons speak, a move "
+            "to this host ends, though it could go on there",
+            f"add {' and '.join(deaf.values())} to 'listen' in host.toml{same_port}, and restart the daemon; VMs go on",
+        )
+
+
 def _slower_than_said(network: HostNetwork) -> Iterator[Finding]:
     for path in network.carried:
         nic = network.nic_of(path.here)
@@ -146,7 +182,7 @@ def _slower_than_said(network: HostNetwork) -> Iterator[Finding]:
 
 
 def _multipath(network: HostNetwork) -> Iterator[Finding]:
-    networks = {where: network.uplink_of(nic).name for nic, where in _usable(network)}
+    networks = {_network_of(own): network.uplink_of(nic).name for nic, own in _usable(network)}
     if len(set(networks.values())) > 1 and not network.mptcp:
         yield Finding.warning(
             "multipath-off",
@@ -156,9 +192,9 @@ def _multipath(network: HostNetwork) -> Iterator[Finding]:
 
 
 def _same_network(network: HostNetwork) -> Iterator[Finding]:
-    names: defaultdict[str, dict[str, None]] = defaultdict(dict)
-    for nic, where in _usable(network):
-        names[where][nic.name] = None
+    names: defaultdict[IPv4Network | IPv6Network, dict[str, None]] = defaultdict(dict)
+    for nic, own in _usable(network):
+        names[_network_of(own)][nic.name] = None
     for where, nics in names.items():
         if len(nics) > 1:
             yield Finding.warning(
