@@ -17,12 +17,13 @@ from limosa.model.route import Path as Way
 from limosa.model.route import Route
 from limosa.settings.host import HostSettings
 from limosa.transport.channel import Doorway
+from limosa.transport.relay import inbound
 from limosa.transport.relay.inbound import Inbound
 from limosa.wire.peer import RelayPlace
 
 
 class Process:
-    """A relay process whose session nobody opens."""
+    """A relay process."""
 
     def __init__(self) -> None:
         self.ended = asyncio.Event()
@@ -41,15 +42,24 @@ class Process:
             raise AssertionError("it is about to end")
         return socket.socket()
 
+    async def open_receiver(self, *_: object, **__: object) -> int:
+        assert not self.is_told, "it is about to end"
+        return 24
+
+    async def statistics(self) -> None: ...
+
 
 class Door:
-    """A door at which nobody arrives."""
+    """A door at which the source arrives when it calls."""
 
     address, port, token = "10.0.0.1", 49152, "00"
 
+    def __init__(self, source_calls: asyncio.Event) -> None:
+        self._source_calls = source_calls
+
     async def accept_several(self, _count: int) -> list[socket.socket]:
-        await asyncio.Event().wait()
-        raise AssertionError
+        await self._source_calls.wait()
+        return []
 
     def close(self) -> None:
         pass
@@ -63,6 +73,12 @@ class Host:
         cast(Any, self.relays)._await = self._await
         self.started: list[Process] = []
         self.may_start = asyncio.Event()
+        self.source_calls = asyncio.Event()
+
+    def session(self) -> Inbound:
+        """The only one there is."""
+        (arriving,) = self.relays._inbound.values()
+        return arriving.session.result()
 
     def landing(self, channel: int) -> asyncio.Task[Doorway]:
         place = RelayPlace(session="s", channel=channel, window_log=24, credentials=None, several=False, striped=False)
@@ -72,7 +88,7 @@ class Host:
         await self.may_start.wait()
         process = Process()
         self.started.append(process)
-        return Inbound(cast(Any, process), cast(Any, Door()), place, 24)
+        return Inbound(cast(Any, process), cast(Any, Door(self.source_calls)), place, 24)
 
 
 @pytest.mark.parametrize(("alone", "mib", "log"), [(False, 512, 29), (True, 512, 24), (True, 4, 22)])
@@ -97,9 +113,9 @@ async def turns() -> None:
 
 
 @contextmanager
-def closing(door: Doorway) -> Iterator[None]:
+def closing(door: Doorway) -> Iterator[Doorway]:
     try:
-        yield
+        yield door
     finally:
         door.close()
 
@@ -159,6 +175,7 @@ def test_a_landing_that_comes_while_a_session_ends_has_one_of_its_own(tmp_path: 
         (ending,) = host.started
         ending.may_end.clear()
         door.close()
+        host.session().end_if_unused()
         if is_told:
             await turns()
         assert ending.is_told is is_told
@@ -168,8 +185,44 @@ def test_a_landing_that_comes_while_a_session_ends_has_one_of_its_own(tmp_path: 
             assert [process.ended.is_set() for process in host.started] == [True, False]
             with closing(await host.landing(2)):
                 assert len(host.started) == 2
+        host.session().end_if_unused()
         await turns()
         assert host.started[1].ended.is_set()
+        assert host.relays._inbound == {}
+
+    play(tmp_path, scenario)
+
+
+def test_a_session_that_the_source_is_opening_when_its_landing_ends_is_there_for_the_next(tmp_path: Path) -> None:
+    async def scenario(host: Host) -> None:
+        host.may_start.set()
+        (await host.landing(0)).close()
+        await turns()
+        host.source_calls.set()
+        with closing(await host.landing(1)) as door:
+            assert await door.accept() is not None
+            (process,) = host.started
+            assert not process.is_told
+        await process.end()
+
+    play(tmp_path, scenario)
+
+
+@pytest.mark.parametrize("comes_back", [False, True])
+def test_a_session_that_nobody_opens_is_kept_for_a_while_and_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, comes_back: bool
+) -> None:
+    monkeypatch.setattr(inbound, "OPENED_WITHIN_S", 0.0)
+
+    async def scenario(host: Host) -> None:
+        host.may_start.set()
+        (await host.landing(0)).close()
+        if comes_back:
+            with closing(await host.landing(1)):
+                await asyncio.sleep(0.001)
+                assert not host.started[0].is_told
+        await host.started[0].ended.wait()
+        await turns()
         assert host.relays._inbound == {}
 
     play(tmp_path, scenario)

@@ -2,8 +2,9 @@
 
 The source's daemon names the session. The first landing that names one has its relay started and its door opened, and
 the relay knows a VM's channel before the source hears that it may connect, so no frame of a channel can come too early.
-A session that was never connected ends with its last landing; who waits for the relay to start counts as one. An open
-session ends when the source ends it or is gone. Until then the door of a striped one is open for further connections.
+A session that is not open yet is kept for a while after its last landing, as the source may just be opening it, and
+others of its VMs then come by it. An open one ends when the source ends it or is gone. Until then the door of a striped
+one is open for further connections.
 """
 
 from __future__ import annotations
@@ -15,14 +16,18 @@ from collections.abc import Iterable
 from typing import Protocol
 
 from limosa.errors import InvalidInput, RelayFailed
+from limosa.transport import tcp
 from limosa.transport.channel import Doorway
 from limosa.transport.relay.client import Relay
 from limosa.transport.relay.control import CARRIERS
 from limosa.transport.relay.doorway import LastingDoorway
+from limosa.transport.relay.session import HANDSHAKE_WITHIN_S
 from limosa.wire.peer import RelayPlace
 
 #: So often an open session's relay is asked whether it still works. The source asks its own for figures anyway.
 ASK_EVERY_S = 2.0
+#: After its last landing a session that is not open is kept for as long as it may take the source to open it.
+OPENED_WITHIN_S = tcp.CONNECT_WITHIN_S + HANDSHAKE_WITHIN_S
 
 
 class CarrierDoorway(Doorway, Protocol):
@@ -41,6 +46,7 @@ class Inbound:
         # A door that is closed does not know these any more.
         self.address, self.port, self.token = door.address, door.port, door.token
         self._landings = 0
+        self._linger: asyncio.TimerHandle | None = None
         self._ending = False
         self._letting_in: asyncio.Task[None] | None = None
         self._asking: asyncio.Task[None] | None = None
@@ -56,6 +62,8 @@ class Inbound:
     async def doorway(self, place: RelayPlace) -> RelayDoorway:
         """Another landing. Raises :class:`RelayFailed`."""
         self._landings += 1
+        if self._linger is not None:
+            self._linger.cancel()
         try:
             return RelayDoorway(self, await self.relay.open_channel(place.channel))
         except BaseException:
@@ -69,10 +77,11 @@ class Inbound:
     def leave(self) -> None:
         """A landing has ended, or its stream has."""
         self._landings -= 1
-        self.end_if_unused()
+        if self._landings == 0 and not self.opened.done():
+            self._linger = asyncio.get_running_loop().call_later(OPENED_WITHIN_S, self.end_if_unused)
 
     def end_if_unused(self) -> None:
-        """End a session that was never opened and in which nobody lands."""
+        """End a session that is not open and in which nobody lands."""
         if self._landings == 0 and not self.opened.done():
             self._ending = True
             self.opened.cancel()
