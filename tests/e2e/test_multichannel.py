@@ -11,13 +11,14 @@ import os
 import random
 import signal
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
 from harness.commands import limosa
 from harness.hosts import runners, settled, wait_until
 from harness.labs import LabHost, in_host, plug, reaches, running_lab, without_address
-from harness.steering import follow, settings
+from harness.steering import follow, remove, settings
 from limosa.lab import daemons, namespaces
 from limosa.model.migration import Migration, Outcome, Phase
 from limosa.model.vm import VmState
@@ -52,15 +53,26 @@ def hosts(lab: list[LabHost]) -> Iterator[list[LabHost]]:
         host.clean()
 
 
+def with_disk(host: LabHost, name: str = "vm") -> Path:
+    """A VM with a disk that takes seconds to be copied. Returns its image."""
+    image = host.state / "images" / f"{name}.raw"
+    disk = api.NewDisk(path=str(image), size_mib=DISK_MIB, format="raw")
+    host.client.call(endpoints.CREATE_VM, api.NewVm(name=name, memory_mib=256, accelerator="tcg", disks=(disk,)))
+    with image.open("r+b") as file:
+        file.write(random.Random(1).randbytes(DISK_MIB * MIB))
+    host.client.call(endpoints.START_VM, vm=name)
+    return image
+
+
 def big(host: LabHost) -> None:
     """A VM that takes seconds to move, without a guest that would have to boot."""
     host.create(api.NewVm(name="vm", memory_mib=BIG_MIB, accelerator="tcg"))
 
 
-def begin(hosts: list[LabHost], transport: Transport = "multichannel") -> str:
+def begin(hosts: list[LabHost], transport: Transport = "multichannel", vm: str = "vm") -> str:
     first, second = hosts
     options = api.MoveOptions(transport=transport)
-    return first.client.call(endpoints.MOVE, api.MoveRequest(vm="vm", destination=second.name, options=options)).id
+    return first.client.call(endpoints.MOVE, api.MoveRequest(vm=vm, destination=second.name, options=options)).id
 
 
 def carried(migration: Migration) -> dict[str, int]:
@@ -135,12 +147,7 @@ def test_memory_goes_over_another_nic_if_the_first_was_cut_while_disks_were_copi
     hosts: list[LabHost], side: str
 ) -> None:
     cut = hosts[0] if side == "source" else hosts[1]
-    image = hosts[0].state / "images" / "vm.raw"
-    disk = api.NewDisk(path=str(image), size_mib=DISK_MIB, format="raw")
-    hosts[0].client.call(endpoints.CREATE_VM, api.NewVm(name="vm", memory_mib=256, accelerator="tcg", disks=(disk,)))
-    with image.open("r+b") as file:
-        file.write(random.Random(1).randbytes(DISK_MIB * MIB))
-    hosts[0].client.call(endpoints.START_VM, vm="vm")
+    image = with_disk(hosts[0])
     try:
         with settings(hosts[0], {"storage_bandwidth_mbit_per_s": DISK_MBIT_PER_S}):
             migration = begin(hosts)
@@ -154,6 +161,37 @@ def test_memory_goes_over_another_nic_if_the_first_was_cut_while_disks_were_copi
         (hosts[1].state / "images" / image.name).unlink(missing_ok=True)
     assert ended.phases[Phase.STORAGE] > 0
     assert carried(ended)["mig1"] > carried(ended)["mig0"]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("transport", ["multichannel", "tcp"])
+def test_disks_go_over_another_nic_if_the_first_was_cut_while_the_move_waited_in_line(
+    hosts: list[LabHost], transport: Transport
+) -> None:
+    source, destination = hosts
+    images = [with_disk(source, name) for name in ("other", "vm")]
+    slowly = {"storage_bandwidth_mbit_per_s": DISK_MBIT_PER_S, "max_storage_moves": 1}
+    try:
+        with settings(source, slowly):
+            first = begin(hosts, vm="other")
+            follow(source, first, lambda view: any(one.copied_bytes for one in view.progress.disks))
+            migration = begin(hosts, transport)
+            waits = follow(source, migration, lambda view: view.route is not None and view.place is not None)
+            assert waits.route is not None
+            assert waits.route.paths[0].nic_here == "mig0"
+            plug(source, "mig0", in_=False)
+            source.client.call(endpoints.CANCEL_MIGRATION, migration=first)
+            ended = arrived(hosts, migration)
+    finally:
+        plug(source, "mig0", in_=True)
+        wait_until(lambda: reaches(source, destination.lab.migration_addresses("host2")[0]), "the cable is in again")
+        remove(source, "other")
+        for host in hosts:
+            host.clean()
+            for image in images:
+                (host.state / "images" / image.name).unlink(missing_ok=True)
+    assert ended.route is not None
+    assert {path.nic_here for path in ended.route.paths if path.sent_bytes > USED_BYTES} == {"mig1"}
 
 
 @pytest.mark.parametrize("side", ["source", "destination"])

@@ -1,4 +1,5 @@
-"""A move whose RDMA fails before the hand-over goes on by itself: both scripts, with fake machines."""
+"""A move whose RDMA fails before the hand-over, or whose stream finds nobody, goes on by itself: both scripts, with
+fake machines."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ import pytest
 from harness.homes import BareHome
 from harness.landings import ADDRESS, PORTS, BareLanding, first_view, header
 from limosa.background import in_full
-from limosa.errors import Cancelled, LimosaError, MigrationFailed, QemuGone
+from limosa.errors import Cancelled, DestinationLost, LimosaError, MigrationFailed, QemuGone
 from limosa.migration.destination import Destination
 from limosa.migration.home import Terms
 from limosa.migration.journal import Journal
@@ -23,7 +24,7 @@ from limosa.model.facts import DestinationFacts, VmFacts
 from limosa.model.migration import Migration, Side
 from limosa.model.network import HostNetwork, HostNic, NicAddress
 from limosa.model.route import Route
-from limosa.qemu.protocol import MachineProtocol, RdmaAddress, RunState
+from limosa.qemu.protocol import MachineProtocol, MigrationState, RdmaAddress, RunState
 from limosa.settings.host import ConvergencePolicy
 from limosa.testing.guest import FakeGuest
 from limosa.testing.machine import FakeMachine
@@ -46,6 +47,9 @@ def network(address: str) -> HostNetwork:
 class Here(BareHome):
     """The source's :class:`limosa.migration.home.Home`."""
 
+    #: so often a stream still finds nobody
+    unreached = 0
+
     async def facts(self) -> VmFacts:
         return VmFacts(
             running=True,
@@ -61,6 +65,9 @@ class Here(BareHome):
     async def connect(self, route: Route, prepared: Prepared) -> Channel:
         if route.transport == "rdma":
             return rdma.RdmaChannel(RdmaAddress(route.paths[0].there, prepared.port))
+        if self.unreached:
+            self.unreached -= 1
+            raise DestinationLost("the destination cannot be reached")
         return await tcp.connect(prepared.address, prepared.port, prepared.token)
 
 
@@ -98,7 +105,7 @@ FACTS = DestinationFacts(
 class Move:
     """One move, with as many tries at the destination as it makes."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, transport: str = "rdma") -> None:
         self.folder = folder
         self.wire = Wire()
         self.wire.has_rdma = True
@@ -106,10 +113,10 @@ class Move:
         self.tries: list[Destination] = []
         self.landings: list[There] = []
         self.home = Here(self.source)
-        first = msgspec.structs.replace(first_view(), transport="rdma")
+        first = msgspec.structs.replace(first_view(), transport=transport)
         self.report = Report(first, lambda view: None)
         self.journal = Journal.begin(folder, header(Side.SOURCE))
-        terms = Terms(ConvergencePolicy(first_downtime_ms=60), "rdma", encrypt=False)
+        terms = Terms(ConvergencePolicy(first_downtime_ms=60), transport, encrypt=False)
         self.script = SourceMove(self.journal, self.source, self._dial, self.home, terms, self.report)
 
     async def run(self) -> Migration:
@@ -183,6 +190,28 @@ def test_a_destination_that_dies_in_mid_move_is_asked_again(tmp_path: Path) -> N
         assert ended.route is not None
         assert ended.route.transport == "tcp"
         assert await move.landings[1].machine.status() is RunState.RUNNING
+
+    play(scenario())
+
+
+@pytest.mark.parametrize("came_by_a_move", [False, True])
+def test_a_stream_that_finds_nobody_is_led_anew_once(tmp_path: Path, came_by_a_move: bool) -> None:
+    async def scenario() -> None:
+        move = Move(tmp_path, "tcp")
+        move.home.unreached = 1
+        if came_by_a_move:
+            move.source._migration_is(MigrationState.COMPLETED)  # as QEMU says for as long as it lives
+        ended = await move.run()
+        assert ended.findings == ()
+        assert [one.step for one in move.tries] == [DestinationStep.GONE, DestinationStep.OWNED]
+        assert move.landings[0].machine.gone.is_set()
+        assert move.landings[1].machine.guest.pages == move.source.guest.pages
+        (tmp_path / "other").mkdir()
+        other = Move(tmp_path / "other", "tcp")
+        other.home.unreached = 2
+        with pytest.raises(DestinationLost):
+            await other.run()
+        assert len(other.tries) == 2
 
     play(scenario())
 

@@ -7,10 +7,12 @@ import socket
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 
+from limosa.host.departure import Departure
 from limosa.host.page import Page
 from limosa.host.relays import Relays
 from limosa.model.route import Path as Way
@@ -19,6 +21,7 @@ from limosa.settings.host import HostSettings
 from limosa.transport.channel import Doorway
 from limosa.transport.relay import inbound
 from limosa.transport.relay.inbound import Inbound
+from limosa.transport.relay.outbound import Seat, no_cap
 from limosa.wire.peer import RelayPlace
 
 
@@ -97,6 +100,20 @@ def test_the_window_of_a_session_for_one_move_is_small(tmp_path: Path, alone: bo
     relays._page.now = HostSettings(compression_window_mib=mib)
     route = Route(transport="compression", paths=(Way(here="10.0.0.2", there="10.0.0.1"),), alone=alone)
     assert relays.seat("host2", route, "a move", encrypt=False).place.window_log == log
+
+
+def test_a_second_try_without_relays_has_no_place_of_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def opened(_: Seat) -> None: ...
+
+    async def scenario(host: Host) -> None:
+        monkeypatch.setattr(Seat, "open", opened)
+        departure = Departure(cast(Any, SimpleNamespace(relays=host.relays)), no_cap)
+        relayed = Route(transport="compression", paths=(Way(here="10.0.0.2", there="10.0.0.1"),))
+        assert len(await departure.seats("host2", relayed, 2, encrypt=False)) == 2
+        departure.release()
+        assert await departure.seats("host2", Route(transport="tcp"), 2, encrypt=False) == []
+
+    play(tmp_path, scenario)
 
 
 def play(tmp_path: Path, scenario: Callable[[Host], Awaitable[None]]) -> None:

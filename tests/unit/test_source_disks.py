@@ -17,7 +17,7 @@ from test_preflight import VM
 from harness.channels import BareChannel
 from harness.homes import BareHome
 from harness.landings import MemoryLanding
-from limosa.errors import Cancelled, InvalidInput, LimosaError, NotConverging, StorageError
+from limosa.errors import Cancelled, DestinationLost, InvalidInput, LimosaError, NotConverging, StorageError
 from limosa.migration import disks, mirrors, source, steering
 from limosa.migration.destination import Destination
 from limosa.migration.disks import landed
@@ -147,13 +147,12 @@ class World(BareHome, MemoryLanding):
         self.wire = Wire()
         self.said: list[str] = []
         self.here = Machine(self.wire, self.said)
-        self.there = Machine(self.wire, self.said, incoming=True)
         super().__init__(self.here)
-        self.ours, theirs = socket.socketpair()
-        self.door, self.disks_door = Door(theirs), Door(theirs)
         self.images_left: list[str] = []
         self.files_awaited: list[LayersAwaited] = []
         self.released = self.stayed = self.no_disks_there = False
+        #: streams that find nobody, by what they are to carry
+        self.unreached: list[str] = []
         self.disk_channels: list[Any] = []
         self.line_moves = asyncio.Event()
         self.line_moves.set()
@@ -171,7 +170,7 @@ class World(BareHome, MemoryLanding):
         there = msgspec.structs.replace(
             header, side=Side.DESTINATION, vm=landed(VM, [PLAN]), images=(PLAN.path,), address=""
         )
-        self.destination = Destination(Journal.begin(folder, there), self, "boot")
+        self._begin_landing(folder, there)
         view = Migration(
             id=TAG,
             vm=VM.name,
@@ -189,6 +188,12 @@ class World(BareHome, MemoryLanding):
         terms = Terms(ConvergencePolicy(patience_s=1), "tcp", encrypt=True)
         self.move = SourceMove(Journal.begin(folder, header), self.here, self.dial, self, terms, self.report)
 
+    def _begin_landing(self, folder: Path, header: Header) -> None:
+        self.there = Machine(self.wire, self.said, incoming=True)
+        self.ours, theirs = socket.socketpair()
+        self.door, self.disks_door = Door(theirs), Door(theirs)
+        self.destination = Destination(Journal.begin(folder, header), self, "boot")
+
     # Peer
 
     async def dial(self) -> Any:
@@ -199,6 +204,10 @@ class World(BareHome, MemoryLanding):
         return self.destination.lost
 
     async def prepare(self, request: Prepare, in_line: Callable[[int], None], send_layers: Any) -> Prepared:
+        if self.destination.step == "gone":
+            before = self.destination.journal
+            before.path.unlink()
+            self._begin_landing(before.path.parent, before.header)
         return await self.destination.prepare(request, in_line, self.files_awaited.append)
 
     async def announce(self, addresses: Sequence[str]) -> None: ...
@@ -246,8 +255,14 @@ class World(BareHome, MemoryLanding):
     # Home
 
     async def connect_disks(self, route: Route, prepared: Prepared, count: int) -> list[Any]:
+        self._find("disks")
         self.disk_channels = [Channel(self.ours.dup()) for _ in range(count)]
         return self.disk_channels
+
+    def _find(self, what: str) -> None:
+        if what in self.unreached:
+            self.unreached.remove(what)
+            raise DestinationLost("the destination cannot be reached")
 
     async def promise(self, destination: str, copied: Collection[str]) -> None: ...
 
@@ -257,6 +272,7 @@ class World(BareHome, MemoryLanding):
         await self.line_moves.wait()
 
     async def connect(self, route: Route, prepared: Prepared) -> Any:
+        self._find("memory")
         return Channel(self.ours)
 
     async def vm_left(self, images: Sequence[str]) -> tuple[Finding, ...]:
@@ -325,6 +341,27 @@ def test_copies_are_whole_before_the_last_memory_goes(tmp_path: Path) -> None:
         assert percents == sorted(percents)
 
     play(tmp_path, scenario)
+
+
+def test_disks_that_find_nobody_are_led_anew_but_no_memory_behind_them(tmp_path: Path) -> None:
+    async def anew(world: World) -> None:
+        world.unreached = ["disks"]
+        first = world.there
+        await world.move.run()
+        assert first.gone.is_set()
+        assert world.said == ["copy", "end", "continue", "close", "resume"]
+        assert await world.there.status() is RunState.RUNNING
+
+    async def behind(world: World) -> None:
+        world.unreached = ["memory"]
+        with pytest.raises(DestinationLost) as caught:
+            await world.move.run()
+        assert world.said.count("copy") == 1
+        await undone(world, caught.value)
+
+    for scenario in (anew, behind):
+        (tmp_path / scenario.__name__).mkdir()
+        play(tmp_path / scenario.__name__, scenario)
 
 
 def test_a_guest_that_stands_still_while_its_copy_begins_has_not_stopped_for_good(

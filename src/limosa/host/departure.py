@@ -38,7 +38,8 @@ class Departure:
 
     def release(self) -> None:
         """Let go of the relays. May be repeated."""
-        for seat in self._seats:
+        seats, self._seats = self._seats, []
+        for seat in seats:
             seat.release()
 
     async def connect(self, route: Route, prepared: Prepared) -> Channel:

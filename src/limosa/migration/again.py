@@ -1,8 +1,11 @@
-"""The second try of a move whose RDMA failed before the switchover: everything of the first is undone.
+"""The second try of a move whose RDMA failed before the switchover, or whose first stream found nobody where it was
+led: everything of the first try is undone.
 
-The second is then an ordinary move by another way, in a session of its own. What makes that safe is the order:
+A move may have waited in lines for hours since its ways were tried, and a network may have died meanwhile; they are
+tried again with the rest of preflight. The second try is an ordinary move by another way, in a session of its own. What
+makes that safe is the order:
 
-1. the stream is ended here, and the guest goes on here;
+1. the stream is ended here, if there is one, and the guest goes on here;
 2. the destination says that it has destroyed what it had, so that there is one QEMU at most besides ours;
 3. only then is anything prepared again.
 
@@ -28,23 +31,32 @@ _FAILURES = (QemuError, MigrationFailed, DestinationLost)
 
 def may_follow(move: SourceMove, failure: LimosaError) -> bool:
     """Whether a move that failed so is to be tried once more."""
-    by_rdma = move.examined is not None and move.examined.route.transport == "rdma"
     excluded = isinstance(failure, NotConverging | QemuGone) or move.cancelled.done()
-    return by_rdma and isinstance(failure, _FAILURES) and not excluded
+    return not excluded and (failure is move.unreached or (by_rdma(move) and isinstance(failure, _FAILURES)))
+
+
+def by_rdma(move: SourceMove) -> bool:
+    """Whether a move was to go by RDMA, or went."""
+    return move.examined is not None and move.examined.route.transport == "rdma"
 
 
 async def undo(move: SourceMove, machine: MachineProtocol, failure: LimosaError) -> None:
     """Undo the first try. Raises ``failure`` if that is not possible: then the move is to be settled."""
+    if failure is not move.unreached:
+        await _stop(move, machine, failure)
+    try:
+        await _destroyed_there(move, str(failure))
+    except LimosaError as error:
+        raise failure from error
+
+
+async def _stop(move: SourceMove, machine: MachineProtocol, failure: LimosaError) -> None:
     await stop_stream(machine)
     if (await machine.migration()).state is MigrationState.COMPLETED:
         raise failure  # everything was sent before the cancel arrived
     await machine.forget_stream()
     if move.header.was_running:
         await machine.resume_if_stopped()
-    try:
-        await _destroyed_there(move, str(failure))
-    except LimosaError as error:
-        raise failure from error
 
 
 async def _destroyed_there(move: SourceMove, reason: str) -> None:

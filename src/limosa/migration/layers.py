@@ -36,7 +36,7 @@ async def send(move: SourceMove, awaited: LayersAwaited) -> None:
     plans = _chosen(move.examined.layers, awaited)
     move.report.enter(Phase.STORAGE)
     await move.home.sending()
-    channel = await move.home.connect_layers(move.examined.route, awaited)
+    channel = await move.first(move.home.connect_layers(move.examined.route, awaited))
     try:
         credentials = move.disk_credentials
         context = stream_context(credentials, server=False) if credentials is not None else None

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Coroutine, Iterator
+from collections.abc import Awaitable, Coroutine, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -25,7 +25,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from limosa.background import in_full
-from limosa.errors import Cancelled, LimosaError, MigrationFailed, PreflightRefused, QemuGone
+from limosa.errors import Cancelled, DestinationLost, LimosaError, MigrationFailed, PreflightRefused, QemuGone
 from limosa.migration import again, layers, rest
 from limosa.migration.disks import copies, landed, not_deleted
 from limosa.migration.examination import Examined, Question, both, examine
@@ -100,6 +100,8 @@ class SourceMove:
         if any(record.step == SourceStep.HANDING_OVER for record in journal.records):
             self.handed_over.set_result(None)
         self.disk_credentials: StreamCredentials | None = None
+        #: why the first stream of a try could not be connected
+        self.unreached: DestinationLost | None = None
         self._begin_try()
 
     def _begin_try(self) -> None:
@@ -128,7 +130,7 @@ class SourceMove:
             except LimosaError as failure:
                 if not again.may_follow(self, failure):
                     raise
-                await self._without_rdma(self.machine, failure)
+                await self._begin_again(self.machine, failure)
                 await self.send(self.machine)
             await self.switch_over(self.machine)
             await self.tear_down()
@@ -153,16 +155,26 @@ class SourceMove:
         self.report.enter(Phase.COPY)
         await self.guarded_copy(machine, steering, prepared)
 
-    async def _without_rdma(self, machine: MachineProtocol, failure: LimosaError) -> None:
-        """Put everything back to where it was before RDMA was tried."""
-        self.report.note(f"RDMA failed ({failure}); starting again with another transport")
+    async def _begin_again(self, machine: MachineProtocol, failure: LimosaError) -> None:
+        """Put everything back to where it was before the first try."""
+        rdma_failed = str(failure) if again.by_rdma(self) else ""
+        why = f"RDMA failed ({rdma_failed})" if rdma_failed else str(failure)
+        self.report.note(f"{why}; starting again another way")
         self._close_channels()
         if self.peer is not None:
             peer, self.peer = self.peer, None  # its loss, if it comes, is not to interrupt what follows
             await peer.close()
         await self.guard(again.undo(self, machine, failure))
-        self.terms = replace(self._asked, rdma_failed=str(failure))
+        self.terms = replace(self._asked, rdma_failed=rdma_failed)
         self._begin_try()
+
+    async def first(self, connecting: Awaitable[T]) -> T:
+        """The first stream of a try: the ways were tried, but maybe long ago."""
+        try:
+            return await connecting
+        except DestinationLost as error:
+            self.unreached = error
+            raise
 
     def _close_channels(self) -> None:
         if self.steering is not None:
@@ -263,7 +275,7 @@ class SourceMove:
         assert self.examined is not None
         await self.home.sending()
         to_copy = copies(self.examined.disks)
-        channels = await self.home.connect_disks(self.examined.route, prepared, len(to_copy))
+        channels = await self.first(self.home.connect_disks(self.examined.route, prepared, len(to_copy)))
         paths = self.figures.paths_of(self.examined, *channels)
         mirrors = await steering.copy_disks(to_copy, channels, self.disk_credentials)
         with self._following(paths):
@@ -293,7 +305,8 @@ class SourceMove:
         await self.home.sending()
         assert self.examined is not None
         self.journal.record(SourceStep.MIGRATING, time.time(), durable=False)
-        channel = await self.home.connect(self.examined.route, prepared)
+        connecting = self.home.connect(self.examined.route, prepared)
+        channel = await (self.first(connecting) if self.mirrors is None else connecting)
         steering.take_memory(channel)
         paths = self.figures.paths_of(self.examined, channel, *steering.disk_channels)
         await machine.migrate(channel.stream)
