@@ -6,6 +6,7 @@ only the host keeps the guest from standing still for what is left.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 
 import msgspec
@@ -19,12 +20,14 @@ from harness.labs import LabHost, running_lab
 from harness.steering import BRAKE, change, views
 from limosa.model.migration import Migration, Outcome, Phase
 from limosa.model.vm import VmState
-from limosa.wire import api
+from limosa.wire import api, endpoints
 
 pytestmark = [pytest.mark.qemu, pytest.mark.lab]
 
 #: Less than half of what the guest writes, and so little that a piece takes many seconds.
 SLOW_MBIT_PER_S, TOO_SLOW_MBIT_PER_S = 10, 1
+#: So long it is looked at whether a cap is kept.
+MEASURE_S = 5.0
 #: What may be left of a copy when the guest stops: a piece of QEMU's.
 PIECE = MIB
 POLICY = {
@@ -114,6 +117,34 @@ def test_one_that_does_not_catch_up_ends_the_move(hosts: list[LabHost], client: 
     assert conversation.faults == []
     assert images(source) == before
     wait_until(lambda: images(destination) == [], "the destination keeps nothing")
+
+
+@pytest.mark.long
+def test_a_guest_is_slowed_where_nothing_on_the_way_keeps_the_cap(hosts: list[LabHost], client: LanClient) -> None:
+    source, destination = hosts
+    change(source, {**BRAKE, "storage_bandwidth_mbit_per_s": None, "transport": "multichannel"})
+    begun, slowed_at, before = False, 0.0, 0
+    with client.talking() as conversation:
+        migration = source.move("web", destination.name).id
+        for view in views(source, migration):
+            assert view.outcome is Outcome.UNDER_WAY, view.fault
+            assert not is_held(view)
+            if not begun and view.phase is Phase.COPY:
+                change(source, {"storage_bandwidth_mbit_per_s": SLOW_MBIT_PER_S})
+                type_in(source, FLOOD)
+                begun = True
+            sent = sum(disk.sent_bytes or 0 for disk in view.progress.disks)
+            if not slowed_at and is_slowed(view):
+                slowed_at, before = time.monotonic(), sent
+            if slowed_at and time.monotonic() - slowed_at > MEASURE_S:
+                break
+        source.client.call(endpoints.CANCEL_MIGRATION, migration=migration)
+        conversation.wait_for_more()
+    type_in(source, "touch /run/enough; wait; rm /run/enough")
+    change(source, {"transport": None})
+    assert view.transport == "multichannel"
+    assert sent - before <= SLOW_MBIT_PER_S / 8 * 1e6 * MEASURE_S
+    assert conversation.faults == []
 
 
 def test_a_guest_is_slowed_and_stops_when_the_copy_has_caught_up(hosts: list[LabHost], client: LanClient) -> None:

@@ -17,8 +17,8 @@ class BareChannel:
     def set_short(self, short: bool, pace: float) -> None:
         pass
 
-    def pace(self, bytes_per_s: int) -> None:
-        pass
+    def pace(self, bytes_per_s: int) -> bool:
+        return True
 
     def spread_over(self, ways: Iterable[tuple[str, str]]) -> None:
         pass

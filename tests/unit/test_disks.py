@@ -16,7 +16,7 @@ from test_preflight import HERE, THERE, VM
 
 from limosa.errors import MigrationFailed, NotConverging, StorageError
 from limosa.migration import disks, examination, mirrors
-from limosa.migration.mirrors import Keeping, Mirrors
+from limosa.migration.mirrors import Excess, Keeping, Mirrors
 from limosa.migration.progress import Bar, of_disks
 from limosa.model.base import NAME_PATTERN
 from limosa.model.finding import Severity
@@ -483,6 +483,25 @@ class TestKeeping:
                 keeping, what = keeping.judge(float(second), 500, allowed, stands_still=True)
                 told.append((second, what))
             assert [one for one in told if one[1]] == [(10, "give-up"), (11, "give-up"), (12, "give-up")]
+
+    def test_what_has_gone_beyond_a_cap_slows_the_guest_and_holds_nothing_up(self) -> None:
+        keeping, told = Keeping(10.0, 0.0), []
+        for second, excess in enumerate([0, *[500] * 20, *range(400, 0, -100), *[0] * 5]):
+            # What is left for a moment, too, does not count longer for it.
+            keeping, _ = keeping.judge(second - 0.5, 500, 100, excess=excess) if second == 18 else (keeping, "")
+            keeping, what = keeping.judge(float(second), 50, 100, excess=excess)
+            told.append(what)
+            assert not keeping.is_behind
+        assert told[:7] == ["", "", *["slow-writes"] * 4, ""]
+        assert set(told[7:-1]) == {""}
+        assert told[-1] == "ease-writes"
+
+    def test_excess_is_paid_off_by_sending_less_and_forgotten_with_the_cap(self) -> None:
+        excess = Excess(0.0, 1000)
+        for at, sent, cap, beyond in [(1, 1500, 100, 400), (2, 1500, 100, 300), (9, 1500, 100, 0), (10, 1601, 100, 1)]:
+            excess = excess.after(at, sent, cap)
+            assert excess.bytes == beyond
+        assert excess.after(11, 9999, 0).bytes == 0
 
     def test_a_guest_has_its_speed_back_step_by_step_when_the_copy_has_kept_up(self) -> None:
         keeping, told = Keeping(100.0, 0.0), []

@@ -107,11 +107,13 @@ class Channel(BareChannel):
     def __init__(self, stream: socket.socket) -> None:
         self.stream = stream
         self.paths: list[Used] = []
-        #: each pace it was told
+        #: each pace it was told, and whether it keeps to it
         self.paces: list[int] = []
+        self.keeps = True
 
-    def pace(self, bytes_per_s: int) -> None:
+    def pace(self, bytes_per_s: int) -> bool:
         self.paces.append(bytes_per_s)
+        return self.keeps
 
     def used(self) -> tuple[Used, ...]:
         return tuple(self.paths)
@@ -624,6 +626,41 @@ def test_connections_keep_the_cap_of_a_copy_that_is_ready_until_the_guest_stands
         world.wire.release(Stage.COPY)
         await running
         assert channel.paces == [100, 50, 0]
+
+    play(tmp_path, scenario)
+
+
+@pytest.mark.parametrize("keeps", [False, True])
+def test_a_guest_writes_no_more_than_a_cap_that_nothing_on_the_way_keeps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keeps: bool
+) -> None:
+    monkeypatch.setattr(mirrors, "BEHIND_S", 0.01)
+
+    async def scenario(world: World) -> None:
+        world.bandwidth = lambda kind: 10**6 if kind is Kind.STORAGE else 0  # type: ignore[method-assign]
+        world.here.guest.dirty_rate_bytes_per_s = 1e6
+        world.wire.hold(Stage.COPY)
+        running = asyncio.ensure_future(world.move.run())
+        await world.wire.reached(Stage.COPY)
+        (channel,) = world.disk_channels
+        channel.keeps = keeps
+        await world.move.cap_copies(10**6)
+        looks = 0
+
+        def used() -> tuple[Used, ...]:
+            nonlocal looks
+            looks += 1
+            return (Used("10.1.0.1", "10.1.0.2", looks * 10**6),)
+
+        channel.used = used
+        if not keeps:
+            await until(lambda: set(world.here.slowed) == {"vda"})
+            assert world.here.slowed["vda"] <= 10**6
+        world.wire.release(Stage.COPY)
+        await running
+        assert keeps or looks
+        assert "the copy of disk vda has to catch up" not in {view.progress.note for view in world.seen}
+        assert not keeps or world.here.slowed == {}
 
     play(tmp_path, scenario)
 

@@ -37,6 +37,7 @@ async def admitted(door: TcpDoorway) -> None:
         stream.setblocking(True)
         for one in (stream, channel.stream):
             assert one.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+        assert channel.pace(10**9)
         channel.set_short(True, 1e9)
         assert channel.stream.getsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT) == 1_000_000
         channel.set_short(True, 0)
@@ -46,7 +47,7 @@ async def admitted(door: TcpDoorway) -> None:
         stream.sendall(b"return path")
         assert channel.stream.recv(100) == b"return path"
     channel.set_short(True, 0)  # too late, and no harm
-    channel.pace(1)
+    assert not channel.pace(1)
 
 
 def test_the_source_comes_in() -> None:

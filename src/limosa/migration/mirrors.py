@@ -47,6 +47,7 @@ class Keeping:
 
     For one that is ready this begins anew, and again whenever no more is left than may be. It waits less for a step:
     what is left when the guest stops lengthens the blackout. When it has kept up for a while the last step is undone.
+    ``excess``, what has gone beyond a cap, slows the guest as if it were left, but holds nothing up: it is there.
     """
 
     patience_s: float
@@ -64,18 +65,21 @@ class Keeping:
     steps: int = MOST_SLOWED
 
     def judge(
-        self, now: float, remaining: int, allowed: int | None = None, *, stands_still: bool = False
+        self, now: float, remaining: int, allowed: int | None = None, *, excess: int = 0, stands_still: bool = False
     ) -> tuple[Keeping, str]:
         """The state after a look, and what to do: nothing (empty), ``slow-writes``, ``ease-writes`` or ``give-up``.
         ``allowed``: bytes that may be left of one that is ready; null for one that is not. ``stands_still``: nothing of
         it has been copied lately."""
+        keeps_up, remaining = allowed is not None and remaining <= allowed, remaining + excess
         if allowed is not None and (not self.ready or remaining <= allowed):
             unsteady = self.unsteady if self.ready else now
             kept = replace(self, since=now, least=None, ready=True, kept_up=now, unsteady=unsteady, is_behind=False)
             if self.slowed and now - unsteady >= EASE_AFTER_S:
                 return replace(kept, slowed=self.slowed - 1, unsteady=now), "ease-writes"
             return kept, ""
-        looked = replace(self, is_behind=self.ready and now - self.kept_up >= BEHIND_S, unsteady=now)
+        kept_up = now if keeps_up else self.kept_up
+        is_behind = self.ready and now - kept_up >= BEHIND_S
+        looked = replace(self, kept_up=kept_up, is_behind=is_behind, unsteady=now)
         if self.least is None or remaining < self.least:
             return replace(looked, since=now, least=remaining), ""
         waited = now - self.since
@@ -83,7 +87,21 @@ class Keeping:
         may_slow = self.slowed < self.steps and not stands_still
         if may_slow and waited >= (min(BEHIND_S, patience_s) if self.ready else patience_s):
             return replace(looked, since=now, slowed=self.slowed + 1), "slow-writes"
-        return looked, "give-up" if not may_slow and waited >= self.patience_s else ""
+        return looked, "give-up" if not (may_slow or keeps_up) and waited >= self.patience_s else ""
+
+
+@dataclass(frozen=True)
+class Excess:
+    """What has gone beyond a cap to which nothing on the way keeps; pure. ``sent``: what had gone in all at a time."""
+
+    at: float
+    sent: int
+    bytes: float = 0.0
+
+    def after(self, at: float, sent: int, bytes_per_s: int) -> Excess:
+        """The state at a later look, since when there was this cap; 0: none."""
+        beyond = self.bytes + sent - self.sent - bytes_per_s * (at - self.at)
+        return Excess(at, sent, max(0.0, beyond) if bytes_per_s else 0.0)
 
 
 class Mirrors:
@@ -145,14 +163,15 @@ class Mirrors:
             self._looks.popleft()
         self._looks.append((now, self.latest))
 
-    async def keep_up(self, within_s: float) -> None:
+    async def keep_up(self, within_s: float, cap: int = 0, excess: Mapping[str, int] | None = None) -> None:
         """Look, and see to it that no copy has more left than it copies in ``within_s``: so long the guest would stand
-        still for it. All must have been ready. Raises :class:`MigrationFailed` if one has failed,
+        still for it. All must have been ready. ``cap``: bytes per second that each may send, 0: as much as it can;
+        ``excess``: by how much more each has sent. Raises :class:`MigrationFailed` if one has failed,
         :class:`NotConverging` if one falls behind whatever is done."""
         await self.look()
         for disk in self.latest:
             allowed = max(PIECE_BYTES, round(self._rate(disk) * within_s))
-            await self._judge(disk, allowed)
+            await self._judge(disk, allowed, (excess or {}).get(disk, 0), cap)
 
     @property
     def behind(self) -> tuple[str, ...]:
@@ -196,13 +215,15 @@ class Mirrors:
             if copy.state is CopyState.COPYING and copy.total_bytes:
                 await self._judge(disk)
 
-    async def _judge(self, disk: str, allowed: int | None = None) -> None:
+    async def _judge(self, disk: str, allowed: int | None = None, excess: int = 0, cap: int = 0) -> None:
         copy = self.latest[disk]
         remaining = copy.total_bytes - copy.copied_bytes
         still = self._stands_still(disk)
-        self._keeping[disk], what = self._keeping[disk].judge(time.monotonic(), remaining, allowed, stands_still=still)
+        self._keeping[disk], what = self._keeping[disk].judge(
+            time.monotonic(), remaining, allowed, excess=excess, stands_still=still
+        )
         if what == "slow-writes":
-            now = min(self._rate(disk), self._writes.get(disk, float("inf")))
+            now = min(self._rate(disk), self._writes.get(disk, float("inf")), cap or float("inf"))
             await self._slow(disk, max(self._policy.least_write_kib_per_s * KIB, round(now * SLOWED_TO)))
         elif what == "ease-writes":
             await self._slow(disk, round(self._writes[disk] / SLOWED_TO) if self._keeping[disk].slowed else 0)

@@ -18,7 +18,7 @@ from limosa.errors import MigrationFailed, NotConverging
 from limosa.migration import convergence, mirrors
 from limosa.migration.convergence import Convergence
 from limosa.migration.journal import Header
-from limosa.migration.mirrors import Mirrors
+from limosa.migration.mirrors import Excess, Mirrors
 from limosa.model.storage import DiskPlan
 from limosa.qemu.protocol import MachineProtocol, MigrationStatistics, RunState
 from limosa.settings.host import ConvergencePolicy
@@ -64,10 +64,14 @@ class Steering:
         self.channel: Channel | None = None
         #: what the copies of disks go through, one each
         self.disk_channels: Sequence[SocketChannel] = ()
+        self._disks: Sequence[str] = ()
         #: the copies of disks; None before they have begun, or where there are none
         self.mirrors: Mirrors | None = None
         #: bytes per second that they may send together, 0: no cap
         self._copies_cap = 0
+        #: the disks whose connection does not keep to that, and what has gone beyond it
+        self._unpaced: set[str] = set()
+        self._excess: dict[str, Excess] = {}
         #: what the stream of memory makes, bytes a second, by the last look
         self._rate = 0.0
         #: for which rate little waits on the way; None: as much as likes to
@@ -87,7 +91,8 @@ class Steering:
         self._copies_cap = self._bandwidth(Kind.STORAGE)
         each = self._copies_cap // len(plans)
         await mirrors.send(self._machine, self._header.migration, plans, channels, credentials, each)
-        self.mirrors = Mirrors(self._machine, [plan.disk for plan in plans], self._policy)
+        self._disks = [plan.disk for plan in plans]
+        self.mirrors = Mirrors(self._machine, self._disks, self._policy)
         self._pace_copies()
         return self.mirrors
 
@@ -129,11 +134,15 @@ class Steering:
             await self.mirrors.cap(bytes_per_s)
 
     def _pace_copies(self) -> None:
-        """Have connections keep to the cap: QEMU does only until a copy is ready (``mirror_run``, block/mirror.c).
-        There is none when the guest may stop, because it stands still for what is on its way then."""
+        """Have connections keep to the cap: QEMU does only until a copy is ready (``mirror_run``, block/mirror.c)."""
+        cap, channels = self._cap_of_each, zip(self._disks, self.disk_channels, strict=False)
+        self._unpaced = {disk for disk, channel in channels if not channel.pace(cap)}
+
+    @property
+    def _cap_of_each(self) -> int:
+        """There is none when the guest may stop, because it stands still for what is on its way then."""
         free = self._short_for is not None or self._stands_still.is_set()
-        for channel in self.disk_channels:
-            channel.pace(0 if free else self._copies_cap // len(self.disk_channels))
+        return 0 if free else self._copies_cap // max(1, len(self.disk_channels))
 
     # What QEMU tells
 
@@ -189,7 +198,16 @@ class Steering:
         """Look at the copies of disks, if there are any, and slow the guest's writes to those that fall behind. To be
         called until the guest stops. Raises :class:`MigrationFailed` and :class:`NotConverging`."""
         if self.mirrors is not None:
-            await self.mirrors.keep_up(self._policy.blackout_budget_ms / 1000)
+            await self.mirrors.keep_up(self._policy.blackout_budget_ms / 1000, self._cap_of_each, self._count_excess())
+
+    def _count_excess(self) -> dict[str, int]:
+        """By how many bytes the copies of disks have outrun their cap whose connections do not keep to it."""
+        now, cap = time.monotonic(), self._cap_of_each
+        for disk, channel in zip(self._disks, self.disk_channels, strict=False):
+            if disk in self._unpaced:
+                sent = sum(one.sent_bytes for one in channel.used())
+                self._excess[disk] = self._excess.get(disk, Excess(now, sent)).after(now, sent, cap)
+        return {disk: round(excess.bytes) for disk, excess in self._excess.items()}
 
     async def steer(self, look: MigrationStatistics, pace: float) -> str:
         """Act on a look at memory while it is sent, ``pace`` bytes of it in a second. Returns in words what is waited

@@ -42,7 +42,8 @@ class ConvergencePolicy(Model, frozen=True):
         ),
     ] = False
     slow_writes: Annotated[
-        bool, Meta(description="slow the guest's writes to a disk while it writes faster than the disk can be copied")
+        bool,
+        Meta(description="slow the guest's writes to a disk while it writes faster than that can, or may, be copied"),
     ] = True
     least_write_kib_per_s: Annotated[
         int,

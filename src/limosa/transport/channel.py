@@ -97,8 +97,8 @@ class SocketChannel(Channel, Protocol):
     def stream(self) -> socket.socket:
         """Connected to the destination; QEMU is to get a duplicate."""
 
-    def pace(self, bytes_per_s: int) -> None:
-        """Let it send so much from now on, 0: as much as it can. TCP and relays can keep to that; Multipath
+    def pace(self, bytes_per_s: int) -> bool:
+        """Let it send so much from now on, 0: as much as it can. Whether it keeps to that: TCP and relays do; Multipath
         TCP goes on as it does. Never raises."""
 
 

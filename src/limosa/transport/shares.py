@@ -3,9 +3,10 @@
 A cap is divided equally between the moves it concerns at the time. What a move may use of a network, or by its own cap,
 is divided again between memory and disks if it sends both. The least of all caps counts; 0 is no cap everywhere here.
 
-QEMU keeps its streams to their allowance. It does not know networks: where one connection goes over several of them
-(Multipath TCP), all of it has to be content with the least share. Where relays spread a stream over a lane for each
-path, each lane is kept to its network's share by itself, and what QEMU may send is not bound by networks.
+QEMU keeps its streams to their allowance, but for a disk's when its copy keeps up (009-storage). It does not know
+networks: where one connection goes over several of them (Multipath TCP), all of it has to be content with the least
+share. Where relays spread a stream over a lane for each path, each lane is kept to its network's share by itself, and
+what QEMU may send is not bound by networks.
 """
 
 from __future__ import annotations

@@ -67,9 +67,9 @@ class TcpChannel:
             limit = max(_UNSENT_BYTES, round(_UNSENT_S * pace)) if short else _NO_LIMIT
             self.stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, limit)
 
-    def pace(self, bytes_per_s: int) -> None:
+    def pace(self, bytes_per_s: int) -> bool:
         """See :class:`limosa.transport.channel.SocketChannel`."""
-        pace(self.stream, bytes_per_s)
+        return pace(self.stream, bytes_per_s)
 
     @property
     def connections(self) -> tuple[TcpChannel]:
@@ -251,12 +251,15 @@ async def call(
     return connection
 
 
-def pace(connection: socket.socket, bytes_per_s: int) -> None:
+def pace(connection: socket.socket, bytes_per_s: int) -> bool:
     """Let a connection send so much from now on, 0: as much as it can. TCP keeps to it by itself, also without a queue
-    discipline that does; Multipath TCP has no such option."""
-    with contextlib.suppress(OSError):  # it is closed, or has none
-        rate = bytes_per_s or _NO_PACE
-        connection.setsockopt(socket.SOL_SOCKET, _SO_MAX_PACING_RATE, struct.pack("=Q", rate))
+    discipline that does; Multipath TCP has no such option. False if there is none, or the connection is closed."""
+    rate = struct.pack("=Q", bytes_per_s or _NO_PACE)
+    try:
+        connection.setsockopt(socket.SOL_SOCKET, _SO_MAX_PACING_RATE, rate)
+    except OSError:
+        return False
+    return True
 
 
 def used_by(info: bytes, here: str, there: str) -> Used:

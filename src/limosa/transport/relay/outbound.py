@@ -255,11 +255,12 @@ class RelayChannel:
                 widen(self.stream)
         self._background.spawn(self._set_short(short))
 
-    def pace(self, bytes_per_s: int) -> None:
+    def pace(self, bytes_per_s: int) -> bool:
         """See :class:`limosa.transport.channel.SocketChannel`: its relay takes no more, before compression."""
         if bytes_per_s != self._paced:
             self._paced = bytes_per_s
             self._background.spawn(self._set_pace(bytes_per_s))
+        return True
 
     def spread_over(self, ways: Iterable[AddressPair]) -> None:
         """See :class:`limosa.transport.channel.Channel`: the session is, and other VMs' streams with it."""
