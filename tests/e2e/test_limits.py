@@ -103,6 +103,8 @@ def test_the_line_is_shown_and_kept(hosts: list[LabHost]) -> None:
             ("vm3", 2),
             ("vm4", 3),
         ]
+        status = source.client.call(endpoints.HOST), destination.client.call(endpoints.HOST)
+        assert [(host.outgoing, host.incoming) for host in status] == [(1, 0), (0, 1)]
         waits = migrations(source)[2]
         assert (waits.phase, waits.total_s) == (Phase.WAITING, None)
         assert waits.progress.note == "waits for other moves of this host, place 2"

@@ -52,7 +52,7 @@ class BareHome:
     async def reclaim(self) -> None:
         raise AssertionError("the move failed")
 
-    async def take_storage_slot(self, in_line: Callable[[int], None], in_line_again: Callable[[int], None]) -> None:
+    async def take_storage_slot(self, in_line: Callable[[int], None]) -> None:
         raise AssertionError("no disk moves along")
 
     async def seats(self, destination: str, route: Route, count: int, *, encrypt: bool) -> list[RelayPlace]:

@@ -1,4 +1,4 @@
-"""Places among the moves of disks, and among all moves: who waits for the one does not keep the other."""
+"""Places among the moves of disks, and among those of memory alone: nobody keeps one of each."""
 
 from __future__ import annotations
 
@@ -44,49 +44,35 @@ async def settled(tasks: list[asyncio.Task[None]]) -> list[bool]:
 
 
 class TestAtTheSource:
-    """It learns that it needs a place among the moves of disks when it has one among all."""
+    """It learns that it needs a place among the moves of disks when it has one among the others."""
 
     def home(self, storage: Storage, slots: Slots) -> tuple[HomeHere, Place]:
         place = Place(slots)
         return HomeHere(parts(storage), None, cast(Any, SimpleNamespace(of_lane=lambda _: None)), TAG, 0, place), place
 
-    def test_it_gives_its_place_back_while_it_waits(self, storage: Storage) -> None:
+    @pytest.mark.parametrize("waits", [False, True])
+    def test_the_place_it_has_is_another_s_then(self, storage: Storage, waits: bool) -> None:
         asyncio.run(storage._page.change({"max_storage_moves": 1}))
 
         async def scenario() -> None:
-            slots, told = Slots(lambda: 1), list[tuple[str, int]]()
-            await storage.leaving.acquire(nobody)
+            slots, told = Slots(lambda: 1), list[int]()
+            if waits:
+                await storage.leaving.acquire(nobody)
             home, place = self.home(storage, slots)
             await place.take(nobody)
-            disks = asyncio.ensure_future(
-                home.take_storage_slot(lambda at: told.append(("disks", at)), lambda at: told.append(("all", at)))
-            )
-            memory = Place(slots)
-            assert await settled([disks]) == [False]
-            await memory.take(nobody)
-            storage.leaving.release()
-            assert await settled([disks]) == [False]
-            assert told == [("disks", 1), ("disks", 0), ("all", 1)]
-            memory.give_back()
+            memory = asyncio.ensure_future(Place(slots).take(lambda _: None))
+            await settled([memory])
+            disks = asyncio.ensure_future(home.take_storage_slot(told.append))
+            assert await settled([memory, disks]) == [True, not waits]
+            if waits:
+                storage.leaving.release()
             await disks
+            assert told == ([1, 0] if waits else [])
             assert (slots.taken, storage.leaving.taken) == (1, 1)
-            home.disconnect()
             for _ in range(2):
+                home.disconnect()
                 place.give_back()
-            assert (slots.taken, storage.leaving.taken) == (0, 0)
-
-        asyncio.run(scenario())
-
-    def test_it_keeps_its_place_if_it_need_not_wait(self, storage: Storage) -> None:
-        async def scenario() -> None:
-            slots = Slots(lambda: 1)
-            home, place = self.home(storage, slots)
-            await place.take(nobody)
-            behind = asyncio.ensure_future(slots.acquire(lambda _: None))
-            await asyncio.sleep(0)
-            await home.take_storage_slot(nobody, nobody)
-            assert not behind.done()
-            behind.cancel()
+            assert (slots.taken, storage.leaving.taken) == (1, 0)
 
         asyncio.run(scenario())
 
@@ -98,7 +84,7 @@ class TestAtTheSource:
             await storage.leaving.acquire(nobody)
             home, place = self.home(storage, slots)
             await place.take(nobody)
-            waiting = asyncio.ensure_future(home.take_storage_slot(lambda _: None, nobody))
+            waiting = asyncio.ensure_future(home.take_storage_slot(lambda _: None))
             await settled([waiting])
             waiting.cancel()
             await asyncio.wait({waiting})
@@ -146,20 +132,21 @@ class TestAtTheDestination:
         vms = SimpleNamespace(reserve=reserve, find_landing=reserve)
         return LandingHere(parts(storage, vms=vms), cast(Any, FakeLayers(storage)), header, slots, "10.0.0.2")
 
-    def test_memory_alone_does_not_wait_for_disks(self, storage: Storage) -> None:
+    def test_memory_alone_does_not_wait_for_disks_nor_they_for_it(self, storage: Storage) -> None:
         asyncio.run(storage._page.change({"max_storage_moves": 1}))
 
         async def scenario() -> None:
             slots, told = Slots(lambda: 1), list[int]()
-            await storage.arriving.acquire(nobody)
-            disks = asyncio.ensure_future(self.landing(storage, slots, plan(storage).path).reserve(told.append))
-            assert await settled([disks]) == [False]
+            image = plan(storage).path
+            first = self.landing(storage, slots, image)
+            await first.reserve(nobody)
+            second = asyncio.ensure_future(self.landing(storage, slots, image).reserve(told.append))
             await self.landing(storage, slots).reserve(nobody)
-            storage.arriving.release()
-            assert await settled([disks]) == [False]
-            assert told == [1, 0, 1]
-            slots.release()
-            await disks
+            assert await settled([second]) == [False]
+            await first.release(None)
+            await second
+            assert told == [1, 0]
+            assert (slots.taken, storage.arriving.taken) == (1, 1)
 
         asyncio.run(scenario())
 

@@ -608,7 +608,7 @@ class TestByADaemon:
             await outgoing.recover(journal)
             await until(lambda: outgoing._views.show(FIRST).outcome is Outcome.FAILED)
             assert journal.step == SourceStep.HOME
-            assert outgoing.slots.taken == 0
+            assert (outgoing.slots.taken, outgoing.under_way) == (0, 0)
             (move,) = outgoing._active.values()
             await machine.set_bandwidth(7)  # the share of a later move of the same VM
             move.home.own_cap = 1

@@ -270,7 +270,7 @@ class World(BareHome, MemoryLanding):
 
     async def reclaim(self) -> None: ...
 
-    async def take_storage_slot(self, in_line: Callable[[int], None], in_line_again: Callable[[int], None]) -> None:
+    async def take_storage_slot(self, in_line: Callable[[int], None]) -> None:
         await self.line_moves.wait()
 
     async def connect(self, route: Route, prepared: Prepared) -> Any:

@@ -39,13 +39,12 @@ class HomeHere:
         self._vms = parts.vms
         self._inspector = parts.inspector
         self.disks_here = OwnDisks(parts, hosted)
-        self._slots = parts.storage.leaving
         self._leasing = parts.leasing
         self._hosted = hosted
         self._departure = Departure(parts, partial(bandwidth.of_lane, migration))
-        #: among all that leave, and among those whose disks do
+        #: among those that leave without disks, and among those that copy some
         self._place = place
-        self._storage_place = Place(self._slots)
+        self._storage_place = Place(parts.storage.leaving)
         self._bandwidth = bandwidth
         self._migration = migration
         #: bytes per second asked for this move, 0: none
@@ -72,12 +71,10 @@ class HomeHere:
         seed = self._vms.seed_of(self._hosted.config)
         return {"seed.iso": base64.b64encode(seed).decode()} if seed is not None else {}
 
-    async def take_storage_slot(self, in_line: Callable[[int], None], in_line_again: Callable[[int], None]) -> None:
+    async def take_storage_slot(self, in_line: Callable[[int], None]) -> None:
         """See :class:`limosa.migration.home.Home`."""
-        if self._slots.is_full:
-            self._place.give_back()
+        self._place.give_back()
         await self._storage_place.take(in_line)
-        await self._place.take(in_line_again)
 
     async def seats(self, destination: str, route: Route, count: int, *, encrypt: bool) -> list[RelayPlace]:
         """See :class:`limosa.migration.home.Home`."""

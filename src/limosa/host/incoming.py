@@ -72,6 +72,11 @@ class Incoming:
         #: held while one is begun, whose journal may be there before it is among ``_landing``
         self._beginning = asyncio.Lock()
 
+    @property
+    def under_way(self) -> int:
+        """How many there are that have a place here."""
+        return self.slots.taken + self._storage.arriving.taken
+
     async def inspect(self, asked: Inspect, reached_at: str, trial: contextlib.AsyncExitStack) -> DestinationFacts:
         """Facts for preflight. ``trial`` keeps the listener for a trial connection open.
 

@@ -12,7 +12,7 @@ from limosa.errors import InvalidInput, LimosaError
 from limosa.host.arrival import Arrival
 from limosa.host.layers import Layers
 from limosa.host.parts import Parts
-from limosa.host.slots import Slots
+from limosa.host.slots import Place, Slots
 from limosa.host.vms import HostedVm
 from limosa.migration.journal import Header
 from limosa.qemu.protocol import MachineProtocol
@@ -29,9 +29,9 @@ class LandingHere:
         self._storage = parts.storage
         self._layers = layers
         self._header = header
-        self._slots = slots
+        # As at the source: who copies disks takes no place from a move of memory alone.
+        self._place = Place(parts.storage.arriving if header.images or header.layers else slots)
         self._arrival = Arrival(parts, header.source, reached_at)
-        self._taken: list[Slots] = []
         self._hosted: HostedVm | None = None
         self._leasing = parts.leasing
         self._leases = parts.leasing.landing(header.vm, header.source, header.migration, header.images)
@@ -40,18 +40,11 @@ class LandingHere:
 
     async def reserve(self, in_line: Callable[[int], None]) -> None:
         """See :class:`limosa.migration.destination.Landing`."""
-        # As at the source: who waits for a place among disks does not keep one from a move of memory alone.
-        for slots in (*([self._storage.arriving] if self._header.images or self._header.layers else []), self._slots):
-            try:
-                await slots.acquire(in_line)
-            except BaseException:
-                self._give_slots()
-                raise
-            self._taken.append(slots)
+        await self._place.take(in_line)
         try:
             self._hosted = self._vms.reserve(self._header.vm, self._header.migration)
         except LimosaError:
-            self._give_slots()
+            self._place.give_back()
             raise
 
     async def take_layers(self, request: Prepare, tell: Callable[[LayersAwaited], None]) -> None:
@@ -100,7 +93,7 @@ class LandingHere:
             await self._leasing.give_back(hosted.config)
         for path in self._header.images:
             self._storage.settle(path)
-        self._give_slots()
+        self._place.give_back()
 
     async def release(self, machine: MachineProtocol | None) -> None:
         """See :class:`limosa.migration.destination.Landing`."""
@@ -117,16 +110,12 @@ class LandingHere:
             for path in self._header.images:
                 await self._storage.remove(path)
             await self._layers.give_up(self._header.layers, self._header.migration)
-        self._give_slots()
+        self._place.give_back()
 
     def _only_read(self, request: Prepare) -> set[str]:
         """Disks of the VM that are only read and lie where moves put files."""
         places = self._storage.places
         return {disk.path for disk in request.vm.disks if disk.read_only and places.of(disk.path)}
-
-    def _give_slots(self) -> None:
-        while self._taken:
-            self._taken.pop().release()
 
 
 def carried_files(files: dict[str, str]) -> dict[str, bytes]:

@@ -71,6 +71,12 @@ class Outgoing:
         self._background = Background()
         parts.page.on_change(self._on_page)
 
+    @property
+    def under_way(self) -> int:
+        """How many there are that wait in no line, and are not being undone."""
+        moves = (move for name, move in self._active.items() if name not in self._settling)
+        return sum(move.report.now.phase is not Phase.WAITING for move in moves)
+
     # What clients ask
 
     async def check(self, request: CheckRequest) -> CheckReport:

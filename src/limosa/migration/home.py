@@ -70,12 +70,9 @@ class Home(Protocol):
     async def connect_layers(self, route: Route, awaited: LayersAwaited) -> SocketChannel:
         """As :meth:`connect`, for files below disks."""
 
-    async def take_storage_slot(self, in_line: Callable[[int], None], in_line_again: Callable[[int], None]) -> None:
-        """Wait for a place for a move that copies disks; :meth:`disconnect` gives it back.
-
-        Meanwhile a move of memory alone may have the place this one has among all; for that it waits again then, but
-        with the other in its hand. Nobody who has that one waits for this, so no two wait for each other.
-        """
+    async def take_storage_slot(self, in_line: Callable[[int], None]) -> None:
+        """Wait for a place among the moves that copy disks; :meth:`disconnect` gives it back. The one it has among
+        those of memory alone is another's from now on."""
 
     async def seats(self, destination: str, route: Route, count: int, *, encrypt: bool) -> list[RelayPlace]:
         """Places in a session of relays for so many streams of this move; none if its route takes no relay.

@@ -192,10 +192,8 @@ class SourceMove:
         await in_full(self.journal.record, SourceStep.PREPARING, time.time(), left=to_delete)
         await self.home.promise(peer.host, left)
         if to_copy or below:
-            await self.home.take_storage_slot(
-                self.report.line("other moves of disks from this host", then=Phase.BUILD_UP),
-                self.report.line("other moves of this host", then=Phase.BUILD_UP),
-            )
+            in_line = self.report.line("other moves of disks from this host", then=Phase.BUILD_UP)
+            await self.home.take_storage_slot(in_line)
         there, encrypt = examined.ends.destination, self.terms.encrypt
         # A disk is encrypted whatever is said of memory: else whoever finds the port could write into it.
         streams, through_tls = 1 + len(to_copy) + bool(below), encrypt or bool(to_copy or below)

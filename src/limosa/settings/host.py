@@ -65,14 +65,30 @@ class HostSettings(Model, frozen=True):
 
     live_migration: Annotated[bool, Meta(description="whether VMs may move from or to this host")] = True
     max_outgoing: Annotated[
-        int, Meta(ge=1, le=64, description="moves from this host at once; more are queued. Relates to max_incoming")
+        int,
+        Meta(
+            ge=1,
+            le=64,
+            description="moves from this host at once that copy no disks; more are queued. Relates to max_incoming and "
+            "max_storage_moves",
+        ),
     ] = 2
     max_incoming: Annotated[
-        int, Meta(ge=1, le=64, description="moves to this host at once; more are queued. Relates to max_outgoing")
+        int,
+        Meta(
+            ge=1,
+            le=64,
+            description="moves to this host at once that copy no disks; more are queued. Relates to max_outgoing and "
+            "max_storage_moves",
+        ),
     ] = 2
     max_storage_moves: Annotated[
         int,
-        Meta(ge=1, le=64, description="moves that copy disks, on this host or from it, at once; more are queued"),
+        Meta(
+            ge=1,
+            le=64,
+            description="moves that copy disks, on this host or from it, at once, and as many to it; more are queued",
+        ),
     ] = 2
     migration_networks: Annotated[
         tuple[Cidr, ...],

@@ -22,8 +22,8 @@ MAX_MESSAGE_BYTES = 64 * 1024
 #: A session's paths at one time; each has a connection for each way.
 MAX_LANES = 8
 CARRIERS = 2
-#: Streams that one relay carries at once: of as many moves as a host may have at once (64), with three disks each. The
-#: figures of so many fit into a message.
+#: Streams that one relay carries at once: of as many moves as a host may have at once, 64 of memory alone and 64 with
+#: two disks each. The figures of so many fit into a message.
 MAX_CHANNELS = 256
 
 Channel = Annotated[int, Meta(ge=0, le=MAX_CHANNEL)]
