@@ -171,7 +171,8 @@ def test_a_move_of_disks_says_what_it_could_not_delete(world: World) -> None:
     async def scenario() -> None:
         first = msgspec.structs.replace(VIEW, findings=tuple(before))
         report = Report(first, lambda _: None)
-        await Copied(cast(Any, moves), cast(Any, world.hosted), cast(Any, SimpleNamespace(old={})), report, 0).run()
+        record = SimpleNamespace(vm="web1", old={})
+        await Copied(cast(Any, moves), cast(Any, world.hosted), cast(Any, record), report, 0).run()
         assert report.now.findings == (*before, left)
 
     asyncio.run(scenario())
