@@ -43,6 +43,8 @@ class Qemu:
         self.said: list[str] = []
         #: the guest stands still
         self._stands = False
+        #: before this command the guest writes, once
+        self.writes_before = ""
         self._say, machine._execute = machine._execute, self._note  # type: ignore[method-assign]
 
     @classmethod
@@ -64,6 +66,9 @@ class Qemu:
     async def _note(self, command: str, *words: Any, **named: Any) -> Any:
         """As the guest: from when it is stopped it writes no more."""
         self.said.append(command)
+        if command == self.writes_before:
+            self.writes_before = ""
+            await self.write("write")
         self._stands = command == "stop" or (self._stands and command != "cont")
         return await self._say(command, *words, **named)
 
@@ -78,12 +83,12 @@ class Qemu:
             image["backing"] = next(n["node-name"] for n in nodes if n["drv"] == "qcow2" and n["node-name"] != "vda")
         await self.execute("blockdev-reopen", options=[image])
 
-    async def write(self) -> None:
-        """As the guest would, to where nothing is yet, and without waiting for it."""
+    async def write(self, how: str = "aio_write") -> None:
+        """As the guest would, to where nothing is yet, and by default without waiting for it."""
         around, piece = divmod(self._written, SIZE_MIB)
         where = piece * MIB + (1 + around) * 64 * 1024
         self._written += 1
-        command = f'qemu-io -d /machine/peripheral/vda-device/virtio-backend "aio_write -q -P 9 {where} 4k"'
+        command = f'qemu-io -d /machine/peripheral/vda-device/virtio-backend "{how} -q -P 9 {where} 4k"'
         await self.execute("human-monitor-command", command_line=command)
 
     async def write_on(self) -> None:
@@ -153,6 +158,15 @@ async def written(folder: Path, *, whole: bool = True) -> AsyncIterator[tuple[Qe
         await qemu.machine.quit()
 
 
+async def end(qemu: Qemu) -> None:
+    """The copy takes the disk's place when it is ready."""
+    while (await qemu.machine.copies())["vda"].state is not CopyState.READY:  # noqa: ASYNC110 - QEMU copies
+        await asyncio.sleep(0.05)
+    await qemu.end_writing()
+    await qemu.machine.settle_copy("vda")
+    await qemu.machine.pivot("vda")
+
+
 async def is_as_before(qemu: Qemu) -> bool:
     nodes = await qemu.execute("query-named-block-nodes", flat=True)
     left = [node["node-name"] for node in nodes if node["node-name"].startswith(f"vda.{TAG}")]
@@ -169,12 +183,29 @@ def test_what_the_guest_writes_while_a_copy_begins_is_in_it(*, whole: bool) -> N
             assert qemu.said.count("stop") == qemu.said.count("cont") - 1 >= 1
             assert await watches(qemu) == []
             assert await qemu.machine.status() is RunState.RUNNING
-            while (await qemu.machine.copies())["vda"].state is not CopyState.READY:  # noqa: ASYNC110 - QEMU copies
-                await asyncio.sleep(0.05)
-            await qemu.end_writing()
-            await qemu.machine.settle_copy("vda")
-            await qemu.machine.pivot("vda")
+            await end(qemu)
         assert_alike(folder / "old.qcow2", folder / "new.qcow2")
+
+    play(scenario)
+
+
+def test_what_was_in_a_volume_is_not_in_a_copy_that_begins_anew() -> None:
+    """QEMU does not make a target zero that ignores discards."""
+
+    async def scenario(folder: Path) -> None:
+        make(folder / "old.qcow2")
+        (folder / "new.raw").write_bytes(b"\xaa" * SIZE_MIB * MIB)
+        qemu = await Qemu.launch(folder, folder / "old.qcow2")
+        try:
+            await qemu.machine.resume()
+            qemu.writes_before = "blockdev-mirror"
+            image = ImageFile(str(folder / "new.raw"), "raw", direct=False, thick=True)
+            await qemu.machine.copy_to_file("vda", TAG, image, 0, whole=True)
+            assert qemu.said.count("blockdev-mirror") == 2
+            await end(qemu)
+        finally:
+            await qemu.machine.quit()
+        assert_alike(folder / "old.qcow2", folder / "new.raw")
 
     play(scenario)
 

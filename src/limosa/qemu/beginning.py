@@ -27,7 +27,7 @@ BEGUN_WITHIN_S = 300.0
 BEGIN_LOOK_S = 0.02
 #: How often a copy is begun anew with the guest stopped, and for how long that stands still at most each time.
 STOPPED_TRIES, STOPPED_AT_MOST_S = 2, 1.0
-#: Of the bitmaps that watch it: 128 KiB of memory for each TiB.
+#: Of the bitmap that watches the disk: 128 KiB of memory for each TiB.
 _PIECE_BYTES = 1024 * 1024
 
 
@@ -63,14 +63,15 @@ class Beginning:
         for stopped in (False, *[True] * STOPPED_TRIES):
             if stopped:
                 await self._give_up()
-                # All that was not copied is zero by now. What was the guest may have discarded since: then it may find
-                # anything there.
-                job = job if source["backing_file_depth"] else job | {"sync": "top"}
                 await self._stop(job["device"])
-            misses_nothing = await self._misses_nothing(job, source["image"]["virtual-size"])
+            misses_nothing, filled = await self._begins(job, source["image"]["virtual-size"])
             await self.let_run(job["device"])
             if misses_nothing:
                 return
+            if filled and not source["backing_file_depth"]:
+                # All that was not copied is zero by now, and need not be made so again. What was copied the guest may
+                # have discarded since: then it may find anything there.
+                job = job | {"sync": "top"}
         raise StorageError(
             f"disk {self._disk} could not be copied",
             why="the guest writes to it all the time, and QEMU can miss what is written while it begins",
@@ -91,15 +92,19 @@ class Beginning:
         if watch["name"] in await self._bitmaps(node):
             await self._execute("block-dirty-bitmap-remove", watch)
 
-    async def _misses_nothing(self, job: dict[str, Any], size_bytes: int) -> bool:
-        """Start a job, and wait until it keeps account of writes. Returns whether surely nothing was written before.
+    async def _begins(self, job: dict[str, Any], size_bytes: int) -> tuple[bool, bool]:
+        """Start a job, and wait until it keeps account of writes. Returns whether surely nothing was written before,
+        and whether the job has written all of the target.
 
         Before it looks what is allocated, a job that copies all makes the target zero, which may take minutes. What is
-        written then does no harm, and is forgotten as long as the target is surely not zero yet.
+        written then does no harm, and is forgotten as long as the target is surely not zero yet. A target that QEMU
+        cannot make zero by discarding is not made so: all of the disk is to be copied then, whatever is allocated.
         """
         source, target = self._watch(job["device"]), self._watch(job["target"])
         await together(
-            self._execute("block-dirty-bitmap-add", target | {"granularity": _PIECE_BYTES}),
+            # Its pieces are the job's own, which are never written in part (bdrv_get_default_bitmap_granularity,
+            # block/dirty-bitmap.c).
+            self._execute("block-dirty-bitmap-add", target),
             self._execute("block-dirty-bitmap-add", source | {"granularity": _PIECE_BYTES}),
             self._execute("blockdev-mirror", job),
         )
@@ -122,9 +127,10 @@ class Beginning:
             await asyncio.sleep(pause)
             pause = min(BEGIN_LOOK_S, 2 * pause)
         is_sure = is_sure and await self._written(source) == 0
+        filled = await self._written(target) >= size_bytes
         for watch in (source, target):
             await self._execute("block-dirty-bitmap-remove", watch)
-        return is_sure
+        return is_sure, filled
 
     async def _keeps_account(self) -> bool:
         """Whether the job does so of writes by now: not before it says how much there is to copy (``mirror_run``,
