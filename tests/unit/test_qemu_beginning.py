@@ -105,3 +105,17 @@ def test_a_target_that_is_not_zero_is_written_in_full(filled: int) -> None:
     qemu = Qemu(begun, begun)
     asyncio.run(qemu.begin())
     assert qemu.syncs == ["full", "full"]
+
+
+@pytest.mark.parametrize("copied", [0, MIB], ids=["", "and copied while it is looked at"])
+def test_a_write_is_missed_also_where_the_target_need_not_be_made_zero(copied: int) -> None:
+    """As from QEMU 10.1 on where it reads as zero: at once the job looks what is allocated."""
+    qemu = Qemu([Moment(), Moment(writes=MIB), Moment(filled=copied), Moment(total=MIB)], ZEROED)
+    asyncio.run(qemu.begin())
+    assert qemu.syncs == ["full", "full"]
+
+
+def test_what_is_written_while_the_target_is_made_zero_is_not_missed() -> None:
+    qemu = Qemu([ZEROED[0], ZEROED[1], Moment(writes=MIB), *ZEROED[2:]])
+    asyncio.run(qemu.begin())
+    assert qemu.syncs == ["full"]

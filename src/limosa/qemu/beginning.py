@@ -97,8 +97,10 @@ class Beginning:
         and whether the job has written all of the target.
 
         Before it looks what is allocated, a job that copies all makes the target zero, which may take minutes. What is
-        written then does no harm, and is forgotten as long as the target is surely not zero yet. A target that QEMU
-        cannot make zero by discarding is not made so: all of the disk is to be copied then, whatever is allocated.
+        written then does no harm, and is forgotten as long as the target is surely being made zero: the job writes to
+        it, as it does for nothing else before it keeps account, and has not come to its end. One that is zero is not
+        made so from 10.1 on. Nor is one that QEMU cannot make zero by discarding: all of the disk is to be copied then,
+        whatever is allocated.
         """
         source, target = self._watch(job["device"]), self._watch(job["target"])
         await together(
@@ -108,15 +110,15 @@ class Beginning:
             self._execute("block-dirty-bitmap-add", source | {"granularity": _PIECE_BYTES}),
             self._execute("blockdev-mirror", job),
         )
-        is_sure, is_zeroing, zeroed = True, job["sync"] == "full", 0
+        is_sure, zeroed = True, 0
         began = since = time.monotonic()
         pause = BEGIN_LOOK_S / 16
-        while is_sure and not await self._keeps_account():
-            if is_zeroing:
-                before, zeroed = zeroed, await self._written(target)
-                since = time.monotonic() if zeroed > before else since
-                is_zeroing = zeroed < size_bytes
-            if is_zeroing:
+        while is_sure:
+            before, zeroed = zeroed, await self._written(target)
+            if await self._keeps_account():
+                break
+            since = time.monotonic() if zeroed > before else since
+            if 0 < zeroed < size_bytes and await self._written(source) > 0:
                 await self._execute("block-dirty-bitmap-clear", source)
                 is_sure = await self._written(target) < size_bytes
             if time.monotonic() - began > STOPPED_AT_MOST_S:
