@@ -29,6 +29,7 @@ from limosa.transport.layers import Receiver, Sender, pieces
 
 MIB = 1024 * 1024
 TAG = "abcdefabcdef"
+TCP_REPAIR = 19  # linux/tcp.h
 MARK = marks.Mark(host="host2", at=7.0)
 
 
@@ -346,6 +347,30 @@ class TestTheStream:
                 await task
 
         over_a_wire(scenario)
+
+    @pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+    def test_a_sender_that_is_gone_without_a_word(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """As when a cable is pulled."""
+        at_once = dict.fromkeys((socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT), 1)
+        kept = [(level, option, at_once.get(option, value)) for level, option, value in transport._KEEP_ALIVE]
+        monkeypatch.setattr(transport, "_KEEP_ALIVE", kept)
+        copy = tmp_path / "copy"
+        copy.touch()
+
+        async def scenario() -> None:
+            with socket.create_server(("127.0.0.1", 0)) as listener:
+                one = socket.create_connection(listener.getsockname())
+                other, _ = listener.accept()
+            with one, other:
+                one.sendall(transport._PIECE.pack(0, 4) + b"abcd")
+                one.setsockopt(socket.IPPROTO_TCP, TCP_REPAIR, 1)
+                one.close()  # sends nothing
+                async with asyncio.timeout(20):
+                    with pytest.raises(NetworkError):
+                        await Receiver(other, None).receive([(str(copy), MIB)])
+
+        asyncio.run(scenario())
+        assert copy.read_bytes() == b"abcd"
 
     def test_a_cap_is_kept_and_can_be_lifted(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(transport, "_PAUSE_S", 0.001)

@@ -37,6 +37,14 @@ _ZEROES = bytes(_PIECE_BYTES)
 _HANDSHAKE_WITHIN_S = 10.0
 #: So often a sender that has sent all it may asks whether it may send more by now.
 _PAUSE_S = 0.2
+#: Who only receives does not learn by itself that the way to it was cut. So it does after a minute, and the source is
+#: told in the session; TCP there goes on for a quarter of an hour. Nobody is taken for gone who is only slow.
+_KEEP_ALIVE = (
+    (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 30),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 10),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3),
+)
 
 
 class _End:
@@ -120,6 +128,9 @@ class Receiver(_End):
 
         Raises :class:`NetworkError` also if something comes that no sender says, and :class:`StorageError`.
         """
+        with suppress(OSError):  # it comes from a relay, which sees to that itself; or its protocol cannot
+            for level, option, value in _KEEP_ALIVE:
+                self._stream.setsockopt(level, option, value)
         await self._work(lambda connection: self._receive(connection, files), server=True)
 
     def _receive(self, connection: socket.socket, files: Iterable[tuple[str, int]]) -> None:
