@@ -734,6 +734,7 @@ def test_a_copy_is_given_up_and_made_again(run: Run) -> None:
     async def scenario(makers: Makers) -> None:
         source = await running_source(makers)
         await source.drop_copy("vda", TAG)
+        await source.cap_copy("vda", SLOW)
         for bytes_per_s in (SLOW, 0):
             destination = await copying(makers, source, bytes_per_s)
             assert set(await source.copies()) == {"vda"}

@@ -167,6 +167,31 @@ def beside(host: LabHost, *names: str) -> Iterator[None]:
             path.unlink()
 
 
+def test_a_cap_is_kept_and_can_be_changed_on_the_way(hosts: list[LabHost], client: LanClient) -> None:
+    host = hosts[0]
+    with beside(host, "one"):
+        request = api.DiskMoveRequest(vm="one", location="fast", bandwidth_mbit_per_s=SLOWLY)
+        begun = host.client.call(endpoints.MOVE_DISKS, request).id
+        before = copied(follow(host, begun, copying))
+        since = time.monotonic()
+        host.client.call(endpoints.LIMIT_MIGRATION, api.LimitRequest(bandwidth_mbit_per_s=10 * SLOWLY), migration=begun)
+        more = copied(follow(host, begun, lambda view: copied(view) >= before + 8 * MIB)) - before
+        took_s = time.monotonic() - since
+        # QEMU copies whole pieces of a MiB, and waits afterwards.
+        assert seconds(more - 2 * MIB, 10 * SLOWLY) < took_s < seconds(more, SLOWLY)
+        host.client.call(endpoints.LIMIT_MIGRATION, api.LimitRequest(bandwidth_mbit_per_s=0), migration=begun)
+        assert host.outcome(begun).outcome is Outcome.COMPLETED
+
+
+def copied(view: Migration) -> int:
+    return sum(disk.copied_bytes for disk in view.progress.disks)
+
+
+def seconds(count: int, mbit_per_s: int) -> float:
+    """What so many bytes take."""
+    return count * 8 / (mbit_per_s * 1e6)
+
+
 def test_those_over_the_limit_wait_in_line_and_can_leave_it(hosts: list[LabHost], client: LanClient) -> None:
     host = hosts[0]
     before = disks_of(host, "web")

@@ -55,6 +55,11 @@ class Machine(FakeMachine):
         self.slow = False
         #: bytes a second that a copy was told to keep to, last
         self.caps: dict[str, int] = {}
+        #: the disk whose copy has its cap, and is there as soon as ``appears`` is set; it has begun when ``begins`` is
+        self.beginning = ""
+        self.appears, self.begins = asyncio.Event(), asyncio.Event()
+        self.appears.set()
+        self.begins.set()
         #: does not give up copies, and how often it has not
         self.stuck, self.refused = False, 0
         #: whether copies are being made alike, which they are as soon as the event is set
@@ -72,12 +77,16 @@ class Machine(FakeMachine):
 
     async def copy_to_file(self, disk: str, tag: str, image: ImageFile, bytes_per_s: int, *, whole: bool) -> None:
         await self._answer()
+        self.beginning = disk
+        await self.appears.wait()
         self.copying[disk] = CopyStatistics(CopyState.COPYING if self.slow else CopyState.READY, 50, 100)
         self.caps[disk] = bytes_per_s
+        await self.begins.wait()
 
     async def cap_copy(self, disk: str, bytes_per_s: int) -> None:
         await super().cap_copy(disk, bytes_per_s)
-        self.caps[disk] = bytes_per_s
+        if disk in self.copying:
+            self.caps[disk] = bytes_per_s
 
     async def block_writes(self, disk: str) -> None:
         await self._answer()
@@ -346,6 +355,32 @@ def test_a_cap_is_for_the_disks_that_are_still_copied(world: World, monkeypatch:
         machine.copy_is("vdb", CopyState.READY)
         await until(lambda: machine.caps["vdc"] == 6_000_000)
         machine.copy_is("vdc", CopyState.READY)
+        assert (await world.views.ended(begun.id)).outcome == "completed"
+        await world.moves._background.idle()
+
+    play(scenario())
+
+
+@pytest.mark.parametrize("appeared", [True, False])
+def test_a_cap_that_changes_while_copies_begin_is_kept(world: World, appeared: bool) -> None:
+    """From zeroing on, which may take minutes."""
+
+    async def scenario() -> None:
+        world.config = world.with_disks("vda", "vdb")
+        world.launcher.make = Machine.which_is_slow
+        machine = cast(Machine, (await world.running()).machine)
+        (machine.begins if appeared else machine.appears).clear()
+        begun = await world.begin(bandwidth_mbit_per_s=16)
+        await until(lambda: machine.beginning == "vda")
+        assert machine.caps == ({"vda": 1_000_000} if appeared else {})
+        await world.moves.limit(begun.id, 32)
+        assert machine.caps == ({"vda": 2_000_000} if appeared else {})
+        machine.appears.set()
+        machine.begins.set()
+        await until(lambda: machine.caps == {"vda": 2_000_000, "vdb": 2_000_000})
+        machine.slow = False
+        for disk in ("vda", "vdb"):
+            machine.copy_is(disk, CopyState.READY)
         assert (await world.views.ended(begun.id)).outcome == "completed"
         await world.moves._background.idle()
 

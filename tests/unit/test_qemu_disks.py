@@ -111,3 +111,12 @@ def test_one_that_has_failed_says_why_when_it_is_to_end(end: Callable[[Disks, st
     qemu.copy = CopyStatistics(CopyState.COPYING, 10, 100)
     with pytest.raises(QemuError, match="refused"):
         asyncio.run(end(qemu, "vda"))
+
+
+def test_what_has_failed_has_no_cap() -> None:
+    """Whoever looks at it hears why it failed."""
+    qemu = Telling(CopyStatistics(CopyState.ENDED, 10, 100, "No space left on device"))
+    asyncio.run(qemu.cap_copy("vda", 50))
+    qemu.copy = CopyStatistics(CopyState.COPYING, 10, 100)
+    with pytest.raises(QemuError, match="refused"):
+        asyncio.run(qemu.cap_copy("vda", 50))

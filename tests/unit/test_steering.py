@@ -16,6 +16,7 @@ from limosa.errors import MigrationFailed, NotConverging, QemuError
 from limosa.migration import convergence, steering
 from limosa.migration.steering import Steering
 from limosa.model.migration import Side
+from limosa.model.storage import DiskAction, DiskPlan
 from limosa.qemu.protocol import MigrationState, MigrationStatistics, RunState
 from limosa.settings.host import ConvergencePolicy
 from limosa.testing.guest import FakeGuest
@@ -26,14 +27,19 @@ PACE = 100.0
 
 
 class Channel(BareChannel):
-    """A stream that notes in ``asked`` whether little may wait in it."""
+    """A stream that notes in ``asked`` whether little may wait in it, and in ``paced`` how fast it may be."""
 
     def __init__(self, stream: socket.socket) -> None:
         self.stream = stream
         self.asked: list[bool] = []
+        self.paced = 0
 
     def set_short(self, short: bool, pace: float) -> None:
         self.asked.append(short)
+
+    def pace(self, bytes_per_s: int) -> bool:
+        self.paced = bytes_per_s
+        return True
 
     def close(self) -> None:
         self.stream.close()
@@ -112,6 +118,55 @@ def test_little_waits_on_the_way_from_the_second_pass_on() -> None:
         world.steering.close()
         world.steering.pass_began()
         assert world.channel.asked == [True]
+
+    play(scenario)
+
+
+class Beginning(FakeMachine):
+    """A QEMU whose copies take their time to begin, with their caps."""
+
+    def __init__(self) -> None:
+        super().__init__(Wire(), FakeGuest(0))
+        self.caps: dict[str, int] = {}
+        self.asked: asyncio.Queue[str] = asyncio.Queue()
+        #: there are jobs from now on, and they keep account of writes from now on
+        self.is_there, self.has_begun = asyncio.Event(), asyncio.Event()
+
+    async def copy_to_host(
+        self, disk: str, tag: str, stream: socket.socket, bytes_per_s: int, *, whole: bool, encrypt: bool
+    ) -> None:
+        self.asked.put_nowait(disk)
+        await self.is_there.wait()
+        self.caps[disk] = bytes_per_s
+        await self.has_begun.wait()
+
+    async def cap_copy(self, disk: str, bytes_per_s: int) -> None:
+        if disk in self.caps:
+            self.caps[disk] = bytes_per_s
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+def test_a_cap_that_changes_while_copies_begin_is_kept(is_there: bool) -> None:
+    """From zeroing on, which may take minutes."""
+
+    async def scenario() -> None:
+        machine = Beginning()
+        steered = Steering(machine, header(Side.SOURCE), ConvergencePolicy(), lambda _: 40)
+        plans = [DiskPlan(disk=disk, action=DiskAction.COPY, path="/d", format="raw") for disk in ("vda", "vdb")]
+        channels = [Channel(stream) for stream in socket.socketpair()]
+        beginning = asyncio.ensure_future(steered.copy_disks(plans, channels, None))
+        assert await machine.asked.get() == "vda"
+        if is_there:
+            machine.is_there.set()
+            await asyncio.sleep(0)
+        await steered.cap_copies(100)
+        assert machine.caps == ({"vda": 50} if is_there else {})
+        assert [channel.paced for channel in channels] == [50, 50]
+        machine.is_there.set()
+        machine.has_begun.set()
+        await beginning
+        assert machine.caps == {"vda": 50, "vdb": 50}
+        steered.close()
 
     play(scenario)
 

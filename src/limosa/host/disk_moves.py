@@ -471,13 +471,14 @@ class _Move:
 
     async def _copy(self) -> None:
         plans = self.record.plans
+        names = [plan.disk for plan in plans]
+        copying = self._copying = Mirrors(self.qemu, names, self._moves.policy, logs="the log of this host")
         for plan in plans:
             image = await apart(_image_file, plan, self.record.old[plan.disk])
             whole = plan.action is DiskAction.COPY
             cap = self._cap // len(plans)
             await self.qemu.copy_to_file(plan.disk, self.record.migration, image, cap, whole=whole)
-        names = [plan.disk for plan in plans]
-        copying = self._copying = Mirrors(self.qemu, names, self._moves.policy, logs="the log of this host")
+        await self._share(copying)  # the cap may have changed when a copy had its own and was not there yet
         self.report.bar = self.report.bar.with_disks(1, 0)
         await copying.until_ready(lambda: self._look(copying))
 

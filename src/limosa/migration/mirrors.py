@@ -105,8 +105,8 @@ class Excess:
 
 
 class Mirrors:
-    """The copies of one move, which have begun. ``policy`` says how far the guest may be slowed for them, ``logs``
-    which logs say more if one fails."""
+    """The copies of one move. All have begun when they are first looked at. ``policy`` says how far the guest may be
+    slowed for them, ``logs`` which logs say more if one fails."""
 
     def __init__(
         self,
@@ -123,6 +123,8 @@ class Mirrors:
         self._keeping = dict.fromkeys(disks, new)
         #: what the guest may write a second, by disk
         self._writes: dict[str, int] = {}
+        #: bytes per second for all together, 0: no cap
+        self._cap = 0
         self.latest: Mapping[str, CopyStatistics] = {}
         #: when how much was copied
         self._looks: deque[tuple[float, Mapping[str, CopyStatistics]]] = deque()
@@ -185,9 +187,15 @@ class Mirrors:
         return tuple(disk for disk in self._keeping if disk not in ready)
 
     async def cap(self, bytes_per_s: int) -> None:
-        """Cap what all copies together send; 0: no cap."""
+        """Cap what all copies together send, also those that are about to begin; 0: no cap."""
+        self._cap = bytes_per_s
         for disk in self._keeping:
-            await self._machine.cap_copy(disk, bytes_per_s // len(self._keeping))
+            await self._machine.cap_copy(disk, self.each)
+
+    @property
+    def each(self) -> int:
+        """Bytes per second that each may send, 0: no cap."""
+        return self._cap // len(self._keeping)
 
     async def finish(self) -> None:
         """The guest stands still: make all whole and flush them. Raises :class:`StorageError`."""
@@ -263,15 +271,15 @@ async def send(
     plans: Sequence[DiskPlan],
     channels: Sequence[SocketChannel],
     credentials: StreamCredentials | None,
-    bytes_per_s: int,
+    bytes_per_s: Callable[[], int],
 ) -> None:
-    """Begin to copy disks to a destination, over a channel each. ``bytes_per_s``: a cap for each, or 0."""
+    """Begin to copy disks to a destination, over a channel each. ``bytes_per_s``: the cap of the next, or 0."""
     if credentials is not None:
         await machine.trust_disks(credentials)
     for plan, channel in zip(plans, channels, strict=True):
         whole = plan.action is DiskAction.COPY
         encrypt = credentials is not None
-        await machine.copy_to_host(plan.disk, tag, channel.stream, bytes_per_s, whole=whole, encrypt=encrypt)
+        await machine.copy_to_host(plan.disk, tag, channel.stream, bytes_per_s(), whole=whole, encrypt=encrypt)
 
 
 async def drop(machine: CopyingProtocol, tag: str, disks: Sequence[str]) -> None:

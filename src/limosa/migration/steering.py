@@ -65,7 +65,7 @@ class Steering:
         #: what the copies of disks go through, one each
         self.disk_channels: Sequence[SocketChannel] = ()
         self._disks: Sequence[str] = ()
-        #: the copies of disks; None before they have begun, or where there are none
+        #: the copies of disks; None before they begin, or where there are none
         self.mirrors: Mirrors | None = None
         #: bytes per second that they may send together, 0: no cap
         self._copies_cap = 0
@@ -88,13 +88,13 @@ class Steering:
     ) -> Mirrors:
         """Begin to copy disks, over a channel each. The channels are closed here, also if that fails."""
         self.disk_channels = channels
-        self._copies_cap = self._bandwidth(Kind.STORAGE)
-        each = self._copies_cap // len(plans)
-        await mirrors.send(self._machine, self._header.migration, plans, channels, credentials, each)
         self._disks = [plan.disk for plan in plans]
-        self.mirrors = Mirrors(self._machine, self._disks, self._policy)
-        self._pace_copies()
-        return self.mirrors
+        copies = self.mirrors = Mirrors(self._machine, self._disks, self._policy)
+        await self.cap_copies(self._bandwidth(Kind.STORAGE))
+        tag = self._header.migration
+        await mirrors.send(self._machine, tag, plans, channels, credentials, lambda: copies.each)
+        await copies.cap(self._copies_cap)  # it may have changed when a copy had its own and was not there yet
+        return copies
 
     def take_memory(self, channel: Channel) -> None:
         """Memory goes through this channel."""

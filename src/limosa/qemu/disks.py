@@ -125,8 +125,10 @@ class Disks(Session):
         return {job["device"].removeprefix("copy-"): _statistics(job) for job in jobs if _is_ours(job)}
 
     async def cap_copy(self, disk: str, bytes_per_s: int) -> None:
-        """Cap what is copied; 0: no cap."""
-        await self._execute("block-job-set-speed", {"device": f"copy-{disk}", "speed": bytes_per_s})
+        """Cap what is copied, 0: no cap. Where nothing is, or no longer, there is nothing to cap."""
+        copy = (await self.copies()).get(disk)
+        if copy is not None and copy.state in (CopyState.COPYING, CopyState.READY):
+            await self._execute("block-job-set-speed", {"device": f"copy-{disk}", "speed": bytes_per_s})
 
     async def block_writes(self, disk: str) -> None:
         """From now on a write of the guest is done when it is in the copy too. Raises :class:`QemuError` before 8.2."""

@@ -194,7 +194,7 @@ class CopyingProtocol(Protocol):
         """How all copies stand, by disk."""
 
     async def cap_copy(self, disk: str, bytes_per_s: int) -> None:
-        """Cap what is copied; 0: no cap."""
+        """Cap what is copied, 0: no cap. Where nothing is, or no longer, there is nothing to cap."""
 
     async def slow_writes(self, disk: str, bytes_per_s: int) -> None:
         """Let the guest write so much a second to a disk, from now on; 0: as much as it can. A copy that is given up,
