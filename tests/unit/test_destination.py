@@ -4,12 +4,26 @@ that nobody needs. Nobody waits for such a QEMU, and nothing is guessed."""
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
+from unittest.mock import AsyncMock
 
+import msgspec
 import pytest
 
 from harness.landings import VM, BareLanding, header
-from limosa.errors import Conflict, DestinationLost, OutcomeUnknown, QemuError
+from limosa.errors import (
+    Conflict,
+    DestinationLost,
+    OutcomeUnknown,
+    OwnerUnknown,
+    QemuError,
+    QemuGone,
+    StateError,
+    StorageError,
+)
 from limosa.host import incoming
 from limosa.migration import destination as script
 from limosa.migration import interruption
@@ -22,11 +36,14 @@ from limosa.testing.machine import FakeMachine
 from limosa.testing.wire import Wire
 from limosa.wire.peer import DestinationState, Prepare
 
+IMAGE = "/images/vm-vda.m1.qcow2"
 
-async def prepared(folder: Path) -> tuple[Destination, FakeMachine]:
+
+async def prepared(folder: Path, *images: str) -> tuple[Destination, FakeMachine]:
     """A landing that awaits its stream."""
     place = BareLanding(Wire())
-    landing = Destination(Journal.begin(folder, header(Side.DESTINATION)), place, boot="boot")
+    journal = Journal.begin(folder, msgspec.structs.replace(header(Side.DESTINATION), images=images))
+    landing = Destination(journal, place, boot="boot")
     request = Prepare(
         migration="m1", vm=VM, accelerator="kvm", running=True, transport="tcp", credentials=None, post_copy=False
     )
@@ -34,9 +51,9 @@ async def prepared(folder: Path) -> tuple[Destination, FakeMachine]:
     return landing, place.machine
 
 
-async def loaded(folder: Path) -> tuple[Destination, FakeMachine]:
+async def loaded(folder: Path, *images: str) -> tuple[Destination, FakeMachine]:
     """The same when the whole state of the guest is there."""
-    landing, machine = await prepared(folder)
+    landing, machine = await prepared(folder, *images)
     machine._loaded(MigrationState.COMPLETED)
     return landing, machine
 
@@ -148,17 +165,127 @@ def test_one_that_may_have_run_or_whose_memory_is_in_two_places_is_not(
     asyncio.run(scenario())
 
 
-def test_one_that_a_person_gave_to_this_host_is_kept_though_qemu_refuses(
+def landed_as(landing: Destination, monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Whether the VM ran each time that it was made this host's."""
+    ran: list[bool] = []
+
+    async def adopt(*, running: bool) -> None:
+        ran.append(running)
+
+    monkeypatch.setattr(landing.landing, "adopt", adopt)
+    return ran
+
+
+def test_one_that_a_person_gave_to_this_host_is_its_though_qemu_refuses(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def scenario() -> None:
         landing, machine = await loaded(tmp_path)
         await landing.abandoned()
         refuse(machine, monkeypatch)
+        ran = landed_as(landing, monkeypatch)
         with pytest.raises(QemuError, match="refused cont"):
             await landing.resolve(here=True)
         assert not machine.gone.is_set()
-        landing._unfollow()
+        assert (landing.step, ran) == (DestinationStep.OWNED, [False])
+
+    asyncio.run(scenario())
+
+
+def test_one_that_a_person_gave_to_this_host_and_whose_qemu_dies_has_crashed_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its disks may be the only ones."""
+
+    async def scenario() -> None:
+        landing, machine = await loaded(tmp_path, IMAGE)
+        await landing.abandoned()
+        machine.die("")
+        ran, release = landed_as(landing, monkeypatch), AsyncMock()
+        monkeypatch.setattr(landing.landing, "release", release)
+        with pytest.raises(QemuGone):
+            await landing.resolve(here=True)
+        assert (landing.step, ran) == (DestinationStep.OWNED, [False])
+        release.assert_not_called()
+
+    asyncio.run(scenario())
+
+
+@asynccontextmanager
+async def in_the_way(
+    what: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[tuple[Destination, FakeMachine]]:
+    """A landing that cannot be continued while this lasts; it may have the whole guest."""
+    landing, machine = await prepared(folder, IMAGE)
+    end_exports, record = machine.end_exports, landing.journal.record
+    ends = asyncio.Event()
+
+    async def hangs() -> None:
+        await ends.wait()
+        await end_exports()
+
+    async def unwritable() -> None:
+        raise StorageError("cannot write the lease", why="Input/output error")
+
+    def full(step: DestinationStep, at: float, **more: Any) -> None:
+        if step is DestinationStep.CONTINUING:
+            raise StateError("cannot write the journal", why="No space left on device")
+        record(step, at, **more)
+
+    with monkeypatch.context() as patch:
+        match what:
+            case "the lease":
+                patch.setattr(landing.landing, "claim", unwritable)
+            case "the journal":
+                patch.setattr(landing.journal, "record", full)
+            case "the exports":
+                patch.setattr(machine, "end_exports", hangs)
+        if what == "the state":
+            machine.hang()
+            await landing.abandoned()
+            machine.answer_again()
+        else:
+            machine._loaded(MigrationState.COMPLETED)
+            await landing.abandoned()
+        yield landing, machine
+    ends.set()
+    if what == "the state":
+        machine._loaded(MigrationState.COMPLETED)
+
+
+OBSTACLES = ("the lease", "the journal", "the exports", "the state")
+
+
+@pytest.mark.parametrize("what", OBSTACLES)
+def test_what_a_person_gave_to_this_host_is_kept_whatever_is_in_the_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    """It may be the only copy."""
+
+    async def scenario() -> None:
+        async with in_the_way(what, tmp_path, monkeypatch) as (landing, machine):
+            for _ in range(2):
+                with pytest.raises(OwnerUnknown, match="is kept there"):
+                    await landing.resolve(here=True)
+                assert landing.step is DestinationStep.RESERVED
+                assert not machine.gone.is_set()
+        await landing.resolve(here=True)
+        assert landing.step is DestinationStep.OWNED
+        assert await machine.status() is RunState.RUNNING
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("what", OBSTACLES)
+def test_what_the_source_hands_over_is_given_up_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    async def scenario() -> None:
+        async with in_the_way(what, tmp_path, monkeypatch) as (landing, machine):
+            with pytest.raises(DestinationLost):
+                await landing.take_over()
+            assert landing.step is DestinationStep.GONE
+            assert machine.gone.is_set()
 
     asyncio.run(scenario())
 

@@ -243,8 +243,10 @@ class Incoming:
         destination = self._landing.get(migration)
         if destination is None:
             raise NotFound(f"no migration {migration} needs a decision on host '{self.host}'", host=self.host)
-        await destination.resolve(here=owner is Side.DESTINATION)
-        self.settled(destination)
+        try:
+            await destination.resolve(here=owner is Side.DESTINATION)
+        finally:
+            self.settled(destination)
         return view(destination)
 
     async def recover(self, journal: Journal) -> None:

@@ -21,7 +21,16 @@ from collections.abc import Callable, Iterable
 from typing import Protocol
 
 from limosa.background import in_full
-from limosa.errors import Conflict, DestinationLost, LimosaError, OutcomeUnknown, QemuError, QemuGone, StateError
+from limosa.errors import (
+    Conflict,
+    DestinationLost,
+    LimosaError,
+    OutcomeUnknown,
+    OwnerUnknown,
+    QemuError,
+    QemuGone,
+    StateError,
+)
 from limosa.migration.interruption import is_gone
 from limosa.migration.journal import Journal
 from limosa.migration.ownership import (
@@ -195,15 +204,22 @@ class Destination:
         return await self._take_over(is_only_copy=False)
 
     async def _take_over(self, *, is_only_copy: bool) -> Running:
-        """``is_only_copy``: the source's may be no more, so that one whose QEMU refuses to run it is kept."""
+        """``is_only_copy``: the source's may be no more, so that whatever stands in the way, this one is kept."""
         async with self._lock:
             if self.step in (DestinationStep.CONTINUING, DestinationStep.OWNED):
                 return Running(resumed_at=self._resumed_at)
-            machine = await self._whole()
-            await self._claim()
-            await self._write_continuing()
-            if self.journal.header.was_running:
-                self._resumed_at = await self._continue(machine, is_only_copy=is_only_copy)
+            try:
+                machine = await self._whole()
+                await self._claim()
+                self._write_continuing()
+                if self.journal.header.was_running:
+                    self._resumed_at = await self._continue(machine, is_only_copy=is_only_copy)
+            except DestinationLost as error:
+                if is_only_copy and self.machine is not None and not self.machine.gone.is_set():
+                    raise self._kept(error) from error
+                if self.step is not DestinationStep.GONE:
+                    await self._destroy()
+                raise
             return Running(resumed_at=self._resumed_at)
 
     async def adopted(self) -> None:
@@ -286,8 +302,9 @@ class Destination:
         """A person says whether the guest is this host's, and answers for it.
 
         Raises :class:`Conflict` while the source's session lasts: the move is under way, and the source decides; and if
-        the guest is to run here, while another session is awaited. Raises :class:`QemuError` if QEMU does not answer:
-        it may have the only copy of the guest, and is kept.
+        the guest is to run here, while another session is awaited. What is here may be the only copy of the guest. So
+        it is kept if it cannot go on: raises :class:`QemuError` if QEMU does not answer or does not run it, and
+        :class:`OwnerUnknown` if something else is in the way and it can be tried again.
         """
         header = self.journal.header
         if not self._is_abandoned:
@@ -315,13 +332,15 @@ class Destination:
                     vm=self.vm.name,
                     host=self.journal.header.destination,
                 )
-            await self._take_over(is_only_copy=True)
-            await self.adopted()
+            try:
+                await self._take_over(is_only_copy=True)
+            finally:
+                await self.adopted()  # the guest is this host's by now, be it one that QEMU refuses to run
         else:
             await self.abort("an administrator gave the VM to the source")
 
     async def _whole(self) -> MachineProtocol:
-        """The QEMU with the whole state. Else everything is destroyed and :class:`DestinationLost` raised."""
+        """The QEMU with the whole state. Raises :class:`DestinationLost`."""
         try:
             if self.machine is None or self.step is not DestinationStep.RESERVED:
                 raise StateError("there is nothing to take over")
@@ -331,8 +350,6 @@ class Destination:
                 if self.journal.header.images:
                     await self._end_exports()
         except (LimosaError, TimeoutError) as error:
-            if self.step is not DestinationStep.GONE:
-                await self._destroy()
             raise self._lost(
                 "its state did not arrive completely", str(error) or f"QEMU was not ready within {LOAD_WITHIN_S:.0f} s"
             ) from error
@@ -342,31 +359,29 @@ class Destination:
         try:
             await self.landing.claim()
         except LimosaError as error:
-            await self._destroy()
             raise self._lost("it may not write the disks", str(error)) from error
 
-    async def _write_continuing(self) -> None:
+    def _write_continuing(self) -> None:
         try:
             self.journal.record(DestinationStep.CONTINUING, time.time(), durable=False)
         except StateError as error:
-            # What cannot be written must not be done; and the source, which waits paused, has room for the guest.
-            await self._destroy()
-            raise self._lost("the journal cannot be written", error.why) from error
+            # What cannot be written must not be done.
+            raise self._lost("that it goes on there could not be written", str(error)) from error
 
     async def _continue(self, machine: MachineProtocol, *, is_only_copy: bool) -> float:
         try:
             return await machine.resume()
-        except QemuGone as error:
-            # It never said RESUME, which QEMU says before the first instruction of the guest (vm_prepare_start in
-            # system/cpus.c), so that this daemon, which lived and listened, can give its proof.
-            await self._destroy()
-            raise self._lost("QEMU ended before the guest ran", error.why) from error
         except OutcomeUnknown:
             raise
+        except QemuGone as error:
+            if is_only_copy:
+                raise  # a VM that crashed here, with its disks
+            # It never said RESUME, which QEMU says before the first instruction of the guest (vm_prepare_start in
+            # system/cpus.c), so that this daemon, which lived and listened, can give its proof.
+            raise self._lost("QEMU ended before the guest ran", error.why) from error
         except QemuError as error:
             if is_only_copy or not await self._will_not_run(machine):
                 raise
-            await self._destroy()
             raise self._lost("QEMU refused to run it", error.why) from error
 
     async def _will_not_run(self, machine: MachineProtocol) -> bool:
@@ -385,6 +400,16 @@ class Destination:
             f"VM '{header.vm.name}' did not land on host '{header.destination}': {what}",
             why=why,
             todo=f"see the VM's qemu.log on '{header.destination}'",
+            vm=header.vm.name,
+            host=header.destination,
+        )
+
+    def _kept(self, lost: DestinationLost) -> OwnerUnknown:
+        header = self.journal.header
+        return OwnerUnknown(
+            f"VM '{header.vm.name}' does not run on host '{header.destination}' yet, and is kept there as it is",
+            why=lost.why,
+            todo=f"mend that and say it again: limosa migration resolve {header.migration} --owner destination",
             vm=header.vm.name,
             host=header.destination,
         )
