@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
+from unittest.mock import AsyncMock
 
 import msgspec
 import pytest
@@ -298,6 +299,65 @@ def test_one_that_it_only_refuses_for_now_is_given_back_when_a_person_says_whose
         assert "write" in world.home.why_stopped
 
     play(scenario)
+
+
+@pytest.mark.parametrize("owner", Side)
+def test_a_guest_that_is_certainly_here_stays_whatever_a_person_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, owner: Side
+) -> None:
+    async def unwritable() -> None:
+        raise StorageError("cannot write the lease")
+
+    async def scenario() -> None:
+        world = World(tmp_path, There(DestinationState.INCOMING, away=True), *MIGRATING)
+        await world.machine.resume()
+        with monkeypatch.context() as patch:
+            patch.setattr(world.home, "reclaim", unwritable)
+            with pytest.raises(StorageError):
+                await world.settlement.run()
+        if owner is Side.DESTINATION:
+            with pytest.raises(Conflict, match="cannot be given to host 'there': its guest is here"):
+                world.settlement.resolve(owner)
+        else:
+            world.settlement.resolve(owner)
+        assert world.there.asked == 0
+        await stays(world)
+
+    play(scenario)
+
+
+@pytest.mark.parametrize("owner", Side)
+def test_one_of_which_that_was_not_known_when_a_person_spoke_stays_when_its_stream_has_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, owner: Side
+) -> None:
+    stop_stream = AsyncMock()
+
+    async def scenario() -> None:
+        world = World(tmp_path, There(DestinationState.INCOMING, away=True), *MIGRATING)
+        await world.machine.resume()
+        world.machine.hang()
+        with pytest.raises(QemuError, match="does not answer"):
+            await world.settlement.run()
+        world.settlement.resolve(owner)
+        world.machine.answer_again()
+        await stays(world)
+        stop_stream.assert_awaited_once()
+
+    monkeypatch.setattr(settle, "stop_stream", stop_stream)
+    monkeypatch.setattr(settle, "QEMU_ANSWERS_WITHIN_S", 0.01)
+    play(scenario)
+
+
+async def stays(world: World) -> None:
+    """Settle a move whose destination stays away until the VM is its users' again."""
+    running = asyncio.ensure_future(world.settlement.run())
+    await until(lambda: bool(world.home.given_back) or running.done())
+    assert not world.home.left
+    assert world.home.given_back == [SourceStep.HOME]
+    assert await world.machine.status() is RunState.RUNNING
+    world.there.away = False
+    await running
+    assert world.report.now.outcome is Outcome.CANCELLED
 
 
 class TestWhatAPersonSays:

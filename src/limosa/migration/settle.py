@@ -69,6 +69,8 @@ class Settlement:
         self.awaits = ""
         #: what the destination answered when it was asked last, None if it did not
         self._heard: DestinationState | None = None
+        #: what the own QEMU had when it was asked last, None if it did not answer
+        self._seen: SourceQemu | None = None
         #: what goes on after the move has ended
         self.background = Background()
 
@@ -96,15 +98,29 @@ class Settlement:
                 vm=vm,
                 host=there,
             )
+        if owner is Side.DESTINATION and self._is_held(self._seen):
+            raise Conflict(
+                f"VM '{vm}' cannot be given to host '{there}'",
+                why="its guest is here",
+                todo="the move is undone as soon as what it waits for has passed: "
+                f"see 'limosa migration show {self.move.header.migration}'",
+                vm=vm,
+                host=self.move.header.source,
+            )
         if not self.resolved.done():
             self.resolved.set_result(owner)
+
+    def _is_held(self, qemu: SourceQemu | None) -> bool:
+        """Whether the guest is certainly here, and nobody's word is needed to know that."""
+        return qemu is SourceQemu.HOLDS and self.step is not SourceStep.HANDING_OVER
 
     async def run(self) -> None:
         """Decide and act until the move has ended."""
         began = time.monotonic()
         for pause in _pauses():
             self.awaits = "its QEMU has not answered"
-            qemu = await self._own_qemu()
+            self._seen = None
+            qemu = self._seen = await self._own_qemu()
             standing = await self._ask(qemu)
             self._heard = standing.state if standing is not None else None
             if self.resolved.done() and self.step not in _DECIDED:
@@ -174,7 +190,7 @@ class Settlement:
         """How the destination stands, or None if it cannot be asked, or is not concerned."""
         if self.step in (SourceStep.ACCEPTED, SourceStep.HOME):
             return None
-        if qemu is SourceQemu.HOLDS and self.step is not SourceStep.HANDING_OVER:
+        if self._is_held(qemu):
             return None
         self.awaits = f"host '{self.move.header.destination}', which may have the whole VM, has not answered"
         try:
@@ -319,6 +335,10 @@ class Settlement:
     async def _as_resolved(self, qemu: SourceQemu, standing: Standing | None, owner: Side) -> SourceAction | None:
         """A person said whose the VM is, and answers for it; unless the destination, asked since, knows better. Returns
         what the rules said where they were followed instead."""
+        if self._is_held(qemu):
+            if owner is Side.DESTINATION:
+                self._forget_word()  # said while QEMU did not answer
+            return await self._act(qemu, standing)
         state = standing.state if standing is not None else None
         match owner, state:
             case _, DestinationState.OWNED:
@@ -337,7 +357,7 @@ class Settlement:
         return None
 
     def _forget_word(self) -> None:
-        """The destination has destroyed its copy, so there is nothing that it could own, whatever a person said."""
+        """A person gave the VM to a destination that cannot have it: the guest is here, or its copy is destroyed."""
         self.resolved = asyncio.get_running_loop().create_future()
 
     async def _record_undoing(self) -> None:
