@@ -301,6 +301,23 @@ def test_one_that_it_only_refuses_for_now_is_given_back_when_a_person_says_whose
     play(scenario)
 
 
+@pytest.mark.parametrize("step", [SourceStep.MIGRATING, SourceStep.UNDOING])
+def test_a_guest_that_runs_here_is_here_though_qemu_says_that_a_migration_completed(
+    tmp_path: Path, step: SourceStep
+) -> None:
+    """That by which it came here: the daemon was killed before QEMU was told to send it. Or this one: the destination
+    had destroyed its copy, and the daemon was killed before it had written that the guest went on here."""
+
+    async def scenario() -> None:
+        steps = dict.fromkeys((*MIGRATING, step))
+        world = World(tmp_path, There(DestinationState.INCOMING, away=True), *steps)
+        world.machine._migration_is(MigrationState.COMPLETED)
+        await world.machine.resume()
+        await stays(world)
+
+    play(scenario)
+
+
 @pytest.mark.parametrize("owner", Side)
 def test_a_guest_that_is_certainly_here_stays_whatever_a_person_says(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, owner: Side

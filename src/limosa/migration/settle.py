@@ -168,11 +168,18 @@ class Settlement:
         # A VM that was given back to its users may have any QEMU by now, which tells nothing about this move.
         if machine is None or machine.gone.is_set() or self.step is SourceStep.HOME:
             return SourceQemu.DEAD
+        told = any(record.step == SourceStep.MIGRATING for record in self.move.journal.records)
+        has_sent = False
         try:
             async with asyncio.timeout(QEMU_ANSWERS_WITHIN_S):
-                state = (await machine.migration()).state
+                has_sent = (await machine.migration()).state in NO_WAY_BACK and told
+                # It says "completed" also of the move by which it came here itself, until it sends anything, and of one
+                # after which the guest went on here.
+                if has_sent and await machine.status() is RunState.RUNNING:
+                    return SourceQemu.HOLDS
         except QemuError:
-            return SourceQemu.DEAD if await is_gone(machine) else SourceQemu.HOLDS
+            if await is_gone(machine):
+                return SourceQemu.DEAD
         except TimeoutError:
             vm, host = self.move.header.vm.name, self.move.header.source
             raise QemuError(
@@ -182,9 +189,7 @@ class Settlement:
                 vm=vm,
                 host=host,
             ) from None
-        # A QEMU that came here by a move itself says "completed" of that until it is told to migrate.
-        told = any(record.step == SourceStep.MIGRATING for record in self.move.journal.records)
-        return SourceQemu.COMPLETED if told and state in NO_WAY_BACK else SourceQemu.HOLDS
+        return SourceQemu.COMPLETED if has_sent else SourceQemu.HOLDS
 
     async def _ask(self, qemu: SourceQemu) -> Standing | None:
         """How the destination stands, or None if it cannot be asked, or is not concerned."""
