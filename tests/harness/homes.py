@@ -91,6 +91,9 @@ class BareHome:
         self.left = True
         return ()
 
+    def free_name(self) -> None:
+        pass
+
     async def vm_stays(self, why_stopped: str = "") -> None:
         raise AssertionError("the move failed")
 

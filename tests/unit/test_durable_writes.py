@@ -99,7 +99,11 @@ def test_a_vm_that_lands_gets_other_disks_and_leaves(vms: Vms, synced: list[bool
         await vms.change_disks(hosted, (Disk(name="vda", path="/a.qcow2", format="qcow2"),))
         assert [config.disks for config in vms._folders.read()] == [hosted.config.disks]
         await vms.forget(hosted)
-        assert (vms.find("web1"), vms._folders.read()) == (None, [])
+        assert vms._folders.read() == []
+        with pytest.raises(Conflict, match="has a VM of that name already"):
+            vms.reserve(VM, "abcdefabcdef")
+        vms.free_name(hosted)
+        assert vms.find("web1") is None
 
     asyncio.run(scenario())
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
-from unittest.mock import AsyncMock
+from unittest.mock import AsyncMock, Mock
 
 import msgspec
 import pytest
@@ -22,12 +23,14 @@ from limosa.errors import (
     LimosaError,
     OutcomeUnknown,
     QemuError,
+    StateError,
     StorageError,
 )
 from limosa.host import outgoing as module_of_outgoing
+from limosa.host.files import Files
 from limosa.host.outgoing import Outgoing
 from limosa.host.views import Views
-from limosa.host.vms import HostedVm
+from limosa.host.vms import HostedVm, Vms
 from limosa.migration import settle, stop
 from limosa.migration.home import Terms
 from limosa.migration.journal import Journal
@@ -39,6 +42,7 @@ from limosa.model.finding import Finding
 from limosa.model.migration import Migration, Outcome, Phase, Side
 from limosa.model.vm import VmState
 from limosa.qemu.protocol import MigrationState, RunState
+from limosa.settings import toml
 from limosa.settings.host import ConvergencePolicy, HostSettings
 from limosa.testing.guest import FakeGuest
 from limosa.testing.machine import FakeMachine
@@ -501,18 +505,18 @@ class TestWhatAPersonSays:
 
 def outgoing_with(
     folder: Path,
-    hosted: HostedVm,
+    hosted: HostedVm | Vms,
     destination: Callable[[str], There],
     monkeypatch: pytest.MonkeyPatch,
     *,
     boot: str = "boot",
 ) -> Outgoing:
-    """The moves of a host that has one VM. ``destination`` is who is called at an address."""
+    """The moves of a host that has one VM, or these. ``destination`` is who is called at an address."""
     monkeypatch.setattr(Outgoing, "_dialler", lambda _, address, *_tell: destination(address).dial)
     page = SimpleNamespace(now=HostSettings(), on_change=lambda callback: None)
-    vms = SimpleNamespace(find=lambda name: hosted)
+    vms = hosted if isinstance(hosted, Vms) else SimpleNamespace(find=lambda name: hosted)
     relays = SimpleNamespace(pace=lambda: None)
-    leasing = SimpleNamespace(reclaim=nothing, withdraw=nothing)
+    leasing = SimpleNamespace(reclaim=nothing, withdraw=nothing, give_back=nothing)
     parts = SimpleNamespace(
         name="here",
         boot=boot,
@@ -654,6 +658,93 @@ class TestACancel:
             outgoing._background.cancel()
 
         monkeypatch.setattr(module_of_outgoing, "CANCEL_WITHIN_S", 10)
+        play(scenario)
+
+
+class TestAVmThatLeft:
+    """By a daemon that has its file, and may be killed, or lose its machine, at any moment."""
+
+    def world(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Outgoing, Vms, Journal]:
+        """A daemon that finds the journal of a move that the destination has confirmed."""
+        files = Files(folder / "state", folder / "run")
+        files.make()
+        leasing = SimpleNamespace(give_back=nothing)
+        records = SimpleNamespace(attach=nothing, forget_ended=lambda _: None)
+        launcher = SimpleNamespace(leasing=leasing, records=records, check_memory=lambda *_: None)
+        vms = Vms("here", files, cast(Any, launcher))
+        there = There(DestinationState.OWNED, away=False)
+        outgoing = outgoing_with(files.migrations, vms, lambda _: there, monkeypatch)
+        path = files.migrations / f"{FIRST}.source.jsonl"
+        if path.exists():
+            return outgoing, vms, Journal.load(path)
+        journal = Journal.begin(files.migrations, msgspec.structs.replace(header(Side.SOURCE), migration=FIRST))
+        for step in (*HANDED_OVER, SourceStep.CONFIRMED):
+            journal.record(step, 0.0)
+        files.vm(VM.name).mkdir()
+        toml.write(files.vm(VM.name) / "vm.toml", VM)
+        return outgoing, vms, journal
+
+    async def returns(self, vms: Vms) -> None:
+        """The same VM lands here again."""
+        await vms.adopt(vms.reserve(VM, SECOND), running=True)
+
+    async def settled(self, outgoing: Outgoing, journal: Journal) -> None:
+        await outgoing.recover(journal)
+        await until(lambda: not outgoing._active)
+        assert journal.step == SourceStep.FINISHED
+
+    def test_may_come_back_when_a_power_cut_could_not_take_that_from_the_journal(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        async def scenario() -> None:
+            outgoing, vms, journal = self.world(tmp_path, monkeypatch)
+            await vms.load()
+            durable, was_taken, fsync = [b""], [], os.fsync
+
+            def watched(descriptor: int) -> None:
+                fsync(descriptor)
+                if os.path.samestat(os.fstat(descriptor), journal.path.stat()):
+                    durable[0] = journal.path.read_bytes()
+                    was_taken.append(vms.is_taken(VM.name))
+
+            monkeypatch.setattr(os, "fsync", watched)
+            await self.settled(outgoing, journal)
+            await self.returns(vms)
+            journal.path.write_bytes(durable[0])
+            assert was_taken == [True]
+            outgoing, vms, journal = self.world(tmp_path, monkeypatch)
+            await vms.load()
+            await self.settled(outgoing, journal)
+            assert [config.name for config in vms._folders.read()] == [VM.name]
+
+        play(scenario)
+
+    def test_cannot_come_back_before_and_be_taken_for_the_one_that_left(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Its end cannot be written. So it is tried again and again, and the next daemon does it, too."""
+
+        full = Mock(side_effect=StateError("cannot write the journal", why="No space left on device"))
+
+        async def scenario() -> None:
+            for _ in range(2):
+                full.reset_mock()
+                outgoing, vms, journal = self.world(tmp_path, monkeypatch)
+                await vms.load()
+                with monkeypatch.context() as patch:
+                    patch.setattr(journal, "record", full)
+                    await outgoing.recover(journal)
+                    await until(lambda: full.call_count > 1)
+                    assert vms._folders.read() == []
+                    with pytest.raises(Conflict):
+                        await self.returns(vms)
+                    outgoing._background.cancel()
+                    await outgoing._background.idle()
+            outgoing, vms, journal = self.world(tmp_path, monkeypatch)
+            await self.settled(outgoing, journal)
+            await self.returns(vms)
+
+        monkeypatch.setattr(module_of_outgoing, "SETTLE_EVERY_S", 0.01)
         play(scenario)
 
 

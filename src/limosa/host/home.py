@@ -132,6 +132,11 @@ class HomeHere:
             await self._vms.forget(self._hosted)
         return await self.disks_here.leave(images)
 
+    def free_name(self) -> None:
+        """See :class:`limosa.migration.home.Home`."""
+        if self._hosted is not None:
+            self._vms.free_name(self._hosted)
+
     async def vm_stays(self, why_stopped: str = "") -> None:
         """See :class:`limosa.migration.home.Home`."""
         if self._hosted is not None:

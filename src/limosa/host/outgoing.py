@@ -215,6 +215,8 @@ class Outgoing:
             hosted = None  # another VM that was given the name meanwhile
         if journal.step == SourceStep.HOME:
             hosted = None  # its users have had it since, and may have moved it away
+        if journal.step == SourceStep.CONFIRMED and hosted is None:
+            hosted = self._vms.hold_name(journal.header.vm)
         if hosted is not None:
             hosted.migration = journal.header.migration
         if journal.step is None and hosted is not None and hosted.machine is not None:

@@ -386,9 +386,20 @@ class Vms:
         hosted.state = VmState.HANDED_OVER
 
     async def forget(self, hosted: HostedVm) -> None:
-        """A VM that moved away: remove it from this host, durably."""
+        """A VM that moved away: remove it from this host, durably. Its name stays taken until :meth:`free_name`."""
         await in_full(self._folders.remove, hosted.config)
         await in_full(toml.sync_folder, self._files.vms)
+
+    def hold_name(self, config: VmConfig) -> HostedVm | None:
+        """After a restart: keep the name of a VM that moved away taken, though nothing is left of it, until
+        :meth:`free_name`. None if another has it."""
+        if self.is_taken(config.name):
+            return None
+        hosted = self._vms[config.name] = HostedVm(config, VmState.HANDED_OVER)
+        return hosted
+
+    def free_name(self, hosted: HostedVm) -> None:
+        """Nothing of a VM that moved away is left, and nobody will take one that comes back for it."""
         self._vms.pop(hosted.config.name, None)
 
     async def crashed(self, hosted: HostedVm) -> None:

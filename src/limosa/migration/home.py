@@ -112,8 +112,11 @@ class Home(Protocol):
         """End the VM's QEMU here, which will never run the guest again."""
 
     async def vm_left(self, images: Sequence[str]) -> tuple[Finding, ...]:
-        """The VM belongs to the destination, durably: forget it here, durably, and delete the images it has left.
-        Returns what is to be said of those that could not be deleted."""
+        """The VM belongs to the destination, durably: forget it here, durably, and delete the images it has left. Its
+        name stays taken. Returns what is to be said of those that could not be deleted."""
+
+    def free_name(self) -> None:
+        """That the VM has left is durable: it may come back."""
 
     async def vm_stays(self, why_stopped: str = "") -> None:
         """The VM goes on here, or says why it cannot; it may be operated again."""

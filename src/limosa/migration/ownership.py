@@ -20,6 +20,8 @@ At every instant at most one host may run the VM. The rules, and why they suffic
 7. The source writes HOME before it gives the VM back to its users, who may then stop it, or move it away. From there on
    the move says nothing about the VM any more, however long its destination stays away: all that is left is to have
    that destroy what it has.
+8. At a source that gave the VM up its name stays taken until FINISHED is durable. So what has the name there before is
+   the VM that left, of which everything is removed, and never the one that came back.
 
 The functions below are these rules as tables; ``tests/unit/test_ownership.py`` walks every interleaving of
 crashes and lost messages over them.

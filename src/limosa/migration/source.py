@@ -404,7 +404,8 @@ class SourceMove:
         else:
             said = await self.home.vm_left(left)
         self.report.change(findings=tuple(dict.fromkeys((*self.report.now.findings, *said))))
-        self.journal.record(SourceStep.FINISHED, time.time(), durable=False)
+        await in_full(self.journal.record, SourceStep.FINISHED, time.time())
+        self.home.free_name()
 
     async def _confirm(self, images_stay: bool) -> None:
         if self.journal.step == SourceStep.CONFIRMED:
