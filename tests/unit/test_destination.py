@@ -165,6 +165,58 @@ def test_one_that_may_have_run_or_whose_memory_is_in_two_places_is_not(
     asyncio.run(scenario())
 
 
+def unwritable(landing: Destination, monkeypatch: pytest.MonkeyPatch, *steps: DestinationStep) -> None:
+    """Have these steps not be written."""
+    record = landing.journal.record
+
+    def full(step: DestinationStep, at: float, **more: Any) -> None:
+        if step in steps:
+            raise StateError("cannot write the journal", why="No space left on device")
+        record(step, at, **more)
+
+    monkeypatch.setattr(landing.journal, "record", full)
+
+
+@pytest.mark.parametrize("dies", [False, True])
+def test_what_was_destroyed_is_never_taken_for_a_vm_that_crashed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dies: bool
+) -> None:
+    """Though the disk was full when its end was to be written, and the source has been told to go on."""
+
+    async def scenario() -> None:
+        landing, machine = await loaded(tmp_path)
+        unwritable(landing, monkeypatch, DestinationStep.GONE)
+        refuse(machine, monkeypatch, QemuGone("QEMU has ended") if dies else None)
+        with pytest.raises(DestinationLost):
+            await landing.take_over()
+        assert (await landing.standing()).state is DestinationState.GONE
+        lines = Journal(landing.journal.path, landing.journal.header, list(landing.journal.records))
+        following = Destination(lines, landing.landing, "boot")
+        assert (await following.standing()).state is DestinationState.GONE
+        await following.abandoned()
+        assert following.step is DestinationStep.GONE
+
+    asyncio.run(scenario())
+
+
+def test_nothing_is_destroyed_while_it_is_written_that_the_guest_is_continued(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario() -> None:
+        landing, machine = await loaded(tmp_path)
+        unwritable(landing, monkeypatch, DestinationStep.RESERVED, DestinationStep.GONE)
+        refuse(machine, monkeypatch)
+        with pytest.raises(StateError):
+            await landing.take_over()
+        assert not machine.gone.is_set()
+        assert (await landing.standing()).state is DestinationState.OWNED
+        ran = landed_as(landing, monkeypatch)
+        await landing.adopted()
+        assert (landing.step, ran) == (DestinationStep.OWNED, [False])
+
+    asyncio.run(scenario())
+
+
 def landed_as(landing: Destination, monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Whether the VM ran each time that it was made this host's."""
     ran: list[bool] = []
@@ -217,27 +269,22 @@ async def in_the_way(
 ) -> AsyncIterator[tuple[Destination, FakeMachine]]:
     """A landing that cannot be continued while this lasts; it may have the whole guest."""
     landing, machine = await prepared(folder, IMAGE)
-    end_exports, record = machine.end_exports, landing.journal.record
+    end_exports = machine.end_exports
     ends = asyncio.Event()
 
     async def hangs() -> None:
         await ends.wait()
         await end_exports()
 
-    async def unwritable() -> None:
+    async def broken() -> None:
         raise StorageError("cannot write the lease", why="Input/output error")
-
-    def full(step: DestinationStep, at: float, **more: Any) -> None:
-        if step is DestinationStep.CONTINUING:
-            raise StateError("cannot write the journal", why="No space left on device")
-        record(step, at, **more)
 
     with monkeypatch.context() as patch:
         match what:
             case "the lease":
-                patch.setattr(landing.landing, "claim", unwritable)
+                patch.setattr(landing.landing, "claim", broken)
             case "the journal":
-                patch.setattr(landing.journal, "record", full)
+                unwritable(landing, patch, DestinationStep.CONTINUING)
             case "the exports":
                 patch.setattr(machine, "end_exports", hangs)
         if what == "the state":

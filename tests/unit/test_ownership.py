@@ -70,8 +70,16 @@ def taken_over(world: World) -> Iterator[World]:
     if world.step is DestinationStep.RESERVED and world.qemu is DestinationQemu.LOADED:
         yield replace(world, step=DestinationStep.CONTINUING)
         yield replace(world, step=DestinationStep.CONTINUING, qemu=DestinationQemu.RUNNING, ran_there=True)
+        # QEMU refuses to run it, or ends before: that it is continued is taken back before anybody can ask.
+        yield from destroyed(world)
     elif world.step is DestinationStep.RESERVED:
-        yield replace(world, step=DestinationStep.GONE, qemu=DestinationQemu.DEAD)
+        yield from destroyed(world)
+
+
+def destroyed(world: World) -> Iterator[World]:
+    """The line that says so may be missing, on a full disk."""
+    yield replace(world, step=DestinationStep.GONE, qemu=DestinationQemu.DEAD)
+    yield replace(world, step=DestinationStep.RESERVED, qemu=DestinationQemu.DEAD)
 
 
 def broken(world: World) -> Iterator[World]:
@@ -104,7 +112,7 @@ def looks(world: World) -> Iterator[DestinationQemu]:
 def destination_settles(world: World, seen: DestinationQemu) -> Iterator[World]:
     match decide_destination(world.step, seen):
         case DestinationAction.DESTROY if world.step is not DestinationStep.GONE:
-            yield replace(world, step=DestinationStep.GONE, qemu=DestinationQemu.DEAD)
+            yield from destroyed(world)
         case DestinationAction.OWN if world.qemu is DestinationQemu.LOADED:
             yield replace(world, step=DestinationStep.OWNED, qemu=DestinationQemu.RUNNING, ran_there=True)
         case DestinationAction.OWN:
@@ -147,7 +155,7 @@ def given_back(world: World) -> Iterator[World]:
 
 def aborted(world: World) -> Iterator[World]:
     if world.step is DestinationStep.RESERVED:
-        yield replace(world, step=DestinationStep.GONE, qemu=DestinationQemu.DEAD)
+        yield from destroyed(world)
 
 
 def every_world() -> list[World]:

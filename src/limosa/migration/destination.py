@@ -199,7 +199,8 @@ class Destination:
         """Continue the guest. The caller says by this that nobody else does, and never will.
 
         Raises :class:`DestinationLost` if the guest's state never was whole here, or QEMU refuses to run it; everything
-        is destroyed then and the guest never ran. Called again, it answers as before.
+        is destroyed then and the guest never ran. Raises :class:`StateError` if that could not be written: the guest is
+        this host's then, and does not run. Called again, it answers as before.
         """
         return await self._take_over(is_only_copy=False)
 
@@ -482,6 +483,11 @@ class Destination:
             self._disks_door = None
 
     async def _destroy(self) -> None:
+        """Raises :class:`StateError` if it is written that the guest is continued and cannot be taken back;
+        nothing was destroyed then."""
+        if self.step is DestinationStep.CONTINUING:
+            # Else the next daemon, if the last line cannot be written, would take what is gone for a VM that crashed.
+            await in_full(self.journal.record, DestinationStep.RESERVED, time.time())
         if self._admission is not None:
             self._admission.cancel()
         elif self._door is not None:

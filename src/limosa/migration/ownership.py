@@ -6,7 +6,8 @@ At every instant at most one host may run the VM. The rules, and why they suffic
 2. The source gives that word only after its QEMU reported ``completed``, and writes HANDING_OVER before. QEMU does not
    run a guest whose migration completed unless it is told to.
 3. From HANDING_OVER on the source runs the guest again only if the destination answers GONE: it destroyed what it had
-   and the guest never ran there. The destination can say so because it writes CONTINUING before it continues.
+   and the guest never ran there. The destination can say so because it writes CONTINUING before it continues. If QEMU
+   provably did not run the guest then, it takes that back, durably, before it destroys anything.
 4. Such lines are written, not synced, on the way from STOP to RESUME. They survive the daemon. If the destination's
    *machine* died they may be lost, so its GONE counts only within one boot, once the word was given, and it keeps the
    images it made, which the guest may have written. A VM that is the destination's durably was continued there,
@@ -63,7 +64,8 @@ class SourceStep(StrEnum):
 class DestinationStep(StrEnum):
     """Steps of the destination's journal, in order."""
 
-    #: memory, name and files are reserved, QEMU is about to be started
+    #: memory, name and files are reserved, QEMU is about to be started; after CONTINUING: it did not run the guest, and
+    #: everything is about to be destroyed
     RESERVED = "reserved"
     #: the guest is about to be continued on the source's or a person's word
     CONTINUING = "continuing"
