@@ -11,6 +11,7 @@ import msgspec
 import pytest
 
 from harness.landings import VM, header
+from limosa.errors import Conflict
 from limosa.host.files import Files
 from limosa.host.incoming import Incoming
 from limosa.host.vms import Vms
@@ -18,9 +19,13 @@ from limosa.migration.journal import Journal
 from limosa.migration.ownership import DestinationStep
 from limosa.model.migration import Side
 from limosa.model.storage import BackingFile
-from limosa.model.vm import Disk, VmState
+from limosa.model.vm import Disk, VmConfig, VmState
+from limosa.qemu.protocol import RunState
 from limosa.settings import toml
 from limosa.settings.host import HostSettings
+from limosa.testing.guest import FakeGuest
+from limosa.testing.machine import FakeMachine
+from limosa.testing.wire import Wire
 from limosa.wire.peer import DestinationState
 
 MIGRATION = "abcdefabcdef"
@@ -29,16 +34,16 @@ LANDED = msgspec.structs.replace(VM, disks=(Disk(name="vda", path=IMAGE, format=
 
 
 class World:
-    """A host whose daemon starts, and finds a journal that begins in the boot ``boot``."""
+    """A host whose daemon starts, and finds a journal that begins in the boot ``boot``, and a VM that is ``here``."""
 
-    def __init__(self, folder: Path, *steps: DestinationStep, boot: str, belongs_here: bool = False) -> None:
+    def __init__(self, folder: Path, *steps: DestinationStep, boot: str, here: VmConfig | None = None) -> None:
         self.removed: list[str] = []
         self.settled: list[str] = []
         files = Files(folder / "state", folder / "run")
         files.migrations.mkdir(parents=True)
-        if belongs_here:
-            files.vm(VM.name).mkdir(parents=True)
-            toml.write(files.vm(VM.name) / "vm.toml", LANDED)
+        if here is not None:
+            files.vm(here.name).mkdir(parents=True)
+            toml.write(files.vm(here.name) / "vm.toml", here)
         files.vms.mkdir(parents=True, exist_ok=True)
         leases = SimpleNamespace(hand_back=self.nothing, settle=self.nothing)
         leasing = SimpleNamespace(landing=lambda *_: leases, give_back=self.nothing)
@@ -118,11 +123,58 @@ def test_a_vm_that_is_durably_this_hosts_has_landed_whatever_its_journal_has_los
     tmp_path: Path, steps: tuple[DestinationStep, ...]
 ) -> None:
     async def scenario() -> None:
-        world = World(tmp_path, *steps, boot="before", belongs_here=True)
+        world = World(tmp_path, *steps, boot="before", here=LANDED)
         await world.start()
         assert world.removed == []
         assert await world.answer() is DestinationState.OWNED
         assert world.vms.get(VM.name).state is VmState.CRASHED
         assert world.journal.step == DestinationStep.OWNED
+
+    asyncio.run(scenario())
+
+
+OTHER = msgspec.structs.replace(VM, uuid="0f0f2b9e-0f0e-4c06-8a0b-6d4b7b6f2a11")
+
+
+@pytest.mark.parametrize("steps", [(), (DestinationStep.RESERVED,)])
+@pytest.mark.parametrize(
+    ("here", "boot", "migration"),
+    [
+        pytest.param(OTHER, "now", None, id="another"),
+        pytest.param(OTHER, "before", None, id="another, after a reboot"),
+        pytest.param(VM, "now", None, id="the same, by another move"),
+        pytest.param(LANDED, "before", "leaveleave00", id="the same, which is leaving"),
+    ],
+)
+def test_a_vm_that_did_not_land_by_this_move_is_not_taken_for_the_one_that_was_destroyed(
+    tmp_path: Path, steps: tuple[DestinationStep, ...], here: VmConfig, boot: str, migration: str | None
+) -> None:
+    """Of which that could not be written."""
+
+    async def scenario() -> None:
+        world = World(tmp_path, *steps, boot=boot, here=here)
+        await world.vms.load()
+        hosted, machine = world.vms.get(VM.name), FakeMachine(Wire(), FakeGuest(0))
+        await machine.resume()
+        hosted.machine, hosted.state, hosted.migration = cast(Any, machine), VmState.RUNNING, migration
+        await world.incoming.recover(world.journal)
+        assert await world.answer() is DestinationState.GONE
+        assert world.vms.get(VM.name) is hosted
+        assert (hosted.config, hosted.state, hosted.migration) == (here, VmState.RUNNING, migration)
+        assert await machine.status() is RunState.RUNNING
+        assert world.vms._folders.read() == [here]
+
+    asyncio.run(scenario())
+
+
+def test_another_vm_is_not_made_the_one_that_landed(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        world = World(tmp_path, DestinationStep.RESERVED, DestinationStep.CONTINUING, boot="now", here=OTHER)
+        with pytest.raises(Conflict, match="another has its name"):
+            await world.start()
+        hosted = world.vms.get(VM.name)
+        assert (hosted.config, hosted.state, hosted.started_at) == (OTHER, VmState.STOPPED, None)
+        assert await world.answer() is DestinationState.OWNED
+        assert world.removed == []
 
     asyncio.run(scenario())

@@ -40,7 +40,6 @@ from limosa.model.facts import DestinationFacts
 from limosa.model.finding import Finding
 from limosa.model.migration import Migration, Outcome, Phase, Progress, Side
 from limosa.model.storage import BackingFile
-from limosa.model.vm import VmState
 from limosa.network.addresses import stream_addresses
 from limosa.qemu.protocol import MachineProtocol
 from limosa.storage import layers
@@ -254,14 +253,26 @@ class Incoming:
         if journal.step is not None and DestinationStep(journal.step) in DESTINATION_ENDED:
             return
         self._storage.resume(journal.header.images)
-        hosted = await self._vms.take_up_landing(journal.header.vm, journal.header.migration)
-        if journal.header.boot != self._boot and _has_landed(hosted, journal.header):
-            # The guest was continued here, durably, and the line that says so was lost with the machine.
-            await in_full(journal.record, DestinationStep.CONTINUING, time.time())
-        destination = self._make(journal, hosted.machine, silent=hosted.fault is not None)
+        hosted = self._vms.find(journal.header.vm.name)
+        if hosted is None:
+            hosted = await self._vms.take_up_landing(journal.header.vm, journal.header.migration)
+        elif not await self._is_its(hosted, journal):
+            hosted = None  # it has come since: what was landing by this move was destroyed
+        machine, is_silent = (hosted.machine, hosted.fault is not None) if hosted is not None else (None, False)
+        destination = self._make(journal, machine, silent=is_silent)
         self._landing[journal.header.migration] = destination
         await destination.abandoned()
         self.settled(destination)
+
+    async def _is_its(self, hosted: HostedVm, journal: Journal) -> bool:
+        """Whether a VM that a restart finds here has landed by this move, which has not ended."""
+        if journal.step == DestinationStep.CONTINUING:
+            return hosted.config.uuid == journal.header.vm.uuid
+        if journal.header.boot == self._boot or not _has_landed(hosted, journal.header):
+            return False  # what has not died with the machine is not lost, and says that it did not land
+        # The guest was continued here, durably, and the line that says so was lost with the machine.
+        await in_full(journal.record, DestinationStep.CONTINUING, time.time())
+        return True
 
     def stop(self) -> None:
         """This daemon ends: have what is safe decided as soon as sessions end."""
@@ -297,9 +308,9 @@ class Incoming:
 
 
 def _has_landed(hosted: HostedVm, header: Header) -> bool:
-    """Whether the VM is this host's, with the images of that landing."""
+    """Whether the VM is this host's, with the images of that landing, and not about to leave or be forgotten."""
     paths = {disk.path for disk in hosted.config.disks}
-    is_ours = hosted.state is not VmState.INCOMING and hosted.config.uuid == header.vm.uuid
+    is_ours = hosted.migration is None and hosted.config.uuid == header.vm.uuid
     return is_ours and paths.issuperset(header.images)
 
 

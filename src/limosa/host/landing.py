@@ -8,7 +8,7 @@ import binascii
 from collections.abc import Callable
 from functools import partial
 
-from limosa.errors import InvalidInput, LimosaError
+from limosa.errors import Conflict, InvalidInput, LimosaError
 from limosa.host.arrival import Arrival
 from limosa.host.layers import Layers
 from limosa.host.parts import Parts
@@ -85,6 +85,13 @@ class LandingHere:
     async def adopt(self, *, running: bool) -> None:
         """See :class:`limosa.migration.destination.Landing`."""
         hosted = self._vms.get(self._header.vm.name)
+        if hosted.config.uuid != self._header.vm.uuid:
+            raise Conflict(
+                f"VM '{hosted.config.name}' has landed, but another has its name by now",
+                todo="move or delete that one and restart the daemon",
+                vm=hosted.config.name,
+                host=self._header.destination,
+            )
         await self._storage.finish(self._header.images)
         await self._layers.finish(self._header.layers)
         await self._vms.adopt(hosted, running=running)

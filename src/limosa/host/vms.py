@@ -428,16 +428,14 @@ class Vms:
         return hosted
 
     async def take_up_landing(self, config: VmConfig, migration: str) -> HostedVm:
-        """After a restart: the VM a journal speaks of, whether or not it became ours, with its QEMU if that runs."""
-        hosted = self._vms.get(config.name)
-        if hosted is None:
-            hosted = HostedVm(config, VmState.INCOMING, migration=migration)
-            self._vms[config.name] = hosted
-            try:
-                await self.take_up(hosted, died=VmState.INCOMING)
-            except QemuError as error:
-                hosted.fault = error
-            hosted.state = VmState.INCOMING
+        """After a restart: the VM that was landing by that migration, which had not become ours, with its QEMU if that
+        runs. Its name is free."""
+        hosted = self._vms[config.name] = HostedVm(config, VmState.INCOMING, migration=migration)
+        try:
+            await self.take_up(hosted, died=VmState.INCOMING)
+        except QemuError as error:
+            hosted.fault = error
+        hosted.state = VmState.INCOMING
         return hosted
 
     def seed_of(self, config: VmConfig) -> bytes | None:

@@ -11,7 +11,8 @@ At every instant at most one host may run the VM. The rules, and why they suffic
 4. Such lines are written, not synced, on the way from STOP to RESUME. They survive the daemon. If the destination's
    *machine* died they may be lost, so its GONE counts only within one boot, once the word was given, and it keeps the
    images it made, which the guest may have written. A VM that is the destination's durably was continued there,
-   whatever its journal has lost. If the source's machine died, HANDING_OVER may be the line that is lost: then the VM
+   whatever its journal has lost with the machine; within one boot nothing is lost, and a VM of which the journal says
+   nothing came in another way. If the source's machine died, HANDING_OVER may be the line that is lost: then the VM
    is a crashed one of the source's only when the destination has answered.
 5. Before HANDING_OVER the word was not given, so a source whose QEMU can still run simply goes on, whatever the
    destination says: nobody but a person can have continued the guest there, and a person is told not to while the
