@@ -199,6 +199,32 @@ def test_what_was_destroyed_is_never_taken_for_a_vm_that_crashed(
     asyncio.run(scenario())
 
 
+def test_it_is_destroyed_once_whatever_becomes_of_the_line_that_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its name may be another's when it is tried again."""
+
+    async def scenario() -> None:
+        landing, _ = await loaded(tmp_path)
+        release = AsyncMock()
+        monkeypatch.setattr(landing.landing, "release", release)
+        with monkeypatch.context() as patch:
+            unwritable(landing, patch, DestinationStep.GONE)
+            await landing.abort("the move was cancelled")
+            await landing.abandoned()
+            with pytest.raises(DestinationLost):
+                await landing.take_over()
+            with pytest.raises(StateError):
+                await landing.ended()
+            assert landing.journal.step == DestinationStep.RESERVED
+            assert incoming.view(landing).outcome is Outcome.FAILED
+        await landing.ended()
+        assert landing.journal.step == DestinationStep.GONE
+        release.assert_awaited_once()
+
+    asyncio.run(scenario())
+
+
 def test_nothing_is_destroyed_while_it_is_written_that_the_guest_is_continued(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

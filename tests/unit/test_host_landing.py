@@ -3,30 +3,33 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
+from unittest.mock import Mock
 
 import msgspec
 import pytest
 
 from harness.landings import VM, header
-from limosa.errors import Conflict
+from limosa.errors import Conflict, StateError
+from limosa.host import incoming
 from limosa.host.files import Files
 from limosa.host.incoming import Incoming
-from limosa.host.vms import Vms
+from limosa.host.vms import HostedVm, Vms
 from limosa.migration.journal import Journal
 from limosa.migration.ownership import DestinationStep
-from limosa.model.migration import Side
+from limosa.model.migration import Outcome, Side
 from limosa.model.storage import BackingFile
 from limosa.model.vm import Disk, VmConfig, VmState
-from limosa.qemu.protocol import RunState
+from limosa.qemu.protocol import MigrationState, RunState
 from limosa.settings import toml
 from limosa.settings.host import HostSettings
 from limosa.testing.guest import FakeGuest
 from limosa.testing.machine import FakeMachine
 from limosa.testing.wire import Wire
-from limosa.wire.peer import DestinationState
+from limosa.wire.peer import DestinationState, Prepare
 
 MIGRATION = "abcdefabcdef"
 IMAGE, LAYER = f"/images/vm-vda.{MIGRATION}.qcow2", f"/images/golden.{MIGRATION}-1.qcow2"
@@ -45,7 +48,7 @@ class World:
             files.vm(here.name).mkdir(parents=True)
             toml.write(files.vm(here.name) / "vm.toml", here)
         files.vms.mkdir(parents=True, exist_ok=True)
-        leases = SimpleNamespace(hand_back=self.nothing, settle=self.nothing)
+        leases = SimpleNamespace(hand_back=self.nothing, settle=self.nothing, claim=self.nothing)
         leasing = SimpleNamespace(landing=lambda *_: leases, give_back=self.nothing)
         launcher = SimpleNamespace(leasing=leasing, records=SimpleNamespace(attach=self.nothing))
         self.vms = Vms("there", files, cast(Any, launcher))
@@ -176,5 +179,93 @@ def test_another_vm_is_not_made_the_one_that_landed(tmp_path: Path) -> None:
         assert (hosted.config, hosted.state, hosted.started_at) == (OTHER, VmState.STOPPED, None)
         assert await world.answer() is DestinationState.OWNED
         assert world.removed == []
+
+    asyncio.run(scenario())
+
+
+SECOND = Prepare(
+    migration="second000000", vm=VM, accelerator="kvm", running=True, transport="tcp", credentials=None, post_copy=False
+)
+
+
+def full(world: World, monkeypatch: pytest.MonkeyPatch, *steps: DestinationStep) -> Mock:
+    """Have these steps not be written. Returns what is called when it is tried."""
+    record, tried = world.journal.record, Mock(side_effect=StateError("cannot write the journal"))
+    monkeypatch.setattr(
+        world.journal, "record", lambda step, at, **more: (tried if step in steps else record)(step, at, **more)
+    )
+    return tried
+
+
+async def until(what: Callable[[], bool]) -> None:
+    async with asyncio.timeout(10):
+        while not what():  # noqa: ASYNC110 - anything may make it true
+            await asyncio.sleep(0.001)
+
+
+@pytest.fixture
+def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(incoming, "FINISH_EVERY_S", 0.01)
+
+
+@pytest.mark.usefixtures("_soon")
+def test_that_a_landing_was_destroyed_is_written_as_soon_as_it_can_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario() -> None:
+        world = World(tmp_path, DestinationStep.RESERVED, boot="now")
+        with monkeypatch.context() as patch:
+            tried = full(world, patch, DestinationStep.GONE)
+            await world.start()
+            await until(lambda: tried.call_count > 2)
+            assert world.vms.all() == []
+            assert [one.outcome for one in world.incoming.migrations()] == [Outcome.FAILED]
+        await until(lambda: world.incoming.migrations() == [])
+        assert world.journal.step == DestinationStep.GONE
+
+    asyncio.run(scenario())
+
+
+def test_it_is_before_the_same_vm_begins_to_land_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A restart could not tell whose the QEMU is that it finds."""
+
+    async def scenario() -> None:
+        world = World(tmp_path, DestinationStep.RESERVED, boot="now")
+        with monkeypatch.context() as patch:
+            full(world, patch, DestinationStep.GONE)
+            await world.start()
+            with pytest.raises(StateError):
+                await world.incoming.begin(SECOND, "here", "10.0.0.2")
+        assert world.incoming.show(SECOND.migration) is None
+        await world.incoming.begin(SECOND, "here", "10.0.0.2")
+        assert world.journal.step == DestinationStep.GONE
+        assert [one.id for one in world.incoming.migrations()] == [SECOND.migration]
+        world.incoming._background.cancel()
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.usefixtures("_soon")
+def test_a_vm_that_a_person_gave_to_this_host_is_its_as_soon_as_that_can_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario() -> None:
+        world = World(tmp_path, DestinationStep.RESERVED, boot="now")
+        machine = FakeMachine(Wire(), FakeGuest(0), incoming=True)
+        machine._loaded(MigrationState.COMPLETED)
+
+        async def take_up(hosted: HostedVm, *, died: VmState) -> None:
+            hosted.machine = cast(Any, machine)
+
+        monkeypatch.setattr(world.vms, "take_up", take_up)
+        world.vms._files.vm(VM.name).mkdir()
+        await world.incoming.recover(world.journal)
+        with monkeypatch.context() as patch:
+            full(world, patch, DestinationStep.OWNED)
+            with pytest.raises(StateError):
+                await world.incoming.resolve(MIGRATION, Side.DESTINATION)
+            assert await machine.status() is RunState.RUNNING
+        await until(lambda: world.incoming.migrations() == [])
+        assert world.journal.step == DestinationStep.OWNED
 
     asyncio.run(scenario())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import msgspec
 
-from limosa.background import in_full
+from limosa.background import Background, in_full
 from limosa.errors import (
     Conflict,
     InvalidInput,
@@ -40,14 +41,17 @@ from limosa.model.facts import DestinationFacts
 from limosa.model.finding import Finding
 from limosa.model.migration import Migration, Outcome, Phase, Progress, Side
 from limosa.model.storage import BackingFile
+from limosa.model.vm import VmConfig
 from limosa.network.addresses import stream_addresses
 from limosa.qemu.protocol import MachineProtocol
 from limosa.storage import layers
 from limosa.transport import tcp, trials
 from limosa.wire.peer import Inspect, Offered, Prepare
 
-#: Between attempts to make it durable that a VM that runs here belongs here.
-ADOPT_EVERY_S = 1.0
+_log = logging.getLogger(__name__)
+
+#: Between attempts to make it durable how a landing has ended.
+FINISH_EVERY_S = 1.0
 #: Between looks at a landing that somebody watches here, where little of it is known.
 LOOK_EVERY_S = 0.25
 
@@ -70,6 +74,9 @@ class Incoming:
         self._landing: dict[str, Destination] = {}
         #: held while one is begun, whose journal may be there before it is among ``_landing``
         self._beginning = asyncio.Lock()
+        #: migrations of which it is tried to make durable how they ended
+        self._finishing: set[str] = set()
+        self._background = Background()
 
     @property
     def under_way(self) -> int:
@@ -111,6 +118,7 @@ class Incoming:
             raise PreflightRefused((finding,), vm=request.vm.name, host=self.host)
         self._check_images(request)
         self._check_layers(request)
+        await self._finish_earlier(request.vm)
         header = Header(
             migration=request.migration,
             side=Side.DESTINATION,
@@ -173,6 +181,14 @@ class Incoming:
             if not shown or (plan.backing is not None and not self._storage.places.of(plan.backing.path)):
                 raise InvalidInput(f"{file.path} cannot be shown to a guest", vm=request.vm.name)
 
+    async def _finish_earlier(self, vm: VmConfig) -> None:
+        """A VM has one landing at a time that has not ended, so that a restart knows whose its QEMU is. Raises
+        :class:`StateError` if that cannot be written of an earlier one."""
+        for earlier in tuple(self._landing.values()):
+            if earlier.is_destroyed and (earlier.vm.name == vm.name or earlier.vm.uuid == vm.uuid):
+                await earlier.ended()
+                self.settled(earlier)
+
     def _forget_earlier_try(self, request: Prepare, source: str) -> None:
         """A source may begin a migration again that was destroyed here; any other raises :class:`Conflict`."""
         path = self._journal_of(request.migration)
@@ -195,17 +211,28 @@ class Incoming:
             return None
         return destination
 
-    async def adopt(self, destination: Destination) -> None:
-        """Make it durable that the VM is ours. It runs here already, so a full disk can delay that but not end it."""
-        obstacle = Obstacle(f"VM {destination.vm.name} has landed, but could not be made durable yet")
-        while True:
-            try:
-                await destination.adopted()
-                break
-            except (StateError, StorageError) as error:
-                obstacle.met(error)
-                await asyncio.sleep(ADOPT_EVERY_S)
-        self.settled(destination)
+    async def finish(self, destination: Destination, cause: LimosaError | None = None) -> None:
+        """Make it durable how a landing has ended. That is decided, so a full disk can delay but not change it."""
+        migration = destination.journal.header.migration
+        obstacle = Obstacle(f"how the landing of VM {destination.vm.name} has ended could not be made durable yet")
+        self._finishing.add(migration)
+        try:
+            while True:
+                try:
+                    await destination.ended()
+                    break
+                except (StateError, StorageError) as error:
+                    obstacle.met(error)
+                    await asyncio.sleep(FINISH_EVERY_S)
+        finally:
+            self._finishing.discard(migration)
+        self.settled(destination, cause)
+
+    async def _finish_later(self, destination: Destination, cause: LimosaError | None) -> None:
+        try:
+            await self.finish(destination, cause)
+        except LimosaError as error:
+            _log.error("%s", error)  # the next daemon finds it unfinished
 
     def machine_of(self, destination: Destination) -> MachineProtocol:
         """The QEMU of a VM that has landed. Raises :class:`QemuGone` if it has ended, and what is wrong with it."""
@@ -227,15 +254,18 @@ class Incoming:
         return door, addresses
 
     def settled(self, destination: Destination, cause: LimosaError | None = None) -> None:
-        """Forget a landing that has ended, by ``cause`` if that is known; its journal goes on answering for it."""
+        """Forget a landing that has ended, by ``cause`` if that is known; its journal goes on answering for it. If that
+        could not be written, it is tried again and again."""
+        migration = destination.journal.header.migration
         if destination.step in DESTINATION_ENDED:
             destination.journal.close()
-            migration = destination.journal.header.migration
             if self._landing.get(migration) is destination:  # and not its second try, which has begun since
                 del self._landing[migration]
                 ended = view(destination)
                 ended = msgspec.structs.replace(ended, total_s=time.time() - ended.accepted_at)
                 audit.move_changed(None, ended, cause.code if cause is not None else "")
+        elif destination.is_decided and migration not in self._finishing:
+            self._background.spawn(self._finish_later(destination, cause))
 
     async def resolve(self, migration: str, owner: Side) -> Migration:
         """A person says who owns a VM that is held here."""
@@ -261,8 +291,10 @@ class Incoming:
         machine, is_silent = (hosted.machine, hosted.fault is not None) if hosted is not None else (None, False)
         destination = self._make(journal, machine, silent=is_silent)
         self._landing[journal.header.migration] = destination
-        await destination.abandoned()
-        self.settled(destination)
+        try:
+            await destination.abandoned()
+        finally:
+            self.settled(destination)
 
     async def _is_its(self, hosted: HostedVm, journal: Journal) -> bool:
         """Whether a VM that a restart finds here has landed by this move, which has not ended."""
@@ -330,7 +362,7 @@ def view(destination: Destination) -> Migration:
     outcome, fault, note = Outcome.UNDER_WAY, None, "see the source for its progress"
     if destination.step is DestinationStep.OWNED:
         outcome = Outcome.COMPLETED
-    elif destination.step is DestinationStep.GONE:
+    elif destination.is_destroyed or destination.step is DestinationStep.GONE:
         outcome, note = Outcome.FAILED, "see the source for why it ended"
     elif destination.is_unresolved:
         outcome, fault, note = Outcome.UNRESOLVED, _held(header).fault(), ""

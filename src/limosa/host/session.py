@@ -189,7 +189,7 @@ class Session:
         await self._adopt(destination)
 
     async def _adopt(self, destination: Destination) -> None:
-        await self._incoming.adopt(destination)
+        await self._incoming.finish(destination)
         await self._send(say.Adopted())
 
     async def _attach(self, migration: str, *, goes_on: bool) -> None:

@@ -34,6 +34,7 @@ from limosa.errors import (
 from limosa.migration.interruption import is_gone
 from limosa.migration.journal import Journal
 from limosa.migration.ownership import (
+    DESTINATION_ENDED,
     UNRESOLVED_AFTER_S,
     DestinationAction,
     DestinationQemu,
@@ -121,6 +122,8 @@ class Destination:
         self._given_up = asyncio.Event()
         #: this daemon ends
         self._ends = asyncio.Event()
+        #: nothing is left here; the line that says so may be missing, on a full disk
+        self.is_destroyed = False
         self._resumed_at: float | None = None
         #: QEMU has said RESUME, which it does before the guest's first instruction
         self._ran = False
@@ -147,10 +150,15 @@ class Destination:
         return DestinationStep(self.journal.step) if self.journal.step is not None else None
 
     @property
+    def is_decided(self) -> bool:
+        """Whether it is certain how this ends, be it written or not."""
+        return self.is_destroyed or self.step in (DestinationStep.CONTINUING, *DESTINATION_ENDED)
+
+    @property
     def is_unresolved(self) -> bool:
         """Whether the guest waits here, paused and whole, for a source that has been gone for long, or for a person's
         word."""
-        if self._held_since is None or self.step is not DestinationStep.RESERVED:
+        if self._held_since is None or self.is_decided:
             return False
         return time.monotonic() - self._held_since >= UNRESOLVED_AFTER_S
 
@@ -228,6 +236,15 @@ class Destination:
         async with self._lock:
             if self.step is DestinationStep.CONTINUING:
                 await self._own()
+
+    async def ended(self) -> None:
+        """Make it durable how this ended, if it is decided. Returns at once if it is. Raises :class:`StateError` and
+        :class:`StorageError`; it may be tried again."""
+        async with self._lock:
+            if self.step is DestinationStep.CONTINUING:
+                await self._own()
+            elif self.is_destroyed:
+                await self._write_gone()
 
     async def abort(self, reason: str) -> None:
         """Destroy everything. Raises :class:`Conflict` if the guest is ours already."""
@@ -484,7 +501,11 @@ class Destination:
 
     async def _destroy(self) -> None:
         """Raises :class:`StateError` if it is written that the guest is continued and cannot be taken back;
-        nothing was destroyed then."""
+        nothing was destroyed then. May be repeated: others may have the name by then."""
+        if self.is_destroyed:
+            with contextlib.suppress(StateError):
+                await self._write_gone()
+            return
         if self.step is DestinationStep.CONTINUING:
             # Else the next daemon, if the last line cannot be written, would take what is gone for a VM that crashed.
             await in_full(self.journal.record, DestinationStep.RESERVED, time.time())
@@ -495,9 +516,13 @@ class Destination:
         self._close_disks()
         self._unfollow()
         await self.landing.release(self.machine)
-        self.machine, self._silent = None, False
+        self.machine, self._silent, self.is_destroyed = None, False, True
         # On a full disk the line is missing, and RESERVED with a dead QEMU says the same.
         with contextlib.suppress(StateError):
+            await self._write_gone()
+
+    async def _write_gone(self) -> None:
+        if self.step is not DestinationStep.GONE:
             await in_full(self.journal.record, DestinationStep.GONE, time.time())
 
     async def _own_qemu(self) -> DestinationQemu:
