@@ -293,6 +293,7 @@ class TestASilentQemu:
             world.restarting.ask_again()
             await asyncio.sleep(0.01)
             assert hosted.fault is not None
+            assert hosted.fault.__traceback__ is None  # which would hold on to sockets
             machine = FakeMachine(Wire(), FakeGuest(0))
             await machine.resume()
             world.launcher.silent, world.launcher.found = False, Found(cast(Any, machine), "tcg", LONG_AGO)

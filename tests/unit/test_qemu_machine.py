@@ -14,6 +14,7 @@ import socket
 import stat
 import tempfile
 from collections.abc import Awaitable, Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -289,6 +290,34 @@ def test_it_survives_us_and_is_found_again(place: Place, play: Runner) -> None:
         with pytest.raises(QemuGone):
             await Machine.attach(place.run_dir, pid, start_time)
         await second.quit()
+
+    play(scenario())
+
+
+def test_one_that_hung_is_taken_up_when_it_wakes(place: Place, play: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever asked in vain has left no connection: QEMU would serve the first of them alone."""
+
+    async def scenario() -> None:
+        hung = await place.launch()
+        await hung.resume()
+        await hung.detach()
+        os.kill(hung.pid, signal.SIGSTOP)
+        kept = []  # as a daemon does that shows why
+        with monkeypatch.context() as patience:
+            patience.setattr("limosa.qemu.machine.ATTACH_WITHIN_S", 0.1)
+            patience.setattr("limosa.qemu.machine.DYING_S", 0.0)
+            for _ in range(4):  # more than can wait at its socket
+                with pytest.raises(QemuError, match="does not answer") as refused:
+                    await Machine.attach(place.run_dir, hung.pid, hung.process.start_time)
+                kept.append(refused)
+        os.kill(hung.pid, signal.SIGCONT)
+        async with asyncio.timeout(10):
+            machine = None
+            while machine is None:
+                with suppress(QemuError):  # it has not got rid of the others yet
+                    machine = await Machine.attach(place.run_dir, hung.pid, hung.process.start_time)
+            assert await machine.status() is RunState.RUNNING
+        await machine.quit()
 
     play(scenario())
 

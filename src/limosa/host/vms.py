@@ -118,7 +118,7 @@ class Vms:
         try:
             await self.take_up(hosted)
         except LimosaError as error:
-            hosted.fault, hosted.state, hosted.reason = error, VmState.CRASHED, str(error)
+            hosted.fault, hosted.state, hosted.reason = _kept(error), VmState.CRASHED, str(error)
 
     async def take_up(self, hosted: HostedVm, *, died: VmState = VmState.CRASHED) -> None:
         """Attach to the QEMU that an earlier daemon started for the VM if it still runs; if it has ended unasked the VM
@@ -434,7 +434,7 @@ class Vms:
         try:
             await self.take_up(hosted, died=VmState.INCOMING)
         except QemuError as error:
-            hosted.fault = error
+            hosted.fault = _kept(error)
         hosted.state = VmState.INCOMING
         return hosted
 
@@ -546,3 +546,8 @@ class Vms:
                     vm=name,
                     host=self._host,
                 )
+
+
+def _kept(error: LimosaError) -> LimosaError:
+    """The error to keep for long: its traceback would hold on to all that was under way, such as sockets."""
+    return from_fault(error.fault())

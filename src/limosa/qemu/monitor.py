@@ -72,10 +72,14 @@ class Monitor:
         monitor = cls(client, connection.dup(), name)
         try:
             await client.connect(connection)
-        except (OSError, ConnectError) as error:
+        except BaseException as error:
+            # Both at once, also if it was given up: a QEMU that hung takes the oldest connection first when it wakes,
+            # and one that nobody has closed is all that it listens to from then on.
             connection.close()
             monitor._connection.close()
-            raise QemuGone(f"no QMP session with {name}", why=str(error)) from error
+            if isinstance(error, OSError | ConnectError):
+                raise QemuGone(f"no QMP session with {name}", why=str(error)) from error
+            raise
         return monitor
 
     def on_event(self, callback: EventCallback) -> Callable[[], None]:
