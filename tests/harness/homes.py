@@ -43,6 +43,9 @@ class BareHome:
     async def connect(self, route: Route, prepared: Prepared) -> Channel:
         raise AssertionError("the move has begun")
 
+    async def qemu(self) -> MachineProtocol | None:
+        raise AssertionError("the move has it")
+
     def carry_on(self) -> dict[str, str]:
         return {}
 

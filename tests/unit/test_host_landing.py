@@ -13,7 +13,7 @@ import msgspec
 import pytest
 
 from harness.landings import VM, header
-from limosa.errors import Conflict, StateError
+from limosa.errors import Conflict, QemuError, StateError
 from limosa.host import incoming
 from limosa.host.files import Files
 from limosa.host.incoming import Incoming
@@ -42,15 +42,17 @@ class World:
     def __init__(self, folder: Path, *steps: DestinationStep, boot: str, here: VmConfig | None = None) -> None:
         self.removed: list[str] = []
         self.settled: list[str] = []
-        files = Files(folder / "state", folder / "run")
+        self.given_back: list[str] = []
+        files = self.files = Files(folder / "state", folder / "run")
         files.migrations.mkdir(parents=True)
         if here is not None:
             files.vm(here.name).mkdir(parents=True)
             toml.write(files.vm(here.name) / "vm.toml", here)
         files.vms.mkdir(parents=True, exist_ok=True)
         leases = SimpleNamespace(hand_back=self.nothing, settle=self.nothing, claim=self.nothing)
-        leasing = SimpleNamespace(landing=lambda *_: leases, give_back=self.nothing)
-        launcher = SimpleNamespace(leasing=leasing, records=SimpleNamespace(attach=self.nothing))
+        leasing = SimpleNamespace(landing=lambda *_: leases, give_back=self.give_back)
+        self.records = SimpleNamespace(attach=self.nothing)
+        launcher = SimpleNamespace(leasing=leasing, records=self.records)
         self.vms = Vms("there", files, cast(Any, launcher))
         storage = SimpleNamespace(
             resume=lambda paths: None,
@@ -84,6 +86,9 @@ class World:
             self.journal.record(step, 0.0)
 
     async def nothing(self, *_: object) -> None: ...
+
+    async def give_back(self, config: VmConfig) -> None:
+        self.given_back.append(config.name)
 
     async def remove(self, path: str) -> None:
         self.removed.append(path)
@@ -267,5 +272,27 @@ def test_a_vm_that_a_person_gave_to_this_host_is_its_as_soon_as_that_can_be_writ
             assert await machine.status() is RunState.RUNNING
         await until(lambda: world.incoming.migrations() == [])
         assert world.journal.step == DestinationStep.OWNED
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("silent", [True, False])
+def test_one_whose_qemu_is_silent_keeps_its_leases(tmp_path: Path, silent: bool) -> None:
+    async def scenario() -> None:
+        world = World(tmp_path, DestinationStep.RESERVED, DestinationStep.CONTINUING, boot="now")
+
+        async def say_nothing(config: VmConfig) -> None:
+            raise QemuError("QEMU with pid 7 does not answer")
+
+        if silent:
+            world.records.attach = say_nothing
+        world.files.vm(VM.name).mkdir()
+        await world.start()
+        hosted = world.vms.get(VM.name)
+        assert world.journal.step == DestinationStep.OWNED
+        assert world.given_back == ([] if silent else [VM.name])
+        assert hosted.reason == (
+            "QEMU with pid 7 does not answer" if silent else "its QEMU ended just after it had landed"
+        )
 
     asyncio.run(scenario())

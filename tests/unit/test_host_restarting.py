@@ -45,6 +45,8 @@ class FakeLauncher:
         self.started: list[FakeMachine] = []
         self.left: list[str] = []
         self.silent = False
+        #: how often it was asked for that QEMU
+        self.attached = 0
         self.has_images = True
         #: how often images were asked for
         self.claimed = 0
@@ -55,6 +57,7 @@ class FakeLauncher:
     async def nothing(self, *_: object) -> None: ...
 
     async def attach(self, config: VmConfig) -> Found | None:
+        self.attached += 1
         if self.silent:
             raise QemuError("QEMU does not answer")
         return self.found
@@ -364,6 +367,33 @@ class TestASilentQemu:
             hosted.migration = None
             await world.idle()
             assert hosted.fault is None
+
+        play(scenario)
+
+    @pytest.mark.parametrize("ends", [True, False])
+    def test_what_its_move_has_found_of_it_is_left_to_that(self, play: Play, ends: bool) -> None:
+        async def scenario(world: World) -> None:
+            given_back: list[str] = []
+
+            async def give_back(config: VmConfig) -> None:
+                given_back.append(config.name)
+
+            world.launcher.leasing.give_back = give_back
+            hosted = await world.load_silent(RESTARTS)
+            hosted.migration = "m1"
+            world.restarting.ask_again()
+            await asyncio.sleep(0)
+            machine = FakeMachine(Wire(), FakeGuest(0))
+            found = Found(None if ends else cast(Any, machine), "tcg", LONG_AGO)
+            world.launcher.silent, world.launcher.found = False, found
+            await world.vms.ask_again(hosted)
+            hosted.migration = None
+            world.launcher.silent = True  # it has a session, and would not take another
+            await world.restarting._background.idle()
+            assert world.launcher.attached == 2
+            assert hosted.fault is None
+            assert (given_back, world.launcher.started) == ([], [])
+            world.vms._background.cancel()
 
         play(scenario)
 

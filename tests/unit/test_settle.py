@@ -97,9 +97,16 @@ class Here(BareHome):
         self.given_back: list[str | None] = []
         self.why_stopped = ""
         self.shared = 0
+        #: what an earlier daemon's QEMU says to this one; None: nothing
+        self.earlier: FakeMachine | None = None
         #: images that were deleted when the VM left
         self.deleted: tuple[str, ...] = ()
         self._journal = journal
+
+    async def qemu(self) -> FakeMachine | None:
+        if self.earlier is None:
+            raise QemuError("QEMU with pid 7 does not answer")
+        return self.earlier
 
     async def vm_left(self, images: Sequence[str]) -> tuple[Finding, ...]:
         self.left, self.deleted = True, tuple(images)
@@ -381,6 +388,51 @@ async def stays(world: World) -> None:
     assert world.report.now.outcome is Outcome.CANCELLED
 
 
+class TestAQemuThatIsSilent:
+    """An earlier daemon started it, and it has not answered this one."""
+
+    def world(self, folder: Path, *steps: SourceStep, state: DestinationState = DestinationState.LOADED) -> World:
+        world = World(folder, There(state, away=False), *steps)
+        world.settlement.move.machine = None
+        return world
+
+    @pytest.mark.parametrize("steps", [(), MIGRATING, HANDED_OVER, (*MIGRATING, SourceStep.UNDOING)])
+    def test_it_is_waited_for_since_it_may_run_the_guest(self, tmp_path: Path, steps: tuple[SourceStep, ...]) -> None:
+        async def scenario() -> None:
+            world = self.world(tmp_path, *steps)
+            for _ in range(2):
+                with pytest.raises(QemuError) as raised:
+                    await world.settlement.run()
+            assert raised.value.why == "its QEMU does not answer"
+            assert [record.step for record in world.journal.records] == list(steps)
+            assert world.home.given_back == []
+            assert world.there.state is DestinationState.LOADED
+
+        play(scenario)
+
+    def test_it_keeps_its_guest_when_it_answers(self, tmp_path: Path) -> None:
+        async def scenario() -> None:
+            world = self.world(tmp_path, *MIGRATING)
+            with pytest.raises(QemuError):
+                await world.settlement.run()
+            world.home.earlier = world.machine
+            await world.settlement.run()
+            assert await world.machine.status() is RunState.RUNNING
+            assert world.there.state is DestinationState.GONE
+            assert [record.step for record in world.journal.records][2:] == ["undoing", "home", "undone"]
+
+        play(scenario)
+
+    def test_one_whose_vm_has_left_durably_is_ended_as_it_is(self, tmp_path: Path) -> None:
+        async def scenario() -> None:
+            world = self.world(tmp_path, *HANDED_OVER, SourceStep.CONFIRMED, state=DestinationState.OWNED)
+            await world.settlement.run()
+            assert world.machine.gone.is_set()
+            assert world.report.now.outcome is Outcome.COMPLETED
+
+        play(scenario)
+
+
 class TestWhatAPersonSays:
     """Of a move that was handed over, to a destination that may not have heard of it."""
 
@@ -503,6 +555,9 @@ class TestWhatAPersonSays:
         play(scenario)
 
 
+async def nothing(*_: object) -> None: ...
+
+
 def outgoing_with(
     folder: Path,
     hosted: HostedVm | Vms,
@@ -510,13 +565,16 @@ def outgoing_with(
     monkeypatch: pytest.MonkeyPatch,
     *,
     boot: str = "boot",
+    ask_again: Callable[[HostedVm], Awaitable[None]] = nothing,
+    withdraw: Callable[..., Awaitable[None]] = nothing,
 ) -> Outgoing:
     """The moves of a host that has one VM, or these. ``destination`` is who is called at an address."""
     monkeypatch.setattr(Outgoing, "_dialler", lambda _, address, *_tell: destination(address).dial)
     page = SimpleNamespace(now=HostSettings(), on_change=lambda callback: None)
-    vms = hosted if isinstance(hosted, Vms) else SimpleNamespace(find=lambda name: hosted)
+    one = SimpleNamespace(find=lambda name: hosted, ask_again=ask_again, crashed=nothing)
+    vms = hosted if isinstance(hosted, Vms) else one
     relays = SimpleNamespace(pace=lambda: None)
-    leasing = SimpleNamespace(reclaim=nothing, withdraw=nothing, give_back=nothing)
+    leasing = SimpleNamespace(reclaim=nothing, withdraw=withdraw, give_back=nothing)
     parts = SimpleNamespace(
         name="here",
         boot=boot,
@@ -530,9 +588,6 @@ def outgoing_with(
         files=SimpleNamespace(migrations=folder),
     )
     return Outgoing(cast(Any, parts), folder, Views("here", folder))
-
-
-async def nothing(*_: object) -> None: ...
 
 
 def test_a_stream_that_a_hanging_qemu_does_not_end_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -827,6 +882,46 @@ class TestByADaemon:
             outgoing._background.cancel()
 
         monkeypatch.setattr(settle, "UNRESOLVED_AFTER_S", 0.0)
+        play(scenario)
+
+    def test_the_lease_of_a_vm_whose_qemu_is_silent_is_given_back_when_that_has_ended(
+        self, tmp_path: Path, there: dict[str, DestinationState | None], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Until then it may write."""
+
+        async def scenario() -> None:
+            there["x"] = DestinationState.LOADED
+            has_ended, withdrawn = asyncio.Event(), asyncio.Event()
+
+            async def ask_again(hosted: HostedVm) -> None:
+                if not has_ended.is_set():
+                    raise QemuError("QEMU with pid 7 does not answer")
+                hosted.fault = None
+
+            async def withdraw(*_: object) -> None:
+                withdrawn.set()
+
+            hosted = HostedVm(VM, VmState.CRASHED, fault=QemuError("QEMU with pid 7 does not answer"))
+            outgoing = outgoing_with(
+                tmp_path,
+                hosted,
+                lambda _: There(DestinationState.LOADED, away=False),
+                monkeypatch,
+                ask_again=ask_again,
+                withdraw=withdraw,
+            )
+            journal = self.journal(tmp_path, FIRST, "x", *MIGRATING)
+            await outgoing.recover(journal)
+            await until(lambda: outgoing._views.show(FIRST).outcome is Outcome.UNRESOLVED)
+            assert journal.step == SourceStep.MIGRATING
+            assert not withdrawn.is_set()
+            has_ended.set()
+            await until(lambda: journal.step == SourceStep.UNDONE)
+            assert withdrawn.is_set()
+            assert hosted.migration is None
+            outgoing._background.cancel()
+
+        monkeypatch.setattr(module_of_outgoing, "SETTLE_EVERY_S", 0.0)
         play(scenario)
 
     def test_a_move_that_a_restart_undid_has_failed(

@@ -16,6 +16,7 @@ from limosa.model.facts import VmFacts
 from limosa.model.finding import Finding
 from limosa.model.network import Carried, HostNetwork
 from limosa.model.route import Route
+from limosa.qemu.protocol import MachineProtocol
 from limosa.transport import tcp
 from limosa.transport.channel import Channel, SocketChannel
 from limosa.transport.choice import is_allowed
@@ -54,6 +55,14 @@ class HomeHere:
         """See :class:`limosa.migration.home.Home`."""
         assert self._hosted is not None
         return await self._inspector.vm_facts(self._hosted)
+
+    async def qemu(self) -> MachineProtocol | None:
+        """See :class:`limosa.migration.home.Home`."""
+        if self._hosted is None:
+            return None
+        if self._hosted.fault is not None:
+            await self._vms.ask_again(self._hosted)
+        return self._hosted.machine
 
     async def promise(self, destination: str, copied: Collection[str]) -> None:
         """See :class:`limosa.migration.home.Home`."""

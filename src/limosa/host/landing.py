@@ -96,7 +96,7 @@ class LandingHere:
         await self._layers.finish(self._header.layers)
         await self._vms.adopt(hosted, running=running)
         await self._leases.settle()
-        if hosted.machine is None:
+        if hosted.machine is None and hosted.fault is None:
             await self._leasing.give_back(hosted.config)
         for path in self._header.images:
             self._storage.settle(path)

@@ -55,14 +55,15 @@ class Restarting:
     async def _ask_again(self, hosted: HostedVm) -> None:
         while hosted.fault is not None and self._is_still_here(hosted):
             await asyncio.sleep(ASK_EVERY_S)
-            if hosted.migration is not None or hosted.machine is not None:
-                continue  # a move is being settled as if the QEMU had ended
-            with suppress(LimosaError):
-                await self._vms.take_up(hosted)
-                hosted.fault = None
-        if hosted.machine is None and hosted.fault is None:
-            await self._give_back(hosted)
-            await self._restart(hosted)
+            if hosted.migration is not None or hosted.fault is None:
+                continue  # a move asks it, or has done so
+            try:
+                await self._vms.ask_again(hosted)
+            except LimosaError:
+                continue
+            if hosted.machine is None:
+                await self._give_back(hosted)
+                await self._restart(hosted)
 
     async def give_back_leases(self) -> None:
         """Those of VMs that neither run nor move, which an earlier daemon may have had no time to give back. VMs on a

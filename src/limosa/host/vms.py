@@ -141,6 +141,11 @@ class Vms:
         hosted.state = VmState.RUNNING if status is RunState.RUNNING else VmState.PAUSED
         hosted.is_here = status not in _SENT
 
+    async def ask_again(self, hosted: HostedVm) -> None:
+        """Take up a QEMU that did not answer, if it does now or has ended. Raises :class:`QemuError`."""
+        await self.take_up(hosted)
+        hosted.fault = None
+
     # Looking
 
     @property
@@ -369,7 +374,8 @@ class Vms:
         hosted.is_here = True
         hosted.started_at = time.time()
         if hosted.machine is None:
-            hosted.state, hosted.reason = VmState.CRASHED, "its QEMU ended just after it had landed"
+            why = hosted.fault or "its QEMU ended just after it had landed"
+            hosted.state, hosted.reason = VmState.CRASHED, str(why)
         else:
             hosted.state = VmState.RUNNING if running else VmState.PAUSED
 

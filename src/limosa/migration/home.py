@@ -14,6 +14,7 @@ from limosa.model.finding import Finding
 from limosa.model.network import Carried, HostNetwork
 from limosa.model.route import Route
 from limosa.model.storage import Chain
+from limosa.qemu.protocol import MachineProtocol
 from limosa.settings.host import ConvergencePolicy
 from limosa.transport.channel import Channel, SocketChannel
 from limosa.transport.shares import Kind
@@ -49,6 +50,12 @@ class Home(Protocol):
 
     async def facts(self) -> VmFacts:
         """What preflight needs to know about the VM here."""
+
+    async def qemu(self) -> MachineProtocol | None:
+        """The VM's QEMU, also one that did not answer when this daemon started; None if it has ended.
+
+        Raises :class:`limosa.errors.QemuError` if it lives and still does not answer.
+        """
 
     def carry_on(self) -> dict[str, str]:
         """Small files of the VM's own that go along, base64 by name."""

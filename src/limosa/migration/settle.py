@@ -164,9 +164,17 @@ class Settlement:
 
     async def _own_qemu(self) -> SourceQemu:
         """Raises :class:`QemuError` if it lives and does not answer: then nobody knows what it has."""
-        machine = self.move.machine
         # A VM that was given back to its users may have any QEMU by now, which tells nothing about this move.
-        if machine is None or machine.gone.is_set() or self.step is SourceStep.HOME:
+        if self.step is SourceStep.HOME:
+            return SourceQemu.DEAD
+        # Of a VM that is the destination's, what an earlier daemon left is only to be ended, whether it answers or not.
+        if self.move.machine is None and self.step is not SourceStep.CONFIRMED:
+            try:
+                self.move.machine = await self.move.home.qemu()
+            except QemuError as error:
+                raise self._silent() from error
+        machine = self.move.machine
+        if machine is None or machine.gone.is_set():
             return SourceQemu.DEAD
         told = any(record.step == SourceStep.MIGRATING for record in self.move.journal.records)
         has_sent = False
@@ -181,15 +189,18 @@ class Settlement:
             if await is_gone(machine):
                 return SourceQemu.DEAD
         except TimeoutError:
-            vm, host = self.move.header.vm.name, self.move.header.source
-            raise QemuError(
-                f"the move of VM '{vm}' cannot be finished",
-                why="its QEMU does not answer",
-                todo="Limosa keeps asking it; 'limosa vm show' names its process, in case you want to end it",
-                vm=vm,
-                host=host,
-            ) from None
+            raise self._silent() from None
         return SourceQemu.COMPLETED if has_sent else SourceQemu.HOLDS
+
+    def _silent(self) -> QemuError:
+        vm, host = self.move.header.vm.name, self.move.header.source
+        return QemuError(
+            f"the move of VM '{vm}' cannot be finished",
+            why="its QEMU does not answer",
+            todo="Limosa keeps asking it; 'limosa vm show' names its process, in case you want to end it",
+            vm=vm,
+            host=host,
+        )
 
     async def _ask(self, qemu: SourceQemu) -> Standing | None:
         """How the destination stands, or None if it cannot be asked, or is not concerned."""
