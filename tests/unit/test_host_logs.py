@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -59,3 +60,19 @@ def test_nothing_but_logs_is_touched_and_no_link_is_followed(vms: Path, caplog: 
         logs.cut_all(vms)
     assert other.stat().st_size == seed.stat().st_size == len(LINE) * 101
     assert not caplog.records
+
+
+def test_a_vm_that_leaves_while_its_folder_is_looked_through_ends_nothing(
+    vms: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def glob(folder: Path, pattern: str) -> Iterator[Path]:
+        """As it ends then, up to Python 3.12."""
+        yield vms / "chatty" / "qemu.log"
+        raise FileNotFoundError(2, "No such file or directory", "quiet")
+
+    log = vms / "chatty" / "qemu.log"
+    log.write_bytes(LINE * 101)
+    monkeypatch.setattr(Path, "glob", glob)
+    logs.cut_all(vms)
+    assert log.read_bytes() == LINE * 9
+    assert "not all logs" in caplog.text

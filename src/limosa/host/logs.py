@@ -33,16 +33,23 @@ async def keep_bounded(vms: Path) -> None:
 def cut_all(vms: Path) -> None:
     """Cut every log below ``vms``, old ones too, that has grown too large.
 
-    One that cannot be cut is told of in the daemon's log.
+    What cannot be cut, or looked at, is told of in the daemon's log.
     """
-    for path in vms.glob("*/*.log*"):
-        try:
-            if path.lstat().st_size > MOST_BYTES:
-                _cut(path)
-        except FileNotFoundError:
-            continue  # its VM was deleted, or has moved away
-        except OSError as error:
-            _log.error("%s is too large and cannot be cut: %s", path, error)
+    try:
+        for path in vms.glob("*/*.log*"):
+            _bound(path)
+    except OSError as error:  # also because a VM left while its folder was looked through
+        _log.warning("not all logs of VMs were looked at: %s", error)
+
+
+def _bound(path: Path) -> None:
+    try:
+        if path.lstat().st_size > MOST_BYTES:
+            _cut(path)
+    except FileNotFoundError:
+        return  # its VM was deleted, or has moved away
+    except OSError as error:
+        _log.error("%s is too large and cannot be cut: %s", path, error)
 
 
 def _cut(path: Path) -> None:
