@@ -20,7 +20,7 @@ from limosa.host.files import Files
 from limosa.host.outgoing import Outgoing
 from limosa.host.process_records import Found
 from limosa.host.restarting import CRASH_LOOP_S, Restarting
-from limosa.host.vms import HostedVm, Vms
+from limosa.host.vms import LEFT, HostedVm, Vms
 from limosa.model.vm import VmConfig, VmState
 from limosa.qemu.protocol import Event, RunState
 from limosa.settings import toml
@@ -228,9 +228,11 @@ class TestInAMove:
     def test_one_that_crashes_at_once_is_left_also_by_the_next_daemon(self, play: Play) -> None:
         async def scenario(world: World) -> None:
             hosted = await world.in_a_move(RESTARTS, started_at=time.time() - CRASH_LOOP_S / 2)
-            world.launcher.started[0].die("")
+            world.launcher.started[0].die("Segmentation fault")
             await world.broken_off(hosted)
             assert (hosted.state, len(world.launcher.started)) == (VmState.CRASHED, 1)
+            await world.vms.crashed(hosted)
+            assert hosted.reason == f"Segmentation fault; {LEFT}"
             assert "vm" in world.launcher.left
 
         play(scenario)
@@ -462,6 +464,16 @@ class TestWithoutADaemon:
             else:
                 await world.idle()
             assert len(world.launcher.started) == int(starts)
+            assert (hosted.reason == LEFT) is left
+
+        play(scenario)
+
+    def test_a_clock_that_was_set_back_makes_no_crash_loop_of_it(self, play: Play) -> None:
+        async def scenario(world: World) -> None:
+            hosted = await world.load(RESTARTS, Found(None, "tcg", time.time() + 3600))
+            world.restarting.restart_died()
+            await world.runs(hosted)
+            assert world.launcher.left == []
 
         play(scenario)
 

@@ -16,7 +16,7 @@ from limosa.background import Background, in_full
 from limosa.errors import ImageLeased, LimosaError, StorageError
 from limosa.host.leasing import Leasing
 from limosa.host.process_records import ProcessRecords
-from limosa.host.vms import HostedVm, Vms
+from limosa.host.vms import LEFT, HostedVm, Vms
 from limosa.model.vm import VmState
 
 _log = logging.getLogger(__name__)
@@ -104,7 +104,10 @@ class Restarting:
         if not is_crashed or hosted.config.on_crash != "restart" or hosted.awaits is not None:
             return
         hosted.died = False
-        if time.time() - (hosted.started_at or 0) <= CRASH_LOOP_S:
+        # Below nothing it says only that the clock is behind, as it may be after a reboot.
+        if 0 <= time.time() - (hosted.started_at or 0) <= CRASH_LOOP_S:
+            if LEFT not in hosted.reason:  # the end of one in a move may be told twice
+                hosted.reason = f"{hosted.reason}; {LEFT}"
             await in_full(self._records.leave_ended, hosted.config)
             return
         error = await self._start(hosted)

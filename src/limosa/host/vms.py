@@ -27,6 +27,8 @@ from limosa.qemu.protocol import Event, RunState
 from limosa.settings import toml
 from limosa.wire.api import NewVm
 
+#: Said of a VM that its daemon, or an earlier one, does not start again whatever ``on_crash`` says.
+LEFT = "it is not restarted, because it crashed just after its start"
 #: A QEMU that has sent its guest away, or is just doing so: in post-copy it stays so while the guest runs elsewhere.
 _SENT = frozenset({RunState.FINISH_MIGRATE, RunState.POSTMIGRATE})
 
@@ -128,7 +130,8 @@ class Vms:
             return
         hosted.accelerator, hosted.started_at = found.accelerator, found.started_at
         if found.machine is None:
-            hosted.state, hosted.reason = died, "its QEMU ended while the host daemon was not running"
+            why = LEFT if found.left else "its QEMU ended while the host daemon was not running"
+            hosted.state, hosted.reason = died, why
             hosted.died = died is VmState.CRASHED and not found.left
             return
         try:
