@@ -18,6 +18,8 @@ from limosa.errors import HostNotTrusted, HostUnreachable, StateError
 from limosa.host.calling import Caller
 from limosa.host.certificates import Certificates
 from limosa.security import ca, expiry, tls
+from limosa.security.certificate import CLIENT, SERVER, Authority, Validity, certificate_pem, key_pem, make_key
+from limosa.security.files import load_certificate, load_key
 from limosa.wire.endpoints import Role
 
 GONE_BY = -ca.BACK / 2
@@ -35,6 +37,14 @@ def pki(tmp_path: Path) -> Path:
 
 def issue(pki: Path, life: datetime.timedelta = ca.LEAF_LIFE) -> None:
     ca.issue_host(pki / "ca", "host1", ["127.0.0.1"], pki / "host1", life=life)
+
+
+def nameless(pki: Path) -> tuple[bytes, bytes]:
+    """A certificate of the same authority that has no alternative names, and its key."""
+    authority, key = Authority(load_certificate(pki / "ca/ca.pem"), load_key(pki / "ca/ca.key")), make_key()
+    validity = Validity.lasting(ca.LEAF_LIFE, back=ca.BACK)
+    made = authority.issue("host1", key.public_key(), validity, alternative_names=(), uses=(SERVER, CLIENT))
+    return certificate_pem(made), key_pem(key)
 
 
 def serial(pki: Path) -> int:
@@ -115,7 +125,7 @@ def test_what_cannot_serve_is_said_once_and_the_one_before_serves_on(
             ca.issue_host(pki / "ca", "host2", [], pki / "host2")
             other = [(pki / f"host2/host.{kind}").read_bytes() for kind in ("pem", "key")]
             key = (pki / "host1/host.key").read_bytes()
-            for certificate, its_key in ((b"rubbish", key), (other[0], key), (other[0], other[1])):
+            for certificate, its_key in ((b"rubbish", key), (other[0], key), (other[0], other[1]), nameless(pki)):
                 caplog.clear()
                 (pki / "host1/host.pem").write_bytes(certificate)
                 (pki / "host1/host.key").write_bytes(its_key)
@@ -148,6 +158,14 @@ def test_one_that_has_expired_serves_nobody_until_it_is_renewed(pki: Path, caplo
 def test_one_of_another_host_does_not_start(pki: Path) -> None:
     with pytest.raises(StateError, match="not of host 'host2'"):
         Certificates(pki / "host1", "host2")
+
+
+def test_one_without_alternative_names_does_not_start(pki: Path) -> None:
+    for kind, contents in zip(("pem", "key"), nameless(pki), strict=True):
+        (pki / f"host1/host.{kind}").write_bytes(contents)
+    with pytest.raises(StateError, match="not of host 'host1'") as refused:
+        Certificates(pki / "host1", "host1")
+    assert "it has 0 names" in refused.value.why
 
 
 def test_who_calls_with_one_that_has_expired_is_told_so(pki: Path) -> None:

@@ -16,8 +16,8 @@ import stat
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from limosa.errors import LimosaError, StateError
-from limosa.security.identity import Identity, from_uris
+from limosa.errors import LimosaError, NotPermitted, StateError
+from limosa.security.identity import Identity
 from limosa.wire.endpoints import Role
 from limosa.wire.peer import StreamCredentials
 
@@ -133,14 +133,17 @@ def valid_until(certificate: Path) -> float | None:
 
 def check_holder(certificate: Path, host: str) -> None:
     """Raise :class:`StateError` if the certificate is not that of the host of this name: no other would believe it."""
-    from cryptography import x509  # noqa: PLC0415 - as in _loaded
+    from limosa.security.ca import identity_of  # noqa: PLC0415 - as in _loaded
 
-    names = _loaded(certificate).extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-    holder = from_uris(names.get_values_for_type(x509.UniformResourceIdentifier))
-    if holder != Identity(host, Role.HOST):
+    try:
+        holder = identity_of(_loaded(certificate))
+        why = "" if holder == Identity(host, Role.HOST) else f"it is of {holder.role.name.lower()} '{holder.name}'"
+    except NotPermitted as error:
+        why = error.why
+    if why:
         raise StateError(
             f"the certificate {certificate} is not of host '{host}'",
-            why=f"it is of {holder.role.name.lower()} '{holder.name}'",
+            why=why,
             todo=f"write its name into host.toml, or have one made with 'limosa ca issue {host}'",
         )
 
