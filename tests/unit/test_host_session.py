@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Coroutine
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar, cast
 
 import msgspec
@@ -21,6 +22,7 @@ from limosa.migration.ownership import DestinationStep
 from limosa.model import reading
 from limosa.model.migration import Side
 from limosa.model.network import HostNetwork
+from limosa.qemu.protocol import MigrationState
 from limosa.security.identity import Identity
 from limosa.testing.wire import Wire
 from limosa.wire import peer as say
@@ -62,6 +64,9 @@ class Host:
         assert (migration, source) == (MIGRATION, "here")
         return self.landing
 
+    async def adopt(self, destination: Destination) -> None:
+        await destination.adopted()
+
     def settled(self, destination: Destination, cause: LimosaError | None = None) -> None:
         assert destination is self.landing
 
@@ -96,6 +101,10 @@ class Source:
         self._asked.put_nowait(encode(say.Hello(host="here", oldest=1, newest=1)))
         assert isinstance(await self.hear(), say.Welcome)
         self._asked.put_nowait(encode(say.Attach(migration=MIGRATION, goes_on=goes_on)))
+        return await self.hear()
+
+    async def take_over(self) -> say.FromDestination:
+        self._asked.put_nowait(encode(say.TakeOver()))
         return await self.hear()
 
     def talks_nonsense(self) -> None:
@@ -160,5 +169,28 @@ def test_without_one_the_landing_is_destroyed(tmp_path: Path, monkeypatch: pytes
         source.breaks()
         await source.serving
         assert host.landing.step is DestinationStep.GONE
+
+    play(scenario())
+
+
+def test_it_is_said_how_long_after_the_word_the_guest_was_resumed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session, "time", SimpleNamespace(time=lambda: 1000.0))
+
+    async def scenario() -> None:
+        host = Host(tmp_path)
+        await host.prepare()
+        host.machine._loaded(MigrationState.COMPLETED)
+        host.machine.wire.now = 1000.004
+        source = Source(host)
+        await source.attach(goes_on=False)
+        running = await source.take_over()
+        assert isinstance(running, say.Running)
+        assert running.after_s is not None
+        assert (running.resumed_at, round(running.after_s, 6)) == (1000.004, 0.004)
+        assert isinstance(await source.hear(), say.Adopted)
+        source.breaks()
+        await source.serving
 
     play(scenario())

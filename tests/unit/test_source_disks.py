@@ -8,6 +8,7 @@ import dataclasses
 import socket
 from collections.abc import Callable, Collection, Coroutine, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -22,6 +23,7 @@ from limosa.migration import disks, mirrors, source, steering
 from limosa.migration.destination import Destination
 from limosa.migration.disks import landed
 from limosa.migration.examination import Examined
+from limosa.migration.figures import by_our_clock
 from limosa.migration.home import Terms
 from limosa.migration.journal import Header, Journal
 from limosa.migration.report import Report
@@ -156,6 +158,8 @@ class World(BareHome, MemoryLanding):
         #: streams that find nobody, by what they are to carry
         self.unreached: list[str] = []
         self.disk_channels: list[Any] = []
+        #: the destination's clock less the source's
+        self.skew_s = 0.0
         self.line_moves = asyncio.Event()
         self.line_moves.set()
         header = Header(
@@ -218,7 +222,9 @@ class World(BareHome, MemoryLanding):
         self.destination.disks_whole()
 
     async def take_over(self) -> Any:
-        return await self.destination.take_over()
+        running = await self.destination.take_over()
+        assert running.resumed_at is not None
+        return msgspec.structs.replace(running, resumed_at=running.resumed_at + self.skew_s)
 
     async def adopted(self) -> None:
         await self.destination.adopted()
@@ -364,6 +370,43 @@ def test_disks_that_find_nobody_are_led_anew_but_no_memory_behind_them(tmp_path:
     for scenario in (anew, behind):
         (tmp_path / scenario.__name__).mkdir()
         play(tmp_path / scenario.__name__, scenario)
+
+
+def test_the_blackout_is_the_same_whatever_the_destinations_clock_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[float | None] = []
+
+    async def scenario(world: World) -> None:
+        world.skew_s = skew_s
+        monkeypatch.setattr(source, "time", SimpleNamespace(time=lambda: world.wire.now))
+        await world.move.run()
+        found.append(world.report.now.blackout_ms)
+
+    for skew_s in (0.0, 0.03, -0.03, 3600.0):
+        folder = tmp_path / str(skew_s)
+        folder.mkdir()
+        play(folder, scenario)
+    assert found[0] is not None
+    assert found == pytest.approx(found[:1] * 4, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("resumed_at", "after_s", "wanted"),
+    [
+        (1000.008, 0.004, 1000.008),  # it may be right
+        (1000.0039, 0.004, 1000.007),
+        (1000.0039, None, 1000.0039),  # an older destination says less
+        (1000.011, 0.004, 1000.007),
+        (3.0, 0.004, 1000.007),
+        (1000.011, -5.0, 1000.005),  # its clock was set meanwhile
+        (1000.011, 5.0, 1000.010),
+    ],
+)
+def test_when_the_guest_was_resumed_is_bounded_by_the_clock_here(
+    resumed_at: float, after_s: float | None, wanted: float
+) -> None:
+    assert by_our_clock(resumed_at, after_s, said_at=1000.0, heard_at=1000.010) == pytest.approx(wanted, abs=1e-6)
 
 
 def test_a_guest_that_stands_still_while_its_copy_begins_has_not_stopped_for_good(

@@ -10,7 +10,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 
+import msgspec
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from limosa.background import Background, to_its_end
@@ -183,8 +185,10 @@ class Session:
         self._destination.attended()
 
     async def _take_over(self) -> None:
-        destination = self._current()
+        destination, heard_at = self._current(), time.time()
         running = await destination.take_over()
+        if running.resumed_at is not None:
+            running = msgspec.structs.replace(running, after_s=running.resumed_at - heard_at)
         await self._send(running)
         await self._adopt(destination)
 

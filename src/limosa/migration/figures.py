@@ -1,4 +1,6 @@
-"""What is shown of a move while its streams run: how far it is, which way it goes, and how much went there."""
+"""What is shown of a move while its streams run: how far it is, which way it goes, and how much went there; and when
+its guest was resumed, by the clock here.
+"""
 
 from __future__ import annotations
 
@@ -113,6 +115,17 @@ class Figures:
         copied = await self._copies(steering)
         sent = shown.transferred_bytes + progress.sent(copied) + self._layers_sent
         return msgspec.structs.replace(shown, transferred_bytes=sent, disks=copied)
+
+
+def by_our_clock(resumed_at: float, after_s: float | None, said_at: float, heard_at: float) -> float:
+    """When the guest was resumed, which was ``resumed_at`` by the clock there, by the clock here: as it was said, if it
+    may be right; else the middle of what is possible.
+
+    The word for it was given at ``said_at`` and answered at ``heard_at``; ``after_s``: how long after it had arrived
+    there the guest was resumed. So the way there and back bounds the error.
+    """
+    earliest = said_at + min(max(after_s or 0.0, 0.0), heard_at - said_at)
+    return resumed_at if earliest <= resumed_at <= heard_at else (earliest + heard_at) / 2
 
 
 def _joined(*notes: str) -> str:

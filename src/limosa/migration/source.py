@@ -29,7 +29,7 @@ from limosa.errors import Cancelled, DestinationLost, LimosaError, MigrationFail
 from limosa.migration import again, layers, rest
 from limosa.migration.disks import copies, landed, not_deleted
 from limosa.migration.examination import Examined, Question, both, examine
-from limosa.migration.figures import Figures
+from limosa.migration.figures import Figures, by_our_clock
 from limosa.migration.home import Home, Terms
 from limosa.migration.interruption import unless
 from limosa.migration.journal import Journal
@@ -371,12 +371,15 @@ class SourceMove:
         assert self.peer is not None
         self.journal.record(SourceStep.HANDING_OVER, time.time(), durable=False)
         self.note_hand_over()
+        said_at = time.time()
         running = await self.peer.take_over()
+        heard_at = time.time()
         self.report.enter(Phase.TEAR_DOWN)
         if self.sent.result() is MigrationState.COMPLETED:
             await self.figures.show_last(await machine.migration(), self.steering)
         if running.resumed_at is not None and self.stopped_at is not None:
-            blackout_ms = 1000 * (running.resumed_at - self._stopped_at(self.stopped_at))
+            resumed_at = by_our_clock(running.resumed_at, running.after_s, said_at, heard_at)
+            blackout_ms = 1000 * (resumed_at - self._stopped_at(self.stopped_at))
             self.report.change(blackout_ms=round(blackout_ms, 3))
 
     def _stopped_at(self, said_at: float) -> float:

@@ -79,6 +79,7 @@ class Migration(Model, forbid_unknown_fields=False, frozen=True):
     ``phases`` maps each phase already ended to its duration in seconds; ``blackout_ms`` is STOP at the source to
     RESUME at the destination by the time stamps of QEMU's events, ``qemu_downtime_ms`` QEMU's own figure. Where disks
     go along ``blackout_ms`` begins with that, because STOP is said when what the guest wrote last has been copied.
+    Where the hosts' clocks differ it is wrong by the time that a word takes there and back, at most.
     """
 
     id: MigrationId

@@ -233,6 +233,8 @@ class Running(Answer, tag="running", frozen=True):
     """
 
     resumed_at: float | None
+    #: seconds from when :class:`TakeOver` was heard, which do not depend on whose clock counts them
+    after_s: float | None = None
 
 
 class Adopted(Answer, tag="adopted", frozen=True):
