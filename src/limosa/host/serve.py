@@ -14,6 +14,7 @@ import os
 import signal
 import socket
 import ssl
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,10 @@ from limosa.settings.address import split_address
 from limosa.settings.daemon import DEFAULT_PORT, DaemonSettings
 
 _log = logging.getLogger(__name__)
+
+#: What is under way when the daemon ends may take so long to its end. Of what takes longer, as on a share that does not
+#: answer, the next daemon finds what it would after a crash.
+END_WITHIN_S = 10.0
 
 
 def serve(settings_file: Path) -> None:
@@ -81,6 +86,20 @@ async def _serve(daemon: DaemonSettings) -> None:
         server.force_exit = True
     upkeep.cancel()
     await asyncio.wait(tasks, timeout=2)
+    _end_in_time()
+
+
+def _end_in_time() -> None:
+    """Have the process end within :data:`END_WITHIN_S`, whatever hangs: the loop waits for work in threads that must
+    not be left half done, and that, on a share that does not answer, for the share."""
+    deadline = threading.Timer(END_WITHIN_S, _end_at_once)
+    deadline.daemon = True
+    deadline.start()
+
+
+def _end_at_once() -> None:
+    _log.warning("what has not ended within %g s is left as it is, for the next daemon", END_WITHIN_S)
+    os._exit(0)
 
 
 class IdentifyingProtocol(HttpToolsProtocol):
