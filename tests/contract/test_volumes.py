@@ -14,6 +14,7 @@ from harness.lvm import EXTENT, GROUP, POOL, REAL, FakeLvm, has_a_real_one
 from limosa.errors import Conflict, StorageError
 from limosa.storage import lvm
 from limosa.storage.marks import Mark
+from limosa.storage.openers import OpenFiles
 from limosa.storage.unfinished import Found
 from limosa.storage.volumes import Volumes
 
@@ -138,7 +139,7 @@ def test_what_is_not_there_is_nobodys(group: Volumes) -> None:
     group.unfinished.claim(path)
     group.unfinished.finish(path)
     assert not group.unfinished.condemn(path)
-    assert group.unfinished.user(path, {}) == ""
+    assert group.unfinished.user(path, OpenFiles()) == ""
     with pytest.raises(StorageError, match="lvs failed"):
         list(Volumes("nogroup").unfinished.find())
 
@@ -150,7 +151,7 @@ def test_a_volume_with_a_snapshot_stays(group: Volumes) -> None:
     for remove in (group.remove, group.unfinished.remove):
         with pytest.raises(StorageError, match="is not removed") as caught:
             remove(path)
-        assert caught.value.why == group.unfinished.user(path, {}) == "LVM would remove its snapshots, too"
+        assert caught.value.why == group.unfinished.user(path, OpenFiles()) == "LVM would remove its snapshots, too"
     assert {volume.lv_name for volume in lvm.volumes(GROUP)} >= {NAME, "other"}
     group.remove(f"{group.root}/other")
     group.remove(path)
@@ -162,17 +163,17 @@ def test_a_real_one_that_is_in_use_is_known_and_stays() -> None:
     group = Volumes(GROUP, POOL)
     path = create(group, EXTENT, mark=Mark(host="host1", at=0.0))
     try:
-        assert group.unfinished.user(path, {}) == ""
+        assert group.unfinished.user(path, OpenFiles()) == ""
         assert lvm.path_of(path) == lvm.path_of(str(Path(path).resolve())) == path
         with open(path, "rb"):
-            assert group.unfinished.user(path, {}) == "somebody has it open"
+            assert group.unfinished.user(path, OpenFiles()) == "somebody has it open"
             with pytest.raises(StorageError, match="lvremove failed"):
                 group.unfinished.remove(path)
         # A thin snapshot of it does not need it.
         subprocess.run([lvm.PROGRAM, "lvcreate", "-qq", "--type", "thin", "--name", "other", path], check=True)
-        assert group.unfinished.user(path, {}) == ""
+        assert group.unfinished.user(path, OpenFiles()) == ""
         subprocess.run([lvm.PROGRAM, "lvchange", "-qq", "--activate", "n", path], check=True)
-        assert "it has no device" in group.unfinished.user(path, {})
+        assert "it has no device" in group.unfinished.user(path, OpenFiles())
         assert lvm.path_of(path) == ""
     finally:
         group.unfinished.remove(path)

@@ -29,6 +29,7 @@ from limosa.model.storage import BackingFile, DiskAction, DiskFacts, DiskPlan, L
 from limosa.model.vm import Disk, DiskFormat
 from limosa.storage import chains, images, leases, lvm, marks, stores
 from limosa.storage.locations import Locations
+from limosa.storage.openers import OpenFiles
 from limosa.wire.peer import Prepare
 
 MIB = 1024 * 1024
@@ -407,7 +408,7 @@ class TestVolumes:
         image = self.plan()
         asyncio.run(storage.make(image))
         group.change(lvs={name: lv | state for name, lv in group.volumes.items()})
-        said = storage.places.store("bulk").unfinished.user(image.path, {})
+        said = storage.places.store("bulk").unfinished.user(image.path, OpenFiles())
         assert why in said
         assert bool(why) is bool(said)
 

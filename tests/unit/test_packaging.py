@@ -60,8 +60,8 @@ with openers.alone(Path(sys.argv[1])):
     pass
 """
 SEEN = """
-import os, sys; from limosa.storage import openers
-print(openers.everywhere().get(openers.key(os.stat(sys.argv[1])), "nobody"))
+import sys; from pathlib import Path; from limosa.storage import openers
+print(openers.use_of(Path(sys.argv[1]), openers.everywhere()) or "nobody")
 """
 SPARED = """
 import pwd, socket, sys; from pathlib import Path

@@ -134,6 +134,17 @@ class TestNamesOnServers:
         monkeypatch.setattr(os.path, "realpath", lambda path: path)
         assert mounts.name_on_server(path) == name
 
+    @pytest.mark.parametrize(
+        ("path", "device"), [("/mnt/vms/a", "0:40"), ("/mnt/vms", "0:40"), ("/mnt/vms2/a", "8:1"), ("/a", "8:1")]
+    )
+    def test_its_file_system_is_known_by_its_name(self, path: str, device: str) -> None:
+        assert mounts.device_at(path) == device
+
+    def test_what_is_mounted_over_something_hides_it(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        over = "33 30 0:43 / /mnt/vms rw - nfs4 other:/vms rw\n"
+        monkeypatch.setattr(Path, "read_text", lambda *_: MOUNTS + over)
+        assert mounts.device_at("/mnt/vms/a") == "0:43"
+
     def test_where_it_is_here(self) -> None:
         name = "nas:/export/vms/web/a.qcow2"
         assert mounts.paths_of(name) == ["/mnt/vms/web/a.qcow2", "/srv/web/a.qcow2"]

@@ -24,7 +24,7 @@ from limosa.model import reading
 from limosa.model.vm import VmConfig
 from limosa.storage import chains, layers, marks, mounts, openers, qcow2
 from limosa.storage.locations import Locations
-from limosa.storage.openers import FileKey
+from limosa.storage.openers import FileKey, OpenFiles
 
 #: So many files and folders below a location are looked at; where there are more it may hold any image.
 MOST_FILES = 10_000
@@ -39,7 +39,7 @@ class Claims:
 
     migrations: Path
     places: Locations
-    open_files: Mapping[FileKey, str]
+    open_files: OpenFiles
     #: by file, and by path for files that are not there, who names it
     named: dict[FileKey | str, str] = field(default_factory=dict)
     #: in the same way, which unfinished copies lie above it that no move works with; they may be nobody's themselves

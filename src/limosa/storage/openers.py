@@ -1,9 +1,11 @@
 """Who has a file open, and having it to oneself while it is removed.
 
-To look, ``/proc`` is read (proc(5)) and QEMU's lock on the image is asked for; neither disturbs anybody. To remove, the
-kernel itself is made to say that nobody else has the file open, by a lease (fcntl(2), F_SETLEASE): it gives one to
-write only where there is no other descriptor, loop devices and servers inside the kernel included, and keeps who opens
-the file from now on waiting. File systems that know no leases are looked at in ``/proc`` once more.
+To look, ``/proc`` is read (proc(5)) and QEMU's lock on the image is asked for; neither disturbs anybody. Of what
+processes have open only files with the image's inode number are looked at, so that no share is asked which has nothing
+to do with it: its server may be gone. To remove, the kernel itself is made to say that nobody else has the file open,
+by a lease (fcntl(2), F_SETLEASE): it gives one to write only where there is no other descriptor, loop devices and
+servers inside the kernel included, and keeps who opens the file from now on waiting. File systems that know no leases
+are looked at in ``/proc`` once more.
 
 QEMU's lock is on bytes 100 to 299 of the image (RAW_LOCK_PERM_BASE in block/file-posix.c): who has the image open holds
 some of them, so a lock on all of them keeps every QEMU out, by NFS also those of other hosts.
@@ -17,11 +19,13 @@ import os
 import signal
 import stat
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from limosa.errors import StorageError
+from limosa.storage import mounts
 
 #: struct flock: type, whence, start, length, pid (of 0 for locks of an open file description)
 _FLOCK = "hhqqi0q"
@@ -37,19 +41,60 @@ _NO_LEASES = {errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOLCK}
 FileKey = tuple[int, int]
 
 
-def everywhere() -> dict[FileKey, str]:
-    """Every file that is open on this host, by any process or as a loop device, with who has it, in words."""
-    found: dict[FileKey, str] = {}
+@dataclass(frozen=True)
+class OpenFiles:
+    """Every file that is open on this host, by any other process or as a loop device, as :func:`everywhere` saw it."""
+
+    #: processes and their descriptors, by the inode's number; by 0 where a kernel before 5.14 does not tell it
+    descriptors: Mapping[int, Sequence[tuple[str, str]]] = field(default_factory=dict)
+    #: loop devices and their files
+    loops: Sequence[tuple[str, str]] = ()
+
+    def who_has(self, descriptor: int) -> str:
+        """Who has the file open that we have open by this, in words; empty if nobody. Asks its own file system. Raises
+        ``OSError``."""
+        ours = key(os.fstat(descriptor))
+        for process, number in self.descriptors.get(_inode("self", str(descriptor)), ()):
+            if _may_be(f"/proc/{process}/fd/{number}", ours):
+                return f"process {process} has it open"
+        device = mounts.device_at(os.readlink(f"/proc/self/fd/{descriptor}"))
+        for loop, file in self.loops:
+            if mounts.device_at(file) == device and _may_be(file, ours):
+                return f"it is the loop device {loop}"
+        return ""
+
+
+def everywhere() -> OpenFiles:
+    """Look. Asks no file system."""
+    descriptors: dict[int, list[tuple[str, str]]] = {}
     for process in (name for name in os.listdir("/proc") if name.isdecimal() and int(name) != os.getpid()):
-        folder = f"/proc/{process}/fd"
         with suppress(OSError):  # it has ended
-            for descriptor in os.listdir(folder):
+            for number in os.listdir(f"/proc/{process}/fd"):
                 with suppress(OSError):
-                    found.setdefault(key(os.stat(f"{folder}/{descriptor}")), f"process {process} has it open")
-    for loop in Path("/sys/block").glob("loop*/loop/backing_file"):
+                    if os.readlink(f"/proc/{process}/fd/{number}").startswith("/"):  # else a socket or the like
+                        descriptors.setdefault(_inode(process, number), []).append((process, number))
+    loops = []
+    for file in Path("/sys/block").glob("loop*/loop/backing_file"):
         with suppress(OSError):
-            found[key(os.stat(loop.read_text().rstrip("\n")))] = f"it is the loop device {loop.parents[1].name}"
-    return found
+            loops.append((file.parents[1].name, file.read_text().rstrip("\n")))
+    return OpenFiles(descriptors, loops)
+
+
+def _inode(process: str, descriptor: str) -> int:
+    """The number the kernel has for what is open, without asking the file system, as ``stat`` does. Raises
+    ``OSError``."""
+    with open(f"/proc/{process}/fdinfo/{descriptor}", "rb") as lines:
+        return next((int(line[4:]) for line in lines if line.startswith(b"ino:")), 0)
+
+
+def _may_be(path: str, wanted: FileKey) -> bool:
+    """Whether a file is the wanted one. One that cannot be looked at may be."""
+    try:
+        return key(os.stat(path)) == wanted
+    except (FileNotFoundError, ProcessLookupError):  # it has been closed
+        return False
+    except OSError:
+        return True
 
 
 def key(status: os.stat_result) -> FileKey:
@@ -57,12 +102,11 @@ def key(status: os.stat_result) -> FileKey:
     return (-1, status.st_rdev) if stat.S_ISBLK(status.st_mode) else (status.st_dev, status.st_ino)
 
 
-def use_of(image: Path, open_files: Mapping[FileKey, str]) -> str:
+def use_of(image: Path, open_files: OpenFiles) -> str:
     """Who uses the image, in words; empty if nobody. Raises ``OSError``."""
     descriptor = os.open(image, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
-        who = open_files.get(key(os.fstat(descriptor)), "")
-        return who or ("" if _is_unlocked(descriptor) else "a QEMU holds its lock")
+        return open_files.who_has(descriptor) or ("" if _is_unlocked(descriptor) else "a QEMU holds its lock")
     finally:
         os.close(descriptor)
 
@@ -129,7 +173,7 @@ def _obstacle(descriptor: int) -> str:
         fcntl.fcntl(descriptor, _F_SETSIG, signal.SIGURG)
         fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_WRLCK)
     except OSError as error:
-        who = everywhere().get(key(os.fstat(descriptor)), "")
+        who = everywhere().who_has(descriptor)
         return who or ("" if error.errno in _NO_LEASES else "somebody has it open")
     return ""
 

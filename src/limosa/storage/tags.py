@@ -13,14 +13,14 @@ volume that is open LVM does not remove: the kernel counts who has it open, whoe
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
-from limosa.storage import lvm, openers
+from limosa.storage import lvm
 from limosa.storage.marks import Mark, being_removed
-from limosa.storage.openers import FileKey
+from limosa.storage.openers import OpenFiles
 from limosa.storage.unfinished import Found
 
 _COPY, _REMOVAL = "limosa.copy.", "limosa.removal."
@@ -64,7 +64,7 @@ class UnfinishedVolumes:
             mark = Mark(host=host, at=volume.lv_time, source=source) if host else None
             yield Found(f"/dev/{self.group}/{volume.lv_name}", volume.taken_bytes, volume.lv_time, mark)
 
-    def user(self, image: str, open_files: Mapping[FileKey, str]) -> str:
+    def user(self, image: str, open_files: OpenFiles) -> str:
         """See :class:`limosa.storage.unfinished.Unfinished`."""
         volume = lvm.find(self.group, self._name(image))
         if volume is None:
@@ -96,7 +96,11 @@ def _of(volume: lvm.Volume, prefix: str) -> str:
     return next((one for one in volume.tags if one.startswith(prefix)), "")
 
 
-def _opener(image: str, open_files: Mapping[FileKey, str]) -> str:
+def _opener(image: str, open_files: OpenFiles) -> str:
     with suppress(OSError):
-        return open_files.get(openers.key(os.stat(image)), "somebody has it open")
+        descriptor = os.open(image, os.O_PATH | os.O_CLOEXEC)
+        try:
+            return open_files.who_has(descriptor) or "somebody has it open"
+        finally:
+            os.close(descriptor)
     return "somebody has it open"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -16,7 +16,7 @@ from typing import Protocol
 from limosa.errors import StorageError
 from limosa.storage import leases, marks, openers
 from limosa.storage.marks import Mark
-from limosa.storage.openers import FileKey
+from limosa.storage.openers import OpenFiles
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Unfinished(Protocol):
     def find(self) -> Iterator[Found]:
         """All images there are, marked or not, and marks without their images. Raises :class:`StorageError`."""
 
-    def user(self, image: str, open_files: Mapping[FileKey, str]) -> str:
+    def user(self, image: str, open_files: OpenFiles) -> str:
         """Who uses the image on this host, or why that is not certain, in words; empty if nobody does, or there is no
         such image. Raises :class:`StorageError`."""
 
@@ -100,7 +100,7 @@ class UnfinishedFiles:
             if stat.S_ISREG(status.st_mode):
                 yield Found(str(self.folder / name), status.st_blocks * 512, status.st_mtime, mark)
 
-    def user(self, image: str, open_files: Mapping[FileKey, str]) -> str:
+    def user(self, image: str, open_files: OpenFiles) -> str:
         """See :class:`Unfinished`. Asks ``/proc``, and for QEMU's lock."""
         try:
             return openers.use_of(Path(image), open_files)
