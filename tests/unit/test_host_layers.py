@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import subprocess
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -14,8 +14,10 @@ import pytest
 from test_host_storage import TAG, TestWhatASourceMayName, plan, storage
 from test_preflight import VM
 
+from harness.shares import Share
 from limosa.errors import Conflict, InvalidInput, LimosaError, StorageError
 from limosa.host.layers import Layers
+from limosa.host.looks import Walks
 from limosa.host.storage import Storage
 from limosa.host.vms import Vms
 from limosa.migration.journal import Header, Journal
@@ -103,6 +105,26 @@ def test_a_disk_that_a_vm_writes_lies_below_no_other(world: World) -> None:
     assert asyncio.run(world.layers.find(world.brought)) is None
     world.vms.configs = (msgspec.structs.replace(VM, disks=(msgspec.structs.replace(disk, read_only=True),)),)
     assert asyncio.run(world.layers.find(world.brought)) is not None
+
+
+class TestOnAShareThatDoesNotAnswer:
+    """Another VM has its disk there."""
+
+    @pytest.fixture(autouse=True)
+    def _dead(self, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+        world.storage.walks = Walks(0.2)
+        share = Share(tmp_path / "dead", monkeypatch)
+        world.vms.configs = (using(share.folder / "other.qcow2"),)
+        share.die()
+        yield
+        share.answer()
+
+    def test_it_may_lie_above_the_file(self, world: World) -> None:
+        assert not world.give_up()
+
+    def test_it_may_be_the_file(self, world: World) -> None:
+        with pytest.raises(StorageError, match=r"other\.qcow2 does not answer"):
+            asyncio.run(world.layers.find(world.brought))
 
 
 class TestWhatIsRemoved:

@@ -142,7 +142,7 @@ class TestWhatTheSourceSays:
 
     def use(self, tmp_path: Path) -> ImageUse:
         places = Locations({}, "images", tmp_path)
-        return _use(TAG, [], Claims.look(tmp_path, Known([], {}), places), ())
+        return _use(TAG, [], Claims.look(tmp_path, Known([], {}), places), (), lambda _: None)
 
     @pytest.mark.parametrize("step", [SourceStep.MIGRATING, SourceStep.HANDING_OVER, SourceStep.CONFIRMED])
     def test_it_is_not_over(self, tmp_path: Path, journal: Journal, step: SourceStep) -> None:

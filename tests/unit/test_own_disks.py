@@ -6,7 +6,7 @@ import asyncio
 import errno
 import os
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -21,11 +21,12 @@ from test_preflight import VM
 
 from harness.landings import header
 from harness.lvm import EXTENT, GROUP, FakeLvm
+from harness.shares import Share
 from limosa.host import claims
 from limosa.host.claims import Claims
 from limosa.host.disk_moves import _Move
 from limosa.host.leasing import Leasing
-from limosa.host.looks import Looks
+from limosa.host.looks import Looks, Walks
 from limosa.host.neighbours import Answers, Neighbours
 from limosa.host.own_disks import OwnDisks
 from limosa.host.parts import Parts
@@ -377,6 +378,50 @@ class TestWhatCannotBeRead:
         (either.storage._files.migrations / "abcdefabcdef.disks.json").write_text("{}")
         assert either.needed() == ""
         assert either.leave()
+
+
+class TestOnAShareThatDoesNotAnswer:
+    """In no location; the image that the VM leaves is elsewhere."""
+
+    @pytest.fixture
+    def dead(self, either: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Share]:
+        either.storage.walks = Walks(0.2)
+        share = Share(tmp_path / "dead", monkeypatch)
+        share.folder.mkdir()
+        share.die()
+        yield share
+        share.answer()
+
+    @pytest.mark.parametrize("name", ["other.raw", "other.qcow2"])
+    def test_another_vm_may_need_the_image(self, either: World, dead: Share, name: str) -> None:
+        image = dead.folder / name
+        either.all.append(SimpleNamespace(config=World.with_disk(OTHER, image), machine=None))
+        assert either.needed() == f"{image} of VM 'other' does not answer: so what is stored there is unknown"
+        assert not either.leave()
+        either.all.pop()
+        assert either.leave()
+
+    def test_what_lies_below_another_vm_s_disk_may_be_the_image(self, either: World, dead: Share) -> None:
+        clone, below = either.overlay(), dead.folder / "golden.raw"
+        subprocess.run(["qemu-img", "rebase", "-q", "-u", "-f", "qcow2", "-b", below, "-F", "raw", clone], check=True)
+        either.all.append(SimpleNamespace(config=World.with_disk(OTHER, clone), machine=None))
+        assert either.needed() == f"{below} of VM 'other' does not answer: so what is stored there is unknown"
+        assert not either.leave()
+
+    @pytest.mark.parametrize("keep", [False, True])
+    def test_an_image_that_itself_does_not_answer_stays_with_its_lease(
+        self, either: World, dead: Share, keep: bool
+    ) -> None:
+        dead.answer()
+        either.image = either.image.rename(dead.folder / "web1.raw")
+        rule = leases.Rule(str(either.image), "host2", "boot", VM.uuid, "machine")
+        leases.change(str(either.image), rule.take)
+        dead.die()
+        told = asyncio.run(OwnDisks(either.parts, cast(Any, either.hosted)).leave([str(either.image)], keep=keep))
+        assert [one.code for one in told] == ["image-left"] * (not keep)
+        dead.answer()
+        assert either.image.exists()
+        assert leases.read(str(either.image)).host == "host2"
 
 
 def test_what_a_process_has_open_is_only_its_own_qemu_s_while_it_runs(world: World) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 import msgspec
 
 from limosa.errors import LimosaError, StorageError
+from limosa.host.looks import Step
 from limosa.host.vms import Vms
 from limosa.migration.disks import read_name
 from limosa.migration.journal import Journal
@@ -50,18 +51,27 @@ class Claims:
     _seen: set[str] = field(default_factory=set)
 
     @classmethod
-    def look(cls, migrations: Path, known: Known, places: Locations, images: Iterable[str] = ()) -> Claims:
+    def look(
+        cls,
+        migrations: Path,
+        known: Known,
+        places: Locations,
+        images: Iterable[str] = (),
+        step: Step = lambda _: None,
+    ) -> Claims:
         """Images that lie above others are looked for in ``places``, and beside ``images``, which may be in none of
-        them; also in folders below. Can block where a server is gone."""
+        them; also in folders below. Blocks where a server is gone: ``step`` is told where, and may raise."""
         claims = cls(migrations, places, openers.everywhere())
         claims.unread.extend(f"the file of VM '{name}' cannot be read: {why}" for name, why in known.damaged.items())
         for config in known.configs:
-            claims._of_vm(config)
+            claims._of_vm(config, step)
         for name in sorted(places.names):
             if (store := places.store(name)).kind == "folder":  # a logical volume stands alone
-                claims._of_images_below(Path(store.root))
-        for folder in dict.fromkeys(folder for image in images for folder in _beside(image, places)):
-            claims._of_images_below(folder)
+                claims._of_images_below(Path(store.root), step)
+        for image in images:
+            step(image)
+            for folder in _beside(image, places):
+                claims._of_images_below(folder, step)
         return claims
 
     def on(self, image: Path, migration: str, but: Collection[Path] = ()) -> str:
@@ -133,11 +143,13 @@ class Claims:
         except StorageError as error:
             return f"which process has it open is unknown: {error}"
 
-    def _of_vm(self, config: VmConfig) -> None:
+    def _of_vm(self, config: VmConfig, step: Step) -> None:
         for disk in config.disks:
+            step(f"{disk.path} of VM '{config.name}'")
             self._note(disk.path, f"VM '{config.name}' uses it")
             try:
                 for path, _ in chains.below(disk.path, disk.format):
+                    step(f"{path} of VM '{config.name}'")
                     self._note(path, f"VM '{config.name}' uses it as a backing file of disk {disk.name}")
             except StorageError as error:
                 if not self._is_to_be_made(Path(disk.path)):
@@ -145,13 +157,14 @@ class Claims:
                         f"the backing files of disk {disk.name} of VM '{config.name}' are unknown: {error}"
                     )
 
-    def _of_images_below(self, folder: Path) -> None:
+    def _of_images_below(self, folder: Path, step: Step) -> None:
         try:
-            images = self._files(folder)
+            images = self._files(folder, step)
         except OSError as error:
             self.unread.append(f"the contents of {error.filename or folder} are unknown: {error.strerror or error}")
             return
         for image in images:
+            step(str(image))
             if layers.arrives(image) and self._is_to_be_made(image):
                 continue
             try:
@@ -162,12 +175,13 @@ class Claims:
             if header is not None and header.backing:
                 self._lies_above(image, image.parent / header.backing)
 
-    def _files(self, top: Path) -> list[Path]:
+    def _files(self, top: Path, step: Step) -> list[Path]:
         """Those in a folder and below it, but for what was looked at before. Links are not followed, and what is
         mounted there is left to who names it: its server may be gone.
 
         Raises ``OSError`` if not all of them are known.
         """
+        step(str(top))
         real, mounted = os.path.realpath(top), mounts.points()
         found: list[Path] = []
         folders = [top]
@@ -175,6 +189,7 @@ class Claims:
             if (name := _below(real, top, folder)) in self._seen:
                 continue
             self._seen.add(name)
+            step(str(folder))
             try:
                 with os.scandir(folder) as entries:
                     for entry in entries:

@@ -30,6 +30,7 @@ import msgspec
 
 from limosa.background import apart
 from limosa.errors import LimosaError, StorageError
+from limosa.host.looks import Step
 from limosa.host.storage import Storage
 from limosa.host.vms import Vms
 from limosa.migration.journal import Journal
@@ -146,7 +147,7 @@ class Layers:
             for layer in reversed(brought):
                 self._storage.settle(layer.path)
                 configs, doubt = [hosted.config for hosted in self._vms.all()], self._vms.is_unsure
-                if os.path.lexists(layer.path) and not doubt and await self._is_nobodys(layer, migration, configs):
+                if not doubt and await self._is_nobodys(layer, migration, configs):
                     await self._storage.remove(layer.path)
 
     async def _is_nobodys(self, layer: BackingFile, migration: str, configs: Sequence[VmConfig]) -> bool:
@@ -155,7 +156,7 @@ class Layers:
             seen = {one.name for one in await self._storage.locations() if one.shared}
             if self._storage.places.of(layer.path) in seen and await self._is_whole(layer):
                 return False
-            return await apart(self._is_unused, layer.path, migration, configs)
+            return await self._storage.walks.walk(lambda step: self._is_unused(layer.path, migration, configs, step))
         except LimosaError as error:
             _log.warning("%s stays, because a VM may use it: %s", layer.path, error)
             return False
@@ -166,11 +167,18 @@ class Layers:
         except StorageError:
             return False  # what was broken off is no sound image
 
-    def _is_unused(self, path: str, migration: str, configs: Iterable[VmConfig]) -> bool:
-        """Whether nothing lies above a file. Raises :class:`LimosaError` if that cannot be told."""
+    def _is_unused(self, path: str, migration: str, configs: Iterable[VmConfig], step: Step) -> bool:
+        """Whether nothing lies above a file that is there. Raises :class:`LimosaError` if that cannot be told."""
+        step(path)
+        if not os.path.lexists(path):
+            return False
         real = os.path.realpath(path)
         used = itertools.chain.from_iterable(config.disks for config in configs)
-        return not any(real in _chain(image) for image in (*used, *self._landing(but=migration)))
+        for image in (*used, *self._landing(but=migration)):
+            step(image.path)
+            if real in _chain(image):
+                return False
+        return True
 
     def _landing(self, *, but: str) -> Iterable[Disk | BackingFile]:
         """Images of VMs that land here by other moves, also those of an earlier daemon, and layers these bring."""

@@ -32,6 +32,7 @@ import msgspec
 from limosa.background import apart, in_full
 from limosa.errors import Conflict, LimosaError, NotFound, StorageError
 from limosa.host.claims import Claims, Known
+from limosa.host.looks import Step
 from limosa.host.neighbours import sought
 from limosa.host.parts import Parts
 from limosa.host.proof import Elsewhere, all_judged, doubts_here, is_named, verdict
@@ -57,7 +58,7 @@ class Leftovers:
 
     async def look(self) -> tuple[Leftover, ...]:
         """Every image that may be one, by path. Never fails because of a location that cannot be read; raises
-        :class:`StorageError` if one does not answer."""
+        :class:`StorageError` if one does not answer, or an image of a VM."""
         await self._storage.check_answer()
         locations = await self._storage.locations()
         places = self._storage.places
@@ -92,12 +93,12 @@ class Leftovers:
         claims = await self._claims()
         shared = {location.name for location in await self._storage.locations() if location.shared}
 
-        def answer() -> tuple[ImageUse, ...]:
+        def answer(step: Step) -> tuple[ImageUse, ...]:
             seen = [self._seen(image, shared) for image in images]
             going = set(itertools.chain.from_iterable(seen))
-            return tuple(_use(image.migration, at, claims, going) for image, at in zip(images, seen, strict=True))
+            return tuple(_use(image.migration, at, claims, going, step) for image, at in zip(images, seen, strict=True))
 
-        return await apart(answer)
+        return await self._storage.walks.walk(answer)
 
     def _seen(self, image: ImageSought, shared: Collection[str]) -> list[Path]:
         """Where the image is on this host."""
@@ -108,7 +109,8 @@ class Leftovers:
 
     async def _claims(self) -> Claims:
         await self._storage.check_answer()
-        return await apart(Claims.look, self._migrations, Known.of(self._vms), self._storage.places)
+        known, places = Known.of(self._vms), self._storage.places
+        return await self._storage.walks.walk(lambda step: Claims.look(self._migrations, known, places, step=step))
 
     async def _judge(self, found: Sequence[Leftover], shared: Collection[str]) -> tuple[Leftover, ...]:
         """The same with proof and doubts, without those that are in use."""
@@ -199,8 +201,12 @@ def _height(image: Path) -> int:
     return height
 
 
-def _use(migration: str, seen: Sequence[Path], claims: Claims, going: Collection[Path]) -> ImageUse:
+def _use(migration: str, seen: Sequence[Path], claims: Claims, going: Collection[Path], step: Step) -> ImageUse:
     """Also of one that is not seen here, its move may be known."""
-    reasons = [claims.of_move(migration), *(claims.on(path, migration, going) for path in seen), *claims.unread]
-    named = claims.is_under_way(migration) or any(claims.by_name(path, migration) for path in seen)
+    reasons, named = [claims.of_move(migration)], claims.is_under_way(migration)
+    for path in seen:
+        step(str(path))
+        reasons.append(claims.on(path, migration, going))
+        named = named or bool(claims.by_name(path, migration))
+    reasons += claims.unread
     return ImageUse(use="; ".join(dict.fromkeys(filter(None, reasons))), named=named)

@@ -3,7 +3,7 @@
 That a QEMU has an image open says only that nobody else writes it now. Another VM that does not run may name it, an
 image may lie above it, LVM may have snapshots of it; and where it lies on shared storage, all that may be so on other
 hosts. So this is asked before a move, which is refused then unless the images are to be kept, and again before they are
-deleted: what is needed by then stays. What cannot be read may lie above any image, or name it.
+deleted: what is needed by then stays. What cannot be read, or does not answer, may lie above any image, or name it.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from pathlib import Path
 
 import msgspec
 
-from limosa.background import apart
 from limosa.errors import StorageError
 from limosa.host.claims import Claims, Known
+from limosa.host.looks import Step
 from limosa.host.neighbours import sought
 from limosa.host.parts import Parts
 from limosa.host.proof import Elsewhere, doubts_elsewhere
@@ -54,7 +54,8 @@ class OwnDisks:
 
     async def leave(self, images: Sequence[str], *, keep: bool = False) -> tuple[Finding, ...]:
         """The VM has left these images: delete them, unless they are to be kept, or somebody else needs them by now.
-        What is not deleted without being asked for is logged, and returned in words."""
+        What is not deleted without being asked for is logged, and returned in words. What does not answer stays, with
+        its lease."""
         left: dict[str, Finding] = {}
         for path, who in ({} if keep else await self._needed_or_doubted(images, in_use=False)).items():
             _log.error("%s is left: %s", path, who)
@@ -62,7 +63,7 @@ class OwnDisks:
         for path in images:
             if not keep and path not in left and (why := await self._storage.remove(path)):
                 left[path] = not_deleted(path, why)
-        staying = images if keep else [*left]
+        staying = [path for path in (images if keep else left) if await self._storage.answers(path)]
         if self._hosted is not None and staying:
             await self._leasing.give_back(self._hosted.config, staying)
         return tuple(left.values())
@@ -76,7 +77,7 @@ class OwnDisks:
 
     async def _needed(self, images: Sequence[str], *, in_use: bool) -> dict[str, str]:
         """Who but the VM needs which of these images, in words. Of those that the VM has ``in_use`` it is not asked who
-        has them open. Raises :class:`StorageError` if that cannot be told because a location does not answer."""
+        has them open. Raises :class:`StorageError` if that cannot be told because something does not answer."""
         if not images:
             return {}
         await self._storage.check_answer()
@@ -84,15 +85,20 @@ class OwnDisks:
         shared = {one.name for one in await self._storage.locations() if one.shared}
         places = self._storage.places
 
-        def look() -> tuple[dict[str, str], dict[str, ImageSought]]:
-            claims = Claims.look(self._migrations, known, places, images)
-            here = {image: claims.besides(Path(image), in_use=in_use) for image in images}
-            # They are a VM's: no journal of the move that once made them is to speak for them.
-            asked = {image: sought(image, new_identity(), places) for image in images if not here[image]}
-            seen = {image: one for image, one in asked.items() if one.share or one.location in shared}
+        def look(step: Step) -> tuple[dict[str, str], dict[str, ImageSought]]:
+            claims = Claims.look(self._migrations, known, places, images, step)
+            here: dict[str, str] = {}
+            seen: dict[str, ImageSought] = {}
+            for image in images:
+                step(image)
+                here[image] = claims.besides(Path(image), in_use=in_use)
+                # They are a VM's: no journal of the move that once made them is to speak for them.
+                asked = sought(image, new_identity(), places)
+                if not here[image] and (asked.share or asked.location in shared):
+                    seen[image] = asked
             return here, seen
 
-        here, seen = await apart(look)
+        here, seen = await self._storage.walks.walk(look)
         elsewhere = await self._neighbours.uses(seen)
         found = here | {image: _words(others, in_use=in_use) for image, others in elsewhere.items()}
         return {image: who for image, who in found.items() if who}

@@ -16,7 +16,7 @@ import msgspec
 from limosa.background import apart, in_full
 from limosa.errors import Conflict, StorageError
 from limosa.host.files import Files
-from limosa.host.looks import Looks
+from limosa.host.looks import Looks, Step, Walks
 from limosa.host.page import Page
 from limosa.host.slots import Slots
 from limosa.model.base import is_clean_path
@@ -34,6 +34,8 @@ _log = logging.getLogger(__name__)
 _SECTOR = 512
 #: A location that has not answered for so long is not used.
 ANSWERS_WITHIN_S = 5.0
+#: Nor is an image, or a folder, that has not for so long; one on a busy disk may take seconds.
+STEP_WITHIN_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,8 @@ class Storage:
         #: what copies under way will still need, by the path of the image
         self._held: dict[str, _Held] = {}
         self._looks: Looks[_Seen] = Looks(ANSWERS_WITHIN_S)
+        #: looks at images of VMs, which may lie anywhere
+        self.walks = Walks(STEP_WITHIN_S)
         #: while somebody looks at what is free in order to hold it
         self._looking = asyncio.Lock()
 
@@ -100,9 +104,31 @@ class Storage:
                     todo="fix it, or remove it with 'limosa storage remove'",
                 )
 
+    async def answers(self, path: str) -> bool:
+        """Whether the file system an image is on does."""
+
+        def look(step: Step) -> None:
+            step(path)
+            os.path.lexists(path)
+
+        try:
+            await self.walks.walk(look)
+        except StorageError as error:
+            _log.warning("%s", error)
+            return False
+        return True
+
     async def facts(self, disks: Iterable[Disk]) -> tuple[DiskFacts, ...]:
         """What is to know before they are copied. Raises :class:`StorageError`."""
-        found = await apart(lambda: tuple(self._facts(disk) for disk in disks))
+
+        def look(step: Step) -> list[DiskFacts]:
+            found = []
+            for disk in disks:
+                step(disk.path)
+                found.append(self._facts(disk))
+            return found
+
+        found = await self.walks.walk(look)
         return tuple(await asyncio.gather(*(_measured(fact) for fact in found)))
 
     async def digest(self, backing: BackingFile) -> BackingFile:
@@ -114,13 +140,21 @@ class Storage:
 
         That is: under the same path; in the location of the same name; in any location under the same file name, or
         that of a layer and its original. Only files in a location count, so that nobody can have another file of the
-        host shown to a guest, and no logical volumes: those stand alone. Nor any that is ``written``.
+        host shown to a guest, and no logical volumes: those stand alone. Nor any that is ``written``: raises
+        :class:`StorageError` if one of those does not answer.
         """
-        usable = {one.name for one in await self.locations() if not one.fault}
-        return await apart(self._find, wanted, usable, written)
 
-    def _find(self, wanted: BackingFile, usable: Collection[str], written: Collection[str]) -> BackingFile | None:
-        unfit = {os.path.realpath(path) for path in written}
+        def really(step: Step) -> set[str]:
+            found = set()
+            for path in written:
+                step(path)
+                found.add(os.path.realpath(path))
+            return found
+
+        usable = {one.name for one in await self.locations() if not one.fault}
+        return await apart(self._find, wanted, usable, await self.walks.walk(really))
+
+    def _find(self, wanted: BackingFile, usable: Collection[str], unfit: Collection[str]) -> BackingFile | None:
         for path in self._candidates(wanted, usable):
             if os.path.realpath(path) in unfit:
                 continue
