@@ -7,7 +7,8 @@ that no journal tells, the calls in ``CALLS``; the side ``host`` is a host whose
 down), ``disk`` (from then on the daemon cannot write to any file) and, of calls alone, ``hold`` (the call waits: the
 file named in LIMOSA_TEST_HOLD appears, and it goes on when that is gone). It happens once.
 
-With LIMOSA_TEST_RELEASE=next it speaks as a daemon of the next release may.
+With LIMOSA_TEST_RELEASE=next it speaks as a daemon of the next release may. In its event loop it may not work with
+images.
 """
 
 from __future__ import annotations
@@ -44,6 +45,9 @@ from limosa.settings.daemon import DaemonSettings
 from limosa.transport.layers import Receiver
 from limosa.wire import versions
 from limosa.wire.encoding import encode
+
+sys.path.append(str(Path(__file__).parents[1]))
+from harness import shares
 
 Plan = tuple[str, str, str, str]
 #: Steps of moves of disks, by what is called to take them.
@@ -166,6 +170,7 @@ def main() -> None:
         be_newer()
     # How long a VM must have run to be restarted after a crash: half a minute is long for a test.
     restarting.CRASH_LOOP_S = float(os.environ.get("LIMOSA_TEST_CRASH_LOOP_S", restarting.CRASH_LOOP_S))
+    shares.keep_images_out_of_event_loops()
     serve(settings)
 
 

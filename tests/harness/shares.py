@@ -1,4 +1,5 @@
-"""A folder as if it lay on a server that may stop to answer, for tests of what then waits and what does not."""
+"""A folder as if it lay on a server that may stop to answer, and event loops that are kept from images, which all may
+lie on one."""
 
 from __future__ import annotations
 
@@ -9,40 +10,72 @@ import io
 import os
 import threading
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pytest
+if TYPE_CHECKING:
+    import pytest
 
 #: So long a dead server keeps a test waiting that should not have waited for it.
 WAITS_S = 20.0
 _CALLS: dict[ModuleType, tuple[str, ...]] = {
     os: (
-        *("access", "chown", "listdir", "lstat", "mkdir", "open", "readlink", "remove", "rename", "replace", "rmdir"),
-        *("scandir", "stat", "statvfs", "unlink"),
+        *("access", "chmod", "chown", "link", "listdir", "lstat", "mkdir", "open", "readlink", "remove", "rename"),
+        *("replace", "rmdir", "scandir", "stat", "statvfs", "truncate", "unlink"),
     ),
     io: ("open",),
     builtins: ("open",),
 }
+_IMAGES = (".raw", ".qcow2", ".img")
+
+
+def watch(patch: Callable[[ModuleType, str, Any], None], reached: Callable[[Path, str], None]) -> None:
+    """Have ``reached`` told of each path before something is done there by name, and what."""
+
+    def watched(call: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(call)
+        def tell(path: Any = ".", *more: Any, **named: Any) -> Any:
+            if isinstance(path, str | os.PathLike):
+                reached(Path(path), f"{call.__name__} {path}")
+            return call(path, *more, **named)
+
+        return tell
+
+    for module, names in _CALLS.items():
+        for name in names:
+            patch(module, name, watched(getattr(module, name)))
+
+
+def keep_images_out_of_event_loops() -> None:
+    """From now on it is a fault to work with an image, or with what lies beside it, in the thread of an event loop:
+    with its share dead, all would wait."""
+
+    def reached(path: Path, what: str) -> None:
+        if path.suffix in _IMAGES or ".limosa-" in path.name:
+            _refuse_in_a_loop(what)
+
+    watch(setattr, reached)
+
+
+def _refuse_in_a_loop(what: str) -> None:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return
+    raise AssertionError(f"in the event loop: {what}")
 
 
 class Share:
-    """Whoever works in the folder while the server is dead waits for it. In the thread of an event loop, where all
-    would wait, nobody may work there at all, dead or not."""
+    """Whoever works in the folder while the server is dead waits for it. In an event loop nobody may, dead or not."""
 
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.folder = folder
         #: counts who has begun to wait
         self.waiting = threading.Semaphore(0)
-        #: what was done in an event loop
-        self.in_a_loop: list[str] = []
         self._answers = threading.Event()
         self._answers.set()
-        for module, names in _CALLS.items():
-            for name in names:
-                monkeypatch.setattr(module, name, self._watched(getattr(module, name)))
+        watch(monkeypatch.setattr, self._reached)
 
     def die(self) -> None:
         """Answer nobody any more."""
@@ -52,20 +85,10 @@ class Share:
         """Answer again."""
         self._answers.set()
 
-    def _watched(self, call: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(call)
-        def watched(path: Any = ".", *more: Any, **named: Any) -> Any:
-            if isinstance(path, str | os.PathLike) and Path(path).is_relative_to(self.folder):
-                self._reached(f"{call.__name__} {path}")
-            return call(path, *more, **named)
-
-        return watched
-
-    def _reached(self, what: str) -> None:
-        with suppress(RuntimeError):
-            asyncio.get_running_loop()
-            self.in_a_loop.append(what)
-            raise AssertionError(f"in the event loop: {what}")
+    def _reached(self, path: Path, what: str) -> None:
+        if not path.is_relative_to(self.folder):
+            return
+        _refuse_in_a_loop(what)
         if not self._answers.is_set():
             self.waiting.release()
             assert self._answers.wait(WAITS_S), f"waited for, and had to be given up: {what}"

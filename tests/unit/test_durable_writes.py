@@ -284,7 +284,8 @@ def test_a_landing_that_is_begun_is_known_to_who_asks_for_it(storage: Storage) -
         incoming = there.incoming(storage)
         request = there.request(test_host_storage.plan(storage))
         beginning = asyncio.ensure_future(incoming.begin(request, "host1", "10.0.0.2"))
-        await asyncio.sleep(0)
+        while not any(storage._files.migrations.iterdir()):  # noqa: ASYNC110 - a thread makes its journal
+            await asyncio.sleep(0)
         assert await incoming.find(request.migration, "host1") is await beginning
 
     asyncio.run(scenario())

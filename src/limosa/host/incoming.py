@@ -30,6 +30,7 @@ from limosa.host import audit
 from limosa.host.faults import Obstacle
 from limosa.host.landing import LandingHere
 from limosa.host.layers import Layers
+from limosa.host.looks import Step
 from limosa.host.parts import Parts
 from limosa.host.slots import Slots
 from limosa.host.vms import HostedVm
@@ -105,10 +106,6 @@ class Incoming:
 
     async def begin(self, request: Prepare, source: str, reached_at: str) -> Destination:
         """A landing for a VM, journalled but with nothing reserved yet. Not to be cancelled."""
-        async with self._beginning:
-            return await self._begin(request, source, reached_at)
-
-    async def _begin(self, request: Prepare, source: str, reached_at: str) -> Destination:
         if not self._page.now.live_migration:
             finding = Finding.error(
                 "migration-off",
@@ -118,7 +115,12 @@ class Incoming:
             raise PreflightRefused((finding,), vm=request.vm.name, host=self.host)
         self._check_images(request)
         self._check_layers(request)
-        await self._finish_earlier(request.vm)
+        await self._check_new(request)
+        async with self._beginning:
+            await self._finish_earlier(request.vm)
+            return await self._begin(request, source, reached_at)
+
+    async def _begin(self, request: Prepare, source: str, reached_at: str) -> Destination:
         header = Header(
             migration=request.migration,
             side=Side.DESTINATION,
@@ -148,10 +150,9 @@ class Incoming:
         await self._storage.check_answer(images | {plan.location for plan in request.layers})
 
     def _check_images(self, request: Prepare) -> None:
-        """Images are made, and removed again, only where this host has a location and under the name a move gives them;
-        one that is there already is somebody's.
+        """Images are made, and removed again, only where this host has a location and under the name a move gives them.
 
-        Raises :class:`InvalidInput`, :class:`NotFound` and :class:`Conflict`.
+        Raises :class:`InvalidInput` and :class:`NotFound`.
         """
         named = {disk.name: disk for disk in request.vm.disks}
         for plan in request.disks:
@@ -161,8 +162,6 @@ class Incoming:
             plan_fits = plan.path == path and plan.device is (store.kind == "lvm")
             if not plan_fits or plan.disk not in named or on_image(named[plan.disk], plan) != named[plan.disk]:
                 raise InvalidInput(f"the image of disk {plan.disk} cannot be {plan.path}", vm=request.vm.name)
-            if os.path.lexists(path):
-                raise Conflict(f"{path} exists already", vm=request.vm.name, host=self.host)
             if plan.backing is not None and not self._storage.places.of(plan.backing.path):
                 raise InvalidInput(f"{plan.backing.path} cannot be shown to a guest", vm=request.vm.name)
 
@@ -174,8 +173,6 @@ class Incoming:
             store = self._storage.places.store(plan.location)
             if store.kind != "folder" or file.path != f"{store.root}/{name}":
                 raise InvalidInput(f"the copy of {plan.origin} cannot be {file.path}", vm=request.vm.name)
-            if os.path.lexists(file.path):
-                raise Conflict(f"{file.path} exists already", vm=request.vm.name, host=self.host)
             # Below a disk, or one that is only read.
             shown = bool(request.disks) or any(disk.read_only for disk in request.vm.disks)
             if not shown or (plan.backing is not None and not self._storage.places.of(plan.backing.path)):
@@ -188,6 +185,20 @@ class Incoming:
             if earlier.is_destroyed and (earlier.vm.name == vm.name or earlier.vm.uuid == vm.uuid):
                 await earlier.ended()
                 self.settled(earlier)
+
+    async def _check_new(self, request: Prepare) -> None:
+        """One of them that is there already is somebody's. Raises :class:`Conflict`, and :class:`StorageError` if that
+        cannot be told."""
+        paths = [*(plan.path for plan in request.disks), *(plan.file.path for plan in request.layers)]
+
+        def look(step: Step) -> None:
+            for path in paths:
+                step(path)
+                if os.path.lexists(path):
+                    raise Conflict(f"{path} exists already", vm=request.vm.name, host=self.host)
+
+        if paths:
+            await self._storage.walks.walk(look)
 
     def _forget_earlier_try(self, request: Prepare, source: str) -> None:
         """A source may begin a migration again that was destroyed here; any other raises :class:`Conflict`."""

@@ -28,7 +28,7 @@ from weakref import WeakValueDictionary
 
 import msgspec
 
-from limosa.background import apart
+from limosa.background import apart, in_full
 from limosa.errors import LimosaError, StorageError
 from limosa.host.looks import Step
 from limosa.host.storage import Storage
@@ -139,7 +139,9 @@ class Layers:
     async def finish(self, brought: Iterable[BackingFile]) -> None:
         """What a move has brought is about to be below a VM: durably no unfinished copies any more. Raises
         :class:`StorageError`; it must not be below a VM then."""
-        await self._storage.finish(one.path for one in brought if os.path.lexists(one.path))
+        for one in brought:
+            if await in_full(os.path.lexists, one.path):
+                await self._storage.finish([one.path])
 
     async def give_up(self, brought: Sequence[BackingFile], migration: str) -> None:
         """Remove layers that a move has brought which is undone, unless something else lies above them. Never fails."""

@@ -115,7 +115,7 @@ class Leftovers:
     async def _judge(self, found: Sequence[Leftover], shared: Collection[str]) -> tuple[Leftover, ...]:
         """The same with proof and doubts, without those that are in use."""
         claims = await self._claims()
-        unused = [one for one in found if not claims.by_name(Path(one.path), one.migration)]
+        unused = await apart(lambda: [one for one in found if not claims.by_name(Path(one.path), one.migration)])
         comes_from = {one.path: one.source for one in unused if one.source not in ("", self._host)}
         elsewhere = await self._ask([one for one in unused if one.location in shared or one.path in comes_from])
 

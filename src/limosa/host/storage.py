@@ -343,7 +343,7 @@ def _with_digest(backing: BackingFile) -> BackingFile:
 
 async def _measured(fact: DiskFacts) -> DiskFacts:
     """The same with what a copy holds where that is more than it takes on its storage."""
-    if fact.chain_bytes >= fact.virtual_bytes or Path(fact.path).is_block_device():
+    if fact.chain_bytes >= fact.virtual_bytes or await apart(Path(fact.path).is_block_device):
         return fact
     one = await _copied_bytes(fact.path, fact.format, fact.allocated_bytes)
     below = [await _copied_bytes(file.path, file.format, file.allocated_bytes) for file in fact.below]

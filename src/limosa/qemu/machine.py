@@ -18,6 +18,7 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
+from limosa.background import apart
 from limosa.errors import OutcomeUnknown, QemuError, QemuGone
 from limosa.qemu import folder, process
 from limosa.qemu.arguments import Launch, build, vnc_argument
@@ -158,10 +159,10 @@ async def _spawn(
     program: Path, make: Callable[[int, int], Launch], run_dir: Path, log: Path, user: str | None
 ) -> QemuProcess:
     with folder.listen(run_dir / folder.QMP) as qmp, folder.listen(run_dir / folder.CONSOLE) as console:
-        launch = make(qmp.fileno(), console.fileno())
+        launch = await apart(_with_disks_looked_at, make(qmp.fileno(), console.fileno()))
         _touch(launch.console_log, process.owner_of(user))
         return await process.spawn(
-            [str(program), *build(_with_disks_looked_at(launch))],
+            [str(program), *build(launch)],
             pass_fds=(qmp.fileno(), console.fileno(), *launch.tap_fds),
             log=log,
             user=user,

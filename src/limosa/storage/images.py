@@ -9,10 +9,12 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import threading
 from pathlib import Path
 
 import msgspec
 
+from limosa.background import apart, in_full
 from limosa.errors import InvalidInput, StorageError
 from limosa.model import reading
 from limosa.model.base import Model
@@ -81,11 +83,15 @@ async def data_bytes(path: Path, image_format: DiskFormat) -> int:
     try:
         async with asyncio.timeout(_MEASURE_WITHIN_S):
             found = reading.decode(await _qemu_img(*arguments), _Measured)
+            size = await apart(_size, path, image_format)
     except (TimeoutError, msgspec.MsgspecError) as error:
         raise StorageError(f"qemu-img cannot measure {path}", why=str(error) or "it takes too long") from error
     # Both are with the tables of a full image, and in whole clusters of the default size.
-    size = qcow2.read(path).virtual_bytes if image_format == "qcow2" else path.stat().st_size
     return found.required - (found.fully_allocated - -(-size // _CLUSTER) * _CLUSTER)
+
+
+def _size(path: Path, image_format: DiskFormat) -> int:
+    return qcow2.read(path).virtual_bytes if image_format == "qcow2" else path.stat().st_size
 
 
 async def detect_format(path: Path) -> DiskFormat:
@@ -93,8 +99,7 @@ async def detect_format(path: Path) -> DiskFormat:
 
     Raises :class:`InvalidInput` where they do not, :class:`StorageError` if it cannot be read.
     """
-    by_contents: DiskFormat = "qcow2" if _head(path) == MAGIC else "raw"
-    by_name = _NAMES.get(path.suffix.lower(), "raw" if path.is_block_device() else None)
+    by_contents, by_name = await apart(_formats, path)
     if by_name != by_contents:
         raise InvalidInput(
             f"the format of {path} is not certain",
@@ -104,6 +109,12 @@ async def detect_format(path: Path) -> DiskFormat:
     if by_contents == "qcow2":
         await info(path, "qcow2")
     return by_contents
+
+
+def _formats(path: Path) -> tuple[DiskFormat, DiskFormat | None]:
+    """By what an image contains, and by its name."""
+    by_contents: DiskFormat = "qcow2" if _head(path) == MAGIC else "raw"
+    return by_contents, _NAMES.get(path.suffix.lower(), "raw" if path.is_block_device() else None)
 
 
 def _head(path: Path) -> bytes:
@@ -127,6 +138,26 @@ async def create(
     ``backing``: what shows through where the image has nothing of its own; ``thick``: take all its space now. Raises
     :class:`StorageError` (exists, no such folder, no space); nothing is left then.
     """
+    made = threading.Event()
+
+    def make() -> None:
+        _make(path)
+        made.set()
+        if image_format == "qcow2":
+            _check_locks(path)
+
+    try:
+        await in_full(make)
+        below = ["-b", backing.path, "-F", backing.format] if backing is not None else []
+        options = [*below, *(["-o", "preallocation=falloc"] if thick else [])]
+        await _qemu_img("create", "-q", "-f", image_format, *options, str(path), str(size_bytes))
+    except BaseException:
+        if made.is_set():  # else one of that name is somebody's
+            await in_full(path.unlink, missing_ok=True)
+        raise
+
+
+def _make(path: Path) -> None:
     try:
         os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
     except FileExistsError:
@@ -134,19 +165,15 @@ async def create(
     except OSError as error:
         todo = "make the folder first, or name another" if isinstance(error, FileNotFoundError) else ""
         raise StorageError(f"cannot create {path}", why=error.strerror or str(error), todo=todo) from error
-    try:
-        if image_format == "qcow2" and mounts.of(str(path)).locks_are_mandatory:
-            raise StorageError(
-                f"cannot create {path}",
-                why="qemu-img locks the file it writes, and this share rejects writes to locked files",
-                todo="mount it with the option nobrl; Limosa itself keeps other hosts from using the image",
-            )
-        below = ["-b", backing.path, "-F", backing.format] if backing is not None else []
-        options = [*below, *(["-o", "preallocation=falloc"] if thick else [])]
-        await _qemu_img("create", "-q", "-f", image_format, *options, str(path), str(size_bytes))
-    except BaseException:
-        path.unlink(missing_ok=True)
-        raise
+
+
+def _check_locks(path: Path) -> None:
+    if mounts.of(str(path)).locks_are_mandatory:
+        raise StorageError(
+            f"cannot create {path}",
+            why="qemu-img locks the file it writes, and this share rejects writes to locked files",
+            todo="mount it with the option nobrl; Limosa itself keeps other hosts from using the image",
+        )
 
 
 async def _qemu_img(command: str, *arguments: str) -> bytes:

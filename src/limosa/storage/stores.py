@@ -150,7 +150,7 @@ class Folder:
             await _keep(Path(path))
         except BaseException:
             if mark is not None:
-                marks.forget(path)
+                await in_full(marks.forget, path)
             raise
 
     def remove(self, path: str) -> None:
@@ -171,7 +171,7 @@ async def _keep(image: Path) -> None:
     try:
         await in_full(sync_folder, image.parent)
     except BaseException as error:
-        image.unlink(missing_ok=True)
+        await in_full(image.unlink, missing_ok=True)
         if isinstance(error, OSError):
             raise StorageError(f"cannot write {image.parent}", why=error.strerror or str(error)) from error
         raise
