@@ -6,7 +6,7 @@ import asyncio
 import errno
 import os
 import subprocess
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +19,8 @@ from test_host_storage import storage
 from test_own_disks import Neighbourhood
 from test_preflight import VM
 
+from harness.shares import WAITS_S, Share
+from limosa.background import apart
 from limosa.errors import Conflict, NotFound, OutcomeUnknown, OwnerUnknown, StateError, StorageError
 from limosa.host import disk_moves
 from limosa.host.disk_moves import DiskMoves
@@ -634,6 +636,54 @@ class TestWhatCannotBeUndone:
             assert (await world.views.ended(begun.id)).outcome == "failed"
             await world.moves._background.idle()
             assert world.images() == world.named() == ["images"]
+
+        play(scenario())
+
+
+class TestOnAShareThatDoesNotAnswer:
+    """The daemon was killed while the disk was copied there."""
+
+    @pytest.fixture
+    def share(self, world: World, monkeypatch: pytest.MonkeyPatch) -> Iterator[Share]:
+        share = Share(world.storage.places.path("fast"), monkeypatch)
+        yield share
+        share.answer()
+
+    def test_the_next_one_keeps_the_vm_locked_until_it_is_undone(self, world: World, share: Share) -> None:
+        async def scenario() -> None:
+            machine = cast(Machine, (await world.running()).machine)
+            machine.slow = True
+            begun = await world.begin()
+            await until(lambda: "vda" in machine.copying)
+            share.die()
+            starting = asyncio.ensure_future(world.next_daemon())
+            assert await apart(share.waiting.acquire, timeout=WAITS_S)
+            hosted = world.vms.get("web1")
+            assert (hosted.migration, len(world.records())) == (begun.id, 1)
+            with pytest.raises(Conflict):
+                await world.vms.stop(hosted)
+            share.answer()
+            await starting
+            assert (await world.views.ended(begun.id)).outcome == "failed"
+            assert (hosted.migration, world.records()) == (None, [])
+
+        play(scenario())
+        assert world.images() == world.named() == ["images"]
+
+    def test_of_all_of_them_each_is_locked_at_once(self, world: World, share: Share) -> None:
+        async def scenario() -> None:
+            await world.running()
+            await world.vms.create(cast(Any, msgspec.structs.replace(VM, name="web2", uuid=OTHER, disks=())))
+            record = {"plans": [], "old": {}, "keep": False}
+            for vm, migration in (("web1", "abcdefabcdef"), ("web2", "bcdefabcdefa")):
+                path = world.files.migrations / f"{migration}.disks.json"
+                path.write_bytes(msgspec.json.encode(record | {"vm": vm, "migration": migration}))
+            recovering = asyncio.ensure_future(world.moves.recover())
+            await asyncio.sleep(0)
+            locked = {hosted.config.name: hosted.migration for hosted in world.vms.all()}
+            assert locked == {"web1": "abcdefabcdef", "web2": "bcdefabcdefa"}
+            await recovering
+            assert world.records() == []
 
         play(scenario())
 

@@ -40,6 +40,7 @@ class World:
     """A host whose daemon starts, and finds a journal that begins in the boot ``boot``, and a VM that is ``here``."""
 
     def __init__(self, folder: Path, *steps: DestinationStep, boot: str, here: VmConfig | None = None) -> None:
+        self.waiting, self.answers = asyncio.Event(), asyncio.Event()
         self.removed: list[str] = []
         self.settled: list[str] = []
         self.given_back: list[str] = []
@@ -96,9 +97,19 @@ class World:
     async def give_up(self, layers: tuple[BackingFile, ...], migration: str) -> None:
         self.removed += [layer.path for layer in layers]
 
+    async def waits(self, *_: object) -> None:
+        """For a share that does not answer."""
+        self.waiting.set()
+        await self.answers.wait()
+
     async def start(self) -> None:
         assert await self.vms.load() == []
-        await self.incoming.recover(self.journal)
+        await self.recover()
+
+    async def recover(self) -> None:
+        landing = await self.incoming.take_up(self.journal)
+        assert landing is not None
+        await self.incoming.bring_to_end(landing)
 
     async def answer(self) -> DestinationState:
         found = await self.incoming.find(MIGRATION, "here")
@@ -165,7 +176,7 @@ def test_a_vm_that_did_not_land_by_this_move_is_not_taken_for_the_one_that_was_d
         hosted, machine = world.vms.get(VM.name), FakeMachine(Wire(), FakeGuest(0))
         await machine.resume()
         hosted.machine, hosted.state, hosted.migration = cast(Any, machine), VmState.RUNNING, migration
-        await world.incoming.recover(world.journal)
+        await world.recover()
         assert await world.answer() is DestinationState.GONE
         assert world.vms.get(VM.name) is hosted
         assert (hosted.config, hosted.state, hosted.migration) == (here, VmState.RUNNING, migration)
@@ -264,7 +275,7 @@ def test_a_vm_that_a_person_gave_to_this_host_is_its_as_soon_as_that_can_be_writ
 
         monkeypatch.setattr(world.vms, "take_up", take_up)
         world.vms._files.vm(VM.name).mkdir()
-        await world.incoming.recover(world.journal)
+        await world.recover()
         with monkeypatch.context() as patch:
             full(world, patch, DestinationStep.OWNED)
             with pytest.raises(StateError):
@@ -294,5 +305,59 @@ def test_one_whose_qemu_is_silent_keeps_its_leases(tmp_path: Path, silent: bool)
         assert hosted.reason == (
             "QEMU with pid 7 does not answer" if silent else "its QEMU ended just after it had landed"
         )
+
+    asyncio.run(scenario())
+
+
+class TestWhileItsShareDoesNotAnswer:
+    """Nobody does anything to the VM, and a source that asks is kept waiting rather than told what is not known."""
+
+    def test_one_that_has_landed(self, tmp_path: Path) -> None:
+        async def scenario() -> None:
+            world = World(tmp_path, DestinationStep.RESERVED, DestinationStep.CONTINUING, boot="now", here=LANDED)
+            cast(Any, world.incoming._storage).finish = world.waits
+            starting = asyncio.ensure_future(world.start())
+            await world.waiting.wait()
+            hosted = world.vms.get(VM.name)
+            with pytest.raises(Conflict, match=MIGRATION):
+                world.vms.check_idle(hosted)
+            asked = asyncio.ensure_future(world.answer())
+            world.answers.set()
+            await starting
+            assert await asked is DestinationState.OWNED
+            world.vms.check_idle(hosted)
+
+        asyncio.run(scenario())
+
+    def test_one_that_is_given_up(self, tmp_path: Path) -> None:
+        async def scenario() -> None:
+            world = World(tmp_path, DestinationStep.RESERVED, boot="now")
+            cast(Any, world.incoming._storage).remove = world.waits
+            starting = asyncio.ensure_future(world.start())
+            await world.waiting.wait()
+            assert [landing.id for landing in world.incoming.migrations()] == [MIGRATION]
+            asked = asyncio.ensure_future(world.answer())
+            await asyncio.sleep(0)
+            assert not asked.done()
+            world.answers.set()
+            await starting
+            assert await asked is DestinationState.GONE
+            assert world.incoming.migrations() == []
+
+        asyncio.run(scenario())
+
+
+def test_a_vm_that_has_left_again_stays_in_that_move(tmp_path: Path) -> None:
+    """The line that says that its landing is over was not written."""
+
+    async def scenario() -> None:
+        world = World(tmp_path, DestinationStep.RESERVED, DestinationStep.CONTINUING, boot="now", here=LANDED)
+        cast(Any, world.incoming._storage).finish = world.waits
+        starting = asyncio.ensure_future(world.start())
+        await world.waiting.wait()
+        world.vms.get(VM.name).migration = "bcdefabcdefa"
+        world.answers.set()
+        await starting
+        assert world.vms.get(VM.name).migration == "bcdefabcdefa"
 
     asyncio.run(scenario())

@@ -12,6 +12,9 @@ import msgspec
 import pytest
 
 from harness.landings import first_view, header
+from limosa.background import Background
+from limosa.errors import StateError
+from limosa.host import services as host_services
 from limosa.host.services import recover
 from limosa.host.views import Views
 from limosa.migration.journal import Journal
@@ -24,8 +27,9 @@ def services(folder: Path) -> Any:
         restarting=SimpleNamespace(give_back_leases=AsyncMock(), restart_died=Mock(), ask_again=Mock()),
         disk_moves=SimpleNamespace(recover=AsyncMock(), not_ended=Mock(return_value=set())),
         outgoing=SimpleNamespace(recover=AsyncMock()),
-        incoming=SimpleNamespace(recover=AsyncMock()),
+        incoming=SimpleNamespace(take_up=AsyncMock(return_value=None), finish=AsyncMock()),
         views=Views("here", folder),
+        recovering=Background(),
         parts=SimpleNamespace(files=SimpleNamespace(migrations=folder), vms=SimpleNamespace(doubt="")),
     )
 
@@ -82,3 +86,68 @@ def test_silent_qemus_are_asked_again_but_those_whose_disks_nobody_knows(
     asyncio.run(recover(host))
     ask_again = cast(Mock, host.restarting.ask_again)
     assert [call.kwargs["but"] for call in ask_again.call_args_list] == ([] if moving is None else [moving])
+
+
+class TestWhatWaitsForAShareThatDoesNotAnswer:
+    """It is gone on with beside all else."""
+
+    @pytest.fixture(autouse=True)
+    def _impatient(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(host_services, "RECOVERED_WITHIN_S", 0.05)
+
+    def landing(self, folder: Path, migration: str) -> None:
+        its = msgspec.structs.replace(header(Side.DESTINATION), migration=migration)
+        Journal.begin(folder, its).close()
+
+    def test_a_daemon_comes_while_moves_of_disks_wait(self, tmp_path: Path) -> None:
+        async def scenario() -> None:
+            host, answers = services(tmp_path), asyncio.Event()
+            host.disk_moves.recover.side_effect = answers.wait
+            await recover(host)
+            host.restarting.give_back_leases.assert_awaited_once()
+            answers.set()
+            await host.recovering.idle()
+
+        asyncio.run(scenario())
+
+    def test_of_landings_each_is_known_and_none_waits_for_another(self, tmp_path: Path) -> None:
+        async def scenario() -> None:
+            host, answers, finished = services(tmp_path), asyncio.Event(), []
+            for migration in ("abcdefabcdef", "bcdefabcdefa"):
+                self.landing(tmp_path, migration)
+            host.incoming.take_up.side_effect = lambda journal: journal.header.migration
+
+            async def finish(landing: str) -> None:
+                if landing == "abcdefabcdef":
+                    await answers.wait()
+                finished.append(landing)
+
+            host.incoming.finish.side_effect = finish
+            await recover(host)
+            assert host.incoming.take_up.await_count == 2
+            assert finished == ["bcdefabcdefa"]
+            answers.set()
+            await host.recovering.idle()
+            assert finished == ["bcdefabcdefa", "abcdefabcdef"]
+            assert host.parts.vms.doubt == ""
+
+        asyncio.run(scenario())
+
+    def test_one_that_fails_later_is_a_doubt_then(self, tmp_path: Path) -> None:
+        async def scenario() -> None:
+            host, answers = services(tmp_path), asyncio.Event()
+            self.landing(tmp_path, "abcdefabcdef")
+            host.incoming.take_up.return_value = "landing"
+
+            async def finish(_: str) -> None:
+                await answers.wait()
+                raise StateError("the journal cannot be written")
+
+            host.incoming.finish.side_effect = finish
+            await recover(host)
+            assert host.parts.vms.doubt == ""
+            answers.set()
+            await host.recovering.idle()
+            assert "migration abcdefabcdef could not be taken up" in host.parts.vms.doubt
+
+        asyncio.run(scenario())

@@ -741,7 +741,7 @@ class TestAVmThatLeft:
 
     async def returns(self, vms: Vms) -> None:
         """The same VM lands here again."""
-        await vms.adopt(vms.reserve(VM, SECOND), running=True)
+        await vms.adopt(vms.reserve(VM, SECOND), SECOND, running=True)
 
     async def settled(self, outgoing: Outgoing, journal: Journal) -> None:
         await outgoing.recover(journal)

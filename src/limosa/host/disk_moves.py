@@ -135,18 +135,21 @@ class DiskMoves:
         return move.report.now
 
     async def recover(self) -> None:
-        """Bring to an end what an earlier daemon left, or begin to. What cannot be undone yet keeps its VM locked."""
+        """Bring to an end what an earlier daemon left, or begin to. What cannot be undone yet keeps its VM locked, as
+        does what waits for a share that does not answer. All VMs are locked when this first waits for anything."""
+        moves = []
         for path in sorted(self._folder.glob("*.disks.json")):
             try:
                 record = reading.decode(path.read_bytes(), Record)
                 self._storage.resume(plan.path for plan in record.plans)
                 hosted = self._owner(record)
                 if hosted is not None:
-                    await self._take_up(hosted, record)
+                    moves.append(self._take_up(hosted, record))
                 else:
                     self._give_up(record)
             except (OSError, msgspec.MsgspecError, LimosaError) as error:
                 _log.error("the move of disks in %s could not be brought to an end: %s", path, error)
+        await asyncio.gather(*map(self._end, moves))
 
     def not_ended(self) -> set[str] | None:
         """Names of VMs whose disks have moves that are not at their end; None if that cannot be known."""
@@ -155,11 +158,14 @@ class DiskMoves:
         except (OSError, msgspec.MsgspecError):
             return None
 
-    async def _take_up(self, hosted: HostedVm, record: Record) -> None:
+    def _take_up(self, hosted: HostedVm, record: Record) -> _Move:
         move = _Move(self, hosted, record, Report(disk_plans.first_view(record, self._host), self._views.publish), 0)
         hosted.migration = record.migration
         self._active[record.migration] = move
-        cause = restarted(record.vm, self._host)
+        return move
+
+    async def _end(self, move: _Move) -> None:
+        cause = restarted(move.record.vm, self._host)
         if await self._is_undone(move, cause):
             await self._let_go(move)
         else:

@@ -42,7 +42,7 @@ from limosa.model.facts import DestinationFacts
 from limosa.model.finding import Finding
 from limosa.model.migration import Migration, Outcome, Phase, Progress, Side
 from limosa.model.storage import BackingFile
-from limosa.model.vm import VmConfig
+from limosa.model.vm import VmConfig, VmState
 from limosa.network.addresses import stream_addresses
 from limosa.qemu.protocol import MachineProtocol
 from limosa.storage import layers
@@ -289,23 +289,23 @@ class Incoming:
             self.settled(destination)
         return view(destination)
 
-    async def recover(self, journal: Journal) -> None:
-        """Take up a landing that a restart found."""
+    async def take_up(self, journal: Journal) -> Destination | None:
+        """Take up a landing that a restart found; :meth:`bring_to_end` is to follow. None if it has ended."""
+        header = journal.header
         if journal.step is not None and DestinationStep(journal.step) in DESTINATION_ENDED:
-            return
-        self._storage.resume(journal.header.images)
-        hosted = self._vms.find(journal.header.vm.name)
+            return None
+        self._storage.resume(header.images)
+        hosted = self._vms.find(header.vm.name)
         if hosted is None:
-            hosted = await self._vms.take_up_landing(journal.header.vm, journal.header.migration)
-        elif not await self._is_its(hosted, journal):
+            hosted = await self._vms.take_up_landing(header.vm, header.migration)
+        elif await self._is_its(hosted, journal):
+            hosted.migration = hosted.migration or header.migration  # in which it is until it is known to have landed
+        else:
             hosted = None  # it has come since: what was landing by this move was destroyed
         machine, is_silent = (hosted.machine, hosted.fault is not None) if hosted is not None else (None, False)
         destination = self._make(journal, machine, silent=is_silent)
-        self._landing[journal.header.migration] = destination
-        try:
-            await destination.abandoned()
-        finally:
-            self.settled(destination)
+        self._landing[header.migration] = destination
+        return destination
 
     async def _is_its(self, hosted: HostedVm, journal: Journal) -> bool:
         """Whether a VM that a restart finds here has landed by this move, which has not ended."""
@@ -316,6 +316,16 @@ class Incoming:
         # The guest was continued here, durably, and the line that says so was lost with the machine.
         await in_full(journal.record, DestinationStep.CONTINUING, time.time())
         return True
+
+    async def bring_to_end(self, destination: Destination) -> None:
+        """Do what is safe about a landing that was taken up. May wait for a share that does not answer."""
+        try:
+            await destination.abandoned()
+        finally:
+            hosted = self._vms.find(destination.vm.name)
+            if hosted is not None and hosted.state is not VmState.INCOMING:
+                hosted.has_ended(destination.journal.header.migration)
+            self.settled(destination)
 
     def stop(self) -> None:
         """This daemon ends: have what is safe decided as soon as sessions end."""

@@ -94,7 +94,7 @@ class LandingHere:
             )
         await self._storage.finish(self._header.images)
         await self._layers.finish(self._header.layers)
-        await self._vms.adopt(hosted, running=running)
+        await self._vms.adopt(hosted, self._header.migration, running=running)
         await self._leases.settle()
         if hosted.machine is None and hosted.fault is None:
             await self._leasing.give_back(hosted.config)

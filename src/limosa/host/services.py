@@ -5,9 +5,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from dataclasses import dataclass
+import time
+from collections.abc import Coroutine
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, TypeVar
 
+from limosa.background import Background
 from limosa.errors import LimosaError, StateError
 from limosa.host.disk_moves import DiskMoves
 from limosa.host.files import Files
@@ -37,6 +41,9 @@ from limosa.qemu.capabilities import probe
 from limosa.settings.daemon import DaemonSettings
 
 _log = logging.getLogger(__name__)
+T = TypeVar("T")
+#: A daemon that starts waits so long for migrations to be brought to their ends, which shares may keep from it.
+RECOVERED_WITHIN_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -52,6 +59,8 @@ class Services:
     views: Views
     neighbours: Neighbours
     leftovers: Leftovers
+    #: what an earlier daemon left, and is being brought to its end
+    recovering: Background = field(default_factory=Background)
 
 
 async def assemble(daemon: DaemonSettings, files: Files) -> Services:
@@ -103,9 +112,16 @@ async def assemble(daemon: DaemonSettings, files: Files) -> Services:
 
 
 async def recover(services: Services) -> None:
-    """Bring every migration that an earlier daemon left to its end, or begin to."""
+    """Bring every migration that an earlier daemon left to its end, or begin to: one that waits for a share which does
+    not answer keeps its VM, and nothing else."""
+    until = time.monotonic() + RECOVERED_WITHIN_S
+
+    async def begin(what: str, work: Coroutine[Any, Any, None]) -> None:
+        task = services.recovering.spawn(_watched(services, what, work))
+        await asyncio.wait({task}, timeout=max(0.0, until - time.monotonic()))
+
     await asyncio.to_thread(_remove_half_written, services.parts.files.migrations)
-    await services.disk_moves.recover()
+    await begin("moves of disks", services.disk_moves.recover())
     journals: list[Journal] = []
     for path in sorted(services.parts.files.migrations.glob("*.jsonl")):
         try:
@@ -114,12 +130,14 @@ async def recover(services: Services) -> None:
             _log.error("%s", error)
             services.parts.vms.doubt = str(error)
     for journal in sorted(journals, key=lambda journal: journal.header.accepted_at):
-        recover_one = services.outgoing if journal.header.side is Side.SOURCE else services.incoming
-        try:
-            await recover_one.recover(journal)
-        except Exception as error:  # noqa: BLE001 - a fault in one must not keep the host's other VMs without a daemon
-            _log.exception("migration %s could not be taken up", journal.header.migration)
-            services.parts.vms.doubt = f"migration {journal.header.migration} could not be taken up: {error!r}"
+        what = f"migration {journal.header.migration}"
+        if journal.header.side is Side.SOURCE:
+            await _watched(services, what, services.outgoing.recover(journal))
+        else:
+            # Each is known before the first request is answered.
+            landing = await _watched(services, what, services.incoming.take_up(journal))
+            if landing is not None:
+                await begin(what, services.incoming.bring_to_end(landing))
     await asyncio.to_thread(services.views.recall_others)
     await services.restarting.give_back_leases()
     services.restarting.restart_died()
@@ -127,6 +145,16 @@ async def recover(services: Services) -> None:
     having_disks_moved = services.disk_moves.not_ended()
     if having_disks_moved is not None:
         services.restarting.ask_again(but=having_disks_moved)
+
+
+async def _watched(services: Services, what: str, work: Coroutine[Any, Any, T]) -> T | None:
+    """Do it. A fault in one must not keep the host's other VMs without a daemon."""
+    try:
+        return await work
+    except Exception as error:  # noqa: BLE001 - whatever it is
+        _log.exception("%s could not be taken up", what)
+        services.parts.vms.doubt = f"{what} could not be taken up: {error!r}"
+        return None
 
 
 def _remove_half_written(folder: Path) -> None:

@@ -73,6 +73,11 @@ class HostedVm:
         """A move to another host has ended, and it is certain that the VM is here."""
         self.migration, self.is_here = None, True
 
+    def has_ended(self, migration: str) -> None:
+        """A migration has. It may be in another by now."""
+        if self.migration == migration:
+            self.migration = None
+
     @property
     def why(self) -> str:
         """Why it is in its state, for people; empty if that needs no words."""
@@ -370,10 +375,10 @@ class Vms:
         self._attach(hosted, machine)
         return machine
 
-    async def adopt(self, hosted: HostedVm, *, running: bool) -> None:
-        """A VM that landed is this host's from now on, durably."""
+    async def adopt(self, hosted: HostedVm, migration: str, *, running: bool) -> None:
+        """A VM that landed by that migration is this host's from now on, durably."""
         await in_full(self._folders.keep, hosted.config)
-        hosted.migration = None
+        hosted.has_ended(migration)
         hosted.is_here = True
         hosted.started_at = time.time()
         if hosted.machine is None:
