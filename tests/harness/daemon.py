@@ -28,7 +28,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from limosa.host import restarting, session
+from limosa.host import restarting, services, session, storage
 from limosa.host.disk_moves import DiskMoves
 from limosa.host.layers import Layers
 from limosa.host.serve import serve
@@ -170,6 +170,11 @@ def main() -> None:
         be_newer()
     # How long a VM must have run to be restarted after a crash: half a minute is long for a test.
     restarting.CRASH_LOOP_S = float(os.environ.get("LIMOSA_TEST_CRASH_LOOP_S", restarting.CRASH_LOOP_S))
+    # Nor is a test to wait long for what is known not to answer.
+    patience = float(os.environ.get("LIMOSA_TEST_PATIENCE_S", "inf"))
+    storage.STEP_WITHIN_S = min(storage.STEP_WITHIN_S, patience)
+    services.RECOVERED_WITHIN_S = min(services.RECOVERED_WITHIN_S, patience)
+    restarting.LEASES_WITHIN_S = min(restarting.LEASES_WITHIN_S, patience)
     shares.keep_images_out_of_event_loops()
     serve(settings)
 

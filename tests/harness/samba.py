@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -71,6 +72,7 @@ class Share:
         self._own = folder
         self._namespace = namespace
         self._address = address
+        self._clients: dict[str, subprocess.Popen[bytes]] = {}
 
     @contextmanager
     def served(self) -> Iterator[None]:
@@ -103,15 +105,26 @@ class Share:
             (configuration / file).write_text(text)
             (configuration / file).chmod(0o600)
         options = f"allow_other,attr_timeout=0,entry_timeout=0,negative_timeout=0,fsname=//{ADDRESS}/{SHARE}"
-        client = self._start(["smbnetfs", str(point), "-f", "-o", options], own, {"HOME": str(own)})
+        client = self._clients[name] = self._start(
+            ["smbnetfs", str(point), "-f", "-o", options], own, {"HOME": str(own)}
+        )
         try:
             seen = self.seen(name)
             wait_until(lambda: _is_served(seen), f"smbnetfs shows the share: see {own}/words")
             yield seen
         finally:
+            self.answer(name)
             subprocess.run(["umount", "--lazy", str(point)], check=False, capture_output=True)
             client.kill()
             client.wait()
+
+    def die(self, name: str) -> None:
+        """From now on who works with what this client shows waits, as for a server that is gone."""
+        self._clients[name].send_signal(signal.SIGSTOP)
+
+    def answer(self, name: str) -> None:
+        """The server is back."""
+        self._clients[name].send_signal(signal.SIGCONT)
 
     def _start(self, command: list[str], folder: Path, environment: dict[str, str]) -> subprocess.Popen[bytes]:
         with (folder / "words").open("wb") as words:
@@ -129,8 +142,8 @@ class Share:
 
 
 @contextmanager
-def shared(hosts: list[LabHost], point: Path) -> Iterator[Share]:
-    """Hosts of a lab that each have a mount of one share at ``point``. Their daemons are started anew for that."""
+def served() -> Iterator[Share]:
+    """A share with its server, in a namespace of their own."""
     namespace = f"smb{secrets.token_hex(3)}"
     folder = Path(f"/tmp/{namespace}")
     folder.mkdir(mode=0o755)
@@ -141,6 +154,14 @@ def shared(hosts: list[LabHost], point: Path) -> Iterator[Share]:
         namespaces.inside(namespace, _raise_loopback)
         share = Share(folder, namespace)
         held.enter_context(share.served())
+        yield share
+
+
+@contextmanager
+def shared(hosts: list[LabHost], point: Path) -> Iterator[Share]:
+    """Hosts of a lab that each have a mount of one share at ``point``. Their daemons are started anew for that."""
+    with ExitStack() as held:
+        share = held.enter_context(served())
         point.mkdir(mode=0o755)
         for host in hosts:
             seen = held.enter_context(share.mounted(host.name))
