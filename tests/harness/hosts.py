@@ -94,6 +94,13 @@ class Host:
             self.process.wait()
             self.process = None
 
+    def stop(self, within_s: float = START_WITHIN_S) -> None:
+        """Have the daemon end, as systemd does."""
+        assert self.process is not None
+        self.process.terminate()
+        assert self.process.wait(within_s) == 0
+        self.process = None
+
     def wait_for_death(self, within_s: float = 20.0) -> None:
         """Wait until the daemon has died of its plan."""
         assert self.process is not None

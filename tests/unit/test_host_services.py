@@ -27,7 +27,7 @@ def services(folder: Path) -> Any:
         restarting=SimpleNamespace(give_back_leases=AsyncMock(), restart_died=Mock(), ask_again=Mock()),
         disk_moves=SimpleNamespace(recover=AsyncMock(), not_ended=Mock(return_value=set())),
         outgoing=SimpleNamespace(recover=AsyncMock()),
-        incoming=SimpleNamespace(take_up=AsyncMock(return_value=None), finish=AsyncMock()),
+        incoming=SimpleNamespace(take_up=AsyncMock(return_value=None), bring_to_end=AsyncMock()),
         views=Views("here", folder),
         recovering=Background(),
         parts=SimpleNamespace(files=SimpleNamespace(migrations=folder), vms=SimpleNamespace(doubt="")),
@@ -122,7 +122,7 @@ class TestWhatWaitsForAShareThatDoesNotAnswer:
                     await answers.wait()
                 finished.append(landing)
 
-            host.incoming.finish.side_effect = finish
+            host.incoming.bring_to_end.side_effect = finish
             await recover(host)
             assert host.incoming.take_up.await_count == 2
             assert finished == ["bcdefabcdefa"]
@@ -143,7 +143,7 @@ class TestWhatWaitsForAShareThatDoesNotAnswer:
                 await answers.wait()
                 raise StateError("the journal cannot be written")
 
-            host.incoming.finish.side_effect = finish
+            host.incoming.bring_to_end.side_effect = finish
             await recover(host)
             assert host.parts.vms.doubt == ""
             answers.set()

@@ -22,8 +22,9 @@ from limosa.errors import QemuError, StorageError
 from limosa.qemu.protocol import CopyState, CopyStatistics
 from limosa.qemu.session import together
 
-#: A job that begins comes nearer to keeping account of writes within so long; looks at it come this far apart at last.
-BEGUN_WITHIN_S = 300.0
+#: A job that begins comes nearer to keeping account of writes within so long: it may make 32 GiB zero at a time, which
+#: slow storage needs for. Looks at it come this far apart at last.
+BEGUN_WITHIN_S = 1800.0
 BEGIN_LOOK_S = 0.02
 #: How often a copy is begun anew with the guest stopped, and for how long that stands still at most each time.
 STOPPED_TRIES, STOPPED_AT_MOST_S = 2, 1.0
