@@ -64,8 +64,8 @@ class Host:
         assert (migration, source) == (MIGRATION, "here")
         return self.landing
 
-    async def adopt(self, destination: Destination) -> None:
-        await destination.adopted()
+    async def finish(self, destination: Destination) -> None:
+        await destination.ended()
 
     def settled(self, destination: Destination, cause: LimosaError | None = None) -> None:
         assert destination is self.landing
