@@ -805,9 +805,12 @@ class TestADestinationThatDoesNothing:
         async def scenario(makers: Makers) -> None:
             source = await running_source(makers)
             makers.freeze(await copying(makers, source, SLOW))
-            await source.cap_copy("vda", 0)
-            # Stopping the guest waits for all I/O of its disks.
-            pausing = asyncio.ensure_future(source.pause())
+
+            async def pause() -> None:
+                await source.cap_copy("vda", 0)
+                await source.pause()  # which waits for all I/O of the guest's disks
+
+            pausing = asyncio.ensure_future(pause())
             await asyncio.wait({pausing}, timeout=0.5)
             assert not pausing.done()
             await source.drop_copy("vda", TAG)

@@ -7,12 +7,13 @@ blackout over its budget.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 
 from harness.commands import limosa
 from harness.guests import LanClient, address_of
-from harness.labs import RELAYS, LabHost, running_lab, set_links
+from harness.labs import RELAYS, LabHost, plug, running_lab, set_links
 from harness.post_copy import (
     BUDGET_MS,
     POLICY,
@@ -78,6 +79,53 @@ def test_auto_converge_slows_the_guest_and_lets_it_go_after_a_cancel(hosts: list
     seen = follow(source, source.move("web", destination.name).id, lambda view: view.progress.iteration > 2)
     assert seen.progress.throttle_percent <= 1, "nothing is left of the throttle"
     source.client.call(endpoints.CANCEL_MIGRATION, migration=seen.id)
+
+
+#: QEMU looks every 5 s what the guest has written, if it may slow it, and waits if it has not sent it since the last.
+LOOKED_S = 11.0
+
+
+@contextmanager
+def unplugged(host: LabHost) -> Iterator[None]:
+    """Without the cables of its migration NICs."""
+    for nic in host.lab.nic_names:
+        plug(host, nic, in_=False)
+    try:
+        yield
+    finally:
+        for nic in host.lab.nic_names:
+            plug(host, nic, in_=True)
+
+
+def test_a_guest_does_not_wait_for_a_dead_network(hosts: list[LabHost], client: LanClient) -> None:
+    source, destination = hosts
+    with settings(source, {"convergence.auto_converge": True, "convergence.patience_s": 60}):
+        migration = source.move("web", destination.name).id
+        follow(source, migration, lambda view: view.progress.iteration > 1)
+        with unplugged(destination), client.talking() as conversation:
+            conversation.go_on_for(LOOKED_S)
+            view = source.client.call(endpoints.SHOW_MIGRATION, migration=migration)
+            assert "no memory has been sent for " in view.progress.note
+            source.client.call(endpoints.CANCEL_MIGRATION, migration=migration)
+            conversation.go_on_for(LOOKED_S)
+    assert source.show("web").state is VmState.RUNNING
+    assert conversation.faults == []
+    assert conversation.longest_gap_s < 2
+
+
+def test_a_guest_that_may_be_slowed_does_not_wait_for_it_for_long(hosts: list[LabHost], client: LanClient) -> None:
+    source, destination = hosts
+    with settings(source, {"convergence.auto_converge": True, "convergence.patience_s": 60}):
+        migration = source.move("web", destination.name).id
+        follow(source, migration, lambda view: view.progress.throttle_percent > 10)
+        with unplugged(destination), client.talking() as conversation:
+            ended = source.outcome(migration)
+            conversation.go_on_for(LOOKED_S)
+    assert ended.fault is not None
+    assert (ended.outcome, ended.fault.code) == (Outcome.FAILED, "migration-failed")
+    assert source.show("web").state is VmState.RUNNING
+    assert conversation.faults == []
+    assert conversation.longest_gap_s < 10
 
 
 @pytest.mark.long

@@ -157,6 +157,13 @@ class Conversation:
             raise self.faults[0]
         assert enough, f"the guest answers no more: {self.answers} of {answers}, {self.requests} of {requests}"
 
+    def go_on_for(self, seconds: float) -> None:
+        """Go on for so long; raises what goes wrong."""
+        with self._changed:
+            self._changed.wait_for(lambda: bool(self.faults), seconds)
+        if self.faults:
+            raise self.faults[0]
+
     def _guarded(self, work: Any) -> None:
         try:
             work()

@@ -20,11 +20,19 @@ from limosa.migration.journal import Journal
 from limosa.migration.ownership import DestinationStep, SourceStep
 from limosa.migration.report import Report
 from limosa.migration.source import SourceMove
+from limosa.migration.steering import MustSlow, Steering
 from limosa.model.facts import DestinationFacts, VmFacts
 from limosa.model.migration import Migration, Side
 from limosa.model.network import HostNetwork, HostNic, NicAddress
 from limosa.model.route import Route
-from limosa.qemu.protocol import MachineProtocol, MigrationState, RdmaAddress, RunState
+from limosa.qemu.protocol import (
+    MachineProtocol,
+    MigrationState,
+    MigrationStatistics,
+    RdmaAddress,
+    RunState,
+    StreamParameters,
+)
 from limosa.settings.host import ConvergencePolicy
 from limosa.testing.guest import FakeGuest
 from limosa.testing.machine import FakeMachine
@@ -212,6 +220,40 @@ def test_a_stream_that_finds_nobody_is_led_anew_once(tmp_path: Path, came_by_a_m
         with pytest.raises(DestinationLost):
             await other.run()
         assert len(other.tries) == 2
+
+    play(scenario())
+
+
+@pytest.mark.parametrize("safely", [True, False])
+def test_a_guest_that_cannot_be_slowed_safely_is_slowed_in_another_try(tmp_path: Path, safely: bool) -> None:
+    async def scenario() -> None:
+        move = Move(tmp_path, "tcp")
+        move.source.is_slowed_safely = safely
+        slows = []
+
+        async def prepare(parameters: StreamParameters) -> None:
+            slows.append(parameters.slows)
+            await FakeMachine.prepare_outgoing(move.source, parameters)
+
+        async def steer(steering: Steering, look: MigrationStatistics, pace: float) -> str:
+            if len(slows) == 1 and not slows[0]:
+                raise MustSlow("the move does not converge", why="the guest writes")
+            return ""
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(move.source, "prepare_outgoing", prepare)
+            patch.setattr(Steering, "steer", steer)
+            move.wire.hold(Stage.COPY)
+            running = asyncio.ensure_future(move.run())
+            if not safely:
+                while len(slows) < 2:  # noqa: ASYNC110 - many things lead there
+                    await asyncio.sleep(0.001)
+            move.wire.release(Stage.COPY)
+            await running
+        assert slows == ([True] if safely else [False, True])
+        last = [DestinationStep.OWNED]
+        assert [one.step for one in move.tries] == (last if safely else [DestinationStep.GONE, *last])
+        assert move.landings[-1].machine.guest.pages == move.source.guest.pages
 
     play(scenario())
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from limosa.migration.convergence import (
+    SILENT_S,
     Action,
+    BeginAnew,
     Convergence,
     GiveUp,
     Hold,
@@ -26,19 +29,20 @@ POLICY = ConvergencePolicy(first_downtime_ms=4, blackout_budget_ms=60, patience_
 Look = tuple[float, MigrationStatistics]
 
 
-def look(at: float, remaining: int, *, iteration: int = 5, transferred: int = 0) -> Look:
+def look(at: float, remaining: int, *, iteration: int = 5, transferred: int | None = None) -> Look:
+    """``transferred``: null for what is sent of memory again and again."""
     return at, MigrationStatistics(
         state=MigrationState.ACTIVE,
         iteration=iteration,
-        transferred_bytes=transferred,
+        transferred_bytes=round(at * 100 * MIB) if transferred is None else transferred,
         remaining_bytes=remaining,
         rate_bytes_per_s=100 * MIB,
         dirty_rate_bytes_per_s=50 * MIB,
     )
 
 
-def run(policy: ConvergencePolicy, looks: list[Look]) -> list[Action]:
-    state = Convergence.begin(policy)
+def run(policy: ConvergencePolicy, looks: list[Look], *, slows: bool = True) -> list[Action]:
+    state = Convergence.begin(policy, slows=slows)
     actions: list[Action] = []
     for one in looks:
         state, action = state.judge(*one)
@@ -69,6 +73,35 @@ def test_steps_come_in_order_and_end() -> None:
     assert kinds[:6] == [RaiseDowntimeLimit, Throttle, Throttle, Throttle, Throttle, StartPostCopy]
 
 
+def test_a_guest_that_cannot_be_slowed_in_this_try_has_another() -> None:
+    actions = run(POLICY, stalled(4), slows=False)
+    assert [type(action) for action in actions[:2]] == [RaiseDowntimeLimit, BeginAnew]
+
+
+def test_post_copy_is_rather_taken_than_another_try() -> None:
+    policy = ConvergencePolicy(post_copy=True)
+    kinds = [type(action) for action in run(policy, stalled(4), slows=False)]
+    assert kinds[:2] == [RaiseDowntimeLimit, StartPostCopy]
+
+
+def test_a_guest_that_may_not_be_slowed_has_no_other_try() -> None:
+    policy = ConvergencePolicy(auto_converge=False, patience_s=10)
+    assert not any(isinstance(action, BeginAnew) for action in run(policy, stalled(60), slows=False))
+
+
+@pytest.mark.parametrize("iteration", [1, 5])
+def test_nothing_is_done_to_a_guest_while_nothing_is_sent(iteration: int) -> None:
+    state = Convergence.begin(POLICY)
+    for tick in range(round(5 * POLICY.patience_s)):
+        state, action = state.judge(*look(tick / 5, 50 * MIB, iteration=iteration, transferred=7))
+        assert isinstance(action, Wait) or tick / 5 < SILENT_S
+    assert isinstance(action, Wait)
+    assert action.note == "no memory has been sent for 30 s"
+    state, action = state.judge(*look(POLICY.patience_s, 50 * MIB, iteration=iteration, transferred=7))
+    assert isinstance(action, GiveUp)
+    assert action.is_silent
+
+
 def test_the_budget_is_never_exceeded() -> None:
     for action in run(POLICY, stalled(60)):
         if isinstance(action, RaiseDowntimeLimit):
@@ -97,7 +130,8 @@ def test_no_guest_makes_it_loop_for_ever(remainders: list[int], auto_converge: b
     policy = ConvergencePolicy(auto_converge=auto_converge, post_copy=post_copy, patience_s=20)
     looks = [look(tick, remaining) for tick, remaining in enumerate(remainders)]
     at, last = looks[-1]
-    looks += [look(at + tick, last.remaining_bytes) for tick in range(1, 60)]
+    sent = 0 if post_copy else None  # what is sent in post-copy is progress
+    looks += [look(at + tick, last.remaining_bytes, transferred=sent) for tick in range(1, 60)]
     actions = run(policy, looks)
     assert isinstance(actions[-1], GiveUp)
     assert sum(isinstance(action, StartPostCopy) for action in actions) <= 1

@@ -1,8 +1,8 @@
-"""The second try of a move whose RDMA failed before the switchover, or whose first stream found nobody where it was
-led: everything of the first try is undone.
+"""The next try of a move whose RDMA failed before the switchover, whose first stream found nobody where it was led, or
+whose guest has to be slowed: everything of the try before is undone.
 
 A move may have waited in lines for hours since its ways were tried, and a network may have died meanwhile; they are
-tried again with the rest of preflight. The second try is an ordinary move by another way, in a session of its own. What
+tried again with the rest of preflight. The next try is an ordinary move on other terms, in a session of its own. What
 makes that safe is the order:
 
 1. the stream is ended here, if there is one, and the guest goes on here;
@@ -15,9 +15,13 @@ memory, and is settled as such.
 
 from __future__ import annotations
 
+from dataclasses import replace
+from enum import Enum, auto
 from typing import TYPE_CHECKING
 
 from limosa.errors import DestinationLost, LimosaError, MigrationFailed, NotConverging, QemuError, QemuGone
+from limosa.migration.home import Terms
+from limosa.migration.steering import MustSlow
 from limosa.migration.stop import stop_stream
 from limosa.qemu.protocol import MachineProtocol, MigrationState
 from limosa.wire.peer import DestinationState
@@ -29,15 +33,49 @@ if TYPE_CHECKING:
 _FAILURES = (QemuError, MigrationFailed, DestinationLost)
 
 
-def may_follow(move: SourceMove, failure: LimosaError) -> bool:
-    """Whether a move that failed so is to be tried once more."""
-    excluded = isinstance(failure, NotConverging | QemuGone) or move.cancelled.done()
-    return not excluded and (failure is move.unreached or (by_rdma(move) and isinstance(failure, _FAILURES)))
+class Why(Enum):
+    """Why a move begins again."""
+
+    #: RDMA, by which it was to go, or went, has failed
+    RDMA = auto()
+    #: its first stream found nobody where it was led
+    UNREACHED = auto()
+    #: its guest has to be slowed, for which the stream has to begin anew
+    SLOWING = auto()
 
 
-def by_rdma(move: SourceMove) -> bool:
-    """Whether a move was to go by RDMA, or went."""
-    return move.examined is not None and move.examined.route.transport == "rdma"
+def why(move: SourceMove, failure: LimosaError) -> Why | None:
+    """For what a move that failed so may begin again, once."""
+    if move.cancelled.done() or isinstance(failure, QemuGone):
+        return None
+    if isinstance(failure, MustSlow):
+        return Why.SLOWING
+    by_rdma = move.examined is not None and move.examined.route.transport == "rdma"
+    if by_rdma and isinstance(failure, _FAILURES) and not isinstance(failure, NotConverging):
+        return Why.RDMA
+    return Why.UNREACHED if failure is move.unreached else None
+
+
+def note(why: Why, failure: LimosaError) -> str:
+    """In words for people."""
+    match why:
+        case Why.RDMA:
+            return f"RDMA failed ({failure}); starting again another way"
+        case Why.UNREACHED:
+            return f"{failure}; starting again another way"
+        case Why.SLOWING:
+            return f"{failure.why}; starting again, so that its processors can be slowed"
+
+
+def terms(asked: Terms, why: Why, failure: LimosaError) -> Terms:
+    """Those of the next try."""
+    match why:
+        case Why.RDMA:
+            return replace(asked, rdma_failed=str(failure))
+        case Why.UNREACHED:
+            return asked
+        case Why.SLOWING:
+            return replace(asked, must_slow=True)
 
 
 async def undo(move: SourceMove, machine: MachineProtocol, failure: LimosaError) -> None:

@@ -37,6 +37,8 @@ class Terms:
     rdma_pin_all: bool = False
     #: why RDMA, by which the move began, is not to be tried again; empty if it was not tried
     rdma_failed: str = ""
+    #: the guest is to be slowed if need be, though that is not safe: without it the move does not come to its end
+    must_slow: bool = False
 
     def without_post_copy(self) -> Terms:
         """The same, with post-copy forbidden."""

@@ -18,7 +18,6 @@ import asyncio
 import time
 from collections.abc import Awaitable, Coroutine, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -49,6 +48,7 @@ from limosa.qemu.protocol import (
     Event,
     MachineProtocol,
     MigrationState,
+    MigrationStatistics,
     StreamParameters,
 )
 from limosa.security.stream import make_credentials
@@ -57,6 +57,8 @@ from limosa.transport.shares import Kind
 from limosa.wire.peer import Prepare, Prepared, StreamCredentials
 
 LOOK_EVERY_S = 0.2
+#: How long a QEMU may be silent and send nothing, if it may have the guest wait meanwhile.
+SILENT_S = 3.0
 #: From the end of the stream to the destination's word that its QEMU has ended.
 LAST_WORDS_WITHIN_S = 1.0
 
@@ -102,6 +104,7 @@ class SourceMove:
         self.disk_credentials: StreamCredentials | None = None
         #: why the first stream of a try could not be connected
         self.unreached: DestinationLost | None = None
+        self._begun_again_for: set[again.Why] = set()
         self._begin_try()
 
     def _begin_try(self) -> None:
@@ -113,6 +116,10 @@ class SourceMove:
         self.before_switchover: asyncio.Future[None] = loop.create_future()
         #: done with the state in which QEMU's migration ended, or passed the point of no return
         self.sent: asyncio.Future[MigrationState] = loop.create_future()
+        #: whether QEMU can slow the guest
+        self._slows = False
+        #: whether it may have the guest wait for the network, if it is to be slowed
+        self._waits_with_guest = False
         self._sent_at: float | None = None
         self.stopped_at: float | None = None
 
@@ -125,13 +132,15 @@ class SourceMove:
         assert self.machine is not None
         unsubscribe = self.machine.on_event(self._on_event)
         try:
-            try:
-                await self.send(self.machine)
-            except LimosaError as failure:
-                if not again.may_follow(self, failure):
-                    raise
-                await self._begin_again(self.machine, failure)
-                await self.send(self.machine)
+            while True:
+                try:
+                    await self.send(self.machine)
+                    break
+                except LimosaError as failure:
+                    why = again.why(self, failure)
+                    if why is None or why in self._begun_again_for:
+                        raise
+                    await self._begin_again(self.machine, failure, why)
             await self.switch_over(self.machine)
             await self.tear_down()
         except LimosaError:
@@ -148,24 +157,25 @@ class SourceMove:
         self.report.enter(Phase.BUILD_UP)
         self.peer = await self.guard(self.dial())
         prepared = await self.guard(self.build_up(machine, self.peer))
-        steering = self.steering = Steering(machine, self.header, self.terms.policy, self.home.bandwidth)
+        steering = self.steering = Steering(
+            machine, self.header, self.terms.policy, self.home.bandwidth, slows=self._slows
+        )
         if copies(self.report.now.disks):
             self.report.enter(Phase.STORAGE)
             await self.guard(self.copy_disks(steering, prepared))
         self.report.enter(Phase.COPY)
         await self.guarded_copy(machine, steering, prepared)
 
-    async def _begin_again(self, machine: MachineProtocol, failure: LimosaError) -> None:
+    async def _begin_again(self, machine: MachineProtocol, failure: LimosaError, why: again.Why) -> None:
         """Put everything back to where it was before the first try."""
-        rdma_failed = str(failure) if again.by_rdma(self) else ""
-        why = f"RDMA failed ({rdma_failed})" if rdma_failed else str(failure)
-        self.report.note(f"{why}; starting again another way")
+        self._begun_again_for.add(why)
+        self.report.note(again.note(why, failure))
         self._close_channels()
         if self.peer is not None:
             peer, self.peer = self.peer, None  # its loss, if it comes, is not to interrupt what follows
             await peer.close()
         await self.guard(again.undo(self, machine, failure))
-        self.terms = replace(self._asked, rdma_failed=rdma_failed)
+        self._asked = self.terms = again.terms(self._asked, why, failure)
         self._begin_try()
 
     async def first(self, connecting: Awaitable[T]) -> T:
@@ -221,12 +231,18 @@ class SourceMove:
             layers=below,
             layers_relay=relays[-1] if below and relays else None,
         )
+        # Where that is not safe, only a guest that needs it may be slowed. Copies of disks are not made anew for that.
+        wanted, needed = self.terms.policy.auto_converge, self.terms.must_slow or bool(to_copy)
+        safe = await machine.slows_safely()
+        self._slows = wanted and (needed or safe)
+        self._waits_with_guest = self._slows and not safe
         parameters = StreamParameters(
             credentials=client,
             downtime_limit_ms=self.terms.policy.first_downtime_ms,
             bandwidth_bytes_per_s=self.home.bandwidth(Kind.MEMORY),
             post_copy=self.terms.policy.post_copy,
             pause=bool(to_copy),
+            slows=self._slows,
             rdma=examined.route.transport == "rdma",
             rdma_pin_all=self.terms.rdma_pin_all,
         )
@@ -339,12 +355,26 @@ class SourceMove:
         while True:
             if not self.before_switchover.done():
                 await steering.keep_copies_up()
-            look = await machine.migration()
+            look = await self._look(machine, steering)
             if look.state is MigrationState.ACTIVE:
                 bar = self.report.bar = self.report.bar.moved(self.report.now.phase, look)
                 note = await steering.steer(look, bar.pace)
                 await self.figures.show_memory(bar, look, steering, note)
             await asyncio.sleep(LOOK_EVERY_S)
+
+    async def _look(self, machine: MachineProtocol, steering: Steering) -> MigrationStatistics:
+        """Raises :class:`MigrationFailed` if QEMU waits for the network, and has the guest wait with it."""
+        looking = asyncio.ensure_future(machine.migration())
+        try:
+            while not looking.done():
+                before = steering.sent_bytes
+                await asyncio.wait({looking}, timeout=SILENT_S)
+                is_silent = not looking.done() and before is not None and steering.sent_bytes == before
+                if is_silent and self._waits_with_guest:
+                    raise steering.silent(f"nothing was sent for {SILENT_S:g} s, in which QEMU did not answer")
+            return looking.result()
+        finally:
+            looking.cancel()
 
     @contextmanager
     def _following(self, paths: Paths) -> Iterator[None]:

@@ -38,6 +38,10 @@ STANDS_STILL_S = 10.0
 ANSWERS_WITHIN_S = 1.0
 
 
+class MustSlow(NotConverging):
+    """The guest has to be slowed, which QEMU can do only in a stream that begins with that."""
+
+
 class Steering:
     """Steers one try to copy a guest, from the moment at which the destination awaits it; each try has its own.
 
@@ -52,14 +56,20 @@ class Steering:
     """
 
     def __init__(
-        self, machine: MachineProtocol, header: Header, policy: ConvergencePolicy, bandwidth: Callable[[Kind], int]
+        self,
+        machine: MachineProtocol,
+        header: Header,
+        policy: ConvergencePolicy,
+        bandwidth: Callable[[Kind], int],
+        *,
+        slows: bool = True,
     ) -> None:
-        """``bandwidth``: bytes per second that may be sent now, 0 for no cap."""
+        """``bandwidth``: bytes per second that may be sent now, 0 for no cap. ``slows``: QEMU can slow the guest."""
         self._machine = machine
         self._header = header
         self._policy = policy
         self._bandwidth = bandwidth
-        self._convergence = Convergence.begin(policy)
+        self._convergence = Convergence.begin(policy, slows=slows)
         #: what memory goes through
         self.channel: Channel | None = None
         #: what the copies of disks go through, one each
@@ -118,6 +128,13 @@ class Steering:
             if channel is not None and isinstance(channel.stream, socket.socket):
                 with suppress(OSError):
                     channel.stream.shutdown(socket.SHUT_RDWR)
+
+    @property
+    def sent_bytes(self) -> int | None:
+        """What has gone over the network of memory; None if that is not known."""
+        if self.channel is None or not isinstance(self.channel.stream, socket.socket):
+            return None
+        return sum(one.sent_bytes for one in self.channel.used())
 
     # Caps
 
@@ -211,7 +228,8 @@ class Steering:
 
     async def steer(self, look: MigrationStatistics, pace: float) -> str:
         """Act on a look at memory while it is sent, ``pace`` bytes of it in a second. Returns in words what is waited
-        for. Raises :class:`NotConverging` if nothing helps any more."""
+        for. Raises :class:`NotConverging` if nothing helps any more, :class:`MustSlow` if something would in another
+        try, and :class:`MigrationFailed` if nothing can be sent."""
         self._rate = look.rate_bytes_per_s or pace
         if behind := self._behind:
             note = f"the copy of disk {', '.join(behind)} has to catch up before the guest may stop"
@@ -220,15 +238,25 @@ class Steering:
         else:
             self._convergence, action = self._convergence.judge(time.monotonic(), look)
             self._let_wait(look, pace)
+        if isinstance(action, convergence.BeginAnew):
+            raise self._not_converging(action.why, MustSlow)
         if isinstance(action, convergence.GiveUp):
-            raise self._not_converging(action.why)
+            raise self.silent(action.why) if action.is_silent else self._not_converging(action.why)
         await self._act(action)
         await self._hold_back(look, pace)
         return action.note
 
-    def _not_converging(self, why: str) -> NotConverging:
+    def silent(self, why: str) -> MigrationFailed:
+        """The error if nothing goes over the network."""
+        vm, host = self._header.vm.name, self._header.destination
+        todo = f"check the network to host '{host}' and whether its QEMU works (the VM's qemu.log there)"
+        return MigrationFailed(
+            f"the memory of VM '{vm}' does not reach host '{host}'", why=why, todo=todo, vm=vm, host=host
+        )
+
+    def _not_converging(self, why: str, error: type[NotConverging] = NotConverging) -> NotConverging:
         vm = self._header.vm.name
-        return NotConverging(
+        return error(
             f"the move of VM '{vm}' does not converge",
             why=why,
             todo="allow a longer blackout (--blackout-budget), post-copy, or move it when it is quieter",

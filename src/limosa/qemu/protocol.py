@@ -138,6 +138,8 @@ class StreamParameters:
     post_copy: bool = False
     #: stop before the switchover, with the guest stopped, until :meth:`MachineProtocol.continue_migration`
     pause: bool = False
+    #: the guest may be slowed later (:meth:`MachineProtocol.set_throttle`); see :meth:`MachineProtocol.slows_safely`
+    slows: bool = True
     #: memory goes by RDMA, so that QEMU has to lock it
     rdma: bool = False
     #: lock all of it at the beginning, instead of each piece when it is sent
@@ -243,6 +245,9 @@ class MachineProtocol(CopyingProtocol, Protocol):
 
     async def announce(self) -> None:
         """Tell the switches anew where the VM's NICs are."""
+
+    async def slows_safely(self) -> bool:
+        """Source: whether a guest that may be slowed goes on whatever happens to the network meanwhile."""
 
     async def prepare_outgoing(self, parameters: StreamParameters) -> None:
         """Source: set everything up for :meth:`migrate`. May be repeated."""

@@ -33,6 +33,12 @@ _FORESEEN = "avail-switchover-bandwidth"
 #: the return path's thread for ever, and the guest with it (QEMU 10.0, measured; close_return_path_on_source joins a
 #: thread that polls a completion channel). Whether a destination has loaded everything, it is asked itself.
 _NOT_BY_RDMA = "return-path"
+_SLOWS = "auto-converge"
+_ENDED = (MigrationState.FAILED, MigrationState.CANCELLED)
+#: For the end of a stream that nobody reads.
+_FAILED_LOOKS, _FAILED_LOOK_S = 100, 0.02
+#: The first release whose auto-converge looks at memory beside the migration.
+_LOOKS_BESIDES = (9, 2)
 
 
 class Stream(Session):
@@ -55,21 +61,52 @@ class Stream(Session):
                 self._execute("migrate-set-parameters", {"tls-creds": "", "tls-hostname": ""}),
                 self._drop_credentials(_TLS_ID),
             )
+        with suppress(QemuError):
+            if not await self.slows_safely():
+                await self._end_looks()
+
+    async def _end_looks(self) -> None:
+        """Have QEMU look no more at what the guest writes, if it may still, see :meth:`slows_safely`: a migration that
+        fails at once ends that. The next look, which QEMU might not survive, is up to 5 s away. May be repeated."""
+        slows = {"capability": _SLOWS, "state": True}
+        if slows not in await self._execute("query-migrate-capabilities"):
+            return
+        if (await self.migration()).state not in _ENDED or (await self._execute("query-status"))["status"] != "running":
+            return
+        ours, theirs = socket.socketpair()
+        theirs.close()
+        with ours:
+            await self._with_descriptor(ours, "migrate", {})
+            for _ in range(_FAILED_LOOKS):
+                if (await self.migration()).state in _ENDED:
+                    break
+                await asyncio.sleep(_FAILED_LOOK_S)
+        await self._execute("migrate-set-capabilities", {"capabilities": [slows | {"state": False}]})
 
     # --- source ---
+
+    async def slows_safely(self) -> bool:
+        """Whether auto-converge does no harm. From 9.2 on it has QEMU's main loop look every 5 s what the guest has
+        written, where a pass over memory takes longer (``cpu_throttle_dirty_sync_timer_tick``,
+        migration/cpu-throttle.c). For that it takes a lock which the migration holds while it waits for the network:
+        when that dies the guest stands still, and QMP is silent, until the stream is ended. Where guests are emulated
+        that look is begun anew besides when the migration has ended, and then QEMU aborts.
+        """
+        version = (await self._execute("query-version"))["qemu"]
+        return (version["major"], version["minor"]) < _LOOKS_BESIDES
 
     async def prepare_outgoing(self, parameters: StreamParameters) -> None:
         """Set everything up for :meth:`migrate`. May be repeated.
 
-        Auto-converge is always on, because it cannot be switched on later, but kept from slowing the guest by more than
-        1 % until :meth:`set_throttle` allows more.
+        Auto-converge is on where the guest may be slowed, because it cannot be switched on later, but kept from slowing
+        it by more than 1 % until :meth:`set_throttle` allows more.
         """
         settings = {
             **await self._downtime_limit(parameters.downtime_limit_ms),
             **_bandwidth(parameters.bandwidth_bytes_per_s),
             **_throttle(1, 1),
         }
-        await self._prepare("client", parameters, settings, wanted={"auto-converge"})
+        await self._prepare("client", parameters, settings, wanted={_SLOWS} if parameters.slows else set())
 
     async def migrate(self, stream: socket.socket | RdmaAddress) -> None:
         """Start to send the VM into ``stream``. Returns as soon as QEMU has accepted, and has a TLS session if there is
@@ -198,7 +235,7 @@ class Stream(Session):
         missing = essential - known
         if missing:
             raise QemuError(f"this QEMU is too old to migrate: it lacks {', '.join(sorted(missing))}")
-        ours = {*_ESSENTIAL, "auto-converge", "postcopy-ram", "pause-before-switchover", "rdma-pin-all"} & known
+        ours = {*_ESSENTIAL, _SLOWS, "postcopy-ram", "pause-before-switchover", "rdma-pin-all"} & known
         switches = [{"capability": name, "state": name in essential | wanted} for name in sorted(ours)]
         await self._execute("migrate-set-capabilities", {"capabilities": switches})
 

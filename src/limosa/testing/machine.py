@@ -45,6 +45,8 @@ class FakeMachine(FakeDisks):
         self.gone = asyncio.Event()
         #: all events so far
         self.events: list[Event] = []
+        #: what :meth:`slows_safely` says
+        self.is_slowed_safely = True
         #: how often it was told to announce the VM's NICs
         self.announced = 0
         self.parameters: StreamParameters | None = None
@@ -119,6 +121,11 @@ class FakeMachine(FakeDisks):
         """See the protocol."""
         await self._answer()
         self.announced += 1
+
+    async def slows_safely(self) -> bool:
+        """See the protocol."""
+        await self._answer()
+        return self.is_slowed_safely
 
     async def prepare_outgoing(self, parameters: StreamParameters) -> None:
         """See the protocol."""
