@@ -390,6 +390,13 @@ def test_a_cancel_goes_on_after_one_that_is_not_known(host: Host) -> None:
     assert host.seen[-1][0] is CANCEL_MIGRATION
 
 
+def test_each_cancel_that_failed_is_reported(host: Host, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["migration", "cancel", "nope", "neither", "--json"]) == 4
+    out, err = capsys.readouterr()
+    for text in (out, err):
+        assert ("'nope'" in text, "'neither'" in text) == (True, True)
+
+
 def test_a_move_of_known_identity_is_asked_for_alone(host: Host) -> None:
     host.answers[SHOW_MIGRATION] = host.show
     assert main(["migration", "show", "web100000000"]) == 0

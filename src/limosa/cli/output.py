@@ -65,7 +65,8 @@ def on_each(names: Iterable[str], act: Callable[[str], None], *, as_json: bool) 
         try:
             act(name)
         except LimosaError as error:
-            code = code or report(error, as_json=as_json) or 1
+            reported = report(error, as_json=as_json) or 1
+            code = code or reported
     return code
 
 
