@@ -19,6 +19,7 @@ from limosa.cli.main import main
 from limosa.errors import (
     Cancelled,
     Conflict,
+    HostUnreachable,
     LimosaError,
     MigrationFailed,
     NotFound,
@@ -144,6 +145,18 @@ def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Host]:
 
 def objects(text: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.splitlines()]
+
+
+def test_an_error_names_the_vm_it_is_about(host: Host, capsys: pytest.CaptureFixture[str]) -> None:
+    lost = Fault(code="destination-lost", what="the session broke", vm="web1")
+    host.endings["web1"] = shown("web1", outcome=Outcome.FAILED, fault=lost)
+    host.endings["web2"] = HostUnreachable("no answer")
+    host.endings["web3"] = Conflict("VM 'web3' is stopped", vm="web3")
+    assert main(["move", "web1", "web2", "web3", "--to", "host2"]) != 0
+    err = capsys.readouterr().err.splitlines()
+    assert "limosa: VM 'web1': the session broke" in err
+    assert "limosa: VM 'web2': no answer" in err
+    assert "limosa: VM 'web3' is stopped" in err
 
 
 def test_a_move_with_its_lines_and_table(host: Host, capsys: pytest.CaptureFixture[str]) -> None:

@@ -69,6 +69,7 @@ def follow_all(names: list[str], begin: Callable[[str], Iterator[Migration]]) ->
             for migration in begin(name):
                 events.put((name, migration))
         except LimosaError as error:
+            error.vm = error.vm or name
             events.put((name, error))
         except Exception as error:  # noqa: BLE001 - the edge of a thread: whoever waits for events must hear of it
             events.put(

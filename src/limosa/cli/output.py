@@ -73,12 +73,14 @@ def on_each(names: Iterable[str], act: Callable[[str], None], *, as_json: bool) 
 def report(error: LimosaError, *, as_json: bool = False) -> int:
     """Print an error and return the exit code it stands for.
 
-    Three short lines on standard error: what and why, what to do, the code. As JSON also one object on standard
-    output: ``{"error": {...}}``.
+    Three short lines on standard error: what and why, with the VM concerned; what to do; the code. As JSON also one
+    object on standard output: ``{"error": {...}}``.
     """
     if as_json:
         say_json({"error": error.fault()})
-    warn(f"limosa: {error.what}" if error.findings else f"limosa: {error}")
+    text = error.what if error.findings else str(error)
+    subject = f"VM '{error.vm}': " if error.vm and f"'{error.vm}'" not in text else ""
+    warn(f"limosa: {subject}{text}")
     say_findings(error.findings, to_stderr=True)
     if error.todo:
         warn(f"  to do: {error.todo}")
