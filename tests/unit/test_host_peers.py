@@ -16,11 +16,12 @@ import pytest
 from websockets.asyncio.client import connect
 from websockets.asyncio.server import ServerConnection, serve
 from websockets.exceptions import ConnectionClosedError
+from websockets.frames import Close
 
 from harness.landings import VM
 from limosa.errors import DestinationLost, HostNotTrusted, HostUnreachable, LimosaError
 from limosa.host import calling, peers
-from limosa.host.calling import Call, Caller
+from limosa.host.calling import Call, Caller, why_broken
 from limosa.host.peers import RemotePeer
 from limosa.model import reading
 from limosa.model.network import HostNetwork, HostNic, NicAddress
@@ -350,13 +351,28 @@ def test_it_has_ended_if_the_destination_cannot_be_reached(monkeypatch: pytest.M
             destination.is_reachable.clear()
             destination.cut()
             word = asyncio.ensure_future(peer.take_over())
-            with pytest.raises(HostUnreachable, match="the session with host 'host2' broke"):
+            with pytest.raises(HostUnreachable, match="the session with host 'host2' broke: the connection was cut"):
                 await peer.lost
             with pytest.raises(HostUnreachable):
                 await word
             assert destination.heard == [[PREPARE]]
 
     play(scenario())
+
+
+@pytest.mark.parametrize(
+    ("error", "why"),
+    [
+        (ConnectionClosedError(None, None), "the connection was cut"),
+        (ConnectionClosedError(None, Close(1011, "keepalive ping timeout")), "it does not answer any more"),
+        (ConnectionClosedError(Close(1011, "keepalive ping timeout"), None), "it did not hear from this host"),
+        (ConnectionClosedError(Close(1012, ""), Close(1012, ""), rcvd_then_sent=True), "it closed the session"),
+        (ConnectionClosedError(Close(1008, "too many"), Close(1008, "too many"), rcvd_then_sent=True), "too many"),
+        (ConnectionClosedError(None, Close(1009, "frame too big")), "what it said is not valid: frame too big"),
+    ],
+)
+def test_why_a_session_ended_is_said_in_plain_words(error: ConnectionClosedError, why: str) -> None:
+    assert why_broken(error) == why
 
 
 def test_it_says_so_if_another_connection_is_not_trusted() -> None:

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from websockets.asyncio.client import ClientConnection, connect
-from websockets.exceptions import InvalidHandshake, WebSocketException
+from websockets.exceptions import ConnectionClosed, InvalidHandshake, WebSocketException
+from websockets.frames import CloseCode
 
 from limosa.background import then
 from limosa.errors import HostNotTrusted, HostUnreachable, InvalidInput, StateError, from_fault
@@ -43,6 +44,8 @@ PONG_WITHIN_S = 3.0
 #: (TCP_USER_TIMEOUT, tcp(7)).
 UNACKNOWLEDGED_MS = 5000
 MAX_MESSAGE_BYTES = 16 * 1024 * 1024
+#: The reason with which the library closes a connection whose pings are not answered.
+KEEPALIVE = "keepalive ping timeout"
 
 Answer = TypeVar("Answer")
 decoder = reading.decoder(say.FromDestination)
@@ -126,7 +129,7 @@ async def ask(connection: ClientConnection, host: str, message: say.Message, ans
         await connection.send(encode(message))
         heard = parse(await connection.recv(), decoder, "its answer")
     except (WebSocketException, InvalidInput, OSError) as error:
-        raise broken(host, str(error)) from error
+        raise broken(host, why_broken(error)) from error
     if isinstance(heard, say.Failed):
         raise from_fault(heard.fault)
     if not isinstance(heard, answer):
@@ -221,3 +224,17 @@ def why_unreachable(error: Exception) -> str:
     if isinstance(error, OSError) and error.errno:
         return os.strerror(error.errno)
     return str(error) or "no answer in time"
+
+
+def why_broken(error: Exception) -> str:
+    """What ended a connection that was open, in words that are not those of the library or the protocol."""
+    if not isinstance(error, ConnectionClosed):
+        return why_unreachable(error)
+    for close, silent in ((error.rcvd, "it did not hear from this host"), (error.sent, "it does not answer any more")):
+        if close is not None and close.code == CloseCode.INTERNAL_ERROR and close.reason == KEEPALIVE:
+            return silent
+    if error.rcvd is not None:
+        return error.rcvd.reason or "it closed the session"
+    if error.sent is not None:
+        return f"what it said is not valid: {error.sent.reason or error.sent.code}"
+    return "the connection was cut"

@@ -17,7 +17,7 @@ from websockets.asyncio.client import ClientConnection
 from websockets.exceptions import ConnectionClosed, WebSocketException
 
 from limosa.errors import HostNotTrusted, HostUnreachable, InvalidInput, LimosaError, from_fault
-from limosa.host.calling import Call, Caller, ask, broken, decoder
+from limosa.host.calling import Call, Caller, ask, broken, decoder, why_broken
 from limosa.migration import layers
 from limosa.migration.peer import SendLayers
 from limosa.model.base import MigrationId
@@ -150,7 +150,7 @@ class RemotePeer:
         try:
             await connection.send(encode(message))
         except WebSocketException as error:
-            raise self._lose(str(error)) from error
+            raise self._lose(why_broken(error)) from error
 
     async def _mention(self, message: say.Message) -> None:
         """Say what has no answer and may be said twice: again if the connection dies over it and there is another."""
@@ -160,7 +160,7 @@ class RemotePeer:
                 await connection.send(encode(message))
             except WebSocketException as error:
                 if self._copying is None:
-                    raise self._lose(str(error)) from error
+                    raise self._lose(why_broken(error)) from error
                 if connection is self._connection and not self.lost.done():
                     self._is_whole.clear()  # the reader has yet to hear of it, and sets it in the end
             else:
@@ -200,7 +200,7 @@ class RemotePeer:
                 async for data in self._connection:
                     self._take(parse(data, decoder, "its answer"))
             except (WebSocketException, InvalidInput, OSError) as error:
-                why, is_cut = str(error), _is_cut(error)
+                why, is_cut = why_broken(error), _is_cut(error)
             if not is_cut or self._copying is None or self.lost.done():
                 break
             try:
