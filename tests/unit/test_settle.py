@@ -19,6 +19,7 @@ from limosa.errors import (
     Cancelled,
     Conflict,
     DestinationLost,
+    HostNotTrusted,
     HostUnreachable,
     LimosaError,
     OutcomeUnknown,
@@ -165,6 +166,28 @@ async def until(what: Callable[[], bool]) -> None:
 
 
 MIGRATING = (SourceStep.PREPARING, SourceStep.MIGRATING)
+
+
+@pytest.mark.parametrize(
+    ("steps", "cause", "code"),
+    [
+        (MIGRATING, HostUnreachable("the session broke"), "destination-lost"),
+        (MIGRATING, HostNotTrusted("its certificate has expired"), "host-not-trusted"),
+        ((), HostUnreachable("nobody is there"), "host-unreachable"),
+    ],
+)
+def test_a_destination_that_dies_after_it_was_told_of_the_vm_is_lost(
+    tmp_path: Path, steps: tuple[SourceStep, ...], cause: LimosaError, code: str
+) -> None:
+    async def scenario() -> None:
+        world = World(tmp_path, There(DestinationState.INCOMING, away=False), *steps)
+        world.settlement.cause = cause
+        await world.settlement.run()
+        fault = world.report.now.fault
+        assert (world.report.now.outcome, fault and fault.code) == (Outcome.FAILED, code)
+        assert [record.fault.code for record in world.journal.records if record.fault] == [code]
+
+    play(scenario)
 
 
 def test_a_copy_that_qemu_cannot_end_yet_is_ended_later_and_keeps_nobody_waiting(

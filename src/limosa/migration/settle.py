@@ -19,6 +19,7 @@ from limosa.errors import (
     Cancelled,
     Conflict,
     DestinationLost,
+    HostNotTrusted,
     HostUnreachable,
     LimosaError,
     OwnerUnknown,
@@ -37,7 +38,7 @@ from limosa.migration.ownership import (
     decide_source,
 )
 from limosa.migration.stop import stop_stream
-from limosa.model.migration import Outcome, Phase, Side
+from limosa.model.migration import Fault, Outcome, Phase, Side
 from limosa.qemu.protocol import NO_WAY_BACK, MachineProtocol, RunState
 from limosa.wire.peer import DestinationState, Standing
 
@@ -378,14 +379,21 @@ class Settlement:
 
     async def _record_undoing(self) -> None:
         if self.step is not SourceStep.UNDOING:
-            fault = self.cause.fault() if self.cause is not None else None
-            await in_full(self.move.journal.record, SourceStep.UNDOING, time.time(), fault=fault)
+            await in_full(self.move.journal.record, SourceStep.UNDOING, time.time(), fault=self._fault())
+
+    def _fault(self) -> Fault | None:
+        """Why the move is undone, which the VM comes out of as it was: also if its destination is what was lost."""
+        cause = self.cause
+        if self._is_told and isinstance(cause, HostUnreachable) and not isinstance(cause, HostNotTrusted):
+            vm = self.move.header.vm.name
+            cause = DestinationLost(cause.what, why=cause.why, todo=cause.todo, vm=vm, host=cause.host)
+        return cause.fault() if cause is not None else None
 
     async def _show_failure(self) -> None:
         if self.move.report.now.outcome in (Outcome.FAILED, Outcome.CANCELLED):
             return
         outcome = Outcome.CANCELLED if isinstance(self.cause, Cancelled) else Outcome.FAILED
-        self.move.report.end(outcome, self.cause.fault() if self.cause is not None else None)
+        self.move.report.end(outcome, self._fault())
         await self.move.home.sending()  # what it may have sent is for others now
 
     def _show_waiting(self, standing: Standing | None, seconds: float) -> None:
