@@ -14,7 +14,7 @@ import pytest
 from rich.console import Console
 from standin import Answers, StandIn
 
-from limosa.cli import display, follow
+from limosa.cli import display, follow, move
 from limosa.cli.main import main
 from limosa.errors import (
     Cancelled,
@@ -145,6 +145,28 @@ def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Host]:
 
 def objects(text: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.splitlines()]
+
+
+@pytest.mark.parametrize("quietly", [[], ["--json"]])
+def test_ctrl_c_tells_what_has_ended_and_that_the_others_go_on(
+    host: Host, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, quietly: list[str]
+) -> None:
+    def events(*those: tuple[str, follow.Event]) -> Callable[..., Iterator[tuple[str, follow.Event]]]:
+        def interrupted(names: list[str], begin: object) -> Iterator[tuple[str, follow.Event]]:
+            yield from those
+            raise KeyboardInterrupt
+
+        return interrupted
+
+    refused = ("db1", PreflightRefused((FINDING,), vm="db1", host="host2"))
+    monkeypatch.setattr(move, "follow_all", events(("web1", shown("web1")), refused))
+    assert main(["move", "web1", "db1", "--to", "host2", *quietly]) == 130
+    err = capsys.readouterr().err
+    assert "limosa: VM 'db1' cannot move to host 'host2'" in err
+    assert "the other moves go on" in err
+    monkeypatch.setattr(move, "follow_all", events(refused))
+    assert main(["move", "db1", "--to", "host2", *quietly]) == 130
+    assert "go on" not in capsys.readouterr().err
 
 
 def test_an_error_names_the_vm_it_is_about(host: Host, capsys: pytest.CaptureFixture[str]) -> None:

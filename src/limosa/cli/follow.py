@@ -90,6 +90,11 @@ def follow_all(names: list[str], begin: Callable[[str], Iterator[Migration]]) ->
             yield name, event
 
 
+def has_ended(event: Event) -> bool:
+    """Whether it is the last event of its move."""
+    return isinstance(event, LimosaError) or event.outcome is not Outcome.UNDER_WAY
+
+
 def exit_code(event: Event) -> int:
     """0 for a move that was completed, or is under way, else that of its error."""
     if isinstance(event, LimosaError):

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator
+from itertools import chain
 from typing import get_args
 
 from limosa.cli.arguments import Commands, add_command
 from limosa.cli.connection import client_of, name_there
 from limosa.cli.display import display_for, say_summary
-from limosa.cli.follow import Event, exit_code, follow, follow_all
+from limosa.cli.follow import Event, exit_code, follow, follow_all, has_ended
 from limosa.cli.output import report, say, say_findings, say_json, warn
 from limosa.cli.routes import say_disks, say_expected, say_route
 from limosa.errors import InvalidInput, LimosaError, PreflightRefused, from_fault
@@ -122,12 +123,20 @@ def _move(arguments: argparse.Namespace) -> int:
         warn("no VM runs here; nothing to move")
         return 0
     events = follow_all(names, _mover(arguments))
+    latest: dict[str, Event] = {}
     try:
-        ended = _consume_quietly(events) if arguments.json or arguments.detach else _consume(events, names)
+        if arguments.json or arguments.detach:
+            latest.update(events)
+        else:
+            _show(events, names, latest)
     except KeyboardInterrupt:
-        warn("the moves go on; 'limosa migration list' shows them, 'limosa migration cancel' stops one")
+        ended = {name: event for name, event in latest.items() if has_ended(event)}
+        _conclude(arguments, ended)
+        if len(ended) < len(names):
+            those = "the other moves" if ended else "the moves"
+            warn(f"{those} go on; 'limosa migration list' shows them, 'limosa migration cancel' stops one")
         return 130
-    return _conclude(arguments, ended)
+    return _conclude(arguments, latest)
 
 
 def _names(arguments: argparse.Namespace) -> list[str]:
@@ -187,22 +196,13 @@ def _storage(text: str | None) -> dict[str, str]:
     return wishes
 
 
-def _consume_quietly(events: Iterator[tuple[str, Event]]) -> dict[str, Event]:
-    """The last event of each VM."""
-    return dict(events)
-
-
-def _consume(events: Iterator[tuple[str, Event]], names: list[str]) -> dict[str, Event]:
-    """The last event of each VM, all of them shown as they come."""
-    ended: dict[str, Event] = {}
-    name, first = next(events)  # every request is on its way before the display is loaded
+def _show(events: Iterator[tuple[str, Event]], names: list[str], latest: dict[str, Event]) -> None:
+    """Show events as they come, and keep the latest of each VM."""
+    first = next(events)  # every request is on its way before the display is loaded
     with display_for(names) as display:
-        display.show_event(name, first)
-        ended[name] = first
-        for name, event in events:
+        for name, event in chain([first], events):
+            latest[name] = event
             display.show_event(name, event)
-            ended[name] = event
-    return ended
 
 
 def _conclude(arguments: argparse.Namespace, ended: dict[str, Event]) -> int:
