@@ -239,6 +239,24 @@ def test_a_connection_that_breaks_does_not_end_the_watching(host: Host, capsys: 
     assert len(host.moves) == 1
 
 
+def test_a_daemon_that_is_away_is_spoken_of_once(
+    host: Host, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(follow, "_SILENT_S", 0)
+    watch, refusals = host.watch, [HostUnreachable("no answer")] * 3
+
+    def away(request: object, migration: str) -> Iterator[Migration]:
+        if refusals:
+            raise refusals.pop()
+        return watch(request, migration)
+
+    host.answers[WATCH_MIGRATION] = away
+    assert main(["move", "web1", "--to", "host2"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("web1: build-up, the daemon of host 'host1' does not answer; trying again\n") == 1
+    assert "web1: completed" in out
+
+
 def test_a_host_that_stays_away_is_unreachable(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(follow, "PATIENCE_S", 0.05)
     host.answers[WATCH_MIGRATION] = lambda *_, **__: b""

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
+
+import msgspec
 
 from limosa.client.host import HostClient
 from limosa.errors import (
@@ -17,12 +20,14 @@ from limosa.errors import (
     OwnerUnknown,
     from_fault,
 )
-from limosa.model.migration import Migration, Outcome
+from limosa.model.migration import Migration, Outcome, Side
 from limosa.wire.endpoints import WATCH_MIGRATION
 
 #: How long a daemon may be away: it restarts, takes up its VMs and finishes or undoes the move by itself.
 PATIENCE_S = 60.0
 _RETRY_S = 0.25
+#: A daemon that is away for longer is spoken of; most are back before.
+_SILENT_S = 2.0
 
 #: For moves that ended without a word.
 _EXIT_CODES = {
@@ -40,21 +45,38 @@ Event = Migration | LimosaError
 def follow(client: HostClient, migration: Migration) -> Iterator[Migration]:
     """Each change of a move until it has ended, that first.
 
-    A connection that breaks is made again for :data:`PATIENCE_S`; the move does not depend on it. Raises
-    :class:`HostUnreachable` after that, and what the daemon raises.
+    A connection that breaks is made again for :data:`PATIENCE_S`, and the move's note says so; the move does not depend
+    on it. Raises :class:`HostUnreachable` after that, and what the daemon raises.
     """
     yield migration
-    latest, heard_at = migration, time.monotonic()
+    latest, lost_at, is_told = migration, math.inf, False
     while latest.outcome is Outcome.UNDER_WAY:
         try:
             for latest in client.stream(WATCH_MIGRATION, migration=migration.id):
-                heard_at = time.monotonic()
+                lost_at, is_told = math.inf, False
                 yield latest
         except HostUnreachable as error:
-            if isinstance(error, HostNotTrusted) or time.monotonic() - heard_at > PATIENCE_S:
+            lost_at = min(lost_at, now := time.monotonic())
+            if isinstance(error, HostNotTrusted) or now - lost_at > PATIENCE_S:
                 raise
+            if now - lost_at >= _SILENT_S and not is_told:
+                is_told = True
+                yield _unheard(latest)
         if latest.outcome is Outcome.UNDER_WAY:
             time.sleep(_RETRY_S)
+
+
+def _unheard(migration: Migration) -> Migration:
+    """A move as it was when its daemon was heard last; how fast it goes is not known."""
+    host = migration.source if migration.side is Side.SOURCE else migration.destination
+    progress = msgspec.structs.replace(
+        migration.progress,
+        rate_bytes_per_s=0.0,
+        dirty_rate_bytes_per_s=0.0,
+        remaining_s=None,
+        note=f"the daemon of host '{host}' does not answer; trying again",
+    )
+    return msgspec.structs.replace(migration, place=None, progress=progress)
 
 
 def follow_all(names: list[str], begin: Callable[[str], Iterator[Migration]]) -> Iterator[tuple[str, Event]]:
