@@ -335,7 +335,10 @@ def test_check_tells_everything(host: Host, capsys: pytest.CaptureFixture[str]) 
     assert "[switch-missing]" in out
     assert "about 3.0 GiB of 20.0 GiB, as /images/web1.qcow2" in out
     assert out.count("to send: about 3.0 GiB of disks and 1.0 GiB of memory; about 34.4 s at 1000 Mbit/s") == 1
-    assert "blackout: 2 ms planned, up to 60 ms" in out
+    assert (
+        "blackout: 2 ms planned for memory, up to 60 ms if the guest writes too fast for that; devices and hand-over"
+        in out
+    )
     host.mbit_per_s = None
     main(["check", "web1", "--to", "host2"])
     assert "the time is unknown" in capsys.readouterr().out

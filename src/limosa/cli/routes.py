@@ -53,7 +53,7 @@ def say_expected(expected: Expected) -> None:
     first, budget = expected.first_downtime_ms, expected.blackout_budget_ms
     more = f", up to {budget:g} ms if the guest writes too fast for that" if budget > first else ""
     last = ", and then by post-copy" if expected.post_copy else ""
-    say(f"blackout: {first:g} ms planned{more}{last}")
+    say(f"blackout: {first:g} ms planned for memory{more}{last}; devices and hand-over take some more")
 
 
 def _end(nic: str, address: str) -> str:

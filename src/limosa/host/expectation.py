@@ -2,30 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
 from limosa.host.bandwidth import MBIT_BYTES
 from limosa.migration import disks
-from limosa.model.route import Route
-from limosa.model.storage import DiskPlan, LayerPlan
+from limosa.migration.examination import Examined
 from limosa.settings.host import ConvergencePolicy
 from limosa.transport.shares import Kind
 from limosa.wire.api import Expected
 
 
 def expect(
-    plans: Iterable[DiskPlan],
-    layers: Iterable[LayerPlan],
+    examined: Examined,
     memory_bytes: int,
-    route: Route,
     policy: ConvergencePolicy,
     cap: Callable[[Kind], int],
 ) -> Expected:
     """As if nothing else used the way and the guest wrote nothing; pure. ``cap``: bytes per second for each kind of
     what is sent, 0 for none."""
-    disk_bytes = sum(plan.expected_bytes for plan in disks.copies(plans)) + sum(one.expected_bytes for one in layers)
-    speeds = [path.speed_mbit_per_s for path in route.paths]
+    disk_bytes = sum(plan.expected_bytes for plan in disks.copies(examined.disks))
+    disk_bytes += sum(layer.expected_bytes for layer in examined.layers)
+    speeds = [path.speed_mbit_per_s for path in examined.route.paths]
     known = [speed for speed in speeds if speed]
     speed = sum(known) * MBIT_BYTES if known and len(known) == len(speeds) else None
     seconds = mbit_per_s = None
@@ -41,7 +39,7 @@ def expect(
         seconds=round(seconds, 1) if seconds is not None else None,
         first_downtime_ms=policy.first_downtime_ms,
         blackout_budget_ms=policy.blackout_budget_ms,
-        post_copy=policy.post_copy,
+        post_copy=policy.post_copy and examined.post_copy_possible,
     )
 
 

@@ -115,10 +115,8 @@ class Outgoing:
         memory = hosted.config.memory_mib * MIB
         resident = resident_bytes(hosted.machine.pid) if hosted.machine is not None else None
         return expect(
-            examined.disks,
-            examined.layers,
+            examined,
             min(memory, resident) if resident is not None else memory,
-            examined.route,
             self._terms(options).policy,
             lambda kind: _least(self._bandwidth.alone(kind, examined.route), _own_cap(options)),
         )

@@ -67,6 +67,12 @@ class Examined:
     #: addresses of the destination to which no connection could be made
     blocked: frozenset[str] = frozenset()
 
+    @property
+    def post_copy_possible(self) -> bool:
+        """Whether the move may end by post-copy, if that is allowed."""
+        # Post-copy by RDMA is a way of QEMU's that hardly anybody goes, and a guest is lost with it if it fails.
+        return self.route.transport != "rdma" and all(one.code != "post-copy-not-possible" for one in self.findings)
+
 
 async def examine(
     peer: Peer,

@@ -269,8 +269,7 @@ class SourceMove:
         findings = examined.findings
         if any(finding.severity is Severity.ERROR for finding in findings):
             raise PreflightRefused(findings, vm=self.header.vm.name, host=peer.host)
-        # Post-copy by RDMA is a way of QEMU's that hardly anybody goes, and a guest is lost with it if it fails.
-        if examined.route.transport == "rdma" or any(one.code == "post-copy-not-possible" for one in findings):
+        if not examined.post_copy_possible:
             self.terms = self.terms.without_post_copy()
         self.report.change(
             findings=findings,

@@ -158,10 +158,10 @@ class Expected(Model, forbid_unknown_fields=False, frozen=True):
     #: known, and so not how long it takes
     mbit_per_s: int | None
     seconds: float | None
-    #: the blackout that is planned for, and the longest the policy may come to plan for
+    #: the blackout that is planned for memory, and the longest the policy may come to plan for; devices add to both
     first_downtime_ms: float
     blackout_budget_ms: float
-    #: after that the guest may run at the destination before its memory is there
+    #: after that the guest may run at the destination before its memory is there: that is allowed, and possible
     post_copy: bool = False
 
 
