@@ -209,7 +209,7 @@ def test_those_over_the_limit_wait_in_line_and_can_leave_it(hosts: list[LabHost]
         ids = [begin("web"), begin("two")]
         assert [place(each) for each in (first, *ids)] == [None, 1, 2]
         shown = limosa(host, "migration", "show", "web")
-        assert "waits for other moves of disks on this host, place 1" in shown.out
+        assert "waiting, place 1, waits for other moves of disks on this host" in shown.out
         said = limosa(host, "migration", "cancel", "web", "--json")
         assert (said.code, said.object["outcome"], said.object["total_s"]) == (0, "cancelled", 0)
         assert [place(each) for each in (first, ids[1])] == [None, 1]

@@ -107,7 +107,7 @@ def test_the_line_is_shown_and_kept(hosts: list[LabHost]) -> None:
         assert [(host.outgoing, host.incoming) for host in status] == [(1, 0), (0, 1)]
         waits = migrations(source)[2]
         assert (waits.phase, waits.total_s) == (Phase.WAITING, None)
-        assert waits.progress.note == "waits for other moves of this host, place 2"
+        assert (waits.progress.note, waits.place) == ("waits for other moves of this host", 2)
         # One in the middle leaves the line; those behind move up.
         said = limosa(source, "migration", "cancel", "vm3", "--json")
         assert (said.code, said.object["outcome"], said.object["total_s"]) == (0, "cancelled", 0)

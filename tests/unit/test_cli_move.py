@@ -537,12 +537,19 @@ def test_of_more_moves_than_lines_those_that_do_something_are_drawn(drawn: Calla
     live.show(shown("vm20"))
     live.show_event("vm21", Conflict("no"))
     for place, name in enumerate(names[22:], 1):
-        live.show(shown(name, phase=Phase.WAITING, place=place, progress=Progress(note=f"waits, place {place}")))
+        live.show(shown(name, phase=Phase.WAITING, place=place, progress=Progress(note="waits")))
     lines = [line.strip() for line in drawn(live, height=12).splitlines()]
     assert [line.split()[:2] for line in lines[:3]] == [["vm20", "copy"], ["vm21", "conflict"], ["vm22", "waiting,"]]
     assert len(lines) == 12
     assert lines[-1] == "and 29 more: 9 waiting, 20 completed"
 
 
-def test_a_place_in_line_is_shown() -> None:
-    assert display.in_words(shown("web1", phase=Phase.WAITING, place=2)) == "waiting, place 2"
+def test_a_place_in_line_is_shown_and_another_is_no_new_line(host: Host, capsys: pytest.CaptureFixture[str]) -> None:
+    plain = display.PlainDisplay()
+    for place in (2, 1):
+        waits = shown("web1", phase=Phase.WAITING, place=place, progress=Progress(note="waits for other moves"))
+        plain.show(waits)
+    assert capsys.readouterr().out == "web1: waiting, place 2, waits for other moves\n"
+    host.answers[LIST_MIGRATIONS] = lambda _: MigrationList(migrations=(waits,))
+    assert main(["migration", "list"]) == 0
+    assert "waiting, place 1" in capsys.readouterr().out

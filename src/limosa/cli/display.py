@@ -15,6 +15,8 @@ from collections.abc import Iterable, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol
 
+import msgspec
+
 from limosa.cli.follow import Event
 from limosa.cli.output import clean, say_table, table_width
 from limosa.model.migration import Migration, Outcome, Phase
@@ -62,8 +64,8 @@ class PlainDisplay:
         pass
 
     def show(self, migration: Migration) -> None:
-        """A line if phase, outcome or note have changed; other figures alone make no other note."""
-        now = (_stage(migration), _AMOUNT.sub("", migration.progress.note))
+        """A line if phase, outcome or note have changed; figures and the place in line alone make no other."""
+        now = (stage(msgspec.structs.replace(migration, place=None)), _AMOUNT.sub("", migration.progress.note))
         before = self._seen.get(migration.vm)
         self._seen[migration.vm] = now
         if now != before:
@@ -174,11 +176,15 @@ def _rank(event: Event | None) -> int:
 def _stage(event: Event | None) -> str:
     if event is None:
         return "requested"
-    if not isinstance(event, Migration):
-        return event.code
-    if event.outcome is not Outcome.UNDER_WAY:
-        return event.outcome.value
-    return f"{event.phase.value}, place {event.place}" if event.place else event.phase.value
+    return stage(event) if isinstance(event, Migration) else event.code
+
+
+def stage(migration: Migration) -> str:
+    """How a move ended, or else its phase, with its place in line."""
+    if migration.outcome is not Outcome.UNDER_WAY:
+        return migration.outcome.value
+    place = f", place {migration.place}" if migration.place else ""
+    return migration.phase.value + place
 
 
 def _figures(event: Event | None) -> str:
@@ -207,7 +213,7 @@ def in_words(migration: Migration) -> str:
     """One line on a move."""
     if migration.outcome is not Outcome.UNDER_WAY:
         return migration.outcome.value
-    parts = [_stage(migration)]
+    parts = [stage(migration)]
     if migration.progress.transferred_bytes:
         parts.append(f"{migration.progress.percent:.0f} %")
     parts += [part for part in (_figures(migration), migration.progress.note) if part]

@@ -9,7 +9,7 @@ from functools import partial
 
 from limosa.cli.arguments import Commands, add_command, add_noun
 from limosa.cli.connection import client_of
-from limosa.cli.display import display_for, in_words, say_summary
+from limosa.cli.display import display_for, in_words, say_summary, stage
 from limosa.cli.follow import exit_code, follow
 from limosa.cli.output import on_each, report, say, say_json, say_table, warn
 from limosa.cli.routes import say_disks, say_route
@@ -92,7 +92,7 @@ def _list(arguments: argparse.Namespace) -> int:
     rows = [
         (
             *(one.id, one.vm, one.source, one.destination, _asked_for(one)),
-            *(_state(one), f"{one.progress.percent:.0f} %", _why(one)),
+            *(stage(one), f"{one.progress.percent:.0f} %", _why(one)),
         )
         for one in migrations
     ]
@@ -109,10 +109,6 @@ def _is_wanted(migration: Migration, arguments: argparse.Namespace) -> bool:
 def _asked_for(migration: Migration) -> str:
     """When the move was asked for, by the clock here."""
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(migration.accepted_at))
-
-
-def _state(migration: Migration) -> str:
-    return migration.phase.value if migration.outcome is Outcome.UNDER_WAY else migration.outcome.value
 
 
 def _why(migration: Migration) -> str:
@@ -197,7 +193,7 @@ def _tell(arguments: argparse.Namespace, migration: Migration) -> None:
         say_json(migration)
         return
     way = f"{migration.source} to {migration.destination}"
-    say(f"{migration.vm}: {way}, {_state(migration)}, asked for at {_asked_for(migration)} ({migration.id})")
+    say(f"{migration.vm}: {way}, {stage(migration)}, asked for at {_asked_for(migration)} ({migration.id})")
     say_summary([migration])
     if migration.route is not None:
         say_route(migration.route)

@@ -28,7 +28,7 @@ class Report:
 
     def wait_in_line(self, place: int, what: str) -> None:
         """Say for what it waits, and where in line, from 1."""
-        self.enter(Phase.WAITING, place=place, note=f"waits for {what}, place {place}")
+        self.enter(Phase.WAITING, place=place, note=f"waits for {what}")
 
     def line(self, what: str, *, then: Phase | None = None) -> Callable[[int], None]:
         """Shows the place in a line for ``what``, from 1; with 0 the wait is over, and ``then`` is entered."""
