@@ -84,7 +84,8 @@ def _suits(name: str, network: HostNetwork, *, capped: bool, post_copy: bool) ->
     network = msgspec.structs.replace(network, carried=tuple(_at_best(network)))
     offered = [own.address for nic in twin.nics for own in nic.addresses if is_allowed(own.address, network.allowed)]
     route = choose(Ends(name, "another", network, twin, offered, capped=capped, post_copy=post_copy), "auto")
-    return msgspec.structs.replace(route, paths=())
+    why = route.why if route.paths else "this host has no address through which moves may go"
+    return msgspec.structs.replace(route, paths=(), why=why)
 
 
 def _twin(nic: HostNic) -> HostNic:
