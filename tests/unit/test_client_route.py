@@ -204,8 +204,9 @@ def test_an_expired_certificate_of_the_host_is_named_and_how_it_is_renewed(pki: 
 def test_a_host_that_is_down_or_unknown(pki: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = int(listener.getsockname()[1])
-    with pytest.raises(HostUnreachable, match="refused"):
+    with pytest.raises(HostUnreachable, match="refused") as caught:
         call(TlsRoute("host1", "127.0.0.1", port, pki / "alice", "client"))
+    assert "what was done" not in caught.value.todo
     fault = socket.gaierror(-2, "Name or service not known")
     error = TlsRoute("host9", "host9", 7411, pki / "alice", "client").explain(fault)
     assert "host 'host9' is not known" in error.what

@@ -245,9 +245,10 @@ def _broken(where: str, fault: OSError) -> HostUnreachable:
             why="it took too long; whether it did what was asked is not known",
             todo="check that the host is up and that no firewall is in the way; see what was done before you try again",
         )
+    nothing_was_sent = isinstance(fault, ConnectionRefusedError)
     return HostUnreachable(
         f"no connection to {where}",
         why=fault.strerror or str(fault),
-        todo="check that the daemon runs ('systemctl status limosa-host' on that host); "
-        "see what was done before you try again",
+        todo="check that the daemon runs ('systemctl status limosa-host' on that host)"
+        + ("" if nothing_was_sent else "; see what was done before you try again"),
     )
