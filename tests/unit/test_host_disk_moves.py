@@ -288,6 +288,16 @@ def test_a_copy_that_fails_says_of_which_vm_and_where_more_is_said(world: World)
     play(scenario())
 
 
+def test_a_vm_without_disks_is_not_said_to_have_all_of_them_there(world: World) -> None:
+    async def scenario() -> None:
+        world.config = world.with_disks()
+        await world.load()
+        with pytest.raises(Conflict, match="VM 'web1' has no disk that could be moved"):
+            await world.begin()
+
+    play(scenario())
+
+
 def test_of_a_vm_that_may_be_away_none_begins(world: World) -> None:
     async def scenario() -> None:
         await world.load()

@@ -117,5 +117,7 @@ def _chosen(hosted: HostedVm, request: DiskMoveRequest, storage: Storage) -> lis
     if fixed := [disk.name for disk in wanted if disk.read_only]:
         raise InvalidInput(f"disk {fixed[0]} of VM '{config.name}' is read-only", why="read-only disks are not moved")
     if not wanted:
-        raise Conflict(f"all disks of VM '{config.name}' are already in location '{request.location}'", vm=config.name)
+        has_any = any(not disk.read_only for disk in config.disks)
+        those = f"all disks of VM '{config.name}' are already in location '{request.location}'"
+        raise Conflict(those if has_any else f"VM '{config.name}' has no disk that could be moved", vm=config.name)
     return wanted
