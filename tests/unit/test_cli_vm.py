@@ -276,7 +276,7 @@ def test_the_settings_page_shows_every_option_with_its_help(host: StandIn, capsy
 
 def test_settings_are_sent_with_their_types(host: StandIn, capsys: pytest.CaptureFixture[str]) -> None:
     host.answers[endpoints.CHANGE_SETTINGS] = lambda _: SettingsPage(settings=HostSettings(max_outgoing=4))
-    words = ["max_outgoing", "4", "convergence.post_copy=on", "migration_networks=10.0.0.0/24, 10.1.0.0/24"]
+    words = ["max_outgoing", "=", "4", "convergence.post_copy=on", "migration_networks=10.0.0.0/24, 10.1.0.0/24"]
     words += ["migration_ports", "50000,50010", "peers.host2=a:1", "transport=tcp", "convergence.patience_s=1.5"]
     assert main(["host", "settings", *words, "--reset", "encrypt"]) == 0
     assert msgspec.json.decode(host.seen[-1][2], type=SettingsChange).values == {

@@ -150,13 +150,15 @@ def _settings(arguments: argparse.Namespace) -> int:
 
 
 def _pairs(words: list[str]) -> list[tuple[str, str]]:
-    """``KEY=VALUE`` words, or ``KEY VALUE`` pairs, in any mixture."""
+    """``KEY=VALUE`` words, ``KEY VALUE`` pairs or ``KEY = VALUE`` as the page has it, in any mixture."""
     pairs = []
     rest = iter(words)
     for word in rest:
         key, equals, value = word.partition("=")
         if not equals:
             following = next(rest, None)
+            if following == "=":
+                following = next(rest, None)
             if following is None:
                 raise InvalidInput(
                     f"there is no value for '{key}'",
