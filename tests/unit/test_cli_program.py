@@ -17,7 +17,7 @@ from standin import StandIn
 from limosa.cli.main import main
 from limosa.cli.output import clean
 from limosa.cli.program import NOUNS, build_parser
-from limosa.errors import Conflict
+from limosa.errors import Conflict, StorageError
 from limosa.wire.api import VmList
 from limosa.wire.endpoints import LIST_VMS
 
@@ -196,6 +196,26 @@ def test_a_reader_that_leaves_is_no_error(socket: Path) -> None:
         assert process.stderr.read() == b""
         assert process.wait() == 141
         process.stderr.close()
+
+
+@pytest.mark.parametrize("words", [["vm", "list"], ["completion", "bash"]])
+def test_output_to_a_full_disk_is_an_error_without_a_traceback(socket: Path, words: list[str]) -> None:
+    with StandIn(socket, {LIST_VMS: lambda _: VmList(vms=())}), Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", "import limosa.cli.main as m; m.console_script()", *words],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert done.returncode == StorageError.exit_code
+    assert done.stderr.startswith("limosa: this command could not write all that it had to: No space left on device\n")
+    assert "Traceback" not in done.stderr
+
+
+def test_an_empty_host_is_not_this_machine(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--host", "", "vm", "list"]) == 2
+    assert "--host names no host" in capsys.readouterr().err
 
 
 def test_terminal_escapes_do_not_get_through() -> None:

@@ -7,6 +7,7 @@ import os
 
 from limosa.client.host import HostClient
 from limosa.client.route import Route, UnixRoute, configuration_folders, find_route, is_known, local_route
+from limosa.errors import InvalidInput
 
 
 def client_of(arguments: argparse.Namespace) -> HostClient:
@@ -17,6 +18,8 @@ def client_of(arguments: argparse.Namespace) -> HostClient:
 def route_of(arguments: argparse.Namespace) -> Route:
     """The way to the host; see :mod:`limosa.client.route` for the order in which it is looked for."""
     environment = os.environ
+    if arguments.host == "":  # as a variable of a script that is not set: this machine would be a guess
+        raise InvalidInput("--host names no host", todo="name one, or leave --host out for this machine")
     if arguments.host is None and environment.get("LIMOSA_SOCKET"):
         return local_route(environment)
     name = arguments.host or environment.get("LIMOSA_HOST")

@@ -6,6 +6,7 @@ Only the module of the noun that is asked for is imported; all of them for ``--h
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
 import itertools
 import os
@@ -15,7 +16,7 @@ from collections.abc import Iterable, Sequence
 from limosa import __version__
 from limosa.cli.arguments import CommandParser, HelpFormatter, add_global_options
 from limosa.cli.output import report, warn
-from limosa.errors import InvalidInput, LimosaError
+from limosa.errors import InvalidInput, LimosaError, StorageError
 
 #: Which module of this package registers which noun, in the order of the help.
 NOUNS = {
@@ -90,12 +91,21 @@ def execute(parsed: argparse.Namespace) -> int:
         warn("")
         return 130
     except BrokenPipeError:
-        # The reader of a pipe has seen enough. What is still buffered must not complain when Python ends.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()  # the reader of a pipe has seen enough
         return 141
+    except OSError as fault:
+        if fault.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        _drop_output()
+        return report(StorageError("this command could not write all that it had to", why=fault.strerror or str(fault)))
     except UnicodeEncodeError as fault:
         return report(InvalidInput("an argument is not valid text", why=str(fault)), as_json=parsed.json)
     return code or 0
+
+
+def _drop_output() -> None:
+    """What is still buffered must not complain when Python ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _noun_of(arguments: Sequence[str]) -> str:
