@@ -13,14 +13,14 @@ import pytest
 from harness.homes import BareHome
 from harness.landings import ADDRESS, PORTS, BareLanding, first_view, header
 from limosa.background import in_full
-from limosa.errors import Cancelled, DestinationLost, LimosaError, MigrationFailed, QemuGone
+from limosa.errors import Cancelled, DestinationLost, LimosaError, MigrationFailed, NotConverging, QemuGone
 from limosa.migration.destination import Destination
 from limosa.migration.home import Terms
 from limosa.migration.journal import Journal
 from limosa.migration.ownership import DestinationStep, SourceStep
 from limosa.migration.report import Report
 from limosa.migration.source import SourceMove
-from limosa.migration.steering import MustSlow, Steering
+from limosa.migration.steering import Steering
 from limosa.model.facts import DestinationFacts, VmFacts
 from limosa.model.migration import Migration, Side
 from limosa.model.network import HostNetwork, HostNic, NicAddress
@@ -237,7 +237,8 @@ def test_a_guest_that_cannot_be_slowed_safely_is_slowed_in_another_try(tmp_path:
 
         async def steer(steering: Steering, look: MigrationStatistics, pace: float) -> str:
             if len(slows) == 1 and not slows[0]:
-                raise MustSlow("the move does not converge", why="the guest writes")
+                steering.must_slow = NotConverging("the move does not converge", why="the guest writes")
+                raise steering.must_slow
             return ""
 
         with pytest.MonkeyPatch.context() as patch:

@@ -56,9 +56,17 @@ class World:
             self.machine, header(Side.SOURCE), ConvergencePolicy(auto_converge=False, **policy), lambda _: 0
         )
         self.steering.take_memory(self.channel)
+        self.sent = 0
 
     async def look(self, remaining: int, rate: float = PACE) -> None:
-        look = MigrationStatistics(MigrationState.ACTIVE, remaining_bytes=remaining, rate_bytes_per_s=rate, iteration=2)
+        self.sent += 1
+        look = MigrationStatistics(
+            MigrationState.ACTIVE,
+            transferred_bytes=self.sent,
+            remaining_bytes=remaining,
+            rate_bytes_per_s=rate,
+            iteration=2,
+        )
         await self.steering.steer(look, PACE)
 
     async def asked(self, *remaining: int) -> list[bool]:

@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING
 
 from limosa.errors import DestinationLost, LimosaError, MigrationFailed, NotConverging, QemuError, QemuGone
 from limosa.migration.home import Terms
-from limosa.migration.steering import MustSlow
 from limosa.migration.stop import stop_stream
 from limosa.qemu.protocol import MachineProtocol, MigrationState
 from limosa.wire.peer import DestinationState
@@ -48,7 +47,7 @@ def why(move: SourceMove, failure: LimosaError) -> Why | None:
     """For what a move that failed so may begin again, once."""
     if move.cancelled.done() or isinstance(failure, QemuGone):
         return None
-    if isinstance(failure, MustSlow):
+    if move.steering is not None and failure is move.steering.must_slow:
         return Why.SLOWING
     by_rdma = move.examined is not None and move.examined.route.transport == "rdma"
     if by_rdma and isinstance(failure, _FAILURES) and not isinstance(failure, NotConverging):

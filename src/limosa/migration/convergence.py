@@ -127,7 +127,7 @@ class Convergence:
 
     def _judge(self, at: float, look: MigrationStatistics) -> tuple[Convergence, Action]:
         silent_s = at - (self.sent_at if self.sent_at is not None else at)
-        if silent_s >= STALL_S:
+        if silent_s > STALL_S:
             return self, self._wait_or_end(look, silent_s)
         if self._has_progress(look):
             return self._seen(at, look), Wait(self._note(look))

@@ -38,10 +38,6 @@ STANDS_STILL_S = 10.0
 ANSWERS_WITHIN_S = 1.0
 
 
-class MustSlow(NotConverging):
-    """The guest has to be slowed, which QEMU can do only in a stream that begins with that."""
-
-
 class Steering:
     """Steers one try to copy a guest, from the moment at which the destination awaits it; each try has its own.
 
@@ -69,6 +65,8 @@ class Steering:
         self._header = header
         self._policy = policy
         self._bandwidth = bandwidth
+        #: why this try ends, if the guest is to be slowed, which QEMU can do only in a stream that begins with that
+        self.must_slow: NotConverging | None = None
         self._convergence = Convergence.begin(policy, slows=slows)
         #: what memory goes through
         self.channel: Channel | None = None
@@ -228,8 +226,8 @@ class Steering:
 
     async def steer(self, look: MigrationStatistics, pace: float) -> str:
         """Act on a look at memory while it is sent, ``pace`` bytes of it in a second. Returns in words what is waited
-        for. Raises :class:`NotConverging` if nothing helps any more, :class:`MustSlow` if something would in another
-        try, and :class:`MigrationFailed` if nothing can be sent."""
+        for. Raises :class:`NotConverging` if nothing helps any more in this try, and :class:`MigrationFailed` if
+        nothing can be sent."""
         self._rate = look.rate_bytes_per_s or pace
         if behind := self._behind:
             note = f"the copy of disk {', '.join(behind)} has to catch up before the guest may stop"
@@ -239,7 +237,8 @@ class Steering:
             self._convergence, action = self._convergence.judge(time.monotonic(), look)
             self._let_wait(look, pace)
         if isinstance(action, convergence.BeginAnew):
-            raise self._not_converging(action.why, MustSlow)
+            self.must_slow = self._not_converging(action.why)
+            raise self.must_slow
         if isinstance(action, convergence.GiveUp):
             raise self.silent(action.why) if action.is_silent else self._not_converging(action.why)
         await self._act(action)
@@ -254,9 +253,9 @@ class Steering:
             f"the memory of VM '{vm}' does not reach host '{host}'", why=why, todo=todo, vm=vm, host=host
         )
 
-    def _not_converging(self, why: str, error: type[NotConverging] = NotConverging) -> NotConverging:
+    def _not_converging(self, why: str) -> NotConverging:
         vm = self._header.vm.name
-        return error(
+        return NotConverging(
             f"the move of VM '{vm}' does not converge",
             why=why,
             todo="allow a longer blackout (--blackout-budget), post-copy, or move it when it is quieter",
