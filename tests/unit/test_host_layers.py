@@ -14,6 +14,7 @@ import pytest
 from test_host_storage import TAG, TestWhatASourceMayName, plan, storage
 from test_preflight import VM
 
+from harness.lvm import GROUP, FakeLvm
 from harness.shares import Share
 from limosa.errors import Conflict, InvalidInput, LimosaError, StorageError
 from limosa.host.layers import Layers
@@ -25,7 +26,7 @@ from limosa.migration.ownership import DestinationStep
 from limosa.model.migration import Side
 from limosa.model.storage import BackingFile, DiskAction, DiskPlan, LayerPlan
 from limosa.model.vm import Disk, VmConfig
-from limosa.storage import marks
+from limosa.storage import lvm, marks
 from limosa.wire.peer import Prepare
 
 __all__ = ["storage"]
@@ -316,9 +317,12 @@ class TestWhatASourceMaySend:
         layer = self.layer(storage, file=msgspec.structs.replace(file, path=path))
         assert isinstance(self.refusal(storage, layer), InvalidInput)
 
-    def test_a_file_among_volumes(self, storage: Storage) -> None:
-        asyncio.run(storage._page.change({"locations.bulk": {"lvm": "vg0"}}))
-        file = msgspec.structs.replace(self.layer(storage).file, path=f"/dev/vg0/golden.{TAG}-1.raw", location="bulk")
+    def test_a_file_among_volumes(self, storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(lvm, "PROGRAM", str(FakeLvm(tmp_path).program))
+        asyncio.run(storage._page.change({"locations.bulk": {"lvm": GROUP}}))
+        file = msgspec.structs.replace(
+            self.layer(storage).file, path=f"/dev/{GROUP}/golden.{TAG}-1.raw", location="bulk"
+        )
         assert isinstance(self.refusal(storage, self.layer(storage, file=file, location="bulk")), InvalidInput)
 
     def test_a_file_that_is_somebodys(self, storage: Storage) -> None:

@@ -97,12 +97,45 @@ class TestLocations:
         assert Locations({"images": Place(path="/big")}, "images", Path("/own")).own == "/big"
 
     def test_what_the_kernel_says(self, tmp_path: Path) -> None:
-        places = Locations({"gone": Place(path="/nowhere")}, "images", tmp_path)
+        (tmp_path / "a-file").touch()
+        named = {"gone": Place(path="/nowhere"), "file": Place(path=f"{tmp_path}/a-file")}
+        places = Locations(named, "images", tmp_path)
         here, gone = places.look("images"), places.look("gone")
+        assert places.look("file").fault == "it is not a folder"
         assert (here.name, here.default, here.fault) == ("images", True, "")
         assert 0 < here.free_bytes <= here.total_bytes
         assert here.file_system
         assert (gone.free_bytes, gone.default, gone.fault) == (0, False, "No such file or directory")
+
+
+class TestNewLocations:
+    """Settings that name a place which cannot be one are refused."""
+
+    @pytest.mark.parametrize("place", ["gone", "a-file"])
+    def test_a_place_that_is_none_changes_nothing(self, storage: Storage, tmp_path: Path, place: str) -> None:
+        (tmp_path / "a-file").touch()
+        before = storage._page.now
+        with pytest.raises(InvalidInput, match=f"{place} cannot be location 'new'"):
+            asyncio.run(
+                storage._page.change({"locations.new": {"path": f"{tmp_path}/{place}"}, "default_location": "new"})
+            )
+        assert storage._page.now == before
+
+    def test_nor_one_that_does_not_answer(
+        self, storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        answers = threading.Event()
+        monkeypatch.setattr(stores.Folder, "look", lambda *_, **__: answers.wait())
+        monkeypatch.setattr(storage, "_looks", Looks(0.01))
+        with pytest.raises(InvalidInput) as caught:
+            asyncio.run(storage._page.change({"locations.new": {"path": str(tmp_path)}}))
+        answers.set()
+        assert caught.value.why == "it does not answer"
+
+    def test_one_that_has_gone_since_is_in_nobodys_way(self, storage: Storage, tmp_path: Path) -> None:
+        (tmp_path / "fast").rmdir()
+        asyncio.run(storage._page.change({"locations.fast": {"path": f"{tmp_path}/fast", "shared": True}}))
+        assert storage.places.shared() == {"fast": f"{tmp_path}/fast"}
 
 
 class TestTheLedger:
@@ -147,22 +180,27 @@ class TestTheLedger:
             stream.write(bytes(range(1, 256)) * (16 * MIB // 255))
         assert held - storage._needed_in(pool) >= 15 * MIB
 
-    def test_a_location_stays_what_it_is_while_an_image_is_made_in_it(self, storage: Storage, tmp_path: Path) -> None:
+    def test_a_location_stays_what_it_is_while_an_image_is_made_in_it(
+        self, storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(lvm, "PROGRAM", str(FakeLvm(tmp_path).program))
+        (tmp_path / "elsewhere").mkdir()
+        elsewhere = {"path": f"{tmp_path}/elsewhere"}
         image = plan(storage)
         asyncio.run(storage.make(image))
         root = str(storage.places.path("fast"))
-        for change in (None, {"path": "/elsewhere"}, {"lvm": GROUP}):
+        for change in (None, elsewhere, {"lvm": GROUP}):
             with pytest.raises(Conflict, match="location 'fast' is in use"):
                 asyncio.run(storage._page.change({"locations.fast": change}))
         with pytest.raises(Conflict, match="location 'fast' is in use"):
             asyncio.run(storage._page.change({"locations.inner": {"path": root}, "locations.fast": None}))
-        more = {"locations.fast": {"path": root, "shared": True}, "locations.more": {"path": "/more"}}
+        more = {"locations.fast": {"path": root, "shared": True}, "locations.more": elsewhere}
         asyncio.run(storage._page.change(more))
         storage.settle(image.path)
         asyncio.run(storage._page.change({"locations.fast": None}))
         storage.resume([str(tmp_path / "state" / "images" / "left-by-an-earlier-daemon.raw")])
         with pytest.raises(Conflict, match="location 'images' is in use"):
-            asyncio.run(storage._page.change({"locations.images": {"path": "/elsewhere"}}))
+            asyncio.run(storage._page.change({"locations.images": elsewhere}))
 
     def test_two_that_fit_one_by_one_do_not_fit_together(self, storage: Storage) -> None:
         async def scenario() -> list[object]:
@@ -456,8 +494,8 @@ class TestVolumes:
     def test_what_keeps_it_from_use(
         self, storage: Storage, group: FakeLvm, named: str, change: dict[str, str], fault: str
     ) -> None:
-        group.change(**change)
         asyncio.run(storage._page.change({"locations.bulk": {"lvm": named}}))
+        group.change(**change)
         assert next(one.fault for one in asyncio.run(storage.locations()) if one.name == "bulk") == fault
 
     def test_no_volume_lies_below_a_disk(self, storage: Storage, group: FakeLvm) -> None:

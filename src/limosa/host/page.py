@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +20,13 @@ class Page:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._asked: list[Callable[[HostSettings], None]] = []
+        self._asked: list[Callable[[HostSettings], Awaitable[None]]] = []
         self._changed: list[Callable[[], None]] = []
         #: held while the page is changed: each change is to what the one before has left
         self._changing = asyncio.Lock()
         self.now = toml.read(path, HostSettings, error=StateError) if path.exists() else HostSettings()
 
-    def before_change(self, callback: Callable[[HostSettings], None]) -> None:
+    def before_change(self, callback: Callable[[HostSettings], Awaitable[None]]) -> None:
         """Have ``callback`` asked about each change; to refuse it, it raises."""
         self._asked.append(callback)
 
@@ -45,7 +45,7 @@ class Page:
         async with self._changing:
             settings = self._with(values)
             for ask in self._asked:
-                ask(settings)
+                await ask(settings)
             await in_full(toml.write, self._path, settings)
             self.now = settings
             for callback in self._changed:

@@ -14,7 +14,7 @@ from pathlib import Path
 import msgspec
 
 from limosa.background import apart, in_full
-from limosa.errors import Conflict, StorageError
+from limosa.errors import Conflict, InvalidInput, StorageError
 from limosa.host.files import Files
 from limosa.host.looks import Looks, Step, Walks
 from limosa.host.page import Page
@@ -251,10 +251,21 @@ class Storage:
         """An image is complete: nothing more is held for it."""
         self._held.pop(path, None)
 
-    def _check_locations(self, settings: HostSettings) -> None:
-        """Raise :class:`Conflict` if one is changed in which moves make images: a mark would stay on an image that is
-        not known any more as what it is, such as a volume's tag, and what a crash leaves would not be found."""
+    async def _check_locations(self, settings: HostSettings) -> None:
+        """Raise :class:`InvalidInput` if a new location cannot be used, because moves would fail there, and
+        :class:`Conflict` if one is changed in which moves make images: a mark would stay on an image that is not known
+        any more as what it is, such as a volume's tag, and what a crash leaves would not be found."""
         now, then = self.places, _places(settings, self._files)
+        for name in then.added_to(now):
+            seen = await self._look(then, name)
+            new = seen.location if seen is not None else then.silent(name)
+            if new.fault:
+                place, what = (new.source, "a volume group") if new.kind == "lvm" else (new.path, "a folder")
+                raise InvalidInput(
+                    f"{place} cannot be location '{name}'",
+                    why=new.fault,
+                    todo=f"name {what} that exists on the host",
+                )
         for path in self._held:
             if (now.of(path), now.store_of(path).kind) != (then.of(path), then.store_of(path).kind):
                 raise Conflict(

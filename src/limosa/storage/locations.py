@@ -38,6 +38,11 @@ class Locations:
             raise NotFound(f"there is no location '{name}'", todo=f"choose one of {names}")
         return _store(self._places[name])
 
+    def added_to(self, before: Locations) -> list[str]:
+        """The names of those that were not where they are now."""
+        roots = {name: (place.path, place.lvm) for name, place in before._places.items()}
+        return [name for name, place in self._places.items() if roots.get(name) != (place.path, place.lvm)]
+
     def path(self, name: str) -> Path:
         """The folder below which a location's images have their paths. Raises :class:`NotFound`."""
         return Path(self.store(name).root)

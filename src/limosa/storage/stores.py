@@ -7,6 +7,7 @@ it is: QEMU, journals, ``vm.toml``. Making, removing and counting are the store'
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Hashable
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,8 +100,9 @@ class Folder:
             status = os.stat(self.root)
             space = os.statvfs(self.root)
         except OSError as error:
-            why = error.strerror or str(error)
-            return Location(name=name, path=self.root, shared=self.shared, default=default, fault=why)
+            return self._faulty(name, error.strerror or str(error), default=default)
+        if not stat.S_ISDIR(status.st_mode):
+            return self._faulty(name, "it is not a folder", default=default)
         mount = mounts.find(status.st_dev)
         read_only = bool(space.f_flag & os.ST_RDONLY)
         return Location(
@@ -116,6 +118,9 @@ class Folder:
             free_bytes=space.f_bavail * space.f_frsize,
             fault="it is mounted read-only" if read_only else "",
         )
+
+    def _faulty(self, name: str, fault: str, *, default: bool) -> Location:
+        return Location(name=name, path=self.root, shared=self.shared, default=default, fault=fault)
 
     def taken(self, path: str) -> int:
         """See :class:`Store`. A block device that lies there takes all it has."""
