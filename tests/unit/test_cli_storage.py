@@ -140,21 +140,13 @@ def test_a_volume_group(host: StandIn, capsys: pytest.CaptureFixture[str]) -> No
     assert any(line.split() == ["thin", "pool:", "vg0/thin"] for line in shown)
 
 
-@pytest.mark.parametrize("place", [["/mnt/nas"], ["--lvm", "vg0"]])
+@pytest.mark.parametrize("place", [["/mnt/nas", "--shared"], ["--lvm", "vg0"], ["/mnt/old"]])
 def test_a_name_that_is_taken_keeps_its_place(
     host: StandIn, capsys: pytest.CaptureFixture[str], place: list[str]
 ) -> None:
     assert main(["storage", "add", "nas", *place]) == 5
-    assert "there already is a location 'nas': /mnt/old" in capsys.readouterr().err
+    assert "there already is a location 'nas': /mnt/old, shared" in capsys.readouterr().err
     assert not changes(host)
-
-
-@pytest.mark.parametrize("default", [False, True])
-def test_a_folder_that_is_not_there_changes_nothing(host: StandIn, default: bool) -> None:
-    """Not even what there was of that name, and which was the default."""
-    assert main(["storage", "add", "nas", "/mnt/old", *(["--default"] if default else [])]) == 2
-    before: dict[str, Any] = {"locations.nas": {"path": "/mnt/old", "shared": True}}
-    assert changes(host)[1:] == [before | ({"default_location": "nas"} if default else {})]
 
 
 @pytest.mark.parametrize(

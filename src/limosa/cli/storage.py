@@ -224,24 +224,16 @@ def _add(arguments: argparse.Namespace) -> int:
     if arguments.default:
         values["default_location"] = arguments.name
     with client_of(arguments) as client:
-        before = client.call(endpoints.SETTINGS).settings
-        known = before.locations.get(arguments.name)
-        if known is not None and (known.path, known.lvm) != (path, arguments.lvm):
+        known = client.call(endpoints.SETTINGS).settings.locations.get(arguments.name)
+        if known is not None and (known.path, known.lvm, known.shared) != (path, arguments.lvm, arguments.shared):
+            shared = ", shared" if known.shared else ""
             raise Conflict(
-                f"there already is a location '{arguments.name}': {known.path or known.lvm}",
-                todo=f"choose another name, or first 'limosa storage remove {arguments.name}'",
+                f"there already is a location '{arguments.name}': {known.path or known.lvm}{shared}",
+                todo="choose another name, or change it with 'limosa host settings "
+                f"locations.{arguments.name}={f'lvm:{arguments.lvm}' if path is None else 'FOLDER[,shared]'}'",
             )
         client.call(endpoints.CHANGE_SETTINGS, toml.convert({"values": values}, SettingsChange, where="the request"))
         found = next(one for one in client.call(endpoints.LOCATIONS).locations if one.name == arguments.name)
-        if found.fault:
-            old: dict[str, object] = {f"locations.{arguments.name}": before.locations.get(arguments.name)}
-            if arguments.default:
-                old["default_location"] = before.default_location
-            client.call(endpoints.CHANGE_SETTINGS, SettingsChange(values=old))
-            what = "a folder" if path is not None else "a volume group"
-            raise InvalidInput(
-                f"{path or arguments.lvm} cannot be a location", why=found.fault, todo=f"name {what} that exists there"
-            )
     if arguments.json:
         say_json(found)
     else:
