@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import socket
 import ssl
 from collections.abc import AsyncIterator, Coroutine, Sequence
@@ -190,6 +191,7 @@ class There:
         self.is_reachable.set()
         #: why it refuses further calls
         self.refuses: HostUnreachable | None = None
+        self.calls = 0
         self.uri = ""
 
     async def serve(self, connection: ServerConnection) -> None:
@@ -203,6 +205,7 @@ class There:
                 await connection.send(encode(answer))
 
     async def call(self) -> Call:
+        self.calls += 1
         await self.is_reachable.wait()
         if self.refuses is not None:
             raise self.refuses
@@ -230,6 +233,10 @@ class There:
         while len(self.heard) < count:  # noqa: ASYNC110 - play() bounds it
             await asyncio.sleep(0.001)
 
+    async def has_calls(self, count: int) -> None:
+        while self.calls < count:  # noqa: ASYNC110 - play() bounds it
+            await asyncio.sleep(0.001)
+
 
 @asynccontextmanager
 async def there(attached: say.FromDestination | None = INCOMING) -> AsyncIterator[There]:
@@ -239,11 +246,15 @@ async def there(attached: say.FromDestination | None = INCOMING) -> AsyncIterato
         yield destination
 
 
-def test_a_session_goes_on_over_another_connection() -> None:
+@pytest.mark.parametrize("how", ["without a word", "because nothing of ours came there"])
+def test_a_session_goes_on_over_another_connection(how: str) -> None:
     async def scenario() -> None:
         async with there() as destination:
             peer = await destination.peer()
-            destination.cut()
+            if how == "without a word":
+                destination.cut()
+            else:
+                await destination.connections[-1].close(1011, "keepalive ping timeout")
             await destination.has_connections(2)
             await destination.has_heard(ATTACH)
             await peer.announce(("10.0.0.2",))
@@ -252,6 +263,30 @@ def test_a_session_goes_on_over_another_connection() -> None:
             said = say.Announce(addresses=("10.0.0.2",)), say.DisksWhole(), say.TakeOver()
             await destination.has_heard(ATTACH, *said)
             assert not peer.lost.done()
+            assert destination.told == ["the session with host 'host2' broke; connecting again", ""]
+            await peer.close()
+
+    play(scenario())
+
+
+def test_it_is_called_again_while_a_link_is_down(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peers, "AGAIN_EVERY_S", 0.001)
+
+    async def scenario() -> None:
+        async with there() as destination:
+            peer = await destination.peer()
+            destination.refuses = HostUnreachable("Network is unreachable")
+            destination.cut()
+            await destination.has_calls(4)
+            destination.answers[say.Attach] = None
+            destination.refuses = None
+            await destination.has_connections(2)
+            await destination.has_heard(ATTACH)
+            destination.answers[say.Attach] = INCOMING
+            destination.cut()  # and that of the call that was taken, too
+            await destination.has_connections(3)
+            await destination.has_heard(ATTACH)
+            assert await peer.take_over() == RUNNING
             assert destination.told == ["the session with host 'host2' broke; connecting again", ""]
             await peer.close()
 
@@ -337,25 +372,34 @@ def test_it_has_ended_if_the_destination_awaits_nothing_any_more(state: say.Dest
             assert destination.told[-1] == ""
             with pytest.raises(HostUnreachable):
                 await peer.disks_whole()
+            assert len(destination.heard) == 2
             await destination.connections[-1].wait_closed()
 
     play(scenario())
 
 
-def test_it_has_ended_if_the_destination_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("refusal", [None, HostUnreachable("host 'host2' is silent", why="Network is unreachable")])
+def test_it_has_ended_if_the_destination_cannot_be_reached(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, refusal: HostUnreachable | None
+) -> None:
     monkeypatch.setattr(peers, "AGAIN_WITHIN_S", 0.05)
+    caplog.set_level(logging.WARNING, peers.__name__)
 
     async def scenario() -> None:
         async with there() as destination:
             peer = await destination.peer()
-            destination.is_reachable.clear()
+            destination.refuses = refusal
+            if refusal is None:
+                destination.is_reachable.clear()
             destination.cut()
+            await destination.has_calls(2)
             word = asyncio.ensure_future(peer.take_over())
             with pytest.raises(HostUnreachable, match="the session with host 'host2' broke: the connection was cut"):
                 await peer.lost
             with pytest.raises(HostUnreachable):
                 await word
             assert destination.heard == [[PREPARE]]
+            assert str(refusal or "no answer") in caplog.text
 
     play(scenario())
 
@@ -385,6 +429,7 @@ def test_it_says_so_if_another_connection_is_not_trusted() -> None:
                 await peer.lost
             with pytest.raises(HostNotTrusted):
                 await peer.take_over()
+            assert destination.calls == 2
 
     play(scenario())
 

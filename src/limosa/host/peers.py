@@ -15,8 +15,9 @@ from typing import Any, TypeVar
 
 from websockets.asyncio.client import ClientConnection
 from websockets.exceptions import ConnectionClosed, WebSocketException
+from websockets.frames import CloseCode
 
-from limosa.errors import HostNotTrusted, HostUnreachable, InvalidInput, LimosaError, from_fault
+from limosa.errors import DestinationLost, HostNotTrusted, HostUnreachable, InvalidInput, LimosaError, from_fault
 from limosa.host.calling import Call, Caller, ask, broken, decoder, why_broken
 from limosa.migration import layers
 from limosa.migration.peer import SendLayers
@@ -35,6 +36,8 @@ INSPECT_WITHIN_S = 30.0
 #: A session that broke is opened again within this time, or has ended. The destination waits longer
 #: (:data:`limosa.host.session.ATTACHED_WITHIN_S`).
 AGAIN_WITHIN_S = 5.0
+#: From a call that failed to the next. While a NIC of ours has no link they fail at once.
+AGAIN_EVERY_S = 0.2
 
 _log = logging.getLogger(__name__)
 Answer = TypeVar("Answer")
@@ -221,21 +224,33 @@ class RemotePeer:
         self._is_whole.clear()
         self._connection.transport.abort()
         self._tell(f"the session with host '{self.host}' broke; connecting again")
+        failed = broken(self.host, f"no answer within {AGAIN_WITHIN_S:.0f} s")
         try:
             async with asyncio.timeout(AGAIN_WITHIN_S):
-                call = await self._caller.call()
-                try:
-                    attach = say.Attach(migration=migration, goes_on=True)
-                    standing = await ask(call.connection, self.host, attach, say.Standing)
-                    if standing.state not in (say.DestinationState.INCOMING, say.DestinationState.LOADED):
-                        raise broken(self.host, f"what it had of the VM is {standing.state} by now")
-                except BaseException:
-                    call.connection.transport.abort()
-                    raise
+                while True:
+                    try:
+                        return await self._attached(migration)
+                    except HostNotTrusted:
+                        raise
+                    except HostUnreachable as error:  # for now: a link may come back as it went
+                        failed = error
+                    await asyncio.sleep(AGAIN_EVERY_S)
         except TimeoutError as error:
-            raise broken(self.host, f"no answer within {AGAIN_WITHIN_S:.0f} s") from error
+            raise failed from error
         finally:
             self._tell("")
+
+    async def _attached(self, migration: MigrationId) -> ClientConnection:
+        """One call. Raises :class:`HostUnreachable` if there was no answer, anything else if that was a no."""
+        call = await self._caller.call()
+        try:
+            attach = say.Attach(migration=migration, goes_on=True)
+            standing = await ask(call.connection, self.host, attach, say.Standing)
+            if standing.state not in (say.DestinationState.INCOMING, say.DestinationState.LOADED):
+                raise DestinationLost(f"what host '{self.host}' had of the VM is {standing.state} by now")
+        except BaseException:
+            call.connection.transport.abort()
+            raise
         return call.connection
 
     def _take(self, message: say.FromDestination) -> None:
@@ -270,8 +285,11 @@ class RemotePeer:
 
 
 def _is_cut(error: Exception) -> bool:
-    """Whether a connection ended without a word from the other host that it ends."""
-    return isinstance(error, OSError) or (isinstance(error, ConnectionClosed) and error.rcvd is None)
+    """Whether a connection ended without a word from the other host that it ends. That it heard nothing of us for too
+    long, which it says when the network or this daemon moves again, is none."""
+    if isinstance(error, ConnectionClosed):
+        return error.rcvd is None or error.rcvd.code == CloseCode.INTERNAL_ERROR
+    return isinstance(error, OSError)
 
 
 async def dial(caller: Caller, tell: Callable[[str], None]) -> RemotePeer:

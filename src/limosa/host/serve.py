@@ -24,6 +24,7 @@ import uvicorn
 import uvloop
 from starlette.applications import Starlette
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
 from limosa.background import Background
 from limosa.errors import InvalidInput, NetworkError, NotPermitted
@@ -118,6 +119,16 @@ class IdentifyingProtocol(HttpToolsProtocol):
         self.transport.close()
 
 
+class SilenceEndingProtocol(WebSocketsSansIOProtocol):
+    """uvicorn's WebSocket protocol, for which a connection is over as soon as the other end has been silent for too
+    long: it would wait half a minute for it to end TLS, too."""
+
+    def keepalive_timeout(self) -> None:
+        """Say why, if that still gets through, and end it."""
+        super().keepalive_timeout()
+        self.transport.abort()
+
+
 def _identify(transport: asyncio.Transport) -> Identity | None:
     try:
         if transport.get_extra_info("sslcontext") is not None:
@@ -189,7 +200,7 @@ def _config(app: Starlette, context: ssl.SSLContext | None = None) -> uvicorn.Co
     return uvicorn.Config(
         app,
         http=IdentifyingProtocol,
-        ws="websockets-sansio",
+        ws=SilenceEndingProtocol,
         lifespan="off",
         log_config=None,
         access_log=False,

@@ -175,10 +175,8 @@ class Session:
             )
         finally:
             teller.cancel()
-        self._background.spawn(self._tell_loss(self._current()))
         await self._send(prepared)
-        if request.relay is not None and request.relay.striped:
-            self._background.spawn(self._tell_network())
+        self._tell_unasked(self._current())
 
     async def _begin(self, request: say.Prepare) -> None:
         self._destination = await self._incoming.begin(request, self._source.name, self._reached_at)
@@ -209,8 +207,7 @@ class Session:
         if standing.state is say.DestinationState.OWNED:
             await asyncio.shield(self._adopt(self._destination))
         elif goes_on:
-            self._background.spawn(self._tell_loss(self._destination))
-            self._background.spawn(self._tell_network())
+            self._tell_unasked(self._destination)
 
     async def _await_rest(self, destination: Destination) -> None:
         machine = self._incoming.machine_of(destination)
@@ -241,6 +238,11 @@ class Session:
     async def _tell(self, news: asyncio.Queue[say.InLine | say.LayersAwaited]) -> None:
         while True:
             await self._send(await news.get())
+
+    def _tell_unasked(self, destination: Destination) -> None:
+        self._background.spawn(self._tell_loss(destination))
+        if destination.is_striped:
+            self._background.spawn(self._tell_network())
 
     async def _tell_network(self) -> None:
         try:

@@ -124,6 +124,8 @@ class Destination:
         self._ends = asyncio.Event()
         #: nothing is left here; the line that says so may be missing, on a full disk
         self.is_destroyed = False
+        #: relays spread the stream, over NICs too that appear here if the source hears of them
+        self.is_striped = False
         self._resumed_at: float | None = None
         #: QEMU has said RESUME, which it does before the guest's first instruction
         self._ran = False
@@ -166,6 +168,7 @@ class Destination:
         self, request: Prepare, in_line: Callable[[int], None], tell: Callable[[LayersAwaited], None]
     ) -> Prepared:
         """Reserve and build everything; ``tell`` where files below disks are awaited. On failure nothing is kept."""
+        self.is_striped = request.relay is not None and request.relay.striped
         try:
             await self.landing.reserve(in_line)
             self.journal.record(DestinationStep.RESERVED, time.time(), durable=False)
