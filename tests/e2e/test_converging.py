@@ -113,6 +113,7 @@ def test_a_guest_does_not_wait_for_a_dead_network(hosts: list[LabHost], client: 
     assert conversation.longest_gap_s < 2
 
 
+@pytest.mark.long
 def test_a_guest_that_may_be_slowed_does_not_wait_for_it_for_long(hosts: list[LabHost], client: LanClient) -> None:
     source, destination = hosts
     with settings(source, {"convergence.auto_converge": True, "convergence.patience_s": 60}):

@@ -93,7 +93,7 @@ def _register_create(verbs: Commands[argparse.ArgumentParser]) -> None:
         _create,
         examples=[
             "vm create web1 --memory 2G --cpus 2 --disk web1.qcow2 --switch lan --start",
-            "vm create web2 --memory 4G --disk /srv/web2.qcow2,size=20G --uefi --cloud-init user-data",
+            "vm create web2 --memory 4G --disk /srv/web2.qcow2 --uefi --cloud-init user-data",
             "vm create tiny --memory 256M --kernel vmlinuz --initrd initrd.img --append console=ttyS0",
             "vm create --file web1.toml",
         ],
