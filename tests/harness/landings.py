@@ -75,6 +75,9 @@ class MemoryLanding:
     async def adopt(self, *, running: bool) -> None:
         assert running
 
+    def free(self) -> None:
+        pass
+
 
 class BareLanding(MemoryLanding):
     """A landing with a fake machine."""

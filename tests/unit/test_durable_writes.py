@@ -95,7 +95,7 @@ def test_a_move_that_is_undone(tmp_path: Path, synced: list[bool], monkeypatch: 
 def test_a_vm_that_lands_gets_other_disks_and_leaves(vms: Vms, synced: list[bool]) -> None:
     async def scenario() -> None:
         hosted = landing(vms)
-        await vms.adopt(hosted, "m1", running=True)
+        await vms.adopt(hosted, running=True)
         await vms.change_disks(hosted, (Disk(name="vda", path="/a.qcow2", format="qcow2"),))
         assert [config.disks for config in vms._folders.read()] == [hosted.config.disks]
         await vms.forget(hosted)
@@ -111,7 +111,7 @@ def test_a_vm_that_lands_gets_other_disks_and_leaves(vms: Vms, synced: list[bool
 def test_a_vm_that_is_deleted_is_left_alone_meanwhile(vms: Vms, synced: list[bool]) -> None:
     async def scenario() -> None:
         hosted = landing(vms)
-        await vms.adopt(hosted, "m1", running=True)
+        await vms.adopt(hosted, running=True)
         hosted.state = VmState.STOPPED
         deleting = asyncio.ensure_future(vms.delete(hosted))
         await asyncio.sleep(0)

@@ -281,8 +281,12 @@ def test_a_vm_that_a_person_gave_to_this_host_is_its_as_soon_as_that_can_be_writ
             with pytest.raises(StateError):
                 await world.incoming.resolve(MIGRATION, Side.DESTINATION)
             assert await machine.status() is RunState.RUNNING
+            # The next daemon would let it run, even if it has been paused by then, or has begun to move on.
+            with pytest.raises(Conflict, match=MIGRATION):
+                world.vms.check_idle(world.vms.get(VM.name))
         await until(lambda: world.incoming.migrations() == [])
         assert world.journal.step == DestinationStep.OWNED
+        world.vms.check_idle(world.vms.get(VM.name))
 
     asyncio.run(scenario())
 

@@ -764,7 +764,9 @@ class TestAVmThatLeft:
 
     async def returns(self, vms: Vms) -> None:
         """The same VM lands here again."""
-        await vms.adopt(vms.reserve(VM, SECOND), SECOND, running=True)
+        hosted = vms.reserve(VM, SECOND)
+        await vms.adopt(hosted, running=True)
+        hosted.has_ended(SECOND)
 
     async def settled(self, outgoing: Outgoing, journal: Journal) -> None:
         await outgoing.recover(journal)

@@ -94,13 +94,17 @@ class LandingHere:
             )
         await self._storage.finish(self._header.images)
         await self._layers.finish(self._header.layers)
-        await self._vms.adopt(hosted, self._header.migration, running=running)
+        await self._vms.adopt(hosted, running=running)
         await self._leases.settle()
         if hosted.machine is None and hosted.fault is None:
             await self._leasing.give_back(hosted.config)
         for path in self._header.images:
             self._storage.settle(path)
         self._place.give_back()
+
+    def free(self) -> None:
+        """See :class:`limosa.migration.destination.Landing`."""
+        self._vms.get(self._header.vm.name).has_ended(self._header.migration)
 
     async def release(self, machine: MachineProtocol | None) -> None:
         """See :class:`limosa.migration.destination.Landing`."""

@@ -375,10 +375,9 @@ class Vms:
         self._attach(hosted, machine)
         return machine
 
-    async def adopt(self, hosted: HostedVm, migration: str, *, running: bool) -> None:
-        """A VM that landed by that migration is this host's from now on, durably."""
+    async def adopt(self, hosted: HostedVm, *, running: bool) -> None:
+        """A VM that landed is this host's from now on, durably."""
         await in_full(self._folders.keep, hosted.config)
-        hosted.has_ended(migration)
         hosted.is_here = True
         hosted.started_at = time.time()
         if hosted.machine is None:

@@ -78,7 +78,10 @@ class Landing(Protocol):
         them from now on. Raises if it may not; nothing is lost then."""
 
     async def adopt(self, *, running: bool) -> None:
-        """Make the VM one of this host's, durably. If its QEMU is dead by now, it crashed here."""
+        """Make the VM one of this host's, durably. If its QEMU is dead by now, it crashed here. May be repeated."""
+
+    def free(self) -> None:
+        """It is written that the VM landed: its users may do with it what they like."""
 
     async def release(self, machine: MachineProtocol | None) -> None:
         """Kill QEMU and give back name, memory, slot, files, images that were made. Never fails.
@@ -460,6 +463,8 @@ class Destination:
         waits = qemu is DestinationQemu.SILENT and self._resumed_at is not None
         await self.landing.adopt(running=waits or qemu is DestinationQemu.RUNNING)
         await in_full(self.journal.record, DestinationStep.OWNED, time.time(), resumed_at=self._resumed_at)
+        # Not before: a restart that finds CONTINUING lets the guest run, whoever may have paused it or moved it on.
+        self.landing.free()
         self._unfollow()
 
     async def _continue_again(self) -> None:
