@@ -153,7 +153,7 @@ def test_a_daemon_starts_while_the_images_of_an_unfinished_move_do_not_answer(pl
     place.die()
     for _ in range(2):
         host.start()
-        host.stop(ANSWERS_WITHIN_S)
+        host.stop(2 * ANSWERS_WITHIN_S)
     host.start()
     place.serves_others()
     with pytest.raises(Conflict, match="is in migration"):

@@ -92,7 +92,7 @@ def test_the_network_is_cut(hosts: list[LabHost], client: LanClient) -> None:
     with in_the_copy(source, destination) as migration:
         set_links(destination, "down")
         try:
-            fails(source, migration, "host-unreachable")
+            fails(source, migration, "destination-lost")
             goes_on(client)
         finally:
             set_links(destination, "up")
@@ -103,7 +103,7 @@ def test_the_destinations_daemon_dies(hosts: list[LabHost]) -> None:
     with in_the_copy(source, destination) as migration:
         destination.kill()
         try:
-            fails(source, migration, "host-unreachable")
+            fails(source, migration, "destination-lost")
         finally:
             destination.start()
 
