@@ -18,16 +18,20 @@ async def relay(socket: WebSocket, console: Path) -> None:
     except OSError as error:
         await socket.close(code=4404, reason=f"no console: {error.strerror}")
         return
-    tasks = {asyncio.ensure_future(_to_guest(socket, writer)), asyncio.ensure_future(_to_person(reader, socket))}
+    to_person = asyncio.ensure_future(_to_person(reader, socket))
+    tasks = {asyncio.ensure_future(_to_guest(socket, writer)), to_person}
+    reason = ""
     try:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        if to_person.done():
+            reason = "the VM was stopped, or has moved to another host"
     finally:
         for task in tasks:
             task.cancel()
         await asyncio.wait(tasks)
         writer.close()
         with contextlib.suppress(RuntimeError, WebSocketDisconnect):
-            await socket.close()
+            await socket.close(reason=reason)
 
 
 async def _to_guest(socket: WebSocket, writer: asyncio.StreamWriter) -> None:
