@@ -160,8 +160,11 @@ def test_a_daemon_starts_while_the_images_of_an_unfinished_move_do_not_answer(pl
         place.client.call(endpoints.START_VM, vm="web")
     place.answer()
     wait_until(lambda: host.show("web").migration is None, "the move is undone")
-    assert place.client.call(endpoints.SHOW_MIGRATION, migration=begun.id).outcome is Outcome.FAILED
+    view = place.client.call(endpoints.SHOW_MIGRATION, migration=begun.id)
+    assert view.outcome is Outcome.FAILED
     assert assert_one_whole_disk(host, wanted) == old
     assert host.show("web").state is VmState.STOPPED
-    assert not [path for path in place.share.folder.iterdir() if begun.id in path.name]
+    # A daemon that was ended while it waited may still have the image open when the share answers: then it stays.
+    left = [finding.code for finding in view.findings]
+    assert left == ["image-left"] or not [path for path in place.share.folder.iterdir() if begun.id in path.name], left
     change(host, {"locations.nas": None})
