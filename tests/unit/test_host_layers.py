@@ -113,7 +113,7 @@ class TestOnAShareThatDoesNotAnswer:
 
     @pytest.fixture(autouse=True)
     def _dead(self, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-        world.storage.walks = Walks(0.2)
+        world.storage.walks = Walks(1.0)
         share = Share(tmp_path / "dead", monkeypatch)
         world.vms.configs = (using(share.folder / "other.qcow2"),)
         share.die()

@@ -385,7 +385,7 @@ class TestOnAShareThatDoesNotAnswer:
 
     @pytest.fixture
     def dead(self, either: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Share]:
-        either.storage.walks = Walks(0.2)
+        either.storage.walks = Walks(1.0)
         share = Share(tmp_path / "dead", monkeypatch)
         share.folder.mkdir()
         share.die()
