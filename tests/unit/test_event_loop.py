@@ -188,20 +188,22 @@ def test_it_works_with_no_image(storage: Storage, share: Share, act: Act) -> Non
     asyncio.run(cast(Any, act(storage, share)))
 
 
+async def cancelled_while_dead(share: Share, image: Path) -> None:
+    """The making of an image is cancelled while its share is dead."""
+    share.die()
+    making = asyncio.ensure_future(images.create(image, "raw", MIB))
+    assert await apart(share.waiting.acquire, timeout=WAITS_S)
+    making.cancel()
+    share.answer()
+    with pytest.raises(asyncio.CancelledError):
+        await making
+
+
 class TestWhoIsCancelled:
     """While an image is made: nothing is left."""
 
     def test_where_it_is_to_be_the_share_is_dead(self, share: Share) -> None:
-        async def scenario() -> None:
-            share.die()
-            making = asyncio.ensure_future(images.create(share.folder / "new.raw", "raw", MIB))
-            assert await apart(share.waiting.acquire, timeout=WAITS_S)
-            making.cancel()
-            share.answer()
-            with pytest.raises(asyncio.CancelledError):
-                await making
-
-        asyncio.run(scenario())
+        asyncio.run(cancelled_while_dead(share, share.folder / "new.raw"))
         assert list(share.folder.iterdir()) == []
 
     def test_qemu_img_does_not_end(self, share: Share, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -228,14 +230,5 @@ def test_an_image_that_is_somebodys_stays_when_its_making_is_cancelled(share: Sh
     image = share.folder / "web1.raw"
     image.write_bytes(b"precious")
 
-    async def scenario() -> None:
-        share.die()
-        making = asyncio.ensure_future(images.create(image, "raw", MIB))
-        assert await apart(share.waiting.acquire, timeout=WAITS_S)
-        making.cancel()
-        share.answer()
-        with pytest.raises(asyncio.CancelledError):
-            await making
-
-    asyncio.run(scenario())
+    asyncio.run(cancelled_while_dead(share, image))
     assert image.read_bytes() == b"precious"
