@@ -4,9 +4,10 @@ A pre-copy move ends when what remains can be sent within the downtime limit. Th
 remained: as long as that keeps falling it waits. When it stalls, it takes the next step, cheapest for the guest first:
 
 1. raise the downtime limit to what is needed, within the VM's blackout budget;
-2. slow the guest's processors (auto-converge), step by step;
+2. slow the guest's processors (auto-converge), step by step, where that is safe;
 3. switch to post-copy, if that was allowed;
-4. give up, with the reason.
+4. begin anew, once, so that the guest can be slowed though that is not safe;
+5. give up, with the reason.
 
 Every step restarts the clock, there are finitely many, and the last one ends the move: it never loops for ever.
 """
@@ -157,16 +158,15 @@ class Convergence:
             limit = min(policy.blackout_budget_ms, max(2 * self.downtime_limit_ms, self._needed_ms(look) * MARGIN))
             note = f"{self._writes(look)}; a blackout of up to {limit:.0f} ms is planned"
             return replace(self, downtime_limit_ms=limit, progress_at=at), RaiseDowntimeLimit(limit, note)
-        may_slow = policy.auto_converge and (self.slows or not policy.post_copy)
-        if may_slow and self.throttle_percent < policy.max_throttle_percent:
-            if not self.slows:
-                return self, BeginAnew(self._writes(look))
+        if policy.auto_converge and self.slows and self.throttle_percent < policy.max_throttle_percent:
             percent = min(policy.max_throttle_percent, self.throttle_percent + THROTTLE_STEP_PERCENT)
             note = f"{self._writes(look)}; its processors are slowed by up to {percent} %"
             return replace(self, throttle_percent=percent, progress_at=at), Throttle(percent, note)
         if policy.post_copy:
             note = f"{self._writes(look)}; it continues at the destination, its memory follows"
             return replace(self, in_post_copy=True, progress_at=at), StartPostCopy(note)
+        if policy.auto_converge and not self.slows:
+            return self, BeginAnew(self._writes(look))
         if stalled_s < self.policy.patience_s:
             return self, Wait(self._note(look))
         return self, GiveUp(f"{self._writes(look)}; nothing helped for {self.policy.patience_s:g} s")
