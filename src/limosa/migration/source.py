@@ -58,7 +58,7 @@ from limosa.wire.peer import Prepare, Prepared, StreamCredentials
 
 LOOK_EVERY_S = 0.2
 #: How long a QEMU may be silent and send nothing, if it may have the guest wait meanwhile.
-SILENT_S = 3.0
+QEMU_SILENT_S = 3.0
 #: From the end of the stream to the destination's word that its QEMU has ended.
 LAST_WORDS_WITHIN_S = 1.0
 
@@ -367,10 +367,10 @@ class SourceMove:
         try:
             while not looking.done():
                 before = steering.sent_bytes
-                await asyncio.wait({looking}, timeout=SILENT_S)
+                await asyncio.wait({looking}, timeout=QEMU_SILENT_S)
                 is_silent = not looking.done() and before is not None and steering.sent_bytes == before
                 if is_silent and self._waits_with_guest:
-                    raise steering.silent(f"nothing was sent for {SILENT_S:g} s, in which QEMU did not answer")
+                    raise steering.silent(f"nothing was sent for {QEMU_SILENT_S:g} s, in which QEMU did not answer")
             return looking.result()
         finally:
             looking.cancel()
