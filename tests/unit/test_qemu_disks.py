@@ -120,3 +120,14 @@ def test_what_has_failed_has_no_cap() -> None:
     qemu.copy = CopyStatistics(CopyState.COPYING, 10, 100)
     with pytest.raises(QemuError, match="refused"):
         asyncio.run(qemu.cap_copy("vda", 50))
+
+
+def test_what_ends_while_it_is_told_its_cap_has_none() -> None:
+    class Ending(Telling):
+        async def _execute(self, *arguments: object, **named: object) -> Any:
+            self.copy = CopyStatistics(CopyState.ENDED, 10, 100, "Operation canceled")
+            raise QemuError("refused: Job in state 'concluded' cannot accept command verb 'set-speed'")
+
+    qemu = Ending(CopyStatistics(CopyState.COPYING, 10, 100))
+    asyncio.run(qemu.cap_copy("vda", 50))
+    assert qemu.copy.state is CopyState.ENDED

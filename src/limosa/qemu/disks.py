@@ -126,9 +126,15 @@ class Disks(Session):
 
     async def cap_copy(self, disk: str, bytes_per_s: int) -> None:
         """Cap what is copied, 0: no cap. Where nothing is, or no longer, there is nothing to cap."""
-        copy = (await self.copies()).get(disk)
-        if copy is not None and copy.state in (CopyState.COPYING, CopyState.READY):
+        if not await self._takes_caps(disk):
+            return
+        try:
             await self._execute("block-job-set-speed", {"device": f"copy-{disk}", "speed": bytes_per_s})
+        except (QemuGone, OutcomeUnknown):
+            raise
+        except QemuError:
+            if await self._takes_caps(disk):  # else it ended between the look and the command
+                raise
 
     async def block_writes(self, disk: str) -> None:
         """From now on a write of the guest is done when it is in the copy too. Raises :class:`QemuError` before 8.2."""
@@ -283,6 +289,11 @@ class Disks(Session):
             why = f"QEMU was told to, and has waited for its storage for {END_WITHIN_S:.0f} s"
             raise StorageError(f"the copy of disk {disk} does not end", why=why)
         await self._dismiss(disk)
+
+    async def _takes_caps(self, disk: str) -> bool:
+        """Whether a disk is being copied, so that a cap means something."""
+        copy = (await self.copies()).get(disk)
+        return copy is not None and copy.state in (CopyState.COPYING, CopyState.READY)
 
     async def _tell(self, disk: str, command: str) -> None:
         """Give a job a command. Raises :class:`StorageError` if the job has failed by now."""
