@@ -134,7 +134,7 @@ class World:
         assert await self.vms.load() == []
         return self.vms.get(config.name)
 
-    async def in_a_move(self, config: VmConfig, *, started_at: float = LONG_AGO) -> HostedVm:
+    async def in_a_move(self, config: VmConfig, *, started_at: float | None = LONG_AGO) -> HostedVm:
         hosted = await self.load(config)
         await self.vms.start(hosted)
         hosted.started_at = started_at
@@ -201,6 +201,29 @@ class TestInAMove:
             await world.broken_off(hosted)
             assert len(world.launcher.started) == 2
             assert hosted.state is VmState.RUNNING
+
+        play(scenario)
+
+    def test_one_that_dies_when_it_has_just_landed_is_restarted_too(self, play: Play) -> None:
+        async def scenario(world: World) -> None:
+            hosted = await world.in_a_move(RESTARTS, started_at=None)
+            world.launcher.started[0].die("")
+            await world.idle()
+            assert hosted.state is VmState.CRASHED
+            world.vms.landed(hosted, "m1")
+            await world.runs(hosted)
+
+        play(scenario)
+
+    def test_one_that_has_landed_and_is_silent_is_not(self, play: Play) -> None:
+        async def scenario(world: World) -> None:
+            hosted = await world.load_silent(RESTARTS)
+            hosted.migration = "m1"
+            world.vms.landed(hosted, "m1")
+            await world.vms._background.idle()
+            assert hosted.state is VmState.CRASHED
+            assert "restarted" not in hosted.reason
+            assert world.launcher.started == []
 
         play(scenario)
 

@@ -324,7 +324,7 @@ class Incoming:
         finally:
             hosted = self._vms.find(destination.vm.name)
             if hosted is not None and hosted.state is not VmState.INCOMING:
-                hosted.has_ended(destination.journal.header.migration)
+                self._vms.landed(hosted, destination.journal.header.migration)
             self.settled(destination)
 
     def stop(self) -> None:

@@ -104,7 +104,7 @@ class LandingHere:
 
     def free(self) -> None:
         """See :class:`limosa.migration.destination.Landing`."""
-        self._vms.get(self._header.vm.name).has_ended(self._header.migration)
+        self._vms.landed(self._vms.get(self._header.vm.name), self._header.migration)
 
     async def release(self, machine: MachineProtocol | None) -> None:
         """See :class:`limosa.migration.destination.Landing`."""

@@ -171,7 +171,7 @@ class Launcher:
             program = Path(self._daemon.qemu)
             machine = await Machine.launch(program, make, run_dir, folder / "qemu.log", self.user)
         try:
-            await in_full(self.records.remember, config, machine, accelerator)
+            await in_full(self.records.remember, config, machine, accelerator, incoming=incoming)
         except BaseException:
             await machine.kill()
             await in_full(self.records.clean_up, config, crashed=False)

@@ -40,7 +40,8 @@ class ProcessRecord(Model, frozen=True, forbid_unknown_fields=False):
     start_time: int
     boot: str
     accelerator: Accelerator
-    started_at: float
+    #: null: its guest came from another host
+    started_at: float | None
     #: it crashed so soon that nobody but a person is to start it again
     left: bool = False
 
@@ -97,14 +98,14 @@ class ProcessRecords:
         await process.end(self._argument(config))
         await in_full(self.clean_up, config, crashed=False)
 
-    def remember(self, config: VmConfig, machine: Machine, accelerator: Accelerator) -> None:
+    def remember(self, config: VmConfig, machine: Machine, accelerator: Accelerator, *, incoming: bool) -> None:
         """Keep, durably, how a QEMU that has just been started is found again. Raises :class:`StateError`."""
         record = ProcessRecord(
             pid=machine.pid,
             start_time=machine.process.start_time,
             boot=self._boot,
             accelerator=accelerator,
-            started_at=time.time(),
+            started_at=None if incoming else time.time(),
         )
         self._write(config, record)
 

@@ -41,6 +41,7 @@ class HostedVm:
     state: VmState
     machine: Machine | None = None
     accelerator: Accelerator | None = None
+    #: None also if it was started on another host
     started_at: float | None = None
     reason: str = ""
     #: the migration it is in
@@ -379,12 +380,17 @@ class Vms:
         """A VM that landed is this host's from now on, durably."""
         await in_full(self._folders.keep, hosted.config)
         hosted.is_here = True
-        hosted.started_at = time.time()
         if hosted.machine is None:
             why = hosted.fault or "its QEMU ended just after it had landed"
             hosted.state, hosted.reason = VmState.CRASHED, str(why)
         else:
             hosted.state = VmState.RUNNING if running else VmState.PAUSED
+
+    def landed(self, hosted: HostedVm, migration: str) -> None:
+        """The move by which it came has ended. If its QEMU has too, that is seen to from now on."""
+        hosted.has_ended(migration)
+        if hosted.state is VmState.CRASHED and hosted.fault is None and not hosted.died:
+            self._background.spawn(self._tell_of_end(hosted))
 
     async def discard(self, hosted: HostedVm) -> None:
         """Kill the QEMU of a VM that will not land, and give everything back."""
