@@ -23,6 +23,7 @@ from harness.labs import LabHost, running_lab
 from harness.steering import does_not_fit, move, remove
 from limosa.client.console import open_console
 from limosa.client.route import UnixRoute
+from limosa.errors import Conflict
 from limosa.lab import daemons
 from limosa.model.vm import CloudInit, VmState
 from limosa.wire import endpoints
@@ -81,6 +82,23 @@ class TestMaking:
         assert disk.stat().st_size > 0
         remove(host, "made")
         assert disk.exists(), "disks are kept"
+
+    def test_with_a_disk_that_is_in_use(self, host: LabHost) -> None:
+        disk = host.lab.state / "shared.qcow2"
+        create = ("vm", "create", "--memory", "64M", "--start")
+        assert limosa(host, *create, "first", "--disk", f"{disk},size=8M").code == 0
+        said = limosa(host, *create, "second", "--disk", str(disk))
+        assert said.code == Conflict.exit_code, said.error
+        assert f"image {disk} is in use: VM 'first' has it as a disk" in said.error
+        remove(host, "first")
+        with subprocess.Popen(["qemu-io", str(disk)], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as user:
+            assert user.stdout is not None
+            user.stdout.read(len("qemu-io> "))  # it has opened the image
+            said = limosa(host, "vm", "start", "second")
+            user.terminate()
+        assert said.code == Conflict.exit_code, said.error
+        assert "a process that is no VM of this host has it open" in said.error
+        assert limosa(host, "vm", "start", "second").code == 0
 
     def test_from_what_was_shown(self, host: LabHost, tmp_path: Path) -> None:
         (tmp_path / "short.toml").write_text('name = "filed"\nmemory_mib = 48\naccelerator = "tcg"\n')

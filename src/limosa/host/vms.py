@@ -23,6 +23,7 @@ from limosa.host.folders import Folders
 from limosa.host.launching import Launcher
 from limosa.model.vm import Accelerator, Disk, Vm, VmConfig, VmState
 from limosa.qemu.machine import ATTACH_WITHIN_S, Machine
+from limosa.qemu.process import image_in_use
 from limosa.qemu.protocol import Event, RunState
 from limosa.settings import toml
 from limosa.wire.api import NewVm
@@ -296,8 +297,10 @@ class Vms:
         await self._leasing.take(hosted.config)
         try:
             machine = await self._launcher.launch(hosted.config, accelerator, incoming=False)
-        except BaseException:
+        except BaseException as error:
             await asyncio.shield(self._leasing.give_back(hosted.config))
+            if isinstance(error, QemuError) and (image := image_in_use(error.why)):
+                raise self._in_use(hosted, image) from error
             raise
         self._attach(hosted, machine)
         return machine
@@ -528,6 +531,18 @@ class Vms:
         if hosted.machine is None:
             raise self._wrong_state(hosted, f"is {hosted.state}")
         return hosted.machine
+
+    def _in_use(self, hosted: HostedVm, image: str) -> Conflict:
+        """Why a VM is not started one of whose images another process has locked."""
+        others = (one for one in self._vms.values() if one is not hosted and one.has_memory)
+        user = next((one.config.name for one in others if any(disk.path == image for disk in one.config.disks)), "")
+        return Conflict(
+            f"VM '{hosted.config.name}' cannot be started: image {image} is in use",
+            why=f"VM '{user}' has it as a disk" if user else "a process that is no VM of this host has it open",
+            todo=f"stop '{user}', or give each VM a disk of its own" if user else "end that process",
+            vm=hosted.config.name,
+            host=self._host,
+        )
 
     def _wrong_state(self, hosted: HostedVm, what: str) -> Conflict:
         name = hosted.config.name

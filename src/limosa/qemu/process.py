@@ -31,6 +31,7 @@ _LOG_TAIL_LINES = 4
 #: From linux/capability.h: whoever has it may raise the limits of others.
 _CAP_SYS_RESOURCE = 24
 _OWN_SCORE = Path("/proc/self/oom_score_adj")
+_IN_USE = re.compile(r"Failed to get .* lock; Is another process using the image \[(.*)\]\?")
 #: ``-msg timestamp=on`` puts a time before, and QEMU its own program name.
 _PREFIX = re.compile(r"\A(\S+Z )?(\S*qemu-system-\w+: )?")
 
@@ -236,6 +237,13 @@ def last_words(log: Path) -> str:
         return ""
     words = [_PREFIX.sub("", line.strip()) for line in lines]
     return "; ".join([line for line in words if line][-_LOG_TAIL_LINES:])
+
+
+def image_in_use(words: str) -> str:
+    """Which image's lock another process holds, if that is why QEMU has ended with these last words; empty if it is
+    not (``raw_check_lock_bytes``'s callers, block/file-posix.c)."""
+    found = _IN_USE.search(words)
+    return found[1] if found is not None else ""
 
 
 def owner_of(user: str | None) -> tuple[int, int] | None:
