@@ -717,7 +717,9 @@ def test_a_disk_goes_along(run: Run) -> None:
         here = Recorder(source)
         await send(source, ours)
         await here.until("migration pre-switchover")
+        await source.hurry_copy("vda")
         await source.end_copy("vda")
+        await source.hurry_copy("vda")
         assert await source.copies() == {}
         await source.continue_migration()
         assert await here.ending() == "completed"
@@ -735,6 +737,7 @@ def test_a_copy_is_given_up_and_made_again(run: Run) -> None:
         source = await running_source(makers)
         await source.drop_copy("vda", TAG)
         await source.cap_copy("vda", SLOW)
+        await source.hurry_copy("vda")
         for bytes_per_s in (SLOW, 0):
             destination = await copying(makers, source, bytes_per_s)
             assert set(await source.copies()) == {"vda"}

@@ -179,6 +179,37 @@ def test_a_cap_that_changes_while_copies_begin_is_kept(is_there: bool) -> None:
     play(scenario)
 
 
+def test_what_the_guest_writes_to_disks_is_copied_at_once_while_it_may_stop() -> None:
+    async def scenario() -> None:
+        world = World(first_downtime_ms=2)
+        plan = DiskPlan(disk="vda", action=DiskAction.COPY, path="/d", format="raw")
+        disk_channel = Channel(world.channel.stream.dup())
+        await world.steering.copy_disks([plan], [disk_channel], None)
+        hurrying = asyncio.ensure_future(world.steering.hurry_copies())
+        await world.look(100)
+        await asyncio.sleep(0)
+        assert (world.machine.hurried, disk_channel.asked) == ([], [])
+        await world.look(20)
+        while len(world.machine.hurried) < 3:  # noqa: ASYNC110 - the fake tells nobody
+            await asyncio.sleep(0)
+        assert disk_channel.asked == [True]
+        world.steering.guest_stopped()
+        await hurrying
+        world.steering.close()
+
+    play(scenario)
+
+
+def test_without_disks_there_is_nothing_to_hurry() -> None:
+    async def scenario() -> None:
+        world = World()
+        world.steering.pass_began()
+        await world.steering.hurry_copies()
+        assert world.machine.hurried == []
+
+    play(scenario)
+
+
 @pytest.mark.usefixtures("_impatient")
 @pytest.mark.parametrize("way", ["post-copy", "sent", "not sent"])
 def test_only_a_stream_that_has_more_and_a_way_back_is_cut_off(way: str) -> None:

@@ -326,9 +326,10 @@ class SourceMove:
         watch = asyncio.ensure_future(self._watch(machine, steering))
         finish = asyncio.ensure_future(self._finish_copies(machine))
         limit = asyncio.ensure_future(steering.stands_still_too_long())
+        hurry = asyncio.ensure_future(steering.hurry_copies())
         try:
             # Looking must not delay the hand-over, so it goes on beside the waiting.
-            waiting: set[asyncio.Future[Any]] = {self.sent, watch, finish, limit}
+            waiting: set[asyncio.Future[Any]] = {self.sent, watch, finish, limit, hurry}
             with self._following(paths):
                 while not self.sent.done():
                     done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
@@ -338,6 +339,7 @@ class SourceMove:
             watch.cancel()
             finish.cancel()
             limit.cancel()
+            hurry.cancel()
         state = self.sent.result()
         if state not in SWITCHED_OVER:
             raise await self._failure(machine, state)

@@ -32,6 +32,8 @@ from limosa.wire.peer import StreamCredentials
 SHORTEN_BEFORE_S, LENGTHEN_BEFORE_S = 0.3, 0.6
 #: While the guest must not stop memory that is left for so long trickles, in bytes per second: see _hold_back.
 TRICKLE_BEFORE_S, TRICKLE = 1.0, 10_000
+#: While the guest may stop soon QEMU is made to look so often at what was written to disks: see hurry_copies.
+HURRY_EVERY_S = 0.01
 #: A guest that has stopped runs on here if its destination has not loaded everything within this. The largest budget
 #: for a blackout is a fifth of it.
 STANDS_STILL_S = 10.0
@@ -85,6 +87,7 @@ class Steering:
         #: for which rate little waits on the way; None: as much as likes to
         self._short_for: float | None = None
         self._trickles = False
+        self._may_stop = asyncio.Event()
         #: until a post-copy is asked for, of which nobody knows at once whether it has begun
         self._way_back = True
         self._stands_still = asyncio.Event()
@@ -158,6 +161,14 @@ class Steering:
         """There is none when the guest may stop, because it stands still for what is on its way then."""
         free = self._short_for is not None or self._stands_still.is_set()
         return 0 if free else self._copies_cap // max(1, len(self.disk_channels))
+
+    async def hurry_copies(self) -> None:
+        """Until the guest stops, and while it may soon, have what it writes to disks copied at once: what is left would
+        be copied while it stands still."""
+        while self.mirrors is not None and not self._stands_still.is_set():
+            await self._may_stop.wait()
+            await self.mirrors.hurry()
+            await asyncio.sleep(HURRY_EVERY_S)
 
     # What QEMU tells
 
@@ -303,5 +314,8 @@ class Steering:
             is_so = short is (self._short_for is not None)
         if self.channel is not None and not is_so:
             self._short_for = self._rate if short else None
-            self.channel.set_short(short, self._rate)
+            (self._may_stop.set if short else self._may_stop.clear)()
+            # Copies' too: they would wait for memory, which goes first where little may wait.
+            for channel in (self.channel, *self.disk_channels):
+                channel.set_short(short, self._rate)
             self._pace_copies()

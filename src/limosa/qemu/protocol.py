@@ -198,6 +198,10 @@ class CopyingProtocol(Protocol):
     async def cap_copy(self, disk: str, bytes_per_s: int) -> None:
         """Cap what is copied, 0: no cap. Where nothing is, or no longer, there is nothing to cap."""
 
+    async def hurry_copy(self, disk: str) -> None:
+        """Have a copy that is ready take at once what the guest has written since it looked last. No effect where none
+        is, or QEMU cannot be asked."""
+
     async def slow_writes(self, disk: str, bytes_per_s: int) -> None:
         """Let the guest write so much a second to a disk, from now on; 0: as much as it can. A copy that is given up,
         or takes the disk's place, ends that."""

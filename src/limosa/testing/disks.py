@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import socket
 from collections.abc import Iterable
+from contextlib import suppress
 
 from limosa.errors import QemuError, QemuGone, StorageError
 from limosa.qemu.protocol import CopyState, CopyStatistics
@@ -24,6 +25,8 @@ class FakeDisks:
         self.exported: set[str] = set()
         #: what the guest may write a second, by disk
         self.slowed: dict[str, int] = {}
+        #: disks in the order in which their copies were hurried
+        self.hurried: list[str] = []
         self._disks_trusted = False
 
     async def trust_disks(self, credentials: StreamCredentials) -> None:
@@ -50,6 +53,12 @@ class FakeDisks:
     async def cap_copy(self, disk: str, bytes_per_s: int) -> None:
         """See the protocol."""
         await self._answer()
+
+    async def hurry_copy(self, disk: str) -> None:
+        """See the protocol."""
+        with suppress(QemuError):
+            await self._answer()
+            self.hurried.append(disk)
 
     async def slow_writes(self, disk: str, bytes_per_s: int) -> None:
         """See the protocol."""

@@ -25,7 +25,7 @@ from limosa.transport.relay.errors import BrokenStream, ConnectionLost
 #: when a guest is about to stand still. More would only be waited for.
 UNSENT_BYTES = 1024 * 1024
 SHORT_UNSENT_BYTES = 128 * 1024
-_LEAST_UNSENT_BYTES = 32 * 1024
+_LEAST_UNSENT_BYTES = 16 * 1024
 _TCP_RTO_MAX_MS = 44  # linux/tcp.h, since Linux 6.15
 _OPTIONS = (
     (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),

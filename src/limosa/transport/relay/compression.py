@@ -30,6 +30,8 @@ _CHUNK_S = 0.003
 #: waits for all of it. Less when one is about to.
 _UNSENT_S, _SHORT_UNSENT_S = 0.008, 0.002
 _WAITING_S, _SHORT_WAITING_S = 0.030, 0.002
+#: The same where there is no worker, which would need something to be at.
+_SHORT_RAW_WAITING_S = 0.0005
 #: At most, when a guest is about to stop.
 SHORT_WAITING_BYTES = 256 * 1024
 #: Of the time that waiting for the worker costs nothing, so much is spent on it.
@@ -187,7 +189,8 @@ class Compression:
         if self._worker is not None and self._patience.trusts:
             remainder *= self._pace.remainder
         self._queue.set_waiting_limit(self._line.carries(_WAITING_S / remainder))
-        hurried = self._line.carries(_SHORT_WAITING_S / remainder) or SHORT_WAITING_BYTES
+        short_s = _SHORT_RAW_WAITING_S if self._worker is None else _SHORT_WAITING_S
+        hurried = self._line.carries(short_s / remainder) or SHORT_WAITING_BYTES
         self._queue.set_hurried_limit(min(hurried, SHORT_WAITING_BYTES))
         self._queue.set_chunk_limit(self._line.carries(_CHUNK_S / remainder) or MAX_RAW_BYTES)
         if (unsent := self._line.carries(_SHORT_UNSENT_S if self._queue.any_hurries else _UNSENT_S)) is not None:

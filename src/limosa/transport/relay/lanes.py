@@ -27,8 +27,8 @@ from limosa.transport.relay.carrier import Carrier
 from limosa.transport.relay.errors import BrokenStream, ConnectionLost
 from limosa.transport.relay.pace import Line
 
-#: What the kernel may hold unsent is what the lane carries in this time.
-_UNSENT_S = 0.008
+#: What the kernel may hold unsent is what the lane carries in this time; less when a guest is about to stand still.
+_UNSENT_S, _SHORT_UNSENT_S = 0.008, 0.0005
 #: That is looked at so often.
 _ADJUST_S = 0.01
 #: The other end hears of what was read in portions of this.
@@ -53,14 +53,14 @@ class Lane:
         self._line = Line()
         self._adjusted_at = 0.0
 
-    def adjust(self) -> None:
+    def adjust(self, *, short: bool) -> None:
         """Keep in the kernel what the lane carries in a moment, so that what waits is sent by whoever has room."""
         now = time.monotonic()
         if now - self._adjusted_at < _ADJUST_S:
             return
         self._adjusted_at = now
         self._line.note(now, self.out.sent_bytes, *self.out.unacknowledged())
-        if (unsent := self._line.carries(_UNSENT_S)) is not None:
+        if (unsent := self._line.carries(_SHORT_UNSENT_S if short else _UNSENT_S)) is not None:
             self.out.set_unsent(unsent)
 
 
@@ -195,7 +195,7 @@ class Lanes:
                 # Those with nothing to do have to know when this may be late.
                 self._wake()
             lane.out.send(*said)
-            lane.adjust()
+            lane.adjust(short=self._short)
 
     def _next(self, lane: Lane) -> tuple[bytes, bytes] | None:
         """What is to be said on a lane now: a header and a block, or nothing behind it."""
