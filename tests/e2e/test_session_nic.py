@@ -122,7 +122,9 @@ def notes(words: str) -> Callable[[Migration], bool]:
 
 
 @pytest.mark.parametrize("side", ["source", pytest.param("destination", marks=pytest.mark.long)])
-@pytest.mark.parametrize("striped", [True, False], ids=["relays", "multipath-tcp"])
+@pytest.mark.parametrize(
+    "striped", [True, pytest.param(False, marks=pytest.mark.long)], ids=["relays", "multipath-tcp"]
+)
 def test_a_move_outlives_the_nic_of_its_session(hosts: list[LabHost], side: str, striped: bool) -> None:
     first, second = hosts
     cut = first if side == "source" else second

@@ -14,6 +14,7 @@ from harness.homes import BareHome
 from harness.landings import ADDRESS, PORTS, BareLanding, first_view, header
 from limosa.background import in_full
 from limosa.errors import Cancelled, DestinationLost, LimosaError, MigrationFailed, NotConverging, QemuGone
+from limosa.migration import source
 from limosa.migration.destination import Destination
 from limosa.migration.home import Terms
 from limosa.migration.journal import Journal
@@ -203,7 +204,11 @@ def test_a_destination_that_dies_in_mid_move_is_asked_again(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("came_by_a_move", [False, True])
-def test_a_stream_that_finds_nobody_is_led_anew_once(tmp_path: Path, came_by_a_move: bool) -> None:
+def test_a_stream_that_finds_nobody_is_led_anew_once(
+    tmp_path: Path, came_by_a_move: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(source, "LAST_WORDS_WITHIN_S", 0.01)
+
     async def scenario() -> None:
         move = Move(tmp_path, "tcp")
         move.home.unreached = 1
