@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import os
 import stat
+import threading
 from collections.abc import Hashable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -21,6 +23,9 @@ from limosa.settings.toml import sync_folder
 from limosa.storage import images, leases, marks, mounts, speed
 from limosa.storage.marks import Mark
 from limosa.storage.unfinished import Unfinished, UnfinishedFiles
+
+#: set once the space of files that are gone is free, and on which device that is
+_freeing: dict[threading.Event, int] = {}
 
 
 class Store(Protocol):
@@ -98,6 +103,7 @@ class Folder:
         """See :class:`Store`."""
         try:
             status = os.stat(self.root)
+            _until_freed(status.st_dev)
             space = os.statvfs(self.root)
         except OSError as error:
             return self._faulty(name, error.strerror or str(error), default=default)
@@ -163,12 +169,44 @@ class Folder:
         image = Path(os.path.realpath(path))
         try:
             if not image.is_block_device():
-                image.unlink(missing_ok=True)
+                _unlink(image)
                 Path(path).unlink(missing_ok=True)
         except OSError as error:
             raise StorageError(f"cannot delete {path}", why=error.strerror or str(error)) from error
         leases.forget(str(image))
         marks.forget(str(image))
+
+
+def _unlink(image: Path) -> None:
+    """Remove a file, if it is there. To free a large one takes a local file system up to seconds, for which only those
+    wait who ask for its space: it does so when the last who has it open closes it. A share would keep the name until
+    then."""
+    held, device = -1, 0
+    with suppress(OSError):
+        device = os.stat(image).st_dev
+        if not mounts.find(device).share:
+            held = os.open(image, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        image.unlink(missing_ok=True)
+    finally:
+        if held != -1:
+            freed = threading.Event()
+            _freeing[freed] = device
+            threading.Thread(target=_free, args=(held, freed), daemon=True).start()
+
+
+def _free(held: int, freed: threading.Event) -> None:
+    try:
+        os.close(held)
+    finally:
+        del _freeing[freed]
+        freed.set()
+
+
+def _until_freed(device: int) -> None:
+    for freed, where in list(_freeing.items()):
+        if where == device:
+            freed.wait()
 
 
 async def _keep(image: Path) -> None:
