@@ -19,7 +19,7 @@ from harness.guests import LanClient, address_of, linux, wait_until_it_serves
 from harness.hosts import wait_until
 from harness.labs import LabHost, running_lab
 from harness.steering import looking, move, remove
-from limosa.errors import QemuError
+from limosa.errors import Conflict
 from limosa.model.vm import VmState
 from limosa.wire import api, endpoints
 
@@ -114,7 +114,7 @@ def test_a_second_qemu_is_kept_off_the_disk(hosts: list[LabHost], image: Path) -
     first, second = hosts
     thief = api.NewVm(name="thief", memory_mib=32, accelerator="tcg", disks=(api.NewDisk(path=str(image)),))
     second.client.call(endpoints.CREATE_VM, thief)
-    with pytest.raises(QemuError, match="lock"):
+    with pytest.raises(Conflict, match=r"web\.qcow2 is in use: a VM of another host"):
         second.client.call(endpoints.START_VM, vm="thief")
     assert second.show("thief").state is VmState.STOPPED
     second.client.call(endpoints.DELETE_VM, vm="thief")

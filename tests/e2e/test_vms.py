@@ -97,7 +97,7 @@ class TestMaking:
             said = limosa(host, "vm", "start", "second")
             user.terminate()
         assert said.code == Conflict.exit_code, said.error
-        assert "a process that is no VM of this host has it open" in said.error
+        assert "a VM of another host, or another program, has it open" in said.error
         assert limosa(host, "vm", "start", "second").code == 0
 
     def test_from_what_was_shown(self, host: LabHost, tmp_path: Path) -> None:

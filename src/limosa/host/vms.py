@@ -538,8 +538,8 @@ class Vms:
         user = next((one.config.name for one in others if any(disk.path == image for disk in one.config.disks)), "")
         return Conflict(
             f"VM '{hosted.config.name}' cannot be started: image {image} is in use",
-            why=f"VM '{user}' has it as a disk" if user else "a process that is no VM of this host has it open",
-            todo=f"stop '{user}', or give each VM a disk of its own" if user else "end that process",
+            why=f"VM '{user}' has it as a disk" if user else "a VM of another host, or another program, has it open",
+            todo=f"stop '{user}', or give each VM a disk of its own" if user else "stop that",
             vm=hosted.config.name,
             host=self._host,
         )
