@@ -76,7 +76,7 @@ def test_auto_converge_slows_the_guest_and_lets_it_go_after_a_cancel(hosts: list
         source.client.call(endpoints.CANCEL_MIGRATION, migration=migration)
     assert client.sees_it_run()
     change(source, {"convergence.auto_converge": False})
-    seen = follow(source, source.move("web", destination.name).id, lambda view: view.progress.iteration > 1)
+    seen = follow(source, source.move("web", destination.name).id, lambda view: view.progress.iteration > 2)
     assert seen.progress.throttle_percent <= 1, "nothing is left of the throttle"
     source.client.call(endpoints.CANCEL_MIGRATION, migration=seen.id)
 
@@ -107,7 +107,7 @@ def test_a_guest_does_not_wait_for_a_dead_network(hosts: list[LabHost], client: 
             view = source.client.call(endpoints.SHOW_MIGRATION, migration=migration)
             assert "no memory has been sent for " in view.progress.note
             source.client.call(endpoints.CANCEL_MIGRATION, migration=migration)
-            conversation.go_on_for(LOOKED_S / 2)
+            conversation.go_on_for(LOOKED_S)
     assert source.show("web").state is VmState.RUNNING
     assert conversation.faults == []
     assert conversation.longest_gap_s < 2

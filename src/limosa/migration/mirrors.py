@@ -193,7 +193,8 @@ class Mirrors:
             await self._machine.cap_copy(disk, self.each)
 
     async def hurry(self) -> None:
-        """Have what the guest has written copied now, where all else is. Never fails: who looks hears how it stands."""
+        """Have what the guest has written since copied at once. All must have been ready. Never fails: who looks hears
+        how they stand."""
         await asyncio.gather(*(self._machine.hurry_copy(disk) for disk in self._keeping))
 
     @property

@@ -87,6 +87,7 @@ class Steering:
         #: for which rate little waits on the way; None: as much as likes to
         self._short_for: float | None = None
         self._trickles = False
+        #: set while little waits on the way
         self._may_stop = asyncio.Event()
         #: until a post-copy is asked for, of which nobody knows at once whether it has begun
         self._way_back = True
@@ -314,7 +315,10 @@ class Steering:
             is_so = short is (self._short_for is not None)
         if self.channel is not None and not is_so:
             self._short_for = self._rate if short else None
-            (self._may_stop.set if short else self._may_stop.clear)()
+            if short:
+                self._may_stop.set()
+            else:
+                self._may_stop.clear()
             # Copies' too: they would wait for memory, which goes first where little may wait.
             for channel in (self.channel, *self.disk_channels):
                 channel.set_short(short, self._rate)
